@@ -1,0 +1,447 @@
+//! Who uses how much of the host's memory, and who has to give some back.
+//!
+//! Enters: charges by machine and kind, the machines' reservations, the host's budget, and what the
+//! kernel's own counter says. Leaves: a charge granted or refused, how many pages each machine should give up, and
+//! the sums an operator sees. The sums are conserved: a machine's kinds add up to the machine, machines to their
+//! group, groups and the stores of their domains to the host.
+//!
+//! ```text
+//! budget                                      what the operator gave
+//!   hard line   = budget                      no charge is granted beyond it: the asker stalls
+//!   high mark   = budget - 1/32               above it machines are asked to give pages up ...
+//!   low mark    = budget - 1/16               ... until the host is below this one
+//! ```
+//!
+//! What the kernel counts and nobody charged (page tables, the VMMs' own memory, the manager's heap) is **overhead**:
+//! the counter's reading less what the ledger held at that moment, never below zero. A page the ledger counts and the
+//! kernel does not (the shared zero page) makes the ledger the larger of the two, so their maximum is used and the
+//! error is on the safe side.
+use alloc::vec::Vec;
+use core::fmt;
+use plimsoll_types::{ByteCount, GroupId, MachineId, PAGE_SIZE, PageCount};
+
+/// What memory is used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Pages in guest RAM, or on their way out of it.
+    Resident,
+    /// Pages in the airlock.
+    Limbo,
+    /// Slabs of the page store. Charged to the group, since machines of a domain share objects.
+    Store,
+    /// The manager's own tables.
+    Tables,
+}
+
+impl Kind {
+    /// All kinds.
+    pub const ALL: [Self; 4] = [Self::Resident, Self::Limbo, Self::Store, Self::Tables];
+}
+
+/// Bytes by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Usage([u64; Kind::ALL.len()]);
+
+impl Usage {
+    /// Bytes of one kind.
+    pub fn of(&self, kind: Kind) -> ByteCount {
+        ByteCount(self.0[kind as usize])
+    }
+
+    /// Bytes of all kinds.
+    pub fn total(&self) -> ByteCount {
+        ByteCount(self.0.iter().sum())
+    }
+}
+
+/// The host's budget and its two watermarks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Budget {
+    /// The hard line: nothing is granted beyond it.
+    pub hard: ByteCount,
+    /// Above it machines give pages up.
+    pub high: ByteCount,
+    /// Down to here.
+    pub low: ByteCount,
+}
+
+impl Budget {
+    /// The watermarks for a hard line: 1/32 and 1/16 below it. What lies between is memory nobody uses, so it is as
+    /// little as gives reclaim a head start of some blocks.
+    pub const fn of(hard: ByteCount) -> Self {
+        Self { hard, high: ByteCount(hard.0 - hard.0 / 32), low: ByteCount(hard.0 - hard.0 / 16) }
+    }
+}
+
+/// What a machine was promised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Terms {
+    /// Its size: it can never use more.
+    pub size: ByteCount,
+    /// Never taken from it, once it uses it.
+    pub reservation: ByteCount,
+}
+
+/// A change the ledger does not make. Nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LedgerError {
+    /// The hard line would be crossed.
+    OverBudget {
+        /// Asked for.
+        asked: ByteCount,
+        /// Left below the hard line.
+        left: ByteCount,
+    },
+    /// There is no such machine.
+    NoSuchMachine {
+        /// The one asked for.
+        machine: MachineId,
+    },
+    /// There is no such group.
+    NoSuchGroup {
+        /// The one asked for.
+        group: GroupId,
+    },
+    /// Reservations would exceed what the budget leaves.
+    Overreserved {
+        /// Reserved by machines already admitted.
+        reserved: ByteCount,
+        /// Asked for by this one.
+        asked: ByteCount,
+        /// The hard line.
+        hard: ByteCount,
+    },
+    /// The sums do not add up: a bug here.
+    Unbalanced {
+        /// The group whose sum is wrong.
+        group: GroupId,
+    },
+}
+
+impl fmt::Display for LedgerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OverBudget { asked, left } => {
+                write!(f, "{asked} would cross the hard line; {left} is left below it")
+            }
+            Self::NoSuchMachine { machine } => write!(f, "the ledger has no {machine}"),
+            Self::NoSuchGroup { group } => write!(f, "the ledger has no {group}"),
+            Self::Overreserved { reserved, asked, hard } => write!(
+                f,
+                "a reservation of {asked} beside {reserved} already reserved exceeds the budget of {hard}; lower one of them"
+            ),
+            Self::Unbalanced { group } => write!(f, "the sums of {group} do not add up"),
+        }
+    }
+}
+
+impl core::error::Error for LedgerError {}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct MachineEntry {
+    id: MachineId,
+    group: GroupId,
+    terms: Terms,
+    usage: Usage,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct GroupEntry {
+    id: GroupId,
+    /// Of its machines and of its stores.
+    usage: Usage,
+    /// Of its stores alone.
+    stores: Usage,
+}
+
+/// The host's ledger.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Ledger {
+    budget: Budget,
+    overhead: ByteCount,
+    groups: Vec<GroupEntry>,
+    machines: Vec<MachineEntry>,
+}
+
+impl Ledger {
+    /// An empty host.
+    pub fn new(budget: Budget) -> Self {
+        Self { budget, overhead: ByteCount(0), groups: Vec::new(), machines: Vec::new() }
+    }
+
+    /// The budget.
+    pub fn budget(&self) -> Budget {
+        self.budget
+    }
+
+    /// Adds a group, or does nothing if it is known.
+    pub fn add_group(&mut self, id: GroupId) {
+        if !self.groups.iter().any(|group| group.id == id) {
+            self.groups.push(GroupEntry { id, usage: Usage::default(), stores: Usage::default() });
+        }
+    }
+
+    /// Admits a machine.
+    ///
+    /// # Errors
+    /// [`LedgerError::Overreserved`] with the arithmetic, or [`LedgerError::NoSuchGroup`].
+    pub fn admit(&mut self, id: MachineId, group: GroupId, terms: Terms) -> Result<(), LedgerError> {
+        self.group_mut(group)?;
+        let reserved: ByteCount = self.machines.iter().map(|machine| machine.terms.reservation).sum();
+        if reserved + terms.reservation > self.budget.hard {
+            return Err(LedgerError::Overreserved {
+                reserved,
+                asked: terms.reservation,
+                hard: self.budget.hard,
+            });
+        }
+        self.machines.push(MachineEntry { id, group, terms, usage: Usage::default() });
+        Ok(())
+    }
+
+    /// Forgets a machine with everything charged to it: its process is gone, and the kernel has its pages back.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchMachine`].
+    pub fn remove(&mut self, id: MachineId) -> Result<Usage, LedgerError> {
+        let place = self.place_of(id)?;
+        let entry = self.machines.remove(place);
+        let group = self.group_mut(entry.group)?;
+        for (sum, part) in group.usage.0.iter_mut().zip(entry.usage.0) {
+            *sum -= part;
+        }
+        Ok(entry.usage)
+    }
+
+    fn place_of(&self, id: MachineId) -> Result<usize, LedgerError> {
+        let place = self.machines.iter().position(|machine| machine.id == id);
+        place.ok_or(LedgerError::NoSuchMachine { machine: id })
+    }
+
+    fn group_mut(&mut self, id: GroupId) -> Result<&mut GroupEntry, LedgerError> {
+        self.groups.iter_mut().find(|group| group.id == id).ok_or(LedgerError::NoSuchGroup { group: id })
+    }
+
+    /// Charged to everybody.
+    pub fn charged(&self) -> ByteCount {
+        self.groups.iter().map(|group| group.usage.total()).sum()
+    }
+
+    /// Charged, and used by nobody in particular.
+    pub fn used(&self) -> ByteCount {
+        self.charged() + self.overhead
+    }
+
+    /// Used by nobody in particular, when the kernel was last asked.
+    pub fn overhead(&self) -> ByteCount {
+        self.overhead
+    }
+
+    /// Left below the hard line.
+    pub fn left(&self) -> ByteCount {
+        self.budget.hard.saturating_sub(self.used())
+    }
+
+    /// What the kernel's counter read at a moment when `charged` was charged.
+    pub fn observe(&mut self, counted: ByteCount, charged: ByteCount) {
+        self.overhead = counted.saturating_sub(charged);
+    }
+
+    /// Charges a machine for memory it is about to use.
+    ///
+    /// # Errors
+    /// [`LedgerError::OverBudget`] when the hard line would be crossed, [`LedgerError::NoSuchMachine`].
+    pub fn charge(&mut self, id: MachineId, kind: Kind, bytes: ByteCount) -> Result<(), LedgerError> {
+        if bytes > self.left() {
+            return Err(LedgerError::OverBudget { asked: bytes, left: self.left() });
+        }
+        let held = self.usage(id)?.of(kind);
+        self.settle(id, kind, held + bytes)
+    }
+
+    /// States what a machine holds of a kind now: memory in use already, so there is nothing to refuse. Less than was
+    /// charged gives the rest back.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchMachine`].
+    pub fn settle(&mut self, id: MachineId, kind: Kind, bytes: ByteCount) -> Result<(), LedgerError> {
+        let place = self.place_of(id)?;
+        let group = self.machines[place].group;
+        let before = core::mem::replace(&mut self.machines[place].usage.0[kind as usize], bytes.0);
+        let sum = &mut self.group_mut(group)?.usage.0[kind as usize];
+        *sum = *sum - before + bytes.0;
+        Ok(())
+    }
+
+    /// States what the stores of a group's domains hold now.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchGroup`].
+    pub fn set_store(&mut self, id: GroupId, bytes: ByteCount) -> Result<(), LedgerError> {
+        let group = self.group_mut(id)?;
+        let before = core::mem::replace(&mut group.stores.0[Kind::Store as usize], bytes.0);
+        let sum = &mut group.usage.0[Kind::Store as usize];
+        *sum = *sum - before + bytes.0;
+        Ok(())
+    }
+
+    /// A machine's usage.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchMachine`].
+    pub fn usage(&self, id: MachineId) -> Result<Usage, LedgerError> {
+        Ok(self.machines[self.place_of(id)?].usage)
+    }
+
+    /// The host's usage, overhead left out.
+    pub fn host_usage(&self) -> Usage {
+        let mut sum = Usage::default();
+        for group in &self.groups {
+            for (sum, part) in sum.0.iter_mut().zip(group.usage.0) {
+                *sum += part;
+            }
+        }
+        sum
+    }
+
+    /// How many pages each machine should give up, if the host is above its high mark: enough to come down to the low
+    /// one. The machines that use most give first, down to a common level, and nobody goes below its reservation; so a
+    /// machine that grows at full speed is the one that pays for it.
+    pub fn reclaim(&self) -> Vec<(MachineId, PageCount)> {
+        if self.used() <= self.budget.high {
+            return Vec::new();
+        }
+        let excess = self.used().saturating_sub(self.budget.low).0;
+        let ram =
+            |machine: &MachineEntry| machine.usage.of(Kind::Resident).0 + machine.usage.of(Kind::Limbo).0;
+        let above = |machine: &MachineEntry, level: u64| {
+            ram(machine).saturating_sub(level.max(machine.terms.reservation.0))
+        };
+        // The highest level at which what is above it suffices, by bisection to the page. Level 0 may not suffice:
+        // then everybody gives all but its reservation, and stalls will follow.
+        let (mut low, mut high) = (0, self.machines.iter().map(ram).max().unwrap_or(0));
+        while high - low > PAGE_SIZE as u64 {
+            let middle = low.midpoint(high);
+            if self.machines.iter().map(|machine| above(machine, middle)).sum::<u64>() >= excess {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        let gives =
+            self.machines.iter().map(|machine| (machine.id, ByteCount(above(machine, low)).pages_ceil()));
+        gives.filter(|(_, pages)| pages.0 > 0).collect()
+    }
+
+    /// Checks that all sums add up.
+    ///
+    /// # Errors
+    /// [`LedgerError::Unbalanced`] names the first group whose sums do not.
+    pub fn audit(&self) -> Result<(), LedgerError> {
+        for group in &self.groups {
+            let mut sum = group.stores;
+            for machine in self.machines.iter().filter(|machine| machine.group == group.id) {
+                for (sum, part) in sum.0.iter_mut().zip(machine.usage.0) {
+                    *sum += part;
+                }
+            }
+            if sum != group.usage {
+                return Err(LedgerError::Unbalanced { group: group.id });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GROUP: GroupId = GroupId(0);
+
+    fn ledger(hard: u64, reservations: &[u64]) -> Ledger {
+        let mut ledger = Ledger::new(Budget::of(ByteCount::mib(hard)));
+        ledger.add_group(GROUP);
+        for (id, reservation) in (0..).zip(reservations) {
+            let terms = Terms { size: ByteCount::mib(1024), reservation: ByteCount::mib(*reservation) };
+            ledger.admit(MachineId(id), GROUP, terms).unwrap();
+        }
+        ledger
+    }
+
+    #[test]
+    fn a_charge_past_the_hard_line_is_refused_and_changes_nothing() {
+        let mut ledger = ledger(10, &[0]);
+        ledger.observe(ByteCount::mib(2), ByteCount(0));
+        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(8)).unwrap();
+        let refused = ledger.charge(MachineId(0), Kind::Resident, ByteCount(1));
+        assert_eq!(refused, Err(LedgerError::OverBudget { asked: ByteCount(1), left: ByteCount(0) }));
+        assert_eq!(ledger.used(), ByteCount::mib(10));
+        ledger.audit().unwrap();
+    }
+
+    #[test]
+    fn the_largest_user_gives_first_and_reservations_are_kept() {
+        let mut ledger = ledger(160, &[0, 0, 60]);
+        for (id, mib) in [(0, 100), (1, 20), (2, 60)] {
+            ledger.settle(MachineId(id), Kind::Resident, ByteCount::mib(mib)).unwrap();
+        }
+        // 180 used, low mark 150: 30 MiB to give, all of it from the machine with 100.
+        let asked = ledger.reclaim();
+        assert_eq!(asked.len(), 1);
+        assert_eq!(asked[0].0, MachineId(0));
+        let pages = ByteCount::mib(30).pages_floor().0;
+        assert!((pages..=pages + 1).contains(&asked[0].1.0), "{asked:?}");
+        ledger.settle(MachineId(1), Kind::Limbo, ByteCount::mib(200)).unwrap();
+        assert!(ledger.reclaim().iter().all(|(id, _)| *id != MachineId(2)));
+    }
+
+    #[test]
+    fn nobody_is_asked_below_the_high_mark() {
+        let mut ledger = ledger(160, &[0]);
+        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(150)).unwrap();
+        assert!(ledger.reclaim().is_empty());
+    }
+
+    #[test]
+    fn sums_are_conserved_through_everything_a_machine_does() {
+        let mut ledger = ledger(100, &[10, 10]);
+        let mib = ByteCount::mib;
+        ledger.charge(MachineId(0), Kind::Resident, mib(30)).unwrap();
+        ledger.charge(MachineId(1), Kind::Tables, mib(1)).unwrap();
+        ledger.settle(MachineId(0), Kind::Resident, mib(20)).unwrap();
+        ledger.settle(MachineId(0), Kind::Limbo, mib(10)).unwrap();
+        ledger.set_store(GROUP, mib(5)).unwrap();
+        ledger.set_store(GROUP, mib(3)).unwrap();
+        ledger.audit().unwrap();
+        assert_eq!(ledger.charged(), mib(34));
+        ledger.remove(MachineId(0)).unwrap();
+        ledger.audit().unwrap();
+        assert_eq!(ledger.charged(), mib(4));
+    }
+
+    #[test]
+    fn reservations_beyond_the_budget_are_refused_with_the_arithmetic() {
+        let mut ledger = ledger(100, &[90]);
+        let terms = Terms { size: ByteCount::mib(64), reservation: ByteCount::mib(20) };
+        let error = ledger.admit(MachineId(1), GROUP, terms).unwrap_err();
+        assert_eq!(
+            error,
+            LedgerError::Overreserved {
+                reserved: ByteCount::mib(90),
+                asked: ByteCount::mib(20),
+                hard: ByteCount::mib(100)
+            }
+        );
+    }
+
+    #[test]
+    fn what_the_kernel_counts_beyond_the_charges_is_overhead_and_never_negative() {
+        let mut ledger = ledger(100, &[0]);
+        ledger.observe(ByteCount::mib(7), ByteCount::mib(5));
+        assert_eq!(ledger.overhead(), ByteCount::mib(2));
+        ledger.observe(ByteCount::mib(3), ByteCount::mib(5));
+        assert_eq!(ledger.overhead(), ByteCount(0));
+    }
+}

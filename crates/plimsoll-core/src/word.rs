@@ -1,0 +1,356 @@
+//! The page word: eight bytes that say where the bytes of one guest page are.
+//!
+//! Enters: a word as it stands in memory and what happened to its page. Leaves: the next word, or the refusal of a
+//! transition that must not happen. This is the only place that knows which transitions are legal.
+//!
+//! ```text
+//!  63                                    4 3    0
+//! +---------------------------------------+------+
+//! |               payload                 | state|
+//! +---------------------------------------+------+
+//! ```
+//!
+//! | state | payload | where the bytes are |
+//! |---|---|---|
+//! | 0 zero | 0 | nowhere: the page reads as zeros |
+//! | 1 resident | 0 | in guest RAM |
+//! | 2 capturing | slot page | in guest RAM or in that slot page: a move is under way |
+//! | 3 limbo | slot page | in that slot page |
+//! | 4 stored | object | in the store |
+//! | 5 file | page offset | in the machine's snapshot file, not yet read |
+//! | 6 absent | 0 | nowhere: the guest gave the page back; it reads as zeros |
+//! | 7 pinned | cause | in guest RAM, and cannot be moved for now |
+//! | 8 never-page | 0 | in guest RAM, and must not be moved |
+//! | 9 poisoned | 0 | lost: a touch must fail, never read wrong bytes |
+//!
+//! A fresh, zeroed word is a valid one: a page nobody has touched.
+use core::fmt;
+use plimsoll_types::SlotPage;
+
+/// Bits of payload in a word.
+pub const PAYLOAD_BITS: u32 = 60;
+const STATE_BITS: u32 = 64 - PAYLOAD_BITS;
+
+/// Names an object of the store. Its meaning is the store's; it fits in [`PAYLOAD_BITS`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectRef(u64);
+
+impl ObjectRef {
+    /// `None` if the bits do not fit in a page word.
+    pub const fn new(bits: u64) -> Option<Self> {
+        if bits >> PAYLOAD_BITS == 0 { Some(Self(bits)) } else { None }
+    }
+
+    /// The bits given to [`ObjectRef::new`].
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+}
+
+/// Why a resident page cannot be moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PinCause {
+    /// The VMM's own pin table holds it for a device.
+    Device,
+    /// The kernel found a reference it will not move under (`FOLL_PIN`, KSM, a forked child), even after the page was
+    /// made the process's own again.
+    Kernel,
+}
+
+/// Where the bytes of a page are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PageState {
+    /// Nowhere: the page reads as zeros.
+    Zero,
+    /// In guest RAM.
+    Resident,
+    /// On the way from guest RAM to a slot page; the kernel knows which of the two holds it.
+    Capturing(SlotPage),
+    /// In a slot page of the airlock.
+    Limbo(SlotPage),
+    /// In the store.
+    Stored(ObjectRef),
+    /// In the machine's snapshot file, at this page offset.
+    File(u32),
+    /// Nowhere: the guest gave the page back. Reads as zeros; counted apart from [`PageState::Zero`].
+    Absent,
+    /// In guest RAM, not movable for now.
+    Pinned(PinCause),
+    /// In guest RAM, never to be moved.
+    NeverPage,
+    /// Lost. A touch must fail.
+    Poisoned,
+}
+
+/// The states without their payloads, for counting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "each is the PageState of the same name")]
+pub enum StateKind {
+    Zero = 0,
+    Resident = 1,
+    Capturing = 2,
+    Limbo = 3,
+    Stored = 4,
+    File = 5,
+    Absent = 6,
+    Pinned = 7,
+    NeverPage = 8,
+    Poisoned = 9,
+}
+
+impl StateKind {
+    /// All kinds, in the order of their codes.
+    pub const ALL: [Self; 10] = [
+        Self::Zero,
+        Self::Resident,
+        Self::Capturing,
+        Self::Limbo,
+        Self::Stored,
+        Self::File,
+        Self::Absent,
+        Self::Pinned,
+        Self::NeverPage,
+        Self::Poisoned,
+    ];
+
+    /// The word the field uses.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Zero => "zero",
+            Self::Resident => "resident",
+            Self::Capturing => "capturing",
+            Self::Limbo => "limbo",
+            Self::Stored => "stored",
+            Self::File => "file",
+            Self::Absent => "absent",
+            Self::Pinned => "pinned",
+            Self::NeverPage => "never-page",
+            Self::Poisoned => "poisoned",
+        }
+    }
+}
+
+impl PageState {
+    /// The state without its payload.
+    pub const fn kind(self) -> StateKind {
+        match self {
+            Self::Zero => StateKind::Zero,
+            Self::Resident => StateKind::Resident,
+            Self::Capturing(_) => StateKind::Capturing,
+            Self::Limbo(_) => StateKind::Limbo,
+            Self::Stored(_) => StateKind::Stored,
+            Self::File(_) => StateKind::File,
+            Self::Absent => StateKind::Absent,
+            Self::Pinned(_) => StateKind::Pinned,
+            Self::NeverPage => StateKind::NeverPage,
+            Self::Poisoned => StateKind::Poisoned,
+        }
+    }
+
+    /// True when the page's bytes are in guest RAM for certain, unless the guest has just discarded them.
+    pub const fn is_in_ram(self) -> bool {
+        matches!(self, Self::Resident | Self::Pinned(_) | Self::NeverPage)
+    }
+}
+
+/// A page word as it stands in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct PageWord(pub u64);
+
+impl PageWord {
+    /// The word for a state.
+    pub const fn new(state: PageState) -> Self {
+        let payload = match state {
+            PageState::Capturing(slot) | PageState::Limbo(slot) => slot.0 as u64,
+            PageState::Stored(object) => object.0,
+            PageState::File(offset) => offset as u64,
+            PageState::Pinned(PinCause::Kernel) => 1,
+            _ => 0,
+        };
+        Self(payload << STATE_BITS | state.kind() as u64)
+    }
+
+    /// The state a word stands for, or `None` for bits that no transition writes.
+    pub const fn state(self) -> Option<PageState> {
+        let payload = self.0 >> STATE_BITS;
+        #[expect(clippy::cast_possible_truncation, reason = "`fits` says whether it did")]
+        let small = payload as u32;
+        let fits = small as u64 == payload;
+        let state = match self.0 & ((1 << STATE_BITS) - 1) {
+            0 => PageState::Zero,
+            1 => PageState::Resident,
+            2 if fits => PageState::Capturing(SlotPage(small)),
+            3 if fits => PageState::Limbo(SlotPage(small)),
+            4 => PageState::Stored(ObjectRef(payload)),
+            5 if fits => PageState::File(small),
+            6 => PageState::Absent,
+            7 if payload == 0 => PageState::Pinned(PinCause::Device),
+            7 if payload == 1 => PageState::Pinned(PinCause::Kernel),
+            8 => PageState::NeverPage,
+            9 => PageState::Poisoned,
+            _ => return None,
+        };
+        Some(state)
+    }
+}
+
+impl fmt::Debug for PageWord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.state() {
+            Some(state) => write!(f, "{state:?}"),
+            None => write!(f, "PageWord({:#x})", self.0),
+        }
+    }
+}
+
+/// Something that happened to a page, or is about to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transition {
+    /// The page's bytes were put into guest RAM.
+    Install,
+    /// The page will be moved to the slot page. Written *before* the move: intent precedes action.
+    BeginCapture(SlotPage),
+    /// The move to the slot page was done.
+    Capture(SlotPage),
+    /// The move to the slot page was refused; the page stayed.
+    Refuse(SlotPage),
+    /// The move found nothing: the guest had discarded the page.
+    Vanish(SlotPage),
+    /// The bytes in the slot page were stored as the object.
+    Store(SlotPage, ObjectRef),
+    /// The bytes in the slot page were found to be all zero.
+    DropZero(SlotPage),
+    /// The guest gave the page back.
+    Discard,
+    /// The page was found immovable.
+    Pin(PinCause),
+    /// The page may be tried again.
+    Unpin,
+    /// The page must never be moved.
+    Exclude,
+    /// The page may be moved again.
+    Include,
+    /// The page's bytes were found to be lost.
+    Poison,
+}
+
+/// A transition that the page's state does not allow. The word is unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IllegalTransition {
+    /// The word found; it may itself be one that no transition writes.
+    pub word: PageWord,
+    /// What was tried.
+    pub transition: Transition,
+}
+
+impl fmt::Display for IllegalTransition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a page that is {:?} cannot take {:?}", self.word, self.transition)
+    }
+}
+
+impl core::error::Error for IllegalTransition {}
+
+impl PageWord {
+    /// The word after `transition`.
+    ///
+    /// # Errors
+    /// [`IllegalTransition`] when the state does not allow it, or a slot page is not the one the word names.
+    #[inline]
+    pub fn after(self, transition: Transition) -> Result<Self, IllegalTransition> {
+        use PageState as S;
+        use Transition as T;
+        let illegal = IllegalTransition { word: self, transition };
+        let next = match (self.state().ok_or(illegal)?, transition) {
+            (S::Zero | S::Absent | S::Limbo(_) | S::Stored(_) | S::File(_), T::Install) => S::Resident,
+            (S::Resident, T::BeginCapture(slot)) => S::Capturing(slot),
+            (S::Capturing(named), T::Capture(slot)) if named == slot => S::Limbo(slot),
+            (S::Capturing(named), T::Refuse(slot)) if named == slot => S::Resident,
+            (S::Capturing(named), T::Vanish(slot)) if named == slot => S::Absent,
+            (S::Limbo(named), T::Store(slot, object)) if named == slot => S::Stored(object),
+            (S::Limbo(named), T::DropZero(slot)) if named == slot => S::Zero,
+            // The guest may discard at any time, whatever the page is going through. A lost page that the guest no
+            // longer wants is no longer lost.
+            (_, T::Discard) => S::Absent,
+            (S::Resident, T::Pin(cause)) => S::Pinned(cause),
+            (S::Pinned(_), T::Unpin) => S::Resident,
+            (S::Resident | S::Pinned(_), T::Exclude) => S::NeverPage,
+            (S::NeverPage, T::Include) => S::Resident,
+            (S::Limbo(_) | S::Stored(_) | S::File(_), T::Poison) => S::Poisoned,
+            _ => return Err(illegal),
+        };
+        Ok(Self::new(next))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec::Vec;
+
+    fn every_state() -> Vec<PageState> {
+        let mut states = alloc::vec![
+            PageState::Zero,
+            PageState::Resident,
+            PageState::Absent,
+            PageState::Pinned(PinCause::Device),
+            PageState::Pinned(PinCause::Kernel),
+            PageState::NeverPage,
+            PageState::Poisoned,
+        ];
+        for slot in [0, 7, u32::MAX].map(SlotPage) {
+            states.extend([PageState::Capturing(slot), PageState::Limbo(slot), PageState::File(slot.0)]);
+        }
+        states.extend(
+            [0, (1 << PAYLOAD_BITS) - 1].map(|bits| PageState::Stored(ObjectRef::new(bits).unwrap())),
+        );
+        states
+    }
+
+    #[test]
+    fn every_state_survives_its_word() {
+        for state in every_state() {
+            assert_eq!(PageWord::new(state).state(), Some(state));
+        }
+        assert_eq!(PageWord(0).state(), Some(PageState::Zero), "fresh memory is a valid word");
+    }
+
+    #[test]
+    fn bits_no_transition_writes_are_no_state_and_take_no_transition() {
+        for bits in [10, 15, 1 << 63 | 2, 2 << 4 | 7] {
+            assert_eq!(PageWord(bits).state(), None);
+            assert!(PageWord(bits).after(Transition::Discard).is_err());
+        }
+        assert_eq!(ObjectRef::new(1 << PAYLOAD_BITS), None);
+    }
+
+    #[test]
+    fn a_page_held_elsewhere_is_never_captured_and_a_page_in_ram_is_never_installed() {
+        for state in every_state() {
+            let word = PageWord::new(state);
+            let captured = word.after(Transition::BeginCapture(SlotPage(1)));
+            assert_eq!(captured.is_ok(), state == PageState::Resident, "{state:?}");
+            let installable =
+                !state.is_in_ram() && !matches!(state, PageState::Capturing(_) | PageState::Poisoned);
+            assert_eq!(word.after(Transition::Install).is_ok(), installable, "{state:?}");
+        }
+    }
+
+    #[test]
+    fn a_move_that_finished_late_cannot_claim_another_moves_page() {
+        let word = PageWord::new(PageState::Capturing(SlotPage(4)));
+        for late in [
+            Transition::Capture(SlotPage(5)),
+            Transition::Refuse(SlotPage(5)),
+            Transition::Vanish(SlotPage(5)),
+        ] {
+            assert!(word.after(late).is_err());
+        }
+        let discarded = word.after(Transition::Discard).unwrap();
+        assert!(
+            discarded.after(Transition::Capture(SlotPage(4))).is_err(),
+            "a discard wins over the move under it"
+        );
+    }
+}
