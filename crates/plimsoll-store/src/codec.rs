@@ -1,0 +1,130 @@
+//! A page as it is stored: lz4, or raw where lz4 does not take it below three quarters.
+//!
+//! A page enters and bytes leave, and back. Nothing is allocated per page, and no bytes, however bad, do more
+//! than fail to decode.
+use crate::{class::COMPRESSED_MAX, digest::Digest};
+use alloc::boxed::Box;
+use core::fmt;
+use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use plimsoll_types::{PAGE_SIZE, PageBytes};
+
+/// How an object's page is kept. Two bits of its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Codec {
+    /// A word in the record, no data.
+    Same,
+    /// One lz4 block.
+    Lz4,
+    /// As it is.
+    Raw,
+}
+
+impl Codec {
+    pub(crate) const fn to_bits(self) -> u64 {
+        match self {
+            Self::Same => 1,
+            Self::Lz4 => 2,
+            Self::Raw => 3,
+        }
+    }
+
+    pub(crate) const fn from_bits(bits: u64) -> Option<Self> {
+        match bits {
+            1 => Some(Self::Same),
+            2 => Some(Self::Lz4),
+            3 => Some(Self::Raw),
+            _ => None,
+        }
+    }
+}
+
+const SCRATCH_SIZE: usize = get_maximum_output_size(PAGE_SIZE);
+
+/// Compresses pages, one thread's worth: the hash table and the output buffer are made once.
+pub struct Encoder {
+    table: Box<CompressTable>,
+    scratch: Box<[u8; SCRATCH_SIZE]>,
+}
+
+/// A page ready for [`Store::insert`](crate::Store::insert).
+#[derive(Clone, Copy)]
+pub struct Encoded<'a> {
+    codec: Codec,
+    bytes: &'a [u8],
+}
+
+impl Encoder {
+    /// An encoder with its buffers.
+    pub fn new() -> Self {
+        Self { table: Box::new(CompressTable::small()), scratch: Box::new([0; SCRATCH_SIZE]) }
+    }
+
+    /// Compresses `page`, or gives it back raw where that is not worth it. Of pages that are one word repeated
+    /// the digest says all there is to say, and nothing is done.
+    pub fn encode<'a>(&'a mut self, page: &'a PageBytes, digest: &Digest) -> Encoded<'a> {
+        if !matches!(digest, Digest::Hashed(_)) {
+            return Encoded { codec: Codec::Same, bytes: &[] };
+        }
+        // The scratch has the size lz4 asks for; were it to fail all the same, raw is always right.
+        let length = compress_into_with_table(page, self.scratch.as_mut_slice(), &mut self.table).ok();
+        let compressed =
+            length.filter(|length| *length <= COMPRESSED_MAX).and_then(|length| self.scratch.get(..length));
+        match compressed {
+            Some(bytes) => Encoded { codec: Codec::Lz4, bytes },
+            None => Encoded { codec: Codec::Raw, bytes: page },
+        }
+    }
+}
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Encoder").finish_non_exhaustive()
+    }
+}
+
+impl<'a> Encoded<'a> {
+    pub(crate) const fn codec(&self) -> Codec {
+        self.codec
+    }
+
+    /// The bytes to be stored; none of a page that is one word repeated.
+    pub const fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// True when lz4 was not worth it.
+    pub fn is_raw(&self) -> bool {
+        self.codec == Codec::Raw
+    }
+}
+
+impl fmt::Debug for Encoded<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Encoded({:?}, {} bytes)", self.codec, self.bytes.len())
+    }
+}
+
+/// Stored bytes that are not a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NotAPage;
+
+/// Decodes stored bytes into `page`, whose contents are arbitrary where this fails.
+pub(crate) fn decode(codec: Codec, bytes: &[u8], page: &mut PageBytes) -> Result<(), NotAPage> {
+    match codec {
+        Codec::Same => Err(NotAPage),
+        Codec::Raw => {
+            *page = bytes.try_into().map_err(|_| NotAPage)?;
+            Ok(())
+        }
+        Codec::Lz4 => match decompress_into(bytes, page) {
+            Ok(PAGE_SIZE) => Ok(()),
+            _ => Err(NotAPage),
+        },
+    }
+}

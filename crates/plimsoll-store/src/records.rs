@@ -1,0 +1,203 @@
+//! Which records of which record slab are taken, and the records themselves.
+//!
+//! Record number `n` is the `n % 2730`-th of the slab whose tag has sequence number `n / 2730`. Low numbers are
+//! given first, so that the highest slabs empty and go back. A record is zeroed when it is freed.
+use crate::{
+    bits,
+    memory::{SLAB_SIZE, SlabId, SlabKind, SlabMemory, SlabTag, SlabsExhausted},
+    record::{NotARecord, RECORD_SIZE, RECORDS_PER_SLAB, Record, RecordNumber},
+    stats::{TREE_ENTRY_SIZE, reserve_eighth, shrink_idle},
+};
+use alloc::{boxed::Box, collections::BTreeSet, vec::Vec};
+
+const WORDS: usize = RECORDS_PER_SLAB.div_ceil(u64::BITS) as usize;
+
+/// Sequence numbers are below this, so that every record has a number of 32 bits.
+const SEQUENCES: u32 = u32::MAX / RECORDS_PER_SLAB;
+
+#[derive(Clone, Debug)]
+struct RecordSlab {
+    slab: SlabId,
+    used: u32,
+    taken: Box<[u64; WORDS]>,
+}
+
+/// See the file's head.
+#[derive(Clone, Debug)]
+pub(crate) struct RecordTable {
+    /// By sequence number.
+    slabs: Vec<Option<RecordSlab>>,
+    /// Sequence numbers of slabs with free records.
+    with_room: BTreeSet<u32>,
+    held: usize,
+}
+
+impl RecordTable {
+    pub(crate) const fn new() -> Self {
+        Self { slabs: Vec::new(), with_room: BTreeSet::new(), held: 0 }
+    }
+
+    /// Takes up a slab as number `sequence`; false where that number is taken or absurd.
+    pub(crate) fn adopt(&mut self, slab: SlabId, sequence: u32, sequence_limit: usize) -> bool {
+        let place = sequence as usize;
+        if place >= sequence_limit || sequence >= SEQUENCES {
+            return false;
+        }
+        if self.slabs.len() <= place {
+            reserve_eighth(&mut self.slabs, place + 1);
+            self.slabs.resize_with(place + 1, || None);
+        }
+        let Some(entry @ None) = self.slabs.get_mut(place) else { return false };
+        *entry = Some(RecordSlab { slab, used: 0, taken: Box::new([0; WORDS]) });
+        self.held += 1;
+        self.with_room.insert(sequence);
+        true
+    }
+
+    /// Takes a free record, whose bytes are zero.
+    pub(crate) fn take(&mut self, memory: &mut impl SlabMemory) -> Result<RecordNumber, SlabsExhausted> {
+        let sequence = match self.with_room.first() {
+            Some(sequence) => *sequence,
+            None => self.extend(memory)?,
+        };
+        let held = self.slabs.get(sequence as usize).and_then(Option::as_ref);
+        let free = held.and_then(|held| bits::first_absent(held.taken.as_slice(), RECORDS_PER_SLAB));
+        let number = RecordNumber(sequence * RECORDS_PER_SLAB + free.ok_or(SlabsExhausted)?);
+        if self.claim(number) { Ok(number) } else { Err(SlabsExhausted) }
+    }
+
+    /// Acquires a slab for the lowest sequence number without one.
+    fn extend(&mut self, memory: &mut impl SlabMemory) -> Result<u32, SlabsExhausted> {
+        let vacant = self.slabs.iter().position(Option::is_none).unwrap_or(self.slabs.len());
+        let sequence =
+            u32::try_from(vacant).ok().filter(|vacant| *vacant < SEQUENCES).ok_or(SlabsExhausted)?;
+        let slab = memory.acquire(SlabTag::new(SlabKind::Records { sequence }))?;
+        self.adopt(slab, sequence, usize::MAX);
+        Ok(sequence)
+    }
+
+    /// Marks a record as taken; false where it is taken already or cannot be.
+    pub(crate) fn claim(&mut self, number: RecordNumber) -> bool {
+        let (sequence, place) = split(number);
+        let Some(Some(held)) = self.slabs.get_mut(sequence as usize) else { return false };
+        if !bits::insert(held.taken.as_mut_slice(), place) {
+            return false;
+        }
+        held.used += 1;
+        if held.used == RECORDS_PER_SLAB {
+            self.with_room.remove(&sequence);
+        }
+        true
+    }
+
+    /// Zeroes and frees a record, and its slab with the last one.
+    pub(crate) fn free(&mut self, memory: &mut impl SlabMemory, number: RecordNumber) {
+        let (sequence, place) = split(number);
+        let Some(Some(held)) = self.slabs.get_mut(sequence as usize) else { return };
+        if !bits::remove(held.taken.as_mut_slice(), place) {
+            return;
+        }
+        held.used = held.used.saturating_sub(1);
+        if let Some(bytes) = record_mut(memory, held.slab, place) {
+            bytes.fill(0);
+        }
+        let used = held.used;
+        self.with_room.insert(sequence);
+        if used == 0 {
+            self.drop_slab(memory, sequence);
+        }
+    }
+
+    /// The record with that number; `None` where it is not taken.
+    pub(crate) fn read(
+        &self,
+        memory: &impl SlabMemory,
+        number: RecordNumber,
+    ) -> Option<Result<Record, NotARecord>> {
+        let (sequence, place) = split(number);
+        let held = self.slabs.get(sequence as usize)?.as_ref()?;
+        bits::contains(held.taken.as_slice(), place).then(|| read_at(memory, held.slab, place))
+    }
+
+    /// The record with that number, taken or not; for recovery, which is about to find out.
+    pub(crate) fn peek(&self, memory: &impl SlabMemory, number: RecordNumber) -> Result<Record, NotARecord> {
+        let (sequence, place) = split(number);
+        let held = self.slabs.get(sequence as usize).and_then(Option::as_ref).ok_or(NotARecord)?;
+        read_at(memory, held.slab, place)
+    }
+
+    /// The key of a record for the index. Of one that is damaged or free, anything.
+    pub(crate) fn key(&self, memory: &impl SlabMemory, number: RecordNumber) -> u64 {
+        self.peek(memory, number).map_or(0, |record| record.key())
+    }
+
+    /// Writes a record that is taken.
+    pub(crate) fn write(&self, memory: &mut impl SlabMemory, number: RecordNumber, record: &Record) {
+        let (sequence, place) = split(number);
+        if let Some(Some(held)) = self.slabs.get(sequence as usize)
+            && let Some(bytes) = record_mut(memory, held.slab, place)
+        {
+            *bytes = record.to_bytes();
+        }
+    }
+
+    /// Zeroes every record that is not taken and releases the slabs in which none is. How many objects and how
+    /// many slabs that were.
+    pub(crate) fn sweep(&mut self, memory: &mut impl SlabMemory) -> (u64, u64) {
+        let (mut objects, mut slabs) = (0, 0);
+        for sequence in (0..SEQUENCES).take(self.slabs.len()) {
+            let Some(Some(held)) = self.slabs.get(sequence as usize) else { continue };
+            for place in (0..RECORDS_PER_SLAB).filter(|place| !bits::contains(held.taken.as_slice(), *place))
+            {
+                objects += u64::from(read_at(memory, held.slab, place).is_ok());
+                if let Some(bytes) = record_mut(memory, held.slab, place) {
+                    bytes.fill(0);
+                }
+            }
+            if held.used == 0 {
+                self.drop_slab(memory, sequence);
+                slabs += 1;
+            }
+        }
+        (objects, slabs)
+    }
+
+    /// Slabs held.
+    pub(crate) const fn held(&self) -> usize {
+        self.held
+    }
+
+    /// Bytes of the slabs and of the table itself.
+    pub(crate) fn metadata_size(&self) -> usize {
+        self.held * (SLAB_SIZE + WORDS * size_of::<u64>())
+            + self.slabs.capacity() * size_of::<Option<RecordSlab>>()
+            + self.with_room.len() * TREE_ENTRY_SIZE
+    }
+
+    fn drop_slab(&mut self, memory: &mut impl SlabMemory, sequence: u32) {
+        self.with_room.remove(&sequence);
+        if let Some(entry) = self.slabs.get_mut(sequence as usize)
+            && let Some(held) = entry.take()
+        {
+            self.held -= 1;
+            memory.release(held.slab);
+        }
+        while let Some(None) = self.slabs.last() {
+            self.slabs.pop();
+        }
+        shrink_idle(&mut self.slabs);
+    }
+}
+
+const fn split(number: RecordNumber) -> (u32, u32) {
+    (number.0 / RECORDS_PER_SLAB, number.0 % RECORDS_PER_SLAB)
+}
+
+fn read_at(memory: &impl SlabMemory, slab: SlabId, place: u32) -> Result<Record, NotARecord> {
+    let tail = memory.bytes(slab).get(place as usize * RECORD_SIZE..).ok_or(NotARecord)?;
+    Record::from_bytes(tail.first_chunk().ok_or(NotARecord)?)
+}
+
+fn record_mut(memory: &mut impl SlabMemory, slab: SlabId, place: u32) -> Option<&mut [u8; RECORD_SIZE]> {
+    memory.bytes_mut(slab).get_mut(place as usize * RECORD_SIZE..)?.first_chunk_mut()
+}

@@ -1,0 +1,51 @@
+//! What the store holds and what that costs.
+use alloc::vec::Vec;
+use plimsoll_types::{ByteCount, PageCount};
+
+/// Bytes that an entry of a B-tree of 4-byte keys costs at most: nodes of 11 keys are at least half full.
+pub(crate) const TREE_ENTRY_SIZE: usize = 12;
+
+/// Makes room for `length` elements in all, and an eighth more: where an allocator doubles, half may lie idle,
+/// and the idle half counts against the bytes an object may cost.
+pub(crate) fn reserve_eighth<T>(vector: &mut Vec<T>, length: usize) {
+    if length > vector.capacity() {
+        vector.reserve_exact(length + length / 8 + 4 - vector.len());
+    }
+}
+
+/// Gives back half of what lies idle once that is an eighth, so that shrinking copies as seldom as growing.
+pub(crate) fn shrink_idle<T>(vector: &mut Vec<T>) {
+    if vector.len() < vector.capacity() / 8 * 7 {
+        vector.shrink_to(vector.len() + vector.len() / 16);
+    }
+}
+
+/// Counts of one store. Exact as long as no record is damaged; damage makes them approximate, never a panic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Pages that handles name: the sum of the four kinds below.
+    pub pages: PageCount,
+    /// First references to same-filled objects.
+    pub same: PageCount,
+    /// First references to compressed objects.
+    pub lz4: PageCount,
+    /// First references to raw objects.
+    pub raw: PageCount,
+    /// References beyond an object's first.
+    pub duplicate: PageCount,
+    /// Encoded bytes of all objects.
+    pub data: ByteCount,
+    /// Data slabs held: `data` and what is lost in and between slots.
+    pub data_slabs: ByteCount,
+    /// Record slabs held; part of `metadata`.
+    pub record_slabs: ByteCount,
+    /// Everything but data slabs: records, index, free lists and the store itself.
+    pub metadata: ByteCount,
+}
+
+impl Stats {
+    /// Objects stored: pages with different contents.
+    pub fn objects(&self) -> u64 {
+        self.same.0 + self.lz4.0 + self.raw.0
+    }
+}

@@ -1,0 +1,391 @@
+//! The store: pages in, handles out, and back.
+//!
+//! Everything here runs under the owner's lock; hashing and compressing do not (see the crate's head). What must
+//! never happen: bytes leave that are not the page that came in; an error leaves something half done.
+//!
+//! # Order of writes
+//! Slab memory outlives the manager, which may die between any two instructions. An insertion writes data, then
+//! the record, and only then has the caller a handle to put into a page word; a release zeroes the record and
+//! gives slabs back after the caller's word names the object no longer. So at any instant, what a word names is
+//! whole.
+use crate::{
+    codec::{Codec, Encoded, Encoder, decode},
+    digest::{self, Digest, Fingerprint, digest},
+    error::{Damage, GetError, StoreError},
+    index::Index,
+    memory::{SLAB_SIZE, SlabMemory},
+    record::{Body, Extent, Generation, Handle, Record, RecordNumber},
+    records::RecordTable,
+    slots::SlotTable,
+    stats::Stats,
+};
+use alloc::boxed::Box;
+use core::fmt;
+use plimsoll_types::{ByteCount, PAGE_SIZE, PageBytes, PageCount};
+
+/// The pages of one sharing domain, in slab memory `M`.
+#[derive(Clone)]
+pub struct Store<M> {
+    pub(crate) memory: M,
+    pub(crate) records: RecordTable,
+    pub(crate) slots: SlotTable,
+    pub(crate) index: Index,
+    pub(crate) tally: Tally,
+    /// Of the last insertion.
+    pub(crate) generation: Generation,
+    /// Where candidates for a duplicate are decoded.
+    pub(crate) scratch: Box<PageBytes>,
+}
+
+/// Counters that change with every object.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) references: u64,
+    same: u64,
+    lz4: u64,
+    raw: u64,
+    data_bytes: u64,
+}
+
+/// How [`Store::insert`] kept a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum How {
+    /// As one word, without data.
+    Same,
+    /// As one more reference to an equal page.
+    Duplicate,
+    /// Compressed.
+    Lz4,
+    /// As it was.
+    Raw,
+}
+
+/// A page that is now in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Names it; one reference is the holder's.
+    pub handle: Handle,
+    /// How it is kept.
+    pub how: How,
+}
+
+impl Tally {
+    pub(crate) fn add(&mut self, record: &Record) {
+        *self.kind(record.codec()) += 1;
+        self.data_bytes += data_length(record);
+    }
+
+    fn subtract(&mut self, record: &Record) {
+        let kind = self.kind(record.codec());
+        *kind = kind.saturating_sub(1);
+        self.data_bytes = self.data_bytes.saturating_sub(data_length(record));
+    }
+
+    const fn kind(&mut self, codec: Codec) -> &mut u64 {
+        match codec {
+            Codec::Same => &mut self.same,
+            Codec::Lz4 => &mut self.lz4,
+            Codec::Raw => &mut self.raw,
+        }
+    }
+}
+
+const fn data_length(record: &Record) -> u64 {
+    match record.body {
+        Body::Same(_) => 0,
+        Body::Data { extent, .. } => extent.length as u64,
+    }
+}
+
+impl<M: SlabMemory> Store<M> {
+    /// An empty store. Memory that holds slabs already belongs to [`Store::recover`], which this is with no
+    /// handles: whatever the slabs hold is dropped.
+    pub fn new(memory: M) -> Self {
+        Self::recover(memory, core::iter::empty()).0
+    }
+
+    /// The handle of a page that is here already, with one more reference; `None` where it is not.
+    ///
+    /// # Errors
+    /// [`StoreError::ZeroPage`], [`StoreError::WrongDigest`].
+    pub fn share(&mut self, page: &PageBytes, digest: &Digest) -> Result<Option<Handle>, StoreError> {
+        match *digest {
+            Digest::Zero => return Err(StoreError::ZeroPage),
+            Digest::Same(word) if !digest::is_filled(page, word) => return Err(StoreError::WrongDigest),
+            Digest::Same(_) | Digest::Hashed(_) => {}
+        }
+        let Some((number, mut record)) = self.find(page, digest) else { return Ok(None) };
+        // `find` offers no record that cannot be counted further.
+        record.count = record.count.saturating_add(1);
+        self.records.write(&mut self.memory, number, &record);
+        self.tally.references += 1;
+        Ok(Some(record.handle(number)))
+    }
+
+    /// Stores a page: as one more reference where it came to be here since [`share`](Self::share) was asked,
+    /// else as `encoded`.
+    ///
+    /// # Errors
+    /// [`StoreError::Exhausted`], [`StoreError::ZeroPage`], [`StoreError::WrongDigest`]; the store is then as
+    /// it was.
+    pub fn insert(
+        &mut self,
+        page: &PageBytes,
+        digest: &Digest,
+        encoded: Encoded<'_>,
+    ) -> Result<Stored, StoreError> {
+        if let Some(handle) = self.share(page, digest)? {
+            return Ok(Stored { handle, how: How::Duplicate });
+        }
+        let (stored, how) = match (*digest, encoded.codec()) {
+            (Digest::Zero, _) => return Err(StoreError::ZeroPage),
+            (Digest::Same(word), _) => {
+                (self.insert_body(Body::Same(word), Fingerprint::of_word(word))?, How::Same)
+            }
+            (Digest::Hashed(_), Codec::Same) => return Err(StoreError::WrongDigest),
+            (Digest::Hashed(hash), codec @ (Codec::Lz4 | Codec::Raw)) => {
+                let how = if codec == Codec::Raw { How::Raw } else { How::Lz4 };
+                (self.insert_data(Fingerprint::of_hash(hash), codec, encoded.bytes())?, how)
+            }
+        };
+        Ok(Stored { handle: stored, how })
+    }
+
+    /// All phases at once, for callers without a lock to leave; `None` for a zero page.
+    ///
+    /// # Errors
+    /// [`StoreError::Exhausted`]; the store is then as it was.
+    pub fn put(&mut self, page: &PageBytes, encoder: &mut Encoder) -> Result<Option<Stored>, StoreError> {
+        let digest = digest(page);
+        if digest == Digest::Zero {
+            return Ok(None);
+        }
+        if let Some(handle) = self.share(page, &digest)? {
+            return Ok(Some(Stored { handle, how: How::Duplicate }));
+        }
+        self.insert(page, &digest, encoder.encode(page, &digest)).map(Some)
+    }
+
+    /// Reads a page and checks it. Where this fails, `page` holds arbitrary bytes of this domain.
+    ///
+    /// # Errors
+    /// [`GetError::Stale`] where the handle names no object, [`GetError::Corrupt`] where the page is not the one
+    /// that was stored.
+    pub fn get(&self, handle: Handle, page: &mut PageBytes) -> Result<(), GetError> {
+        let (_, record) = self.resolve(handle)?;
+        let corrupt = |damage| GetError::Corrupt { handle, damage };
+        match record.body {
+            Body::Same(word) => {
+                if Fingerprint::of_word(word).check != record.check {
+                    return Err(corrupt(Damage::Checksum));
+                }
+                digest::fill(page, word);
+            }
+            Body::Data { codec, extent, key } => {
+                let bytes = self.data(extent).ok_or(corrupt(Damage::Record))?;
+                decode(codec, bytes, page).map_err(|_| corrupt(Damage::Encoding))?;
+                if Fingerprint::of_page(page) != (Fingerprint { key, check: record.check }) {
+                    return Err(corrupt(Damage::Checksum));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Drops one reference, and the object with the last one. The caller's page word must name it no longer.
+    ///
+    /// # Errors
+    /// [`StoreError::Stale`] where the handle names no object, [`StoreError::Corrupt`] where its record was
+    /// damaged.
+    pub fn release(&mut self, handle: Handle) -> Result<(), StoreError> {
+        let (number, mut record) = match self.resolve(handle) {
+            Ok(found) => found,
+            Err(GetError::Stale { handle }) => return Err(StoreError::Stale { handle }),
+            Err(GetError::Corrupt { .. }) => {
+                self.drop_record(handle.number(), 0);
+                return Err(StoreError::Corrupt { handle });
+            }
+        };
+        self.tally.references = self.tally.references.saturating_sub(1);
+        if record.count > 1 {
+            record.count -= 1;
+            self.records.write(&mut self.memory, number, &record);
+            return Ok(());
+        }
+        self.tally.subtract(&record);
+        self.drop_record(number, record.key());
+        match record.body {
+            Body::Data { extent, .. } if !self.slots.give_back(&mut self.memory, extent) => {
+                Err(StoreError::Corrupt { handle })
+            }
+            Body::Data { .. } | Body::Same(_) => Ok(()),
+        }
+    }
+
+    /// Flips one stored bit of the object, one that [`get`](Self::get) will notice, to show that damage is
+    /// reported. False, with nothing changed, where the handle is stale or no single bit matters.
+    pub fn sabotage(&mut self, handle: Handle) -> bool {
+        let Ok((number, record)) = self.resolve(handle) else { return false };
+        match record.body {
+            Body::Same(word) => {
+                let damaged = Record { body: Body::Same(word ^ 1), ..record };
+                self.records.write(&mut self.memory, number, &damaged);
+                true
+            }
+            // A flipped bit of lz4 may decode to the same page, where two matches are as good as one another.
+            Body::Data { extent, .. } => (0..extent.length).any(|place| {
+                self.flip(extent, place);
+                let noticed = self.is_damaged(handle);
+                if !noticed {
+                    self.flip(extent, place);
+                }
+                noticed
+            }),
+        }
+    }
+
+    /// What is held and what it costs. Walks the slab table: not for every page.
+    pub fn stats(&self) -> Stats {
+        let Tally { references, same, lz4, raw, data_bytes } = self.tally;
+        let bytes = |count: usize| ByteCount(count as u64);
+        let metadata = self.records.metadata_size()
+            + self.slots.metadata_size()
+            + self.index.metadata_size()
+            + size_of::<Self>()
+            + PAGE_SIZE;
+        Stats {
+            pages: PageCount(references),
+            same: PageCount(same),
+            lz4: PageCount(lz4),
+            raw: PageCount(raw),
+            duplicate: PageCount(references.saturating_sub(same + lz4 + raw)),
+            data: ByteCount(data_bytes),
+            data_slabs: bytes(self.slots.held() * SLAB_SIZE),
+            record_slabs: bytes(self.records.held() * SLAB_SIZE),
+            metadata: bytes(metadata),
+        }
+    }
+
+    /// The slab memory.
+    pub const fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// The slab memory, to change its limits. Its slabs and their bytes are the store's.
+    pub const fn memory_mut(&mut self) -> &mut M {
+        &mut self.memory
+    }
+
+    /// Leaves the slabs as a crash would, for a successor to [`recover`](Self::recover).
+    pub fn into_memory(self) -> M {
+        self.memory
+    }
+
+    /// Drops every page and releases every slab: the end of a domain.
+    pub fn dismantle(self) -> M {
+        Store::new(self.memory).memory
+    }
+
+    /// The live object that a handle names, its record well formed.
+    fn resolve(&self, handle: Handle) -> Result<(RecordNumber, Record), GetError> {
+        let number = handle.number();
+        match self.records.read(&self.memory, number) {
+            None => Err(GetError::Stale { handle }),
+            Some(Err(_)) => Err(GetError::Corrupt { handle, damage: Damage::Record }),
+            Some(Ok(record)) if record.handle(number) != handle => Err(GetError::Stale { handle }),
+            Some(Ok(record)) => Ok((number, record)),
+        }
+    }
+
+    /// The encoded bytes of an object, or `None` where its record names no slot in use.
+    fn data(&self, extent: Extent) -> Option<&[u8]> {
+        self.memory.bytes(extent.slab).get(self.slots.range(extent)?)
+    }
+
+    /// A record whose page has these very bytes and that takes one more reference.
+    fn find(&mut self, page: &PageBytes, digest: &Digest) -> Option<(RecordNumber, Record)> {
+        let wanted = match *digest {
+            Digest::Zero => return None,
+            Digest::Same(word) => Fingerprint::of_word(word),
+            Digest::Hashed(hash) => Fingerprint::of_hash(hash),
+        };
+        let Self { memory, records, slots, index, scratch, .. } = self;
+        let run = index.run(wanted.key, |number| records.key(memory, number));
+        run.iter().find_map(|number| {
+            let record = records.read(memory, *number)?.ok()?;
+            if record.check != wanted.check || record.count == u32::MAX {
+                return None;
+            }
+            let equal = match (record.body, *digest) {
+                // `share` saw that the word fills the page.
+                (Body::Same(here), Digest::Same(word)) => here == word,
+                (Body::Data { codec, extent, .. }, Digest::Hashed(_)) => {
+                    let bytes = memory.bytes(extent.slab).get(slots.range(extent)?)?;
+                    decode(codec, bytes, scratch).is_ok() && **scratch == *page
+                }
+                _ => false,
+            };
+            equal.then_some((*number, record))
+        })
+    }
+
+    fn insert_data(
+        &mut self,
+        fingerprint: Fingerprint,
+        codec: Codec,
+        bytes: &[u8],
+    ) -> Result<Handle, StoreError> {
+        let extent = self.slots.take(&mut self.memory, bytes.len())?;
+        let target =
+            self.slots.range(extent).and_then(|range| self.memory.bytes_mut(extent.slab).get_mut(range));
+        let written = match target {
+            Some(target) => {
+                target.copy_from_slice(bytes);
+                self.insert_body(Body::Data { codec, extent, key: fingerprint.key }, fingerprint)
+            }
+            // A slab shorter than the contract says: as good as none.
+            None => Err(StoreError::Exhausted),
+        };
+        if written.is_err() {
+            self.slots.give_back(&mut self.memory, extent);
+        }
+        written
+    }
+
+    fn insert_body(&mut self, body: Body, fingerprint: Fingerprint) -> Result<Handle, StoreError> {
+        let number = self.records.take(&mut self.memory)?;
+        self.generation = self.generation.next();
+        let record = Record { body, check: fingerprint.check, count: 1, generation: self.generation };
+        self.records.write(&mut self.memory, number, &record);
+        let Self { memory, records, index, .. } = self;
+        index.insert(fingerprint.key, number, |number| records.key(memory, number));
+        self.tally.references += 1;
+        self.tally.add(&record);
+        Ok(record.handle(number))
+    }
+
+    fn drop_record(&mut self, number: RecordNumber, key: u64) {
+        let Self { memory, records, index, .. } = self;
+        index.remove(key, number, |number| records.key(memory, number));
+        self.records.free(&mut self.memory, number);
+    }
+
+    fn flip(&mut self, extent: Extent, place: usize) {
+        let range = self.slots.range(extent).unwrap_or(0..0);
+        let bytes = self.memory.bytes_mut(extent.slab).get_mut(range);
+        if let Some(byte) = bytes.and_then(|bytes| bytes.get_mut(place)) {
+            *byte ^= 1;
+        }
+    }
+
+    fn is_damaged(&self, handle: Handle) -> bool {
+        let mut page = [0; PAGE_SIZE];
+        self.get(handle, &mut page).is_err()
+    }
+}
+
+impl<M> fmt::Debug for Store<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("tally", &self.tally).finish_non_exhaustive()
+    }
+}
