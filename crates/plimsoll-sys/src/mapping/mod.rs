@@ -1,0 +1,18 @@
+//! Memory of this process, in three kinds that differ in who may change the bytes, and so in what they hand out:
+//!
+//! | type | changed by | hands out |
+//! |---|---|---|
+//! | [`AnonymousMapping`]: guest RAM, the airlock | guest, kernel, userfaultfd | copies, [`UnborrowedRange`](crate::UnborrowedRange)s |
+//! | [`SharedMapping`]: memory of a memfd shared with another process | that process | atomics |
+//! | [`ExclusiveMapping`]: memory of a memfd that only this process maps | this process | slices |
+//!
+//! What must never happen here: a reference into memory of the first kind, a plain one into the second, or a mapping
+//! that shrinks under its user.
+
+mod anonymous;
+mod memfd;
+mod shared;
+
+pub use anonymous::{AnonymousMapping, HugePages, MapError, RangeError};
+pub use memfd::{Memfd, MemfdError};
+pub use shared::{ExclusiveMapping, SharedMapping};

@@ -1,0 +1,281 @@
+//! Numbers about a process from /proc: text enters, counts of bytes leave. Unknown lines are ignored (kernels add
+//! them), a missing or unreadable one that was asked for is an error that names it, never a zero.
+
+use crate::ProcessId;
+use plimsoll_types::{ByteCount, PageCount};
+use std::io;
+
+/// A file of /proc could not be read or lacks something.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ProcfsError {
+    /// There is no such process.
+    #[error("{0} is gone")]
+    NoProcess(ProcessId),
+    /// The process belongs to somebody else.
+    #[error("not permitted to read {file} of {process}: run as its user, or with CAP_SYS_PTRACE")]
+    NotPermitted {
+        /// The process.
+        process: ProcessId,
+        /// The file's name.
+        file: &'static str,
+    },
+    /// A line is missing. A process that is exiting has no memory lines.
+    #[error("{file} has no field {field}: the process may be exiting, or the kernel too old")]
+    Missing {
+        /// The file's name.
+        file: &'static str,
+        /// The line or column.
+        field: &'static str,
+    },
+    /// A line is there and is not what it should be.
+    #[error("{file} has {found:?} where {field} should be")]
+    Malformed {
+        /// The file's name.
+        file: &'static str,
+        /// The line or column.
+        field: &'static str,
+        /// What stands there.
+        found: String,
+    },
+    /// Something else failed.
+    #[error("reading {file} of {process} failed")]
+    Other {
+        /// The process.
+        process: ProcessId,
+        /// The file's name.
+        file: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The memory of a process by kind, from smaps_rollup. Exact and slow: the kernel walks all page tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SmapsRollup {
+    /// All resident memory.
+    pub rss: ByteCount,
+    /// Resident memory, shared pages divided by their sharers.
+    pub pss: ByteCount,
+    /// The anonymous part of `pss`.
+    pub pss_anon: ByteCount,
+    /// The part of `pss` that belongs to files.
+    pub pss_file: ByteCount,
+    /// The part of `pss` that is shared memory (memfd).
+    pub pss_shmem: ByteCount,
+    /// Resident anonymous memory.
+    pub anonymous: ByteCount,
+    /// Anonymous memory in huge pages.
+    pub anon_huge_pages: ByteCount,
+    /// Memory in swap.
+    pub swap: ByteCount,
+}
+
+/// The memory of a process, from statm: cheap. The kernel updates it in batches per CPU; it can be off by some pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Statm {
+    /// Address space.
+    pub size: PageCount,
+    /// Resident pages.
+    pub resident: PageCount,
+    /// Those of them that belong to files or shared memory.
+    pub shared: PageCount,
+}
+
+/// What /proc/PID/status says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The most resident memory there ever was (VmHWM).
+    pub peak_rss: ByteCount,
+    /// Resident memory (VmRSS).
+    pub rss: ByteCount,
+    /// Memory in swap (VmSwap).
+    pub swap: ByteCount,
+    /// User ids: real, effective, saved, file system.
+    pub uids: [u32; 4],
+    /// Group ids: real, effective, saved, file system.
+    pub gids: [u32; 4],
+    /// Threads.
+    pub threads: u32,
+}
+
+/// When a process started, in clock ticks since boot. With the process id it names a process uniquely.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StartTime(pub u64);
+
+/// Reads /proc/PID/smaps_rollup. Needs the right to ptrace the process.
+pub fn smaps_rollup(process: ProcessId) -> Result<SmapsRollup, ProcfsError> {
+    parse_smaps_rollup(&read(process, "smaps_rollup")?)
+}
+
+/// Reads /proc/PID/statm.
+pub fn statm(process: ProcessId) -> Result<Statm, ProcfsError> {
+    parse_statm(&read(process, "statm")?)
+}
+
+/// Reads /proc/PID/status.
+pub fn status(process: ProcessId) -> Result<Status, ProcfsError> {
+    parse_status(&read(process, "status")?)
+}
+
+/// Reads the start time from /proc/PID/stat.
+pub fn start_time(process: ProcessId) -> Result<StartTime, ProcfsError> {
+    parse_start_time(&read(process, "stat")?)
+}
+
+fn read(process: ProcessId, file: &'static str) -> Result<String, ProcfsError> {
+    // A process may put any bytes into its name, which stands in stat and status.
+    let bytes = std::fs::read(format!("/proc/{}/{file}", process.get())).map_err(|source| {
+        match (source.kind(), source.raw_os_error()) {
+            (io::ErrorKind::NotFound, _) | (_, Some(libc::ESRCH)) => ProcfsError::NoProcess(process),
+            (io::ErrorKind::PermissionDenied, _) => ProcfsError::NotPermitted { process, file },
+            _ => ProcfsError::Other { process, file, source },
+        }
+    })?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Parses the text of a smaps_rollup file.
+pub fn parse_smaps_rollup(text: &str) -> Result<SmapsRollup, ProcfsError> {
+    let lines = Lines { file: "smaps_rollup", text };
+    Ok(SmapsRollup {
+        rss: lines.kib("Rss")?,
+        pss: lines.kib("Pss")?,
+        pss_anon: lines.kib("Pss_Anon")?,
+        pss_file: lines.kib("Pss_File")?,
+        pss_shmem: lines.kib("Pss_Shmem")?,
+        anonymous: lines.kib("Anonymous")?,
+        anon_huge_pages: lines.kib("AnonHugePages")?,
+        swap: lines.kib("Swap")?,
+    })
+}
+
+/// Parses the text of a statm file.
+pub fn parse_statm(text: &str) -> Result<Statm, ProcfsError> {
+    let file = "statm";
+    let mut words = text.split_ascii_whitespace();
+    let mut next = |field| {
+        let word = words.next().ok_or(ProcfsError::Missing { file, field })?;
+        number(file, field, word).map(PageCount)
+    };
+    Ok(Statm { size: next("size")?, resident: next("resident")?, shared: next("shared")? })
+}
+
+/// Parses the text of a status file.
+pub fn parse_status(text: &str) -> Result<Status, ProcfsError> {
+    let lines = Lines { file: "status", text };
+    Ok(Status {
+        peak_rss: lines.kib("VmHWM")?,
+        rss: lines.kib("VmRSS")?,
+        swap: lines.kib("VmSwap")?,
+        uids: lines.ids("Uid")?,
+        gids: lines.ids("Gid")?,
+        threads: lines.parsed("Threads")?,
+    })
+}
+
+/// Parses the text of a stat file. The name in its second column may hold spaces and parentheses, so columns are
+/// counted from the last closing one.
+pub fn parse_start_time(text: &str) -> Result<StartTime, ProcfsError> {
+    let (file, field) = ("stat", "starttime");
+    let missing = ProcfsError::Missing { file, field };
+    // The start time is column 22; the state, column 3, is the first after the name.
+    let word = text.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19));
+    number(file, field, word.ok_or(missing)?).map(StartTime)
+}
+
+/// The user and group ids alone, which threads that are exiting have too.
+pub(crate) fn parse_ids(text: &str) -> Result<([u32; 4], [u32; 4]), ProcfsError> {
+    let lines = Lines { file: "status", text };
+    Ok((lines.ids("Uid")?, lines.ids("Gid")?))
+}
+
+/// Lines of the form `Name:   value`.
+struct Lines<'a> {
+    file: &'static str,
+    text: &'a str,
+}
+
+impl<'a> Lines<'a> {
+    fn value(&self, field: &'static str) -> Result<&'a str, ProcfsError> {
+        let named = |line: &'a str| line.split_once(':').filter(|(name, _)| *name == field);
+        let found = self.text.lines().find_map(named);
+        found.map(|(_, value)| value.trim()).ok_or(ProcfsError::Missing { file: self.file, field })
+    }
+
+    fn kib(&self, field: &'static str) -> Result<ByteCount, ProcfsError> {
+        let value = self.value(field)?;
+        let kib = value.strip_suffix("kB").and_then(|digits| digits.trim_end().parse::<u64>().ok());
+        kib.and_then(|kib| kib.checked_mul(1024)).map(ByteCount).ok_or_else(|| self.malformed(field, value))
+    }
+
+    fn parsed<T: std::str::FromStr>(&self, field: &'static str) -> Result<T, ProcfsError> {
+        let value = self.value(field)?;
+        value.parse().map_err(|_| self.malformed(field, value))
+    }
+
+    fn ids(&self, field: &'static str) -> Result<[u32; 4], ProcfsError> {
+        let value = self.value(field)?;
+        let ids: Result<Vec<u32>, _> = value.split_ascii_whitespace().map(str::parse).collect();
+        ids.ok().and_then(|ids| ids.try_into().ok()).ok_or_else(|| self.malformed(field, value))
+    }
+
+    fn malformed(&self, field: &'static str, found: &str) -> ProcfsError {
+        ProcfsError::Malformed { file: self.file, field, found: found.to_owned() }
+    }
+}
+
+fn number(file: &'static str, field: &'static str, word: &str) -> Result<u64, ProcfsError> {
+    word.parse().map_err(|_| ProcfsError::Malformed { file, field, found: word.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROLLUP: &str = "5600-7ff [rollup]\nRss: 5468 kB\nPss: 1000 kB\nPss_Dirty: 7 kB\nPss_Anon: 600 kB\n\
+        Pss_File: 300 kB\nPss_Shmem: 100 kB\nAnonymous: 640 kB\nNewThing: strange\nAnonHugePages: 2048 kB\nSwap: 4 kB\n";
+
+    #[test]
+    fn rollups_with_unknown_lines_are_read() {
+        let rollup = parse_smaps_rollup(ROLLUP).unwrap();
+        assert_eq!(rollup.rss, ByteCount(5468 << 10));
+        assert_eq!(rollup.pss_shmem, ByteCount(100 << 10));
+        assert_eq!(rollup.anon_huge_pages, ByteCount(2 << 20));
+        assert_eq!(rollup.swap, ByteCount(4 << 10));
+    }
+
+    #[test]
+    fn a_missing_or_strange_line_is_named() {
+        let missing = parse_smaps_rollup(&ROLLUP.replace("Swap", "Gone")).unwrap_err();
+        assert!(matches!(missing, ProcfsError::Missing { field: "Swap", .. }), "{missing}");
+        for bad in ["-4 kB", "4", "4 MB", "99999999999999999999 kB", "18446744073709551615 kB"] {
+            let error = parse_smaps_rollup(&ROLLUP.replace("4 kB", bad)).unwrap_err();
+            assert!(matches!(error, ProcfsError::Malformed { .. }), "{bad}: {error}");
+        }
+        assert!(matches!(parse_statm("1 2"), Err(ProcfsError::Missing { field: "shared", .. })));
+        assert!(matches!(parse_statm("1 x 3"), Err(ProcfsError::Malformed { field: "resident", .. })));
+    }
+
+    #[test]
+    fn a_name_with_parentheses_does_not_shift_the_start_time() {
+        let columns: Vec<String> = (4..=30).map(|column| column.to_string()).collect();
+        let text = format!("17 (evil) 5 (name)) S {}", columns.join(" "));
+        assert_eq!(parse_start_time(&text).unwrap(), StartTime(22));
+        assert!(parse_start_time("17 (short) S 1").is_err());
+        assert!(parse_start_time("").is_err());
+    }
+
+    #[test]
+    fn status_gives_ids_and_memory() {
+        let text = "Name:\tx: y\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nVmHWM:\t 10 kB\nVmRSS:\t 9 kB\nVmSwap:\t0 kB\nThreads:\t3\n";
+        let status = parse_status(text).unwrap();
+        assert_eq!((status.uids, status.gids, status.threads), ([1, 2, 3, 4], [5, 6, 7, 8], 3));
+        assert_eq!(status.peak_rss, ByteCount(10 << 10));
+        assert!(matches!(
+            parse_status(&text.replace("\t4\n", "\n")),
+            Err(ProcfsError::Malformed { field: "Uid", .. })
+        ));
+    }
+}
