@@ -1,0 +1,9 @@
+//! The guest programs on the host: contents, layout, and every program over plain memory.
+#[cfg(test)]
+mod content;
+#[cfg(test)]
+mod layout;
+#[cfg(test)]
+mod machine;
+#[cfg(test)]
+mod programs;
