@@ -1,0 +1,125 @@
+//! Slab memory in a memfd: what a sharing domain's store lives in, and what outlives the manager.
+//!
+//! ```text
+//! 0                                  head                     head + capacity * 64 KiB
+//! +----------------------------------+------------------------+
+//! | tag u64 of slab 0, 1, ... (0 =   | slab 0 | slab 1 | ...  |
+//! | free), padded to a page          |                        |
+//! +----------------------------------+------------------------+
+//! ```
+//!
+//! The memfd is as large as it may ever become and takes memory only where it was written. A released slab is punched
+//! out: the kernel gives its memory back and the next user finds zeros.
+use plimsoll_store::{SLAB_SIZE, SlabId, SlabMemory, SlabTag, SlabsExhausted};
+use plimsoll_sys::mapping::{ExclusiveMapping, MemfdError};
+use plimsoll_types::{ByteCount, PAGE_SIZE};
+
+const TAG: usize = size_of::<u64>();
+
+/// The slabs of one domain.
+#[derive(Debug)]
+pub struct MemfdSlabs {
+    memory: ExclusiveMapping,
+    capacity: usize,
+    held: usize,
+    /// No slab below this one is free.
+    lowest: usize,
+}
+
+impl MemfdSlabs {
+    /// Room for `limit` bytes of slabs, none of it in use yet.
+    ///
+    /// # Errors
+    /// [`MemfdError`] when the kernel gives no memfd of that size.
+    pub fn create(name: &str, limit: ByteCount) -> Result<Self, MemfdError> {
+        let capacity = usize::try_from(limit.0).unwrap_or(usize::MAX).div_ceil(SLAB_SIZE).max(1);
+        let size = ByteCount((Self::head(capacity) + capacity * SLAB_SIZE) as u64);
+        Ok(Self { memory: ExclusiveMapping::create(name, size)?, capacity, held: 0, lowest: 0 })
+    }
+
+    const fn head(capacity: usize) -> usize {
+        (capacity * TAG).next_multiple_of(PAGE_SIZE)
+    }
+
+    fn tag(&self, slab: usize) -> u64 {
+        let bytes = self.memory.get(slab * TAG..(slab + 1) * TAG);
+        bytes.and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes)
+    }
+
+    fn set_tag(&mut self, slab: usize, tag: u64) {
+        if let Some(bytes) = self.memory.get_mut(slab * TAG..(slab + 1) * TAG) {
+            bytes.copy_from_slice(&tag.to_le_bytes());
+        }
+    }
+
+    fn place(&self, slab: SlabId) -> Option<usize> {
+        let index = slab.0 as usize;
+        let is_held = index < self.capacity && self.tag(index) != 0;
+        is_held.then_some(Self::head(self.capacity) + index * SLAB_SIZE)
+    }
+}
+
+impl SlabMemory for MemfdSlabs {
+    fn acquire(&mut self, tag: SlabTag) -> Result<SlabId, SlabsExhausted> {
+        let free = (self.lowest..self.capacity).find(|slab| self.tag(*slab) == 0).ok_or(SlabsExhausted)?;
+        let id = u32::try_from(free).map_err(|_| SlabsExhausted)?;
+        self.set_tag(free, tag.to_bits());
+        self.lowest = free + 1;
+        self.held += 1;
+        Ok(SlabId(id))
+    }
+
+    fn release(&mut self, slab: SlabId) {
+        let Some(place) = self.place(slab) else { return };
+        let (offset, length) = (ByteCount(place as u64), ByteCount(SLAB_SIZE as u64));
+        if self.memory.punch_hole(offset, length).is_err() {
+            // The contract is zeros, with or without the kernel's help.
+            self.memory[place..place + SLAB_SIZE].fill(0);
+        }
+        self.set_tag(slab.0 as usize, 0);
+        self.lowest = self.lowest.min(slab.0 as usize);
+        self.held -= 1;
+    }
+
+    fn bytes(&self, slab: SlabId) -> &[u8] {
+        self.place(slab).and_then(|place| self.memory.get(place..place + SLAB_SIZE)).unwrap_or(&[])
+    }
+
+    fn bytes_mut(&mut self, slab: SlabId) -> &mut [u8] {
+        let place = self.place(slab);
+        place.and_then(|place| self.memory.get_mut(place..place + SLAB_SIZE)).unwrap_or(&mut [])
+    }
+
+    fn live(&self) -> impl Iterator<Item = (SlabId, SlabTag)> {
+        let tags = (0..self.capacity).map(|slab| (slab, self.tag(slab))).filter(|(_, tag)| *tag != 0);
+        tags.filter_map(|(slab, tag)| Some((SlabId(u32::try_from(slab).ok()?), SlabTag::from_bits(tag))))
+    }
+
+    fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn held(&self) -> usize {
+        self.held
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plimsoll_store::SlabKind;
+
+    #[test]
+    fn a_released_slab_comes_back_as_zeros_and_untouched_room_costs_nothing() {
+        let mut slabs = MemfdSlabs::create("test-slabs", ByteCount::mib(1024)).unwrap();
+        let tag = SlabTag::new(SlabKind::Records { sequence: 0 });
+        let first = slabs.acquire(tag).unwrap();
+        let second = slabs.acquire(tag).unwrap();
+        slabs.bytes_mut(first).fill(7);
+        slabs.release(first);
+        assert!(slabs.bytes(first).is_empty());
+        assert_eq!(slabs.acquire(tag), Ok(first), "the lowest free slab is given");
+        assert!(slabs.bytes(first).iter().all(|byte| *byte == 0));
+        assert_eq!(slabs.live().map(|(slab, _)| slab).collect::<Vec<_>>(), [first, second]);
+    }
+}

@@ -1,0 +1,121 @@
+//! What the pagers of one host share: the ledger, the stores of the sharing domains, and what an operator is told.
+//!
+//! Each lock is held for a few hundred instructions and never across a system call that can wait for a guest.
+use super::probe::{NoProbe, Probe};
+use parking_lot::Mutex;
+use plimsoll_core::ledger::{Budget, Ledger};
+use plimsoll_store::{SlabMemory, Store};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageIndex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32};
+
+/// Something the operator must be told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Incident {
+    /// A page's stored bytes failed their check. A touch of it now fails; no wrong byte was shown.
+    Poisoned {
+        /// Whose.
+        machine: MachineId,
+        /// Which page.
+        page: PageIndex,
+        /// What was found.
+        cause: String,
+    },
+    /// A machine is no longer managed.
+    Lost {
+        /// Which.
+        machine: MachineId,
+        /// Why, with its causes.
+        cause: String,
+    },
+    /// The store could take no more.
+    StoreFull {
+        /// Whose page it was.
+        machine: MachineId,
+    },
+}
+
+/// Shared by all pagers of a host.
+pub struct Host {
+    ledger: Mutex<Ledger>,
+    incidents: Mutex<Vec<Incident>>,
+    probe: Arc<dyn Probe>,
+}
+
+impl Host {
+    /// A host with a budget.
+    pub fn new(budget: Budget) -> Self {
+        Self::with_probe(budget, Arc::new(NoProbe))
+    }
+
+    /// The same, whose pagers a test watches.
+    pub fn with_probe(budget: Budget, probe: Arc<dyn Probe>) -> Self {
+        Self { ledger: Mutex::new(Ledger::new(budget)), incidents: Mutex::new(Vec::new()), probe }
+    }
+
+    /// Looks at or changes the ledger.
+    pub fn ledger<T>(&self, with: impl FnOnce(&mut Ledger) -> T) -> T {
+        with(&mut self.ledger.lock())
+    }
+
+    /// Tells the operator.
+    pub fn report(&self, incident: Incident) {
+        self.incidents.lock().push(incident);
+    }
+
+    /// What the operator has not been told yet.
+    pub fn take_incidents(&self) -> Vec<Incident> {
+        std::mem::take(&mut self.incidents.lock())
+    }
+
+    pub(crate) fn probe(&self) -> &Arc<dyn Probe> {
+        &self.probe
+    }
+}
+
+/// A sharing domain and its store.
+pub struct Domain<M: SlabMemory> {
+    /// Its identity.
+    pub id: DomainId,
+    /// The group whose budget pays for the store.
+    pub group: GroupId,
+    store: Mutex<Store<M>>,
+}
+
+impl<M: SlabMemory> Domain<M> {
+    /// A domain around a store, new or recovered.
+    pub fn new(id: DomainId, group: GroupId, store: Store<M>) -> Self {
+        Self { id, group, store: Mutex::new(store) }
+    }
+
+    /// Looks at or changes the store.
+    pub fn store<T>(&self, with: impl FnOnce(&mut Store<M>) -> T) -> T {
+        with(&mut self.store.lock())
+    }
+
+    /// Memory the store holds: slabs and what is beside them.
+    pub fn held(&self) -> ByteCount {
+        self.store(|store| {
+            let stats = store.stats();
+            stats.data_slabs + stats.metadata
+        })
+    }
+
+    /// The store, when no pager uses the domain any more.
+    pub fn into_store(self) -> Store<M> {
+        self.store.into_inner()
+    }
+}
+
+/// What the governor asks of one machine's pager.
+#[derive(Debug, Default)]
+pub struct Orders {
+    /// Pages to give up, counted down as they are freed.
+    pub reclaim: AtomicU32,
+    /// A sampling period has ended.
+    pub sample: AtomicBool,
+    /// Pinned pages may be tried again.
+    pub unpin: AtomicBool,
+    /// The pager should end.
+    pub stop: AtomicBool,
+}

@@ -1,0 +1,391 @@
+//! The memory of one machine on Linux: its two userfaultfds, its agent's socket, its process.
+//!
+//! Enters: what a VMM handed over, checked. Leaves: the calls of [`Space`], made from here where the kernel allows it
+//! from outside (COPY, ZEROPAGE, WAKE, POISON, reading the airlock) and by the VMM's agent where it does not (MOVE,
+//! discarding the airlock).
+//!
+//! A hostile VMM can make a call fail, answer nonsense or not at all. Each of these ends the management of that one
+//! machine, on the thread that serves nobody else. Reading the airlock of a VMM that has registered it with a
+//! userfaultfd of its own makes that thread wait until the VMM dies, and nobody else.
+use super::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
+use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket, Welcome, WireError};
+use plimsoll_sys::fdpass::{self, RecvError, SendError};
+use plimsoll_sys::pagemap::Pagemap;
+use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::process_memory::{self, Refusal};
+use plimsoll_sys::uffd::{self, Event, EventBuffer, Stop, Userfaultfd, Wake};
+use plimsoll_sys::{HvaRange, ProcessId};
+use plimsoll_types::{ByteCount, Hva, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount, PageIndex, SlotPage};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+use thiserror::Error;
+
+/// Events taken in one read.
+const EVENTS_PER_READ: usize = 64;
+/// How long an agent may take to answer. A block is moved in under a millisecond; a VMM whose cgroup is frozen or
+/// that is being dumped takes longer, and a machine should survive that.
+const AGENT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A machine could not be taken over from its VMM.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum HandoverError {
+    /// The VMM closed the socket first.
+    #[error("the VMM closed the hand-over socket before it handed anything over")]
+    Closed,
+    /// Nothing came in time.
+    #[error("the VMM handed nothing over within {seconds} s")]
+    Silent {
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// Receiving failed.
+    #[error("the hand-over could not be received")]
+    Receive(#[from] RecvError),
+    /// Answering failed.
+    #[error("the hand-over could not be answered")]
+    Send(#[from] SendError),
+    /// What came is not acceptable.
+    #[error("the VMM's hand-over is not acceptable")]
+    Wire(#[from] WireError),
+    /// A descriptor is not what it should be.
+    #[error("the VMM's hand-over is not acceptable")]
+    Descriptor(#[from] uffd::AdoptError),
+    /// Waiting failed.
+    #[error("waiting for the hand-over failed")]
+    Poll(#[source] std::io::Error),
+}
+
+/// Everything about a machine that must outlive a manager: as long as this lives, absent pages of the guest wait.
+#[derive(Debug)]
+pub struct Custody {
+    /// What the VMM said, checked.
+    pub hello: Hello,
+    process: Pidfd,
+    ram: Userfaultfd,
+    /// Never used from here; kept because the last copy of a userfaultfd must not close while pages are absent.
+    _airlock: Userfaultfd,
+    socket: OwnedFd,
+}
+
+impl Custody {
+    /// Receives what the VMM `process` hands over on a `SOCK_SEQPACKET` socket. Follow with [`Custody::answer`].
+    ///
+    /// # Errors
+    /// [`HandoverError`]; what came is closed and the VMM sees the socket close.
+    pub fn receive(socket: OwnedFd, process: Pidfd, patience: Duration) -> Result<Self, HandoverError> {
+        if !is_readable(socket.as_fd(), patience).map_err(HandoverError::Poll)? {
+            return Err(HandoverError::Silent { seconds: patience.as_secs() });
+        }
+        let mut bytes = vec![0; DATAGRAM_MAX];
+        let received = fdpass::recv(&socket, &mut bytes, 2)?.ok_or(HandoverError::Closed)?;
+        let hello = Hello::decode(&bytes[..received.bytes], received.descriptors.len())?;
+        let mut descriptors = received.descriptors.into_iter().map(Userfaultfd::try_from);
+        let mut next = || descriptors.next().ok_or(WireError::Descriptors { found: 0, expected: 2 });
+        let (ram, airlock) = (next()??, next()??);
+        Ok(Self { hello, process, ram, _airlock: airlock, socket })
+    }
+
+    /// Tells the VMM whether its machine is taken.
+    ///
+    /// # Errors
+    /// [`HandoverError::Send`].
+    pub fn answer(&self, welcome: &Welcome) -> Result<(), HandoverError> {
+        fdpass::send(&self.socket, &welcome.encode(), &[])?;
+        Ok(())
+    }
+
+    /// The VMM's process id.
+    pub fn process(&self) -> ProcessId {
+        self.process.process()
+    }
+
+    /// Readable when events wait.
+    pub fn events(&self) -> BorrowedFd<'_> {
+        self.ram.as_fd()
+    }
+
+    /// Readable when the VMM has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.process.as_fd()
+    }
+
+    /// Pages the VMM has put in place already.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    pub fn presence(&self) -> Result<Presence, SpaceError> {
+        let io = |source| SpaceError::Io { what: "looking at the VMM's page map", source };
+        let pagemap = Pagemap::open(self.process()).map_err(|error| io(std::io::Error::other(error)))?;
+        let mut ram = Vec::new();
+        let mut first = 0;
+        for (region, hva) in self.hello.layout.regions().iter().zip(&self.hello.hvas) {
+            populated(&pagemap, *hva, region.bytes, first, &mut ram)?;
+            first += pages_of(region.bytes);
+        }
+        let mut slots = Vec::new();
+        populated(&pagemap, self.hello.airlock_base, self.hello.airlock_bytes(), 0, &mut slots)?;
+        Ok(Presence::new(ram, slots))
+    }
+
+    /// A page's address in the VMM and how many pages follow in its region, itself included.
+    fn locate(&self, page: PageIndex) -> Option<(Hva, u32)> {
+        let (region, offset) = self.hello.layout.locate(page)?;
+        let hva = self.hello.hvas[region].checked_add(offset)?;
+        Some((hva, pages_of(ByteCount(self.hello.layout.regions()[region].bytes.0 - offset))))
+    }
+
+    /// The pages of an address range, region by region. Addresses outside guest RAM belong to nothing we manage.
+    fn pages_in(&self, start: Hva, end: Hva) -> impl Iterator<Item = Range<u32>> + '_ {
+        let regions = self.hello.layout.regions().iter().zip(&self.hello.hvas);
+        let mut first = 0;
+        regions.filter_map(move |(region, hva)| {
+            let base = first;
+            first += pages_of(region.bytes);
+            let from = start.0.max(hva.0);
+            let to = end.0.min(hva.0 + region.bytes.0);
+            let page =
+                |address: u64| u32::try_from((address - hva.0) >> PAGE_SHIFT).ok().map(|page| base + page);
+            if from < to { Some(page(from)?..page(to)?) } else { None }
+        })
+    }
+}
+
+fn pages_of(bytes: ByteCount) -> u32 {
+    // Layouts are checked to have fewer than 2^32 pages.
+    u32::try_from(bytes.pages_floor().0).unwrap_or(u32::MAX)
+}
+
+fn populated(
+    pagemap: &Pagemap,
+    base: Hva,
+    bytes: ByteCount,
+    first: u32,
+    found: &mut Vec<Range<u32>>,
+) -> Result<(), SpaceError> {
+    let io = |source| SpaceError::Io { what: "looking at the VMM's page map", source };
+    let range =
+        HvaRange::new(base, bytes).ok_or_else(|| io(std::io::Error::other("the range wraps around")))?;
+    let index = |address: Hva| first + pages_of(ByteCount(address.0 - base.0));
+    pagemap
+        .populated(range, |run| found.push(index(run.start())..index(run.end())))
+        .map_err(|error| io(std::io::Error::other(error)))
+}
+
+fn is_readable(descriptor: BorrowedFd<'_>, patience: Duration) -> std::io::Result<bool> {
+    let limit = Timespec::try_from(patience).map_err(std::io::Error::other)?;
+    loop {
+        match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&limit)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// [`Space`] over a [`Custody`]. One per manager and machine; making a second is a take-over.
+pub struct LinuxSpace {
+    custody: Arc<Custody>,
+    epoch: u64,
+    sequence: u32,
+    events: EventBuffer,
+    datagram: Vec<u8>,
+}
+
+impl LinuxSpace {
+    /// Speaks with `epoch` from now on; an earlier manager's requests need [`Space::begin_epoch`].
+    pub fn new(custody: Arc<Custody>, epoch: u64) -> Self {
+        let events = EventBuffer::new(EVENTS_PER_READ);
+        Self { custody, epoch, sequence: 0, events, datagram: Vec::with_capacity(DATAGRAM_MAX) }
+    }
+
+    /// What it works on.
+    pub fn custody(&self) -> &Arc<Custody> {
+        &self.custody
+    }
+
+    /// Asks the agent and waits for its answer. Answers to an earlier manager's requests are passed over.
+    fn ask(&mut self, op: Op, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let ticket = Ticket { epoch: self.epoch, sequence: self.sequence, op };
+        wire::encode_request(&mut self.datagram, ticket, items);
+        let io = |what, source| SpaceError::Io { what, source };
+        match fdpass::send(&self.custody.socket, &self.datagram, &[]) {
+            Ok(_) => {}
+            Err(SendError::Closed) => return Err(SpaceError::Gone),
+            Err(error) => return Err(io("asking the agent", std::io::Error::other(error))),
+        }
+        loop {
+            let readable = is_readable(self.custody.socket.as_fd(), AGENT_PATIENCE);
+            if !readable.map_err(|error| io("waiting for the agent", error))? {
+                return Err(SpaceError::Silent { seconds: AGENT_PATIENCE.as_secs() });
+            }
+            self.datagram.resize(DATAGRAM_MAX, 0);
+            let received = match fdpass::recv(&self.custody.socket, &mut self.datagram, 0) {
+                Ok(Some(received)) => received.bytes,
+                Ok(None) | Err(RecvError::Reset) => return Err(SpaceError::Gone),
+                Err(error) => return Err(io("hearing the agent", std::io::Error::other(error))),
+            };
+            if let Some(outcomes) = wire::decode_reply(&self.datagram[..received], ticket, items)? {
+                return Ok(outcomes);
+            }
+        }
+    }
+
+    fn address(&self, first: PageIndex, pages: u32, call: &'static str) -> Result<Hva, SpaceError> {
+        let located = self.custody.locate(first).filter(|(_, left)| pages <= *left);
+        let cause = || "the run leaves its region".to_owned();
+        let failed = || SpaceError::Call { call, first: first.0, pages, cause: cause() };
+        located.map(|(hva, _)| hva).ok_or_else(failed)
+    }
+
+    fn range(&self, first: PageIndex, pages: u32, call: &'static str) -> Result<HvaRange, SpaceError> {
+        let start = self.address(first, pages, call)?;
+        let bytes = PageCount(u64::from(pages)).bytes();
+        let cause = || "the run wraps around".to_owned();
+        HvaRange::new(start, bytes).ok_or_else(|| SpaceError::Call {
+            call,
+            first: first.0,
+            pages,
+            cause: cause(),
+        })
+    }
+}
+
+/// What an install that stopped means. A call that made some progress does not say why it stopped: trying the rest
+/// again does.
+fn installed(
+    call: &'static str,
+    first: PageIndex,
+    pages: u32,
+    outcome: uffd::Outcome,
+) -> Result<Installed, SpaceError> {
+    let done = pages_of(outcome.done);
+    let stop = match outcome.stop {
+        None => None,
+        Some(Stop::Again) => Some(InstallStop::Again),
+        Some(Stop::Exists) => Some(InstallStop::Present),
+        Some(Stop::NoMemory) => Some(InstallStop::NoMemory),
+        Some(Stop::NoProcess) => return Err(SpaceError::Gone),
+        Some(stop) => {
+            return Err(SpaceError::Call { call, first: first.0, pages, cause: format!("{stop:?}") });
+        }
+    };
+    Ok(Installed { pages: done, stop })
+}
+
+impl Space for LinuxSpace {
+    fn read_events(&mut self, found: &mut Vec<SpaceEvent>) -> Result<(), SpaceError> {
+        loop {
+            let read = self.custody.ram.read_events(&mut self.events);
+            let events = read.map_err(|source| SpaceError::Io { what: "reading events", source })?;
+            let count = events.len();
+            for event in events {
+                match event {
+                    Event::PageFault { address, access, .. } => {
+                        let access = match access {
+                            uffd::Access::Read => Access::Read,
+                            uffd::Access::Write => Access::Write,
+                        };
+                        let pages = self.custody.pages_in(address, Hva(address.0.saturating_add(1)));
+                        found.extend(
+                            pages.map(|pages| SpaceEvent::Fault { page: PageIndex(pages.start), access }),
+                        );
+                    }
+                    Event::Remove { start, end } => {
+                        let pages = self.custody.pages_in(start, end);
+                        found.extend(pages.map(|pages| SpaceEvent::Discard {
+                            first: PageIndex(pages.start),
+                            pages: pages.end - pages.start,
+                        }));
+                    }
+                    event => return Err(SpaceError::MapChanged { what: format!("{event:?}") }),
+                }
+            }
+            if count < EVENTS_PER_READ {
+                return Ok(());
+            }
+        }
+    }
+
+    fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {
+        let count = u32::try_from(pages.len()).unwrap_or(u32::MAX);
+        let at = self.address(first, count, "copy")?;
+        installed("copy", first, count, self.custody.ram.copy(at, pages.as_flattened(), Wake::Yes))
+    }
+
+    fn zero(&mut self, first: PageIndex, pages: u32) -> Result<Installed, SpaceError> {
+        let range = self.range(first, pages, "zero")?;
+        installed("zero", first, pages, self.custody.ram.zeropage(range, Wake::Yes))
+    }
+
+    fn wake(&mut self, first: PageIndex, pages: u32) -> Result<(), SpaceError> {
+        let mut next = first;
+        let end = first.0.saturating_add(pages);
+        while next.0 < end {
+            let Some((_, left)) = self.custody.locate(next) else { return Ok(()) };
+            let run = left.min(end - next.0);
+            match self.custody.ram.wake(self.range(next, run, "wake")?) {
+                Ok(()) => {}
+                Err(Stop::NoProcess) => return Err(SpaceError::Gone),
+                Err(stop) => {
+                    let cause = format!("{stop:?}");
+                    return Err(SpaceError::Call { call: "wake", first: next.0, pages: run, cause });
+                }
+            }
+            next.0 += run;
+        }
+        Ok(())
+    }
+
+    fn poison(&mut self, page: PageIndex) -> Result<Installed, SpaceError> {
+        let range = self.range(page, 1, "poison")?;
+        installed("poison", page, 1, self.custody.ram.poison(range))
+    }
+
+    fn move_out(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.ask(Op::MoveOut, items)
+    }
+
+    fn populate(&mut self, items: &[Item]) -> Result<(), SpaceError> {
+        // Whether it helped shows when the move is tried again.
+        self.ask(Op::Populate, items).map(drop)
+    }
+
+    fn zap(&mut self, items: &[Item]) -> Result<(), SpaceError> {
+        for (outcome, item) in self.ask(Op::Zap, items)?.iter().zip(items) {
+            if let Some(stop) = outcome.stop {
+                let cause = format!("{stop:?}");
+                return Err(SpaceError::Call { call: "zap", first: item.slot().0, pages: item.pages, cause });
+            }
+        }
+        Ok(())
+    }
+
+    fn read_slots(&mut self, first: SlotPage, pages: &mut [PageBytes]) -> Result<(), SpaceError> {
+        let bytes = pages.as_flattened_mut();
+        let offset = u64::from(first.0) * PAGE_SIZE as u64;
+        let at = Hva(self.custody.hello.airlock_base.0 + offset);
+        let count = u32::try_from(bytes.len() / PAGE_SIZE).unwrap_or(u32::MAX);
+        match process_memory::read(self.custody.process(), at, bytes).stop {
+            None => Ok(()),
+            Some(Refusal::NoProcess) => Err(SpaceError::Gone),
+            Some(refusal) => {
+                let cause = refusal.to_string();
+                Err(SpaceError::Call { call: "read airlock", first: first.0, pages: count, cause })
+            }
+        }
+    }
+
+    fn begin_epoch(&mut self, epoch: u64) -> Result<(), SpaceError> {
+        self.epoch = epoch;
+        self.ask(Op::SetEpoch, &[]).map(drop)
+    }
+
+    fn presence(&mut self) -> Result<Presence, SpaceError> {
+        self.custody.presence()
+    }
+}

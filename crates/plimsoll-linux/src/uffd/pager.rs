@@ -1,0 +1,441 @@
+//! The pager of one machine: serves its faults and takes its pages, one bounded turn at a time.
+//!
+//! Enters: events of the machine's memory, the governor's orders. Leaves: installed pages, stored objects, counts.
+//! The protocol, and what can go wrong with it, is written at the top of [`super`]. This file is its serving half;
+//! [`super::reclaim`] is the taking half.
+//!
+//! A turn never waits for the guest: it reads what has happened, serves the faults it can, takes at most a block of
+//! pages or stores a few, and returns. Faults therefore wait at most one such step.
+use super::host::{Domain, Host, Incident, Orders};
+use super::probe::{Killed, Step};
+use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
+use super::stats::MachineStats;
+use plimsoll_core::ledger::{Kind, LedgerError};
+use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
+use plimsoll_core::map::{MapError, Words};
+use plimsoll_core::word::{ObjectRef, StateKind};
+use plimsoll_store::{Encoder, Handle, SlabMemory};
+use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Instant;
+use thiserror::Error;
+
+/// Most pages installed ahead of a guest that touches fresh memory in order. FACTS: a batch of 64 costs 1.4 us a page
+/// where one page a fault costs 62; more would only add latency and memory that may stay unused.
+const AHEAD_MAX: u32 = 64;
+/// Faults served in one turn, so that taking pages goes on under a storm of them.
+const SERVE_MAX: usize = 64;
+/// Zero pages to copy from. Static zeros cost no memory: reading them maps the shared zero page.
+static ZEROS: [PageBytes; AHEAD_MAX as usize] = [[0; PAGE_SIZE]; AHEAD_MAX as usize];
+
+/// Why a pager ended.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PagerError {
+    /// The machine is gone or cannot be followed.
+    #[error(transparent)]
+    Space(#[from] SpaceError),
+    /// A page word contradicts what happened to its page.
+    #[error("the page words and the memory disagree")]
+    Map(#[from] MapError),
+    /// The ledger does not know the machine.
+    #[error("the ledger refused the machine")]
+    Ledger(#[from] LedgerError),
+    /// Another manager has taken the machine over.
+    #[error("another manager has taken the machine over")]
+    Superseded,
+    /// A test killed it.
+    #[error(transparent)]
+    Killed(#[from] Killed),
+}
+
+/// What a turn left to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// There is more to do at once.
+    Busy,
+    /// Faults wait for memory that others have to free.
+    Stalled,
+    /// Nothing to do until something happens.
+    Idle,
+}
+
+/// A fault that waits to be served.
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    page: PageIndex,
+    access: Access,
+    since: Instant,
+    /// When it was first refused memory.
+    refused: Option<Instant>,
+}
+
+/// What became of an attempt to serve a fault.
+enum Served {
+    Done,
+    /// An event has to be read first.
+    Later,
+    /// There is no memory below the hard line.
+    NoMemory,
+}
+
+/// Detects a guest that touches fresh memory in order.
+#[derive(Clone, Copy, Debug, Default)]
+struct Streak {
+    /// The page after the last one installed.
+    next: u32,
+    /// How many pages to install next time it goes on.
+    ahead: u32,
+}
+
+impl Streak {
+    /// How many pages to install for a touch of `page`. Two vCPUs that share a streak touch a few pages out of order.
+    fn pages_for(&mut self, page: PageIndex) -> u32 {
+        let goes_on = page.0 >= self.next && page.0 - self.next < 4;
+        self.ahead = if goes_on { (self.ahead * 2).clamp(1, AHEAD_MAX) } else { 1 };
+        self.ahead
+    }
+}
+
+/// The pager of one machine.
+pub struct Pager<S, M: SlabMemory, W> {
+    pub(super) id: MachineId,
+    pub(super) host: Arc<Host>,
+    pub(super) domain: Arc<Domain<M>>,
+    pub(super) orders: Arc<Orders>,
+    pub(super) machine: Machine<W>,
+    pub(super) space: S,
+    pub(super) encoder: Encoder,
+    pub(super) buffer: Vec<PageBytes>,
+    pub(super) stats: MachineStats,
+    events: Vec<SpaceEvent>,
+    pending: VecDeque<Pending>,
+    streak: Streak,
+}
+
+impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
+    /// A pager for a machine that the ledger has admitted as `id`.
+    pub fn new(
+        id: MachineId,
+        host: Arc<Host>,
+        domain: Arc<Domain<M>>,
+        orders: Arc<Orders>,
+        machine: Machine<W>,
+        space: S,
+    ) -> Self {
+        Self {
+            id,
+            host,
+            domain,
+            orders,
+            machine,
+            space,
+            encoder: Encoder::new(),
+            buffer: vec![[0; PAGE_SIZE]; super::reclaim::AGE_BATCH],
+            stats: MachineStats::default(),
+            events: Vec::new(),
+            pending: VecDeque::new(),
+            streak: Streak::default(),
+        }
+    }
+
+    /// One bounded step: everything that has happened, the faults that can be served, a little reclaim.
+    ///
+    /// # Errors
+    /// [`PagerError`] ends the machine's management.
+    pub fn turn(&mut self) -> Result<Turn, PagerError> {
+        self.read_events()?;
+        let served = self.serve()?;
+        let worked = self.reclaim(served)?;
+        self.settle()?;
+        let stalled = self.pending.iter().any(|fault| fault.refused.is_some());
+        let waiting = self.pending.iter().any(|fault| fault.refused.is_none());
+        Ok(match () {
+            () if worked || waiting => Turn::Busy,
+            () if stalled => Turn::Stalled,
+            () => Turn::Idle,
+        })
+    }
+
+    /// Has everybody who waits for a page of the machine ask again: the first thing to do after a take-over.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub fn resume(&mut self) -> Result<(), PagerError> {
+        self.settle()?;
+        Ok(self.space.wake(PageIndex(0), self.machine.layout().page_limit().0)?)
+    }
+
+    /// The machine, to look at.
+    pub fn machine(&self) -> &Machine<W> {
+        &self.machine
+    }
+
+    /// The machine's memory.
+    pub fn space(&self) -> &S {
+        &self.space
+    }
+
+    /// The machine's memory, for the next manager.
+    pub fn into_space(self) -> S {
+        self.space
+    }
+
+    /// Tells the operator that the machine is not managed any more.
+    pub fn report_lost(&self, cause: String) {
+        self.host.report(Incident::Lost { machine: self.id, cause });
+    }
+
+    /// What has been counted, with the state of now.
+    pub fn stats(&mut self) -> &MachineStats {
+        self.stats.census = *self.machine.census();
+        self.stats.limbo = self.machine.airlock().limbo();
+        self.stats.ram = self.machine.ram();
+        self.stats.working_set = self.machine.working_set();
+        self.stats.anomalies = self.machine.anomalies();
+        self.stats.table_bytes = self.machine.table_bytes();
+        &self.stats
+    }
+
+    /// Starts from the counts of an earlier pager of the machine.
+    pub fn continue_stats(&mut self, earlier: MachineStats) {
+        self.stats = MachineStats { takeovers: earlier.takeovers + 1, ..earlier };
+    }
+
+    pub(super) fn reached(&self, step: Step) -> Result<(), Killed> {
+        self.host.probe().reached(step)
+    }
+
+    /// Discards are applied in order as they are read: whoever discards goes on as soon as the event has been read,
+    /// so nothing may be installed from older knowledge. Faults are looked up only afterwards.
+    fn read_events(&mut self) -> Result<(), PagerError> {
+        self.events.clear();
+        self.space.read_events(&mut self.events)?;
+        if self.events.is_empty() {
+            return Ok(());
+        }
+        self.reached(Step::EventsRead)?;
+        let since = Instant::now();
+        for event in std::mem::take(&mut self.events) {
+            match event {
+                SpaceEvent::Fault { page, access } => {
+                    self.pending.push_back(Pending { page, access, since, refused: None });
+                }
+                SpaceEvent::Discard { first, pages } => self.discarded(first, pages)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn discarded(&mut self, first: PageIndex, pages: u32) -> Result<(), PagerError> {
+        let mut objects = Vec::new();
+        self.machine.discarded(first.0..first.0.saturating_add(pages), |object| objects.push(object))?;
+        self.stats.discarded += u64::from(pages);
+        self.reached(Step::DiscardApplied)?;
+        objects.into_iter().for_each(|object| self.release(object));
+        Ok(())
+    }
+
+    fn serve(&mut self) -> Result<usize, PagerError> {
+        let mut served = 0;
+        for _ in 0..self.pending.len().min(SERVE_MAX) {
+            let Some(mut fault) = self.pending.pop_front() else { break };
+            match self.serve_one(fault.page, fault.access)? {
+                Served::Done => {
+                    self.stats.served(fault.since.elapsed());
+                    if let Some(refused) = fault.refused {
+                        self.stats.stalled += refused.elapsed();
+                    }
+                    served += 1;
+                }
+                Served::Later => {
+                    self.pending.push_front(fault);
+                    break;
+                }
+                Served::NoMemory => {
+                    fault.refused.get_or_insert_with(Instant::now);
+                    self.pending.push_back(fault);
+                }
+            }
+        }
+        Ok(served)
+    }
+
+    fn serve_one(&mut self, page: PageIndex, access: Access) -> Result<Served, PagerError> {
+        match self.machine.fault(page)? {
+            FaultEffect::Install(Source::Zero) => self.serve_zero(page, access),
+            FaultEffect::Install(source) => self.serve_bytes(page, source),
+            FaultEffect::InstallIfMissing => {
+                let installed = self.space.zero(page, 1)?;
+                match installed.stop {
+                    None => self.machine.confirmed(page),
+                    Some(InstallStop::Present) => self.space.wake(page, 1)?,
+                    Some(InstallStop::Again) => return Ok(Served::Later),
+                    Some(InstallStop::NoMemory) => return Ok(Served::NoMemory),
+                }
+                self.stats.faults.present += 1;
+                Ok(Served::Done)
+            }
+            FaultEffect::Wait => Ok(Served::Later),
+            FaultEffect::Poison => self.poison(page),
+        }
+    }
+
+    /// Fresh memory: zeros to a writer are copied at once, ahead of one that goes on in order; a reader gets the
+    /// shared zero page, which the ledger counts as if it were a page, because its first write will make it one.
+    fn serve_zero(&mut self, page: PageIndex, access: Access) -> Result<Served, PagerError> {
+        let installed = match access {
+            Access::Read => {
+                if !self.charge(1) {
+                    return Ok(Served::NoMemory);
+                }
+                self.space.zero(page, 1)?
+            }
+            Access::Write => {
+                let ahead = self.streak.pages_for(page);
+                let mut pages = 1 + self.machine.untouched_after(page, ahead - 1);
+                if !self.charge(pages) {
+                    pages = 1;
+                    if !self.charge(pages) {
+                        return Ok(Served::NoMemory);
+                    }
+                }
+                self.streak.next = page.0 + pages;
+                self.space.copy(page, &ZEROS[..pages as usize])?
+            }
+        };
+        self.stats.faults.zero += 1;
+        self.finish(page, installed)
+    }
+
+    fn serve_bytes(&mut self, page: PageIndex, source: Source) -> Result<Served, PagerError> {
+        if !self.charge(1) {
+            return Ok(Served::NoMemory);
+        }
+        match source {
+            Source::Limbo(at) => self.space.read_slots(at, &mut self.buffer[..1])?,
+            Source::Stored(object) => {
+                if let Err(cause) = self.load(object) {
+                    return self.lose(page, cause);
+                }
+            }
+            Source::Zero => self.buffer[0].fill(0),
+            Source::File(offset) => return self.lose(page, format!("no snapshot file holds page {offset}")),
+        }
+        self.reached(Step::SourceRead)?;
+        let installed = self.space.copy(page, &self.buffer[..1])?;
+        if installed.stop.is_none() {
+            match source {
+                Source::Limbo(_) => self.stats.faults.limbo += 1,
+                _ => self.stats.faults.stored += 1,
+            }
+        }
+        self.finish(page, installed)
+    }
+
+    fn load(&mut self, object: ObjectRef) -> Result<(), String> {
+        let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
+        let page = &mut self.buffer[0];
+        self.domain.store(|store| store.get(handle, page)).map_err(|error| error.to_string())
+    }
+
+    /// Marks what was installed, and decides what a stop means.
+    fn finish(&mut self, first: PageIndex, installed: Installed) -> Result<Served, PagerError> {
+        self.reached(Step::Copied)?;
+        for page in (first.0..first.0 + installed.pages).map(PageIndex) {
+            self.mark_installed(page)?;
+        }
+        // Something after the page that was waited for does not delay it.
+        match installed.stop {
+            None => Ok(Served::Done),
+            Some(_) if installed.pages > 0 => Ok(Served::Done),
+            Some(InstallStop::Again) => Ok(Served::Later),
+            Some(InstallStop::NoMemory) => Ok(Served::NoMemory),
+            // Looking beats remembering: the guest has been reading what is there.
+            Some(InstallStop::Present) => {
+                self.mark_installed(first)?;
+                self.space.wake(first, 1)?;
+                Ok(Served::Done)
+            }
+        }
+    }
+
+    fn mark_installed(&mut self, page: PageIndex) -> Result<(), PagerError> {
+        let released = self.machine.installed(page)?;
+        self.reached(Step::InstalledMarked)?;
+        if let Released::Object(object) = released {
+            self.release(object);
+        }
+        Ok(())
+    }
+
+    /// The page's bytes are lost: from now on a touch fails, and the operator is told.
+    fn lose(&mut self, page: PageIndex, cause: String) -> Result<Served, PagerError> {
+        if let Released::Object(object) = self.machine.poisoned(page)? {
+            self.release(object);
+        }
+        self.stats.poisoned += 1;
+        self.host.report(Incident::Poisoned { machine: self.id, page, cause });
+        self.poison(page)
+    }
+
+    fn poison(&mut self, page: PageIndex) -> Result<Served, PagerError> {
+        match self.space.poison(page)?.stop {
+            None => {}
+            Some(InstallStop::Present) => self.space.wake(page, 1)?,
+            Some(InstallStop::Again) => return Ok(Served::Later),
+            Some(InstallStop::NoMemory) => return Ok(Served::NoMemory),
+        }
+        Ok(Served::Done)
+    }
+
+    fn charge(&self, pages: u32) -> bool {
+        let bytes = PageCount(u64::from(pages)).bytes();
+        self.host.ledger(|ledger| ledger.charge(self.id, Kind::Resident, bytes)).is_ok()
+    }
+
+    /// Brings the ledger to what the words and the airlock say, charges that came to nothing included.
+    fn settle(&self) -> Result<(), PagerError> {
+        let census = self.machine.census();
+        let resident = census.in_ram() + census.of(StateKind::Capturing);
+        let limbo = self.machine.airlock().limbo() + self.machine.airlock().residue();
+        let tables = self.machine.table_bytes() + self.machine.layout().pages().0 as usize * size_of::<u64>();
+        Ok(self.host.ledger(|ledger| {
+            ledger.settle(self.id, Kind::Resident, resident.bytes())?;
+            ledger.settle(self.id, Kind::Limbo, limbo.bytes())?;
+            ledger.settle(self.id, Kind::Tables, ByteCount(tables as u64))
+        })?)
+    }
+
+    /// Brings the ledger to what the domain's store holds.
+    pub(super) fn settle_store(&self) -> Result<(), PagerError> {
+        let held = self.domain.held();
+        Ok(self.host.ledger(|ledger| ledger.set_store(self.domain.group, held))?)
+    }
+
+    pub(super) fn release(&self, object: ObjectRef) {
+        let Some(handle) = Handle::from_bits(object.bits()) else { return };
+        // A stale or damaged object has no reference left to release; reading it has told, or would have.
+        let _ = self.domain.store(|store| store.release(handle));
+    }
+
+    /// The machine's process is gone: releases every object its pages name.
+    pub fn bury(self) -> MachineStats {
+        let objects: Vec<ObjectRef> = self.machine.objects().map(|(_, object)| object).collect();
+        objects.into_iter().for_each(|object| self.release(object));
+        // Nothing can be refused here: the store shrinks, and the machine is leaving.
+        let _ = self.settle_store();
+        let _ = self.host.ledger(|ledger| ledger.remove(self.id));
+        self.stats
+    }
+
+    /// Flips a bit of the bytes of the first stored page there is: to show that the damage is
+    /// noticed.
+    pub fn sabotage(&self) -> Option<PageIndex> {
+        self.machine.objects().find_map(|(page, object)| {
+            let handle = Handle::from_bits(object.bits())?;
+            self.domain.store(|store| store.sabotage(handle)).then_some(page)
+        })
+    }
+}

@@ -1,0 +1,234 @@
+//! The taking half of the pager: capture into limbo, store what ages out, give its memory back.
+//!
+//! Enters: how many pages the governor wants. Leaves: fewer pages of RAM in use. Each call does one bounded step, in
+//! this order of preference: give back memory that nobody names, fill limbo up to its goal, store the oldest of limbo.
+use super::host::Incident;
+use super::pager::{Pager, PagerError};
+use super::probe::Step;
+use super::space::{Space, SpaceError};
+use super::wire::{ITEMS_MAX, Item, Outcome, Stop};
+use plimsoll_core::map::Words;
+use plimsoll_core::replacement::Run;
+use plimsoll_core::word::{ObjectRef, PinCause};
+use plimsoll_store::{Digest, Handle, How, SlabMemory, StoreError, digest};
+use plimsoll_types::{BLOCK_PAGES, PageIndex, SlotPage};
+use std::sync::atomic::Ordering;
+
+/// Pages stored in one step: about 120 us of compression, which is what a fault may have to wait for.
+pub(super) const AGE_BATCH: usize = 16;
+/// Pages of residue worth a message to the agent while faults keep coming.
+const ZAP_BATCH: u64 = 64;
+/// Limbo's share of a machine's RAM. S3-FIFO's small queue is a tenth.
+const LIMBO_SHARE: u64 = 10;
+/// Limbo is at least this large, or a small machine's pages would age out before they could prove themselves.
+const LIMBO_MIN: u64 = 128;
+/// Pages drawn in a sampling period; ESX draws 100.
+const SAMPLES: u32 = 128;
+/// How often a move that makes no progress is repeated before its page is left alone.
+const TRIES_MAX: u32 = 4;
+
+impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
+    /// One step of reclaim; `served` faults were served in this turn. True if something was done.
+    pub(super) fn reclaim(&mut self, served: usize) -> Result<bool, PagerError> {
+        if self.orders.unpin.swap(false, Ordering::Relaxed) {
+            self.machine.unpin()?;
+        }
+        if self.orders.sample.swap(false, Ordering::Relaxed) {
+            let drawn = self.machine.sample(SAMPLES);
+            self.capture_runs(&drawn)?;
+            return Ok(true);
+        }
+        let residue = self.machine.airlock().residue().0;
+        if residue >= ZAP_BATCH || (residue > 0 && served == 0) {
+            self.zap()?;
+            return Ok(true);
+        }
+        if self.orders.reclaim.load(Ordering::Relaxed) == 0 {
+            return Ok(false);
+        }
+        let goal = (self.machine.ram().0 / LIMBO_SHARE).max(LIMBO_MIN);
+        if self.machine.airlock().limbo().0 < goal && self.capture()? {
+            return Ok(true);
+        }
+        self.age()
+    }
+
+    /// Takes about a block of pages into limbo. False when there is nothing to take or no room.
+    fn capture(&mut self) -> Result<bool, PagerError> {
+        let mut runs = Vec::new();
+        let room = self.machine.airlock().room();
+        if room == 0 || self.machine.choose(BLOCK_PAGES.min(room), &mut runs)? == 0 {
+            return Ok(false);
+        }
+        Ok(self.capture_runs(&runs)? > 0)
+    }
+
+    /// Takes the runs, as many as limbo has room for, and returns how many pages were captured.
+    ///
+    /// From the request to its reply no event is applied: a page that is discarded and touched anew meanwhile could
+    /// otherwise be taken with its new bytes under the old intent.
+    fn capture_runs(&mut self, runs: &[Run]) -> Result<u64, PagerError> {
+        let mut items = Vec::new();
+        for run in runs.iter().take(ITEMS_MAX) {
+            let Some(at) = self.machine.begin_capture(*run)? else { break };
+            items.push(Item::new(run.first, at, run.pages));
+        }
+        self.reached(Step::CaptureBegun)?;
+        let mut captured = 0;
+        let mut tries = 0;
+        // Pages that were populated once already: a second refusal is final.
+        let mut populated: Vec<PageIndex> = Vec::new();
+        while !items.is_empty() {
+            let outcomes = self.space.move_out(&items)?;
+            self.reached(Step::Moved)?;
+            let mut rest = Vec::new();
+            let mut populate = Vec::new();
+            let mut progressed = false;
+            for (item, outcome) in items.iter().zip(outcomes) {
+                for offset in 0..outcome.done {
+                    self.machine
+                        .captured(PageIndex(item.page().0 + offset), SlotPage(item.slot().0 + offset))?;
+                }
+                captured += u64::from(outcome.done);
+                progressed |= outcome.done > 0;
+                let Some(stop) = outcome.stop else { continue };
+                let page = PageIndex(item.page().0 + outcome.done);
+                let retries = match stop {
+                    Stop::Busy if !populated.contains(&page) => {
+                        populated.push(page);
+                        populate.push(Item::new(page, SlotPage(0), 1));
+                        true
+                    }
+                    Stop::Again => tries < TRIES_MAX,
+                    _ => false,
+                };
+                let skipped = if retries { 0 } else { self.not_moved(item, outcome, stop)? };
+                let done = outcome.done + skipped;
+                if done < item.pages {
+                    let (page, slot) = (PageIndex(item.page().0 + done), SlotPage(item.slot().0 + done));
+                    rest.push(Item::new(page, slot, item.pages - done));
+                }
+            }
+            tries = if progressed { 0 } else { tries + 1 };
+            if !populate.is_empty() {
+                self.space.populate(&populate)?;
+            }
+            items = rest;
+        }
+        self.stats.captured += captured;
+        self.reached(Step::CaptureMarked)?;
+        Ok(captured)
+    }
+
+    /// Settles the page that stopped a move; returns how many pages that was.
+    fn not_moved(&mut self, item: &Item, outcome: Outcome, stop: Stop) -> Result<u32, PagerError> {
+        let page = PageIndex(item.page().0 + outcome.done);
+        let at = SlotPage(item.slot().0 + outcome.done);
+        let cause = match stop {
+            Stop::Missing => {
+                self.machine.vanished(page, at)?;
+                return Ok(1);
+            }
+            Stop::Busy => Some(PinCause::Kernel),
+            Stop::Pinned => Some(PinCause::Device),
+            Stop::Again => None,
+            Stop::StaleEpoch => return Err(PagerError::Superseded),
+            Stop::Exists | Stop::Invalid | Stop::Failed { .. } => {
+                let cause = format!("{stop:?}");
+                return Err(
+                    SpaceError::Call { call: "move out", first: page.0, pages: item.pages, cause }.into()
+                );
+            }
+        };
+        self.stats.refused += 1;
+        self.machine.refused(page, at, cause)?;
+        Ok(1)
+    }
+
+    /// Stores the oldest pages of limbo. False when limbo is empty or the store is full.
+    fn age(&mut self) -> Result<bool, PagerError> {
+        let oldest: Vec<(SlotPage, PageIndex)> = self.machine.oldest_limbo(AGE_BATCH).collect();
+        let mut left = &oldest[..];
+        while let Some((first, _)) = left.first() {
+            let run = (first.0..).zip(left).take_while(|(at, (slot, _))| slot.0 == *at).count();
+            self.space.read_slots(*first, &mut self.buffer[..run])?;
+            self.reached(Step::SlotRead)?;
+            for (place, (at, page)) in left[..run].iter().enumerate() {
+                if !self.store(place, *page, *at)? {
+                    self.settle_store()?;
+                    return Ok(false);
+                }
+            }
+            left = &left[run..];
+        }
+        self.settle_store()?;
+        Ok(!oldest.is_empty())
+    }
+
+    /// Stores one page whose bytes are in the buffer. False when the store is full.
+    fn store(&mut self, place: usize, page: PageIndex, at: SlotPage) -> Result<bool, PagerError> {
+        let bytes = &self.buffer[place];
+        let digest = digest(bytes);
+        if digest == Digest::Zero {
+            self.machine.found_zero(page, at)?;
+            self.stats.stored.zero += 1;
+            return Ok(true);
+        }
+        let shared = self.domain.store(|store| store.share(bytes, &digest));
+        let (handle, how) = match shared {
+            Ok(Some(handle)) => (handle, How::Duplicate),
+            _ => {
+                let encoded = self.encoder.encode(bytes, &digest);
+                match self.domain.store(|store| store.insert(bytes, &digest, encoded)) {
+                    Ok(stored) => (stored.handle, stored.how),
+                    Err(StoreError::Exhausted) => {
+                        self.host.report(Incident::StoreFull { machine: self.id });
+                        return Ok(false);
+                    }
+                    // The page stays in limbo, where its bytes are safe.
+                    Err(_) => return Ok(false),
+                }
+            }
+        };
+        self.reached(Step::ObjectInserted)?;
+        self.name(page, at, handle)?;
+        let counts = &mut self.stats.stored;
+        *match how {
+            How::Same => &mut counts.same,
+            How::Duplicate => &mut counts.duplicate,
+            How::Lz4 => &mut counts.compressed,
+            How::Raw => &mut counts.raw,
+        } += 1;
+        Ok(true)
+    }
+
+    fn name(&mut self, page: PageIndex, at: SlotPage, handle: Handle) -> Result<(), PagerError> {
+        let object = ObjectRef::new(handle.to_bits());
+        let named = match object {
+            Some(object) => self.machine.stored(page, at, object),
+            None => return Ok(()),
+        };
+        if let (Err(error), Some(object)) = (named, object) {
+            self.release(object);
+            return Err(error.into());
+        }
+        Ok(self.reached(Step::StoredMarked)?)
+    }
+
+    /// Gives back memory that no word names.
+    fn zap(&mut self) -> Result<(), PagerError> {
+        let runs = self.machine.zap_runs(ITEMS_MAX);
+        let items: Vec<Item> = runs.iter().map(|(at, pages)| Item::new(PageIndex(0), *at, *pages)).collect();
+        self.space.zap(&items)?;
+        self.reached(Step::Zapped)?;
+        let mut freed = 0;
+        for (at, pages) in runs {
+            self.machine.zapped(at, pages);
+            freed += pages;
+        }
+        // The governor states the want anew each time it looks; between two looks it only falls.
+        let fall = |want: u32| Some(want.saturating_sub(freed));
+        let _ = self.orders.reclaim.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fall);
+        Ok(())
+    }
+}

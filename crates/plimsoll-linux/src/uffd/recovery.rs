@@ -1,0 +1,60 @@
+//! How a new manager takes a machine over from one that is gone, wherever that one stopped.
+//!
+//! Enters: the machine's memory and its page words, both of which outlived the earlier manager. Leaves: a [`Machine`]
+//! whose words agree with what is where. The order matters:
+//!
+//! 1. **Barrier.** The agent adopts the new epoch. Its answer proves that what the earlier manager queued has been
+//!    done or refused: nothing moves behind our back from here on.
+//! 2. **Look.** Guest RAM and airlock are looked up. From the barrier on guest RAM can only lose pages (a discard),
+//!    because nobody installs any; so a page that is seen there belongs to the guest.
+//! 3. **Drain.** Events that were waiting are read; whoever waits for a discard to be read goes on now. This comes
+//!    after looking: a discard takes effect only after its event was read, so while we look nothing changes under us.
+//!    In the other order a second crash between the two could leave a page whose discard nobody remembers and whose
+//!    older bytes a word still names. Faults are dropped: step 5 has every waiter fault anew, those whose event the
+//!    earlier manager read and did not serve, too.
+//! 4. **Reconcile.** [`Machine::recover`] believes what was seen over what the words say, then the drained discards
+//!    are applied: they are newer than anything seen.
+//! 5. **Wake** ([`Pager::resume`](super::pager::Pager::resume)), when the store has been recovered, too.
+//!
+//! One thing is lost by design: a discard whose event the earlier manager had read and not applied. If the page was
+//! not in RAM it comes back with the guest's own old bytes instead of zeros; never with anybody else's.
+use super::pager::PagerError;
+use super::space::{Space, SpaceEvent};
+use plimsoll_core::airlock::Shape;
+use plimsoll_core::layout::GuestLayout;
+use plimsoll_core::machine::Machine;
+use plimsoll_core::map::Words;
+
+/// Steps 1 to 4 for one machine. The objects its words name afterwards are [`Machine::objects`]: the domain's store
+/// is to be recovered from those of all its machines.
+///
+/// # Errors
+/// [`PagerError`] when the machine is gone or its words are damaged.
+pub fn take_over<S: Space, W: Words>(
+    space: &mut S,
+    epoch: u64,
+    layout: GuestLayout,
+    words: W,
+    airlock: Shape,
+    seed: u64,
+) -> Result<Machine<W>, PagerError> {
+    space.begin_epoch(epoch)?;
+    let presence = space.presence()?;
+    let mut events = Vec::new();
+    loop {
+        let before = events.len();
+        space.read_events(&mut events)?;
+        if events.len() == before {
+            break;
+        }
+    }
+    let has_page = |page| presence.has_page(page);
+    let mut machine = Machine::recover(layout, words, airlock, seed, has_page, |at| presence.has_slot(at))?;
+    for event in events {
+        if let SpaceEvent::Discard { first, pages } = event {
+            // The store is rebuilt from what words name after this: there is nothing to release yet.
+            machine.discarded(first.0..first.0.saturating_add(pages), |_| {})?;
+        }
+    }
+    Ok(machine)
+}

@@ -1,0 +1,203 @@
+//! What the pager needs of the kernel and of the VMM for one machine.
+//!
+//! Enters: pages and bytes. Leaves: events and how far each call came. [`LinuxSpace`](super::linux_space::LinuxSpace)
+//! is the real one; tests put a simulated kernel here and run the very same pager over it.
+use super::wire::{Item, Outcome, WireError};
+use plimsoll_types::{PageBytes, PageIndex, SlotPage};
+use std::ops::Range;
+use thiserror::Error;
+
+/// How the guest touched a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reading.
+    Read,
+    /// Writing.
+    Write,
+}
+
+/// Something that happened in guest RAM, in the order in which it happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpaceEvent {
+    /// A vCPU touched a page that is not there, and waits.
+    Fault {
+        /// The page.
+        page: PageIndex,
+        /// How it was touched.
+        access: Access,
+    },
+    /// Pages are being given back. Whoever does it goes on as soon as this has been read; the pages go away some time
+    /// after that.
+    Discard {
+        /// First page.
+        first: PageIndex,
+        /// How many.
+        pages: u32,
+    },
+}
+
+/// Why an install stopped before all of it was done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InstallStop {
+    /// An event waits to be read; nothing can be installed until it has been.
+    Again,
+    /// The next page is there already.
+    Present,
+    /// The memory cgroup of the machine, or the host, has no page left.
+    NoMemory,
+}
+
+/// How far an install came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Installed {
+    /// Pages done, from the first.
+    pub pages: u32,
+    /// Why no more; `None` means all.
+    pub stop: Option<InstallStop>,
+}
+
+/// What is in guest RAM and in the airlock, looked up once.
+#[derive(Clone, Debug, Default)]
+pub struct Presence {
+    ram: Vec<Range<u32>>,
+    slots: Vec<Range<u32>>,
+}
+
+impl Presence {
+    /// From ascending, disjoint ranges of page indices and of slot pages.
+    pub fn new(ram: Vec<Range<u32>>, slots: Vec<Range<u32>>) -> Self {
+        Self { ram, slots }
+    }
+
+    /// True when the page is in guest RAM, on swap or in migration: its bytes are the guest's.
+    pub fn has_page(&self, page: PageIndex) -> bool {
+        holds(&self.ram, page.0)
+    }
+
+    /// True when the slot page holds bytes.
+    pub fn has_slot(&self, at: SlotPage) -> bool {
+        holds(&self.slots, at.0)
+    }
+}
+
+fn holds(ranges: &[Range<u32>], index: u32) -> bool {
+    let after = ranges.partition_point(|range| range.start <= index);
+    after.checked_sub(1).is_some_and(|range| ranges[range].contains(&index))
+}
+
+/// A machine that cannot be managed any more.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SpaceError {
+    /// The VMM's process has ended.
+    #[error("the VMM has ended")]
+    Gone,
+    /// The VMM broke the hand-over protocol.
+    #[error("the VMM broke the hand-over protocol")]
+    Protocol(#[from] WireError),
+    /// The VMM did not answer in time.
+    #[error("the VMM's agent did not answer within {seconds} s")]
+    Silent {
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// The VMM handed over something that does not work as it must.
+    #[error("{call} of {pages} pages at index {first} failed: {cause}")]
+    Call {
+        /// The call.
+        call: &'static str,
+        /// First page or slot page.
+        first: u32,
+        /// How many.
+        pages: u32,
+        /// What the kernel or the agent said.
+        cause: String,
+    },
+    /// Something happened to guest RAM that no manager can follow: it was unmapped, moved or forked.
+    #[error("the VMM changed its memory map under the manager: {what}")]
+    MapChanged {
+        /// The event.
+        what: String,
+    },
+    /// Reading from the kernel failed.
+    #[error("{what} failed")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The error.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// The memory of one machine as the kernel and its VMM present it.
+///
+/// Installing calls wake whoever waits for the pages. No call waits for the guest.
+pub trait Space {
+    /// Appends the events that have happened, without waiting.
+    ///
+    /// # Errors
+    /// [`SpaceError`] when the machine is gone or cannot be followed.
+    fn read_events(&mut self, events: &mut Vec<SpaceEvent>) -> Result<(), SpaceError>;
+
+    /// Puts pages into guest RAM, where nothing must be yet.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError>;
+
+    /// Makes pages read as zeros without allocating memory until they are written.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn zero(&mut self, first: PageIndex, pages: u32) -> Result<Installed, SpaceError>;
+
+    /// Lets whoever waits for the pages try again.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn wake(&mut self, first: PageIndex, pages: u32) -> Result<(), SpaceError>;
+
+    /// Makes a touch of the page fail instead of reading anything.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn poison(&mut self, page: PageIndex) -> Result<Installed, SpaceError>;
+
+    /// Moves guest pages to slot pages, each atomically. One outcome per item.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn move_out(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError>;
+
+    /// Makes the pages of the items the VMM's own, so that they can be moved.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn populate(&mut self, items: &[Item]) -> Result<(), SpaceError>;
+
+    /// Gives back the memory of slot pages.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn zap(&mut self, items: &[Item]) -> Result<(), SpaceError>;
+
+    /// Reads consecutive slot pages.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn read_slots(&mut self, first: SlotPage, pages: &mut [PageBytes]) -> Result<(), SpaceError>;
+
+    /// Makes sure that nothing an earlier manager queued happens any more, and speaks with `epoch` from now on.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn begin_epoch(&mut self, epoch: u64) -> Result<(), SpaceError>;
+
+    /// Looks at what is where.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn presence(&mut self) -> Result<Presence, SpaceError>;
+}

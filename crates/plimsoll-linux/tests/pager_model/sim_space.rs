@@ -1,0 +1,246 @@
+//! [`Space`] over a [`Kernel`]: what one pager sees of its machine.
+//!
+//! Before and after each effect is a scheduling point. A call of a manager that was killed has no effect beyond what it
+//! had already; a request that it had queued stays queued.
+use super::kernel::{Kernel, Op, Ram, Request, State, point, zeros};
+use super::life::{Flaw, Life};
+use plimsoll_linux::uffd::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
+use plimsoll_linux::uffd::wire::{Item, Outcome};
+use plimsoll_types::{PageBytes, PageIndex, SlotPage};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// The memory of one machine in the hands of one manager.
+pub(crate) struct SimSpace {
+    kernel: Arc<Kernel>,
+    life: Arc<Life>,
+    epoch: u64,
+    flaw: Flaw,
+    /// Discards that the last call delivered: the pager may not have applied them yet.
+    in_hand: Vec<u64>,
+    /// Discards that a flaw holds back.
+    late: Vec<SpaceEvent>,
+    /// This is the call in which the manager dies.
+    dying: bool,
+}
+
+impl SimSpace {
+    /// In the hands of `life`.
+    pub(crate) fn new(kernel: Arc<Kernel>, life: Arc<Life>, epoch: u64, flaw: Flaw) -> Self {
+        Self { kernel, life, epoch, flaw, in_hand: Vec::new(), late: Vec::new(), dying: false }
+    }
+
+    /// Discards that may have died with the manager.
+    pub(crate) fn in_hand(&self) -> &[u64] {
+        &self.in_hand
+    }
+
+    /// The dead do nothing; and this may be the call in which the manager dies: then before it has any effect, or, if
+    /// the agent is asked, with the request queued.
+    fn enter(&mut self) -> Result<(), SpaceError> {
+        point();
+        if self.life.is_alive() && self.life.dies_in_call() {
+            self.dying = true;
+        }
+        if !self.life.is_alive() {
+            return Err(SpaceError::Gone);
+        }
+        self.in_hand.clear();
+        Ok(())
+    }
+
+    /// Dies here if this is the call.
+    fn leave<T>(&mut self, outcome: T) -> Result<T, SpaceError> {
+        point();
+        if self.dying {
+            self.life.die_in_call();
+        }
+        if self.life.is_alive() { Ok(outcome) } else { Err(SpaceError::Gone) }
+    }
+
+    fn ask(&mut self, op: Op, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.enter()?;
+        let ticket = {
+            let mut state = self.kernel.state();
+            let ticket = state.ticket();
+            state.requests.push_back(Request { ticket, epoch: self.epoch, op, items: items.to_vec() });
+            ticket
+        };
+        self.kernel.ring();
+        if self.dying {
+            return self.leave(Vec::new());
+        }
+        let life = Arc::clone(&self.life);
+        let reply = self.kernel.manager_waits(|state| {
+            let place = state.replies.iter().position(|(replied, _)| *replied == ticket);
+            match place {
+                _ if !life.is_alive() => Some(None),
+                Some(place) => Some(Some(state.replies.swap_remove(place).1)),
+                None => None,
+            }
+        });
+        reply.ok_or(SpaceError::Gone)
+    }
+
+    /// Installs from `bytes`, page by page. No discard begins meanwhile; the guest runs.
+    fn install(&mut self, first: u32, pages: u32, bytes: impl Fn(usize) -> Box<PageBytes>) -> Result<Installed, SpaceError> {
+        self.enter()?;
+        let mut state = self.kernel.state();
+        let is_refused = state.changing > 0 || state.mischief(16);
+        if is_refused {
+            let is_hidden = self.flaw == Flaw::AgainHidden;
+            drop(state);
+            let told = Installed { pages: if is_hidden { pages } else { 0 }, stop: Some(InstallStop::Again) };
+            return self.leave(if is_hidden { Installed { stop: None, ..told } } else { told });
+        }
+        state.installing += 1;
+        let mut done = 0;
+        let mut stop = None;
+        while done < pages {
+            let page = (first + done) as usize;
+            if !matches!(state.ram[page], Ram::Absent) {
+                stop = Some(if done == 0 { InstallStop::Present } else { InstallStop::Again });
+                break;
+            }
+            state.ram[page] = Ram::Present(bytes(done as usize));
+            done += 1;
+            if done < pages {
+                drop(state);
+                point();
+                state = self.kernel.state();
+                // A fatal signal, a page of the source that has to be brought: the kernel may stop anywhere.
+                if !self.life.is_alive() || state.mischief(8) {
+                    stop = Some(InstallStop::Again);
+                    break;
+                }
+            }
+        }
+        state.installing -= 1;
+        // Who was killed meanwhile may not come to the wake-up.
+        if self.life.is_alive() {
+            state.wake(first, done);
+        }
+        drop(state);
+        self.kernel.ring();
+        self.leave(Installed { pages: done, stop })
+    }
+}
+
+impl Space for SimSpace {
+    fn read_events(&mut self, events: &mut Vec<SpaceEvent>) -> Result<(), SpaceError> {
+        self.enter()?;
+        events.append(&mut self.late);
+        {
+            let mut state = self.kernel.state();
+            let State { faults, discards, .. } = &mut *state;
+            // The kernel hands out faults first, whatever the order in which things happened.
+            for fault in faults.iter_mut().filter(|fault| !fault.is_read) {
+                fault.is_read = true;
+                events.push(SpaceEvent::Fault { page: PageIndex(fault.page), access: fault.access });
+            }
+            for discard in discards.iter_mut().filter(|discard| !discard.is_read) {
+                discard.is_read = true;
+                self.in_hand.push(discard.ticket);
+                let event = SpaceEvent::Discard { first: PageIndex(discard.first), pages: discard.pages() };
+                let to = if self.flaw == Flaw::DiscardsLate { &mut self.late } else { &mut *events };
+                to.push(event);
+            }
+        }
+        self.kernel.ring();
+        self.leave(())
+    }
+
+    fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {
+        let count = u32::try_from(pages.len()).expect("at most a batch");
+        self.install(first.0, count, |place| Box::new(pages[place]))
+    }
+
+    fn zero(&mut self, first: PageIndex, pages: u32) -> Result<Installed, SpaceError> {
+        self.install(first.0, pages, |_| zeros())
+    }
+
+    fn wake(&mut self, first: PageIndex, pages: u32) -> Result<(), SpaceError> {
+        self.enter()?;
+        self.kernel.state().wake(first.0, pages);
+        self.kernel.ring();
+        self.leave(())
+    }
+
+    fn poison(&mut self, page: PageIndex) -> Result<Installed, SpaceError> {
+        self.enter()?;
+        let installed = {
+            let mut state = self.kernel.state();
+            if state.changing > 0 {
+                Installed { pages: 0, stop: Some(InstallStop::Again) }
+            } else if matches!(state.ram[page.get()], Ram::Present(_)) {
+                Installed { pages: 0, stop: Some(InstallStop::Present) }
+            } else {
+                state.ram[page.get()] = Ram::Poisoned;
+                state.wake(page.0, 1);
+                Installed { pages: 1, stop: None }
+            }
+        };
+        self.kernel.ring();
+        self.leave(installed)
+    }
+
+    fn move_out(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.ask(Op::MoveOut, items)
+    }
+
+    fn populate(&mut self, items: &[Item]) -> Result<(), SpaceError> {
+        self.ask(Op::Populate, items).map(drop)
+    }
+
+    fn zap(&mut self, items: &[Item]) -> Result<(), SpaceError> {
+        let outcomes = self.ask(Op::Zap, items)?;
+        assert!(outcomes.iter().all(|outcome| outcome.stop.is_none()), "model: a zap of this epoch was refused");
+        Ok(())
+    }
+
+    fn read_slots(&mut self, first: SlotPage, pages: &mut [PageBytes]) -> Result<(), SpaceError> {
+        self.enter()?;
+        {
+            let state = self.kernel.state();
+            for (at, page) in (first.get()..).zip(pages) {
+                let machine = state.machine;
+                let Some(held) = &state.slots[at] else {
+                    panic!("model: slot page {at} of machine {machine} is empty and read");
+                };
+                page.copy_from_slice(&held[..]);
+            }
+        }
+        self.leave(())
+    }
+
+    fn begin_epoch(&mut self, epoch: u64) -> Result<(), SpaceError> {
+        self.epoch = epoch;
+        if self.flaw == Flaw::NoBarrier {
+            return Ok(());
+        }
+        self.ask(Op::SetEpoch, &[]).map(drop)
+    }
+
+    fn presence(&mut self) -> Result<Presence, SpaceError> {
+        self.enter()?;
+        let pages = self.kernel.state().ram.len();
+        let mut ram: Vec<Range<u32>> = Vec::new();
+        for page in 0..pages {
+            // The page map is read piece by piece while the guest runs.
+            point();
+            let state = self.kernel.state();
+            if matches!(state.ram[page], Ram::Present(_)) {
+                let page = u32::try_from(page).expect("a few pages");
+                ram.push(page..page + 1);
+            }
+        }
+        point();
+        let mut slots = Vec::new();
+        for (at, held) in (0..).zip(&self.kernel.state().slots) {
+            if held.is_some() && self.flaw != Flaw::AirlockOverlooked {
+                slots.push(at..at + 1);
+            }
+        }
+        self.leave(Presence::new(ram, slots))
+    }
+}

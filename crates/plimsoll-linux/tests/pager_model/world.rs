@@ -1,0 +1,472 @@
+//! One run: machines, guests, agents, managers one after the other, and the checks at the end.
+use super::agent;
+use super::content::Content;
+use super::kernel::{Kernel, Pin, one_in, point};
+use super::life::{Fate, Flaw, Life, Watch};
+use super::sim_space::SimSpace;
+use plimsoll_core::airlock::Shape;
+use plimsoll_core::layout::GuestLayout;
+use plimsoll_core::ledger::{Budget, Terms};
+use plimsoll_core::machine::Machine;
+use plimsoll_core::map::{HeapWords, Words};
+use plimsoll_core::word::StateKind;
+use plimsoll_linux::uffd::host::{Domain, Host, Orders};
+use plimsoll_linux::uffd::pager::{Pager, Turn};
+use plimsoll_linux::uffd::probe::Step;
+use plimsoll_linux::uffd::recovery::take_over;
+use plimsoll_linux::uffd::stats::MachineStats;
+use plimsoll_store::{Handle, HeapSlabs, Store};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
+use shuttle::rand::{Rng, thread_rng};
+use shuttle::thread::{self, JoinHandle};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const GROUP: GroupId = GroupId(0);
+const DOMAIN: DomainId = DomainId(0);
+/// Far more than a run takes; a run that needs them does not end.
+const TURNS_MAX: usize = 2000;
+
+type SimPager = Pager<SimSpace, HeapSlabs, Arc<HeapWords>>;
+
+/// What all runs of this process have come through, so that a test can show that it tested something.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    /// Faults answered from limbo.
+    pub(crate) limbo: AtomicU64,
+    /// Faults answered from the store.
+    pub(crate) stored: AtomicU64,
+    /// Faults that found their page.
+    pub(crate) present: AtomicU64,
+    /// Moves refused.
+    pub(crate) refused: AtomicU64,
+    /// Pages found in the store already.
+    pub(crate) duplicate: AtomicU64,
+    /// Pages found zero when they aged out.
+    pub(crate) zero: AtomicU64,
+    /// Pages discarded.
+    pub(crate) discarded: AtomicU64,
+    /// Take-overs.
+    pub(crate) takeovers: AtomicU64,
+}
+
+/// Of all runs.
+pub(crate) static SEEN: Seen = Seen {
+    limbo: AtomicU64::new(0),
+    stored: AtomicU64::new(0),
+    present: AtomicU64::new(0),
+    refused: AtomicU64::new(0),
+    duplicate: AtomicU64::new(0),
+    zero: AtomicU64::new(0),
+    discarded: AtomicU64::new(0),
+    takeovers: AtomicU64::new(0),
+};
+
+/// How a run goes.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Machines, all of one sharing domain.
+    pub(crate) machines: u32,
+    /// Guest threads of each.
+    pub(crate) vcpus: u32,
+    /// What each guest thread does, in steps.
+    pub(crate) steps: u32,
+    /// Guests give pages back, too.
+    pub(crate) discards: bool,
+    /// Each machine's memory.
+    pub(crate) layout: GuestLayout,
+    /// Pages that guests use, from the first.
+    pub(crate) pages: u32,
+    /// Each machine's airlock.
+    pub(crate) airlock: Shape,
+    /// How the managers end, one after the other; the last one lives.
+    pub(crate) fates: Vec<Fate>,
+    /// Where managers are held up.
+    pub(crate) held_up: Option<Step>,
+    /// What is wrong on purpose.
+    pub(crate) flaw: Flaw,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            machines: 2,
+            vcpus: 2,
+            steps: 12,
+            discards: false,
+            layout: GuestLayout::dense(6),
+            pages: 6,
+            airlock: Shape { slots: 2, slot_pages: 8 },
+            fates: Vec::new(),
+            held_up: None,
+            flaw: Flaw::None,
+        }
+    }
+}
+
+/// What of a machine outlives its managers.
+struct Vm {
+    id: MachineId,
+    kernel: Arc<Kernel>,
+    words: Arc<HeapWords>,
+    orders: Arc<Orders>,
+    stats: Option<MachineStats>,
+    /// Of managers that are gone.
+    missing: u64,
+}
+
+/// What the pagers of one manager share.
+struct Office {
+    life: Arc<Life>,
+    host: Arc<Host>,
+    domain: Arc<Domain<HeapSlabs>>,
+}
+
+impl Plan {
+    /// Runs it. Panics if anything is wrong.
+    pub(crate) fn run(&self) {
+        let mut vms: Vec<Vm> = (0..self.machines).map(|id| self.create(id)).collect();
+        let kernels: Vec<Arc<Kernel>> = vms.iter().map(|vm| Arc::clone(&vm.kernel)).collect();
+        let flaw = self.flaw;
+        let agents = kernels.iter().map(|kernel| {
+            let kernel = Arc::clone(kernel);
+            thread::spawn(move || agent::serve(&kernel, flaw))
+        });
+        let agents: Vec<JoinHandle<()>> = agents.collect();
+        let quitting = self.start_guests(&vms);
+
+        let mut slabs = HeapSlabs::new(64);
+        let mut fates = self.fates.iter().copied().chain([Fate::Lives]);
+        let mut epoch = 0;
+        let (office, mut pagers) = loop {
+            let fate = fates.next().unwrap_or(Fate::Lives);
+            let life = Arc::new(Life::new(fate, self.held_up, kernels.clone()));
+            let (office, pagers) = self.start_manager(&mut vms, life, slabs, epoch);
+            let pagers = drive_all(&vms, &office, pagers);
+            if office.life.is_alive() {
+                break (office, pagers);
+            }
+            slabs = bequeath(&mut vms, office, pagers);
+            epoch += 1;
+            SEEN.takeovers.fetch_add(1, Ordering::Relaxed);
+        };
+        quitting.join().expect("guests do not fail quietly");
+        office.life.spare();
+        self.check(&mut vms, &office, &mut pagers);
+        finish(&vms, office, pagers);
+        for kernel in &kernels {
+            kernel.state().is_over = true;
+            kernel.ring();
+        }
+        agents.into_iter().for_each(|agent| agent.join().expect("agents do not fail quietly"));
+    }
+
+    fn create(&self, id: u32) -> Vm {
+        let pages = self.layout.page_limit().0;
+        let words = Arc::new(HeapWords::new(pages as usize));
+        let slot_pages = self.airlock.slots * self.airlock.slot_pages;
+        let kernel = Arc::new(Kernel::new(id, pages, slot_pages, Arc::clone(&words)));
+        Vm { id: MachineId(id), kernel, words, orders: Arc::default(), stats: None, missing: 0 }
+    }
+
+    /// Starts the vCPUs, and a thread that tells the managers when all are done.
+    fn start_guests(&self, vms: &[Vm]) -> JoinHandle<()> {
+        let mut vcpus = Vec::new();
+        for vm in vms {
+            for vcpu in 0..self.vcpus {
+                let (plan, kernel, orders) = (self.clone(), Arc::clone(&vm.kernel), Arc::clone(&vm.orders));
+                let tag = vm.id.0;
+                vcpus.push(thread::spawn(move || plan.guest(tag, vcpu, &kernel, &orders)));
+            }
+        }
+        let orders: Vec<_> = vms.iter().map(|vm| (Arc::clone(&vm.orders), Arc::clone(&vm.kernel))).collect();
+        thread::spawn(move || {
+            vcpus.into_iter().for_each(|vcpu| vcpu.join().expect("guests do not fail quietly"));
+            for (orders, kernel) in orders {
+                orders.stop.store(true, Ordering::Relaxed);
+                kernel.ring();
+            }
+        })
+    }
+
+    /// A vCPU: reads, writes, gives back, has devices hold pages; now and then the governor speaks.
+    fn guest(&self, machine: u32, vcpu: u32, kernel: &Kernel, orders: &Orders) {
+        let mut random = thread_rng();
+        let mut pinned = None;
+        for step in 0..self.steps {
+            let page = random.gen_range(0..self.pages);
+            match random.gen_range(0..20) {
+                0..8 => kernel.touch(page, None),
+                8..14 => {
+                    let version = vcpu << 16 | step;
+                    let own = Content::Own { machine, page, version };
+                    let content = match random.gen_range(0..6) {
+                        0 => Content::Zero,
+                        1 => Content::Common(random.gen_range(0..3)),
+                        _ => own,
+                    };
+                    kernel.touch(page, Some(content));
+                }
+                14..17 if self.discards => {
+                    let pages = random.gen_range(1..=3).min(self.pages - page);
+                    kernel.discard(page, pages);
+                }
+                17 if pinned.is_none() => {
+                    let pin = [Pin::Kernel, Pin::Shared, Pin::Device][random.gen_range(0..3)];
+                    kernel.pin(page, pin);
+                    pinned = Some(page);
+                }
+                18 => orders.sample.store(true, Ordering::Relaxed),
+                19 => orders.unpin.store(true, Ordering::Relaxed),
+                _ => {
+                    if let Some(page) = pinned.take() {
+                        kernel.pin(page, Pin::Free);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A manager: a fresh one for untouched machines, or one that takes over.
+    fn start_manager(
+        &self,
+        vms: &mut [Vm],
+        life: Arc<Life>,
+        slabs: HeapSlabs,
+        epoch: u64,
+    ) -> (Office, Vec<SimPager>) {
+        let host = Host::with_probe(Budget::of(ByteCount::mib(256)), Arc::new(Watch(Arc::clone(&life))));
+        let mut machines = Vec::new();
+        for vm in vms.iter_mut() {
+            let mut space = SimSpace::new(Arc::clone(&vm.kernel), Arc::clone(&life), epoch, self.flaw);
+            let machine = if epoch == 0 {
+                let (layout, words) = (self.layout.clone(), Arc::clone(&vm.words));
+                Machine::new(layout, words, self.airlock, u64::from(vm.id.0), |_| false).expect("words are fresh")
+            } else {
+                self.take_over(vm, &mut space, epoch)
+            };
+            machine.audit().expect("the census is right from the start");
+            host.ledger(|ledger| {
+                ledger.add_group(GROUP);
+                let terms = Terms { size: ByteCount::mib(2), reservation: ByteCount(0) };
+                ledger.admit(vm.id, GROUP, terms).expect("there is room");
+            });
+            machines.push((machine, space));
+        }
+        let objects = machines.iter().flat_map(|(machine, _)| machine.objects());
+        let handles: Vec<Handle> = objects.filter_map(|(_, object)| Handle::from_bits(object.bits())).collect();
+        let (store, report) = Store::recover(slabs, handles);
+        assert!(report.rejected.is_empty(), "model: words name objects that are gone: {report:?}");
+        let domain = Arc::new(Domain::new(DOMAIN, GROUP, store));
+        let host = Arc::new(host);
+        let office = Office { life, host, domain };
+        let mut pagers = Vec::new();
+        for (vm, (machine, space)) in vms.iter_mut().zip(machines) {
+            let (host, domain, orders) =
+                (Arc::clone(&office.host), Arc::clone(&office.domain), Arc::clone(&vm.orders));
+            let mut pager = Pager::new(vm.id, host, domain, orders, machine, space);
+            if let Some(stats) = vm.stats.take() {
+                pager.continue_stats(stats);
+            }
+            pagers.push(pager);
+        }
+        (office, pagers)
+    }
+
+    fn take_over(&self, vm: &mut Vm, space: &mut SimSpace, epoch: u64) -> Machine<Arc<HeapWords>> {
+        let (words, seed) = (Arc::clone(&vm.words), u64::from(vm.id.0));
+        if self.flaw == Flaw::WordsForgotten {
+            vm.words.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        }
+        let layout = self.layout.clone();
+        let taken = if self.flaw == Flaw::DrainedDiscardsDropped {
+            take_over(&mut Deaf(space), epoch, layout, words, self.airlock, seed)
+        } else {
+            take_over(space, epoch, layout, words, self.airlock, seed)
+        };
+        taken.unwrap_or_else(|error| panic!("model: taking over failed: {error:?}"))
+    }
+
+    /// Everything is taken from the guests, every page is looked at, and everything is taken again.
+    fn check(&self, vms: &mut [Vm], office: &Office, pagers: &mut [SimPager]) {
+        for (vm, pager) in vms.iter().zip(pagers.iter_mut()) {
+            {
+                let mut state = vm.kernel.state();
+                assert!(state.discards.is_empty(), "model: a discard outlived its guest");
+                state.is_calm = true;
+                state.pins.fill(Pin::Free);
+            }
+            evict(vm, pager);
+            for page in 0..self.pages {
+                fetch(vm, pager, page);
+            }
+            evict(vm, pager);
+            for page in (0..self.pages).rev().step_by(2) {
+                fetch(vm, pager, page);
+            }
+            let machine = pager.machine();
+            machine.audit().expect("model: the census is off");
+            let pages: u64 = StateKind::ALL.iter().map(|kind| machine.census().of(*kind).0).sum();
+            assert_eq!(pages, u64::from(self.layout.page_limit().0), "model: pages were lost");
+            assert_eq!(machine.census().of(StateKind::Poisoned), PageCount(0), "model: a page was poisoned");
+        }
+        let incidents = office.host.take_incidents();
+        assert!(incidents.is_empty(), "model: {incidents:?}");
+    }
+}
+
+/// A machine whose discards nobody hears.
+struct Deaf<'a>(&'a mut SimSpace);
+
+mod deaf {
+    use super::Deaf;
+    use plimsoll_linux::uffd::space::{Installed, Presence, Space, SpaceError, SpaceEvent};
+    use plimsoll_linux::uffd::wire::{Item, Outcome};
+    use plimsoll_types::{PageBytes, PageIndex, SlotPage};
+
+    impl Space for Deaf<'_> {
+        fn read_events(&mut self, events: &mut Vec<SpaceEvent>) -> Result<(), SpaceError> {
+            self.0.read_events(events)?;
+            events.retain(|event| matches!(event, SpaceEvent::Fault { .. }));
+            Ok(())
+        }
+        fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {
+            self.0.copy(first, pages)
+        }
+        fn zero(&mut self, first: PageIndex, pages: u32) -> Result<Installed, SpaceError> {
+            self.0.zero(first, pages)
+        }
+        fn wake(&mut self, first: PageIndex, pages: u32) -> Result<(), SpaceError> {
+            self.0.wake(first, pages)
+        }
+        fn poison(&mut self, page: PageIndex) -> Result<Installed, SpaceError> {
+            self.0.poison(page)
+        }
+        fn move_out(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+            self.0.move_out(items)
+        }
+        fn populate(&mut self, items: &[Item]) -> Result<(), SpaceError> {
+            self.0.populate(items)
+        }
+        fn zap(&mut self, items: &[Item]) -> Result<(), SpaceError> {
+            self.0.zap(items)
+        }
+        fn read_slots(&mut self, first: SlotPage, pages: &mut [PageBytes]) -> Result<(), SpaceError> {
+            self.0.read_slots(first, pages)
+        }
+        fn begin_epoch(&mut self, epoch: u64) -> Result<(), SpaceError> {
+            self.0.begin_epoch(epoch)
+        }
+        fn presence(&mut self) -> Result<Presence, SpaceError> {
+            self.0.presence()
+        }
+    }
+}
+
+/// Runs a manager's pagers, each on its thread, until all guests are done or the manager is killed.
+fn drive_all(vms: &[Vm], office: &Office, pagers: Vec<SimPager>) -> Vec<SimPager> {
+    let threads = vms.iter().zip(pagers).map(|(vm, pager)| {
+        let (life, kernel, orders) = (Arc::clone(&office.life), Arc::clone(&vm.kernel), Arc::clone(&vm.orders));
+        thread::spawn(move || drive(pager, &life, &kernel, &orders))
+    });
+    let threads: Vec<_> = threads.collect();
+    threads.into_iter().map(|thread| thread.join().expect("pagers do not fail quietly")).collect()
+}
+
+fn drive(mut pager: SimPager, life: &Life, kernel: &Kernel, orders: &Orders) -> SimPager {
+    let mut next = pager.resume().map(|()| Turn::Busy);
+    loop {
+        match next {
+            Err(error) => {
+                assert!(!life.is_alive(), "model: the pager failed: {error:?}");
+                return pager;
+            }
+            // Others run first: a turn that found a discard under way cannot go on before they do.
+            Ok(Turn::Busy | Turn::Stalled) => thread::yield_now(),
+            Ok(Turn::Idle) if orders.stop.load(Ordering::Relaxed) => return pager,
+            Ok(Turn::Idle) => kernel.manager_waits(|state| {
+                let is_over = orders.stop.load(Ordering::Relaxed) || !life.is_alive();
+                (is_over || state.has_event()).then_some(())
+            }),
+        }
+        // Guests that are done leave everything to be taken; before, the governor wants it nearly all the time.
+        let want = if one_in(4) { 0 } else { 1000 };
+        let is_stopping = orders.stop.load(Ordering::Relaxed);
+        orders.reclaim.store(if is_stopping { 0 } else { want }, Ordering::Relaxed);
+        next = pager.turn();
+    }
+}
+
+/// A manager is gone: what its pagers had in hand is lost, what they shared is left.
+fn bequeath(vms: &mut [Vm], office: Office, pagers: Vec<SimPager>) -> HeapSlabs {
+    for (vm, mut pager) in vms.iter_mut().zip(pagers) {
+        point();
+        let stats = pager.stats().clone();
+        check_anomalies(vm, &stats);
+        vm.missing += stats.anomalies.missing;
+        vm.stats = Some(stats);
+        vm.kernel.state().manager_died(pager.space().in_hand());
+    }
+    let Office { domain, .. } = office;
+    let Ok(domain) = Arc::try_unwrap(domain) else { panic!("model: somebody still has the dead manager's store") };
+    domain.into_store().into_memory()
+}
+
+/// Nothing is ever lost, and nothing missing but what discards explain.
+fn check_anomalies(vm: &Vm, stats: &MachineStats) {
+    let discarded = vm.kernel.state().discarded_pages;
+    assert_eq!(stats.anomalies.lost, 0, "model: machine {} lost a page", vm.id.0);
+    let missing = vm.missing + stats.anomalies.missing;
+    assert!(missing <= discarded, "model: {missing} pages missing, {discarded} discarded on machine {}", vm.id.0);
+}
+
+/// Takes everything from a guest that does nothing.
+fn evict(vm: &Vm, pager: &mut SimPager) {
+    for turn in 0.. {
+        vm.orders.reclaim.store(1000, Ordering::Relaxed);
+        vm.orders.unpin.store(true, Ordering::Relaxed);
+        pager.turn().unwrap_or_else(|error| panic!("model: the pager failed: {error:?}"));
+        if pager.machine().ram() == PageCount(0) {
+            break;
+        }
+        assert!(turn < TURNS_MAX, "model: machine {} cannot be emptied: {:?} {:?}", vm.id.0, pager.machine().census(), pager.machine().airlock());
+    }
+    let state = vm.kernel.state();
+    let present = state.ram.iter().filter(|page| matches!(page, super::kernel::Ram::Present(_))).count();
+    let slots = state.slots.iter().filter(|held| held.is_some()).count();
+    assert_eq!((present, slots), (0, 0), "model: memory of machine {} that nobody knows of", vm.id.0);
+}
+
+fn fetch(vm: &Vm, pager: &mut SimPager, page: u32) {
+    vm.orders.reclaim.store(0, Ordering::Relaxed);
+    for turn in 0.. {
+        if vm.kernel.try_touch(page, None).is_none() {
+            return;
+        }
+        pager.turn().unwrap_or_else(|error| panic!("model: the pager failed: {error:?}"));
+        assert!(turn < TURNS_MAX, "model: page {page} of machine {} does not come", vm.id.0);
+    }
+}
+
+/// The machines' processes end: nothing of theirs is left.
+fn finish(vms: &[Vm], office: Office, pagers: Vec<SimPager>) {
+    for (vm, mut pager) in vms.iter().zip(pagers) {
+        let stats = pager.stats().clone();
+        check_anomalies(vm, &stats);
+        for (sum, count) in [
+            (&SEEN.limbo, stats.faults.limbo),
+            (&SEEN.stored, stats.faults.stored),
+            (&SEEN.present, stats.faults.present),
+            (&SEEN.refused, stats.refused),
+            (&SEEN.duplicate, stats.stored.duplicate),
+            (&SEEN.zero, stats.stored.zero),
+            (&SEEN.discarded, stats.discarded),
+        ] {
+            sum.fetch_add(count, Ordering::Relaxed);
+        }
+        let _ = pager.bury();
+        office.host.ledger(|ledger| ledger.audit()).expect("model: the ledger is off");
+    }
+    let stats = office.domain.store(|store| store.stats());
+    assert_eq!((stats.pages, stats.objects()), (PageCount(0), 0), "model: the store outlives its guests");
+}
