@@ -1,0 +1,247 @@
+//! The control socket: how the machine's starter hears from it and tells it to stop.
+//!
+//! Enters: JSON lines from the starter ([`Command`]). Leaves: JSON lines to it ([`Event`]). One line is one message; the
+//! stream carries nothing else. The starter is trusted (it wrote the configuration), but a line of it that makes no
+//! sense is answered with an `error` event and ignored, because a machine must not die of a typing error.
+//!
+//! Only the machine's main thread uses this, so a starter that does not read delays reports and nothing else.
+use crate::probe::Accel;
+use crate::report::Summary;
+use plimsoll_guest::abi;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// Longest line the starter may send.
+const LINE_MAX: usize = 4096;
+
+/// What the machine tells its starter.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// Memory is being touched before the guest starts.
+    Prefault {
+        /// Bytes touched so far.
+        done_bytes: u64,
+        /// Bytes of all memory.
+        total_bytes: u64,
+    },
+    /// The vCPUs run.
+    Started {
+        /// The machine's name.
+        name: String,
+        /// Its process.
+        pid: u32,
+        /// What runs it.
+        accel: Accel,
+        /// Its identity under its manager, if it has one.
+        machine: Option<u32>,
+        /// Ticks of the guest's clock in a second.
+        tsc_hz: u64,
+    },
+    /// What the vCPUs say.
+    Report(Summary),
+    /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
+    ManagerLost,
+    /// A command made no sense.
+    Error {
+        /// Why.
+        message: String,
+    },
+    /// A vCPU cannot go on; the others are being stopped.
+    Died {
+        /// Which vCPU.
+        vcpu: u32,
+        /// Why, for the operator.
+        reason: String,
+    },
+    /// All vCPUs have ended. The last event.
+    Done(Summary),
+}
+
+/// What the starter tells the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Command {
+    /// End. Whoever sends nothing and closes the socket has said this, with `mode` `now`.
+    Stop {
+        /// How.
+        mode: StopMode,
+    },
+    /// A new window of the true working set begins.
+    Window {
+        /// Its number, which should grow by one each time.
+        number: u64,
+    },
+}
+
+/// How to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopMode {
+    /// After the operation at hand and, if the workload asks for it, a check of every page.
+    Finish,
+    /// After the operation at hand. vCPUs that wait for a page that nobody brings are abandoned after a while.
+    Now,
+}
+
+impl StopMode {
+    /// The guest's word for it.
+    pub(crate) const fn word(self) -> u64 {
+        match self {
+            Self::Finish => abi::STOP_FINISH,
+            Self::Now => abi::STOP_NOW,
+        }
+    }
+}
+
+/// The machine's end of the socket.
+#[derive(Debug)]
+pub(crate) struct Control {
+    socket: OwnedFd,
+    /// Bytes of a line whose end has not come yet.
+    pending: Vec<u8>,
+    /// Set when the line being received is too long: its rest is thrown away.
+    skipping: Skipping,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Skipping {
+    No,
+    ToEndOfLine,
+}
+
+/// What one reading of the socket gave.
+#[derive(Debug, Default)]
+pub(crate) struct Received {
+    /// Commands, in order.
+    pub(crate) commands: Vec<Command>,
+    /// What was wrong with lines that are none.
+    pub(crate) errors: Vec<String>,
+    /// The starter has closed its end.
+    pub(crate) closed: bool,
+}
+
+impl Control {
+    pub(crate) fn new(socket: OwnedFd) -> Self {
+        Self { socket, pending: Vec::new(), skipping: Skipping::No }
+    }
+
+    /// Sends an event. A starter that is gone is noticed by [`receive`](Self::receive), so that is no error here.
+    pub(crate) fn send(&self, event: &Event) -> io::Result<()> {
+        let mut line = serde_json::to_vec(event)?;
+        line.push(b'\n');
+        let mut rest = line.as_slice();
+        while !rest.is_empty() {
+            match rustix::net::send(&self.socket, rest, SendFlags::NOSIGNAL) {
+                Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE | Errno::CONNRESET) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what has arrived, without waiting.
+    pub(crate) fn receive(&mut self) -> io::Result<Received> {
+        let mut received = Received::default();
+        let mut buffer = [0; LINE_MAX];
+        loop {
+            match rustix::net::recv(&self.socket, &mut buffer[..], RecvFlags::DONTWAIT) {
+                Ok((0, _)) | Err(Errno::CONNRESET) => {
+                    received.closed = true;
+                    return Ok(received);
+                }
+                Ok((bytes, _)) => buffer.iter().take(bytes).for_each(|byte| self.take(*byte, &mut received)),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(received),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+
+    fn take(&mut self, byte: u8, received: &mut Received) {
+        if byte != b'\n' {
+            if self.skipping == Skipping::No {
+                self.pending.push(byte);
+            }
+            if self.pending.len() > LINE_MAX {
+                self.pending.clear();
+                self.skipping = Skipping::ToEndOfLine;
+                received.errors.push(format!("a line of more than {LINE_MAX} bytes was ignored"));
+            }
+            return;
+        }
+        if self.skipping == Skipping::No && !self.pending.is_empty() {
+            match serde_json::from_slice(&self.pending) {
+                Ok(command) => received.commands.push(command),
+                Err(error) => received.errors.push(format!("a line is no command: {error}")),
+            }
+        }
+        self.pending.clear();
+        self.skipping = Skipping::No;
+    }
+}
+
+impl AsFd for Control {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    fn pair() -> (Control, UnixStream) {
+        let (own, other) = UnixStream::pair().unwrap();
+        (Control::new(own.into()), other)
+    }
+
+    #[test]
+    fn commands_are_found_however_the_stream_is_cut() {
+        let (mut control, mut starter) = pair();
+        let text = b"{\"command\":\"window\",\"number\":7}\n\n{\"command\":\"stop\",\"mode\":\"finish\"}\n";
+        let mut commands = Vec::new();
+        for byte in text {
+            starter.write_all(&[*byte]).unwrap();
+            commands.extend(control.receive().unwrap().commands);
+        }
+        assert_eq!(commands, [Command::Window { number: 7 }, Command::Stop { mode: StopMode::Finish }]);
+        drop(starter);
+        assert!(control.receive().unwrap().closed);
+    }
+
+    #[test]
+    fn nonsense_is_answered_and_what_follows_is_still_understood() {
+        let (mut control, mut starter) = pair();
+        starter.write_all(b"hello\n{\"command\":\"explode\"}\n").unwrap();
+        starter.write_all(&[b'x'; LINE_MAX + 100]).unwrap();
+        starter.write_all(b"\n{\"command\":\"window\",\"number\":1}\n").unwrap();
+        let received = control.receive().unwrap();
+        assert_eq!(received.errors.len(), 3, "{:?}", received.errors);
+        assert_eq!(received.commands, [Command::Window { number: 1 }]);
+        assert!(!received.closed);
+    }
+
+    #[test]
+    fn an_event_is_one_line_and_a_starter_that_is_gone_is_no_error() {
+        let (control, mut starter) = pair();
+        control.send(&Event::Died { vcpu: 1, reason: "a\nb".into() }).unwrap();
+        control.send(&Event::ManagerLost).unwrap();
+        let mut bytes = [0; 200];
+        let read = starter.read(&mut bytes).unwrap();
+        let text = std::str::from_utf8(&bytes[..read]).unwrap();
+        assert_eq!(
+            text,
+            "{\"event\":\"died\",\"vcpu\":1,\"reason\":\"a\\nb\"}\n{\"event\":\"manager_lost\"}\n"
+        );
+        drop(starter);
+        control.send(&Event::ManagerLost).unwrap();
+    }
+}

@@ -1,0 +1,278 @@
+//! What the vCPUs of a machine share with its main thread, whatever runs them.
+//!
+//! Enters: port exits of vCPUs, orders of the main thread. Leaves: reports, and how each vCPU ended. What must never
+//! happen: a number the guest wrote being used without a check, or a vCPU thread holding a lock while it touches or
+//! discards guest memory.
+use crate::memory::{DiscardError, Memory, MemoryError};
+use crate::report::{self, Summary, VcpuReports};
+use plimsoll_guest::abi;
+use plimsoll_sys::eventfd::EventFd;
+use plimsoll_types::{ByteCount, Gpa, Hva, PAGE_SIZE};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+use zerocopy::FromBytes;
+
+/// The longest a vCPU sleeps at once; the guest asks again.
+const IDLE_MAX: Duration = Duration::from_secs(1);
+
+/// Why a vCPU cannot go on.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Death {
+    /// The guest program gave up.
+    #[error("the guest program stopped: {message}")]
+    Panicked {
+        /// Its words.
+        message: String,
+    },
+    /// It gave back what it must not.
+    #[error(transparent)]
+    Discard(DiscardError),
+    /// It wrote to a port that is none, or not a dword.
+    #[error("it wrote {bytes} bytes to port {port:#x}, which means nothing (rip {rip:#x})")]
+    Port {
+        /// The port.
+        port: u16,
+        /// How many bytes.
+        bytes: usize,
+        /// Where it was.
+        rip: u64,
+    },
+    /// A fault of the guest: with no interrupt table, every exception ends it.
+    #[error("it faulted at rip {rip:#x}; the last page fault was at {fault:#x} (outside its memory?)")]
+    Faulted {
+        /// Where it was.
+        rip: u64,
+        /// The last address that was not mapped.
+        fault: u64,
+    },
+    /// It reached memory through its page tables that the machine does not have.
+    #[error("it accessed {gpa}, where the machine has no memory (rip {rip:#x})")]
+    OutsideRam {
+        /// The address.
+        gpa: Gpa,
+        /// Where it was.
+        rip: u64,
+    },
+    /// Its bytes were lost; the manager poisoned the page.
+    #[error("it touched {gpa}, whose bytes are lost: the page is poisoned")]
+    Poisoned {
+        /// The page.
+        gpa: Gpa,
+    },
+    /// KVM cannot run it.
+    #[error("KVM cannot go on: {exit} (rip {rip:#x})")]
+    Kvm {
+        /// What KVM said.
+        exit: String,
+        /// Where it was.
+        rip: u64,
+    },
+    /// The VMM cannot reach the guest's memory.
+    #[error("its channel page cannot be reached")]
+    Memory(#[from] MemoryError),
+    /// The guest program, running in this process, cannot start.
+    #[error("the guest program cannot run")]
+    Program(#[source] plimsoll_guest::GuestError),
+}
+
+/// How a vCPU ended.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// By itself.
+    Done,
+    /// It was told to leave at once.
+    Left,
+    /// It cannot go on.
+    Died(Death),
+}
+
+/// Whether vCPU threads go on running the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Going {
+    /// They do.
+    On,
+    /// They leave as soon as they notice.
+    Leaving,
+}
+
+#[derive(Debug, Default)]
+struct Vcpu {
+    reports: VcpuReports,
+    end: Option<End>,
+}
+
+/// One machine, as its threads see it.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) memory: Memory,
+    pub(crate) tsc_hz: u64,
+    vcpus: Vec<Mutex<Vcpu>>,
+    leaving: AtomicBool,
+    /// Wakes sleeping vCPUs. The bool says that the guest has been told to stop.
+    stopping: Mutex<bool>,
+    wake: Condvar,
+    /// Signalled when a vCPU has ended or the manager is lost.
+    pub(crate) attention: EventFd,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain values that no panic can leave half written.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Machine {
+    pub(crate) fn new(memory: Memory, vcpus: u32, tsc_hz: u64, attention: EventFd) -> Self {
+        Self {
+            memory,
+            tsc_hz,
+            vcpus: (0..vcpus).map(|_| Mutex::default()).collect(),
+            leaving: AtomicBool::new(false),
+            stopping: Mutex::new(false),
+            wake: Condvar::new(),
+            attention,
+        }
+    }
+
+    fn vcpu(&self, index: u32) -> Option<MutexGuard<'_, Vcpu>> {
+        self.vcpus.get(usize::try_from(index).ok()?).map(locked)
+    }
+
+    /// The channel page of a vCPU that waits in a port exit.
+    fn channel(&self, vcpu: u32) -> Result<abi::Channel, Death> {
+        let mut bytes = [0; size_of::<abi::Channel>()];
+        self.memory.read(Gpa(abi::channel_gpa(vcpu)), &mut bytes)?;
+        // Every array of that length is a `Channel`: its fields are integers.
+        abi::Channel::read_from_bytes(&bytes).map_err(|_| {
+            MemoryError::OutsideRam { gpa: Gpa(abi::channel_gpa(vcpu)), len: ByteCount(0) }.into()
+        })
+    }
+
+    /// Does what a vCPU asked for by writing to a port. `Some` when it shall not be resumed.
+    pub(crate) fn port(&self, vcpu: u32, port: u16, bytes: usize, rip: impl Fn() -> u64) -> Option<End> {
+        if bytes != 4 {
+            return Some(End::Died(Death::Port { port, bytes, rip: rip() }));
+        }
+        let channel = match self.channel(vcpu) {
+            Ok(channel) => channel,
+            Err(death) => return Some(End::Died(death)),
+        };
+        match port {
+            abi::PORT_REPORT => self.report(vcpu, &channel.report),
+            abi::PORT_IDLE => self.idle(channel.request_ns),
+            abi::PORT_DISCARD => {
+                let discarded = self.memory.discard(Gpa(channel.request_gpa), channel.request_len);
+                return discarded.err().map(|error| End::Died(Death::Discard(error)));
+            }
+            abi::PORT_DONE => {
+                self.report(vcpu, &channel.report);
+                return Some(End::Done);
+            }
+            abi::PORT_PANIC => {
+                let len = usize::try_from(channel.message_len).unwrap_or(usize::MAX).min(abi::MESSAGE_SIZE);
+                let message = String::from_utf8_lossy(&channel.message[..len]);
+                let message = message.chars().filter(|letter| !letter.is_control()).collect();
+                return Some(End::Died(Death::Panicked { message }));
+            }
+            _ => return Some(End::Died(Death::Port { port, bytes, rip: rip() })),
+        }
+        None
+    }
+
+    /// Takes a report over.
+    pub(crate) fn report(&self, vcpu: u32, report: &abi::Report) {
+        if let Some(mut vcpu) = self.vcpu(vcpu) {
+            vcpu.reports.take(*report);
+        }
+    }
+
+    /// Sleeps at most that long, less when the machine is told to stop.
+    pub(crate) fn idle(&self, ns: u64) {
+        let until = Instant::now() + Duration::from_nanos(ns).min(IDLE_MAX);
+        let mut stopping = locked(&self.stopping);
+        while !*stopping {
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return };
+            let woken = self.wake.wait_timeout(stopping, left);
+            stopping = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// A vCPU has ended.
+    pub(crate) fn ended(&self, vcpu: u32, end: End) {
+        if let Some(mut vcpu) = self.vcpu(vcpu) {
+            vcpu.end.get_or_insert(end);
+        }
+        // The main thread also looks at every report interval, so a signal that fails only delays it.
+        let _ = self.attention.signal();
+    }
+
+    /// Tells the guest to stop.
+    pub(crate) fn stop(&self, word: u64) -> Result<(), MemoryError> {
+        for vcpu in 0..self.vcpus.len() {
+            self.channel_word(vcpu, 0, word)?;
+        }
+        *locked(&self.stopping) = true;
+        self.wake.notify_all();
+        Ok(())
+    }
+
+    /// Tells the guest that another window runs.
+    pub(crate) fn window(&self, number: u64) -> Result<(), MemoryError> {
+        (0..self.vcpus.len()).try_for_each(|vcpu| self.channel_word(vcpu, 8, number))
+    }
+
+    /// Writes one of the VMM's words of a channel page, which is pinned for life.
+    fn channel_word(&self, vcpu: usize, offset: u64, value: u64) -> Result<(), MemoryError> {
+        let base = abi::channel_gpa(u32::try_from(vcpu).unwrap_or(u32::MAX));
+        self.memory.write_u64(Gpa(base.saturating_add(offset)), value)
+    }
+
+    /// Tells the vCPU threads to leave without the guest's consent.
+    pub(crate) fn leave(&self) {
+        self.leaving.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether a vCPU thread may run the guest.
+    pub(crate) fn going(&self) -> Going {
+        if self.leaving.load(Ordering::SeqCst) { Going::Leaving } else { Going::On }
+    }
+
+    /// The poisoned page some thread stumbled over, if it is one of this machine's.
+    pub(crate) fn poisoned(&self, hva: Option<Hva>) -> Option<Death> {
+        let gpa = self.memory.gpa_of(hva?)?;
+        Some(Death::Poisoned { gpa: Gpa(gpa.0 - gpa.0 % PAGE_SIZE as u64) })
+    }
+
+    /// vCPUs that have not ended.
+    pub(crate) fn running(&self) -> usize {
+        self.vcpus.iter().filter(|vcpu| locked(vcpu).end.is_none()).count()
+    }
+
+    /// The first vCPU that died, and why.
+    pub(crate) fn death(&self) -> Option<(u32, String)> {
+        self.vcpus.iter().zip(0..).find_map(|(vcpu, index)| match &locked(vcpu).end {
+            Some(End::Died(death)) => Some((index, sentence(death))),
+            _ => None,
+        })
+    }
+
+    /// What all vCPUs say.
+    pub(crate) fn summary(&self) -> Summary {
+        let reports: Vec<_> = self.vcpus.iter().map(|vcpu| locked(vcpu).reports.clone()).collect();
+        report::summarise(&reports, self.tsc_hz)
+    }
+}
+
+/// An error and its causes in one line.
+pub(crate) fn sentence(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,267 @@
+//! From a configuration to a running machine, in the order that the crate's documentation gives.
+//!
+//! Enters: configuration and sockets. Leaves: whatever [`Supervisor::run`] says. What must never happen: a vCPU running
+//! before its memory is handed over, or any thread running the guest before the filter is on it.
+use crate::config::{AccelChoice, Management, VmmConfig};
+use crate::control::{Control, Event};
+use crate::kvm::{self, KvmError};
+use crate::machine::{End, Machine, sentence};
+use crate::memory::{Managed, Memory, MemoryError};
+use crate::probe::{self, Accel};
+use crate::supervise::{ExitReport, ManagerEnd, Stop, Supervisor};
+use crate::wire::{self, Hello, Welcome};
+use crate::{VmmError, agent, boot, inprocess, sandbox, signals};
+use plimsoll_core::layout::GuestLayout;
+use plimsoll_guest::abi;
+use plimsoll_sys::ProcessId;
+use plimsoll_sys::eventfd::EventFd;
+use plimsoll_sys::fdpass;
+use plimsoll_sys::uffd::{Mode, OpenError};
+use plimsoll_types::{ByteCount, Gpa};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::Shutdown;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Barrier};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+/// How long a manager may take to welcome a machine.
+const WELCOME_SECONDS: u64 = 10;
+
+/// What will run the guest, before it has memory.
+enum Engine {
+    Kvm(kvm::Parts),
+    InProcess,
+}
+
+/// What runs the guest's vCPUs, one element for each.
+enum Vcpu {
+    Kvm(kvm::Vcpu),
+    InProcess { index: u32, params: Box<abi::Params>, start: Instant },
+}
+
+/// Runs a machine to its end. `handover` is a connected `SOCK_SEQPACKET` socket to a manager, `control` a connected
+/// `SOCK_STREAM` socket to the starter.
+///
+/// # Errors
+/// Any [`VmmError`]; nothing was started, or all of it has ended.
+pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> Result<ExitReport, VmmError> {
+    let parent = ProcessId::parent();
+    let layout = config.check()?;
+    if config.management == Management::Managed && handover.is_none() {
+        return Err(VmmError::NoManager);
+    }
+    let control = Control::new(control);
+    signals::install().map_err(VmmError::Threads)?;
+    let (engine, managed, accel) = open(config, &layout)?;
+    let memory = Memory::map(layout, config.huge_pages, managed)?;
+    let (engine, tsc_hz) = match engine {
+        Engine::Kvm(parts) => {
+            let tsc_hz = parts.tsc_hz();
+            (Engine::Kvm(parts), tsc_hz)
+        }
+        Engine::InProcess => (Engine::InProcess, inprocess::TICKS_PER_SECOND),
+    };
+    let params = config.params(memory.layout(), tsc_hz);
+    let entry = load(config, &memory, &params)?;
+    let total_bytes = memory.layout().pages().bytes().0;
+    let mut sent = Ok(());
+    memory.prefault(config.prefault, |done| {
+        let event = Event::Prefault { done_bytes: done.0, total_bytes };
+        sent = control.send(&event);
+    })?;
+    sent.map_err(VmmError::Control)?;
+    let vcpus = match engine {
+        Engine::Kvm(parts) => parts.attach(&memory, entry)?.into_iter().map(Vcpu::Kvm).collect(),
+        Engine::InProcess => in_process(config, &params),
+    };
+    memory.register()?;
+    let identity = match handover.as_ref().filter(|_| config.management == Management::Managed) {
+        Some(socket) => Some(hand_over(config, &memory, socket.as_fd())?),
+        None => None,
+    };
+    sandbox::drop_rights(config.sandbox, parent)?;
+
+    let attention = EventFd::new().map_err(VmmError::Threads)?;
+    let machine = Arc::new(Machine::new(memory, config.vcpus, tsc_hz, attention));
+    let socket = handover.map(Arc::new);
+    let threads = Threads::start(&machine, vcpus, socket.as_ref().zip(identity.map(|(_, epoch)| epoch)))?;
+    let confined = sandbox::restrict(config.sandbox, &accel);
+    if confined.is_err() {
+        machine.leave();
+    }
+    let started = control.send(&Event::Started {
+        name: config.name.clone(),
+        pid: std::process::id(),
+        accel,
+        machine: identity.map(|(machine, _)| machine),
+        tsc_hz,
+    });
+    threads.go.wait();
+    let mut supervisor = Supervisor {
+        machine,
+        control,
+        vcpus: threads.vcpus,
+        agent: threads.agent,
+        manager: ManagerEnd::Present,
+        died: None,
+        stop: Stop::No,
+        malformed: 0,
+    };
+    let ended = confined
+        .map_err(VmmError::from)
+        .and_then(|()| started.map_err(VmmError::Control))
+        .and_then(|()| supervisor.run(config));
+    if let Some(socket) = &socket {
+        // Frees the agent from its wait. A manager that is gone already has the same effect.
+        let _ = rustix::net::shutdown(socket, Shutdown::Both);
+    }
+    let malformed_requests = supervisor.join_agent();
+    Ok(ExitReport { malformed_requests: malformed_requests?, ..ended? })
+}
+
+/// Chooses what runs the guest, and opens what a manager will need.
+fn open(config: &VmmConfig, layout: &GuestLayout) -> Result<(Engine, Option<Managed>, Accel), VmmError> {
+    let managed = |mode| match config.management {
+        Management::Managed => Managed::open(mode, config.airlock_slots).map(Some),
+        Management::Unmanaged => Ok(None),
+    };
+    let because = match config.accel {
+        AccelChoice::InProcess => "it was asked for".to_owned(),
+        choice => match open_kvm(config, layout) {
+            Err(error) if choice == AccelChoice::Kvm => return Err(error.into()),
+            Err(error) => sentence(&error),
+            // KVM reaches guest memory from the kernel, so user-mode faults alone would not do.
+            Ok(parts) => match managed(Mode::KernelAndUser) {
+                Err(MemoryError::Open(error @ OpenError::NotPermitted { .. }))
+                    if choice == AccelChoice::Auto =>
+                {
+                    sentence(&error)
+                }
+                opened => {
+                    let accel = probe::describe_kvm(Path::new("/sys/module"));
+                    return Ok((Engine::Kvm(parts), opened?, accel));
+                }
+            },
+        },
+    };
+    let opened = match managed(Mode::KernelAndUser) {
+        Err(MemoryError::Open(OpenError::NotPermitted { .. })) => managed(Mode::UserOnly)?,
+        opened => opened?,
+    };
+    Ok((Engine::InProcess, opened, Accel::InProcess { because }))
+}
+
+fn open_kvm(config: &VmmConfig, layout: &GuestLayout) -> Result<kvm::Parts, KvmError> {
+    kvm::Parts::create(&kvm::Host::open()?, config.vcpus, layout.regions().len())
+}
+
+/// Fills memory with what it must hold at the start, and pins what the VMM itself reads and writes.
+fn load(config: &VmmConfig, memory: &Memory, params: &abi::Params) -> Result<Gpa, VmmError> {
+    let (entry, mut pieces) = boot::image()?;
+    pieces.push(boot::page_tables(memory.layout())?);
+    pieces.push(boot::params_piece(params));
+    for piece in &pieces {
+        // Memory is written in words; what follows a piece is zero.
+        let mut bytes = piece.bytes.to_vec();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        memory.write(piece.start, &bytes)?;
+    }
+    let pinned = abi::channel_gpa(config.vcpus) - abi::PARAMS_GPA;
+    memory.pin_for_life(Gpa(abi::PARAMS_GPA), ByteCount(pinned))?;
+    Ok(entry)
+}
+
+fn in_process(config: &VmmConfig, params: &abi::Params) -> Vec<Vcpu> {
+    // One clock for all vCPUs.
+    let start = Instant::now();
+    (0..config.vcpus).map(|index| Vcpu::InProcess { index, params: Box::new(*params), start }).collect()
+}
+
+/// Introduces the machine and waits for its identity and the first epoch.
+fn hand_over(config: &VmmConfig, memory: &Memory, socket: BorrowedFd<'_>) -> Result<(u32, u64), VmmError> {
+    let managed = memory.managed().ok_or(VmmError::NoManager)?;
+    let hello = Hello {
+        name: config.name.clone(),
+        layout: memory.layout().clone(),
+        hvas: memory.hvas(),
+        airlock_base: managed.airlock.base(),
+        airlock_slots: managed.slots,
+        features: managed.features(),
+    };
+    let descriptors = [managed.ram.as_fd(), managed.airlock_uffd.as_fd()];
+    let other = |error: fdpass::RecvError| VmmError::Handover(io::Error::other(error));
+    fdpass::send(socket, &hello.encode(), &descriptors)
+        .map_err(|error| VmmError::Handover(io::Error::other(error)))?;
+    let limit = Timespec { tv_sec: i64::try_from(WELCOME_SECONDS).unwrap_or(1), tv_nsec: 0 };
+    let mut ready = [PollFd::new(&socket, PollFlags::IN)];
+    if poll(&mut ready, Some(&limit)).map_err(|errno| VmmError::Handover(errno.into()))? == 0 {
+        return Err(VmmError::Silent { seconds: WELCOME_SECONDS });
+    }
+    let mut buffer = [0; wire::DATAGRAM_MAX];
+    let received = fdpass::recv(socket, &mut buffer, 0).map_err(other)?;
+    let bytes = received.map_or(0, |received| received.bytes);
+    match Welcome::decode(buffer.get(..bytes).unwrap_or_default())? {
+        Welcome::Accepted { machine, epoch } => Ok((machine, epoch)),
+        Welcome::Refused { reason } => Err(wire::WireError::Refused { reason }.into()),
+    }
+}
+
+/// The machine's threads, all of which wait at `go`.
+struct Threads {
+    go: Arc<Barrier>,
+    vcpus: Vec<JoinHandle<()>>,
+    agent: Option<JoinHandle<agent::Ended>>,
+}
+
+impl Threads {
+    /// Starts them and waits until each has made the system calls that a thread's start needs.
+    fn start(
+        machine: &Arc<Machine>,
+        vcpus: Vec<Vcpu>,
+        agent: Option<(&Arc<OwnedFd>, u64)>,
+    ) -> Result<Self, VmmError> {
+        let threads = vcpus.len() + usize::from(agent.is_some()) + 1;
+        let (ready, go) = (Arc::new(Barrier::new(threads)), Arc::new(Barrier::new(threads)));
+        let mut started = Self { go: Arc::clone(&go), vcpus: Vec::new(), agent: None };
+        let gates = || {
+            let (ready, go) = (Arc::clone(&ready), Arc::clone(&go));
+            move || {
+                ready.wait();
+                go.wait();
+            }
+        };
+        for (vcpu, index) in vcpus.into_iter().zip(0u32..) {
+            let (machine, pass) = (Arc::clone(machine), gates());
+            let thread = thread::Builder::new().name(format!("vcpu{index}")).spawn(move || {
+                pass();
+                let end = vcpu.run(&machine);
+                machine.ended(index, end);
+            });
+            started.vcpus.push(thread.map_err(VmmError::Threads)?);
+        }
+        if let Some((socket, epoch)) = agent {
+            let (machine, socket, pass) = (Arc::clone(machine), Arc::clone(socket), gates());
+            let thread = thread::Builder::new().name("agent".to_owned()).spawn(move || {
+                pass();
+                let ended = agent::serve(socket.as_fd(), &machine.memory, epoch);
+                let _ = machine.attention.signal();
+                ended
+            });
+            started.agent = Some(thread.map_err(VmmError::Threads)?);
+        }
+        ready.wait();
+        Ok(started)
+    }
+}
+
+impl Vcpu {
+    fn run(self, machine: &Machine) -> End {
+        match self {
+            Self::Kvm(mut vcpu) => vcpu.run(machine),
+            Self::InProcess { index, params, start } => inprocess::run(machine, &params, index, start),
+        }
+    }
+}

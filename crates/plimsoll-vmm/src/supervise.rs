@@ -1,0 +1,221 @@
+//! The machine's main thread once the vCPUs run: listens to the starter, reports, stops, gives up.
+//!
+//! Enters: commands, vCPUs that ended, the manager's silence. Leaves: events, and an [`ExitReport`]. What must never
+//! happen: this thread waiting for anything without a limit, or for a page: it is the one that can still say that the
+//! others are stuck.
+//!
+//! Stopping has three steps. The guest is asked (a word in its channel pages). After [`STOP_GRACE`] vCPU threads are told to
+//! leave and kicked until they answer. After another such time, those that still wait are abandoned: they wait in
+//! the kernel for a page or for a reader of an event, nobody will come, and only the end of the process frees them.
+use crate::agent;
+use crate::config::VmmConfig;
+use crate::control::{Command, Control, Event, StopMode};
+use crate::machine::Machine;
+use crate::report::Summary;
+use crate::{VmmError, signals};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use vmm_sys_util::signal::Killable;
+
+/// How long each step of stopping may take.
+pub const STOP_GRACE: Duration = Duration::from_secs(2);
+/// How often leaving vCPUs are kicked.
+const KICK_EVERY: Duration = Duration::from_millis(5);
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq)]
+#[must_use]
+pub struct ExitReport {
+    /// The guest's own account.
+    pub summary: Summary,
+    /// Why it died, if it did.
+    pub died: Option<String>,
+    /// vCPU threads that could not be stopped. If there are any, end the process: its memory is still in use.
+    pub abandoned: usize,
+    /// Whether the manager left before the end.
+    pub manager: ManagerEnd,
+    /// Messages of the manager's that made no sense. Anything but 0 is a fault of the manager.
+    pub malformed_requests: u64,
+}
+
+/// What became of the manager.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ManagerEnd {
+    /// It was there to the end, or there was none.
+    Present,
+    /// It closed its socket, or the socket failed.
+    Lost,
+}
+
+/// A running machine.
+pub(crate) struct Supervisor {
+    pub(crate) machine: Arc<Machine>,
+    pub(crate) control: Control,
+    pub(crate) vcpus: Vec<JoinHandle<()>>,
+    pub(crate) agent: Option<JoinHandle<agent::Ended>>,
+    pub(crate) manager: ManagerEnd,
+    pub(crate) died: Option<String>,
+    pub(crate) stop: Stop,
+    pub(crate) malformed: u64,
+}
+
+/// How far stopping has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// Not at all, or the guest may take its time.
+    No,
+    /// The guest was asked to stop at once.
+    Asked(Instant),
+    /// vCPU threads were told to leave.
+    Leaving(Instant),
+}
+
+/// Whether the machine goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    Continue,
+    End,
+}
+
+impl Supervisor {
+    /// Runs until all vCPUs have ended or are given up.
+    pub(crate) fn run(&mut self, config: &VmmConfig) -> Result<ExitReport, VmmError> {
+        let interval = Duration::from_millis(u64::from(config.report_ms));
+        let mut next_report = Instant::now() + interval;
+        while self.machine.running() > 0 {
+            let now = Instant::now();
+            if now >= next_report {
+                self.send(&Event::Report(self.machine.summary()))?;
+                next_report = now + interval;
+            }
+            let mut wait = next_report.saturating_duration_since(now);
+            if let Stop::Leaving(_) = self.stop {
+                wait = wait.min(KICK_EVERY);
+            }
+            self.wait(wait)?;
+            self.look()?;
+            if self.push_stop() == Next::End {
+                break;
+            }
+        }
+        self.look()?;
+        let abandoned = self.machine.running();
+        let summary = self.machine.summary();
+        self.send(&Event::Done(summary.clone()))?;
+        if abandoned == 0 {
+            // A vCPU's thread has nothing to do after it has said that it ended.
+            self.vcpus.drain(..).for_each(|vcpu| drop(vcpu.join()));
+        }
+        Ok(ExitReport {
+            summary,
+            died: self.died.take(),
+            abandoned,
+            manager: self.manager,
+            malformed_requests: 0,
+        })
+    }
+
+    fn send(&self, event: &Event) -> Result<(), VmmError> {
+        self.control.send(event).map_err(VmmError::Control)
+    }
+
+    /// Waits for the starter or a vCPU, and obeys the starter.
+    fn wait(&mut self, limit: Duration) -> Result<(), VmmError> {
+        let limit = Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+        let mut ready =
+            [PollFd::new(&self.machine.attention, PollFlags::IN), PollFd::new(&self.control, PollFlags::IN)];
+        // A starter that has closed its end makes the socket ready for ever; it has been heard.
+        let watched = if self.stop == Stop::No { 2 } else { 1 };
+        match poll(&mut ready[..watched], Some(&limit)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(VmmError::Control(errno.into())),
+        }
+        self.machine.attention.drain().map_err(VmmError::Control)?;
+        if self.stop != Stop::No {
+            return Ok(());
+        }
+        let received = self.control.receive().map_err(VmmError::Control)?;
+        for message in received.errors {
+            self.send(&Event::Error { message })?;
+        }
+        for command in received.commands {
+            match command {
+                Command::Window { number } => self.machine.window(number)?,
+                Command::Stop { mode } => self.ask_to_stop(mode)?,
+            }
+        }
+        if received.closed { self.ask_to_stop(StopMode::Now) } else { Ok(()) }
+    }
+
+    fn ask_to_stop(&mut self, mode: StopMode) -> Result<(), VmmError> {
+        self.machine.stop(mode.word())?;
+        if mode == StopMode::Now && self.stop == Stop::No {
+            self.stop = Stop::Asked(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Notices what threads have run into.
+    fn look(&mut self) -> Result<(), VmmError> {
+        if let Some(agent) = self.agent.take_if(|agent| agent.is_finished()) {
+            self.join(agent)?;
+            self.manager = ManagerEnd::Lost;
+            self.send(&Event::ManagerLost)?;
+        }
+        if self.died.is_some() {
+            return Ok(());
+        }
+        let death = self.machine.death().or_else(|| {
+            let poisoned = self.machine.poisoned(signals::poisoned_at())?;
+            // The thread that touched the page sleeps in its handler and cannot say who it is.
+            Some((0, poisoned.to_string()))
+        });
+        if let Some((vcpu, reason)) = death {
+            self.send(&Event::Died { vcpu, reason: reason.clone() })?;
+            self.died = Some(reason);
+            self.ask_to_stop(StopMode::Now)?;
+        }
+        Ok(())
+    }
+
+    /// Takes stopping a step further when its time has come.
+    fn push_stop(&mut self) -> Next {
+        match self.stop {
+            Stop::No => {}
+            Stop::Asked(since) if since.elapsed() < STOP_GRACE => {}
+            Stop::Asked(_) => {
+                self.machine.leave();
+                self.stop = Stop::Leaving(Instant::now());
+            }
+            Stop::Leaving(since) if since.elapsed() >= STOP_GRACE => return Next::End,
+            Stop::Leaving(_) => {
+                for vcpu in &self.vcpus {
+                    // A thread that has ended since cannot be signalled, and need not be.
+                    let _ = vcpu.kill(signals::kick_number());
+                }
+            }
+        }
+        Next::Continue
+    }
+
+    /// Ends the agent, whose socket has been shut down, and returns the messages that made no sense to it.
+    pub(crate) fn join_agent(&mut self) -> Result<u64, VmmError> {
+        if let Some(agent) = self.agent.take() {
+            self.join(agent)?;
+        }
+        Ok(self.malformed)
+    }
+
+    fn join(&mut self, agent: JoinHandle<agent::Ended>) -> Result<(), VmmError> {
+        match agent.join() {
+            Ok(agent::Ended::Closed { malformed }) => self.malformed = malformed,
+            Ok(agent::Ended::Failed(error)) => return Err(VmmError::Handover(error)),
+            Err(_) => return Err(VmmError::Handover(io::Error::other("the agent's thread panicked"))),
+        }
+        Ok(())
+    }
+}
