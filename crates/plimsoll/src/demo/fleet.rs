@@ -1,0 +1,183 @@
+//! The demo's machines: one child process each, with its two sockets.
+//!
+//! Enters: configurations. Leaves: running children whose events are collected on a thread each. A fleet that is
+//! dropped ends its children and waits for them, so that nothing outlives the demo whatever way it ends.
+use crate::explain;
+use parking_lot::Mutex;
+use plimsoll_sys::fdpass::seqpacket_pair;
+use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::process::make_inheritable;
+use plimsoll_types::ByteCount;
+use plimsoll_vmm::VmmConfig;
+use plimsoll_vmm::config::Management;
+use plimsoll_vmm::control::{Command, Event, StopMode};
+use plimsoll_vmm::report::Summary;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Stdio};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// What a machine has said about itself.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct GuestState {
+    pub(crate) accel: Option<String>,
+    pub(crate) summary: Summary,
+    /// Distinct pages touched in each complete window, oldest first.
+    pub(crate) windows: Vec<u64>,
+    pub(crate) prefaulted: Option<(ByteCount, ByteCount)>,
+    pub(crate) died: Option<String>,
+    pub(crate) done: bool,
+    /// The control socket has closed: the process is ending.
+    pub(crate) closed: bool,
+}
+
+pub(crate) struct Guest {
+    pub(crate) name: String,
+    pub(crate) size: ByteCount,
+    control: UnixStream,
+    state: Arc<Mutex<GuestState>>,
+    reader: Option<JoinHandle<()>>,
+    child: Child,
+}
+
+impl Guest {
+    /// Starts a machine. A managed one also gives the manager's end of its hand-over socket.
+    pub(crate) fn spawn(config: &VmmConfig) -> Result<(Self, Option<OwnedFd>), String> {
+        let failed = |error: &dyn std::error::Error| format!("{} could not be started: {}", config.name, explain(error));
+        let executable = std::env::current_exe().map_err(|error| failed(&error))?;
+        let (control, child_control) = UnixStream::pair().map_err(|error| failed(&error))?;
+        let handover = match config.management {
+            Management::Managed => Some(seqpacket_pair().map_err(|error| failed(&error))?),
+            Management::Unmanaged => None,
+        };
+        let mut command = std::process::Command::new(executable);
+        make_inheritable(&child_control).map_err(|error| failed(&error))?;
+        command.arg("vmm").arg("--control-fd").arg(child_control.as_raw_fd().to_string());
+        if let Some((_, theirs)) = &handover {
+            make_inheritable(theirs).map_err(|error| failed(&error))?;
+            command.arg("--handover-fd").arg(theirs.as_raw_fd().to_string());
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| failed(&error))?;
+        let text = serde_json::to_vec(config).map_err(|error| failed(&error))?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A child that ended already shows as a hand-over that never comes, with its own words on stderr.
+            let _ = stdin.write_all(&text);
+        }
+        let state = Arc::new(Mutex::new(GuestState::default()));
+        let (events, kept) = (control.try_clone().map_err(|error| failed(&error))?, Arc::clone(&state));
+        let reader = std::thread::Builder::new()
+            .name(format!("events-{}", config.name))
+            .spawn(move || collect(events, &kept))
+            .map_err(|error| failed(&error))?;
+        let guest = Self {
+            name: config.name.clone(),
+            size: ByteCount(config.ram_bytes),
+            control,
+            state,
+            reader: Some(reader),
+            child,
+        };
+        Ok((guest, handover.map(|(ours, _)| ours)))
+    }
+
+    pub(crate) fn state(&self) -> GuestState {
+        self.state.lock().clone()
+    }
+
+    pub(crate) fn pidfd(&mut self) -> Result<Pidfd, String> {
+        Pidfd::from_child(&mut self.child).map_err(|error| explain(&error))
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Tells the machine something. One that is gone shows in its state.
+    pub(crate) fn tell(&self, command: &Command) {
+        if let Ok(mut line) = serde_json::to_vec(command) {
+            line.push(b'\n');
+            let _ = (&self.control).write_all(&line);
+        }
+    }
+
+    /// What the process has left to say, once it has ended.
+    pub(crate) fn last_words(&mut self) -> String {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let mut text = String::new();
+        if let Some(stderr) = &mut self.child.stderr {
+            let _ = stderr.read_to_string(&mut text);
+        }
+        text.trim().to_owned()
+    }
+
+    /// Waits for the process after it was told to stop; ends it when it does not.
+    pub(crate) fn reap(&mut self, patience: std::time::Duration) -> Result<(), String> {
+        if let Ok(pidfd) = self.pidfd() {
+            let _ = pidfd.wait_exit(patience);
+        }
+        match self.child.try_wait() {
+            Ok(Some(status)) if status.success() => Ok(()),
+            Ok(Some(status)) => {
+                let words = self.last_words();
+                Err(format!("{} ended with {status}: {words}", self.name))
+            }
+            _ => {
+                let words = self.last_words();
+                Err(format!("{} did not end when told to and was killed. {words}", self.name))
+            }
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+fn collect(events: UnixStream, state: &Mutex<GuestState>) {
+    for line in BufReader::new(events).lines() {
+        let Ok(line) = line else { break };
+        let Ok(event) = serde_json::from_str::<Event>(&line) else { continue };
+        let mut state = state.lock();
+        match event {
+            Event::Prefault { done_bytes, total_bytes } => {
+                state.prefaulted = Some((ByteCount(done_bytes), ByteCount(total_bytes)));
+            }
+            Event::Started { accel, .. } => state.accel = Some(accel.to_string()),
+            Event::Report(summary) => state.take(summary),
+            Event::Done(summary) => {
+                state.take(summary);
+                state.done = true;
+            }
+            Event::Died { vcpu, reason } => state.died = Some(format!("vCPU {vcpu}: {reason}")),
+            Event::ManagerLost => state.died = Some("its manager is gone".to_owned()),
+            Event::Error { message } => state.died = Some(message),
+        }
+    }
+    state.lock().closed = true;
+}
+
+impl GuestState {
+    fn take(&mut self, summary: Summary) {
+        let newest = summary.window.map(|window| window.number);
+        let known = self.summary.window.map(|window| window.number);
+        if let (Some(window), true) = (summary.window, newest != known) {
+            self.windows.push(window.pages);
+        }
+        self.summary = summary;
+    }
+}
+
+/// Asks all machines to end; with `finish` they check every page once more before they do.
+pub(crate) fn stop(guests: &[Guest], mode: StopMode) {
+    guests.iter().for_each(|guest| guest.tell(&Command::Stop { mode }));
+}

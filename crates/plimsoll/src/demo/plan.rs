@@ -1,0 +1,189 @@
+//! What the demo will run: from options to machines, or to the one sentence that says why not.
+//!
+//! Enters: options and what the host has. Leaves: a [`Plan`] whose guests can run within its budget, or an error that
+//! names the option to change. Nothing is started here.
+use super::DemoArgs;
+use plimsoll_guest::abi;
+use plimsoll_guest::content::Mix;
+use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_types::{BLOCK_SIZE, ByteCount, PAGE_SIZE};
+use plimsoll_vmm::config::{AccelChoice, Management, Prefault, VmmConfig, Workload};
+
+/// What one machine costs beside its guest's pages: the VMM's own memory and KVM's page tables. Measured here as
+/// 5 to 9 MiB for guests of 256 MiB; the tables grow with the guest.
+const VMM_OVERHEAD: ByteCount = ByteCount::mib(8);
+/// The least RAM in which a guest gets anywhere: its stacks and tables, and a block or two to work in.
+const RESIDENT_MIN: ByteCount = ByteCount::mib(6);
+/// What the manager takes before its first machine.
+const MANAGER_OVERHEAD: ByteCount = ByteCount::mib(16);
+/// Pages in the pool of pages that guests have in common.
+const POOL_PAGES: u64 = 2048;
+/// Stored bytes in a thousand of a text page: lz4 leaves 580, size classes and records take the rest.
+const TEXT_PERMILLE: u64 = 640;
+/// The same of a random page: raw, with its record.
+const RANDOM_PERMILLE: u64 = 1010;
+/// Without --budget the guests own this many tenths of it.
+const OVERCOMMIT_TENTHS: u64 = 25;
+
+/// What the guests of the demo do, in turn.
+struct Role {
+    name: &'static str,
+    kind: WorkloadKind,
+    /// Share of the guest's memory that it fills.
+    footprint_percent: u64,
+    hot_permille: u32,
+    ops_per_second: u64,
+}
+
+const ROLES: [Role; 8] = [
+    Role { name: "kv", kind: WorkloadKind::Zipf, footprint_percent: 70, hot_permille: 250, ops_per_second: 4000 },
+    Role { name: "idle", kind: WorkloadKind::Idle, footprint_percent: 60, hot_permille: 100, ops_per_second: 0 },
+    Role { name: "burst", kind: WorkloadKind::Bursts, footprint_percent: 60, hot_permille: 60, ops_per_second: 0 },
+    Role { name: "phase", kind: WorkloadKind::Phases, footprint_percent: 60, hot_permille: 80, ops_per_second: 4000 },
+    Role { name: "sweep", kind: WorkloadKind::Sweep, footprint_percent: 60, hot_permille: 100, ops_per_second: 4000 },
+    Role { name: "idle", kind: WorkloadKind::Idle, footprint_percent: 70, hot_permille: 50, ops_per_second: 0 },
+    Role { name: "kv", kind: WorkloadKind::Zipf, footprint_percent: 60, hot_permille: 150, ops_per_second: 2000 },
+    Role { name: "idle", kind: WorkloadKind::Idle, footprint_percent: 60, hot_permille: 100, ops_per_second: 0 },
+];
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) guests: Vec<VmmConfig>,
+    pub(crate) budget: ByteCount,
+    pub(crate) mix: Mix,
+    pub(crate) seed: u64,
+    pub(crate) seconds: u64,
+    /// What was changed to fit this host, for the reader.
+    pub(crate) fitted: Option<String>,
+}
+
+impl Plan {
+    /// Memory of all guests.
+    pub(crate) fn asked(&self) -> ByteCount {
+        self.guests.iter().map(|guest| ByteCount(guest.ram_bytes)).sum()
+    }
+
+    /// The same guests as plain processes.
+    pub(crate) fn unmanaged(&self) -> Vec<VmmConfig> {
+        let plain = |guest: &VmmConfig| VmmConfig { management: Management::Unmanaged, ..guest.clone() };
+        self.guests.iter().map(plain).collect()
+    }
+}
+
+/// What the host has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HostLimits {
+    pub(crate) available: ByteCount,
+    pub(crate) descriptors: u64,
+}
+
+/// Makes the plan.
+pub(crate) fn plan(args: &DemoArgs, accel: AccelChoice, limits: HostLimits) -> Result<Plan, String> {
+    let mix: Mix = args.mix.parse().map_err(|error| format!("--mix {}: {error}", args.mix))?;
+    if args.guests == 0 {
+        return Err("--guests 0: there is nothing to run; use at least 1".to_owned());
+    }
+    if args.seconds == 0 {
+        return Err("--seconds 0: there is no time to run in; use at least 1".to_owned());
+    }
+    let least = ByteCount(abi::WORKLOAD_GPA + 2 * BLOCK_SIZE as u64);
+    let mut size = args.size;
+    if size < least || !size.is_multiple_of(BLOCK_SIZE) {
+        return Err(format!("--size {size}: a guest needs a multiple of 2M and at least {least}"));
+    }
+    // A socket pair, a control pair, two userfaultfds, a pidfd, words and an eventfd for each machine, and some of our
+    // own.
+    let descriptors = u64::from(args.guests) * 10 + 40;
+    if descriptors > limits.descriptors {
+        return Err(format!(
+            "--guests {}: {descriptors} file descriptors are needed and {} are allowed; raise ulimit -n or use fewer guests",
+            args.guests, limits.descriptors
+        ));
+    }
+    let total = |size: ByteCount| size.0.saturating_mul(u64::from(args.guests));
+    let budget_for = |size: ByteCount| {
+        args.budget.unwrap_or(ByteCount(total(size) * 10 / OVERCOMMIT_TENTHS / BLOCK_SIZE as u64 * BLOCK_SIZE as u64))
+    };
+    let mut fitted = None;
+    // The comparison needs the budget once more in compressed swap, and the host a little to live on.
+    let room = ByteCount(limits.available.0 / 4 * 3);
+    while budget_for(size) > room {
+        let smaller = ByteCount(size.0 / 2 / BLOCK_SIZE as u64 * BLOCK_SIZE as u64);
+        if args.budget.is_some() || smaller < ByteCount::mib(32) {
+            return Err(format!(
+                "a budget of {} does not fit this host, which has {} available; use a smaller --budget, --size or --guests",
+                budget_for(size),
+                limits.available
+            ));
+        }
+        size = smaller;
+        fitted = Some(format!("guests were made smaller, {size} each, to fit the {} this host has available", limits.available));
+    }
+    let budget = budget_for(size);
+    let guests: Vec<VmmConfig> = (0..args.guests).map(|nth| guest(args, nth, size, mix, accel)).collect();
+    for guest in &guests {
+        guest.check().map_err(|error| format!("--size {size}: {}", crate::explain(&error)))?;
+    }
+    let need = need(&guests, mix);
+    if budget < need.total() {
+        return Err(format!("--budget {budget} is below what these guests need at least: {need}; raise --budget, or use fewer, smaller or more compressible guests"));
+    }
+    Ok(Plan { guests, budget, mix, seed: args.seed, seconds: args.seconds, fitted })
+}
+
+fn guest(args: &DemoArgs, nth: u32, size: ByteCount, mix: Mix, accel: AccelChoice) -> VmmConfig {
+    let role = &ROLES[nth as usize % ROLES.len()];
+    let mut spec = WorkloadSpec::new(role.kind);
+    let usable = size.0 - abi::WORKLOAD_GPA;
+    spec.footprint_bytes = usable / 100 * role.footprint_percent / PAGE_SIZE as u64 * PAGE_SIZE as u64;
+    spec.hot_permille = role.hot_permille;
+    spec.ops_per_second = role.ops_per_second;
+    spec.final_check = 1;
+    spec.seed = args.seed.wrapping_add(u64::from(nth));
+    if role.kind == WorkloadKind::Bursts {
+        spec.burst_ops = 5000;
+    }
+    let seed = args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(u64::from(nth));
+    let workload = Workload { spec, mix, seed, pool_seed: args.seed, pool_pages: POOL_PAGES };
+    let mut config = VmmConfig::new(format!("{}{}", role.name, nth + 1), size.0, workload);
+    config.vcpus = args.vcpus;
+    config.accel = accel;
+    config.prefault = if args.prefault { Prefault::All } else { Prefault::OnDemand };
+    // Room for an eighth of the guest in limbo, in slots that may each be half used.
+    config.airlock_slots = u32::try_from(size.0 / BLOCK_SIZE as u64 / 4).unwrap_or(u32::MAX).clamp(8, 512);
+    config
+}
+
+/// The least memory in which the guests fit, by the arithmetic that a refusal shows.
+struct Need {
+    stored: ByteCount,
+    resident: ByteCount,
+    overhead: ByteCount,
+}
+
+impl Need {
+    fn total(&self) -> ByteCount {
+        self.stored + self.resident + self.overhead
+    }
+}
+
+impl std::fmt::Display for Need {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { stored, resident, overhead } = self;
+        write!(f, "{} = {stored} for their contents when stored + {resident} to run in + {overhead} of overhead", self.total())
+    }
+}
+
+fn need(guests: &[VmmConfig], mix: Mix) -> Need {
+    let footprint: u64 = guests.iter().map(|guest| guest.workload.spec.footprint_bytes).sum();
+    let permille = u64::from(mix.text) * TEXT_PERMILLE + u64::from(mix.random) * RANDOM_PERMILLE;
+    let pool = if mix.duplicate > 0 { POOL_PAGES * PAGE_SIZE as u64 * TEXT_PERMILLE / 1000 } else { 0 };
+    let count = guests.len() as u64;
+    let tables: u64 = guests.iter().map(|guest| guest.ram_bytes / 200).sum();
+    Need {
+        stored: ByteCount(footprint / 100_000 * permille + pool),
+        resident: ByteCount(RESIDENT_MIN.0 * count),
+        overhead: ByteCount(MANAGER_OVERHEAD.0 + VMM_OVERHEAD.0 * count + tables),
+    }
+}

@@ -1,0 +1,40 @@
+//! plimsoll: a memory manager for Linux/KVM hosts.
+//!
+//! Enters: a command line. Leaves: exit status 0 when all went well, 1 when something went wrong that the output
+//! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
+mod demo;
+mod vmm;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "plimsoll", version, about = "More virtual machines than RAM, every guarantee kept")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run real guests that own more memory than the budget, and check every byte.
+    Demo(demo::DemoArgs),
+    /// Run one machine: started by the other verbs, with its configuration on standard input.
+    #[command(hide = true)]
+    Vmm(vmm::VmmArgs),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().verb {
+        Verb::Demo(args) => demo::main(&args),
+        Verb::Vmm(args) => vmm::main(&args),
+    }
+}
+
+/// An error with its causes, as one sentence.
+fn explain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
+    texts.dedup();
+    texts.join(": ")
+}

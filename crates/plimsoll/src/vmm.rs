@@ -1,0 +1,46 @@
+//! The hidden verb that runs one machine in this process.
+//!
+//! Enters: the numbers of two inherited sockets and a configuration (JSON) on standard input. Leaves: the machine's
+//! end as exit status; everything else goes over the control socket. The process has one thread when the machine
+//! starts, as its sandbox needs.
+use crate::explain;
+use plimsoll_sys::process::adopt_inherited;
+use plimsoll_vmm::VmmConfig;
+use std::io::Read;
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+pub(crate) struct VmmArgs {
+    /// Descriptor of a connected SOCK_SEQPACKET socket to a manager.
+    #[arg(long)]
+    handover_fd: Option<i32>,
+    /// Descriptor of a connected SOCK_STREAM socket to the starter.
+    #[arg(long)]
+    control_fd: i32,
+}
+
+pub(crate) fn main(args: &VmmArgs) -> ExitCode {
+    match run(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: &VmmArgs) -> Result<ExitCode, String> {
+    let mut text = String::new();
+    std::io::stdin().read_to_string(&mut text).map_err(|error| format!("no configuration: {error}"))?;
+    let config: VmmConfig =
+        serde_json::from_str(&text).map_err(|error| format!("the configuration makes no sense: {error}"))?;
+    let adopt = |number| adopt_inherited(number).map_err(|error| explain(&error));
+    let handover = args.handover_fd.map(adopt).transpose()?;
+    let control = adopt(args.control_fd)?;
+    let report = plimsoll_vmm::run(&config, handover, control).map_err(|error| explain(&error))?;
+    if report.abandoned > 0 {
+        // Threads still wait in the kernel for pages; only the end of the process frees them.
+        std::process::exit(1);
+    }
+    Ok(if report.died.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
