@@ -239,7 +239,7 @@ impl Manager {
             let handles: Vec<Handle> =
                 objects.filter_map(|(_, object)| Handle::from_bits(object.bits())).collect();
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
-            let (store, _) = Store::recover(slabs, handles.into_iter());
+            let (store, _) = Store::recover(slabs, handles);
             manager.host.ledger(|ledger| ledger.add_group(group));
             manager.domains.insert(id.0, Arc::new(Domain::new(id, group, store)));
         }
@@ -407,6 +407,12 @@ impl Manager {
         {
             let _ = running.thread.join();
         }
+    }
+
+    /// What a machine's VMM handed over: where its memory is. To be looked at and let go, because a machine's memory
+    /// can be freed only when the last reference is gone.
+    pub fn custody(&self, id: MachineId) -> Option<&Custody> {
+        self.machines.get(&id).map(|running| &*running.custody)
     }
 
     /// Takes everything it can from the machine, as if the host were that short.

@@ -400,7 +400,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let census = self.machine.census();
         let resident = census.in_ram() + census.of(StateKind::Capturing);
         let limbo = self.machine.airlock().limbo() + self.machine.airlock().residue();
-        let tables = self.machine.table_bytes() + self.machine.layout().pages().0 as usize * size_of::<u64>();
+        let tables = self.machine.table_bytes() + self.machine.layout().page_limit().get() * size_of::<u64>();
         Ok(self.host.ledger(|ledger| {
             ledger.settle(self.id, Kind::Resident, resident.bytes())?;
             ledger.settle(self.id, Kind::Limbo, limbo.bytes())?;

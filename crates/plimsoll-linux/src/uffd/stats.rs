@@ -98,7 +98,8 @@ impl Default for MachineStats {
 
 /// Two significant digits from 1 ns to the longest fault told apart.
 fn fault_histogram() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, FAULT_NS_MAX, 2).expect("the bounds and digits are ones the constructor takes")
+    Histogram::new_with_bounds(1, FAULT_NS_MAX, 2)
+        .expect("the bounds and digits are ones the constructor takes")
 }
 
 impl MachineStats {

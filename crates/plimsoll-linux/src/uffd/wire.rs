@@ -385,6 +385,11 @@ fn text_of(bytes: &[u8]) -> Option<String> {
     (!text.chars().any(char::is_control)).then(|| text.to_owned())
 }
 
+/// A count as it is sent. One that does not fit is refused by the receiver, which allows far fewer.
+fn count(items: usize) -> u32 {
+    u32::try_from(items).unwrap_or(u32::MAX)
+}
+
 fn check_range(hva: Hva, bytes: ByteCount, alignment: usize) -> Result<(), WireError> {
     let aligned = hva.0.is_multiple_of(alignment as u64) && bytes.is_multiple_of(alignment);
     // The upper half of the address space is the kernel's; a range that reaches it is a lie.
@@ -403,11 +408,11 @@ impl Hello {
         let raw = RawHello {
             magic: MAGIC,
             version: VERSION,
-            page_size: PAGE_SIZE as u32,
+            page_size: count(PAGE_SIZE),
             features: self.features,
             airlock_base: self.airlock_base.0,
             airlock_slots: self.airlock_slots,
-            regions: self.hvas.len() as u32,
+            regions: count(self.hvas.len()),
             name: fixed_text(&self.name),
         };
         let mut bytes = raw.as_bytes().to_vec();
@@ -544,11 +549,11 @@ pub fn encode_reply(bytes: &mut Vec<u8>, ticket: Ticket, outcomes: &[Outcome]) {
     encode(bytes, ticket, raw.len(), raw.as_bytes());
 }
 
-fn encode(bytes: &mut Vec<u8>, ticket: Ticket, count: usize, body: &[u8]) {
+fn encode(bytes: &mut Vec<u8>, ticket: Ticket, items: usize, body: &[u8]) {
     let Ticket { epoch, sequence, op } = ticket;
     bytes.clear();
     bytes.extend_from_slice(
-        Header { epoch, sequence, op: op as u32, items: count as u32, zero: 0 }.as_bytes(),
+        Header { epoch, sequence, op: op as u32, items: count(items), zero: 0 }.as_bytes(),
     );
     bytes.extend_from_slice(body);
 }

@@ -45,7 +45,9 @@ pub(crate) struct Guest {
 impl Guest {
     /// Starts a machine. A managed one also gives the manager's end of its hand-over socket.
     pub(crate) fn spawn(config: &VmmConfig) -> Result<(Self, Option<OwnedFd>), String> {
-        let failed = |error: &dyn std::error::Error| format!("{} could not be started: {}", config.name, explain(error));
+        let failed = |error: &dyn std::error::Error| {
+            format!("{} could not be started: {}", config.name, explain(error))
+        };
         let executable = std::env::current_exe().map_err(|error| failed(&error))?;
         let (control, child_control) = UnixStream::pair().map_err(|error| failed(&error))?;
         let handover = match config.management {
@@ -101,6 +103,12 @@ impl Guest {
             line.push(b'\n');
             let _ = (&self.control).write_all(&line);
         }
+    }
+
+    /// How the process ended, if it ended without having been told to.
+    pub(crate) fn untimely_end(&mut self) -> Option<String> {
+        let status = self.child.try_wait().ok().flatten()?;
+        Some(format!("its process ended with {status}"))
     }
 
     /// What the process has left to say, once it has ended.
@@ -178,6 +186,6 @@ impl GuestState {
 }
 
 /// Asks all machines to end; with `finish` they check every page once more before they do.
-pub(crate) fn stop(guests: &[Guest], mode: StopMode) {
-    guests.iter().for_each(|guest| guest.tell(&Command::Stop { mode }));
+pub(crate) fn stop<'a>(guests: impl IntoIterator<Item = &'a Guest>, mode: StopMode) {
+    guests.into_iter().for_each(|guest| guest.tell(&Command::Stop { mode }));
 }

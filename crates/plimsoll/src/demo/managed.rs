@@ -30,7 +30,12 @@ const GROUP: GroupId = GroupId(1);
 const DOMAIN: DomainId = DomainId(1);
 
 /// Runs the guests and checks them.
-pub(super) fn run(plan: &Plan, run_by: String, sabotage: bool, interrupt: &Interrupt) -> Result<Report, String> {
+pub(super) fn run(
+    plan: &Plan,
+    run_by: String,
+    sabotage: bool,
+    interrupt: &Interrupt,
+) -> Result<Report, String> {
     let accounting = Accounting::start()?;
     // The store can never hold more than all guests own.
     let mut manager = Manager::start(Vault::new(Budget::of(plan.budget), plan.asked()), Arc::new(NoProbe))
@@ -64,6 +69,8 @@ struct Seen {
     machines: Vec<MachineView>,
     host: HostReport,
     operations: Vec<(u64, u64)>,
+    /// Since the first guest was started.
+    elapsed: Duration,
 }
 
 struct Session<'a> {
@@ -82,7 +89,10 @@ impl Session<'_> {
         let mut view = View::new(self.guests.len());
         let mut window = 1;
         let mut damaged = !sabotage;
-        while started.elapsed() < Duration::from_secs(self.plan.seconds) && !interrupt.is_set() && !self.is_over() {
+        while started.elapsed() < Duration::from_secs(self.plan.seconds)
+            && !interrupt.is_set()
+            && !self.is_over()
+        {
             std::thread::sleep(VIEW_PERIOD);
             let due = started.elapsed().as_millis() / SAMPLE_PERIOD.as_millis() + 1;
             if due > window {
@@ -97,7 +107,7 @@ impl Session<'_> {
             self.draw(&mut view, "working");
             self.take_incidents();
         }
-        let seen = self.look();
+        let seen = self.look(started.elapsed());
         view.finish();
         seen
     }
@@ -114,7 +124,8 @@ impl Session<'_> {
         };
         while !self.guests.iter().all(ended) {
             if started.elapsed() > CHECK_PATIENCE {
-                self.failures.push(format!("the last check did not end within {} s", CHECK_PATIENCE.as_secs()));
+                self.failures
+                    .push(format!("the last check did not end within {} s", CHECK_PATIENCE.as_secs()));
                 break;
             }
             if interrupt.is_set() && mode == StopMode::Finish {
@@ -172,7 +183,7 @@ impl Session<'_> {
         }
     }
 
-    fn look(&self) -> Seen {
+    fn look(&self, elapsed: Duration) -> Seen {
         let machines = self.manager.machines();
         let mut host = self.manager.host().ledger(|ledger| {
             let usage = ledger.host_usage();
@@ -189,8 +200,9 @@ impl Session<'_> {
             host.savings(&machines, &domain.store(|store| store.stats()));
         }
         let operations = self.guests.iter().map(Guest::state);
-        let operations = operations.map(|state| (state.summary.operations, state.summary.running_ns)).collect();
-        Seen { machines, host, operations }
+        let operations =
+            operations.map(|state| (state.summary.operations, state.summary.running_ns)).collect();
+        Seen { machines, host, operations, elapsed }
     }
 
     fn finish(mut self, run_by: String, seen: Seen) -> Report {
@@ -213,10 +225,15 @@ impl Session<'_> {
             }
             for word in &state.summary.wrong {
                 let (gpa, expected, found) = (word.gpa, word.expected, word.found);
-                failures.push(format!("{}: wrong word at {gpa:#x}: expected {expected:#x}, found {found:#x}", guest.name));
+                failures.push(format!(
+                    "{}: wrong word at {gpa:#x}: expected {expected:#x}, found {found:#x}",
+                    guest.name
+                ));
             }
             let (operations, running_ns) = seen.operations[place];
-            reports.push(guest_report(guest, &seen.machines[place], &stats[place], operations, running_ns));
+            let vcpu_time = seen.elapsed * plan.guests[place].vcpus;
+            let work = Work { operations, running_ns, vcpu_time };
+            reports.push(guest_report(guest, &seen.machines[place], &stats[place], work));
         }
         drop(guests);
         // The machines have ended: nothing of them is left to give to another manager.
@@ -246,7 +263,9 @@ impl Session<'_> {
             failures,
         };
         if peak > report.line() {
-            report.failures.push(format!("the hard line was crossed: peak {peak}, budget {} + 2 %", plan.budget));
+            report
+                .failures
+                .push(format!("the hard line was crossed: peak {peak}, budget {} + 2 %", plan.budget));
         }
         if wrong_words > 0 {
             report.failures.push(format!("{wrong_words} wrong words"));
@@ -255,7 +274,16 @@ impl Session<'_> {
     }
 }
 
-fn guest_report(guest: &Guest, seen: &MachineView, last: &MachineView, operations: u64, running_ns: u64) -> GuestReport {
+/// What a guest had done when its last check began.
+struct Work {
+    operations: u64,
+    /// How long its workload ran, population not counted.
+    running_ns: u64,
+    /// The time its vCPUs had since they were started.
+    vcpu_time: Duration,
+}
+
+fn guest_report(guest: &Guest, seen: &MachineView, last: &MachineView, work: Work) -> GuestReport {
     let state = guest.state();
     let stats = &seen.stats;
     let faults = stats.faults;
@@ -271,14 +299,14 @@ fn guest_report(guest: &Guest, seen: &MachineView, last: &MachineView, operation
         stored_bytes: bytes_of(stats.census.of(StateKind::Stored)),
         true_working_set_bytes: window.map(|pages| pages * plimsoll_types::PAGE_SIZE as u64),
         estimated_working_set_bytes: stats.working_set.map(bytes_of),
-        operations,
-        operations_per_second: rate(operations, running_ns),
+        operations: work.operations,
+        operations_per_second: rate(work.operations, work.running_ns),
         operation_p50_us: quantile_us(buckets, 0.5),
         operation_p99_us: quantile_us(buckets, 0.99),
         faults: faults.zero + faults.limbo + faults.stored + faults.present,
         fault_p50_us: us(0.5),
         fault_p99_us: us(0.99),
-        stall_share: stats.waited.as_secs_f64() * 1e9 / running_ns.max(1) as f64,
+        stall_share: stats.waited.as_secs_f64() / work.vcpu_time.as_secs_f64().max(f64::MIN_POSITIVE),
         captured_pages: last.stats.captured,
         refused_pages: last.stats.refused,
         anomalies: last.stats.anomalies.missing + last.stats.anomalies.lost,

@@ -12,11 +12,11 @@ use plimsoll_types::ByteCount;
 use std::sync::Arc;
 
 /// What our control groups are called, so that a later run knows one that a killed run left behind.
-pub(super) const PREFIX: &str = "plimsoll-demo";
+pub(crate) const PREFIX: &str = "plimsoll-demo";
 
 /// One run's accounting.
 #[derive(Clone)]
-pub(super) struct Accounting {
+pub(crate) struct Accounting {
     counter: Arc<Mutex<Counter>>,
     source: String,
 }
@@ -28,14 +28,17 @@ enum Counter {
 
 impl Accounting {
     /// Puts this process into a new control group; processes it starts from now on are in it, too.
-    pub(super) fn start() -> Result<Self, String> {
+    pub(crate) fn start() -> Result<Self, String> {
         let own = ProcessId::own();
         // Only what a killed run left is swept; that it cannot be is that run's matter, not ours.
         let _ = sweep_stale(PREFIX);
         let (counter, source) = match MemoryCgroup::create(PREFIX, own) {
             Ok(cgroup) => {
                 cgroup.join_self().map_err(|error| explain(&error))?;
-                (Counter::Cgroup(cgroup), "memory cgroup's high-water mark, VMMs and manager together".to_owned())
+                (
+                    Counter::Cgroup(cgroup),
+                    "memory cgroup's high-water mark, VMMs and manager together".to_owned(),
+                )
             }
             Err(error) => {
                 let why = explain(&error);
@@ -48,37 +51,37 @@ impl Accounting {
     }
 
     /// A process started by the run.
-    pub(super) fn add(&self, pid: u32) {
+    pub(crate) fn add(&self, pid: u32) {
         if let (Counter::Processes(sum), Some(process)) = (&mut *self.counter.lock(), ProcessId::new(pid)) {
             // One that has ended already uses nothing.
             let _ = sum.add(process);
         }
     }
 
-    pub(super) fn used(&self) -> ByteCount {
+    pub(crate) fn used(&self) -> ByteCount {
         match &mut *self.counter.lock() {
             Counter::Cgroup(cgroup) => cgroup.used().unwrap_or_default(),
             Counter::Processes(sum) => sum.sample().unwrap_or_default(),
         }
     }
 
-    pub(super) fn peak(&self) -> ByteCount {
+    pub(crate) fn peak(&self) -> ByteCount {
         match &mut *self.counter.lock() {
             Counter::Cgroup(cgroup) => cgroup.peak().unwrap_or_default(),
             Counter::Processes(sum) => sum.peak(),
         }
     }
 
-    pub(super) fn source(&self) -> String {
+    pub(crate) fn source(&self) -> String {
         self.source.clone()
     }
 
-    pub(super) fn meter(&self) -> Box<dyn Meter> {
+    pub(crate) fn meter(&self) -> Box<dyn Meter> {
         Box::new(self.clone())
     }
 
     /// Leaves the control group and removes it.
-    pub(super) fn finish(self) -> Result<(), String> {
+    pub(crate) fn finish(self) -> Result<(), String> {
         // The governor that had the other reference has ended.
         match Arc::into_inner(self.counter).map(Mutex::into_inner) {
             Some(Counter::Cgroup(cgroup)) => cgroup.remove().map_err(|error| explain(&error)),

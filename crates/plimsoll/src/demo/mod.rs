@@ -3,11 +3,11 @@
 //! Real guests own more memory than the budget and verify every page they touch. First they run under plimsoll, then
 //! the same guests run at the same budget under the kernel alone. Everything made for it (processes, control groups, a
 //! swap device) is announced, and gone at the end, whichever way it ends.
-//mod compare;
-mod fleet;
+mod compare;
+pub(crate) mod fleet;
 mod managed;
-mod meter;
-mod plan;
+pub(crate) mod meter;
+pub(crate) mod plan;
 mod report;
 mod view;
 
@@ -32,11 +32,12 @@ pub(crate) struct DemoArgs {
     /// Memory of each guest, a multiple of 2M.
     #[arg(long, default_value = "256M")]
     size: ByteCount,
-    /// What all of it together may use: guests, their VMMs and the manager. Default: the guests' memory / 2.5.
+    /// What all of it together may use: guests, their VMMs and the manager. Default: the guests' memory / 2.5, or what they
+    /// need at least.
     #[arg(long)]
     budget: Option<ByteCount>,
     /// How long the guests work, each time.
-    #[arg(long, default_value_t = 25)]
+    #[arg(long, default_value_t = 15)]
     seconds: u64,
     /// vCPUs of each guest.
     #[arg(long, default_value_t = 1)]
@@ -65,7 +66,7 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Accel {
+pub(crate) enum Accel {
     /// KVM where it works, else in-process.
     Auto,
     /// KVM or nothing.
@@ -88,9 +89,10 @@ pub(crate) fn main(args: &DemoArgs) -> ExitCode {
 pub(crate) struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
-    fn install() -> Result<Self, String> {
+    pub(crate) fn install() -> Result<Self, String> {
         let flag = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP]
+        {
             signal_hook::flag::register(signal, Arc::clone(&flag)).map_err(|error| explain(&error))?;
         }
         Ok(Self(flag))
@@ -113,9 +115,7 @@ fn run(args: &DemoArgs) -> Result<ExitCode, String> {
     };
     println!("guests: user-mode programs without a kernel of their own; run by {run_by}");
     let plan = plan::plan(args, choice, limits()?)?;
-    if let Some(fitted) = &plan.fitted {
-        println!("{fitted}");
-    }
+    plan.fitted.iter().for_each(|note| println!("{note}"));
     println!(
         "{} guests of {} own {}; budget {}; content {}; seed {}; {} s",
         plan.guests.len(),
@@ -128,17 +128,29 @@ fn run(args: &DemoArgs) -> Result<ExitCode, String> {
     );
     if let Some(file) = &args.json {
         // Found out before a minute has passed, not after it.
-        std::fs::OpenOptions::new().create(true).append(true).open(file).map_err(|error| format!("--json {}: {error}", file.display()))?;
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(file)
+            .map_err(|error| format!("--json {}: {error}", file.display()))?;
     }
     let interrupt = Interrupt::install()?;
     let mut report = managed::run(&plan, run_by, args.sabotage, &interrupt)?;
     if !interrupt.is_set() && !args.no_compare && !args.sabotage {
-        //CMP
+        match compare::run(&plan, &interrupt) {
+            Ok(without) => report.without = Some(without),
+            Err(why) => report.no_comparison = Some(why),
+        }
     }
     finish(args, &plan, report, &interrupt)
 }
 
-fn finish(args: &DemoArgs, plan: &Plan, mut report: Report, interrupt: &Interrupt) -> Result<ExitCode, String> {
+fn finish(
+    args: &DemoArgs,
+    plan: &Plan,
+    mut report: Report,
+    interrupt: &Interrupt,
+) -> Result<ExitCode, String> {
     if interrupt.is_set() {
         report.failures.push("interrupted before the end".to_owned());
     }
@@ -148,7 +160,13 @@ fn finish(args: &DemoArgs, plan: &Plan, mut report: Report, interrupt: &Interrup
         std::fs::write(file, text + "\n").map_err(|error| format!("--json {}: {error}", file.display()))?;
     }
     if !report.failures.is_empty() {
-        println!("repeat with: plimsoll demo --seed {} --guests {} --size {} --budget {}", plan.seed, plan.guests.len(), ByteCount(plan.guests[0].ram_bytes), plan.budget.0);
+        println!(
+            "repeat with: plimsoll demo --seed {} --guests {} --size {} --budget {}",
+            plan.seed,
+            plan.guests.len(),
+            ByteCount(plan.guests[0].ram_bytes),
+            plan.budget.0
+        );
     }
     let noticed = report.poisoned_pages > 0 || report.wrong_words > 0;
     Ok(match () {
@@ -158,11 +176,12 @@ fn finish(args: &DemoArgs, plan: &Plan, mut report: Report, interrupt: &Interrup
     })
 }
 
-fn limits() -> Result<HostLimits, String> {
+pub(crate) fn limits() -> Result<HostLimits, String> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
     let available = ByteCount(kib.ok_or("/proc/meminfo does not say MemAvailable")? << 10);
-    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    let descriptors =
+        rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     Ok(HostLimits { available, descriptors })
 }

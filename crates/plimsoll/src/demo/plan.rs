@@ -36,14 +36,62 @@ struct Role {
 }
 
 const ROLES: [Role; 8] = [
-    Role { name: "kv", kind: WorkloadKind::Zipf, footprint_percent: 70, hot_permille: 250, ops_per_second: 4000 },
-    Role { name: "idle", kind: WorkloadKind::Idle, footprint_percent: 60, hot_permille: 100, ops_per_second: 0 },
-    Role { name: "burst", kind: WorkloadKind::Bursts, footprint_percent: 60, hot_permille: 60, ops_per_second: 0 },
-    Role { name: "phase", kind: WorkloadKind::Phases, footprint_percent: 60, hot_permille: 80, ops_per_second: 4000 },
-    Role { name: "sweep", kind: WorkloadKind::Sweep, footprint_percent: 60, hot_permille: 100, ops_per_second: 4000 },
-    Role { name: "idle", kind: WorkloadKind::Idle, footprint_percent: 70, hot_permille: 50, ops_per_second: 0 },
-    Role { name: "kv", kind: WorkloadKind::Zipf, footprint_percent: 60, hot_permille: 150, ops_per_second: 2000 },
-    Role { name: "idle", kind: WorkloadKind::Idle, footprint_percent: 60, hot_permille: 100, ops_per_second: 0 },
+    Role {
+        name: "kv",
+        kind: WorkloadKind::Zipf,
+        footprint_percent: 70,
+        hot_permille: 250,
+        ops_per_second: 4000,
+    },
+    Role {
+        name: "idle",
+        kind: WorkloadKind::Idle,
+        footprint_percent: 60,
+        hot_permille: 100,
+        ops_per_second: 0,
+    },
+    Role {
+        name: "burst",
+        kind: WorkloadKind::Bursts,
+        footprint_percent: 60,
+        hot_permille: 60,
+        ops_per_second: 0,
+    },
+    Role {
+        name: "phase",
+        kind: WorkloadKind::Phases,
+        footprint_percent: 60,
+        hot_permille: 80,
+        ops_per_second: 4000,
+    },
+    Role {
+        name: "sweep",
+        kind: WorkloadKind::Sweep,
+        footprint_percent: 60,
+        hot_permille: 100,
+        ops_per_second: 4000,
+    },
+    Role {
+        name: "idle",
+        kind: WorkloadKind::Idle,
+        footprint_percent: 70,
+        hot_permille: 50,
+        ops_per_second: 0,
+    },
+    Role {
+        name: "kv",
+        kind: WorkloadKind::Zipf,
+        footprint_percent: 60,
+        hot_permille: 150,
+        ops_per_second: 2000,
+    },
+    Role {
+        name: "idle",
+        kind: WorkloadKind::Idle,
+        footprint_percent: 60,
+        hot_permille: 100,
+        ops_per_second: 0,
+    },
 ];
 
 /// What to run.
@@ -54,8 +102,8 @@ pub(crate) struct Plan {
     pub(crate) mix: Mix,
     pub(crate) seed: u64,
     pub(crate) seconds: u64,
-    /// What was changed to fit this host, for the reader.
-    pub(crate) fitted: Option<String>,
+    /// What was changed to make it possible, for the reader.
+    pub(crate) fitted: Vec<String>,
 }
 
 impl Plan {
@@ -87,49 +135,75 @@ pub(crate) fn plan(args: &DemoArgs, accel: AccelChoice, limits: HostLimits) -> R
     if args.seconds == 0 {
         return Err("--seconds 0: there is no time to run in; use at least 1".to_owned());
     }
+    descriptors(args.guests, limits)?;
+    let (size, mut fitted) = fit(args, limits)?;
+    let guests: Vec<VmmConfig> = (0..args.guests).map(|nth| guest(args, nth, size, mix, accel)).collect();
+    for guest in &guests {
+        guest.check().map_err(|error| crate::explain(&error))?;
+    }
+    let need = need(&guests, mix);
+    let budget = args.budget.unwrap_or_else(|| overcommitted(args.guests, size));
+    if budget < need.total() && args.budget.is_some() {
+        return Err(format!(
+            "--budget {budget} is below what these guests need at least: {need}; raise --budget, or use fewer, smaller or more compressible guests"
+        ));
+    }
+    // Without --budget it is ours to choose: few or small guests cannot be overcommitted as far.
+    let chosen = budget.max(need.total());
+    if chosen > budget {
+        fitted.push(format!(
+            "the budget is {chosen} instead of {budget}, because these guests need at least {need}"
+        ));
+    }
+    Ok(Plan { guests, budget: chosen, mix, seed: args.seed, seconds: args.seconds, fitted })
+}
+
+/// The budget when none is given.
+fn overcommitted(guests: u32, size: ByteCount) -> ByteCount {
+    let block = BLOCK_SIZE as u64;
+    ByteCount(size.0.saturating_mul(u64::from(guests)) / OVERCOMMIT_TENTHS * 10 / block * block)
+}
+
+/// The guests' size, made smaller where the host is small, and what was changed.
+fn fit(args: &DemoArgs, limits: HostLimits) -> Result<(ByteCount, Vec<String>), String> {
     let least = ByteCount(abi::WORKLOAD_GPA + 2 * BLOCK_SIZE as u64);
     let mut size = args.size;
     if size < least || !size.is_multiple_of(BLOCK_SIZE) {
         return Err(format!("--size {size}: a guest needs a multiple of 2M and at least {least}"));
     }
-    // A socket pair, a control pair, two userfaultfds, a pidfd, words and an eventfd for each machine, and some of our
-    // own.
-    let descriptors = u64::from(args.guests) * 10 + 40;
-    if descriptors > limits.descriptors {
-        return Err(format!(
-            "--guests {}: {descriptors} file descriptors are needed and {} are allowed; raise ulimit -n or use fewer guests",
-            args.guests, limits.descriptors
-        ));
-    }
-    let total = |size: ByteCount| size.0.saturating_mul(u64::from(args.guests));
-    let budget_for = |size: ByteCount| {
-        args.budget.unwrap_or(ByteCount(total(size) * 10 / OVERCOMMIT_TENTHS / BLOCK_SIZE as u64 * BLOCK_SIZE as u64))
-    };
-    let mut fitted = None;
-    // The comparison needs the budget once more in compressed swap, and the host a little to live on.
+    let budget = |size| args.budget.unwrap_or_else(|| overcommitted(args.guests, size));
+    // The host needs a little to live on, and a killed run's remains may not be gone yet.
     let room = ByteCount(limits.available.0 / 4 * 3);
-    while budget_for(size) > room {
+    while budget(size) > room {
         let smaller = ByteCount(size.0 / 2 / BLOCK_SIZE as u64 * BLOCK_SIZE as u64);
         if args.budget.is_some() || smaller < ByteCount::mib(32) {
             return Err(format!(
                 "a budget of {} does not fit this host, which has {} available; use a smaller --budget, --size or --guests",
-                budget_for(size),
+                budget(size),
                 limits.available
             ));
         }
         size = smaller;
-        fitted = Some(format!("guests were made smaller, {size} each, to fit the {} this host has available", limits.available));
     }
-    let budget = budget_for(size);
-    let guests: Vec<VmmConfig> = (0..args.guests).map(|nth| guest(args, nth, size, mix, accel)).collect();
-    for guest in &guests {
-        guest.check().map_err(|error| format!("--size {size}: {}", crate::explain(&error)))?;
+    let note = format!(
+        "guests are {size} instead of {}, to fit the {} this host has available",
+        args.size, limits.available
+    );
+    Ok((size, if size < args.size { vec![note] } else { Vec::new() }))
+}
+
+/// Refuses more guests than there are descriptors for.
+pub(crate) fn descriptors(guests: u32, limits: HostLimits) -> Result<(), String> {
+    // A socket pair, a control pair, two userfaultfds, a pidfd, words and an eventfd for each machine, and some of our
+    // own.
+    let needed = u64::from(guests) * 10 + 40;
+    if needed > limits.descriptors {
+        return Err(format!(
+            "--guests {guests}: {needed} file descriptors are needed and {} are allowed; raise ulimit -n or use fewer guests",
+            limits.descriptors
+        ));
     }
-    let need = need(&guests, mix);
-    if budget < need.total() {
-        return Err(format!("--budget {budget} is below what these guests need at least: {need}; raise --budget, or use fewer, smaller or more compressible guests"));
-    }
-    Ok(Plan { guests, budget, mix, seed: args.seed, seconds: args.seconds, fitted })
+    Ok(())
 }
 
 fn guest(args: &DemoArgs, nth: u32, size: ByteCount, mix: Mix, accel: AccelChoice) -> VmmConfig {
@@ -156,14 +230,14 @@ fn guest(args: &DemoArgs, nth: u32, size: ByteCount, mix: Mix, accel: AccelChoic
 }
 
 /// The least memory in which the guests fit, by the arithmetic that a refusal shows.
-struct Need {
+pub(crate) struct Need {
     stored: ByteCount,
     resident: ByteCount,
     overhead: ByteCount,
 }
 
 impl Need {
-    fn total(&self) -> ByteCount {
+    pub(crate) fn total(&self) -> ByteCount {
         self.stored + self.resident + self.overhead
     }
 }
@@ -171,11 +245,15 @@ impl Need {
 impl std::fmt::Display for Need {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { stored, resident, overhead } = self;
-        write!(f, "{} = {stored} for their contents when stored + {resident} to run in + {overhead} of overhead", self.total())
+        write!(
+            f,
+            "{} = {stored} for their contents when stored + {resident} to run in + {overhead} of overhead",
+            self.total()
+        )
     }
 }
 
-fn need(guests: &[VmmConfig], mix: Mix) -> Need {
+pub(crate) fn need(guests: &[VmmConfig], mix: Mix) -> Need {
     let footprint: u64 = guests.iter().map(|guest| guest.workload.spec.footprint_bytes).sum();
     let permille = u64::from(mix.text) * TEXT_PERMILLE + u64::from(mix.random) * RANDOM_PERMILLE;
     let pool = if mix.duplicate > 0 { POOL_PAGES * PAGE_SIZE as u64 * TEXT_PERMILLE / 1000 } else { 0 };

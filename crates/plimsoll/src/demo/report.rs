@@ -87,8 +87,11 @@ pub(crate) struct GuestReport {
 pub(crate) struct Without {
     /// What the kernel had to work with.
     pub(crate) swap: String,
+    /// The most that the control group and the zram device held together, looked at ten times a second.
     pub(crate) peak_bytes: u64,
     pub(crate) zram_peak_bytes: u64,
+    /// Processes the kernel ended because the limit left it no other way.
+    pub(crate) oom_kills: u64,
     pub(crate) wrong_words: u64,
     pub(crate) guests: Vec<WithoutGuest>,
 }
@@ -163,7 +166,17 @@ impl Report {
         writeln!(
             out,
             "{:<9} {:>6} {:>9} {:>9} {:>9} {:>9} {:>8} {:>9} {:>9} {:>6} {:>5}",
-            "guest", "size", "resident", "stored", "true ws", "est ws", "ops/s", "fault p50", "p99 us", "stall", "wrong"
+            "guest",
+            "size",
+            "resident",
+            "stored",
+            "true ws",
+            "est ws",
+            "ops/s",
+            "fault p50",
+            "p99 us",
+            "stall",
+            "wrong"
         )?;
         for guest in &self.guests {
             writeln!(
@@ -184,7 +197,14 @@ impl Report {
         }
         let host = &self.host;
         writeln!(out)?;
-        writeln!(out, "host: asked {}, budget {}, peak {} ({})", bytes(self.asked_bytes), bytes(self.budget_bytes), bytes(self.peak_bytes), self.peak_source)?;
+        writeln!(
+            out,
+            "host: asked {}, budget {}, peak {} ({})",
+            bytes(self.asked_bytes),
+            bytes(self.budget_bytes),
+            bytes(self.peak_bytes),
+            self.peak_source
+        )?;
         writeln!(
             out,
             "      resident {}, limbo {}, store {} for {} pages, tables {}, overhead {}",
@@ -220,27 +240,41 @@ impl Report {
             writeln!(out, "FAILED: {failure}")?;
         }
         if self.failures.is_empty() {
-            writeln!(out, "passed: {} wrong words, peak {:.1} % of the budget", self.wrong_words, self.peak_bytes as f64 * 100.0 / self.budget_bytes as f64)?;
+            writeln!(
+                out,
+                "passed: {} wrong words, peak {:.1} % of the budget",
+                self.wrong_words,
+                self.peak_bytes as f64 * 100.0 / self.budget_bytes as f64
+            )?;
         }
         Ok(())
     }
 
     fn write_comparison(&self, out: &mut String, without: &Without) -> std::fmt::Result {
         writeln!(out, "\nthe same guests at the same budget without plimsoll ({}):", without.swap)?;
-        writeln!(out, "{:<9} {:>12} {:>12} {:>14} {:>14}", "guest", "ops/s", "plimsoll", "op p99 us", "plimsoll")?;
+        writeln!(
+            out,
+            "{:<9} {:>12} {:>12} {:>14} {:>14}",
+            "guest", "ops/s", "plimsoll", "op p99 us", "plimsoll"
+        )?;
         for (guest, ours) in without.guests.iter().zip(&self.guests) {
             let died = guest.died.as_deref().map_or(String::new(), |why| format!("  died: {why}"));
             writeln!(
                 out,
                 "{:<9} {:>12.0} {:>12.0} {:>14.0} {:>14.0}{died}",
-                guest.name, guest.operations_per_second, ours.operations_per_second, guest.operation_p99_us, ours.operation_p99_us
+                guest.name,
+                guest.operations_per_second,
+                ours.operations_per_second,
+                guest.operation_p99_us,
+                ours.operation_p99_us
             )?;
         }
         writeln!(
             out,
-            "peak {} in the cgroup and {} of zram; {} wrong words",
+            "peak {}, of which zram at most {}; {} guests killed for want of memory; {} wrong words",
             ByteCount(without.peak_bytes),
             ByteCount(without.zram_peak_bytes),
+            without.oom_kills,
             without.wrong_words
         )
     }

@@ -44,7 +44,8 @@ impl View {
             return Self(Surface::Plain { printed: None, started: Instant::now() });
         }
         let bars = MultiProgress::new();
-        let style = ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+        let style =
+            ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
         let line = |_| bars.add(ProgressBar::new_spinner().with_style(style.clone()));
         let lines = (0..=guests).map(line).collect();
         Self(Surface::Live { bars, lines })
@@ -55,7 +56,13 @@ impl View {
             Surface::Live { lines, .. } => {
                 let mut lines = lines.iter();
                 if let Some(line) = lines.next() {
-                    line.set_message(format!("{:<10} {:>6} of {:<6} {}", host.phase, host.used, host.budget, bar(&[(host.used, '#')], host.budget)));
+                    line.set_message(format!(
+                        "{:<10} {:>6} of {:<6} {}",
+                        host.phase,
+                        host.used,
+                        host.budget,
+                        bar(&[(host.used, '#')], host.budget)
+                    ));
                     line.tick();
                 }
                 for (line, guest) in lines.zip(guests) {
@@ -98,17 +105,20 @@ fn guest_line(guest: &GuestLine) -> String {
         bar(&[(memory.resident, '#'), (memory.limbo, '+'), (memory.stored, ':')], guest.size)
     });
     let died = guest.state.died.as_deref().unwrap_or("");
-    format!("{:<9} {memory} {:>10} {:>9} ops {:>3} wrong {died}", guest.name, summary.phase, summary.operations, summary.wrong_words)
+    format!(
+        "{:<9} {memory} {:>10} {:>9} ops {:>3} wrong {died}",
+        guest.name, summary.phase, summary.operations, summary.wrong_words
+    )
 }
 
 /// `#` resident, `+` limbo, `:` stored, blank where the guest has nothing.
 fn bar(parts: &[(ByteCount, char)], whole: ByteCount) -> String {
-    const WIDTH: u64 = 32;
+    const WIDTH: u16 = 32;
     let mut text = String::from("[");
     for (part, mark) in parts {
-        let width = (part.0 * WIDTH).div_ceil(whole.0.max(1));
+        let width = (part.0 * u64::from(WIDTH)).div_ceil(whole.0.max(1));
         (0..width).for_each(|_| text.push(*mark));
     }
-    let drawn: String = text.chars().take(WIDTH as usize + 1).collect();
+    let drawn: String = text.chars().take(usize::from(WIDTH) + 1).collect();
     format!("{drawn:<33}]")
 }

@@ -1,0 +1,49 @@
+//! What this machine can run.
+//!
+//! Enters: device files, the control group file system. Leaves: the capabilities that level-1 tests need, present or
+//! missing. A test may be skipped only where one of them is missing.
+use crate::setup::is_root;
+use std::fs::{self, OpenOptions};
+use std::path::Path;
+
+/// A capability and whether it is here.
+pub(crate) struct Capability {
+    /// What tests and messages call it.
+    pub(crate) name: &'static str,
+    /// Whether it can be used by this user.
+    pub(crate) is_here: bool,
+}
+
+/// Looks at all of them.
+pub(crate) fn capabilities() -> Vec<Capability> {
+    let capability = |name, is_here| Capability { name, is_here };
+    vec![
+        capability("root", is_root()),
+        capability("kvm", can_open("/dev/kvm")),
+        capability("userfaultfd", can_fault()),
+        capability("cgroup", can_make_cgroup()),
+        capability("zram", is_root() && Path::new("/sys/class/zram-control/hot_add").exists()),
+    ]
+}
+
+fn can_open(device: &str) -> bool {
+    OpenOptions::new().read(true).write(true).open(device).is_ok()
+}
+
+fn can_fault() -> bool {
+    let switch = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    can_open("/dev/userfaultfd") || switch.is_ok_and(|text| is_root() || text.trim() == "1")
+}
+
+/// Makes a memory control group and removes it.
+fn can_make_cgroup() -> bool {
+    let root = Path::new("/sys/fs/cgroup");
+    let unified = fs::read_to_string(root.join("cgroup.controllers"));
+    let parent = match unified {
+        Ok(controllers) if controllers.split_whitespace().any(|name| name == "memory") => root.to_owned(),
+        Ok(_) => return false,
+        Err(_) => root.join("memory"),
+    };
+    let group = parent.join(format!("plimsoll-xtask-{}", std::process::id()));
+    fs::create_dir(&group).is_ok() && fs::remove_dir(&group).is_ok()
+}

@@ -1,0 +1,73 @@
+//! The workspace's own commands, started as `cargo xtask COMMAND`.
+//!
+//! Enters: a command line. Leaves: progress on standard output, one line a step, and an exit status that scripts can
+//! rely on. What must never happen: a step that could not run counting as one that passed.
+//!
+//! * [`setup`]: what a fresh machine lacks. [`machine`]: what this machine can run.
+//! * [`suites`]: which tests there are and at which level; [`tally`]: what they said. [`no_std`]: the rooms below the
+//!   line, linked without an operating system.
+//! * [`ci`]: format, lints, documentation. [`lints`]: the house rules that no other tool knows.
+//! * [`cargo`]: starting cargo, and what it says about the workspace.
+mod cargo;
+mod ci;
+mod lints;
+mod machine;
+mod no_std;
+mod setup;
+mod suites;
+mod tally;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// The commands of the plimsoll workspace.
+#[derive(Parser)]
+#[command(name = "cargo xtask", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what the tests need and this machine lacks (Debian, as root). Quick when nothing is missing.
+    Setup,
+    /// Set up, then run the tests; fails when a test fails, or is skipped where it could run.
+    Test(TestArguments),
+    /// Check format, lints, documentation, licences and the house rules. Runs no tests.
+    Ci,
+}
+
+#[derive(clap::Args)]
+struct TestArguments {
+    /// Run one level only. 0: pure crates, no rights needed. 1: real userfaultfd and real KVM guests.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=1))]
+    level: Option<u8>,
+    /// How long the randomized soak of level 1 lasts.
+    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    soak: u64,
+    /// Run only tests whose names contain one of these.
+    filters: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Setup => setup::run(),
+        Command::Test(arguments) => setup::run().and_then(|()| {
+            suites::run(&suites::Choice {
+                level: arguments.level,
+                soak: Duration::from_secs(arguments.soak),
+                filters: arguments.filters,
+            })
+        }),
+        Command::Ci => ci::run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! The tests: which there are, at which level, how they are run and what came of it.
+//!
+//! Enters: a choice. Leaves: a line for each test program with what it counted and how long it took, the log of each below
+//! `target/xtask`, and as the last line `N passed, N failed, N skipped`. An error leaves too when a test failed, when
+//! one was skipped that this machine could run, or when there was none to run.
+//!
+//! All chosen packages are built by one cargo call and their test programs are run from here, one after the other, so that
+//! no package is built twice with different features and no two programs compete for the machine's memory.
+use crate::cargo::{self, Metadata, Package, Target};
+use crate::machine;
+use crate::no_std;
+use crate::tally::Tally;
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Tests that need nothing but a compiler.
+const PURE: u8 = 0;
+/// Tests that need a kernel's memory interfaces and KVM.
+const KERNEL: u8 = 1;
+/// Every member of the workspace is at one level.
+const LEVELS: [(&str, u8); 9] = [
+    ("xtask", PURE),
+    ("plimsoll-types", PURE),
+    ("plimsoll-core", PURE),
+    ("plimsoll-store", PURE),
+    ("plimsoll-guest", PURE),
+    ("plimsoll-sys", KERNEL),
+    ("plimsoll-linux", KERNEL),
+    ("plimsoll-vmm", KERNEL),
+    ("plimsoll", KERNEL),
+];
+/// A test program that takes longer than this, the soak's time apart, hangs. The longest takes minutes.
+const PATIENCE: Duration = Duration::from_secs(15 * 60);
+/// How often a running program is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// What to run.
+pub(crate) struct Choice {
+    /// One level, or all.
+    pub(crate) level: Option<u8>,
+    /// How long the soak lasts.
+    pub(crate) soak: Duration,
+    /// Parts of test names; none means all tests.
+    pub(crate) filters: Vec<String>,
+}
+
+/// A test program.
+struct Suite {
+    level: u8,
+    name: String,
+    program: PathBuf,
+    folder: PathBuf,
+}
+
+/// A line of cargo's JSON messages; only those about programs are of interest.
+#[derive(Deserialize)]
+struct Message {
+    executable: Option<PathBuf>,
+    package_id: Option<String>,
+    target: Option<Target>,
+    profile: Option<Profile>,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+/// Runs what was chosen.
+pub(crate) fn run(choice: &Choice) -> Result<()> {
+    let metadata = cargo::metadata(&cargo::root().join("Cargo.toml"))?;
+    let logs = metadata.target_directory.join("xtask");
+    fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+    let (here, missing) = announce_machine();
+    let mut runner = Runner { choice, logs, total: Tally::default(), forbidden: Vec::new(), here, missing };
+
+    let suites = build(&metadata, choice)?;
+    if choice.level != Some(KERNEL) && choice.filters.is_empty() {
+        runner.check("rooms linked without std", |log| no_std::check(&metadata.target_directory, log))?;
+    }
+    for suite in &suites {
+        let mut command = Command::new(&suite.program);
+        command.current_dir(&suite.folder).env("CARGO_MANIFEST_DIR", &suite.folder);
+        command.args(&choice.filters).arg("--show-output");
+        runner.program(suite.level, &suite.name, &mut command)?;
+    }
+    let mut documented = cargo::cargo();
+    documented.args(["test", "--doc", "--quiet", "--no-fail-fast", "--locked"]);
+    documented.args(packages(&metadata, choice.level, Package::has_library)?).arg("--");
+    documented.args(&choice.filters).arg("--show-output");
+    runner.program(choice.level.unwrap_or(KERNEL), "examples in documentation", &mut documented)?;
+    runner.conclude()
+}
+
+/// Says, and returns, what this machine has and what it lacks.
+fn announce_machine() -> (String, Vec<&'static str>) {
+    let (here, missing): (Vec<_>, Vec<_>) =
+        machine::capabilities().into_iter().partition(|capability| capability.is_here);
+    let names = |list: Vec<machine::Capability>| list.iter().map(|one| one.name).collect::<Vec<_>>();
+    let (here, missing) = (names(here).join(","), names(missing));
+    println!("machine: has {here}");
+    if !missing.is_empty() {
+        println!("machine: lacks {}; tests of level 1 may be skipped", missing.join(", "));
+    }
+    (here, missing)
+}
+
+/// The arguments that choose the packages of a level. All of them together are the workspace, however many are asked.
+fn packages(
+    metadata: &Metadata,
+    level: Option<u8>,
+    wanted: impl Fn(&Package) -> bool,
+) -> Result<Vec<String>> {
+    let mut arguments = Vec::new();
+    for package in metadata.members() {
+        let own = level_of(&package.name)?;
+        if level.is_none_or(|level| level == own) && wanted(package) {
+            arguments.extend(["--package".to_owned(), package.name.clone()]);
+        }
+    }
+    Ok(if level.is_none() { vec!["--workspace".to_owned()] } else { arguments })
+}
+
+fn level_of(package: &str) -> Result<u8> {
+    let found = LEVELS.iter().find(|(name, _)| *name == package);
+    found
+        .map(|(_, level)| *level)
+        .with_context(|| format!("{package} is at no level: add it to LEVELS in {}", file!()))
+}
+
+/// Builds the test programs, lowest level first.
+fn build(metadata: &Metadata, choice: &Choice) -> Result<Vec<Suite>> {
+    println!("building the tests");
+    let start = Instant::now();
+    let mut command = cargo::cargo();
+    command.args(["test", "--no-run", "--locked", "--message-format=json-render-diagnostics"]);
+    command.args(packages(metadata, choice.level, |_| true)?);
+    let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo test")?;
+    if !output.status.success() {
+        bail!("the tests do not build; the compiler's messages are above");
+    }
+    println!("built in {}", seconds(start.elapsed()));
+    let mut suites = Vec::new();
+    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let message: Message = serde_json::from_slice(line).context("cargo printed something unexpected")?;
+        let is_test = message.profile.is_some_and(|profile| profile.test);
+        let (Some(program), Some(id), Some(target), true) =
+            (message.executable, message.package_id, message.target, is_test)
+        else {
+            continue;
+        };
+        let Some(package) = metadata.members().find(|package| package.id == id) else { continue };
+        let part = if target.is("test") { format!("tests/{}", target.name) } else { "units".to_owned() };
+        suites.push(Suite {
+            level: level_of(&package.name)?,
+            name: format!("{} {part}", package.name),
+            program,
+            folder: package.folder().to_owned(),
+        });
+    }
+    let place =
+        |suite: &Suite| LEVELS.iter().position(|(name, _)| suite.name.split(' ').next() == Some(*name));
+    suites.sort_by_key(|suite| (suite.level, place(suite), suite.name.clone()));
+    Ok(suites)
+}
+
+/// Runs programs and adds up.
+struct Runner<'a> {
+    choice: &'a Choice,
+    logs: PathBuf,
+    total: Tally,
+    /// Skipped although this machine could run them.
+    forbidden: Vec<String>,
+    /// Capabilities this machine has, for tests to insist on.
+    here: String,
+    /// Those it lacks.
+    missing: Vec<&'static str>,
+}
+
+/// How a program ended.
+enum End {
+    Exited { success: bool },
+    Hung,
+}
+
+impl Runner<'_> {
+    /// Runs something that passes or fails as a whole.
+    fn check(&mut self, name: &str, check: impl FnOnce(&File) -> Result<()>) -> Result<()> {
+        let (log, path) = self.begin(PURE, name)?;
+        let start = Instant::now();
+        let outcome = check(&log);
+        let tally = Tally::of_check(outcome.is_ok());
+        self.end(PURE, name, tally, start, &path)?;
+        if let Err(error) = outcome {
+            println!("{error:#}");
+        }
+        Ok(())
+    }
+
+    /// Runs a test program.
+    fn program(&mut self, level: u8, name: &str, command: &mut Command) -> Result<()> {
+        let (log, path) = self.begin(level, name)?;
+        let start = Instant::now();
+        command.env("PLIMSOLL_REQUIRE", &self.here);
+        command.env("PLIMSOLL_SOAK_SECONDS", self.choice.soak.as_secs().to_string());
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let end = wait(command, start + PATIENCE + self.choice.soak)?;
+        let output = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut tally = Tally::read(&String::from_utf8_lossy(&output)).unwrap_or_default();
+        let broken = match end {
+            End::Exited { success } => !success && tally.failed == 0,
+            End::Hung => true,
+        };
+        if broken {
+            tally += Tally::of_check(false);
+        }
+        self.end(level, name, tally, start, &path)
+    }
+
+    fn begin(&self, level: u8, name: &str) -> Result<(File, PathBuf)> {
+        print!("level {level}  {name:<38} ");
+        std::io::stdout().flush()?;
+        let path = self.logs.join(format!("{}.log", name.replace([' ', '/'], "-")));
+        let log = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok((log, path))
+    }
+
+    fn end(&mut self, level: u8, name: &str, tally: Tally, start: Instant, log: &Path) -> Result<()> {
+        let Tally { passed, failed, skipped, .. } = &tally;
+        println!("{passed:>4} passed {failed} failed {skipped} skipped  {}", seconds(start.elapsed()));
+        for reason in &tally.reasons {
+            println!("    skipped: {reason}");
+        }
+        if tally.failed > 0 {
+            println!("---- {name}: {}", log.display());
+            std::io::stdout().write_all(&fs::read(log)?)?;
+            println!("----");
+        }
+        if tally.skipped > 0 && (level == PURE || self.missing.is_empty()) {
+            self.forbidden.push(name.to_owned());
+        }
+        self.total += tally;
+        Ok(())
+    }
+
+    /// The closing line, and whether the whole run is good.
+    fn conclude(self) -> Result<()> {
+        let Tally { passed, failed, skipped, .. } = self.total;
+        if !self.forbidden.is_empty() {
+            println!("skipped although this machine can run them: {}", self.forbidden.join(", "));
+        }
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+        if failed > 0 || !self.forbidden.is_empty() {
+            bail!("the tests failed; the logs are in {}", self.logs.display());
+        }
+        if passed == 0 {
+            bail!("no test ran; is there one whose name contains {:?}?", self.choice.filters);
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a program, which is killed when it is not done in time.
+fn wait(command: &mut Command, deadline: Instant) -> Result<End> {
+    let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(End::Exited { success: status.success() });
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            return Ok(End::Hung);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
