@@ -211,7 +211,14 @@ impl Airlock {
     fn retire(&mut self, at: SlotPage) {
         let slot = at.0 / self.slot_pages;
         let entry = &mut self.slots[slot as usize];
-        if !entry.is_vacant() || (self.open == Some(slot) && entry.next < self.slot_pages) {
+        if !entry.is_vacant() {
+            return;
+        }
+        if self.open == Some(slot) {
+            // Nothing is left in it: it is filled from its start again, and is the youngest once more.
+            entry.next = 0;
+            self.queue.retain(|queued| *queued != slot);
+            self.queue.push_back(slot);
             return;
         }
         entry.held = Box::default();

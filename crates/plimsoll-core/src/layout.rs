@@ -8,6 +8,9 @@ use alloc::vec::Vec;
 use core::fmt;
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, PageCount, PageIndex};
 
+/// Most pages a layout may have: page indices above it are not pages (the airlock's table uses some as marks).
+pub const PAGES_MAX: u32 = u32::MAX - 511;
+
 /// One contiguous piece of guest physical memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Region {
@@ -42,7 +45,7 @@ pub enum LayoutError {
         /// The region.
         region: Region,
     },
-    /// All regions together have more than 2^32 - 1 pages (16 TiB).
+    /// All regions together have more than [`PAGES_MAX`] pages (16 TiB).
     TooLarge,
 }
 
@@ -90,7 +93,10 @@ impl GuestLayout {
                 .ok_or(LayoutError::OutOfOrder { region: *region })?;
             first.push(pages);
             let count = u32::try_from(region.bytes.pages_floor().0).ok();
-            pages = count.and_then(|count| pages.checked_add(count)).ok_or(LayoutError::TooLarge)?;
+            let pages_so_far =
+                count.and_then(|count| pages.checked_add(count)).filter(|pages| *pages <= PAGES_MAX);
+            let pages_so_far = pages_so_far.ok_or(LayoutError::TooLarge)?;
+            pages = pages_so_far;
         }
         if regions.is_empty() {
             return Err(LayoutError::Empty);

@@ -7,18 +7,17 @@
 //!
 //! ```text
 //! budget                                      what the operator gave
-//!   hard line   = budget                      no charge is granted beyond it: the asker stalls
-//!   high mark   = budget - 1/32               above it machines are asked to give pages up ...
-//!   low mark    = budget - 1/16               ... until the host is below this one
+//!   hard line   = budget, or a little less    never crossed
+//!   install     = hard line - 1/128           no page is installed beyond it: the asker stalls
+//!   high mark   = hard line - 1/32             above it machines are asked to give pages up ...
+//!   low mark    = hard line - 1/16             ... until the host is below this one
 //! ```
 //!
-//! What the kernel counts and nobody charged (page tables, the VMMs' own memory, the manager's heap) is **overhead**:
-//! the counter's reading less what the ledger held at that moment, never below zero. A page the ledger counts and the
-//! kernel does not (the shared zero page) makes the ledger the larger of the two, so their maximum is used and the
-//! error is on the safe side.
+//! What the kernel counts and nobody charged (page tables, the VMMs' own memory, the manager's heap) is **overhead**: the
+//! host measures it as its counter's reading less what the ledger holds at that moment, never below zero.
 use alloc::vec::Vec;
 use core::fmt;
-use plimsoll_types::{ByteCount, GroupId, MachineId, PAGE_SIZE, PageCount};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE, PageCount};
 
 /// What memory is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,8 +56,11 @@ impl Usage {
 /// The host's budget and its two watermarks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Budget {
-    /// The hard line: nothing is granted beyond it.
+    /// The hard line: nothing is beyond it.
     pub hard: ByteCount,
+    /// Up to here pages are installed. What is left to the hard line is for taking pages: a store has to grow before the
+    /// memory of what it took in is free.
+    pub install: ByteCount,
     /// Above it machines give pages up.
     pub high: ByteCount,
     /// Down to here.
@@ -68,8 +70,24 @@ pub struct Budget {
 impl Budget {
     /// The watermarks for a hard line: 1/32 and 1/16 below it. What lies between is memory nobody uses, so it is as
     /// little as gives reclaim a head start of some blocks.
+    ///
+    /// [`Budget::within`] is what a host wants that is held to its budget by the kernel's own count.
     pub const fn of(hard: ByteCount) -> Self {
-        Self { hard, high: ByteCount(hard.0 - hard.0 / 32), low: ByteCount(hard.0 - hard.0 / 16) }
+        Self {
+            hard,
+            install: ByteCount(hard.0 - hard.0 / 128),
+            high: ByteCount(hard.0 - hard.0 / 32),
+            low: ByteCount(hard.0 - hard.0 / 16),
+        }
+    }
+}
+
+impl Budget {
+    /// A hard line a little below `budget`: what the kernel takes for page tables, and in batches per CPU, between two
+    /// looks at its counter, is not charged by anybody.
+    pub const fn within(budget: ByteCount) -> Self {
+        let slack = ByteCount(budget.0 / 64 + (1 << 20));
+        Self::of(budget.saturating_sub(slack))
     }
 }
 
@@ -86,11 +104,11 @@ pub struct Terms {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LedgerError {
-    /// The hard line would be crossed.
+    /// What is left to the hard line is not for installing pages.
     OverBudget {
         /// Asked for.
         asked: ByteCount,
-        /// Left below the hard line.
+        /// Left for pages to be installed.
         left: ByteCount,
     },
     /// There is no such machine.
@@ -123,7 +141,7 @@ impl fmt::Display for LedgerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::OverBudget { asked, left } => {
-                write!(f, "{asked} would cross the hard line; {left} is left below it")
+                write!(f, "{asked} would come too near the hard line; {left} is left")
             }
             Self::NoSuchMachine { machine } => write!(f, "the ledger has no {machine}"),
             Self::NoSuchGroup { group } => write!(f, "the ledger has no {group}"),
@@ -144,6 +162,8 @@ struct MachineEntry {
     group: GroupId,
     terms: Terms,
     usage: Usage,
+    /// What it has been found unable to go below, for now.
+    floor: ByteCount,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -151,8 +171,8 @@ struct GroupEntry {
     id: GroupId,
     /// Of its machines and of its stores.
     usage: Usage,
-    /// Of its stores alone.
-    stores: Usage,
+    /// Bytes of the store of each of its domains.
+    stores: Vec<(DomainId, u64)>,
 }
 
 /// The host's ledger.
@@ -178,7 +198,7 @@ impl Ledger {
     /// Adds a group, or does nothing if it is known.
     pub fn add_group(&mut self, id: GroupId) {
         if !self.groups.iter().any(|group| group.id == id) {
-            self.groups.push(GroupEntry { id, usage: Usage::default(), stores: Usage::default() });
+            self.groups.push(GroupEntry { id, usage: Usage::default(), stores: Vec::new() });
         }
     }
 
@@ -196,7 +216,7 @@ impl Ledger {
                 hard: self.budget.hard,
             });
         }
-        self.machines.push(MachineEntry { id, group, terms, usage: Usage::default() });
+        self.machines.push(MachineEntry { id, group, terms, usage: Usage::default(), floor: ByteCount(0) });
         Ok(())
     }
 
@@ -238,20 +258,20 @@ impl Ledger {
         self.overhead
     }
 
-    /// Left below the hard line.
+    /// Left for pages to be installed.
     pub fn left(&self) -> ByteCount {
-        self.budget.hard.saturating_sub(self.used())
+        self.budget.install.saturating_sub(self.used())
     }
 
-    /// What the kernel's counter read at a moment when `charged` was charged.
-    pub fn observe(&mut self, counted: ByteCount, charged: ByteCount) {
-        self.overhead = counted.saturating_sub(charged);
+    /// States what is used by nobody in particular.
+    pub fn set_overhead(&mut self, bytes: ByteCount) {
+        self.overhead = bytes;
     }
 
     /// Charges a machine for memory it is about to use.
     ///
     /// # Errors
-    /// [`LedgerError::OverBudget`] when the hard line would be crossed, [`LedgerError::NoSuchMachine`].
+    /// [`LedgerError::OverBudget`] when no more pages may be installed, [`LedgerError::NoSuchMachine`].
     pub fn charge(&mut self, id: MachineId, kind: Kind, bytes: ByteCount) -> Result<(), LedgerError> {
         if bytes > self.left() {
             return Err(LedgerError::OverBudget { asked: bytes, left: self.left() });
@@ -274,13 +294,19 @@ impl Ledger {
         Ok(())
     }
 
-    /// States what the stores of a group's domains hold now.
+    /// States what the store of one of a group's domains holds now.
     ///
     /// # Errors
     /// [`LedgerError::NoSuchGroup`].
-    pub fn set_store(&mut self, id: GroupId, bytes: ByteCount) -> Result<(), LedgerError> {
+    pub fn set_store(&mut self, id: GroupId, domain: DomainId, bytes: ByteCount) -> Result<(), LedgerError> {
         let group = self.group_mut(id)?;
-        let before = core::mem::replace(&mut group.stores.0[Kind::Store as usize], bytes.0);
+        let before = match group.stores.iter_mut().find(|(known, _)| *known == domain) {
+            Some((_, held)) => core::mem::replace(held, bytes.0),
+            None => {
+                group.stores.push((domain, bytes.0));
+                0
+            }
+        };
         let sum = &mut group.usage.0[Kind::Store as usize];
         *sum = *sum - before + bytes.0;
         Ok(())
@@ -305,6 +331,26 @@ impl Ledger {
         sum
     }
 
+    /// Guest RAM and limbo of a machine.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchMachine`].
+    pub fn ram(&self, id: MachineId) -> Result<ByteCount, LedgerError> {
+        let usage = self.usage(id)?;
+        Ok(usage.of(Kind::Resident) + usage.of(Kind::Limbo))
+    }
+
+    /// States below what a machine cannot be brought for now, because its pages are pinned, its VMM does not answer or
+    /// its store is full: others are asked in its place. Zero when it can again.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchMachine`].
+    pub fn set_floor(&mut self, id: MachineId, floor: ByteCount) -> Result<(), LedgerError> {
+        let place = self.place_of(id)?;
+        self.machines[place].floor = floor;
+        Ok(())
+    }
+
     /// How many pages each machine should give up, if the host is above its high mark: enough to come down to the low
     /// one. The machines that use most give first, down to a common level, and nobody goes below its reservation; so a
     /// machine that grows at full speed is the one that pays for it.
@@ -316,7 +362,7 @@ impl Ledger {
         let ram =
             |machine: &MachineEntry| machine.usage.of(Kind::Resident).0 + machine.usage.of(Kind::Limbo).0;
         let above = |machine: &MachineEntry, level: u64| {
-            ram(machine).saturating_sub(level.max(machine.terms.reservation.0))
+            ram(machine).saturating_sub(level.max(machine.terms.reservation.0).max(machine.floor.0))
         };
         // The highest level at which what is above it suffices, by bisection to the page. Level 0 may not suffice:
         // then everybody gives all but its reservation, and stalls will follow.
@@ -340,7 +386,8 @@ impl Ledger {
     /// [`LedgerError::Unbalanced`] names the first group whose sums do not.
     pub fn audit(&self) -> Result<(), LedgerError> {
         for group in &self.groups {
-            let mut sum = group.stores;
+            let mut sum = Usage::default();
+            sum.0[Kind::Store as usize] = group.stores.iter().map(|(_, held)| held).sum();
             for machine in self.machines.iter().filter(|machine| machine.group == group.id) {
                 for (sum, part) in sum.0.iter_mut().zip(machine.usage.0) {
                     *sum += part;
@@ -373,11 +420,13 @@ mod tests {
     #[test]
     fn a_charge_past_the_hard_line_is_refused_and_changes_nothing() {
         let mut ledger = ledger(10, &[0]);
-        ledger.observe(ByteCount::mib(2), ByteCount(0));
-        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(8)).unwrap();
-        let refused = ledger.charge(MachineId(0), Kind::Resident, ByteCount(1));
-        assert_eq!(refused, Err(LedgerError::OverBudget { asked: ByteCount(1), left: ByteCount(0) }));
-        assert_eq!(ledger.used(), ByteCount::mib(10));
+        ledger.set_overhead(ByteCount::mib(2));
+        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(7)).unwrap();
+        let left = ByteCount::mib(1) - ByteCount((10 << 20) / 128);
+        let refused = ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(1));
+        assert_eq!(refused, Err(LedgerError::OverBudget { asked: ByteCount::mib(1), left }));
+        assert_eq!(ledger.used(), ByteCount::mib(9));
+        ledger.charge(MachineId(0), Kind::Resident, left).unwrap();
         ledger.audit().unwrap();
     }
 
@@ -398,6 +447,18 @@ mod tests {
     }
 
     #[test]
+    fn when_the_largest_cannot_give_the_next_one_is_asked() {
+        let mut ledger = ledger(160, &[0, 0]);
+        ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(110)).unwrap();
+        ledger.settle(MachineId(1), Kind::Resident, ByteCount::mib(60)).unwrap();
+        assert_eq!(ledger.reclaim()[0].0, MachineId(0));
+        ledger.set_floor(MachineId(0), ledger.ram(MachineId(0)).unwrap()).unwrap();
+        let asked = ledger.reclaim();
+        assert_eq!(asked.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [MachineId(1)]);
+        assert!(asked[0].1.bytes() >= ByteCount::mib(20));
+    }
+
+    #[test]
     fn nobody_is_asked_below_the_high_mark() {
         let mut ledger = ledger(160, &[0]);
         ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(150)).unwrap();
@@ -412,8 +473,9 @@ mod tests {
         ledger.charge(MachineId(1), Kind::Tables, mib(1)).unwrap();
         ledger.settle(MachineId(0), Kind::Resident, mib(20)).unwrap();
         ledger.settle(MachineId(0), Kind::Limbo, mib(10)).unwrap();
-        ledger.set_store(GROUP, mib(5)).unwrap();
-        ledger.set_store(GROUP, mib(3)).unwrap();
+        ledger.set_store(GROUP, DomainId(0), mib(5)).unwrap();
+        ledger.set_store(GROUP, DomainId(0), mib(2)).unwrap();
+        ledger.set_store(GROUP, DomainId(1), mib(1)).unwrap();
         ledger.audit().unwrap();
         assert_eq!(ledger.charged(), mib(34));
         ledger.remove(MachineId(0)).unwrap();
@@ -434,14 +496,5 @@ mod tests {
                 hard: ByteCount::mib(100)
             }
         );
-    }
-
-    #[test]
-    fn what_the_kernel_counts_beyond_the_charges_is_overhead_and_never_negative() {
-        let mut ledger = ledger(100, &[0]);
-        ledger.observe(ByteCount::mib(7), ByteCount::mib(5));
-        assert_eq!(ledger.overhead(), ByteCount::mib(2));
-        ledger.observe(ByteCount::mib(3), ByteCount::mib(5));
-        assert_eq!(ledger.overhead(), ByteCount(0));
     }
 }

@@ -410,6 +410,9 @@ impl<W: Words> Machine<W> {
     /// # Errors
     /// [`MapError::Damaged`].
     pub fn unpin(&mut self) -> Result<(), MapError> {
+        if self.census().of(StateKind::Pinned).0 == 0 {
+            return Ok(());
+        }
         for page in (0..self.layout.page_limit().0).map(PageIndex) {
             if matches!(self.map.state(page)?, PageState::Pinned(_)) {
                 self.map.apply(page, Transition::Unpin)?;
