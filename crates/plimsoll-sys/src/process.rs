@@ -1,6 +1,9 @@
 //! What a process gives up about itself: user, privileges, life without its parent. Rights go, none are gained; a
 //! change that is only half made is an error after which the process must end.
-#![expect(unsafe_code, reason = "setgroups, setresgid and setresuid for all threads exist in libc only; inherited descriptors are numbers")]
+#![expect(
+    unsafe_code,
+    reason = "setgroups, setresgid and setresuid for all threads exist in libc only; inherited descriptors are numbers"
+)]
 
 use crate::{ProcessId, procfs};
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};

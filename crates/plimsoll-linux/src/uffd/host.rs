@@ -110,8 +110,10 @@ impl<M: SlabMemory> Domain<M> {
 /// What the governor asks of one machine's pager.
 #[derive(Debug, Default)]
 pub struct Orders {
-    /// Pages to give up, counted down as they are freed.
+    /// Pages to give up, counted down as they are freed; the governor states it anew each time it looks.
     pub reclaim: AtomicU32,
+    /// Pages to give up because an operator said so, counted down in the same way.
+    pub squeeze: AtomicU32,
     /// A sampling period has ended.
     pub sample: AtomicBool,
     /// Pinned pages may be tried again.

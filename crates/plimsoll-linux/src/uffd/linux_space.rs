@@ -5,13 +5,14 @@
 //! discarding the airlock).
 //!
 //! A hostile VMM can make a call fail, answer nonsense or not at all. Each of these ends the management of that one
-//! machine, on the thread that serves nobody else. Reading the airlock of a VMM that has registered it with a
-//! userfaultfd of its own makes that thread wait until the VMM dies, and nobody else.
+//! machine, on the thread that serves nobody else. Before the airlock is read it is checked to be filled; a VMM that
+//! empties it in that very instant makes that one thread wait in the kernel, from which [`Custody::release_readers`]
+//! frees it.
 use super::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
 use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket, Welcome, WireError};
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::pagemap::Pagemap;
-use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::process_memory::{self, Refusal};
 use plimsoll_sys::uffd::{self, Event, EventBuffer, Stop, Userfaultfd, Wake};
 use plimsoll_sys::{HvaRange, ProcessId};
@@ -20,7 +21,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// Events taken in one read.
@@ -28,6 +29,11 @@ const EVENTS_PER_READ: usize = 64;
 /// How long an agent may take to answer. A block is moved in under a millisecond; a VMM whose cgroup is frozen or
 /// that is being dumped takes longer, and a machine should survive that.
 const AGENT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Reads of the event queue in one go: what a storm of faults leaves over is read in the next turn.
+const READS_MAX: usize = 4;
+/// How long after its socket closed a process may take to be seen as ended.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A machine could not be taken over from its VMM.
 #[derive(Debug, Error)]
@@ -66,8 +72,8 @@ pub struct Custody {
     pub hello: Hello,
     process: Pidfd,
     ram: Userfaultfd,
-    /// Never used from here; kept because the last copy of a userfaultfd must not close while pages are absent.
-    _airlock: Userfaultfd,
+    /// Kept because the last copy of a userfaultfd must not close while pages are absent.
+    airlock: Userfaultfd,
     socket: OwnedFd,
 }
 
@@ -80,13 +86,23 @@ impl Custody {
         if !is_readable(socket.as_fd(), patience).map_err(HandoverError::Poll)? {
             return Err(HandoverError::Silent { seconds: patience.as_secs() });
         }
+        let parts = Self::parts(&socket);
+        if let Err(error) = &parts {
+            // Best effort: a VMM that does not listen learns it from the socket's end.
+            let reason = super::manager::explain(error);
+            let _ = fdpass::send(&socket, &Welcome::Refused { reason }.encode(), &[]);
+        }
+        let (hello, ram, airlock) = parts?;
+        Ok(Self { hello, process, ram, airlock, socket })
+    }
+
+    fn parts(socket: &OwnedFd) -> Result<(Hello, Userfaultfd, Userfaultfd), HandoverError> {
         let mut bytes = vec![0; DATAGRAM_MAX];
-        let received = fdpass::recv(&socket, &mut bytes, 2)?.ok_or(HandoverError::Closed)?;
+        let received = fdpass::recv(socket, &mut bytes, 2)?.ok_or(HandoverError::Closed)?;
         let hello = Hello::decode(&bytes[..received.bytes], received.descriptors.len())?;
         let mut descriptors = received.descriptors.into_iter().map(Userfaultfd::try_from);
         let mut next = || descriptors.next().ok_or(WireError::Descriptors { found: 0, expected: 2 });
-        let (ram, airlock) = (next()??, next()??);
-        Ok(Self { hello, process, ram, _airlock: airlock, socket })
+        Ok((hello, next()??, next()??))
     }
 
     /// Tells the VMM whether its machine is taken.
@@ -111,6 +127,27 @@ impl Custody {
     /// Readable when the VMM has ended.
     pub fn ended(&self) -> BorrowedFd<'_> {
         self.process.as_fd()
+    }
+
+    /// Frees whoever waits in the kernel for an airlock page that is not there: such pages fail to be read from now on.
+    /// For a machine whose VMM has ended or is being ended.
+    pub fn release_readers(&self) {
+        if let Some(airlock) = HvaRange::new(self.hello.airlock_base, self.hello.airlock_bytes()) {
+            // That the process is gone altogether is as good.
+            let _ = self.airlock.poison(airlock);
+        }
+    }
+
+    /// Ends the VMM and frees whoever waits for it: for a machine that keeps its manager from stopping.
+    pub fn end(&self) {
+        let _ = self.process.send_signal(Signal::KILL);
+        let _ = self.process.wait_exit(END_PATIENCE);
+        self.release_readers();
+    }
+
+    /// True once the VMM's process has ended; waits for that at most `patience`.
+    pub fn has_ended(&self, patience: Duration) -> bool {
+        is_readable(self.process.as_fd(), patience).unwrap_or(false)
     }
 
     /// Pages the VMM has put in place already.
@@ -193,13 +230,22 @@ pub struct LinuxSpace {
     sequence: u32,
     events: EventBuffer,
     datagram: Vec<u8>,
+    /// Opened when first needed, and the process's for good: the file stays with the memory it was opened on.
+    pagemap: Option<Pagemap>,
 }
 
 impl LinuxSpace {
     /// Speaks with `epoch` from now on; an earlier manager's requests need [`Space::begin_epoch`].
     pub fn new(custody: Arc<Custody>, epoch: u64) -> Self {
         let events = EventBuffer::new(EVENTS_PER_READ);
-        Self { custody, epoch, sequence: 0, events, datagram: Vec::with_capacity(DATAGRAM_MAX) }
+        Self {
+            custody,
+            epoch,
+            sequence: 0,
+            events,
+            datagram: Vec::with_capacity(DATAGRAM_MAX),
+            pagemap: None,
+        }
     }
 
     /// What it works on.
@@ -213,26 +259,53 @@ impl LinuxSpace {
         let ticket = Ticket { epoch: self.epoch, sequence: self.sequence, op };
         wire::encode_request(&mut self.datagram, ticket, items);
         let io = |what, source| SpaceError::Io { what, source };
+        let asked = Instant::now();
         match fdpass::send(&self.custody.socket, &self.datagram, &[]) {
             Ok(_) => {}
-            Err(SendError::Closed) => return Err(SpaceError::Gone),
+            Err(SendError::Closed) => return Err(self.closed()),
             Err(error) => return Err(io("asking the agent", std::io::Error::other(error))),
         }
         loop {
-            let readable = is_readable(self.custody.socket.as_fd(), AGENT_PATIENCE);
+            let patience = AGENT_PATIENCE.saturating_sub(asked.elapsed());
+            let readable = is_readable(self.custody.socket.as_fd(), patience);
             if !readable.map_err(|error| io("waiting for the agent", error))? {
                 return Err(SpaceError::Silent { seconds: AGENT_PATIENCE.as_secs() });
             }
             self.datagram.resize(DATAGRAM_MAX, 0);
             let received = match fdpass::recv(&self.custody.socket, &mut self.datagram, 0) {
                 Ok(Some(received)) => received.bytes,
-                Ok(None) | Err(RecvError::Reset) => return Err(SpaceError::Gone),
+                Ok(None) | Err(RecvError::Reset) => return Err(self.closed()),
                 Err(error) => return Err(io("hearing the agent", std::io::Error::other(error))),
             };
             if let Some(outcomes) = wire::decode_reply(&self.datagram[..received], ticket, items)? {
                 return Ok(outcomes);
             }
         }
+    }
+
+    /// What a closed socket means: a process that ends closes it, but closing it does not end a process.
+    fn closed(&self) -> SpaceError {
+        if self.custody.has_ended(END_PATIENCE) { SpaceError::Gone } else { SpaceError::Closed }
+    }
+
+    /// What a slot page without bytes means: the VMM's memory goes before its process does.
+    fn empty_slot(&self, first: SlotPage) -> SpaceError {
+        if self.custody.has_ended(END_PATIENCE) {
+            SpaceError::Gone
+        } else {
+            SpaceError::EmptySlot { first: first.0 }
+        }
+    }
+
+    /// Whether all of a run of slot pages holds bytes.
+    fn is_filled(&mut self, run: HvaRange) -> Result<bool, SpaceError> {
+        let io =
+            |error| SpaceError::Io { what: "looking at the airlock", source: std::io::Error::other(error) };
+        let pagemap = match &mut self.pagemap {
+            Some(pagemap) => pagemap,
+            unopened => unopened.insert(Pagemap::open(self.custody.process()).map_err(io)?),
+        };
+        Ok(pagemap.populated_bytes(run).map_err(io)? == run.len())
     }
 
     fn address(&self, first: PageIndex, pages: u32, call: &'static str) -> Result<Hva, SpaceError> {
@@ -279,7 +352,7 @@ fn installed(
 
 impl Space for LinuxSpace {
     fn read_events(&mut self, found: &mut Vec<SpaceEvent>) -> Result<(), SpaceError> {
-        loop {
+        for _ in 0..READS_MAX {
             let read = self.custody.ram.read_events(&mut self.events);
             let events = read.map_err(|source| SpaceError::Io { what: "reading events", source })?;
             let count = events.len();
@@ -306,9 +379,10 @@ impl Space for LinuxSpace {
                 }
             }
             if count < EVENTS_PER_READ {
-                return Ok(());
+                break;
             }
         }
+        Ok(())
     }
 
     fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {
@@ -370,9 +444,17 @@ impl Space for LinuxSpace {
         let offset = u64::from(first.0) * PAGE_SIZE as u64;
         let at = Hva(self.custody.hello.airlock_base.0 + offset);
         let count = u32::try_from(bytes.len() / PAGE_SIZE).unwrap_or(u32::MAX);
+        let run = HvaRange::new(at, ByteCount(bytes.len() as u64))
+            .ok_or(SpaceError::EmptySlot { first: first.0 })?;
+        if !self.is_filled(run)? {
+            return Err(self.empty_slot(first));
+        }
         match process_memory::read(self.custody.process(), at, bytes).stop {
+            // A process id can be another's by now; while the VMM lives it is not.
+            None if self.custody.has_ended(Duration::ZERO) => Err(SpaceError::Gone),
             None => Ok(()),
             Some(Refusal::NoProcess) => Err(SpaceError::Gone),
+            Some(Refusal::NotMapped) => Err(self.empty_slot(first)),
             Some(refusal) => {
                 let cause = refusal.to_string();
                 Err(SpaceError::Call { call: "read airlock", first: first.0, pages: count, cause })

@@ -23,17 +23,19 @@ use super::wire::Welcome;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_core::airlock::Shape;
-use plimsoll_core::ledger::{Budget, Kind, LedgerError, Terms};
+use plimsoll_core::ledger::{Budget, Kind, Ledger, LedgerError, Terms};
 use plimsoll_core::machine::Machine;
 use plimsoll_core::map::{MapError, Words};
+use plimsoll_core::word::{PageState, PageWord};
 use plimsoll_store::{Handle, Store};
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -54,6 +56,16 @@ const STALL_PATIENCE: Duration = Duration::from_millis(1);
 /// How often a pager publishes its statistics.
 const PUBLISH_PERIOD: Duration = Duration::from_millis(100);
 
+/// A machine may own this many times the budget and no more: its tables are made before it uses anything.
+const OVERCOMMIT_MAX: u64 = 64;
+/// How long a machine that is asked for pages may give none before others are asked in its place, for
+/// [`UNPIN_PERIOD`].
+const GIVE_PATIENCE: Duration = Duration::from_millis(200);
+/// How long a stopping manager waits for a pager before it ends the VMM that keeps it.
+const STOP_PATIENCE: Duration = Duration::from_secs(40);
+/// Looks over which the largest overhead counts.
+const OVERHEAD_LOOKS: usize = 16;
+
 /// Page words in a memfd.
 #[derive(Debug)]
 pub struct MemfdWords {
@@ -66,6 +78,14 @@ impl MemfdWords {
         let bytes = (pages * size_of::<u64>()).next_multiple_of(PAGE_SIZE);
         let memory = SharedMapping::new(&Memfd::create("plimsoll-words", ByteCount(bytes as u64))?)?;
         Ok(Self { memory, pages })
+    }
+
+    /// Every object a word names, once per word. A word that is damaged names none.
+    fn handles(&self) -> impl Iterator<Item = Handle> + '_ {
+        self.words().iter().filter_map(|word| match PageWord(word.load(Ordering::Acquire)).state() {
+            Some(PageState::Stored(object)) => Handle::from_bits(object.bits()),
+            _ => None,
+        })
     }
 }
 
@@ -103,6 +123,29 @@ pub enum AdmitError {
     /// A thread could not be started.
     #[error("no thread for the machine")]
     Thread(#[source] std::io::Error),
+    /// It owns more memory than a machine of this host may.
+    #[error("the machine owns {size}; a machine of this host may own at most {limit}")]
+    TooLarge {
+        /// What it owns.
+        size: ByteCount,
+        /// What it may own.
+        limit: ByteCount,
+    },
+    /// A bug: its domain has no store.
+    #[error("{domain} has no store")]
+    NoSuchDomain {
+        /// The domain.
+        domain: DomainId,
+    },
+}
+
+/// Where a pager starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// A machine that was just handed over.
+    New,
+    /// An earlier manager's.
+    TakenOver,
 }
 
 /// Where a machine belongs and what it was promised.
@@ -166,6 +209,8 @@ struct Controls {
     kick: Arc<EventFd>,
     stats: Arc<Mutex<MachineStats>>,
     sabotage: Arc<AtomicBool>,
+    /// The VMM has ended and everything of the machine has been freed.
+    is_buried: Arc<AtomicBool>,
 }
 
 struct Running {
@@ -199,6 +244,8 @@ pub struct Manager {
     store_limit: ByteCount,
     domains: BTreeMap<u32, Arc<Domain<MemfdSlabs>>>,
     machines: BTreeMap<MachineId, Running>,
+    /// Machines that could not be taken over. They stall, and keep their bytes for the next manager.
+    unmanaged: Vec<MachineVault>,
     governed: Governed,
     governor: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
 }
@@ -218,11 +265,13 @@ impl Manager {
             store_limit: vault.store_limit,
             domains: BTreeMap::new(),
             machines: BTreeMap::new(),
+            unmanaged: Vec::new(),
             governed: Governed::default(),
             governor: None,
         };
         let mut recovered = Vec::new();
         for kept in vault.machines {
+            manager.host.ledger(|ledger| ledger.add_group(kept.membership.group));
             let mut space = LinuxSpace::new(Arc::clone(&kept.custody), epoch);
             let hello = &kept.custody.hello;
             let shape = Shape::blocks(hello.airlock_slots);
@@ -230,31 +279,52 @@ impl Manager {
             match take_over(&mut space, epoch, hello.layout.clone(), Arc::clone(&kept.words), shape, seed) {
                 Ok(machine) => recovered.push((kept, machine, space)),
                 Err(PagerError::Space(SpaceError::Gone)) => {}
-                Err(error) => manager.lost(kept.id, &error),
+                Err(error) => {
+                    manager.lost(kept.id, &error);
+                    manager.unmanaged.push(kept);
+                }
             }
         }
         for (id, group, slabs) in vault.domains {
-            let members = recovered.iter().filter(|(kept, _, _)| kept.membership.domain == id);
-            let objects = members.flat_map(|(_, machine, _)| machine.objects());
-            let handles: Vec<Handle> =
-                objects.filter_map(|(_, object)| Handle::from_bits(object.bits())).collect();
+            let managed = recovered.iter().map(|(kept, _, _)| kept);
+            let members = managed.chain(&manager.unmanaged).filter(|kept| kept.membership.domain == id);
+            let handles: Vec<Handle> = members.flat_map(|kept| kept.words.handles()).collect();
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
             let (store, _) = Store::recover(slabs, handles);
             manager.host.ledger(|ledger| ledger.add_group(group));
             manager.domains.insert(id.0, Arc::new(Domain::new(id, group, store)));
         }
+        // All are in the ledger before the first asks for memory.
+        for (kept, machine, _) in &recovered {
+            manager.enter(kept.id, kept.membership, machine)?;
+        }
+        for domain in manager.domains.values() {
+            let held = domain.held();
+            manager.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, held))?;
+        }
         for (kept, machine, space) in recovered {
-            manager.launch(
-                kept.id,
-                kept.custody,
-                kept.words,
-                kept.membership,
-                machine,
-                space,
-                Some(kept.stats),
-            )?;
+            if let Err((kept, error)) = manager.launch(kept, machine, space, Origin::TakenOver) {
+                manager.lost(kept.id, &error);
+                manager.unmanaged.push(*kept);
+            }
         }
         Ok(manager)
+    }
+
+    /// Puts a machine into the ledger with what it has in RAM.
+    fn enter<W: Words>(
+        &self,
+        id: MachineId,
+        membership: Membership,
+        machine: &Machine<W>,
+    ) -> Result<(), LedgerError> {
+        let size = machine.layout().pages().bytes();
+        let Membership { group, reservation, .. } = membership;
+        self.host.ledger(|ledger| {
+            ledger.add_group(group);
+            ledger.admit(id, group, Terms { size, reservation })?;
+            ledger.settle(id, Kind::Resident, machine.ram().bytes())
+        })
     }
 
     /// The host, for its ledger and its incidents.
@@ -263,8 +333,8 @@ impl Manager {
     }
 
     /// A domain that has had a machine.
-    pub fn domain(&self, id: DomainId) -> Option<&Arc<Domain<MemfdSlabs>>> {
-        self.domains.get(&id.0)
+    pub fn domain(&self, id: DomainId) -> Option<&Domain<MemfdSlabs>> {
+        self.domains.get(&id.0).map(Arc::as_ref)
     }
 
     fn lost(&self, machine: MachineId, error: &dyn std::error::Error) {
@@ -302,16 +372,17 @@ impl Manager {
         membership: Membership,
     ) -> Result<(), AdmitError> {
         let hello = &custody.hello;
-        let domain = self.domains.entry(membership.domain.0);
-        if let std::collections::btree_map::Entry::Vacant(vacant) = domain {
-            let slabs = MemfdSlabs::create("plimsoll-store", self.store_limit)?;
-            vacant.insert(Arc::new(Domain::new(membership.domain, membership.group, Store::new(slabs))));
-        }
         let size = hello.layout.pages().bytes();
-        self.host.ledger(|ledger| {
-            ledger.add_group(membership.group);
-            ledger.admit(id, membership.group, Terms { size, reservation: membership.reservation })
-        })?;
+        let hard = self.host.ledger(|ledger| ledger.budget().hard);
+        let limit = ByteCount(hard.0.saturating_mul(OVERCOMMIT_MAX));
+        if size > limit {
+            return Err(AdmitError::TooLarge { size, limit });
+        }
+        if !self.domains.contains_key(&membership.domain.0) {
+            let slabs = MemfdSlabs::create("plimsoll-store", self.store_limit)?;
+            let domain = Domain::new(membership.domain, membership.group, Store::new(slabs));
+            self.domains.insert(membership.domain.0, Arc::new(domain));
+        }
         let words = Arc::new(MemfdWords::create(hello.layout.page_limit().get())?);
         let presence = custody.presence()?;
         let shape = Shape::blocks(hello.airlock_slots);
@@ -319,52 +390,60 @@ impl Manager {
         let machine = Machine::new(hello.layout.clone(), Arc::clone(&words), shape, seed, |page| {
             presence.has_page(page)
         })?;
-        let in_place = machine.census().in_ram().bytes();
-        self.host.ledger(|ledger| ledger.settle(id, Kind::Resident, in_place))?;
+        self.enter(id, membership, &machine)?;
         custody.answer(&Welcome::Accepted { machine: id.0, epoch: self.epoch })?;
         let space = LinuxSpace::new(Arc::clone(custody), self.epoch);
-        self.launch(id, Arc::clone(custody), words, membership, machine, space, None)
+        let stats = MachineStats::default();
+        let kept = MachineVault { id, custody: Arc::clone(custody), words, membership, stats };
+        self.launch(kept, machine, space, Origin::New).map_err(|(_, error)| error)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "they are the machine, from two callers")]
+    /// Starts the pager of a machine that is in the ledger.
     fn launch(
         &mut self,
-        id: MachineId,
-        custody: Arc<Custody>,
-        words: Arc<MemfdWords>,
-        membership: Membership,
+        kept: MachineVault,
         machine: Machine<Arc<MemfdWords>>,
         space: LinuxSpace,
-        earlier: Option<MachineStats>,
-    ) -> Result<(), AdmitError> {
+        origin: Origin,
+    ) -> Result<(), (Box<MachineVault>, AdmitError)> {
+        let id = kept.id;
+        let kick = match EventFd::new() {
+            Ok(kick) => Arc::new(kick),
+            Err(error) => return Err((Box::new(kept), AdmitError::Thread(error))),
+        };
+        let Some(domain) = self.domains.get(&kept.membership.domain.0).cloned() else {
+            let domain = kept.membership.domain;
+            return Err((Box::new(kept), AdmitError::NoSuchDomain { domain }));
+        };
         let controls = Controls {
             orders: Arc::default(),
-            kick: Arc::new(EventFd::new().map_err(AdmitError::Thread)?),
-            stats: Arc::default(),
+            kick,
+            stats: Arc::new(Mutex::new(kept.stats.clone())),
             sabotage: Arc::default(),
+            is_buried: Arc::default(),
         };
-        if earlier.is_some() {
-            let size = custody.hello.layout.pages().bytes();
-            let terms = Terms { size, reservation: membership.reservation };
-            self.host.ledger(|ledger| ledger.admit(id, membership.group, terms))?;
+        let host = Arc::clone(&self.host);
+        let mut pager = Pager::new(id, host, domain, Arc::clone(&controls.orders), machine, space);
+        if origin == Origin::TakenOver {
+            pager.continue_stats(kept.stats.clone());
         }
-        let Some(domain) = self.domains.get(&membership.domain.0).cloned() else {
-            return Err(LedgerError::NoSuchGroup { group: membership.group }.into());
+        let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
+        let run = move || {
+            let driven = catch_unwind(AssertUnwindSafe(|| drive(pager, &thread_controls, origin)));
+            driven.unwrap_or_else(|_| {
+                host.report(Incident::Lost { machine: id, cause: "its pager panicked: a bug".to_owned() });
+                End::Left
+            })
         };
-        let mut pager =
-            Pager::new(id, Arc::clone(&self.host), domain, Arc::clone(&controls.orders), machine, space);
-        let takes_over = earlier.is_some();
-        if let Some(earlier) = earlier {
-            pager.continue_stats(earlier);
+        match std::thread::Builder::new().name(format!("pager-{}", id.0)).spawn(run) {
+            Ok(thread) => {
+                self.governed.lock().insert(id, controls.clone());
+                let MachineVault { custody, words, membership, .. } = kept;
+                self.machines.insert(id, Running { custody, words, membership, controls, thread });
+                Ok(())
+            }
+            Err(error) => Err((Box::new(kept), AdmitError::Thread(error))),
         }
-        let thread_controls = controls.clone();
-        let thread = std::thread::Builder::new()
-            .name(format!("pager-{}", id.0))
-            .spawn(move || drive(pager, &thread_controls, takes_over))
-            .map_err(AdmitError::Thread)?;
-        self.governed.lock().insert(id, controls.clone());
-        self.machines.insert(id, Running { custody, words, membership, controls, thread });
-        Ok(())
     }
 
     /// Starts looking at what the kernel counts, every few milliseconds, and has machines sampled every
@@ -397,7 +476,7 @@ impl Manager {
 
     /// True once the machine's VMM has ended and everything of it has been freed.
     pub fn is_gone(&self, id: MachineId) -> bool {
-        self.machines.get(&id).is_none_or(|running| running.thread.is_finished())
+        self.machines.get(&id).is_none_or(|running| running.controls.is_buried.load(Ordering::Acquire))
     }
 
     /// Forgets a machine that [`is_gone`](Self::is_gone).
@@ -406,6 +485,7 @@ impl Manager {
             && let Some(running) = self.machines.remove(&id)
         {
             let _ = running.thread.join();
+            self.governed.lock().remove(&id);
         }
     }
 
@@ -418,7 +498,7 @@ impl Manager {
     /// Takes everything it can from the machine, as if the host were that short.
     pub fn squeeze(&self, id: MachineId, pages: u32) {
         if let Some(running) = self.machines.get(&id) {
-            running.controls.orders.reclaim.store(pages, Ordering::Relaxed);
+            running.controls.orders.squeeze.store(pages, Ordering::Relaxed);
             let _ = running.controls.kick.signal();
         }
     }
@@ -440,8 +520,16 @@ impl Manager {
             running.controls.orders.stop.store(true, Ordering::Relaxed);
             let _ = running.controls.kick.signal();
         }
-        let mut machines = Vec::new();
+        let asked = Instant::now();
+        let mut machines = std::mem::take(&mut self.unmanaged);
         for (id, running) in std::mem::take(&mut self.machines) {
+            while !running.thread.is_finished() {
+                if asked.elapsed() > STOP_PATIENCE {
+                    // It waits in the kernel for memory that its VMM has withdrawn.
+                    running.custody.end();
+                }
+                std::thread::sleep(GOVERNOR_PERIOD);
+            }
             // A thread that panicked is a manager that crashed: its machine is in the state a crash leaves.
             if !matches!(running.thread.join(), Ok(End::Gone)) {
                 let stats = running.controls.stats.lock().clone();
@@ -470,7 +558,7 @@ impl Manager {
 }
 
 /// An error with its causes, on one line.
-fn explain(error: &dyn std::error::Error) -> String {
+pub(super) fn explain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -482,8 +570,9 @@ fn explain(error: &dyn std::error::Error) -> String {
 }
 
 /// Runs a pager until its machine ends or its manager does.
-fn drive(mut pager: LinuxPager, controls: &Controls, takes_over: bool) -> End {
-    let result = if takes_over { pager.resume() } else { Ok(()) };
+fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) -> End {
+    let result = if origin == Origin::TakenOver { pager.resume() } else { Ok(()) };
+    *controls.stats.lock() = pager.stats().clone();
     let result = result.and_then(|()| turns(&mut pager, controls));
     *controls.stats.lock() = pager.stats().clone();
     match result {
@@ -498,6 +587,7 @@ fn drive(mut pager: LinuxPager, controls: &Controls, takes_over: bool) -> End {
         }
     }
     *controls.stats.lock() = pager.bury();
+    controls.is_buried.store(true, Ordering::Release);
     End::Gone
 }
 
@@ -562,19 +652,28 @@ fn govern(
     stop: &AtomicBool,
 ) {
     let (mut sampled, mut unpinned) = (Instant::now(), Instant::now());
+    let mut overheads = VecDeque::new();
+    let mut givers = BTreeMap::new();
     while !stop.load(Ordering::Relaxed) {
+        // Charges precede use and follow release, so the smaller sum is the one that hides no overhead. What is charged
+        // in between, and the batches in which the kernel counts, make single looks err: the largest of some counts.
+        let before = host.ledger(|ledger| ledger.charged());
         let counted = meter.used();
         let asked = host.ledger(|ledger| {
-            let charged = ledger.charged();
-            ledger.observe(counted, charged);
+            overheads.push_back(counted.saturating_sub(before.min(ledger.charged())));
+            overheads.drain(..overheads.len().saturating_sub(OVERHEAD_LOOKS));
+            ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
             ledger.reclaim()
         });
         let sample = sampled.elapsed() >= sample_period;
         let unpin = unpinned.elapsed() >= UNPIN_PERIOD;
-        for (id, controls) in governed.lock().iter() {
+        let machines: Vec<(MachineId, Controls)> =
+            governed.lock().iter().map(|(id, controls)| (*id, controls.clone())).collect();
+        for (id, controls) in &machines {
             let pages = asked.iter().find(|(machine, _)| machine == id).map_or(0, |(_, pages)| pages.0);
             let want = u32::try_from(pages).unwrap_or(u32::MAX);
             let before = controls.orders.reclaim.swap(want, Ordering::Relaxed);
+            host.ledger(|ledger| watch(ledger, givers.entry(*id).or_default(), *id, want));
             if sample {
                 controls.orders.sample.store(true, Ordering::Relaxed);
             }
@@ -590,7 +689,40 @@ fn govern(
         }
         if unpin {
             unpinned = Instant::now();
+            givers.retain(|id, _| machines.iter().any(|(known, _)| known == id));
         }
         std::thread::sleep(GOVERNOR_PERIOD);
+    }
+}
+
+/// Whether a machine that is asked for pages gives any.
+#[derive(Clone, Copy, Debug, Default)]
+struct Giver {
+    /// When it last gave, or was not asked, and what it had then.
+    gave: Option<(Instant, ByteCount)>,
+    /// Until when others are asked in its place.
+    excused_until: Option<Instant>,
+}
+
+/// Notices a machine that gives nothing (pinned pages, an agent that does not answer, a full store) and has others
+/// asked in its place for a while, so that it cannot keep the whole host at its hard line.
+fn watch(ledger: &mut Ledger, giver: &mut Giver, id: MachineId, want: u32) {
+    let Ok(ram) = ledger.ram(id) else { return };
+    let now = Instant::now();
+    if giver.excused_until.is_some_and(|until| now < until) {
+        return;
+    }
+    if giver.excused_until.take().is_some() {
+        let _ = ledger.set_floor(id, ByteCount(0));
+        giver.gave = None;
+    }
+    match giver.gave {
+        Some((since, had)) if want > 0 && ram >= had => {
+            if since.elapsed() >= GIVE_PATIENCE {
+                let _ = ledger.set_floor(id, ram);
+                giver.excused_until = Some(now + UNPIN_PERIOD);
+            }
+        }
+        _ => giver.gave = Some((now, ram)),
     }
 }

@@ -32,8 +32,9 @@
 //!  4  release the object, or leave the slot page to be zapped
 //! ```
 //!
-//! A limbo page is brought back by reading and copying rather than by a MOVE: that saves the wake-up of the agent, which
-//! costs more than the copy (FACTS: 52 us a wake-up, 3 us to read and copy a page).
+//! A limbo page is brought back by reading and copying rather than by a MOVE: MOVE has to run in the VMM, and waking the
+//! agent there costs about what waking the pager did. A page that is copied back takes its slot page's memory once more
+//! until the next batch is given back; so that this can never be refused, limbo faults are not charged beforehand.
 //!
 //! *A discard* (`MADV_DONTNEED` in the VMM: a balloon, free page reporting). The kernel queues an event and holds the
 //! discarder until the pager has read it. Then the discarder goes on, and the pages go away at some later moment. The
@@ -44,13 +45,18 @@
 //! * **A discard between 1 and 3 of taking.** The pager applies no event between the request to the agent and its reply,
 //!   so a discard finds the word either before step 1 or after step 3. If the pages go away meanwhile, the MOVE finds
 //!   nothing and the page is marked absent.
-//! * **A discard while bytes are being brought back.** As long as the event is unread, COPY answers EAGAIN, and the pager
-//!   reads it. Once it is read the word says absent, so whatever is installed afterwards is zeros. What was installed
-//!   before goes away with the rest.
+//! * **A discard while bytes are being brought back.** As long as the event is unread (and until the discarder has run on),
+//!   COPY answers EAGAIN, and the pager reads it. Once it is read the word says absent, so whatever is installed afterwards
+//!   is zeros. What was installed before goes away with the rest.
+//! * **A fault that was read before a discard and is served after it.** Its page may have been installed by another's fault
+//!   and be there still, because the discarder has yet to take it away: taken for resident, its old bytes could be captured
+//!   before they go, and come back. So a discard drops the faults on its pages that are waiting to be served, and wakes
+//!   their waiters, who ask again.
 //! * **The pages go away after zeros have been installed for a new touch.** Then a touch finds a page missing whose word
 //!   says resident. It is zeros: the guest discarded the page while it was using it. Counted as an anomaly.
-//! * **Two vCPUs touch one page.** The second fault finds the word resident; installing answers EEXIST; the waiter is
-//!   woken. If the page has been taken again meanwhile, the stale fault brings it back needlessly, and nothing worse.
+//! * **Two vCPUs touch one page.** One install wakes both. A fault that is read later finds the word resident; installing
+//!   answers EEXIST; the waiter is woken. If the page has been taken again meanwhile, the stale fault brings it back
+//!   needlessly.
 //! * **A device holds the page.** A pin by `FOLL_PIN` makes the MOVE answer EBUSY. Other references are invisible to it, so
 //!   the VMM's own I/O goes through its pin table, which the agent holds still while it moves.
 //! * **The page was shared with a forked child, or merged by KSM.** The MOVE answers EBUSY; the agent makes the page the
@@ -58,9 +64,13 @@
 //!   and left alone for a while.
 //! * **The store is full.** Limbo keeps what it has, faults that need memory wait, the operator is told.
 //! * **Stored bytes are damaged.** The page is poisoned: a touch fails, nothing wrong is ever read.
-//! * **The VMM dies at any point.** Every call says so (ESRCH, a closed socket, a readable pidfd); the pager releases
-//!   every object the words name and ends. Other machines have their own threads and notice nothing.
-//! * **The manager dies at any point.** Words, slots, objects and descriptors outlive it. [`recovery`] tells how the next
+//! * **The VMM dies at any point.** Calls fail and its pidfd becomes readable; the pager releases every object the words
+//!   name and ends. A closed socket alone is no death: such a machine is lost to management, stalls, and keeps its bytes.
+//!   Other machines have their own threads and notice nothing.
+//! * **A machine gives nothing when asked** (pinned pages, a silent agent, a full store). After a while others are asked in its
+//!   place, so that it cannot keep the host at its hard line.
+//! * **The manager dies at any point.** Words, slots, objects and descriptors outlive it, in a
+//!   [`Vault`](manager::Vault). [`recovery`] tells how the next
 //!   one puts them together. Between the two the guest waits; it never reads zeros, because the last copy of its
 //!   userfaultfd is not closed.
 //!
@@ -72,6 +82,12 @@
 //! * One thread serves a machine, so a machine's faults are served one after the other.
 //! * Refaults come back one page at a time; only first touches in order are batched.
 //! * All of guest RAM is registered from the start, so guest memory is not backed by huge pages unless it was prefaulted.
+//! * The vault lives in the manager's process: a new manager takes over within it. When the process dies, its machines stall
+//!   until they are ended.
+//! * Machines are admitted one after the other: a VMM that hands nothing over keeps later ones waiting.
+//! * Memory that a VMM withholds (it reports an airlock page as given back and keeps it) is not seen as its own: it counts as
+//!   overhead of the host.
+//! * After an event of a discard is read the pager asks again without sleeping until the discarder has run on.
 //! * An operator who freezes a VMM's cgroup for longer than the agent's patience loses the machine's management: it
 //!   stays stalled until its VMM is ended.
 pub mod host;

@@ -45,6 +45,9 @@ pub enum PagerError {
     /// Another manager has taken the machine over.
     #[error("another manager has taken the machine over")]
     Superseded,
+    /// The store gave a handle that does not fit in a page word: a bug.
+    #[error("the store gave a handle that does not fit in a page word")]
+    Handle,
     /// A test killed it.
     #[error(transparent)]
     Killed(#[from] Killed),
@@ -112,6 +115,10 @@ pub struct Pager<S, M: SlabMemory, W> {
     events: Vec<SpaceEvent>,
     pending: VecDeque<Pending>,
     streak: Streak,
+    /// The operator has been told that the store took no more.
+    pub(super) store_was_full: bool,
+    /// Rounds of the replacement's hand, one after the other, that found nothing to take.
+    pub(super) barren_rounds: u32,
 }
 
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
@@ -137,6 +144,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             events: Vec::new(),
             pending: VecDeque::new(),
             streak: Streak::default(),
+            store_was_full: false,
+            barren_rounds: 0,
         }
     }
 
@@ -219,6 +228,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let since = Instant::now();
         for event in std::mem::take(&mut self.events) {
             match event {
+                // One install wakes everybody who waits for the page.
+                SpaceEvent::Fault { page, .. } if self.pending.iter().any(|fault| fault.page == page) => {}
                 SpaceEvent::Fault { page, access } => {
                     self.pending.push_back(Pending { page, access, since, refused: None });
                 }
@@ -234,6 +245,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.stats.discarded += u64::from(pages);
         self.reached(Step::DiscardApplied)?;
         objects.into_iter().for_each(|object| self.release(object));
+        // A fault that was read before is stale now. Served, it could find the page still there, because the discarder
+        // has yet to take it away, and take that for the guest's new bytes. Whoever still waits asks again.
+        let before = self.pending.len();
+        self.pending.retain(|fault| !(first.0..first.0.saturating_add(pages)).contains(&fault.page.0));
+        if self.pending.len() < before {
+            self.space.wake(first, pages)?;
+        }
         Ok(())
     }
 
@@ -305,12 +323,14 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 self.space.copy(page, &ZEROS[..pages as usize])?
             }
         };
-        self.stats.faults.zero += 1;
+        self.stats.faults.zero += u64::from(installed.pages > 0);
         self.finish(page, installed)
     }
 
+    /// Bytes from limbo are in RAM already and must not wait for memory: the slot page that they leave is given back
+    /// after at most a batch of them.
     fn serve_bytes(&mut self, page: PageIndex, source: Source) -> Result<Served, PagerError> {
-        if !self.charge(1) {
+        if !matches!(source, Source::Limbo(_)) && !self.charge(1) {
             return Ok(Served::NoMemory);
         }
         match source {
@@ -411,7 +431,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Brings the ledger to what the domain's store holds.
     pub(super) fn settle_store(&self) -> Result<(), PagerError> {
         let held = self.domain.held();
-        Ok(self.host.ledger(|ledger| ledger.set_store(self.domain.group, held))?)
+        Ok(self.host.ledger(|ledger| ledger.set_store(self.domain.group, self.domain.id, held))?)
     }
 
     pub(super) fn release(&self, object: ObjectRef) {
@@ -430,12 +450,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.stats
     }
 
-    /// Flips a bit of the bytes of the first stored page there is: to show that the damage is
-    /// noticed.
+    /// Flips a bit of the bytes of a stored page, the last there is: to show that the damage is noticed.
     pub fn sabotage(&self) -> Option<PageIndex> {
-        self.machine.objects().find_map(|(page, object)| {
-            let handle = Handle::from_bits(object.bits())?;
-            self.domain.store(|store| store.sabotage(handle)).then_some(page)
-        })
+        let (page, object) = self.machine.objects().last()?;
+        let handle = Handle::from_bits(object.bits())?;
+        self.domain.store(|store| store.sabotage(handle)).then_some(page)
     }
 }

@@ -9,10 +9,12 @@ use super::space::{Space, SpaceError};
 use super::wire::{ITEMS_MAX, Item, Outcome, Stop};
 use plimsoll_core::map::Words;
 use plimsoll_core::replacement::Run;
-use plimsoll_core::word::{ObjectRef, PinCause};
-use plimsoll_store::{Digest, Handle, How, SlabMemory, StoreError, digest};
+use plimsoll_core::word::{ObjectRef, PAYLOAD_BITS, PinCause, StateKind};
+use plimsoll_store::{Digest, HANDLE_BITS, Handle, How, SlabMemory, digest};
 use plimsoll_types::{BLOCK_PAGES, PageIndex, SlotPage};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+const _: () = assert!(HANDLE_BITS <= PAYLOAD_BITS, "a page word has room for every handle");
 
 /// Pages stored in one step: about 120 us of compression, which is what a fault may have to wait for.
 pub(super) const AGE_BATCH: usize = 16;
@@ -24,6 +26,15 @@ const LIMBO_SHARE: u64 = 10;
 const LIMBO_MIN: u64 = 128;
 /// Pages drawn in a sampling period; ESX draws 100.
 const SAMPLES: u32 = 128;
+/// A machine keeps a thousandth of its pages, at most [`FLOOR_MAX`], however much is wanted: an instruction needs its code,
+/// its data, its stack and their page tables at the same time, or the guest never gets past it.
+const FLOOR_SHARE: u64 = 1024;
+/// Enough for some vCPUs.
+const FLOOR_MAX: u64 = 64;
+/// Rounds without a page to take after which there is none: more than a page can have credit.
+const BARREN_ROUNDS_MAX: u32 = 4;
+/// `ENOMEM`: a move needs page tables for the airlock, and the VMM's memory cgroup may have none left just now.
+const NO_MEMORY: u16 = 12;
 /// How often a move that makes no progress is repeated before its page is left alone.
 const TRIES_MAX: u32 = 4;
 
@@ -43,7 +54,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.zap()?;
             return Ok(true);
         }
-        if self.orders.reclaim.load(Ordering::Relaxed) == 0 {
+        let wanted = |order: &AtomicU32| order.load(Ordering::Relaxed) > 0;
+        if !wanted(&self.orders.reclaim) && !wanted(&self.orders.squeeze) {
             return Ok(false);
         }
         let goal = (self.machine.ram().0 / LIMBO_SHARE).max(LIMBO_MIN);
@@ -55,12 +67,21 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
 
     /// Takes about a block of pages into limbo. False when there is nothing to take or no room.
     fn capture(&mut self) -> Result<bool, PagerError> {
-        let mut runs = Vec::new();
-        let room = self.machine.airlock().room();
-        if room == 0 || self.machine.choose(BLOCK_PAGES.min(room), &mut runs)? == 0 {
+        let floor = (self.machine.layout().pages().0 / FLOOR_SHARE).min(FLOOR_MAX);
+        let above = self.machine.census().of(StateKind::Resident).0.saturating_sub(floor);
+        let want =
+            BLOCK_PAGES.min(self.machine.airlock().room()).min(u32::try_from(above).unwrap_or(u32::MAX));
+        if want == 0 {
             return Ok(false);
         }
-        Ok(self.capture_runs(&runs)? > 0)
+        let mut runs = Vec::new();
+        if self.machine.choose(want, &mut runs)? == 0 {
+            // Every page has paid a credit. Guests get their turn before the next round.
+            self.barren_rounds += 1;
+            return Ok(self.barren_rounds < BARREN_ROUNDS_MAX);
+        }
+        self.barren_rounds = 0;
+        Ok(self.capture_runs(&within(want, runs))? > 0)
     }
 
     /// Takes the runs, as many as limbo has room for, and returns how many pages were captured.
@@ -131,7 +152,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             }
             Stop::Busy => Some(PinCause::Kernel),
             Stop::Pinned => Some(PinCause::Device),
-            Stop::Again => None,
+            // Not the page's fault: the move may succeed another time.
+            Stop::Again | Stop::Failed { errno: NO_MEMORY } => None,
             Stop::StaleEpoch => return Err(PagerError::Superseded),
             Stop::Exists | Stop::Invalid | Stop::Failed { .. } => {
                 let cause = format!("{stop:?}");
@@ -145,27 +167,31 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(1)
     }
 
-    /// Stores the oldest pages of limbo. False when limbo is empty or the store is full.
+    /// Stores the oldest pages of limbo. False when limbo is empty or the store took none of them.
     fn age(&mut self) -> Result<bool, PagerError> {
         let oldest: Vec<(SlotPage, PageIndex)> = self.machine.oldest_limbo(AGE_BATCH).collect();
         let mut left = &oldest[..];
+        let mut stored = 0;
         while let Some((first, _)) = left.first() {
             let run = (first.0..).zip(left).take_while(|(at, (slot, _))| slot.0 == *at).count();
             self.space.read_slots(*first, &mut self.buffer[..run])?;
             self.reached(Step::SlotRead)?;
             for (place, (at, page)) in left[..run].iter().enumerate() {
-                if !self.store(place, *page, *at)? {
-                    self.settle_store()?;
-                    return Ok(false);
-                }
+                stored += usize::from(self.store(place, *page, *at)?);
             }
             left = &left[run..];
         }
         self.settle_store()?;
-        Ok(!oldest.is_empty())
+        if stored == oldest.len() {
+            self.store_was_full = false;
+        } else if !std::mem::replace(&mut self.store_was_full, true) {
+            self.host.report(Incident::StoreFull { machine: self.id });
+        }
+        Ok(stored > 0)
     }
 
-    /// Stores one page whose bytes are in the buffer. False when the store is full.
+    /// Stores one page whose bytes are in the buffer. False when the store has no room for it; another page may still
+    /// be zero or a duplicate.
     fn store(&mut self, place: usize, page: PageIndex, at: SlotPage) -> Result<bool, PagerError> {
         let bytes = &self.buffer[place];
         let digest = digest(bytes);
@@ -181,10 +207,6 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 let encoded = self.encoder.encode(bytes, &digest);
                 match self.domain.store(|store| store.insert(bytes, &digest, encoded)) {
                     Ok(stored) => (stored.handle, stored.how),
-                    Err(StoreError::Exhausted) => {
-                        self.host.report(Incident::StoreFull { machine: self.id });
-                        return Ok(false);
-                    }
                     // The page stays in limbo, where its bytes are safe.
                     Err(_) => return Ok(false),
                 }
@@ -203,12 +225,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     fn name(&mut self, page: PageIndex, at: SlotPage, handle: Handle) -> Result<(), PagerError> {
-        let object = ObjectRef::new(handle.to_bits());
-        let named = match object {
-            Some(object) => self.machine.stored(page, at, object),
-            None => return Ok(()),
-        };
-        if let (Err(error), Some(object)) = (named, object) {
+        let object = ObjectRef::new(handle.to_bits()).ok_or(PagerError::Handle)?;
+        if let Err(error) = self.machine.stored(page, at, object) {
             self.release(object);
             return Err(error.into());
         }
@@ -227,8 +245,21 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             freed += pages;
         }
         // The governor states the want anew each time it looks; between two looks it only falls.
-        let fall = |want: u32| Some(want.saturating_sub(freed));
-        let _ = self.orders.reclaim.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fall);
+        for order in [&self.orders.reclaim, &self.orders.squeeze] {
+            let fall = |want: u32| Some(want.saturating_sub(freed));
+            let _ = order.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fall);
+        }
         Ok(())
     }
+}
+
+/// The runs, cut to `most` pages.
+fn within(most: u32, runs: Vec<Run>) -> Vec<Run> {
+    let mut left = most;
+    let cut = runs.into_iter().map(|run| {
+        let pages = run.pages.min(left);
+        left -= pages;
+        Run { first: run.first, pages }
+    });
+    cut.take_while(|run| run.pages > 0).collect()
 }

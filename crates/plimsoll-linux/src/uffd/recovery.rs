@@ -16,14 +16,17 @@
 //!    are applied: they are newer than anything seen.
 //! 5. **Wake** ([`Pager::resume`](super::pager::Pager::resume)), when the store has been recovered, too.
 //!
-//! One thing is lost by design: a discard whose event the earlier manager had read and not applied. If the page was
-//! not in RAM it comes back with the guest's own old bytes instead of zeros; never with anybody else's.
+//! One thing is lost by design: a discard whose event the earlier manager had read, and whose pages had not gone yet. Such a
+//! page can come back with the guest's own old bytes instead of zeros; never with anybody else's.
 use super::pager::PagerError;
 use super::space::{Space, SpaceEvent};
 use plimsoll_core::airlock::Shape;
 use plimsoll_core::layout::GuestLayout;
 use plimsoll_core::machine::Machine;
 use plimsoll_core::map::Words;
+
+/// How often events are read at a take-over.
+const DRAINS_MAX: usize = 64;
 
 /// Steps 1 to 4 for one machine. The objects its words name afterwards are [`Machine::objects`]: the domain's store
 /// is to be recovered from those of all its machines.
@@ -41,7 +44,9 @@ pub fn take_over<S: Space, W: Words>(
     space.begin_epoch(epoch)?;
     let presence = space.presence()?;
     let mut events = Vec::new();
-    loop {
+    // A guest that faults without end must not keep the host from its manager: what is left over has not taken effect,
+    // and the pager reads it before it does anything else.
+    for _ in 0..DRAINS_MAX {
         let before = events.len();
         space.read_events(&mut events)?;
         if events.len() == before {

@@ -16,7 +16,8 @@ pub enum Access {
     Write,
 }
 
-/// Something that happened in guest RAM, in the order in which it happened.
+/// Something that happened in guest RAM. One reading gives the faults first and then the discards, each kind in the order
+/// in which it happened: that is how the kernel hands them out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpaceEvent {
     /// A vCPU touched a page that is not there, and waits.
@@ -93,6 +94,15 @@ pub enum SpaceError {
     /// The VMM's process has ended.
     #[error("the VMM has ended")]
     Gone,
+    /// The VMM closed the socket and lives on.
+    #[error("the VMM closed the hand-over socket and goes on running")]
+    Closed,
+    /// The VMM gave back, or never filled, a slot page that it had reported as filled.
+    #[error("airlock page {first} is empty although the VMM reported it filled")]
+    EmptySlot {
+        /// The first slot page of the run that was read.
+        first: u32,
+    },
     /// The VMM broke the hand-over protocol.
     #[error("the VMM broke the hand-over protocol")]
     Protocol(#[from] WireError),
@@ -135,7 +145,7 @@ pub enum SpaceError {
 ///
 /// Installing calls wake whoever waits for the pages. No call waits for the guest.
 pub trait Space {
-    /// Appends the events that have happened, without waiting.
+    /// Appends events that have happened, without waiting; when there are very many, not all of them at once.
     ///
     /// # Errors
     /// [`SpaceError`] when the machine is gone or cannot be followed.

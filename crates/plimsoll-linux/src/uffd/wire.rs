@@ -36,7 +36,8 @@
 //! Outcome  0 pages done u32 | 4 stop u16 | 6 errno u16                                = 8 bytes, follows a Reply
 //! ```
 use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
-use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, Hva, PAGE_SIZE, PageIndex, SlotPage};
+use plimsoll_sys::uffd::Features;
+use plimsoll_types::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, Gpa, Hva, PAGE_SIZE, PageIndex, SlotPage};
 use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -48,6 +49,12 @@ pub const VERSION: u32 = 1;
 pub const REGIONS_MAX: usize = 64;
 /// Most items in one request: a block of single pages.
 pub const ITEMS_MAX: usize = 512;
+/// What the RAM descriptor must have been opened with: without events a discarded page would come back, without MOVE
+/// nothing can be taken, without POISON a damaged page could not be told from a good one.
+pub const FEATURES_NEEDED: u64 =
+    Features::EVENT_REMOVE.union(Features::EVENT_UNMAP).union(Features::MOVE).union(Features::POISON).bits();
+/// An airlock of this many pages is accepted from the smallest machine, too.
+const AIRLOCK_PAGES_ALWAYS: u64 = 16 * BLOCK_PAGES as u64;
 /// The largest datagram either side sends, and so the size of a receive buffer.
 pub const DATAGRAM_MAX: usize = size_of::<Header>() + ITEMS_MAX * size_of::<Item>();
 
@@ -282,6 +289,20 @@ pub enum WireError {
     /// The guest physical layout is not acceptable.
     #[error("the guest physical layout is not acceptable")]
     Layout(#[source] LayoutError),
+    /// The airlock is larger than the machine could ever fill.
+    #[error("an airlock of {slots} slots of 2 MiB is larger than the machine's memory")]
+    Airlock {
+        /// Slots announced.
+        slots: u32,
+    },
+    /// The RAM descriptor lacks features without which bytes would be lost.
+    #[error(
+        "the machine's userfaultfd lacks features {missing:#x} (events of discards and unmaps, move, poison)"
+    )]
+    Features {
+        /// Bits of `UFFD_FEATURE_*` that are needed and not there.
+        missing: u64,
+    },
     /// The wrong number of descriptors came along.
     #[error("{found} descriptors came with the message where {expected} were expected")]
     Descriptors {
@@ -452,6 +473,10 @@ impl Hello {
         if descriptors != 2 {
             return Err(WireError::Descriptors { found: descriptors, expected: 2 });
         }
+        let missing = FEATURES_NEEDED & !raw.features;
+        if missing != 0 {
+            return Err(WireError::Features { missing });
+        }
         let airlock = (Hva(raw.airlock_base), ByteCount(u64::from(raw.airlock_slots) * BLOCK_SIZE as u64));
         check_range(airlock.0, airlock.1, BLOCK_SIZE)?;
         let mut ranges = vec![airlock];
@@ -470,6 +495,10 @@ impl Hello {
             regions.iter().map(|raw| Region { start: Gpa(raw.gpa), bytes: ByteCount(raw.bytes) }).collect(),
         )
         .map_err(WireError::Layout)?;
+        if u64::from(raw.airlock_slots) * u64::from(BLOCK_PAGES) > layout.pages().0.max(AIRLOCK_PAGES_ALWAYS)
+        {
+            return Err(WireError::Airlock { slots: raw.airlock_slots });
+        }
         Ok(Self {
             name: text_of(&raw.name).ok_or(WireError::Name)?,
             layout,

@@ -73,6 +73,7 @@ fn move_out(state: &mut State, page: u32, at: SlotPage) -> Option<Stop> {
     match std::mem::replace(&mut state.ram[place], Ram::Absent) {
         Ram::Present(bytes) => {
             state.slots[at.get()] = Some(bytes);
+            state.note("moved out", page, 1);
             None
         }
         other => {

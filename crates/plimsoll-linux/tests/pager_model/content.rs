@@ -93,11 +93,6 @@ impl Expected {
         Self { last: Content::Zero, last_ok: true, zero_ok: true, discards: 0, writes: 0 }
     }
 
-    /// Writes so far.
-    pub(crate) const fn writes(&self) -> u32 {
-        self.writes
-    }
-
     /// The guest wrote.
     pub(crate) const fn wrote(&mut self, content: Content) {
         self.last = content;
@@ -119,7 +114,10 @@ impl Expected {
             return Ok(());
         }
         let Self { last, last_ok, zero_ok, .. } = self;
-        Err(format!("{} where {last:?} (still right: {last_ok}; zeros right: {zero_ok}) belongs", Found(bytes)))
+        Err(format!(
+            "{} where {last:?} (still right: {last_ok}; zeros right: {zero_ok}) belongs",
+            Found(bytes)
+        ))
     }
 
     /// A discard begins; keep the answer for [`Expected::discarded`].

@@ -20,6 +20,14 @@ pub(crate) fn point() {
     shuttle::thread::sleep(Duration::ZERO);
 }
 
+/// The same, and now and then the thread is off its processor for long.
+fn preempted() {
+    point();
+    if one_in(3) {
+        (0..thread_rng().gen_range(5..30)).for_each(|_| shuttle::thread::yield_now());
+    }
+}
+
 /// True one time in `n`.
 pub(crate) fn one_in(n: u32) -> bool {
     thread_rng().gen_ratio(1, n)
@@ -143,9 +151,24 @@ pub(crate) struct State {
     pub(crate) expected: Vec<Expected>,
     words: Arc<HeapWords>,
     tickets: u64,
+    /// What happened to which pages, for whoever has to understand a failure.
+    pub(crate) trace: Vec<(&'static str, u32, u32)>,
 }
 
 impl State {
+    /// Remembers what happened to pages.
+    pub(crate) fn note(&mut self, what: &'static str, first: u32, pages: u32) {
+        self.trace.push((what, first, pages));
+    }
+
+    /// What happened to a page, and its word.
+    fn story(&self, page: u32) -> String {
+        let about = self.trace.iter().filter(|(_, first, pages)| (*first..first + pages).contains(&page));
+        let steps: Vec<&str> = about.map(|(what, ..)| *what).collect();
+        let word = PageWord(self.words.words()[page as usize].load(Ordering::Relaxed));
+        format!("{}; its word is {word:?}", steps.join(", "))
+    }
+
     /// A number nobody had.
     pub(crate) const fn ticket(&mut self) -> u64 {
         self.tickets += 1;
@@ -171,20 +194,28 @@ impl State {
     pub(crate) fn check_unnamed(&self, at: SlotPage, what: &str) {
         for (page, word) in self.words.words().iter().enumerate() {
             let state = PageWord(word.load(Ordering::Relaxed)).state();
-            let names = matches!(state, Some(PageState::Limbo(named) | PageState::Capturing(named)) if named == at);
+            let names =
+                matches!(state, Some(PageState::Limbo(named) | PageState::Capturing(named)) if named == at);
             let machine = self.machine;
-            assert!(!names, "model: {what} of slot page {} of machine {machine}, which page {page} names", at.0);
+            assert!(
+                !names,
+                "model: {what} of slot page {} of machine {machine}, which page {page} names",
+                at.0
+            );
         }
     }
 
     /// The managers are gone. A discard whose event died with them, or whose page has not gone yet, may leave old bytes:
     /// nobody who comes later can know of it.
     pub(crate) fn manager_died(&mut self, in_hand: &[u64]) {
+        let pages = u32::try_from(self.ram.len()).expect("a few pages");
+        self.note("MANAGER DIED", 0, pages);
         for discard in self.discards.iter_mut().filter(|discard| discard.is_read) {
             discard.is_swallowed = true;
         }
-        for discard in self.ended.iter().filter(|discard| in_hand.contains(&discard.ticket)) {
-            for (page, writes) in (discard.first as usize..).zip(&discard.writes) {
+        let started = self.ended.iter().chain(&self.discards);
+        for discard in started.filter(|discard| in_hand.contains(&discard.ticket)) {
+            for (page, writes) in (discard.first as usize..).zip(&discard.writes).take(discard.zapped) {
                 self.expected[page].swallowed(*writes);
             }
         }
@@ -224,6 +255,7 @@ impl Kernel {
             expected: vec![Expected::untouched(); pages as usize],
             words,
             tickets: 0,
+            trace: Vec::new(),
         };
         let (guests, managers, agents) = (Condvar::new(), Condvar::new(), Condvar::new());
         Self { state: Mutex::new(state), guests, managers, agents }
@@ -282,15 +314,17 @@ impl Kernel {
     pub(crate) fn try_touch(&self, page: u32, write: Option<Content>) -> Option<u64> {
         let mut state = self.state();
         let State { machine, ram, expected, .. } = &mut *state;
-        let at = page as usize;
+        let (at, machine) = (page as usize, *machine);
         match &mut ram[at] {
             Ram::Present(bytes) => {
                 if let Err(complaint) = expected[at].read(bytes) {
-                    panic!("model: machine {machine} reads page {page}: {complaint}");
+                    let story = state.story(page);
+                    panic!("model: machine {machine} reads page {page}: {complaint}; what happened: {story}");
                 }
                 if let Some(content) = write {
                     *bytes = content.bytes();
                     expected[at].wrote(content);
+                    state.note("written", page, 1);
                     if state.pins[at] == Pin::Shared {
                         state.pins[at] = Pin::Free;
                     }
@@ -301,6 +335,7 @@ impl Kernel {
             Ram::Absent => {
                 let ticket = state.ticket();
                 let access = if write.is_some() { Access::Write } else { Access::Read };
+                state.note("fault", page, 1);
                 state.faults.push(Fault { ticket, page, access, is_read: false });
                 drop(state);
                 self.managers.notify_all();
@@ -317,12 +352,13 @@ impl Kernel {
             if state.installing > 0 {
                 return None;
             }
-            if state.pins[range.clone()].iter().any(|pin| *pin == Pin::Device) {
+            if state.pins[range.clone()].contains(&Pin::Device) {
                 return Some(None);
             }
             let ticket = state.ticket();
             let writes = state.expected[range.clone()].iter_mut().map(Expected::discarding).collect();
             state.changing += 1;
+            state.note("discard queued", first, pages);
             state.discarded_pages += u64::from(pages);
             let discard = Discard { ticket, first, writes, zapped: 0, is_read: false, is_swallowed: false };
             state.discards.push(discard);
@@ -330,16 +366,21 @@ impl Kernel {
         });
         let Some(ticket) = ticket else { return };
         self.managers.notify_all();
-        self.guest_waits(|state| state.discards.iter().find(|own| own.ticket == ticket)?.is_read.then_some(()));
+        self.guest_waits(|state| {
+            state.discards.iter().find(|own| own.ticket == ticket)?.is_read.then_some(())
+        });
         point();
         self.state().changing -= 1;
+        preempted();
         for page in range {
             point();
             let mut state = self.state();
             state.ram[page] = Ram::Absent;
             state.pins[page] = Pin::Free;
+            state.note("discard zaps", u32::try_from(page).expect("a few pages"), 1);
             let State { discards, expected, .. } = &mut *state;
-            let own = discards.iter_mut().find(|own| own.ticket == ticket).expect("only its maker removes it");
+            let own =
+                discards.iter_mut().find(|own| own.ticket == ticket).expect("only its maker removes it");
             expected[page].discarded(own.writes[own.zapped], own.is_swallowed);
             own.zapped += 1;
         }
@@ -353,8 +394,10 @@ impl Kernel {
     pub(crate) fn pin(&self, page: u32, pin: Pin) {
         point();
         let mut state = self.state();
-        let is_discarding =
-            state.discards.iter().any(|discard| (discard.first..discard.first + discard.pages()).contains(&page));
+        let is_discarding = state
+            .discards
+            .iter()
+            .any(|discard| (discard.first..discard.first + discard.pages()).contains(&page));
         if matches!(state.ram[page as usize], Ram::Present(_)) && !is_discarding {
             state.pins[page as usize] = pin;
         }

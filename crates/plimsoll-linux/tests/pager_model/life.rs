@@ -23,8 +23,6 @@ pub(crate) enum Flaw {
     NoBarrier,
     /// The new manager drops discards that were waiting to be read.
     DrainedDiscardsDropped,
-    /// The new manager wakes nobody.
-    NoWake,
     /// An install that found a discard under way reports that it was done.
     AgainHidden,
     /// The new manager takes nobody's word: it starts with fresh ones.
@@ -103,7 +101,9 @@ impl Probe for Watch {
         if !life.is_alive() {
             return Err(Killed { step });
         }
-        if matches!(life.fate, Fate::DiesAt(at, _) if at == step) && life.left.fetch_sub(1, Ordering::Relaxed) == 1 {
+        if matches!(life.fate, Fate::DiesAt(at, _) if at == step)
+            && life.left.fetch_sub(1, Ordering::Relaxed) == 1
+        {
             KILLS[step as usize].fetch_add(1, Ordering::Relaxed);
             life.die();
             return Err(Killed { step });

@@ -1,7 +1,42 @@
-//! The shipped pager over a simulated kernel, with guests and crashes at every interleaving we can think of.
+//! The shipped pager over a simulated kernel: guests, discards, agents and crashes in every order that shuttle finds.
+//!
+//! # What is simulated
+//! The very same `Pager`, `Machine`, `Store` and `take_over` that run on Linux run here over [`sim_space::SimSpace`].
+//! Below it is [`kernel::Kernel`]: guest RAM, fault and event queues, the rules of COPY, ZEROPAGE, MOVE and
+//! `MADV_DONTNEED` as measured (FACTS.md), and the VMM's agent as a thread of its own with a queue that outlives a
+//! manager. Two machines share one domain, each with vCPUs that read, write, give pages back and have devices hold
+//! pages. Every byte that a vCPU reads is compared with what it may see ([`content::Expected`]). At the end everything
+//! is evicted, read back and evicted again, and the machines are buried: the store must then be empty.
+//! Each call, each step of the pager and each move of a guest is a scheduling point.
+//!
+//! # Interleavings that worry us
+//! * A discard is read and its page goes later: meanwhile the page is touched, installed, captured.
+//! * A discard is queued while a fault is being served: the install is refused, then must not be made from old knowledge.
+//! * Two vCPUs wait for one page; one is served, the page is captured again, then the other's event is served.
+//! * A wake-up removes an event that nobody has read.
+//! * A page is refused half way through a run that is captured; the rest goes on.
+//! * Two machines store, share and release the same object.
+//! * A manager dies between any two steps, or in a call, or while it takes over, with requests queued at the agent that are done later.
+//! * A slot page is zapped, by this manager or a dead one, and used again.
+//!
+//! # What is not modelled
+//! Huge pages, regions with holes, MOVE into guest RAM, memory shortage (COPY never fails for want of memory), damage
+//! to bytes, a hostile VMM, and weak memory orders: shuttle runs one thread at a time.
+//!
+//! # Running it
+//! `PLIMSOLL_SHUTTLE_ITERATIONS` sets the runs of each test and scheduler, `PLIMSOLL_SHUTTLE_SEED` where they start. A
+//! failure prints its schedule; put it into a file and name that in `PLIMSOLL_SHUTTLE_REPLAY` to run the one test again.
+use life::{Fate, Flaw};
+use plimsoll_core::airlock::Shape;
+use plimsoll_core::layout::{GuestLayout, Region};
 use plimsoll_linux::uffd::probe::Step;
-use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler, Scheduler};
+use plimsoll_types::{ByteCount, Gpa};
+use shuttle::rand::{Rng, thread_rng};
+use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler};
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use world::{Plan, SEEN};
 
 mod agent;
 mod content;
@@ -10,28 +45,199 @@ mod life;
 mod sim_space;
 mod world;
 
-use life::{Fate, Flaw};
-use world::Plan;
+/// Changes of priority in a PCT run: most bugs take two or three.
+const PCT_DEPTH: usize = 4;
 
-fn config() -> Config {
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|_| panic!("{variable} is no number: {text}")))
+}
+
+fn config(persistence: FailurePersistence) -> Config {
     let mut config = Config::new();
     config.stack_size = 256 << 10;
     config.max_steps = MaxSteps::FailAfter(200_000);
+    config.failure_persistence = persistence;
+    config.silence_warnings = true;
     config
 }
 
-fn explore(plan: Plan, n: usize) {
-    let p = plan.clone();
-    Runner::new(RandomScheduler::new_from_seed(1, n), config()).run(move || p.run());
-    Runner::new(PctScheduler::new_from_seed(1, 3, n), config()).run(move || plan.run());
+/// Runs plans under both schedulers, half the runs each; or one schedule again.
+fn explore(runs: usize, plan: impl Fn() -> Plan + Clone + Send + Sync + 'static) {
+    let config = config(FailurePersistence::Print);
+    if let Ok(path) = std::env::var("PLIMSOLL_SHUTTLE_REPLAY") {
+        let schedule = ReplayScheduler::new_from_file(&path).expect("the schedule can be read");
+        Runner::new(schedule, config).run(move || plan().run());
+        return;
+    }
+    let seed = number("PLIMSOLL_SHUTTLE_SEED").unwrap_or(1);
+    let asked = number("PLIMSOLL_SHUTTLE_ITERATIONS").and_then(|runs| usize::try_from(runs).ok());
+    let runs = asked.unwrap_or(runs);
+    println!("{runs} runs from seed {seed} under each scheduler");
+    let again = plan.clone();
+    Runner::new(RandomScheduler::new_from_seed(seed, runs), config.clone()).run(move || again().run());
+    Runner::new(PctScheduler::new_from_seed(seed, PCT_DEPTH, runs), config).run(move || plan().run());
+}
+
+fn any_step() -> Step {
+    Step::ALL[thread_rng().gen_range(0..Step::ALL.len())]
+}
+
+fn assert_seen(counts: &[(&str, &AtomicU64)]) {
+    for (what, count) in counts {
+        assert!(count.load(Ordering::Relaxed) > 0, "no run has come across {what}");
+    }
 }
 
 #[test]
-fn plain() {
-    explore(Plan::default(), 300);
+fn guests_see_what_they_wrote() {
+    explore(250, Plan::default);
+    assert_seen(&[
+        ("a fault served from limbo", &SEEN.limbo),
+        ("a fault served from the store", &SEEN.stored),
+        ("two faults of one page", &SEEN.present),
+        ("a refused move", &SEEN.refused),
+        ("a duplicate page", &SEEN.duplicate),
+        ("a zero page", &SEEN.zero),
+    ]);
 }
 
 #[test]
-fn discards() {
-    explore(Plan { discards: true, ..Plan::default() }, 300);
+fn what_a_guest_gave_back_reads_as_zeros() {
+    explore(250, || Plan { discards: true, ..Plan::default() });
+    assert_seen(&[("a discard", &SEEN.discarded)]);
+}
+
+#[test]
+fn one_page_fought_over_by_three_vcpus_is_never_wrong() {
+    explore(250, || Plan { discards: true, machines: 1, vcpus: 3, pages: 2, steps: 16, ..Plan::default() });
+}
+
+#[test]
+fn a_fault_that_waited_through_a_discard_does_not_bring_the_old_bytes_back() {
+    // Many vCPUs on one page: one is served, the other's install is refused because a discard is queued, then finds the
+    // page still there because the discard has been read but has not taken it away yet.
+    explore(300, || Plan { discards: true, machines: 1, vcpus: 5, pages: 1, steps: 12, ..Plan::default() });
+}
+
+#[test]
+fn a_machine_of_a_whole_block_behaves_the_same() {
+    explore(20, || {
+        let region = Region { start: Gpa(0), bytes: ByteCount::mib(2) };
+        let layout = GuestLayout::new(vec![region]).expect("one block is a layout");
+        Plan { discards: true, layout, airlock: Shape::blocks(3), steps: 8, ..Plan::default() }
+    });
+}
+
+#[test]
+fn a_pager_held_up_at_any_step_is_overtaken_without_harm() {
+    explore(250, || Plan { discards: true, held_up: Some(any_step()), ..Plan::default() });
+}
+
+#[test]
+fn a_manager_killed_at_any_step_loses_nothing() {
+    explore(250, || {
+        let mut random = thread_rng();
+        let fates = (0..2).map(|_| Fate::DiesAt(any_step(), random.gen_range(1..12))).collect();
+        Plan { fates, steps: 16, ..Plan::default() }
+    });
+}
+
+#[test]
+fn a_manager_killed_in_any_call_loses_nothing() {
+    explore(250, || {
+        let mut random = thread_rng();
+        let fates = (0..3).map(|_| Fate::DiesIn(random.gen_range(1..60))).collect();
+        Plan { fates, steps: 16, ..Plan::default() }
+    });
+    assert_seen(&[("a kill in a call", &life::KILLS_IN_CALLS), ("a take-over", &SEEN.takeovers)]);
+}
+
+#[test]
+fn a_manager_killed_while_guests_give_pages_back_shows_zeros_or_their_own_bytes() {
+    explore(250, || {
+        let mut random = thread_rng();
+        let fate = |random: &mut shuttle::rand::rngs::ThreadRng| match random.gen_range(0..3) {
+            0 => Fate::DiesIn(random.gen_range(1..60)),
+            _ => Fate::DiesAt(any_step(), random.gen_range(1..8)),
+        };
+        let fates = (0..2).map(|_| fate(&mut random)).collect();
+        Plan { discards: true, fates, steps: 16, ..Plan::default() }
+    });
+}
+
+#[test]
+fn every_step_is_one_at_which_a_manager_was_killed() {
+    for step in Step::ALL {
+        explore(10, move || {
+            let fates = vec![Fate::DiesAt(step, thread_rng().gen_range(1..3))];
+            Plan { discards: true, fates, steps: 16, ..Plan::default() }
+        });
+        let kills = life::KILLS[step as usize].load(Ordering::Relaxed);
+        assert!(kills > 0, "no manager was killed at {step:?}");
+    }
+}
+
+/// Runs a set-up that is wrong on purpose until a check of the model complains, or shuttle of a deadlock.
+fn assert_noticed(flaw: Flaw, plan: impl Fn() -> Plan + Clone + Send + Sync + 'static) {
+    let plan = move || Plan { flaw, ..plan() };
+    let again = plan.clone();
+    let config = config(FailurePersistence::None);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        // PCT starves threads: an agent that comes late is what some flaws need.
+        Runner::new(PctScheduler::new_from_seed(1, PCT_DEPTH, 2000), config.clone())
+            .run(move || plan().run());
+        Runner::new(RandomScheduler::new_from_seed(1, 2000), config).run(move || again().run());
+    }));
+    let Err(payload) = outcome else { panic!("nothing noticed {flaw:?}") };
+    let text = payload.downcast_ref::<String>().cloned();
+    let text =
+        text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
+    println!("{flaw:?} was noticed: {text}");
+    assert!(
+        text.contains("model:") || text.contains("deadlock"),
+        "noticed {flaw:?}, but not by a check: {text}"
+    );
+}
+
+fn with_crashes() -> Plan {
+    let mut random = thread_rng();
+    let fates = (0..3).map(|_| Fate::DiesIn(random.gen_range(1..60))).collect();
+    Plan { discards: true, fates, steps: 16, ..Plan::default() }
+}
+
+#[test]
+fn moves_reported_although_refused_are_noticed() {
+    assert_noticed(Flaw::RefusalsHidden, Plan::default);
+}
+
+#[test]
+fn faults_served_before_discards_are_noticed() {
+    assert_noticed(Flaw::DiscardsLate, || Plan { discards: true, ..Plan::default() });
+}
+
+#[test]
+fn an_install_reported_although_refused_is_noticed() {
+    assert_noticed(Flaw::AgainHidden, Plan::default);
+}
+
+#[test]
+fn a_take_over_without_a_barrier_is_noticed() {
+    assert_noticed(Flaw::NoBarrier, || Plan { discards: false, ..with_crashes() });
+}
+
+#[test]
+fn a_take_over_that_drops_waiting_discards_is_noticed() {
+    assert_noticed(Flaw::DrainedDiscardsDropped, with_crashes);
+}
+
+#[test]
+fn a_take_over_with_fresh_words_is_noticed() {
+    assert_noticed(Flaw::WordsForgotten, || Plan { discards: false, ..with_crashes() });
+}
+
+#[test]
+fn a_take_over_that_overlooks_the_airlock_is_noticed() {
+    assert_noticed(Flaw::AirlockOverlooked, || Plan { discards: false, ..with_crashes() });
 }

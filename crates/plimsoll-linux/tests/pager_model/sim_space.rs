@@ -4,7 +4,7 @@
 //! had already; a request that it had queued stays queued.
 use super::kernel::{Kernel, Op, Ram, Request, State, point, zeros};
 use super::life::{Flaw, Life};
-use plimsoll_linux::uffd::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
+use plimsoll_linux::uffd::space::{InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
 use plimsoll_linux::uffd::wire::{Item, Outcome};
 use plimsoll_types::{PageBytes, PageIndex, SlotPage};
 use std::ops::Range;
@@ -22,17 +22,33 @@ pub(crate) struct SimSpace {
     late: Vec<SpaceEvent>,
     /// This is the call in which the manager dies.
     dying: bool,
+    /// What is read is applied only when all has been looked at.
+    taking_over: bool,
 }
 
 impl SimSpace {
     /// In the hands of `life`.
     pub(crate) fn new(kernel: Arc<Kernel>, life: Arc<Life>, epoch: u64, flaw: Flaw) -> Self {
-        Self { kernel, life, epoch, flaw, in_hand: Vec::new(), late: Vec::new(), dying: false }
+        Self {
+            kernel,
+            life,
+            epoch,
+            flaw,
+            in_hand: Vec::new(),
+            late: Vec::new(),
+            dying: false,
+            taking_over: epoch > 0,
+        }
     }
 
     /// Discards that may have died with the manager.
     pub(crate) fn in_hand(&self) -> &[u64] {
         &self.in_hand
+    }
+
+    /// What was read has been applied.
+    pub(crate) const fn took_over(&mut self) {
+        self.taking_over = false;
     }
 
     /// The dead do nothing; and this may be the call in which the manager dies: then before it has any effect, or, if
@@ -45,7 +61,9 @@ impl SimSpace {
         if !self.life.is_alive() {
             return Err(SpaceError::Gone);
         }
-        self.in_hand.clear();
+        if !self.taking_over {
+            self.in_hand.clear();
+        }
         Ok(())
     }
 
@@ -83,7 +101,12 @@ impl SimSpace {
     }
 
     /// Installs from `bytes`, page by page. No discard begins meanwhile; the guest runs.
-    fn install(&mut self, first: u32, pages: u32, bytes: impl Fn(usize) -> Box<PageBytes>) -> Result<Installed, SpaceError> {
+    fn install(
+        &mut self,
+        first: u32,
+        pages: u32,
+        bytes: impl Fn(usize) -> Box<PageBytes>,
+    ) -> Result<Installed, SpaceError> {
         self.enter()?;
         let mut state = self.kernel.state();
         let is_refused = state.changing > 0 || state.mischief(16);
@@ -103,6 +126,7 @@ impl SimSpace {
                 break;
             }
             state.ram[page] = Ram::Present(bytes(done as usize));
+            state.note("installed", first + done, 1);
             done += 1;
             if done < pages {
                 drop(state);
@@ -132,14 +156,16 @@ impl Space for SimSpace {
         events.append(&mut self.late);
         {
             let mut state = self.kernel.state();
-            let State { faults, discards, .. } = &mut *state;
+            let State { faults, discards, trace, .. } = &mut *state;
             // The kernel hands out faults first, whatever the order in which things happened.
             for fault in faults.iter_mut().filter(|fault| !fault.is_read) {
                 fault.is_read = true;
+                trace.push(("fault read", fault.page, 1));
                 events.push(SpaceEvent::Fault { page: PageIndex(fault.page), access: fault.access });
             }
             for discard in discards.iter_mut().filter(|discard| !discard.is_read) {
                 discard.is_read = true;
+                trace.push(("discard read", discard.first, discard.pages()));
                 self.in_hand.push(discard.ticket);
                 let event = SpaceEvent::Discard { first: PageIndex(discard.first), pages: discard.pages() };
                 let to = if self.flaw == Flaw::DiscardsLate { &mut self.late } else { &mut *events };
@@ -194,7 +220,10 @@ impl Space for SimSpace {
 
     fn zap(&mut self, items: &[Item]) -> Result<(), SpaceError> {
         let outcomes = self.ask(Op::Zap, items)?;
-        assert!(outcomes.iter().all(|outcome| outcome.stop.is_none()), "model: a zap of this epoch was refused");
+        assert!(
+            outcomes.iter().all(|outcome| outcome.stop.is_none()),
+            "model: a zap of this epoch was refused"
+        );
         Ok(())
     }
 
@@ -228,10 +257,11 @@ impl Space for SimSpace {
         for page in 0..pages {
             // The page map is read piece by piece while the guest runs.
             point();
-            let state = self.kernel.state();
+            let mut state = self.kernel.state();
             if matches!(state.ram[page], Ram::Present(_)) {
                 let page = u32::try_from(page).expect("a few pages");
                 ram.push(page..page + 1);
+                state.note("seen present", page, 1);
             }
         }
         point();

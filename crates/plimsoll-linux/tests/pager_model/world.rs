@@ -141,12 +141,16 @@ impl Plan {
         let (office, mut pagers) = loop {
             let fate = fates.next().unwrap_or(Fate::Lives);
             let life = Arc::new(Life::new(fate, self.held_up, kernels.clone()));
-            let (office, pagers) = self.start_manager(&mut vms, life, slabs, epoch);
-            let pagers = drive_all(&vms, &office, pagers);
-            if office.life.is_alive() {
-                break (office, pagers);
-            }
-            slabs = bequeath(&mut vms, office, pagers);
+            slabs = match self.start_manager(&mut vms, life, slabs, epoch) {
+                Ok((office, pagers)) => {
+                    let pagers = drive_all(&vms, &office, pagers);
+                    if office.life.is_alive() {
+                        break (office, pagers);
+                    }
+                    bequeath(&mut vms, office, pagers)
+                }
+                Err(slabs) => slabs,
+            };
             epoch += 1;
             SEEN.takeovers.fetch_add(1, Ordering::Relaxed);
         };
@@ -227,23 +231,28 @@ impl Plan {
         }
     }
 
-    /// A manager: a fresh one for untouched machines, or one that takes over.
+    /// A manager: a fresh one for untouched machines, or one that takes over. If it dies of that, the slabs are left.
     fn start_manager(
         &self,
         vms: &mut [Vm],
         life: Arc<Life>,
         slabs: HeapSlabs,
         epoch: u64,
-    ) -> (Office, Vec<SimPager>) {
+    ) -> Result<(Office, Vec<SimPager>), HeapSlabs> {
         let host = Host::with_probe(Budget::of(ByteCount::mib(256)), Arc::new(Watch(Arc::clone(&life))));
         let mut machines = Vec::new();
         for vm in vms.iter_mut() {
             let mut space = SimSpace::new(Arc::clone(&vm.kernel), Arc::clone(&life), epoch, self.flaw);
             let machine = if epoch == 0 {
                 let (layout, words) = (self.layout.clone(), Arc::clone(&vm.words));
-                Machine::new(layout, words, self.airlock, u64::from(vm.id.0), |_| false).expect("words are fresh")
+                Machine::new(layout, words, self.airlock, u64::from(vm.id.0), |_| false)
+                    .expect("words are fresh")
             } else {
-                self.take_over(vm, &mut space, epoch)
+                let Some(machine) = self.take_over(vm, &mut space, &life, epoch) else {
+                    machines.push((None, space));
+                    break;
+                };
+                machine
             };
             machine.audit().expect("the census is right from the start");
             host.ledger(|ledger| {
@@ -251,17 +260,28 @@ impl Plan {
                 let terms = Terms { size: ByteCount::mib(2), reservation: ByteCount(0) };
                 ledger.admit(vm.id, GROUP, terms).expect("there is room");
             });
-            machines.push((machine, space));
+            machines.push((Some(machine), space));
         }
+        if !life.is_alive() {
+            for (place, vm) in vms.iter().enumerate() {
+                let in_hand = machines.get(place).map_or(&[][..], |(_, space)| space.in_hand());
+                vm.kernel.state().manager_died(in_hand);
+            }
+            return Err(slabs);
+        }
+        let machines = machines.into_iter().filter_map(|(machine, space)| Some((machine?, space)));
+        let machines: Vec<_> = machines.collect();
         let objects = machines.iter().flat_map(|(machine, _)| machine.objects());
-        let handles: Vec<Handle> = objects.filter_map(|(_, object)| Handle::from_bits(object.bits())).collect();
+        let handles: Vec<Handle> =
+            objects.filter_map(|(_, object)| Handle::from_bits(object.bits())).collect();
         let (store, report) = Store::recover(slabs, handles);
         assert!(report.rejected.is_empty(), "model: words name objects that are gone: {report:?}");
         let domain = Arc::new(Domain::new(DOMAIN, GROUP, store));
         let host = Arc::new(host);
         let office = Office { life, host, domain };
         let mut pagers = Vec::new();
-        for (vm, (machine, space)) in vms.iter_mut().zip(machines) {
+        for (vm, (machine, mut space)) in vms.iter_mut().zip(machines) {
+            space.took_over();
             let (host, domain, orders) =
                 (Arc::clone(&office.host), Arc::clone(&office.domain), Arc::clone(&vm.orders));
             let mut pager = Pager::new(vm.id, host, domain, orders, machine, space);
@@ -270,10 +290,16 @@ impl Plan {
             }
             pagers.push(pager);
         }
-        (office, pagers)
+        Ok((office, pagers))
     }
 
-    fn take_over(&self, vm: &mut Vm, space: &mut SimSpace, epoch: u64) -> Machine<Arc<HeapWords>> {
+    fn take_over(
+        &self,
+        vm: &Vm,
+        space: &mut SimSpace,
+        life: &Life,
+        epoch: u64,
+    ) -> Option<Machine<Arc<HeapWords>>> {
         let (words, seed) = (Arc::clone(&vm.words), u64::from(vm.id.0));
         if self.flaw == Flaw::WordsForgotten {
             vm.words.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
@@ -284,7 +310,13 @@ impl Plan {
         } else {
             take_over(space, epoch, layout, words, self.airlock, seed)
         };
-        taken.unwrap_or_else(|error| panic!("model: taking over failed: {error:?}"))
+        match taken {
+            Ok(machine) => Some(machine),
+            Err(error) => {
+                assert!(!life.is_alive(), "model: taking over failed: {error:?}");
+                None
+            }
+        }
     }
 
     /// Everything is taken from the guests, every page is looked at, and everything is taken again.
@@ -366,7 +398,8 @@ mod deaf {
 /// Runs a manager's pagers, each on its thread, until all guests are done or the manager is killed.
 fn drive_all(vms: &[Vm], office: &Office, pagers: Vec<SimPager>) -> Vec<SimPager> {
     let threads = vms.iter().zip(pagers).map(|(vm, pager)| {
-        let (life, kernel, orders) = (Arc::clone(&office.life), Arc::clone(&vm.kernel), Arc::clone(&vm.orders));
+        let (life, kernel, orders) =
+            (Arc::clone(&office.life), Arc::clone(&vm.kernel), Arc::clone(&vm.orders));
         thread::spawn(move || drive(pager, &life, &kernel, &orders))
     });
     let threads: Vec<_> = threads.collect();
@@ -408,7 +441,9 @@ fn bequeath(vms: &mut [Vm], office: Office, pagers: Vec<SimPager>) -> HeapSlabs 
         vm.kernel.state().manager_died(pager.space().in_hand());
     }
     let Office { domain, .. } = office;
-    let Ok(domain) = Arc::try_unwrap(domain) else { panic!("model: somebody still has the dead manager's store") };
+    let Ok(domain) = Arc::try_unwrap(domain) else {
+        panic!("model: somebody still has the dead manager's store")
+    };
     domain.into_store().into_memory()
 }
 
@@ -417,7 +452,11 @@ fn check_anomalies(vm: &Vm, stats: &MachineStats) {
     let discarded = vm.kernel.state().discarded_pages;
     assert_eq!(stats.anomalies.lost, 0, "model: machine {} lost a page", vm.id.0);
     let missing = vm.missing + stats.anomalies.missing;
-    assert!(missing <= discarded, "model: {missing} pages missing, {discarded} discarded on machine {}", vm.id.0);
+    assert!(
+        missing <= discarded,
+        "model: {missing} pages missing, {discarded} discarded on machine {}",
+        vm.id.0
+    );
 }
 
 /// Takes everything from a guest that does nothing.
@@ -429,7 +468,7 @@ fn evict(vm: &Vm, pager: &mut SimPager) {
         if pager.machine().ram() == PageCount(0) {
             break;
         }
-        assert!(turn < TURNS_MAX, "model: machine {} cannot be emptied: {:?} {:?}", vm.id.0, pager.machine().census(), pager.machine().airlock());
+        assert!(turn < TURNS_MAX, "model: machine {} cannot be emptied: {:?}", vm.id.0, pager.machine());
     }
     let state = vm.kernel.state();
     let present = state.ram.iter().filter(|page| matches!(page, super::kernel::Ram::Present(_))).count();

@@ -50,10 +50,10 @@ use crate::{HvaRange, UnborrowedRange};
 use abi::{Message, Request};
 use bitflags::bitflags;
 use plimsoll_types::{ByteCount, Hva};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
 use std::ffi::c_void;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::vec::Drain;
 use zerocopy::IntoBytes;
@@ -420,7 +420,7 @@ impl Userfaultfd {
     /// What the caller does not take out of the returned iterator is dropped with it.
     pub fn read_events<'b>(&self, buffer: &'b mut EventBuffer) -> io::Result<Drain<'b, Event>> {
         let read = loop {
-            match rustix::io::read(&self.0, buffer.messages().as_mut_bytes()) {
+            match self.read_now(buffer.messages().as_mut_bytes()) {
                 Ok(bytes) => break bytes / size_of::<Message>(),
                 Err(Errno::AGAIN) => break 0,
                 Err(Errno::INTR) => {}
@@ -430,6 +430,17 @@ impl Userfaultfd {
         // SAFETY: the first `read` messages were written by the read above, from a descriptor that is known to be a
         // userfaultfd (`open` made it or `adopt` checked it), and are decoded here once.
         Ok(unsafe { buffer.decode(read) })
+    }
+
+    /// Reads without waiting, whatever the descriptor's mode is now: O_NONBLOCK belongs to the open file, which whoever
+    /// passed the descriptor shares and can change. Kernels that do not know RWF_NOWAIT here (before 6.8, which also
+    /// lack MOVE) are trusted to have it as it was set.
+    fn read_now(&self, bytes: &mut [u8]) -> Result<usize, Errno> {
+        let flags = ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(&self.0, &mut [IoSliceMut::new(bytes)], u64::MAX, flags) {
+            Err(Errno::OPNOTSUPP) => rustix::io::read(&self.0, bytes),
+            result => result,
+        }
     }
 
     /// Another descriptor for the same userfaultfd, for example to be kept by somebody who outlives this process.
