@@ -1,0 +1,88 @@
+//! Everything taken again and again from guests that discard and verify.
+use crate::fleet::{Fleet, Guest, PLENTY, machine, sweep, zipf};
+use plimsoll_guest::spec::WorkloadSpec;
+use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_vmm::config::VmmConfig;
+use plimsoll_vmm::control::StopMode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const LASTS: Duration = Duration::from_secs(6);
+
+/// Sums that hold at every moment, whatever is on its way.
+pub(crate) fn audit(fleet: &Fleet) {
+    for view in fleet.see().machines() {
+        assert_eq!(view.stats.census.total().bytes(), view.size, "{}: states and size", view.name);
+    }
+    fleet.see().host().ledger(|ledger| ledger.audit()).unwrap();
+}
+
+pub(crate) fn again_and_again() {
+    let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
+    let discarding = |spec| WorkloadSpec { discard_every_ops: 200, ..spec };
+    let smp = VmmConfig { vcpus: 2, ..machine("zipf2", 48, zipf()) };
+    let mut guests: Vec<Guest> = [
+        machine("sweep-d", 48, discarding(sweep())),
+        VmmConfig { vcpus: 2, ..machine("zipf2-d", 48, discarding(zipf())) },
+        smp,
+    ]
+    .iter()
+    .map(|config| fleet.add(config))
+    .collect();
+    guests.iter().for_each(Guest::until_running);
+    let start = Instant::now();
+    while start.elapsed() < LASTS {
+        guests.iter().for_each(|guest| fleet.squeeze(guest.id));
+        for _ in 0..20 {
+            std::thread::sleep(Duration::from_millis(20));
+            audit(&fleet);
+        }
+    }
+    guests.iter().for_each(Guest::goes_on);
+    for guest in &guests {
+        fleet.see().squeeze(guest.id, 0);
+        guest.tell(StopMode::Finish);
+    }
+    for guest in &mut guests {
+        guest.finished();
+        fleet.until_gone(guest.id);
+        let (stats, summary) = (fleet.view(guest.id).stats, guest.state().summary);
+        println!(
+            "{}: {} operations, {} pages given back, {} captured, {:?}, {:?}, {:?}",
+            guest.name,
+            summary.operations,
+            summary.discarded_pages,
+            stats.captured,
+            stats.stored,
+            stats.faults,
+            stats.anomalies
+        );
+        assert!(stats.captured > 3 * summary.footprint_pages / 2, "{}: too little was taken", guest.name);
+        assert!(stats.faults.stored > 1000, "{}: too little came back from the store", guest.name);
+        assert_eq!(stats.anomalies.lost, 0, "{}", guest.name);
+        if guest.name.ends_with("-d") {
+            assert!(summary.discarded_pages > 1000 && stats.discarded > 1000, "{}", guest.name);
+        } else {
+            assert_eq!(stats.anomalies.missing, 0, "{}", guest.name);
+        }
+    }
+    assert_eq!(fleet.incidents(), []);
+    assert_eq!(fleet.store_pages(), 0);
+}
+
+pub(crate) fn under_a_standing_order() {
+    let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
+    let mut guest = fleet.add(&machine("wanted", 48, zipf()));
+    guest.until_running();
+    // What a governor asks, each time it looks, of the only machine of a host whose store alone is beyond the mark.
+    fleet.see().squeeze(guest.id, u32::MAX);
+    std::thread::sleep(Duration::from_secs(1));
+    let before = guest.operations();
+    std::thread::sleep(Duration::from_secs(5));
+    let done = guest.operations() - before;
+    let stats = fleet.view(guest.id).stats;
+    println!("{done} operations in 5 s; {:?}, {:?}, {} captured", stats.census, stats.faults, stats.captured);
+    fleet.see().squeeze(guest.id, 0);
+    guest.finish();
+    assert!(done >= 50, "{done} operations in 5 s: pages are taken before they can be used");
+}

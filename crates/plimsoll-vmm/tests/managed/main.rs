@@ -1,0 +1,107 @@
+//! The shipped manager over real machines: KVM guests in processes of their own, real userfaultfds, real kills.
+//!
+//! Enters: the names of tests to run, or a role and its configuration when this program starts itself as one of the
+//! machines ([`fleet`]) or as a VMM that breaks the protocol ([`impostor`]). Leaves: the standard harness's lines.
+//! Tests run one after the other on the main thread, because they count this process's descriptors, and because a
+//! child's parent-death signal belongs to the thread that started it.
+#![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails its test")]
+
+mod crash;
+mod evict;
+mod fleet;
+mod handover;
+mod hostile;
+mod impostor;
+mod killed;
+mod poison;
+mod probes;
+mod sharing;
+
+use plimsoll_sys::uffd::{Mode, Userfaultfd};
+use plimsoll_vmm::{Accel, probe};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+type Test = (&'static str, fn());
+
+const TESTS: [Test; 15] = [
+    ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
+    ("a_damaged_page_is_reported_and_harms_only_its_machine", poison::a_damaged_page),
+    ("guests_evicted_again_and_again_read_no_wrong_word", evict::again_and_again),
+    ("a_guest_of_which_everything_is_wanted_still_goes_on", evict::under_a_standing_order),
+    ("guests_outlive_manager_crashes_without_a_wrong_word", crash::guests_outlive_manager_crashes),
+    ("malformed_hand_overs_are_refused_by_name_and_leak_nothing", handover::malformed),
+    ("random_hand_overs_are_refused_and_leak_nothing", handover::random),
+    ("a_vmm_whose_hand_over_is_refused_is_told_why", handover::is_told_why),
+    ("a_claim_whose_tables_exceed_the_budget_is_refused", handover::tables_beyond_the_budget),
+    ("an_agent_that_breaks_the_protocol_loses_its_machine_only", hostile::breaks_the_protocol),
+    ("an_agent_that_lies_about_a_move_holds_nobody_up_after_its_end", hostile::lies),
+    ("a_live_vmm_that_closes_its_socket_is_reported_and_stays_charged", hostile::closes_and_lives),
+    ("a_guest_that_touches_everything_does_not_starve_the_others", sharing::fairness),
+    ("the_hard_line_holds_while_guests_populate_three_budgets", sharing::hard_line),
+    ("bookkeeping_stays_within_its_promise", sharing::bookkeeping),
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match &arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [fleet::ROLE, config, handover] => return fleet::child(config, handover.parse().unwrap()),
+        [impostor::ROLE, conduct, handover] => return impostor::child(conduct, handover.parse().unwrap()),
+        _ => {}
+    }
+    let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    let chosen =
+        |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let tests: Vec<Test> = TESTS.into_iter().filter(|(name, _)| chosen(name)).collect();
+    if arguments.iter().any(|argument| argument == "--list") {
+        tests.iter().for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    println!("\nrunning {} tests", tests.len());
+    let start = Instant::now();
+    let missing = missing();
+    let failed = tests.iter().filter(|(name, test)| !passes(name, *test, missing.as_ref())).count();
+    println!(
+        "\ntest result: {}. {} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out; finished in {:.2}s",
+        if failed == 0 { "ok" } else { "FAILED" },
+        tests.len() - failed,
+        TESTS.len() - tests.len(),
+        start.elapsed().as_secs_f64()
+    );
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// A capability that these tests need and this machine lacks.
+struct Missing {
+    name: &'static str,
+    why: String,
+}
+
+fn missing() -> Option<Missing> {
+    if let Err(error) = Userfaultfd::open(Mode::KernelAndUser) {
+        return Some(Missing { name: "userfaultfd", why: fleet::explain(&error) });
+    }
+    match probe() {
+        Accel::Kvm { .. } => None,
+        accel => Some(Missing { name: "kvm", why: accel.to_string() }),
+    }
+}
+
+fn passes(name: &str, test: fn(), missing: Option<&Missing>) -> bool {
+    if let Some(Missing { name: capability, why }) = missing {
+        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+        if required.split(',').any(|required| required.trim() == *capability) {
+            println!("test {name} ... FAILED: {capability} is required and missing: {why}");
+            return false;
+        }
+        println!("SKIPPED: {name}: no {capability}: {why}");
+        println!("test {name} ... ok");
+        return true;
+    }
+    let start = Instant::now();
+    let passed = catch_unwind(AssertUnwindSafe(test)).is_ok();
+    let verdict = if passed { "ok" } else { "FAILED" };
+    println!("test {name} ... {verdict} ({:.1} s)", start.elapsed().as_secs_f64());
+    passed
+}

@@ -1,0 +1,173 @@
+//! Machines that share a budget: who pays, what is never exceeded, and what the bookkeeping costs.
+use crate::evict::audit;
+use crate::fleet::{DOMAIN, Fleet, Guest, PLENTY, machine, sweep, until, zipf};
+use plimsoll_core::ledger::{Kind, Usage};
+use plimsoll_guest::content::Mix;
+use plimsoll_guest::spec::WorkloadSpec;
+use plimsoll_linux::uffd::host::Host;
+use plimsoll_linux::uffd::manager::Meter;
+use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_types::ByteCount;
+use plimsoll_vmm::config::{Prefault, VmmConfig};
+use plimsoll_vmm::control::StopMode;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+const SAMPLE_PERIOD: Duration = Duration::from_millis(500);
+
+/// The most there was at a tick of the governor.
+#[derive(Clone, Copy, Debug, Default)]
+struct Peak {
+    used: ByteCount,
+    overhead: ByteCount,
+    usage: Usage,
+}
+
+/// Counts what the ledger counts, and remembers the most there ever was.
+struct Charged {
+    host: Arc<Host>,
+    peak: Arc<Mutex<Peak>>,
+}
+
+impl Meter for Charged {
+    fn used(&mut self) -> ByteCount {
+        let now = self.host.ledger(|ledger| Peak {
+            used: ledger.used(),
+            overhead: ledger.overhead(),
+            usage: ledger.host_usage(),
+        });
+        let mut peak = self.peak.lock().unwrap();
+        if now.used > peak.used {
+            *peak = now;
+        }
+        now.usage.total()
+    }
+}
+
+/// A fleet whose governor works, and the most that was used.
+fn governed(budget: ByteCount) -> (Fleet, Arc<Mutex<Peak>>) {
+    let mut fleet = Fleet::new(budget, Arc::new(NoProbe));
+    let peak: Arc<Mutex<Peak>> = Arc::default();
+    let meter = Charged { host: Arc::clone(fleet.see().host()), peak: Arc::clone(&peak) };
+    fleet.manager().govern(Box::new(meter), SAMPLE_PERIOD).unwrap();
+    (fleet, peak)
+}
+
+/// Half of it compresses to nothing or to a share of a small pool, so that everything fits when it is stored.
+fn compressible(mut config: VmmConfig) -> VmmConfig {
+    config.workload.mix = Mix { zero: 30, duplicate: 40, text: 30, random: 0 };
+    config
+}
+
+/// Operations of each guest in a window.
+fn window(guests: &[Guest]) -> Vec<u64> {
+    const WINDOW: Duration = Duration::from_secs(3);
+    let before: Vec<u64> = guests.iter().map(Guest::operations).collect();
+    std::thread::sleep(WINDOW);
+    guests.iter().zip(before).map(|(guest, before)| guest.operations() - before).collect()
+}
+
+fn median(windows: [Vec<u64>; 3], guest: usize) -> u64 {
+    let mut counts = windows.map(|window| window[guest]);
+    counts.sort_unstable();
+    counts[1]
+}
+
+/// The paced guests' hot parts and what the noisy guest must keep fit the budget, all footprints are twice of it. Two
+/// processors carry three guests and three pagers, so a paced guest waits for the processor as well as for memory, and
+/// 0.8 of its undisturbed pace leaves room for that. Without fairness it would not come near: its pages would be
+/// taken as fast as the noisy guest's, and each operation would wait for a page, which here is some hundred a second.
+pub(crate) fn fairness() {
+    const SHARE: f64 = 0.8;
+    let (mut fleet, _) = governed(ByteCount::mib(96));
+    let paced = WorkloadSpec { ops_per_second: 1000, hot_permille: 300, ..zipf() };
+    let mut guests: Vec<Guest> =
+        ["paced1", "paced2"].iter().map(|name| fleet.add(&compressible(machine(name, 64, paced)))).collect();
+    guests.iter().for_each(Guest::until_running);
+    let alone = [window(&guests), window(&guests), window(&guests)];
+    let noisy = fleet.add(&compressible(machine("noisy", 96, sweep())));
+    noisy.until_running();
+    let before = noisy.operations();
+    let beside = [window(&guests), window(&guests), window(&guests)];
+    println!(
+        "operations in 3 s alone: {alone:?}; beside a sweep: {beside:?}, which did {}",
+        noisy.operations() - before
+    );
+    let stats = fleet.view(noisy.id).stats;
+    let limit = fleet.view(noisy.id).size.pages_floor().0 * 7 / 10;
+    println!("noisy: {:?}, {} captured, stalled {:?}", stats.census, stats.captured, stats.stalled);
+    assert!(stats.captured > 1000 && stats.census.in_ram().0 < limit, "the noisy guest was never short");
+    for (place, guest) in guests.iter().enumerate() {
+        let (alone, beside) = (median(alone.clone(), place), median(beside.clone(), place));
+        let share = beside as f64 / alone as f64;
+        println!("{}: {beside} of {alone} operations, {share:.3}", guest.name);
+        assert!(
+            share >= SHARE,
+            "{} kept {share:.3} of its pace beside a guest that touches everything",
+            guest.name
+        );
+    }
+    audit(&fleet);
+    guests.push(noisy);
+    guests.iter().for_each(|guest| guest.tell(StopMode::Finish));
+    guests.iter_mut().for_each(Guest::finished);
+    assert_eq!(fleet.incidents(), []);
+}
+
+pub(crate) fn hard_line() {
+    let budget = ByteCount::mib(64);
+    let (mut fleet, peak) = governed(budget);
+    let guests = ["fills1", "fills2", "fills3"];
+    let mut guests: Vec<Guest> =
+        guests.iter().map(|name| fleet.add(&compressible(machine(name, 72, sweep())))).collect();
+    until("the guests to have populated three budgets", || {
+        let populated = |guest: &Guest| guest.state().summary.populated_pages;
+        let pages: u64 = guests.iter().map(populated).sum();
+        guests.iter().for_each(|guest| assert_eq!(guest.state().died, None));
+        (pages * 4096 >= 3 * budget.0).then_some(())
+    });
+    guests.iter().for_each(Guest::until_running);
+    guests.iter().for_each(Guest::goes_on);
+    let usage = fleet.see().host().ledger(|ledger| ledger.host_usage());
+    let peak = *peak.lock().unwrap();
+    let most = peak.used;
+    println!(
+        "most used: {most} of {budget}: {} of overhead, {:?}; at last {usage:?}",
+        peak.overhead, peak.usage
+    );
+    audit(&fleet);
+    guests.iter().for_each(|guest| guest.tell(StopMode::Finish));
+    guests.iter_mut().for_each(Guest::finished);
+    assert_eq!(fleet.incidents(), []);
+    assert!(most <= budget, "{most} were in use at a tick, the hard line is {budget}");
+    assert!(most > budget - ByteCount(budget.0 / 8), "{most} of {budget}: nobody was ever short");
+}
+
+pub(crate) fn bookkeeping() {
+    // The store takes and keeps whole slabs of records.
+    const SLAB: ByteCount = ByteCount::mib(2);
+    let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
+    let paced = WorkloadSpec { ops_per_second: 200, hot_permille: 20, ..zipf() };
+    let config = VmmConfig { prefault: Prefault::All, ..machine("large", 256, paced) };
+    let mut guest = fleet.add(&config);
+    guest.until_running();
+    fleet.squeeze_until(guest.id, "most pages to be stored", || fleet.stored(guest.id) > 40_000);
+    let (view, store) =
+        (fleet.view(guest.id), fleet.see().domain(DOMAIN).unwrap().store(|store| store.stats()));
+    let words = view.size.pages_floor().0 * 8;
+    let tables = ByteCount(words + u64::try_from(view.stats.table_bytes).unwrap());
+    let (objects, pages) = (store.objects(), store.pages.0);
+    println!(
+        "words and tables: {tables} of {} ({:.3} %); store: {} for {objects} objects ({pages} pages), {} in slabs of records",
+        view.size,
+        tables.0 as f64 * 100.0 / view.size.0 as f64,
+        store.metadata,
+        store.record_slabs
+    );
+    assert!(tables.0 * 200 <= view.size.0, "{tables} for {}", view.size);
+    assert!(store.metadata.0 <= objects * 32 + SLAB.0, "{} for {objects} objects", store.metadata);
+    let charged = fleet.see().host().ledger(|ledger| ledger.host_usage());
+    assert!(charged.of(Kind::Tables).0 >= words && charged.of(Kind::Store) >= store.metadata, "{charged:?}");
+    audit(&fleet);
+    guest.finish();
+}
