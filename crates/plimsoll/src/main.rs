@@ -3,6 +3,7 @@
 //! Enters: a command line. Leaves: exit status 0 when all went well, 1 when something went wrong that the output
 //! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
 mod demo;
+mod soak;
 mod vmm;
 
 use clap::{Parser, Subcommand};
@@ -19,6 +20,8 @@ struct Cli {
 enum Verb {
     /// Run real guests that own more memory than the budget, and check every byte.
     Demo(demo::DemoArgs),
+    /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
+    Soak(soak::SoakArgs),
     /// Run one machine: started by the other verbs, with its configuration on standard input.
     #[command(hide = true)]
     Vmm(vmm::VmmArgs),
@@ -27,6 +30,7 @@ enum Verb {
 fn main() -> ExitCode {
     match Cli::parse().verb {
         Verb::Demo(args) => demo::main(&args),
+        Verb::Soak(args) => soak::main(&args),
         Verb::Vmm(args) => vmm::main(&args),
     }
 }

@@ -19,8 +19,9 @@ use plimsoll_types::ByteCount;
 use plimsoll_vmm::control::StopMode;
 use std::time::{Duration, Instant};
 
-/// How often the limit follows what zram holds. Often, so that each step is small: a limit that falls by much at once
-/// can end in an out-of-memory kill that a host with a constant limit would not have seen.
+/// How often the limit follows what zram holds. Often, so that each step is small and takes nothing from the kernel
+/// that a constant limit would have left it. (Guests killed for want of memory were seen with a constant limit, too:
+/// at full speed this kernel's cgroup gives up before its reclaim has caught up.)
 const PERIOD: Duration = Duration::from_millis(20);
 /// How long the guests may take to end. They are not asked to check every page: that was done, and is not compared.
 const END_PATIENCE: Duration = Duration::from_secs(60);

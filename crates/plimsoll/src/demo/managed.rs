@@ -38,8 +38,9 @@ pub(super) fn run(
 ) -> Result<Report, String> {
     let accounting = Accounting::start()?;
     // The store can never hold more than all guests own.
-    let mut manager = Manager::start(Vault::new(Budget::of(plan.budget), plan.asked()), Arc::new(NoProbe))
-        .map_err(|error| explain(&error))?;
+    let mut manager =
+        Manager::start(Vault::new(Budget::within(plan.budget), plan.asked()), Arc::new(NoProbe))
+            .map_err(|error| explain(&error))?;
     let mut guests = Vec::new();
     let mut ids = Vec::new();
     manager.govern(accounting.meter(), SAMPLE_PERIOD).map_err(|error| explain(&error))?;

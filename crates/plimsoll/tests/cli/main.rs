@@ -1,0 +1,8 @@
+//! The program as a user starts it: what it says, how it ends, what it leaves.
+//!
+//! One test program, so that no two of its tests run guests at the same time.
+#![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
+
+mod demo;
+mod run;
+mod soak;

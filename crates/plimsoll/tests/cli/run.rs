@@ -1,0 +1,280 @@
+//! Runs the program and looks at what it says and at what it leaves.
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A program that runs longer than this, beyond the time it was given, hangs.
+const PATIENCE: Duration = Duration::from_secs(240);
+/// How long what was killed may take to go.
+const GOING: Duration = Duration::from_secs(20);
+/// In the environment of everything a test starts, and so of everything that starts in turn.
+const MARK: &str = "PLIMSOLL_TEST_MARK";
+
+/// Held while a test runs guests: two at once would compete for the machine's memory and time.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether this machine can run the test. One that lacks what `PLIMSOLL_REQUIRE` says it has is at fault.
+pub(crate) fn can(capability: &str) -> bool {
+    let missing = match capability {
+        "kvm" => open("/dev/kvm"),
+        "userfaultfd" => faults(),
+        "cgroup" if controllers() => None,
+        "cgroup" => Some("this user may make no memory cgroup".to_owned()),
+        "root" if is_root() => None,
+        "root" => Some("not root".to_owned()),
+        other => panic!("no test knows of {other}"),
+    };
+    let Some(missing) = missing else { return true };
+    let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|name| name == capability), "{capability} is required: {missing}");
+    println!("SKIPPED: {missing}");
+    false
+}
+
+pub(crate) fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+fn open(device: &str) -> Option<String> {
+    let opened = fs::OpenOptions::new().read(true).write(true).open(device);
+    opened.err().map(|error| format!("{device}: {error}"))
+}
+
+fn faults() -> Option<String> {
+    if is_root()
+        || fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").is_ok_and(|text| text.trim() == "1")
+    {
+        return None;
+    }
+    open("/dev/userfaultfd")
+}
+
+fn controllers() -> bool {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    is_root()
+        && mounts.lines().any(|line| line.split(' ').nth(2).is_some_and(|kind| kind.starts_with("cgroup")))
+}
+
+/// One start of the program, and everything it may leave behind.
+pub(crate) struct Run {
+    mark: String,
+    folder: PathBuf,
+    swaps: String,
+    command: Command,
+    lasting: Duration,
+}
+
+impl Run {
+    /// Runs the program with these words, in an empty folder of its own.
+    pub(crate) fn new(words: &[&str]) -> Self {
+        Self::of(Path::new(env!("CARGO_BIN_EXE_plimsoll")), words)
+    }
+
+    /// The same, of another copy of the program.
+    pub(crate) fn of(program: &Path, words: &[&str]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let mark = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let folder = std::env::temp_dir().join(format!("plimsoll-test-{mark}"));
+        fs::create_dir(&folder).unwrap();
+        let mut command = Command::new(program);
+        command.args(words).current_dir(&folder).env(MARK, &mark);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self { mark, folder, swaps: swaps(), command, lasting: Duration::ZERO }
+    }
+
+    /// Runs it as that user and group.
+    pub(crate) fn by(mut self, id: u32) -> Self {
+        use std::os::unix::process::CommandExt;
+        self.command.uid(id).gid(id);
+        self
+    }
+
+    /// It was told to work that long.
+    pub(crate) fn lasting(mut self, seconds: u64) -> Self {
+        self.lasting = Duration::from_secs(seconds);
+        self
+    }
+
+    /// Waits for its end.
+    pub(crate) fn output(self) -> Ended {
+        self.start().wait()
+    }
+
+    /// Starts it.
+    pub(crate) fn start(mut self) -> Running {
+        let mut child = self.command.spawn().unwrap();
+        let stderr = read_all(child.stderr.take().unwrap());
+        let stdout = read_all(child.stdout.take().unwrap());
+        Running { run: self, child, stdout, stderr, started: Instant::now() }
+    }
+}
+
+/// The program while it runs.
+pub(crate) struct Running {
+    run: Run,
+    child: Child,
+    stdout: JoinHandle<String>,
+    stderr: JoinHandle<String>,
+    started: Instant,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Waits until that many machines run as processes of their own.
+    pub(crate) fn wait_for_machines(&mut self, count: usize) {
+        wait_until("its machines run", || {
+            assert!(self.child.try_wait().unwrap().is_none(), "it ended before its machines ran");
+            marked(&self.run.mark).len() > count
+        });
+    }
+
+    /// Waits for its end and reads what it has said.
+    pub(crate) fn wait(mut self) -> Ended {
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if self.started.elapsed() > PATIENCE + self.run.lasting {
+                self.child.kill().unwrap();
+                self.child.wait().unwrap();
+                panic!("it hung, and said\n{}\n{}", self.stdout.join().unwrap(), self.stderr.join().unwrap());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let (stdout, stderr) = (self.stdout.join().unwrap(), self.stderr.join().unwrap());
+        Ended { run: self.run, pid: self.child.id(), status, stdout, stderr, took: self.started.elapsed() }
+    }
+}
+
+/// What it said and left.
+pub(crate) struct Ended {
+    run: Run,
+    pid: u32,
+    status: ExitStatus,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) took: Duration,
+}
+
+impl Ended {
+    pub(crate) fn expect_code(&self, code: i32) -> &Self {
+        assert_eq!(self.status.code(), Some(code), "{}\n{}\n{}", self.status, self.stdout, self.stderr);
+        self
+    }
+
+    pub(crate) fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    pub(crate) fn first_line(&self) -> &str {
+        self.stdout.lines().next().unwrap_or("")
+    }
+
+    /// A file it was to write into its folder.
+    pub(crate) fn json(&self, name: &str) -> serde_json::Value {
+        serde_json::from_slice(&fs::read(self.run.folder.join(name)).unwrap()).unwrap()
+    }
+
+    pub(crate) fn remove(&self, name: &str) {
+        fs::remove_file(self.run.folder.join(name)).unwrap();
+    }
+
+    /// Nothing is left: no process, no control group, no swap, no file.
+    pub(crate) fn expect_nothing_left(&self) {
+        assert_eq!(marked(&self.run.mark), Vec::<u32>::new(), "processes");
+        self.expect_no_cgroup();
+        assert_eq!(swaps(), self.run.swaps, "swap");
+        let files: Vec<_> =
+            fs::read_dir(&self.run.folder).unwrap().map(|file| file.unwrap().path()).collect();
+        assert_eq!(files, Vec::<PathBuf>::new(), "files");
+    }
+
+    pub(crate) fn expect_no_cgroup(&self) {
+        assert_eq!(cgroups_of(self.pid), Vec::<PathBuf>::new(), "control groups");
+    }
+
+    /// Its machines end although nobody is left to end them.
+    pub(crate) fn expect_machines_to_end(&self) {
+        let start = Instant::now();
+        wait_until("its machines end", || marked(&self.run.mark).is_empty());
+        assert!(start.elapsed() < GOING);
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Waits for something that another process does, and fails when it does not.
+pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < GOING, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn read_all(from: impl std::io::Read + Send + 'static) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let lines = BufReader::new(from).lines().map_while(Result::ok);
+        lines.fold(String::new(), |text, line| text + &line + "\n")
+    })
+}
+
+/// Processes that carry a mark.
+fn marked(mark: &str) -> Vec<u32> {
+    let wanted = format!("{MARK}={mark}");
+    let folders = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let pids = folders.filter_map(|folder| folder.file_name().to_str()?.parse::<u32>().ok());
+    let carries = |pid: &u32| {
+        // One that has just ended carries nothing.
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
+    };
+    pids.filter(carries).collect()
+}
+
+/// Control groups made by that process for its run.
+pub(crate) fn cgroups_of(pid: u32) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(folder) = folders.pop() {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        for path in entries.filter_map(Result::ok).map(|entry| entry.path()) {
+            if !path.is_dir() || path.is_symlink() {
+                continue;
+            }
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if name.starts_with(&format!("plimsoll-demo-{pid}-")) {
+                found.push(path.clone());
+            }
+            folders.push(path);
+        }
+    }
+    found
+}
+
+fn swaps() -> String {
+    let text = fs::read_to_string("/proc/swaps").unwrap();
+    // Devices and their sizes; how full they are changes by itself.
+    let devices = text.lines().map(|line| line.split_whitespace().take(3).collect::<Vec<_>>().join(" "));
+    devices.collect::<Vec<_>>().join("\n")
+}

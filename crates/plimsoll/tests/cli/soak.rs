@@ -1,0 +1,82 @@
+//! `plimsoll soak`: a fixed seed, a fresh one, and what it refuses.
+//!
+//! `PLIMSOLL_SOAK_SECONDS` says how long the fresh seed may go on; without it, 20 seconds.
+use super::run::{Run, alone, can};
+
+/// Long enough for a crash a second and every kind of trouble.
+const SECONDS: u64 = 20;
+
+fn soak_seconds() -> u64 {
+    match std::env::var("PLIMSOLL_SOAK_SECONDS") {
+        Ok(text) => text.parse::<u64>().expect("PLIMSOLL_SOAK_SECONDS is a number").max(1),
+        Err(_) => SECONDS,
+    }
+}
+
+fn soak(seed: Option<u64>, seconds: u64, accel: &str) {
+    let seconds_text = seconds.to_string();
+    let seed_text = seed.unwrap_or_default().to_string();
+    let mut words = vec!["soak", "--seconds", &seconds_text, "--accel", accel, "--json", "soak.json"];
+    if seed.is_some() {
+        words.extend(["--seed", &seed_text]);
+    }
+    let ended = Run::new(&words).lasting(seconds).output();
+    // The seed is in it: whoever reads a failure can repeat it.
+    println!("{}", ended.stdout);
+    ended.expect_code(0);
+    let report = ended.json("soak.json");
+    let number = |field: &str| report[field].as_u64().unwrap_or_else(|| panic!("no {field} in {report}"));
+    assert_eq!(ended.first_line(), format!("seed {}", number("seed")));
+    assert!(seed.is_none_or(|seed| seed == number("seed")));
+    assert_eq!(number("wrong_words"), 0);
+    assert!(number("takeovers") > 0 && number("actions") > 0, "{report}");
+    let pages = &report["pages"];
+    for kind in ["captured", "verified"] {
+        assert!(pages[kind].as_u64().is_some_and(|count| count > 1000), "{kind}: {report}");
+    }
+    ended.remove("soak.json");
+    ended.expect_nothing_left();
+}
+
+#[test]
+fn a_known_schedule_of_crashes_and_evictions_costs_no_byte() {
+    let _alone = alone();
+    if can("userfaultfd") && can("kvm") {
+        soak(Some(1), SECONDS, "kvm");
+    }
+}
+
+#[test]
+fn a_known_schedule_costs_no_byte_without_kvm_either() {
+    let _alone = alone();
+    if can("userfaultfd") {
+        soak(Some(2), SECONDS, "in-process");
+    }
+}
+
+#[test]
+fn a_fresh_schedule_costs_no_byte() {
+    let _alone = alone();
+    if can("userfaultfd") {
+        soak(None, soak_seconds(), "auto");
+    }
+}
+
+#[test]
+fn a_soak_that_cannot_run_is_refused_in_one_sentence_and_nothing_is_left() {
+    for (words, option) in [
+        (["--budget", "20M"], "--budget"),
+        (["--guests", "0"], "--guests"),
+        (["--guests", "100000"], "--guests"),
+        (["--seconds", "0"], "--seconds"),
+        (["--size", "0"], "--size"),
+        (["--size", "4M"], "--size"),
+        (["--json", "missing/soak.json"], "--json"),
+    ] {
+        let ended = Run::new(&[&["soak"][..], &words[..]].concat()).output();
+        ended.expect_code(2);
+        assert_eq!(ended.stderr.trim().lines().count(), 1, "{}", ended.stderr);
+        assert!(ended.stderr.contains(option), "{}", ended.stderr);
+        ended.expect_nothing_left();
+    }
+}
