@@ -7,7 +7,9 @@
 //! * [`suites`]: which tests there are and at which level; [`tally`]: what they said. [`no_std`]: the rooms below the
 //!   line, linked without an operating system.
 //! * [`ci`]: format, lints, documentation. [`lints`]: the house rules that no other tool knows.
+//! * [`mod@bench`]: comparisons with the kernel's own mechanisms.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
+mod bench;
 mod cargo;
 mod ci;
 mod lints;
@@ -37,6 +39,8 @@ enum Command {
     Test(TestArguments),
     /// Check format, lints, documentation, licences and the house rules. Runs no tests.
     Ci,
+    /// Compare plimsoll with the kernel's own mechanisms; writes NAME.json below target/bench. See docs/bench.md.
+    Bench(bench::Choice),
 }
 
 #[derive(clap::Args)]
@@ -62,6 +66,7 @@ fn main() -> ExitCode {
             })
         }),
         Command::Ci => ci::run(),
+        Command::Bench(choice) => bench::run(&choice).map(|never| match never {}),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -23,7 +23,7 @@ const PURE: u8 = 0;
 /// Tests that need a kernel's memory interfaces and KVM.
 const KERNEL: u8 = 1;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 9] = [
+const LEVELS: [(&str, u8); 10] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-core", PURE),
@@ -33,6 +33,7 @@ const LEVELS: [(&str, u8); 9] = [
     ("plimsoll-linux", KERNEL),
     ("plimsoll-vmm", KERNEL),
     ("plimsoll", KERNEL),
+    ("plimsoll-bench", KERNEL),
 ];
 /// A test program that takes longer than this, the soak's time apart, hangs. The longest takes minutes.
 const PATIENCE: Duration = Duration::from_secs(15 * 60);

@@ -1,0 +1,85 @@
+//! Benchmarks against the kernel's own mechanisms, started by `cargo xtask bench`.
+//!
+//! Enters: the name of a benchmark and where its JSON goes. Leaves: named ratios on standard output and the JSON
+//! (`docs/bench.md`). Exit status 0: measured; 1: something went wrong; 2: it cannot be measured on this machine, and the
+//! message says why. What must never happen: a device, mapping or swap area left behind.
+//!
+//! `store`: the store against zram. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+mod figures;
+mod report;
+mod session;
+mod store;
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use session::{BenchError, Interrupt};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Compare plimsoll with the kernel's own mechanisms.
+#[derive(Parser)]
+#[command(name = "cargo xtask bench")]
+struct Arguments {
+    /// The benchmark; all of them when none is named.
+    name: Option<Name>,
+    /// Say which benchmarks there are, and run none.
+    #[arg(long)]
+    list: bool,
+    /// The folder for NAME.json.
+    #[arg(long, default_value = "target/bench", hide = true)]
+    out: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Name {
+    Store,
+}
+
+impl Name {
+    const fn text(self) -> &'static str {
+        match self {
+            Self::Store => "store",
+        }
+    }
+
+    const fn about(self) -> &'static str {
+        match self {
+            Self::Store => {
+                "pages into the store and back, and what they cost, against MADV_PAGEOUT to zram (lz4)"
+            }
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.list {
+        Name::value_variants().iter().for_each(|name| println!("{:<8} {}", name.text(), name.about()));
+        return ExitCode::SUCCESS;
+    }
+    let chosen = arguments.name.map_or_else(|| Name::value_variants().to_vec(), |name| vec![name]);
+    match run(&chosen, &arguments.out) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let status = if matches!(error, BenchError::NotHere(_)) { 2 } else { 1 };
+            eprintln!("error: {:#}", anyhow::Error::from(error));
+            ExitCode::from(status)
+        }
+    }
+}
+
+fn run(chosen: &[Name], folder: &Path) -> Result<(), BenchError> {
+    let interrupt = Interrupt::install()?;
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    for name in chosen {
+        let report = match name {
+            Name::Store => store::run(&interrupt)?,
+        };
+        let path = folder.join(format!("{}.json", name.text()));
+        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
+        fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        println!("written to {}", path.display());
+    }
+    Ok(())
+}

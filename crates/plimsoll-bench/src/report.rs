@@ -1,0 +1,213 @@
+//! What a benchmark says: lines to read and one JSON object.
+//!
+//! Enters: the runs of each comparison. Leaves: text and JSON, described in `docs/bench.md`. What must never happen: a
+//! ratio without the runs it came from.
+use crate::figures::{median, ratio, spread};
+use plimsoll_types::ByteCount;
+use serde::Serialize;
+use std::fmt;
+use std::fs;
+
+/// Which way is good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Better {
+    /// More of it.
+    Higher,
+    /// Less of it.
+    Lower,
+}
+
+/// A value and the CPU time it took, where it took any that was measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Sample {
+    /// In the unit of the comparison.
+    pub(crate) value: f64,
+    /// User and system time of the one thread.
+    pub(crate) cpu_seconds: Option<f64>,
+}
+
+/// One round: the peer, ours, the peer again.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) struct Run {
+    /// Plimsoll.
+    pub(crate) ours: Sample,
+    /// The peer, before ours.
+    pub(crate) peer: Sample,
+    /// The peer, after ours.
+    pub(crate) peer_again: Sample,
+}
+
+/// What is compared, before anything is measured.
+#[derive(Clone, Debug)]
+pub(crate) struct Subject {
+    /// `what/content`.
+    pub(crate) name: String,
+    /// Of the values.
+    pub(crate) unit: &'static str,
+    /// Which way is good.
+    pub(crate) better: Better,
+    /// What the ratio must reach; none where it is only reported.
+    pub(crate) goal: Option<f64>,
+}
+
+/// One named ratio.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Comparison {
+    name: String,
+    ours: f64,
+    peer: f64,
+    unit: &'static str,
+    ratio: f64,
+    goal: Option<f64>,
+    better: Better,
+    spread: f64,
+    runs: Vec<Run>,
+}
+
+impl Comparison {
+    /// The medians of all runs, and how they compare. `None` where there are no runs, or a value is not a positive
+    /// number.
+    pub(crate) fn new(subject: Subject, runs: Vec<Run>) -> Option<Self> {
+        let ours = median(&runs.iter().map(|run| run.ours.value).collect::<Vec<_>>())?;
+        let peer: Vec<f64> = runs.iter().flat_map(|run| [run.peer.value, run.peer_again.value]).collect();
+        let peer = median(&peer)?;
+        let pairs: Vec<_> = runs.iter().map(|run| (run.peer.value, run.peer_again.value)).collect();
+        let Subject { name, unit, better, goal } = subject;
+        let (ratio, spread) = (ratio(ours, peer)?, spread(&pairs)?);
+        Some(Self { name, ours, peer, unit, ratio, goal, better, spread, runs })
+    }
+
+    fn is_met(&self, goal: f64) -> bool {
+        match self.better {
+            Better::Higher => self.ratio >= goal,
+            Better::Lower => self.ratio <= goal,
+        }
+    }
+
+    /// Median CPU seconds of ours and of the peer, where they were measured.
+    fn cpu_seconds(&self) -> Option<(f64, f64)> {
+        let ours: Option<Vec<f64>> = self.runs.iter().map(|run| run.ours.cpu_seconds).collect();
+        let peer: Option<Vec<f64>> =
+            self.runs.iter().flat_map(|run| [run.peer.cpu_seconds, run.peer_again.cpu_seconds]).collect();
+        Some((median(&ours?)?, median(&peer?)?))
+    }
+}
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, ours, peer, unit, ratio, spread, .. } = self;
+        write!(f, "{name:<31} ratio {ratio:>5.2}  ours {ours:>9.0} peer {peer:>9.0} {unit:<10}")?;
+        write!(f, "  A/A {:>4.1} %", spread * 100.0)?;
+        if let Some((ours, peer)) = self.cpu_seconds() {
+            write!(f, "  CPU {ours:.3} s and {peer:.3} s")?;
+        }
+        if let Some(goal) = self.goal {
+            let bound = if self.better == Better::Higher { "at least" } else { "at most" };
+            write!(f, "  goal {bound} {goal}: {}", if self.is_met(goal) { "met" } else { "MISSED" })?;
+        }
+        Ok(())
+    }
+}
+
+/// Where it was measured.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Machine {
+    cpu: String,
+    cpus: usize,
+    memory_bytes: u64,
+    kernel: String,
+    /// Of the last minute, before the first measurement: what else the machine was doing.
+    load_average: f64,
+}
+
+impl Machine {
+    /// This machine. What /proc does not tell is empty, never guessed.
+    pub(crate) fn here() -> Self {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        let field = |text: String, name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name));
+            line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
+        };
+        let kib = field(read("/proc/meminfo"), "MemTotal");
+        let kib = kib.and_then(|kib| kib.trim_end_matches(" kB").parse::<u64>().ok());
+        let load = read("/proc/loadavg").split(' ').next().and_then(|load| load.parse().ok());
+        Self {
+            cpu: field(read("/proc/cpuinfo"), "model name").unwrap_or_default(),
+            cpus: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_bytes: kib.and_then(|kib| kib.checked_mul(1024)).unwrap_or_default(),
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            load_average: load.unwrap_or_default(),
+        }
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cpu, cpus, memory_bytes, kernel, load_average } = self;
+        write!(f, "machine: {cpu}, {cpus} processors, {}, Linux {kernel}", ByteCount(*memory_bytes))?;
+        write!(f, "; load average before: {load_average}")
+    }
+}
+
+/// All that a benchmark says.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report<S> {
+    /// Where.
+    pub(crate) machine: Machine,
+    /// With what.
+    pub(crate) settings: S,
+    /// What the numbers leave out.
+    pub(crate) notes: Vec<&'static str>,
+    /// The ratios.
+    pub(crate) results: Vec<Comparison>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(value: f64) -> Sample {
+        Sample { value, cpu_seconds: None }
+    }
+
+    fn comparison(better: Better, goal: f64) -> Comparison {
+        let subject = Subject { name: "put/mix".to_owned(), unit: "pages/s", better, goal: Some(goal) };
+        let run =
+            |ours, peer, again| Run { ours: sample(ours), peer: sample(peer), peer_again: sample(again) };
+        let runs = vec![run(300.0, 100.0, 110.0), run(200.0, 100.0, 100.0), run(210.0, 90.0, 99.0)];
+        Comparison::new(subject, runs).unwrap()
+    }
+
+    #[test]
+    fn medians_are_taken_over_all_runs_of_either_side() {
+        let found = comparison(Better::Higher, 2.0);
+        assert!((found.ours - 210.0).abs() < 1e-9);
+        assert!((found.peer - 100.0).abs() < 1e-9);
+        assert!((found.ratio - 2.1).abs() < 1e-9);
+        assert!((found.spread - 0.1).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_goal_is_met_in_the_direction_that_is_better() {
+        for (better, goal, word) in [
+            (Better::Higher, 2.0, ": met"),
+            (Better::Higher, 2.2, ": MISSED"),
+            (Better::Lower, 2.2, ": met"),
+            (Better::Lower, 2.0, ": MISSED"),
+        ] {
+            let text = comparison(better, goal).to_string();
+            assert!(text.ends_with(word), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_json_has_the_fields_that_readers_rely_on() {
+        let json = serde_json::to_value(comparison(Better::Lower, 2.0)).unwrap();
+        for field in ["name", "ours", "peer", "unit", "ratio", "goal", "better", "spread", "runs"] {
+            assert!(json.get(field).is_some(), "{field}");
+        }
+        assert_eq!(json["better"], "lower");
+        assert_eq!(json["runs"].as_array().map(Vec::len), Some(3));
+    }
+}
