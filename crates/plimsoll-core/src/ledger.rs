@@ -7,7 +7,8 @@
 //!
 //! ```text
 //! budget                                      what the operator gave
-//!   hard line   = budget, or a little less    never crossed
+//!   hard line   = budget, or a little less    what reclaim itself needs in passing fits below it: a store grows before
+//!                                             what it took in is free, a page comes back from limbo uncharged
 //!   install     = hard line - 1/128           no page is installed beyond it: the asker stalls
 //!   high mark   = hard line - 1/32             above it machines are asked to give pages up ...
 //!   low mark    = hard line - 1/16             ... until the host is below this one

@@ -131,8 +131,12 @@ impl<W: Words> Machine<W> {
     /// | resident, pinned, never-page | unchanged | absent, counted | absent, counted |
     /// | capturing | resident | limbo | absent: the guest discarded it before the move |
     /// | limbo | resident | unchanged | poisoned, counted |
+    /// | absent | pinned for a while | unchanged | unchanged |
     /// | poisoned | unchanged | unchanged | unchanged |
     /// | any other | resident | unchanged | unchanged |
+    ///
+    /// An absent page that is present was discarded and has not gone yet, or was brought back and not yet marked. Which
+    /// of the two shows in a moment: it is not taken before, because in the first case it must not come back.
     ///
     /// # Errors
     /// [`MapError::Damaged`] for a word that no transition writes.
@@ -151,6 +155,7 @@ impl<W: Words> Machine<W> {
             let found = match state {
                 PageState::Poisoned => state,
                 PageState::Pinned(_) | PageState::NeverPage if is_present(page) => state,
+                PageState::Absent if is_present(page) => PageState::Pinned(PinCause::Kernel),
                 _ if is_present(page) => PageState::Resident,
                 PageState::Resident | PageState::Pinned(_) | PageState::NeverPage => {
                     machine.anomalies.missing += 1;

@@ -8,3 +8,11 @@ pub mod procsum;
 pub mod slabs;
 pub mod uffd;
 pub mod zram;
+
+/// An error with its causes, in one sentence for an operator. A cause whose text its effect repeats is told once.
+pub fn explain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
+    texts.dedup();
+    texts.join(": ")
+}

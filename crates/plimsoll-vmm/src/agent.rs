@@ -307,7 +307,7 @@ mod tests {
             let managed = match Managed::open(Mode::UserOnly, 2) {
                 Ok(managed) => managed,
                 Err(error) => {
-                    println!("SKIPPED: {}", crate::machine::sentence(&error));
+                    println!("SKIPPED: {}", plimsoll_linux::explain(&error));
                     return None;
                 }
             };

@@ -6,6 +6,7 @@
 use crate::memory::{DiscardError, Memory, MemoryError};
 use crate::report::{self, Summary, VcpuReports};
 use plimsoll_guest::abi;
+use plimsoll_linux::explain;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_types::{ByteCount, Gpa, Hva, PAGE_SIZE};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -253,7 +254,7 @@ impl Machine {
     /// The first vCPU that died, and why.
     pub(crate) fn death(&self) -> Option<(u32, String)> {
         self.vcpus.iter().zip(0..).find_map(|(vcpu, index)| match &locked(vcpu).end {
-            Some(End::Died(death)) => Some((index, sentence(death))),
+            Some(End::Died(death)) => Some((index, explain(death))),
             _ => None,
         })
     }
@@ -263,16 +264,4 @@ impl Machine {
         let reports: Vec<_> = self.vcpus.iter().map(|vcpu| locked(vcpu).reports.clone()).collect();
         report::summarise(&reports, self.tsc_hz)
     }
-}
-
-/// An error and its causes in one line.
-pub(crate) fn sentence(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }

@@ -4,6 +4,7 @@
 //! shows a measurement shows that line first. Paging in software makes every fault several times as dear as paging in
 //! hardware, so a number without it means nothing.
 use crate::kvm::{self, KvmError};
+use plimsoll_linux::explain;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::fs;
@@ -64,7 +65,7 @@ pub fn probe() -> Accel {
 }
 
 pub(crate) fn not_kvm(error: &KvmError) -> Accel {
-    Accel::InProcess { because: crate::machine::sentence(error) }
+    Accel::InProcess { because: explain(error) }
 }
 
 pub(crate) fn describe_kvm(modules: &Path) -> Accel {

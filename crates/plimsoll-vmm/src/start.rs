@@ -5,7 +5,7 @@
 use crate::config::{AccelChoice, Management, VmmConfig};
 use crate::control::{Control, Event};
 use crate::kvm::{self, KvmError};
-use crate::machine::{End, Machine, sentence};
+use crate::machine::{End, Machine};
 use crate::memory::{Managed, Memory, MemoryError};
 use crate::probe::{self, Accel};
 use crate::supervise::{ExitReport, ManagerEnd, Stop, Supervisor};
@@ -13,6 +13,7 @@ use crate::wire::{self, Hello, Welcome};
 use crate::{VmmError, agent, boot, inprocess, sandbox, signals};
 use plimsoll_core::layout::GuestLayout;
 use plimsoll_guest::abi;
+use plimsoll_linux::explain;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::fdpass;
@@ -132,13 +133,13 @@ fn open(config: &VmmConfig, layout: &GuestLayout) -> Result<(Engine, Option<Mana
         AccelChoice::InProcess => "it was asked for".to_owned(),
         choice => match open_kvm(config, layout) {
             Err(error) if choice == AccelChoice::Kvm => return Err(error.into()),
-            Err(error) => sentence(&error),
+            Err(error) => explain(&error),
             // KVM reaches guest memory from the kernel, so user-mode faults alone would not do.
             Ok(parts) => match managed(Mode::KernelAndUser) {
                 Err(MemoryError::Open(error @ OpenError::NotPermitted { .. }))
                     if choice == AccelChoice::Auto =>
                 {
-                    sentence(&error)
+                    explain(&error)
                 }
                 opened => {
                     let accel = probe::describe_kvm(Path::new("/sys/module"));

@@ -34,11 +34,3 @@ fn main() -> ExitCode {
         Verb::Vmm(args) => vmm::main(&args),
     }
 }
-
-/// An error with its causes, as one sentence.
-fn explain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    let mut texts: Vec<String> = causes.map(ToString::to_string).collect();
-    texts.dedup();
-    texts.join(": ")
-}

@@ -3,7 +3,7 @@
 //! Enters: the numbers of two inherited sockets and a configuration (JSON) on standard input. Leaves: the machine's
 //! end as exit status; everything else goes over the control socket. The process has one thread when the machine
 //! starts, as its sandbox needs.
-use crate::explain;
+use plimsoll_linux::explain;
 use plimsoll_sys::process::adopt_inherited;
 use plimsoll_vmm::VmmConfig;
 use std::io::Read;

@@ -7,7 +7,7 @@ use plimsoll_core::ledger::{Budget, Ledger};
 use plimsoll_store::{SlabMemory, Store};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageIndex};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
 /// Something the operator must be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,6 +114,8 @@ pub struct Orders {
     pub reclaim: AtomicU32,
     /// Pages to give up because an operator said so, counted down in the same way.
     pub squeeze: AtomicU32,
+    /// Pages that have left RAM for good, ever: the pager's answer to whether it gives anything when asked.
+    pub given: AtomicU64,
     /// A sampling period has ended.
     pub sample: AtomicBool,
     /// Pinned pages may be tried again.

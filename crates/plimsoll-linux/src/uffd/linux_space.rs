@@ -10,6 +10,7 @@
 //! frees it.
 use super::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
 use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket, Welcome, WireError};
+use parking_lot::Mutex;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::pidfd::{Pidfd, Signal};
@@ -75,6 +76,8 @@ pub struct Custody {
     /// Kept because the last copy of a userfaultfd must not close while pages are absent.
     airlock: Userfaultfd,
     socket: OwnedFd,
+    /// Discards that were read and are not in the page words yet.
+    unapplied: Mutex<Vec<SpaceEvent>>,
 }
 
 impl Custody {
@@ -89,11 +92,11 @@ impl Custody {
         let parts = Self::parts(&socket);
         if let Err(error) = &parts {
             // Best effort: a VMM that does not listen learns it from the socket's end.
-            let reason = super::manager::explain(error);
+            let reason = crate::explain(error);
             let _ = fdpass::send(&socket, &Welcome::Refused { reason }.encode(), &[]);
         }
         let (hello, ram, airlock) = parts?;
-        Ok(Self { hello, process, ram, airlock, socket })
+        Ok(Self { hello, process, ram, airlock, socket, unapplied: Mutex::default() })
     }
 
     fn parts(socket: &OwnedFd) -> Result<(Hello, Userfaultfd, Userfaultfd), HandoverError> {
@@ -132,9 +135,18 @@ impl Custody {
     /// Frees whoever waits in the kernel for an airlock page that is not there: such pages fail to be read from now on.
     /// For a machine whose VMM has ended or is being ended.
     pub fn release_readers(&self) {
-        if let Some(airlock) = HvaRange::new(self.hello.airlock_base, self.hello.airlock_bytes()) {
-            // That the process is gone altogether is as good.
-            let _ = self.airlock.poison(airlock);
+        let mut rest = HvaRange::new(self.hello.airlock_base, self.hello.airlock_bytes());
+        while let Some(range) = rest.filter(|range| !range.is_empty()) {
+            let outcome = self.airlock.poison(range);
+            let done = match outcome.stop {
+                None => return,
+                Some(_) if outcome.done.0 > 0 => outcome.done,
+                // The page is there: nobody waits for it.
+                Some(Stop::Exists) => ByteCount(PAGE_SIZE as u64),
+                // That the process is gone altogether is as good.
+                Some(_) => return,
+            };
+            rest = range.skip(done);
         }
     }
 
@@ -232,6 +244,8 @@ pub struct LinuxSpace {
     datagram: Vec<u8>,
     /// Opened when first needed, and the process's for good: the file stays with the memory it was opened on.
     pagemap: Option<Pagemap>,
+    /// Whether what an earlier manager left unapplied has been read again.
+    has_replayed: bool,
 }
 
 impl LinuxSpace {
@@ -245,6 +259,7 @@ impl LinuxSpace {
             events,
             datagram: Vec::with_capacity(DATAGRAM_MAX),
             pagemap: None,
+            has_replayed: false,
         }
     }
 
@@ -352,6 +367,9 @@ fn installed(
 
 impl Space for LinuxSpace {
     fn read_events(&mut self, found: &mut Vec<SpaceEvent>) -> Result<(), SpaceError> {
+        if !std::mem::replace(&mut self.has_replayed, true) {
+            found.extend(self.custody.unapplied.lock().iter());
+        }
         for _ in 0..READS_MAX {
             let read = self.custody.ram.read_events(&mut self.events);
             let events = read.map_err(|source| SpaceError::Io { what: "reading events", source })?;
@@ -370,10 +388,13 @@ impl Space for LinuxSpace {
                     }
                     Event::Remove { start, end } => {
                         let pages = self.custody.pages_in(start, end);
-                        found.extend(pages.map(|pages| SpaceEvent::Discard {
+                        let discards = pages.map(|pages| SpaceEvent::Discard {
                             first: PageIndex(pages.start),
                             pages: pages.end - pages.start,
-                        }));
+                        });
+                        let discards: Vec<SpaceEvent> = discards.collect();
+                        self.custody.unapplied.lock().extend(&discards);
+                        found.extend(discards);
                     }
                     event => return Err(SpaceError::MapChanged { what: format!("{event:?}") }),
                 }
@@ -383,6 +404,10 @@ impl Space for LinuxSpace {
             }
         }
         Ok(())
+    }
+
+    fn applied(&mut self) {
+        self.custody.unapplied.lock().clear();
     }
 
     fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {
@@ -446,8 +471,12 @@ impl Space for LinuxSpace {
         let count = u32::try_from(bytes.len() / PAGE_SIZE).unwrap_or(u32::MAX);
         let run = HvaRange::new(at, ByteCount(bytes.len() as u64))
             .ok_or(SpaceError::EmptySlot { first: first.0 })?;
-        if !self.is_filled(run)? {
-            return Err(self.empty_slot(first));
+        match self.is_filled(run) {
+            Ok(true) => {}
+            Ok(false) => return Err(self.empty_slot(first)),
+            // The page map of a process that has ended cannot be looked at.
+            Err(_) if self.custody.has_ended(END_PATIENCE) => return Err(SpaceError::Gone),
+            Err(error) => return Err(error),
         }
         match process_memory::read(self.custody.process(), at, bytes).stop {
             // A process id can be another's by now; while the VMM lives it is not.

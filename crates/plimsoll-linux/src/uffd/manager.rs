@@ -11,7 +11,7 @@
 //!   the governor's kick, or for the end of the VMM.
 //! * The **governor** reads the kernel's counter, tells the ledger, and writes to each machine's [`Orders`] how much to
 //!   give up. Orders are numbers that a late reader reads a little later; nothing depends on their being seen at once,
-//!   because the hard line is kept by the ledger at each install.
+//!   because pages are charged before they are installed.
 use super::host::{Domain, Host, Incident, Orders};
 use super::linux_space::{Custody, HandoverError, LinuxSpace};
 use super::pager::{Pager, PagerError, Turn};
@@ -20,10 +20,11 @@ use super::recovery::take_over;
 use super::space::SpaceError;
 use super::stats::MachineStats;
 use super::wire::Welcome;
+use crate::explain;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_core::airlock::Shape;
-use plimsoll_core::ledger::{Budget, Kind, Ledger, LedgerError, Terms};
+use plimsoll_core::ledger::{Budget, Kind, LedgerError, Terms};
 use plimsoll_core::machine::Machine;
 use plimsoll_core::map::{MapError, Words};
 use plimsoll_core::word::{PageState, PageWord};
@@ -211,6 +212,7 @@ struct Controls {
     sabotage: Arc<AtomicBool>,
     /// The VMM has ended and everything of the machine has been freed.
     is_buried: Arc<AtomicBool>,
+    custody: Arc<Custody>,
 }
 
 struct Running {
@@ -281,6 +283,11 @@ impl Manager {
                 Err(PagerError::Space(SpaceError::Gone)) => {}
                 Err(error) => {
                     manager.lost(kept.id, &error);
+                    // What it was promised stays taken. Were there no room for that, there would be none for it.
+                    let size = kept.custody.hello.layout.pages().bytes();
+                    let Membership { group, reservation, .. } = kept.membership;
+                    let terms = Terms { size, reservation };
+                    let _ = manager.host.ledger(|ledger| ledger.admit(kept.id, group, terms));
                     manager.unmanaged.push(kept);
                 }
             }
@@ -294,15 +301,24 @@ impl Manager {
             manager.host.ledger(|ledger| ledger.add_group(group));
             manager.domains.insert(id.0, Arc::new(Domain::new(id, group, store)));
         }
-        // All are in the ledger before the first asks for memory.
-        for (kept, machine, _) in &recovered {
-            manager.enter(kept.id, kept.membership, machine)?;
+        // All are in the ledger before the first asks for memory. From the first take-over on nothing may be given up on: a
+        // machine that cannot go on is kept for the next manager.
+        let mut entered = Vec::new();
+        for (kept, machine, space) in recovered {
+            match manager.enter(kept.id, kept.membership, &machine) {
+                Ok(()) => entered.push((kept, machine, space)),
+                Err(error) => {
+                    manager.lost(kept.id, &error);
+                    manager.unmanaged.push(kept);
+                }
+            }
         }
         for domain in manager.domains.values() {
             let held = domain.held();
-            manager.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, held))?;
+            // The group was added with the domain.
+            let _ = manager.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, held));
         }
-        for (kept, machine, space) in recovered {
+        for (kept, machine, space) in entered {
             if let Err((kept, error)) = manager.launch(kept, machine, space, Origin::TakenOver) {
                 manager.lost(kept.id, &error);
                 manager.unmanaged.push(*kept);
@@ -421,6 +437,7 @@ impl Manager {
             stats: Arc::new(Mutex::new(kept.stats.clone())),
             sabotage: Arc::default(),
             is_buried: Arc::default(),
+            custody: Arc::clone(&kept.custody),
         };
         let host = Arc::clone(&self.host);
         let mut pager = Pager::new(id, host, domain, Arc::clone(&controls.orders), machine, space);
@@ -476,7 +493,9 @@ impl Manager {
 
     /// True once the machine's VMM has ended and everything of it has been freed.
     pub fn is_gone(&self, id: MachineId) -> bool {
-        self.machines.get(&id).is_none_or(|running| running.controls.is_buried.load(Ordering::Acquire))
+        let is_waiting = |kept: &MachineVault| kept.id == id && !kept.custody.has_ended(Duration::ZERO);
+        !self.unmanaged.iter().any(is_waiting)
+            && self.machines.get(&id).is_none_or(|running| running.controls.is_buried.load(Ordering::Acquire))
     }
 
     /// Forgets a machine that [`is_gone`](Self::is_gone).
@@ -555,18 +574,6 @@ impl Manager {
             domains,
         }
     }
-}
-
-/// An error with its causes, on one line.
-pub(super) fn explain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Runs a pager until its machine ends or its manager does.
@@ -653,7 +660,7 @@ fn govern(
 ) {
     let (mut sampled, mut unpinned) = (Instant::now(), Instant::now());
     let mut overheads = VecDeque::new();
-    let mut givers = BTreeMap::new();
+    let mut givers: BTreeMap<MachineId, Giver> = BTreeMap::new();
     while !stop.load(Ordering::Relaxed) {
         // Charges precede use and follow release, so the smaller sum is the one that hides no overhead. What is charged
         // in between, and the batches in which the kernel counts, make single looks err: the largest of some counts.
@@ -673,12 +680,20 @@ fn govern(
             let pages = asked.iter().find(|(machine, _)| machine == id).map_or(0, |(_, pages)| pages.0);
             let want = u32::try_from(pages).unwrap_or(u32::MAX);
             let before = controls.orders.reclaim.swap(want, Ordering::Relaxed);
-            host.ledger(|ledger| watch(ledger, givers.entry(*id).or_default(), *id, want));
+            let given = controls.orders.given.load(Ordering::Relaxed);
+            if let Ok(ram) = host.ledger(|ledger| ledger.ram(*id)) {
+                let floor = givers.entry(*id).or_default().watch(want, ram, given, Instant::now());
+                let _ = host.ledger(|ledger| ledger.set_floor(*id, floor));
+            }
             if sample {
                 controls.orders.sample.store(true, Ordering::Relaxed);
             }
             if unpin {
                 controls.orders.unpin.store(true, Ordering::Relaxed);
+                if !controls.is_buried.load(Ordering::Acquire) && controls.custody.has_ended(Duration::ZERO) {
+                    // Its pager may wait in the kernel for memory that nobody will bring.
+                    controls.custody.release_readers();
+                }
             }
             if sample || (want > 0 && before == 0) {
                 let _ = controls.kick.signal();
@@ -691,38 +706,76 @@ fn govern(
             unpinned = Instant::now();
             givers.retain(|id, _| machines.iter().any(|(known, _)| known == id));
         }
+        // What a machine holds is freed when it is forgotten, not when the governor looks again.
+        drop(machines);
         std::thread::sleep(GOVERNOR_PERIOD);
     }
 }
 
-/// Whether a machine that is asked for pages gives any.
+/// Notices a machine that gives nothing when asked (pinned pages, an agent that does not answer, a full store) and has
+/// others asked in its place for a while, so that it cannot keep the whole host at its hard line. A machine that gives
+/// and takes as much again is none of these.
 #[derive(Clone, Copy, Debug, Default)]
 struct Giver {
-    /// When it last gave, or was not asked, and what it had then.
-    gave: Option<(Instant, ByteCount)>,
-    /// Until when others are asked in its place.
-    excused_until: Option<Instant>,
+    /// When it last gave, or was not asked; what it had then, and had given.
+    gave: Option<(Instant, ByteCount, u64)>,
+    /// What it is taken not to go below, and until when.
+    excused: Option<(Instant, ByteCount)>,
 }
 
-/// Notices a machine that gives nothing (pinned pages, an agent that does not answer, a full store) and has others
-/// asked in its place for a while, so that it cannot keep the whole host at its hard line.
-fn watch(ledger: &mut Ledger, giver: &mut Giver, id: MachineId, want: u32) {
-    let Ok(ram) = ledger.ram(id) else { return };
-    let now = Instant::now();
-    if giver.excused_until.is_some_and(|until| now < until) {
-        return;
-    }
-    if giver.excused_until.take().is_some() {
-        let _ = ledger.set_floor(id, ByteCount(0));
-        giver.gave = None;
-    }
-    match giver.gave {
-        Some((since, had)) if want > 0 && ram >= had => {
-            if since.elapsed() >= GIVE_PATIENCE {
-                let _ = ledger.set_floor(id, ram);
-                giver.excused_until = Some(now + UNPIN_PERIOD);
-            }
+impl Giver {
+    /// The machine is asked for `want` pages, has `ram` and has given `given` pages in its life. Returns the floor to
+    /// reckon with.
+    fn watch(&mut self, want: u32, ram: ByteCount, given: u64, now: Instant) -> ByteCount {
+        match self.excused {
+            Some((until, floor)) if now < until => return floor,
+            Some(_) => *self = Self::default(),
+            None => {}
         }
-        _ => giver.gave = Some((now, ram)),
+        match self.gave {
+            Some((since, had, before)) if want > 0 && ram >= had && given == before => {
+                if now.duration_since(since) >= GIVE_PATIENCE {
+                    self.excused = Some((now + UNPIN_PERIOD, ram));
+                    return ram;
+                }
+            }
+            _ => self.gave = Some((now, ram, given)),
+        }
+        ByteCount(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RAM: ByteCount = ByteCount::mib(64);
+
+    #[test]
+    fn a_machine_that_gives_and_takes_as_much_again_goes_on_being_asked() {
+        let (mut giver, start) = (Giver::default(), Instant::now());
+        for look in 0..5000u32 {
+            let now = start + GOVERNOR_PERIOD * look;
+            assert_eq!(giver.watch(100, RAM, u64::from(look / 50), now), ByteCount(0), "look {look}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_gives_nothing_is_excused_for_a_while_and_then_asked_again() {
+        let (mut giver, start) = (Giver::default(), Instant::now());
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(giver.watch(100, RAM, 7, at(0)), ByteCount(0));
+        assert_eq!(giver.watch(100, RAM, 7, at(199)), ByteCount(0));
+        assert_eq!(giver.watch(100, RAM, 7, at(200)), RAM);
+        assert_eq!(giver.watch(100, ByteCount::mib(70), 7, at(900)), RAM);
+        assert_eq!(giver.watch(100, RAM, 7, at(1200)), ByteCount(0));
+    }
+
+    #[test]
+    fn a_machine_that_is_not_asked_is_not_excused() {
+        let (mut giver, start) = (Giver::default(), Instant::now());
+        for look in 0..5000u32 {
+            assert_eq!(giver.watch(0, RAM, 7, start + GOVERNOR_PERIOD * look), ByteCount(0));
+        }
     }
 }

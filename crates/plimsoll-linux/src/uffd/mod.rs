@@ -84,6 +84,9 @@
 //! * All of guest RAM is registered from the start, so guest memory is not backed by huge pages unless it was prefaulted.
 //! * The vault lives in the manager's process: a new manager takes over within it. When the process dies, its machines stall
 //!   until they are ended.
+//! * Pages that come back from limbo are not charged beforehand: up to about half a MiB a machine can be out before the
+//!   next batch is given back.
+//! * A machine that could not be taken over, or whose pager panicked, keeps everything it holds until the next take-over.
 //! * Machines are admitted one after the other: a VMM that hands nothing over keeps later ones waiting.
 //! * Memory that a VMM withholds (it reports an airlock page as given back and keeps it) is not seen as its own: it counts as
 //!   overhead of the host.

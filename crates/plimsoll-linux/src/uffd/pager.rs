@@ -236,6 +236,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 SpaceEvent::Discard { first, pages } => self.discarded(first, pages)?,
             }
         }
+        self.space.applied();
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 /// A point between two actions of the pager. Killing it there leaves what a crash there leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Step {
-    /// Events were read; none has been applied.
+    /// Events were read; none has been applied. The discards among them are kept with what outlives the manager.
     EventsRead,
     /// A discard was applied to the words; its objects are not released.
     DiscardApplied,

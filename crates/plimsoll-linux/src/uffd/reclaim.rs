@@ -69,19 +69,22 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn capture(&mut self) -> Result<bool, PagerError> {
         let floor = (self.machine.layout().pages().0 / FLOOR_SHARE).min(FLOOR_MAX);
         let above = self.machine.census().of(StateKind::Resident).0.saturating_sub(floor);
-        let want =
-            BLOCK_PAGES.min(self.machine.airlock().room()).min(u32::try_from(above).unwrap_or(u32::MAX));
+        let above = u32::try_from(above).unwrap_or(u32::MAX);
+        let room = self.machine.airlock().room();
+        let want = BLOCK_PAGES.min(room).min(above);
         if want == 0 {
             return Ok(false);
         }
         let mut runs = Vec::new();
         if self.machine.choose(want, &mut runs)? == 0 {
             // Every page has paid a credit. Guests get their turn before the next round.
-            self.barren_rounds += 1;
+            self.barren_rounds = self.barren_rounds.saturating_add(1);
             return Ok(self.barren_rounds < BARREN_ROUNDS_MAX);
         }
         self.barren_rounds = 0;
-        Ok(self.capture_runs(&within(want, runs))? > 0)
+        // A whole block is cut only where the floor or the airlock leaves no room for it.
+        let most = if room < BLOCK_PAGES { above.min(room) } else { above };
+        Ok(self.capture_runs(&within(most, runs))? > 0)
     }
 
     /// Takes the runs, as many as limbo has room for, and returns how many pages were captured.
@@ -152,8 +155,16 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             }
             Stop::Busy => Some(PinCause::Kernel),
             Stop::Pinned => Some(PinCause::Device),
-            // Not the page's fault: the move may succeed another time.
-            Stop::Again | Stop::Failed { errno: NO_MEMORY } => None,
+            Stop::Again => None,
+            // Not the page's fault, and the next page would fare no better: the whole run stays.
+            Stop::Failed { errno: NO_MEMORY } => {
+                for offset in outcome.done..item.pages {
+                    let (page, at) = (PageIndex(item.page().0 + offset), SlotPage(item.slot().0 + offset));
+                    self.machine.refused(page, at, None)?;
+                }
+                self.stats.refused += u64::from(item.pages - outcome.done);
+                return Ok(item.pages - outcome.done);
+            }
             Stop::StaleEpoch => return Err(PagerError::Superseded),
             Stop::Exists | Stop::Invalid | Stop::Failed { .. } => {
                 let cause = format!("{stop:?}");
@@ -187,6 +198,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         } else if !std::mem::replace(&mut self.store_was_full, true) {
             self.host.report(Incident::StoreFull { machine: self.id });
         }
+        self.orders.given.fetch_add(stored as u64, Ordering::Relaxed);
         Ok(stored > 0)
     }
 

@@ -16,8 +16,10 @@
 //!    are applied: they are newer than anything seen.
 //! 5. **Wake** ([`Pager::resume`](super::pager::Pager::resume)), when the store has been recovered, too.
 //!
-//! One thing is lost by design: a discard whose event the earlier manager had read, and whose pages had not gone yet. Such a
-//! page can come back with the guest's own old bytes instead of zeros; never with anybody else's.
+//! Discards that the earlier manager had read and not applied are kept with what outlives it, and read again here. A page
+//! whose discard had been applied, but that has not gone yet, is not taken for a while. So a discard is lost only if it
+//! takes longer than that while to come into effect, or with the manager's process: then a page can come back with the
+//! guest's own old bytes instead of zeros; never with anybody else's.
 use super::pager::PagerError;
 use super::space::{Space, SpaceEvent};
 use plimsoll_core::airlock::Shape;
@@ -61,5 +63,6 @@ pub fn take_over<S: Space, W: Words>(
             machine.discarded(first.0..first.0.saturating_add(pages), |_| {})?;
         }
     }
+    space.applied();
     Ok(machine)
 }

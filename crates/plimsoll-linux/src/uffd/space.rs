@@ -16,8 +16,8 @@ pub enum Access {
     Write,
 }
 
-/// Something that happened in guest RAM. One reading gives the faults first and then the discards, each kind in the order
-/// in which it happened: that is how the kernel hands them out.
+/// Something that happened in guest RAM. Of what waits, the kernel hands out a fault before a discard, whatever happened
+/// first; a fault may still follow a discard in one reading, and is then newer than it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpaceEvent {
     /// A vCPU touched a page that is not there, and waits.
@@ -150,6 +150,10 @@ pub trait Space {
     /// # Errors
     /// [`SpaceError`] when the machine is gone or cannot be followed.
     fn read_events(&mut self, events: &mut Vec<SpaceEvent>) -> Result<(), SpaceError>;
+
+    /// All discards read so far have been applied to the page words. Until this is said, a space that outlives its
+    /// manager keeps them for the next one: whoever made them has gone on.
+    fn applied(&mut self) {}
 
     /// Puts pages into guest RAM, where nothing must be yet.
     ///

@@ -2,8 +2,8 @@
 //!
 //! Enters: configurations. Leaves: running children whose events are collected on a thread each. A fleet that is
 //! dropped ends its children and waits for them, so that nothing outlives the demo whatever way it ends.
-use crate::explain;
 use parking_lot::Mutex;
+use plimsoll_linux::explain;
 use plimsoll_sys::fdpass::seqpacket_pair;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process::make_inheritable;
@@ -19,6 +19,9 @@ use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+/// How much memory is put in place between two lines about it.
+const PROGRESS_BYTES: u64 = 64 << 20;
+
 /// What a machine has said about itself.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct GuestState {
@@ -26,7 +29,6 @@ pub(crate) struct GuestState {
     pub(crate) summary: Summary,
     /// Distinct pages touched in each complete window, oldest first.
     pub(crate) windows: Vec<u64>,
-    pub(crate) prefaulted: Option<(ByteCount, ByteCount)>,
     pub(crate) died: Option<String>,
     pub(crate) done: bool,
     /// The control socket has closed: the process is ending.
@@ -69,10 +71,11 @@ impl Guest {
             let _ = stdin.write_all(&text);
         }
         let state = Arc::new(Mutex::new(GuestState::default()));
+        let name = config.name.clone();
         let (events, kept) = (control.try_clone().map_err(|error| failed(&error))?, Arc::clone(&state));
         let reader = std::thread::Builder::new()
             .name(format!("events-{}", config.name))
-            .spawn(move || collect(events, &kept))
+            .spawn(move || collect(&name, events, &kept))
             .map_err(|error| failed(&error))?;
         let guest = Self {
             name: config.name.clone(),
@@ -151,14 +154,18 @@ impl Drop for Guest {
     }
 }
 
-fn collect(events: UnixStream, state: &Mutex<GuestState>) {
+fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>) {
     for line in BufReader::new(events).lines() {
         let Ok(line) = line else { break };
         let Ok(event) = serde_json::from_str::<Event>(&line) else { continue };
         let mut state = state.lock();
         match event {
             Event::Prefault { done_bytes, total_bytes } => {
-                state.prefaulted = Some((ByteCount(done_bytes), ByteCount(total_bytes)));
+                // A machine whose memory is being put in place has not been handed over: there is no view of it yet.
+                let (done, total) = (ByteCount(done_bytes), ByteCount(total_bytes));
+                if done_bytes.is_multiple_of(PROGRESS_BYTES) || done == total {
+                    eprintln!("{name}: {done} of {total} in place");
+                }
             }
             Event::Started { accel, .. } => state.accel = Some(accel.to_string()),
             Event::Report(summary) => state.take(summary),

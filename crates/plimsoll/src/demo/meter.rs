@@ -2,9 +2,9 @@
 //!
 //! A memory cgroup over the VMMs and this process where one can be made; else a sum over /proc, which misses page
 //! tables and other memory the kernel keeps for us, and says so.
-use crate::explain;
 use parking_lot::Mutex;
 use plimsoll_linux::cgroup::{MemoryCgroup, sweep_stale};
+use plimsoll_linux::explain;
 use plimsoll_linux::procsum::ProcessSum;
 use plimsoll_linux::uffd::manager::Meter;
 use plimsoll_sys::ProcessId;

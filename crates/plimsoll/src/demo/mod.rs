@@ -11,8 +11,8 @@ pub(crate) mod plan;
 mod report;
 mod view;
 
-use crate::explain;
 use plan::{HostLimits, Plan};
+use plimsoll_linux::explain;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::config::AccelChoice;
 use report::Report;

@@ -139,7 +139,7 @@ pub(crate) fn plan(args: &DemoArgs, accel: AccelChoice, limits: HostLimits) -> R
     let (size, mut fitted) = fit(args, limits)?;
     let guests: Vec<VmmConfig> = (0..args.guests).map(|nth| guest(args, nth, size, mix, accel)).collect();
     for guest in &guests {
-        guest.check().map_err(|error| crate::explain(&error))?;
+        guest.check().map_err(|error| plimsoll_linux::explain(&error))?;
     }
     let need = need(&guests, mix);
     let budget = args.budget.unwrap_or_else(|| overcommitted(args.guests, size));
@@ -148,12 +148,23 @@ pub(crate) fn plan(args: &DemoArgs, accel: AccelChoice, limits: HostLimits) -> R
             "--budget {budget} is below what these guests need at least: {need}; raise --budget, or use fewer, smaller or more compressible guests"
         ));
     }
-    // Without --budget it is ours to choose: few or small guests cannot be overcommitted as far.
-    let chosen = budget.max(need.total());
-    if chosen > budget {
-        fitted.push(format!(
-            "the budget is {chosen} instead of {budget}, because these guests need at least {need}"
+    // All memory is in place before its machine is handed over, and nobody can take any of it before that.
+    let at_once =
+        if args.prefault { ByteCount(size.0 * u64::from(args.guests)) + need.overhead } else { ByteCount(0) };
+    if args.budget.is_some() && budget < at_once {
+        return Err(format!(
+            "--prefault puts all memory of the guests in place at once: that takes a --budget of {at_once}, not {budget}; or leave --prefault out"
         ));
+    }
+    // Without --budget it is ours to choose: few or small guests cannot be overcommitted as far.
+    let chosen = budget.max(need.total()).max(at_once);
+    if chosen > budget {
+        let why = if chosen == at_once {
+            "--prefault puts all memory in place at once".to_owned()
+        } else {
+            format!("these guests need at least {need}")
+        };
+        fitted.push(format!("the budget is {chosen} instead of {budget}, because {why}"));
     }
     Ok(Plan { guests, budget: chosen, mix, seed: args.seed, seconds: args.seconds, fitted })
 }
@@ -263,5 +274,55 @@ pub(crate) fn need(guests: &[VmmConfig], mix: Mix) -> Need {
         stored: ByteCount(footprint / 100_000 * permille + pool),
         resident: ByteCount(RESIDENT_MIN.0 * count),
         overhead: ByteCount(MANAGER_OVERHEAD.0 + VMM_OVERHEAD.0 * count + tables),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        demo: DemoArgs,
+    }
+
+    fn planned(options: &str, available_mib: u64) -> Result<Plan, String> {
+        let line = Line::parse_from(std::iter::once("demo").chain(options.split_ascii_whitespace()));
+        let limits = HostLimits { available: ByteCount::mib(available_mib), descriptors: 1024 };
+        plan(&line.demo, AccelChoice::Auto, limits)
+    }
+
+    #[test]
+    fn by_default_eight_guests_own_two_and_a_half_times_the_budget() {
+        let plan = planned("", 8192).unwrap();
+        assert_eq!((plan.guests.len(), plan.asked()), (8, ByteCount::mib(2048)));
+        assert!(plan.asked().0 * 10 / plan.budget.0 >= 25, "{}", plan.budget);
+        assert!(plan.fitted.is_empty());
+    }
+
+    #[test]
+    fn a_small_host_gets_smaller_guests_and_is_told() {
+        let plan = planned("", 600).unwrap();
+        assert!(plan.budget <= ByteCount::mib(450));
+        assert_eq!(plan.guests[0].ram_bytes, 128 << 20);
+        assert!(plan.fitted[0].contains("128M instead of 256M"), "{:?}", plan.fitted);
+        assert!(planned("--budget 800M", 600).unwrap_err().contains("does not fit this host"));
+    }
+
+    #[test]
+    fn memory_that_is_all_in_place_at_once_needs_a_budget_for_all_of_it() {
+        let error = planned("--prefault --budget 900M", 8192).unwrap_err();
+        assert!(error.contains("--prefault") && error.contains("a --budget of 2"), "{error}");
+        let plan = planned("--prefault", 8192).unwrap();
+        assert!(plan.budget > plan.asked());
+        assert!(plan.fitted[0].contains("--prefault"), "{:?}", plan.fitted);
+    }
+
+    #[test]
+    fn contents_that_cannot_shrink_are_refused_with_the_arithmetic() {
+        let error = planned("--budget 818M --mix random=100", 8192).unwrap_err();
+        assert!(error.contains("contents when stored") && error.contains("--budget 818M"), "{error}");
     }
 }

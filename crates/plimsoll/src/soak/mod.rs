@@ -12,9 +12,9 @@ mod schedule;
 mod session;
 
 use crate::demo::{Accel, Interrupt, limits, plan};
-use crate::explain;
 use plimsoll_guest::abi;
 use plimsoll_guest::random::hash3;
+use plimsoll_linux::explain;
 use plimsoll_types::{BLOCK_SIZE, ByteCount};
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::config::AccelChoice;
