@@ -21,7 +21,7 @@
 //! So an insertion that dies half way leaves an object that no word names, and recovery frees it.
 //!
 //! # Two phases, so that nobody compresses under a lock
-//! 1. [`digest`] the page, without the store.
+//! 1. [`digest()`] the page, without the store.
 //! 2. [`Store::share`], with the store: done if the page is here already.
 //! 3. [`Encoder::encode`], without the store.
 //! 4. [`Store::insert`], with the store; it looks for a duplicate once more.

@@ -2,7 +2,7 @@
 //!
 //! Enters: events of the machine's memory, the governor's orders. Leaves: installed pages, stored objects, counts.
 //! The protocol, and what can go wrong with it, is written at the top of [`super`]. This file is its serving half;
-//! [`super::reclaim`] is the taking half.
+//! `reclaim.rs` is the taking half.
 //!
 //! A turn never waits for the guest: it reads what has happened, serves the faults it can, takes at most a block of
 //! pages or stores a few, and returns. Faults therefore wait at most one such step.
