@@ -1,8 +1,9 @@
 //! A page as it is stored: lz4, or raw where lz4 does not take it below three quarters.
 //!
 //! A page enters and bytes leave, and back. Nothing is allocated per page, and no bytes, however bad, do more
-//! than fail to decode.
-use crate::{class::COMPRESSED_MAX, digest::Digest};
+//! than fail to decode. What a dense codec makes of pages that grew cold is `dense`'s business; here its bytes are
+//! one more kind.
+use crate::{class::COMPRESSED_MAX, dense::DenseCodec, digest::Digest, similar::Sketch};
 use alloc::boxed::Box;
 use core::fmt;
 use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
@@ -11,6 +12,8 @@ use plimsoll_types::{PAGE_SIZE, PageBytes};
 /// How an object's page is kept. Two bits of its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Codec {
+    /// What the caller's [`DenseCodec`] made of it.
+    Dense,
     /// A word in the record, no data.
     Same,
     /// One lz4 block.
@@ -22,18 +25,20 @@ pub(crate) enum Codec {
 impl Codec {
     pub(crate) const fn to_bits(self) -> u64 {
         match self {
+            Self::Dense => 0,
             Self::Same => 1,
             Self::Lz4 => 2,
             Self::Raw => 3,
         }
     }
 
-    pub(crate) const fn from_bits(bits: u64) -> Option<Self> {
-        match bits {
-            1 => Some(Self::Same),
-            2 => Some(Self::Lz4),
-            3 => Some(Self::Raw),
-            _ => None,
+    /// The codec that the two lowest bits mean.
+    pub(crate) const fn from_bits(bits: u64) -> Self {
+        match bits & 3 {
+            0 => Self::Dense,
+            1 => Self::Same,
+            2 => Self::Lz4,
+            _ => Self::Raw,
         }
     }
 }
@@ -51,6 +56,7 @@ pub struct Encoder {
 pub struct Encoded<'a> {
     codec: Codec,
     bytes: &'a [u8],
+    sketch: Sketch,
 }
 
 impl Encoder {
@@ -63,15 +69,16 @@ impl Encoder {
     /// the digest says all there is to say, and nothing is done.
     pub fn encode<'a>(&'a mut self, page: &'a PageBytes, digest: &Digest) -> Encoded<'a> {
         if !matches!(digest, Digest::Hashed(_)) {
-            return Encoded { codec: Codec::Same, bytes: &[] };
+            return Encoded { codec: Codec::Same, bytes: &[], sketch: Sketch::default() };
         }
+        let sketch = Sketch::of(page);
         // The scratch has the size lz4 asks for; were it to fail all the same, raw is always right.
         let length = compress_into_with_table(page, self.scratch.as_mut_slice(), &mut self.table).ok();
         let compressed =
             length.filter(|length| *length <= COMPRESSED_MAX).and_then(|length| self.scratch.get(..length));
         match compressed {
-            Some(bytes) => Encoded { codec: Codec::Lz4, bytes },
-            None => Encoded { codec: Codec::Raw, bytes: page },
+            Some(bytes) => Encoded { codec: Codec::Lz4, bytes, sketch },
+            None => Encoded { codec: Codec::Raw, bytes: page, sketch },
         }
     }
 }
@@ -91,6 +98,10 @@ impl fmt::Debug for Encoder {
 impl<'a> Encoded<'a> {
     pub(crate) const fn codec(&self) -> Codec {
         self.codec
+    }
+
+    pub(crate) const fn sketch(&self) -> Sketch {
+        self.sketch
     }
 
     /// The bytes to be stored; none of a page that is one word repeated.
@@ -115,7 +126,12 @@ impl fmt::Debug for Encoded<'_> {
 pub(crate) struct NotAPage;
 
 /// Decodes stored bytes into `page`, whose contents are arbitrary where this fails.
-pub(crate) fn decode(codec: Codec, bytes: &[u8], page: &mut PageBytes) -> Result<(), NotAPage> {
+pub(crate) fn decode(
+    codec: Codec,
+    bytes: &[u8],
+    page: &mut PageBytes,
+    dense: &mut dyn DenseCodec,
+) -> Result<(), NotAPage> {
     match codec {
         Codec::Same => Err(NotAPage),
         Codec::Raw => {
@@ -126,5 +142,6 @@ pub(crate) fn decode(codec: Codec, bytes: &[u8], page: &mut PageBytes) -> Result
             Ok(PAGE_SIZE) => Ok(()),
             _ => Err(NotAPage),
         },
+        Codec::Dense => dense.decompress(bytes, page).map_err(|_| NotAPage),
     }
 }

@@ -40,6 +40,8 @@ pub enum GetError {
         /// What gave it away.
         damage: Damage,
     },
+    /// The buffer holds no object: the caller's fault.
+    Nothing,
 }
 
 impl fmt::Display for GetError {
@@ -47,6 +49,7 @@ impl fmt::Display for GetError {
         match self {
             Self::Stale { handle } => write!(f, "{handle} names no stored page"),
             Self::Corrupt { handle, damage } => write!(f, "{handle} is corrupt: {damage}; poison the page"),
+            Self::Nothing => f.write_str("nothing was fetched: fetch an object first"),
         }
     }
 }

@@ -61,22 +61,18 @@ impl Index {
     pub(crate) fn run(&self, key: u64, key_of: impl Fn(RecordNumber) -> u64) -> &[RecordNumber] {
         let Some(bucket) = self.buckets.get(address(key, self.buckets.len())) else { return &[] };
         let start = lower_bound(bucket, key, &key_of);
-        let tail = bucket.get(start..).unwrap_or(&[]);
-        let length = tail.iter().take(RUN_MAX).take_while(|number| key_of(**number) == key).count();
-        tail.get(..length).unwrap_or(&[])
+        bucket.get(start..start + run_length(bucket, start, key, &key_of)).unwrap_or(&[])
     }
 
     /// Enters a record under its key, unless it is to be declined.
     pub(crate) fn insert(&mut self, key: u64, number: RecordNumber, key_of: impl Fn(RecordNumber) -> u64) {
-        let declined = self.run(key, &key_of).len() >= RUN_MAX;
         let place = address(key, self.buckets.len());
-        let Some(bucket) =
-            self.buckets.get_mut(place).filter(|bucket| !declined && bucket.len() < BUCKET_MAX)
-        else {
+        let Some(bucket) = self.buckets.get_mut(place) else { return };
+        let position = lower_bound(bucket, key, &key_of);
+        if bucket.len() >= BUCKET_MAX || run_length(bucket, position, key, &key_of) >= RUN_MAX {
             self.declined += 1;
             return;
-        };
-        let position = lower_bound(bucket, key, &key_of);
+        }
         let before = bucket.capacity();
         if bucket.len() == before {
             bucket.reserve_exact(BUCKET_SPARE);
@@ -192,6 +188,17 @@ fn lower_bound(bucket: &[RecordNumber], key: u64, key_of: impl Fn(RecordNumber) 
         steps += 1;
     }
     low
+}
+
+/// How many entries from `start` on have the key, counted up to the limit of a run.
+fn run_length(
+    bucket: &[RecordNumber],
+    start: usize,
+    key: u64,
+    key_of: impl Fn(RecordNumber) -> u64,
+) -> usize {
+    let tail = bucket.get(start..).unwrap_or(&[]);
+    tail.iter().take(RUN_MAX).take_while(|number| key_of(**number) == key).count()
 }
 
 /// `span * part / whole`, rounded down and below `span`, for `part <= whole`.

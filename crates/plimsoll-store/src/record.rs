@@ -21,9 +21,14 @@
 //!         26 bits   10 bits    12 bits    2 bits     14 bits
 //!
 //!  slab, slot, length   where the data is; all 0 in a same-filled page's record
-//!  codec                1 same-filled, 2 lz4, 3 raw
+//!  codec                0 dense, 1 same-filled, 2 lz4, 3 raw
 //!  generation           of the insertion that made the record
 //! ```
+//!
+//! An object whose data moves, to be packed densely or to empty a slab, keeps its record and all of it but the place.
+//! That is one aligned word, written by one store after the data is in its new slot and before the old one is free:
+//! whenever the manager dies, the record names one slot that holds the whole page. Records themselves, which handles
+//! name by number, never move.
 //!
 //! A page word keeps a handle, of 60 bits: it names the record by number, and repeats enough of it to notice
 //! that the record is now another object's:
@@ -49,6 +54,8 @@ use plimsoll_types::PAGE_SIZE;
 /// Bytes in a record.
 pub(crate) const RECORD_SIZE: usize = RECORD_BYTES as usize;
 const RECORD_BYTES: u32 = 24;
+/// Where in a record its place is: a multiple of 8, as records and slabs are, so that one store writes it.
+pub(crate) const PLACE_OFFSET: usize = 16;
 /// Records in a record slab.
 pub(crate) const RECORDS_PER_SLAB: u32 = SLAB_BYTES / RECORD_BYTES;
 /// Bits of a [`Handle`].
@@ -162,7 +169,7 @@ pub(crate) enum Body {
     },
 }
 
-/// A record that is in use. Holding one proves that its codec is known, not that its place exists.
+/// A record that is in use. Holding one does not prove that its place exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) body: Body,
@@ -196,24 +203,28 @@ impl Record {
         }
     }
 
-    pub(crate) fn to_bytes(self) -> [u8; RECORD_SIZE] {
-        let (identity, place) = match self.body {
-            Body::Same(word) => (word, Codec::Same.to_bits() << CODEC_SHIFT),
-            Body::Data { codec, extent, key } => {
+    /// The word that says where the data is and how it is kept.
+    pub(crate) fn place(&self) -> u64 {
+        let place = match self.body {
+            Body::Same(_) => 0,
+            Body::Data { extent, .. } => {
                 let length = extent.length.saturating_sub(1) as u64;
-                let place = u64::from(extent.slab.0)
-                    | u64::from(extent.slot) << SLOT_SHIFT
-                    | length << LENGTH_SHIFT
-                    | codec.to_bits() << CODEC_SHIFT;
-                (key, place)
+                u64::from(extent.slab.0) | u64::from(extent.slot) << SLOT_SHIFT | length << LENGTH_SHIFT
             }
         };
-        let place = place | u64::from(self.generation.0) << GENERATION_SHIFT;
+        place | self.codec().to_bits() << CODEC_SHIFT | u64::from(self.generation.0) << GENERATION_SHIFT
+    }
+
+    pub(crate) fn to_bytes(self) -> [u8; RECORD_SIZE] {
+        let identity = match self.body {
+            Body::Same(word) => word,
+            Body::Data { key, .. } => key,
+        };
         let mut bytes = [0; RECORD_SIZE];
         bytes[..8].copy_from_slice(&identity.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.check.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.count.to_le_bytes());
-        bytes[16..].copy_from_slice(&place.to_le_bytes());
+        bytes[PLACE_OFFSET..].copy_from_slice(&self.place().to_le_bytes());
         bytes
     }
 
@@ -224,13 +235,13 @@ impl Record {
         let place = u64::from_le_bytes(rest.try_into().map_err(|_| NotARecord)?);
         let identity = u64::from_le_bytes(*identity);
         let count = u32::from_le_bytes(*count);
-        let codec = Codec::from_bits(field(place, CODEC_SHIFT, CODEC_BITS)).ok_or(NotARecord)?;
+        let codec = Codec::from_bits(field(place, CODEC_SHIFT, CODEC_BITS));
         if count == 0 {
             return Err(NotARecord);
         }
         let body = match codec {
             Codec::Same => Body::Same(identity),
-            Codec::Lz4 | Codec::Raw => Body::Data {
+            Codec::Dense | Codec::Lz4 | Codec::Raw => Body::Data {
                 codec,
                 extent: Extent {
                     slab: SlabId(narrow(field(place, 0, SlabId::BITS))),
@@ -273,18 +284,28 @@ mod tests {
             generation: Generation(0),
         };
         let same = Record { body: Body::Same(7), ..FULL };
-        for record in [low, FULL, same] {
+        let Body::Data { extent, key, .. } = FULL.body else { panic!("it has data") };
+        let dense = Record { body: Body::Data { codec: Codec::Dense, extent, key }, ..FULL };
+        for record in [low, FULL, same, dense] {
             assert_eq!(Record::from_bytes(&record.to_bytes()), Ok(record));
         }
     }
 
     #[test]
-    fn free_records_and_unknown_codecs_are_no_records() {
+    fn free_records_are_no_records_whatever_else_they_say() {
         assert_eq!(Record::from_bytes(&[0; RECORD_SIZE]), Err(NotARecord));
         assert_eq!(Record::from_bytes(&Record { count: 0, ..FULL }.to_bytes()), Err(NotARecord));
+    }
+
+    #[test]
+    fn the_place_is_an_aligned_word_of_its_own() {
+        assert!(PLACE_OFFSET.is_multiple_of(8) && RECORD_SIZE.is_multiple_of(8));
+        let Body::Data { codec, key, .. } = FULL.body else { panic!("it has data") };
+        let extent = Extent { slab: SlabId(5), slot: 6, length: 7 };
+        let moved = Record { body: Body::Data { codec, extent, key }, ..FULL };
         let mut bytes = FULL.to_bytes();
-        bytes[22] &= !0b11;
-        assert_eq!(Record::from_bytes(&bytes), Err(NotARecord));
+        bytes[PLACE_OFFSET..].copy_from_slice(&moved.place().to_le_bytes());
+        assert_eq!(Record::from_bytes(&bytes), Ok(moved));
     }
 
     #[test]

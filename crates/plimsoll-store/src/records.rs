@@ -2,10 +2,14 @@
 //!
 //! Record number `n` is the `n % 2730`-th of the slab whose tag has sequence number `n / 2730`. Low numbers are
 //! given first, so that the highest slabs empty and go back. A record is zeroed when it is freed.
+//!
+//! Beside what is taken, two bits of each record say what the walk that looks for cold objects knows of it: whether it
+//! has met it before, and whether it is settled, which is to say offered once or not fit to be. They are derived like the
+//! rest; after a recovery every object counts as new.
 use crate::{
     bits,
     memory::{SLAB_SIZE, SlabId, SlabKind, SlabMemory, SlabTag, SlabsExhausted},
-    record::{NotARecord, RECORD_SIZE, RECORDS_PER_SLAB, Record, RecordNumber},
+    record::{NotARecord, PLACE_OFFSET, RECORD_SIZE, RECORDS_PER_SLAB, Record, RecordNumber},
     stats::{TREE_ENTRY_SIZE, reserve_eighth, shrink_idle},
 };
 use alloc::{boxed::Box, collections::BTreeSet, vec::Vec};
@@ -19,7 +23,29 @@ const SEQUENCES: u32 = u32::MAX / RECORDS_PER_SLAB;
 struct RecordSlab {
     slab: SlabId,
     used: u32,
-    taken: Box<[u64; WORDS]>,
+    marks: Box<Marks>,
+}
+
+/// Sets of records of one slab.
+#[derive(Clone, Debug)]
+struct Marks {
+    taken: [u64; WORDS],
+    met: [u64; WORDS],
+    settled: [u64; WORDS],
+}
+
+/// How far a walk over all records has come.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Walk(u32);
+
+/// What a step of a walk came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Visit {
+    /// A record that is not taken, or a slab that is not there.
+    Free,
+    Taken(RecordNumber),
+    /// The end; the walk begins anew.
+    Round,
 }
 
 /// See the file's head.
@@ -48,7 +74,8 @@ impl RecordTable {
             self.slabs.resize_with(place + 1, || None);
         }
         let Some(entry @ None) = self.slabs.get_mut(place) else { return false };
-        *entry = Some(RecordSlab { slab, used: 0, taken: Box::new([0; WORDS]) });
+        let marks = Marks { taken: [0; WORDS], met: [0; WORDS], settled: [0; WORDS] };
+        *entry = Some(RecordSlab { slab, used: 0, marks: Box::new(marks) });
         self.held += 1;
         self.with_room.insert(sequence);
         true
@@ -61,7 +88,7 @@ impl RecordTable {
             None => self.extend(memory)?,
         };
         let held = self.slabs.get(sequence as usize).and_then(Option::as_ref);
-        let free = held.and_then(|held| bits::first_absent(held.taken.as_slice(), RECORDS_PER_SLAB));
+        let free = held.and_then(|held| bits::first_absent(&held.marks.taken, RECORDS_PER_SLAB));
         let number = RecordNumber(sequence * RECORDS_PER_SLAB + free.ok_or(SlabsExhausted)?);
         if self.claim(number) { Ok(number) } else { Err(SlabsExhausted) }
     }
@@ -80,9 +107,11 @@ impl RecordTable {
     pub(crate) fn claim(&mut self, number: RecordNumber) -> bool {
         let (sequence, place) = split(number);
         let Some(Some(held)) = self.slabs.get_mut(sequence as usize) else { return false };
-        if !bits::insert(held.taken.as_mut_slice(), place) {
+        if !bits::insert(&mut held.marks.taken, place) {
             return false;
         }
+        bits::remove(&mut held.marks.met, place);
+        bits::remove(&mut held.marks.settled, place);
         held.used += 1;
         if held.used == RECORDS_PER_SLAB {
             self.with_room.remove(&sequence);
@@ -94,7 +123,7 @@ impl RecordTable {
     pub(crate) fn free(&mut self, memory: &mut impl SlabMemory, number: RecordNumber) {
         let (sequence, place) = split(number);
         let Some(Some(held)) = self.slabs.get_mut(sequence as usize) else { return };
-        if !bits::remove(held.taken.as_mut_slice(), place) {
+        if !bits::remove(&mut held.marks.taken, place) {
             return;
         }
         held.used = held.used.saturating_sub(1);
@@ -116,7 +145,7 @@ impl RecordTable {
     ) -> Option<Result<Record, NotARecord>> {
         let (sequence, place) = split(number);
         let held = self.slabs.get(sequence as usize)?.as_ref()?;
-        bits::contains(held.taken.as_slice(), place).then(|| read_at(memory, held.slab, place))
+        bits::contains(&held.marks.taken, place).then(|| read_at(memory, held.slab, place))
     }
 
     /// The record with that number, taken or not; for recovery, which is about to find out.
@@ -141,14 +170,59 @@ impl RecordTable {
         }
     }
 
+    /// Writes the place of a record that is taken, and nothing else of it: one aligned word.
+    pub(crate) fn write_place(&self, memory: &mut impl SlabMemory, number: RecordNumber, record: &Record) {
+        let (sequence, place) = split(number);
+        if let Some(Some(held)) = self.slabs.get(sequence as usize)
+            && let Some(bytes) = record_mut(memory, held.slab, place)
+        {
+            bytes[PLACE_OFFSET..].copy_from_slice(&record.place().to_le_bytes());
+        }
+    }
+
+    /// Takes a walk one record on, or past a slab that is not there.
+    pub(crate) fn visit(&self, walk: &mut Walk) -> Visit {
+        let number = RecordNumber(walk.0);
+        let (sequence, place) = split(number);
+        match self.slabs.get(sequence as usize) {
+            None => {
+                *walk = Walk::default();
+                Visit::Round
+            }
+            Some(None) => {
+                walk.0 = (sequence + 1) * RECORDS_PER_SLAB;
+                Visit::Free
+            }
+            Some(Some(held)) => {
+                walk.0 += 1;
+                if bits::contains(&held.marks.taken, place) { Visit::Taken(number) } else { Visit::Free }
+            }
+        }
+    }
+
+    /// Notes that the walk for cold objects has met a record. True when it had met it before and it is not settled;
+    /// it is then settled.
+    pub(crate) fn meet(&mut self, number: RecordNumber) -> bool {
+        let (sequence, place) = split(number);
+        let Some(Some(held)) = self.slabs.get_mut(sequence as usize) else { return false };
+        !bits::insert(&mut held.marks.met, place) && bits::insert(&mut held.marks.settled, place)
+    }
+
+    /// Has the walk for cold objects offer a record once more.
+    pub(crate) fn unsettle(&mut self, number: RecordNumber) {
+        let (sequence, place) = split(number);
+        if let Some(Some(held)) = self.slabs.get_mut(sequence as usize) {
+            bits::remove(&mut held.marks.settled, place);
+        }
+    }
+
     /// Zeroes every record that is not taken and releases the slabs in which none is. How many objects and how
     /// many slabs that were.
     pub(crate) fn sweep(&mut self, memory: &mut impl SlabMemory) -> (u64, u64) {
         let (mut objects, mut slabs) = (0, 0);
         for sequence in (0..SEQUENCES).take(self.slabs.len()) {
             let Some(Some(held)) = self.slabs.get(sequence as usize) else { continue };
-            for place in (0..RECORDS_PER_SLAB).filter(|place| !bits::contains(held.taken.as_slice(), *place))
-            {
+            for place in (0..RECORDS_PER_SLAB).filter(|place| !bits::contains(&held.marks.taken, *place)) {
                 objects += u64::from(read_at(memory, held.slab, place).is_ok());
                 if let Some(bytes) = record_mut(memory, held.slab, place) {
                     bytes.fill(0);
@@ -169,7 +243,7 @@ impl RecordTable {
 
     /// Bytes of the slabs and of the table itself.
     pub(crate) fn metadata_size(&self) -> usize {
-        self.held * (SLAB_SIZE + WORDS * size_of::<u64>())
+        self.held * (SLAB_SIZE + size_of::<Marks>())
             + self.slabs.capacity() * size_of::<Option<RecordSlab>>()
             + self.with_room.len() * TREE_ENTRY_SIZE
     }

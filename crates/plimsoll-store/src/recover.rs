@@ -6,16 +6,17 @@
 //!
 //! Checksums are not verified here: faults wait for the end of this, and [`Store::get`] verifies what it returns.
 use crate::{
+    compact::Compaction,
     index::Index,
     memory::{SlabKind, SlabMemory},
     record::{Body, Generation, Handle, Record, RecordNumber},
-    records::RecordTable,
+    records::{RecordTable, Walk},
+    similar::Similar,
     slots::SlotTable,
     store::{Store, Tally},
 };
-use alloc::{boxed::Box, vec::Vec};
+use alloc::vec::Vec;
 use core::fmt;
-use plimsoll_types::PAGE_SIZE;
 
 /// Why a handle was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -79,7 +80,10 @@ impl<M: SlabMemory> Store<M> {
             index: Index::new(),
             tally: Tally::default(),
             generation: Generation::default(),
-            scratch: Box::new([0; PAGE_SIZE]),
+            missed: None,
+            similar: Similar::new(),
+            cold: Walk::default(),
+            compaction: Compaction::default(),
         };
         let mut report = RecoveryReport::default();
         store.adopt_slabs(&mut report);

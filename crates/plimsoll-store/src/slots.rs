@@ -14,6 +14,10 @@ use alloc::{boxed::Box, collections::BTreeSet, vec::Vec};
 use core::{array, ops::Range, slice};
 
 const WORDS_MAX: usize = (SLOTS_MAX / u64::BITS) as usize;
+/// Steps in which slabs are told apart by how full they are.
+const TIERS: u32 = 8;
+/// Emptying slabs means walking all records: worth it when a 32nd of the slabs can be had.
+const WORTH_SHARE: usize = 32;
 
 /// The taken slots of one slab, without an allocation for the classes most pages are in.
 #[derive(Clone, Debug)]
@@ -25,8 +29,36 @@ enum Taken {
 #[derive(Clone, Debug)]
 struct DataSlab {
     class: SizeClass,
+    duty: Duty,
     used: u16,
     taken: Taken,
+}
+
+/// What a slab's free slots are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Duty {
+    /// To be filled.
+    Filling,
+    /// To become all of them: only where no other slab of the class has room is one filled.
+    Emptying,
+}
+
+/// What is in use, of all classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Usage {
+    pub(crate) slabs: usize,
+    pub(crate) slots: usize,
+}
+
+/// The slabs of one class. One with free slots is in one of the two sets.
+#[derive(Clone, Debug, Default)]
+struct Room {
+    /// The lowest is filled first, so that the highest empty first.
+    filling: BTreeSet<SlabId>,
+    emptying: BTreeSet<SlabId>,
+    slabs: usize,
+    /// Slots taken.
+    taken: usize,
 }
 
 const _: () = assert!(size_of::<Option<DataSlab>>() == 24);
@@ -36,16 +68,15 @@ const _: () = assert!(size_of::<Option<DataSlab>>() == 24);
 pub(crate) struct SlotTable {
     /// By slab number.
     slabs: Vec<Option<DataSlab>>,
-    /// By class: slabs with free slots. The lowest is filled first, so that the highest empty first.
-    with_room: [BTreeSet<SlabId>; SizeClass::COUNT],
-    held: usize,
+    /// By class.
+    rooms: [Room; SizeClass::COUNT],
 }
 
 impl DataSlab {
     fn new(class: SizeClass) -> Self {
         let taken =
             if class.slots() <= u64::BITS { Taken::Few(0) } else { Taken::Many(Box::new([0; WORDS_MAX])) };
-        Self { class, used: 0, taken }
+        Self { class, duty: Duty::Filling, used: 0, taken }
     }
 
     fn words(&self) -> &[u64] {
@@ -65,11 +96,36 @@ impl DataSlab {
     fn is_full(&self) -> bool {
         u32::from(self.used) >= self.class.slots()
     }
+
+    /// How full it is, in so many steps: the last is full.
+    fn tier(&self) -> u32 {
+        u32::from(self.used) * TIERS / self.class.slots()
+    }
+}
+
+impl Room {
+    /// The slabs of that duty that have free slots.
+    const fn with(&mut self, duty: Duty) -> &mut BTreeSet<SlabId> {
+        match duty {
+            Duty::Filling => &mut self.filling,
+            Duty::Emptying => &mut self.emptying,
+        }
+    }
+
+    /// Slabs without which the others still hold all that is taken, whichever they are.
+    fn excess(&self, class: SizeClass) -> usize {
+        self.slabs.saturating_sub(self.taken.div_ceil(class.slots() as usize))
+    }
+
+    fn metadata_size(&self, class: SizeClass) -> usize {
+        let words = if class.slots() <= u64::BITS { 0 } else { WORDS_MAX * size_of::<u64>() };
+        self.slabs * words + (self.filling.len() + self.emptying.len()) * TREE_ENTRY_SIZE
+    }
 }
 
 impl SlotTable {
     pub(crate) fn new() -> Self {
-        Self { slabs: Vec::new(), with_room: array::from_fn(|_| BTreeSet::new()), held: 0 }
+        Self { slabs: Vec::new(), rooms: array::from_fn(|_| Room::default()) }
     }
 
     /// Takes up a slab that is acquired and empty, or whose slots are yet to be claimed.
@@ -80,8 +136,9 @@ impl SlotTable {
         }
         if let Some(entry @ None) = self.slabs.get_mut(slab.get()) {
             *entry = Some(DataSlab::new(class));
-            self.held += 1;
-            self.room(class).insert(slab);
+            let room = self.room(class);
+            room.slabs += 1;
+            room.filling.insert(slab);
         }
     }
 
@@ -92,21 +149,77 @@ impl SlotTable {
         length: usize,
     ) -> Result<Extent, SlabsExhausted> {
         let class = SizeClass::holding(length).ok_or(SlabsExhausted)?;
-        let slab = match self.room(class).first() {
-            Some(slab) => *slab,
-            None => {
-                let slab = memory.acquire(SlabTag::new(SlabKind::Data { class }))?;
-                if !slab.is_nameable() {
-                    memory.release(slab);
-                    return Err(SlabsExhausted);
-                }
-                self.adopt(slab, class);
-                slab
+        if self.room(class).filling.is_empty() && !self.keep_one(class) {
+            let slab = memory.acquire(SlabTag::new(SlabKind::Data { class }))?;
+            if !slab.is_nameable() {
+                memory.release(slab);
+                return Err(SlabsExhausted);
             }
-        };
-        let free = self.slab(slab).and_then(|held| bits::first_absent(held.words(), class.slots()));
-        let extent = Extent { slab, slot: free.ok_or(SlabsExhausted)?, length };
-        if self.claim(extent) { Ok(extent) } else { Err(SlabsExhausted) }
+            self.adopt(slab, class);
+        }
+        self.take_from_filling(length).ok_or(SlabsExhausted)
+    }
+
+    /// Takes a free slot of a slab that is held and not being emptied.
+    pub(crate) fn take_from_filling(&mut self, length: usize) -> Option<Extent> {
+        let class = SizeClass::holding(length)?;
+        let slab = *self.room(class).filling.first()?;
+        let slot = bits::first_absent(self.slab(slab)?.words(), class.slots())?;
+        let extent = Extent { slab, slot, length };
+        self.claim(extent).then_some(extent)
+    }
+
+    /// Picks the slabs that are to be emptied into the others of their classes: of each class the sparsest, so many that
+    /// the others can take all. How many; 0, and nothing changes, where that is less than a thirty-second of all.
+    pub(crate) fn pick_sparse(&mut self) -> usize {
+        let mut left = [0; SizeClass::COUNT];
+        for (class, room) in self.rooms() {
+            left[usize::from(class.number())] = room.excess(class);
+        }
+        let excess: usize = left.iter().sum();
+        if excess == 0 || excess * WORTH_SHARE < self.usage().slabs {
+            return 0;
+        }
+        // The sparsest are in the lowest tiers. One pass takes a tier of every class, the highest slabs first, so that the
+        // table gets shorter.
+        for tier in 0..TIERS {
+            for (number, slab) in self.slabs.iter_mut().enumerate().rev() {
+                let Some(slab) = slab.as_mut().filter(|slab| slab.tier() == tier) else { continue };
+                let (left, room) = match usize::from(slab.class.number()) {
+                    class if left[class] > 0 => (&mut left[class], &mut self.rooms[class]),
+                    _ => continue,
+                };
+                let Ok(number) = u32::try_from(number) else { continue };
+                *left -= 1;
+                slab.duty = Duty::Emptying;
+                room.filling.remove(&SlabId(number));
+                room.emptying.insert(SlabId(number));
+            }
+        }
+        excess
+    }
+
+    /// True when the extent is in a slab that is being emptied.
+    pub(crate) fn is_emptying(&self, extent: Extent) -> bool {
+        self.slab(extent.slab).is_some_and(|slab| slab.duty == Duty::Emptying)
+    }
+
+    /// Gives up emptying: what is left in those slabs stays, and they are filled again.
+    pub(crate) fn keep_all(&mut self) {
+        for class in SizeClass::all() {
+            while self.keep_one(class) {}
+        }
+    }
+
+    /// Has one slab of the class, the lowest, filled again instead of emptied; false where there is none.
+    fn keep_one(&mut self, class: SizeClass) -> bool {
+        let room = self.room(class);
+        let Some(slab) = room.emptying.pop_first() else { return false };
+        room.filling.insert(slab);
+        if let Some(Some(held)) = self.slabs.get_mut(slab.get()) {
+            held.duty = Duty::Filling;
+        }
+        true
     }
 
     /// Marks a slot as taken; false where it is taken already or cannot be.
@@ -116,9 +229,11 @@ impl SlotTable {
             return false;
         }
         slab.used += 1;
-        if slab.is_full() {
-            let class = slab.class;
-            self.room(class).remove(&extent.slab);
+        let (class, duty, is_full) = (slab.class, slab.duty, slab.is_full());
+        let room = self.room(class);
+        room.taken += 1;
+        if is_full {
+            room.with(duty).remove(&extent.slab);
         }
         true
     }
@@ -130,8 +245,10 @@ impl SlotTable {
             return false;
         }
         slab.used = slab.used.saturating_sub(1);
-        let (class, used) = (slab.class, slab.used);
-        self.room(class).insert(extent.slab);
+        let (class, duty, used) = (slab.class, slab.duty, slab.used);
+        let room = self.room(class);
+        room.taken = room.taken.saturating_sub(1);
+        room.with(duty).insert(extent.slab);
         if used == 0 {
             self.drop_slab(memory, extent.slab, class);
         }
@@ -161,28 +278,37 @@ impl SlotTable {
         released
     }
 
-    /// Slabs held.
-    pub(crate) const fn held(&self) -> usize {
-        self.held
+    /// What is in use.
+    pub(crate) fn usage(&self) -> Usage {
+        let sum = |of: fn(&Room) -> usize| self.rooms.iter().map(of).sum();
+        Usage { slabs: sum(|room| room.slabs), slots: sum(|room| room.taken) }
+    }
+
+    /// Bytes of the slots that are free.
+    pub(crate) fn free_bytes(&self) -> usize {
+        let free = |(class, room): (SizeClass, &Room)| {
+            (room.slabs * class.slots() as usize).saturating_sub(room.taken) * class.size()
+        };
+        self.rooms().map(free).sum()
     }
 
     /// Bytes of the table itself.
     pub(crate) fn metadata_size(&self) -> usize {
-        let mut bytes = self.slabs.capacity() * size_of::<Option<DataSlab>>();
-        for slab in self.slabs.iter().flatten() {
-            if let Taken::Many(words) = &slab.taken {
-                bytes += size_of_val(words.as_slice());
-            }
-        }
-        bytes + self.with_room.iter().map(BTreeSet::len).sum::<usize>() * TREE_ENTRY_SIZE
+        let rooms: usize = self.rooms().map(|(class, room)| room.metadata_size(class)).sum();
+        self.slabs.capacity() * size_of::<Option<DataSlab>>() + rooms
+    }
+
+    fn rooms(&self) -> impl Iterator<Item = (SizeClass, &Room)> {
+        SizeClass::all().zip(&self.rooms)
     }
 
     fn drop_slab(&mut self, memory: &mut impl SlabMemory, slab: SlabId, class: SizeClass) {
-        self.room(class).remove(&slab);
         if let Some(entry) = self.slabs.get_mut(slab.get())
-            && entry.take().is_some()
+            && let Some(held) = entry.take()
         {
-            self.held -= 1;
+            let room = self.room(class);
+            room.slabs = room.slabs.saturating_sub(1);
+            room.with(held.duty).remove(&slab);
             memory.release(slab);
         }
         while let Some(None) = self.slabs.last() {
@@ -191,8 +317,8 @@ impl SlotTable {
         shrink_idle(&mut self.slabs);
     }
 
-    fn room(&mut self, class: SizeClass) -> &mut BTreeSet<SlabId> {
-        &mut self.with_room[usize::from(class.number())]
+    const fn room(&mut self, class: SizeClass) -> &mut Room {
+        &mut self.rooms[class.number() as usize]
     }
 
     fn slab(&self, slab: SlabId) -> Option<&DataSlab> {

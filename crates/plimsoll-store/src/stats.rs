@@ -23,18 +23,27 @@ pub(crate) fn shrink_idle<T>(vector: &mut Vec<T>) {
 /// Counts of one store. Exact as long as no record is damaged; damage makes them approximate, never a panic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Pages that handles name: the sum of the four kinds below.
+    /// Pages that handles name: the sum of the five kinds below.
     pub pages: PageCount,
     /// First references to same-filled objects.
     pub same: PageCount,
-    /// First references to compressed objects.
+    /// First references to objects compressed with lz4.
     pub lz4: PageCount,
     /// First references to raw objects.
     pub raw: PageCount,
+    /// First references to objects packed densely.
+    pub dense: PageCount,
     /// References beyond an object's first.
     pub duplicate: PageCount,
+    /// About how many objects with data differ from another only a little: an estimate from a sample of what was
+    /// inserted lately, and a low one.
+    pub near_duplicate: PageCount,
     /// Encoded bytes of all objects.
     pub data: ByteCount,
+    /// Those of objects packed densely; part of `data`.
+    pub dense_data: ByteCount,
+    /// Slots of data slabs that hold nothing.
+    pub free_slots: ByteCount,
     /// Data slabs held: `data` and what is lost in and between slots.
     pub data_slabs: ByteCount,
     /// Record slabs held; part of `metadata`.
@@ -46,6 +55,34 @@ pub struct Stats {
 impl Stats {
     /// Objects stored: pages with different contents.
     pub fn objects(&self) -> u64 {
-        self.same.0 + self.lz4.0 + self.raw.0
+        self.same.0 + self.lz4.0 + self.raw.0 + self.dense.0
+    }
+
+    /// The bytes of data slabs in which no object's data is.
+    pub fn fragmentation(&self) -> Fragmentation {
+        Fragmentation {
+            data_slabs: self.data_slabs,
+            free_slots: self.free_slots,
+            slot_waste: self.data_slabs.saturating_sub(self.data).saturating_sub(self.free_slots),
+        }
+    }
+}
+
+/// Bytes of data slabs that hold no encoded byte, by why they do not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fragmentation {
+    /// All bytes of data slabs.
+    pub data_slabs: ByteCount,
+    /// In slots that are free: what [`Store::compact`](crate::Store::compact) can win back.
+    pub free_slots: ByteCount,
+    /// In slots that are taken, behind their data, and at the ends of slabs, behind the last slot: what size classes
+    /// cost.
+    pub slot_waste: ByteCount,
+}
+
+impl Fragmentation {
+    /// The share of data slab bytes that hold no encoded byte, in thousandths.
+    pub fn per_mille(&self) -> u64 {
+        ((self.free_slots.0 + self.slot_waste.0) * 1_000).checked_div(self.data_slabs.0).unwrap_or(0)
     }
 }

@@ -7,19 +7,22 @@
 //! Slab memory outlives the manager, which may die between any two instructions. An insertion writes data, then
 //! the record, and only then has the caller a handle to put into a page word; a release zeroes the record and
 //! gives slabs back after the caller's word names the object no longer. So at any instant, what a word names is
-//! whole.
+//! whole. `repack` says how data moves.
 use crate::{
     codec::{Codec, Encoded, Encoder, decode},
+    compact::Compaction,
+    dense::NoDense,
     digest::{self, Digest, Fingerprint, digest},
     error::{Damage, GetError, StoreError},
+    fetch::{Confirmed, Fetched, Found},
     index::Index,
     memory::{SLAB_SIZE, SlabMemory},
     record::{Body, Extent, Generation, Handle, Record, RecordNumber},
-    records::RecordTable,
+    records::{RecordTable, Walk},
+    similar::{Similar, Sketch},
     slots::SlotTable,
     stats::Stats,
 };
-use alloc::boxed::Box;
 use core::fmt;
 use plimsoll_types::{ByteCount, PAGE_SIZE, PageBytes, PageCount};
 
@@ -33,8 +36,12 @@ pub struct Store<M> {
     pub(crate) tally: Tally,
     /// Of the last insertion.
     pub(crate) generation: Generation,
-    /// Where candidates for a duplicate are decoded.
-    pub(crate) scratch: Box<PageBytes>,
+    /// The hash that was sought last, in vain, while no object has been inserted since.
+    pub(crate) missed: Option<Digest>,
+    pub(crate) similar: Similar,
+    /// Of the search for cold objects.
+    pub(crate) cold: Walk,
+    pub(crate) compaction: Compaction,
 }
 
 /// Counters that change with every object.
@@ -44,7 +51,9 @@ pub(crate) struct Tally {
     same: u64,
     lz4: u64,
     raw: u64,
+    dense: u64,
     data_bytes: u64,
+    dense_bytes: u64,
 }
 
 /// How [`Store::insert`] kept a page.
@@ -60,6 +69,18 @@ pub enum How {
     Raw,
 }
 
+/// What [`Store::seek`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sought {
+    /// The page, which has one more reference now.
+    Shared(Handle),
+    /// An object with the page's hash that is packed densely. Its bytes were fetched: [`Fetched::confirm`] says whether
+    /// it is the page.
+    Candidate,
+    /// Nothing.
+    Absent,
+}
+
 /// A page that is now in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stored {
@@ -73,12 +94,23 @@ impl Tally {
     pub(crate) fn add(&mut self, record: &Record) {
         *self.kind(record.codec()) += 1;
         self.data_bytes += data_length(record);
+        if record.codec() == Codec::Dense {
+            self.dense_bytes += data_length(record);
+        }
     }
 
-    fn subtract(&mut self, record: &Record) {
+    pub(crate) fn subtract(&mut self, record: &Record) {
         let kind = self.kind(record.codec());
         *kind = kind.saturating_sub(1);
         self.data_bytes = self.data_bytes.saturating_sub(data_length(record));
+        if record.codec() == Codec::Dense {
+            self.dense_bytes = self.dense_bytes.saturating_sub(data_length(record));
+        }
+    }
+
+    /// Objects with data.
+    const fn with_data(&self) -> u64 {
+        self.lz4 + self.raw + self.dense
     }
 
     const fn kind(&mut self, codec: Codec) -> &mut u64 {
@@ -86,6 +118,7 @@ impl Tally {
             Codec::Same => &mut self.same,
             Codec::Lz4 => &mut self.lz4,
             Codec::Raw => &mut self.raw,
+            Codec::Dense => &mut self.dense,
         }
     }
 }
@@ -104,22 +137,46 @@ impl<M: SlabMemory> Store<M> {
         Self::recover(memory, core::iter::empty()).0
     }
 
-    /// The handle of a page that is here already, with one more reference; `None` where it is not.
+    /// The handle of a page that is here already, with one more reference; `None` where it is not, or is packed densely:
+    /// [`seek`](Self::seek) finds it then too.
     ///
     /// # Errors
     /// [`StoreError::ZeroPage`], [`StoreError::WrongDigest`].
     pub fn share(&mut self, page: &PageBytes, digest: &Digest) -> Result<Option<Handle>, StoreError> {
-        match *digest {
-            Digest::Zero => return Err(StoreError::ZeroPage),
-            Digest::Same(word) if !digest::is_filled(page, word) => return Err(StoreError::WrongDigest),
-            Digest::Same(_) | Digest::Hashed(_) => {}
+        let found = self.find(page, digest)?;
+        Ok(found.map(|(number, record)| self.add_reference(number, record)))
+    }
+
+    /// Like [`share`](Self::share); where the page may be here densely packed, its bytes are fetched into `candidate`,
+    /// to be confirmed without the store and then shared by [`share_confirmed`](Self::share_confirmed).
+    ///
+    /// # Errors
+    /// As for `share`.
+    pub fn seek(
+        &mut self,
+        page: &PageBytes,
+        digest: &Digest,
+        candidate: &mut Fetched,
+    ) -> Result<Sought, StoreError> {
+        if let Some(handle) = self.share(page, digest)? {
+            return Ok(Sought::Shared(handle));
         }
-        let Some((number, mut record)) = self.find(page, digest) else { return Ok(None) };
-        // `find` offers no record that cannot be counted further.
-        record.count = record.count.saturating_add(1);
-        self.records.write(&mut self.memory, number, &record);
-        self.tally.references += 1;
-        Ok(Some(record.handle(number)))
+        let Digest::Hashed(hash) = *digest else { return Ok(Sought::Absent) };
+        let wanted = Fingerprint::of_hash(hash);
+        let handle = self.run(wanted.key).iter().find_map(|number| {
+            let record = self.records.read(&self.memory, *number)?.ok()?;
+            let is_likely = record.codec() == Codec::Dense && record.check == wanted.check;
+            (is_likely && record.count < u32::MAX).then(|| record.handle(*number))
+        });
+        let fetched = handle.is_some_and(|handle| self.fetch(handle, candidate).is_ok());
+        Ok(if fetched { Sought::Candidate } else { Sought::Absent })
+    }
+
+    /// One more reference to an object that was confirmed to be the page; `None` where it is gone, or no longer where it
+    /// was when it was fetched.
+    pub fn share_confirmed(&mut self, confirmed: Confirmed) -> Option<Handle> {
+        let (number, record) = self.still(&confirmed.0)?;
+        (record.count < u32::MAX).then(|| self.add_reference(number, record))
     }
 
     /// Stores a page: as one more reference where it came to be here since [`share`](Self::share) was asked,
@@ -134,21 +191,24 @@ impl<M: SlabMemory> Store<M> {
         digest: &Digest,
         encoded: Encoded<'_>,
     ) -> Result<Stored, StoreError> {
-        if let Some(handle) = self.share(page, digest)? {
+        if self.missed != Some(*digest)
+            && let Some(handle) = self.share(page, digest)?
+        {
             return Ok(Stored { handle, how: How::Duplicate });
         }
-        let (stored, how) = match (*digest, encoded.codec()) {
+        let (handle, how) = match (*digest, encoded.codec()) {
             (Digest::Zero, _) => return Err(StoreError::ZeroPage),
             (Digest::Same(word), _) => {
                 (self.insert_body(Body::Same(word), Fingerprint::of_word(word))?, How::Same)
             }
-            (Digest::Hashed(_), Codec::Same) => return Err(StoreError::WrongDigest),
             (Digest::Hashed(hash), codec @ (Codec::Lz4 | Codec::Raw)) => {
                 let how = if codec == Codec::Raw { How::Raw } else { How::Lz4 };
-                (self.insert_data(Fingerprint::of_hash(hash), codec, encoded.bytes())?, how)
+                let fingerprint = Fingerprint::of_hash(hash);
+                (self.insert_data(fingerprint, codec, encoded.bytes(), encoded.sketch())?, how)
             }
+            (Digest::Hashed(_), Codec::Same | Codec::Dense) => return Err(StoreError::WrongDigest),
         };
-        Ok(Stored { handle: stored, how })
+        Ok(Stored { handle, how })
     }
 
     /// All phases at once, for callers without a lock to leave; `None` for a zero page.
@@ -166,32 +226,6 @@ impl<M: SlabMemory> Store<M> {
         self.insert(page, &digest, encoder.encode(page, &digest)).map(Some)
     }
 
-    /// Reads a page and checks it. Where this fails, `page` holds arbitrary bytes of this domain.
-    ///
-    /// # Errors
-    /// [`GetError::Stale`] where the handle names no object, [`GetError::Corrupt`] where the page is not the one
-    /// that was stored.
-    pub fn get(&self, handle: Handle, page: &mut PageBytes) -> Result<(), GetError> {
-        let (_, record) = self.resolve(handle)?;
-        let corrupt = |damage| GetError::Corrupt { handle, damage };
-        match record.body {
-            Body::Same(word) => {
-                if Fingerprint::of_word(word).check != record.check {
-                    return Err(corrupt(Damage::Checksum));
-                }
-                digest::fill(page, word);
-            }
-            Body::Data { codec, extent, key } => {
-                let bytes = self.data(extent).ok_or(corrupt(Damage::Record))?;
-                decode(codec, bytes, page).map_err(|_| corrupt(Damage::Encoding))?;
-                if Fingerprint::of_page(page) != (Fingerprint { key, check: record.check }) {
-                    return Err(corrupt(Damage::Checksum));
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// Drops one reference, and the object with the last one. The caller's page word must name it no longer.
     ///
     /// # Errors
@@ -200,7 +234,7 @@ impl<M: SlabMemory> Store<M> {
     pub fn release(&mut self, handle: Handle) -> Result<(), StoreError> {
         let (number, mut record) = match self.resolve(handle) {
             Ok(found) => found,
-            Err(GetError::Stale { handle }) => return Err(StoreError::Stale { handle }),
+            Err(GetError::Stale { .. } | GetError::Nothing) => return Err(StoreError::Stale { handle }),
             Err(GetError::Corrupt { .. }) => {
                 self.drop_record(handle.number(), 0);
                 return Err(StoreError::Corrupt { handle });
@@ -232,6 +266,13 @@ impl<M: SlabMemory> Store<M> {
                 self.records.write(&mut self.memory, number, &damaged);
                 true
             }
+            // Without the codec nobody knows which bits of the data matter; all of the check do, and the handle has not
+            // this one.
+            Body::Data { codec: Codec::Dense, .. } => {
+                let damaged = Record { check: record.check ^ 1 << (u32::BITS - 1), ..record };
+                self.records.write(&mut self.memory, number, &damaged);
+                true
+            }
             // A flipped bit of lz4 may decode to the same page, where two matches are as good as one another.
             Body::Data { extent, .. } => (0..extent.length).any(|place| {
                 self.flip(extent, place);
@@ -244,23 +285,27 @@ impl<M: SlabMemory> Store<M> {
         }
     }
 
-    /// What is held and what it costs. Walks the slab table: not for every page.
+    /// What is held and what it costs. A few hundred instructions, whatever is held.
     pub fn stats(&self) -> Stats {
-        let Tally { references, same, lz4, raw, data_bytes } = self.tally;
+        let Tally { references, same, lz4, raw, dense, data_bytes, dense_bytes } = self.tally;
         let bytes = |count: usize| ByteCount(count as u64);
         let metadata = self.records.metadata_size()
             + self.slots.metadata_size()
             + self.index.metadata_size()
-            + size_of::<Self>()
-            + PAGE_SIZE;
+            + Similar::metadata_size()
+            + size_of::<Self>();
         Stats {
             pages: PageCount(references),
             same: PageCount(same),
             lz4: PageCount(lz4),
             raw: PageCount(raw),
-            duplicate: PageCount(references.saturating_sub(same + lz4 + raw)),
+            dense: PageCount(dense),
+            duplicate: PageCount(references.saturating_sub(same + lz4 + raw + dense)),
+            near_duplicate: PageCount(self.similar.estimate(lz4 + raw + dense)),
             data: ByteCount(data_bytes),
-            data_slabs: bytes(self.slots.held() * SLAB_SIZE),
+            dense_data: ByteCount(dense_bytes),
+            free_slots: bytes(self.slots.free_bytes()),
+            data_slabs: bytes(self.slots.usage().slabs * SLAB_SIZE),
             record_slabs: bytes(self.records.held() * SLAB_SIZE),
             metadata: bytes(metadata),
         }
@@ -287,7 +332,7 @@ impl<M: SlabMemory> Store<M> {
     }
 
     /// The live object that a handle names, its record well formed.
-    fn resolve(&self, handle: Handle) -> Result<(RecordNumber, Record), GetError> {
+    pub(crate) fn resolve(&self, handle: Handle) -> Result<(RecordNumber, Record), GetError> {
         let number = handle.number();
         match self.records.read(&self.memory, number) {
             None => Err(GetError::Stale { handle }),
@@ -297,36 +342,63 @@ impl<M: SlabMemory> Store<M> {
         }
     }
 
+    /// The record of an object that is as it was when it was found, but for its references.
+    pub(crate) fn still(&self, found: &Found) -> Option<(RecordNumber, Record)> {
+        let (number, record) = self.resolve(found.handle).ok()?;
+        let is_same = record == Record { count: record.count, ..found.record };
+        is_same.then_some((number, record))
+    }
+
     /// The encoded bytes of an object, or `None` where its record names no slot in use.
-    fn data(&self, extent: Extent) -> Option<&[u8]> {
+    pub(crate) fn data(&self, extent: Extent) -> Option<&[u8]> {
         self.memory.bytes(extent.slab).get(self.slots.range(extent)?)
     }
 
-    /// A record whose page has these very bytes and that takes one more reference.
-    fn find(&mut self, page: &PageBytes, digest: &Digest) -> Option<(RecordNumber, Record)> {
+    /// The records that may have a key.
+    fn run(&self, key: u64) -> &[RecordNumber] {
+        self.index.run(key, |number| self.records.key(&self.memory, number))
+    }
+
+    /// A record whose page has these very bytes and that takes one more reference. Takes note where there is none.
+    fn find(
+        &mut self,
+        page: &PageBytes,
+        digest: &Digest,
+    ) -> Result<Option<(RecordNumber, Record)>, StoreError> {
         let wanted = match *digest {
-            Digest::Zero => return None,
+            Digest::Zero => return Err(StoreError::ZeroPage),
+            Digest::Same(word) if !digest::is_filled(page, word) => return Err(StoreError::WrongDigest),
             Digest::Same(word) => Fingerprint::of_word(word),
             Digest::Hashed(hash) => Fingerprint::of_hash(hash),
         };
-        let Self { memory, records, slots, index, scratch, .. } = self;
-        let run = index.run(wanted.key, |number| records.key(memory, number));
-        run.iter().find_map(|number| {
-            let record = records.read(memory, *number)?.ok()?;
+        let found = self.run(wanted.key).iter().find_map(|number| {
+            let record = self.records.read(&self.memory, *number)?.ok()?;
             if record.check != wanted.check || record.count == u32::MAX {
                 return None;
             }
             let equal = match (record.body, *digest) {
-                // `share` saw that the word fills the page.
+                // That the word fills the page was seen above.
                 (Body::Same(here), Digest::Same(word)) => here == word,
                 (Body::Data { codec, extent, .. }, Digest::Hashed(_)) => {
-                    let bytes = memory.bytes(extent.slab).get(slots.range(extent)?)?;
-                    decode(codec, bytes, scratch).is_ok() && **scratch == *page
+                    let mut candidate = [0; PAGE_SIZE];
+                    decode(codec, self.data(extent)?, &mut candidate, &mut NoDense).ok()?;
+                    candidate == *page
                 }
                 _ => false,
             };
             equal.then_some((*number, record))
-        })
+        });
+        // Of same-filled pages nothing is noted: who inserts one is asked for the page again.
+        self.missed = Some(*digest).filter(|digest| found.is_none() && matches!(digest, Digest::Hashed(_)));
+        Ok(found)
+    }
+
+    /// Counts one more reference to a record that is offered only where it can be counted.
+    fn add_reference(&mut self, number: RecordNumber, record: Record) -> Handle {
+        let record = Record { count: record.count.saturating_add(1), ..record };
+        self.records.write(&mut self.memory, number, &record);
+        self.tally.references += 1;
+        record.handle(number)
     }
 
     fn insert_data(
@@ -334,22 +406,38 @@ impl<M: SlabMemory> Store<M> {
         fingerprint: Fingerprint,
         codec: Codec,
         bytes: &[u8],
+        sketch: Sketch,
     ) -> Result<Handle, StoreError> {
-        let extent = self.slots.take(&mut self.memory, bytes.len())?;
-        let target =
-            self.slots.range(extent).and_then(|range| self.memory.bytes_mut(extent.slab).get_mut(range));
-        let written = match target {
-            Some(target) => {
-                target.copy_from_slice(bytes);
-                self.insert_body(Body::Data { codec, extent, key: fingerprint.key }, fingerprint)
-            }
-            // A slab shorter than the contract says: as good as none.
-            None => Err(StoreError::Exhausted),
-        };
-        if written.is_err() {
+        let extent = self.place_data(bytes)?;
+        let body = Body::Data { codec, extent, key: fingerprint.key };
+        let handle = self.insert_body(body, fingerprint).inspect_err(|_| {
             self.slots.give_back(&mut self.memory, extent);
+        })?;
+        let Self { memory, records, similar, .. } = self;
+        similar.note(sketch, handle, self.tally.with_data(), |handle| {
+            let number = handle.number();
+            matches!(records.read(memory, number), Some(Ok(record)) if record.handle(number) == handle)
+        });
+        Ok(handle)
+    }
+
+    /// Puts bytes into a slot of their own, which nothing names yet.
+    pub(crate) fn place_data(&mut self, bytes: &[u8]) -> Result<Extent, StoreError> {
+        let extent = self.slots.take(&mut self.memory, bytes.len())?;
+        self.fill_slot(extent, bytes).map(|()| extent)
+    }
+
+    /// Writes a slot that was taken for these bytes, or gives it back.
+    pub(crate) fn fill_slot(&mut self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
+        let range = self.slots.range(extent);
+        let target = range.and_then(|range| self.memory.bytes_mut(extent.slab).get_mut(range));
+        if let Some(target) = target {
+            target.copy_from_slice(bytes);
+            return Ok(());
         }
-        written
+        // A slab shorter than the contract says is as good as none.
+        self.slots.give_back(&mut self.memory, extent);
+        Err(StoreError::Exhausted)
     }
 
     fn insert_body(&mut self, body: Body, fingerprint: Fingerprint) -> Result<Handle, StoreError> {
@@ -357,6 +445,7 @@ impl<M: SlabMemory> Store<M> {
         self.generation = self.generation.next();
         let record = Record { body, check: fingerprint.check, count: 1, generation: self.generation };
         self.records.write(&mut self.memory, number, &record);
+        self.missed = None;
         let Self { memory, records, index, .. } = self;
         index.insert(fingerprint.key, number, |number| records.key(memory, number));
         self.tally.references += 1;

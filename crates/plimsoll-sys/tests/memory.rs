@@ -210,6 +210,23 @@ fn an_exclusive_mapping_is_bytes_and_keeps_them_in_its_memfd() {
 }
 
 #[test]
+fn populating_an_exclusive_mapping_takes_memory_and_changes_no_byte() {
+    let mut memory = ExclusiveMapping::create("plimsoll-test", ByteCount(4 * PAGE)).unwrap();
+    memory[PAGE_SIZE] = 7;
+    memory.populate_write(ByteCount(PAGE), ByteCount(2 * PAGE)).unwrap();
+    let start = Hva(memory.as_ptr().addr() as u64);
+    let (range, mut entries) = (HvaRange::new(start, ByteCount(4 * PAGE)).unwrap(), Vec::new());
+    Pagemap::open(ProcessId::own()).unwrap().read(range, &mut entries).unwrap();
+    let present: Vec<_> = entries.iter().map(|entry| entry.contains(Entry::PRESENT)).collect();
+    assert_eq!(present, [false, true, true, false]);
+    assert_eq!((memory[PAGE_SIZE], memory[2 * PAGE_SIZE]), (7, 0));
+    for (offset, len) in [(0, 0), (1, PAGE), (PAGE, 1), (PAGE, 4 * PAGE), (u64::MAX - PAGE + 1, PAGE)] {
+        let refused = memory.populate_write(ByteCount(offset), ByteCount(len));
+        assert!(matches!(refused, Err(MemfdError::Range { .. })), "{offset} {len}: {refused:?}");
+    }
+}
+
+#[test]
 fn proc_files_of_this_process_are_understood() {
     let own = ProcessId::own();
     let memory = map(1024);

@@ -125,6 +125,10 @@ fn a_digest_that_is_not_the_pages_changes_nothing() {
     assert_eq!(store.share(&page, &wrong), Err(StoreError::WrongDigest));
     let encoded = encoder.encode(&page, &wrong);
     assert_eq!(store.insert(&page, &true_digest, encoded), Err(StoreError::WrongDigest));
+    // Nor after a page that the digest is of was sought in vain.
+    assert_eq!(store.share(&same_page(7), &wrong), Ok(None));
+    let encoded = encoder.encode(&page, &wrong);
+    assert_eq!(store.insert(&page, &wrong, encoded), Err(StoreError::WrongDigest));
     assert_eq!(store.memory().held(), 0);
 }
 

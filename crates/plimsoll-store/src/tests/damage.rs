@@ -1,5 +1,5 @@
 //! Bytes flipped all over slab memory, and then every operation: errors are fine, wrong bytes and panics are not.
-use super::{HeapStore, mix, page_of, random_page, same_page, store};
+use super::{HeapStore, Nibbles, mix, nibble_page, page_of, random_page, read, repack, same_page, store};
 use crate::{Encoder, Handle, HeapSlabs, SLAB_SIZE, SlabMemory, SlabTag, Store, record::RECORD_SIZE};
 use alloc::{vec, vec::Vec};
 use core::ops::Range;
@@ -25,9 +25,10 @@ impl Dice {
 }
 
 fn page(seed: u64) -> PageBytes {
-    match seed % 4 {
+    match seed % 5 {
         0 => same_page(seed + 1),
         1 => random_page(seed),
+        4 => nibble_page(seed),
         2 => page_of(seed, 40),
         _ => page_of(seed, 1_500),
     }
@@ -38,6 +39,13 @@ fn filled() -> (HeapStore, Vec<(Handle, PageBytes)>) {
     for seed in (0..PAGES).chain(0..PAGES / 3) {
         let stored = store.put(&page(seed), &mut encoder).unwrap().unwrap();
         held.push((stored.handle, page(seed)));
+    }
+    // A fifth is dense, and more is there to be packed later.
+    for _ in 0..2 {
+        repack(&mut store, &mut Nibbles);
+    }
+    for seed in (PAGES..PAGES + 20).filter(|seed| seed % 5 == 4) {
+        held.push((store.put(&page(seed), &mut encoder).unwrap().unwrap().handle, page(seed)));
     }
     (store, held)
 }
@@ -74,9 +82,8 @@ fn damage(memory: &mut HeapSlabs, dice: &mut Dice) {
 fn check(store: &HeapStore, held: &[(Handle, PageBytes)], seed: u64) -> usize {
     let mut lost = 0;
     for (handle, expected) in held {
-        let mut found = [0; PAGE_SIZE];
-        match store.get(*handle, &mut found) {
-            Ok(()) => assert!(found == *expected, "seed {seed}: {handle} gives wrong bytes"),
+        match read(store, *handle) {
+            Ok(found) => assert!(found == *expected, "seed {seed}: {handle} gives wrong bytes"),
             Err(_) => lost += 1,
         }
     }
@@ -96,6 +103,10 @@ fn exercise(store: &mut HeapStore, held: &mut Vec<(Handle, PageBytes)>, dice: &m
             let (handle, _) = held.swap_remove(dice.place(held.len()));
             let _ = store.release(handle);
         }
+        if dice.roll(0..40) == 0 {
+            repack(store, &mut Nibbles);
+        }
+        store.compact(30);
     }
     check(store, held, seed);
     let _ = store.sabotage(held[dice.place(held.len())].0);

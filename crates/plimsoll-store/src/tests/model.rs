@@ -1,6 +1,9 @@
 //! Random sequences of operations against a map: the store does what a map with counts would.
-use super::{HeapStore, page_of, random_page, same_page, store};
-use crate::{Encoder, Handle, How, SLAB_SIZE, SlabMemory, Store, StoreError};
+use super::{HeapStore, Nibbles, nibble_page, page_of, random_page, read, repack, same_page, store};
+use crate::{
+    Digest, Encoder, Fetched, Handle, How, SLAB_SIZE, SlabMemory, Sought, Stats, Store, StoreError, Stored,
+    digest,
+};
 use alloc::{collections::BTreeMap, vec::Vec};
 use plimsoll_types::{PAGE_SIZE, PageBytes};
 use proptest::prelude::{Just, Strategy, any, prop_assert, prop_assert_eq, prop_oneof, proptest};
@@ -15,6 +18,10 @@ enum Step {
     Recover(u8),
     /// The memory's limit moves to what is held and so many slabs more.
     Limit(u8),
+    /// A walk for cold objects, each of which is packed.
+    Repack,
+    /// So much work of compaction.
+    Compact(u16),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -24,6 +31,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => any::<u16>().prop_map(Step::Read),
         1 => (2..9u8).prop_map(Step::Recover),
         1 => prop_oneof![Just(0), Just(1), Just(200)].prop_map(Step::Limit),
+        1 => Just(Step::Repack),
+        2 => (0..2_000u16).prop_map(Step::Compact),
     ];
     proptest::collection::vec(step, 1..250)
 }
@@ -34,6 +43,7 @@ fn page(kind: u8) -> PageBytes {
         0 => [0; PAGE_SIZE],
         1 => same_page(seed),
         2 => random_page(seed),
+        3 => nibble_page(seed),
         _ => page_of(seed, usize::from(kind) * 13),
     }
 }
@@ -62,12 +72,32 @@ impl Model {
     }
 }
 
+/// As a pager stores a page: what is here densely is confirmed with the codec.
+fn put(store: &mut HeapStore, page: &PageBytes) -> Result<Option<Stored>, StoreError> {
+    let (found, mut candidate) = (digest(page), Fetched::new());
+    if found == Digest::Zero {
+        return Ok(None);
+    }
+    let handle = match store.seek(page, &found, &mut candidate)? {
+        Sought::Shared(handle) => Some(handle),
+        Sought::Candidate => {
+            let confirmed = candidate.confirm(page, &mut [0; PAGE_SIZE], &mut Nibbles);
+            confirmed.and_then(|confirmed| store.share_confirmed(confirmed))
+        }
+        Sought::Absent => None,
+    };
+    match handle {
+        Some(handle) => Ok(Some(Stored { handle, how: How::Duplicate })),
+        None => store.insert(page, &found, Encoder::new().encode(page, &found)).map(Some),
+    }
+}
+
 fn apply(store: HeapStore, model: &mut Model, step: &Step) -> Result<HeapStore, TestCaseError> {
     let mut store = store;
     match *step {
         Step::Put(kind) => {
             let (page, before, held) = (page(kind), store.stats(), store.memory().held());
-            match store.put(&page, &mut Encoder::new()) {
+            match put(&mut store, &page) {
                 Ok(None) => prop_assert_eq!(page, [0; PAGE_SIZE]),
                 Ok(Some(stored)) => {
                     let (handle, count) = model.0.entry(kind).or_insert((stored.handle, 0));
@@ -94,9 +124,7 @@ fn apply(store: HeapStore, model: &mut Model, step: &Step) -> Result<HeapStore, 
         }
         Step::Read(choice) => {
             if let Some((kind, handle)) = model.pick(choice) {
-                let mut found = [0; PAGE_SIZE];
-                prop_assert_eq!(store.get(handle, &mut found), Ok(()));
-                prop_assert_eq!(found, page(kind));
+                prop_assert_eq!(read(&store, handle), Ok(page(kind)));
             }
         }
         Step::Recover(drop_each) => {
@@ -118,6 +146,23 @@ fn apply(store: HeapStore, model: &mut Model, step: &Step) -> Result<HeapStore, 
             let held = store.memory().held();
             store.memory_mut().set_capacity(held + usize::from(more));
         }
+        Step::Repack => {
+            let done = repack(&mut store, &mut Nibbles);
+            prop_assert_eq!((done.unreadable, done.unfaithful, done.outdated), (0, 0, 0));
+        }
+        Step::Compact(work) => {
+            let (before, held) = (store.stats(), store.memory().held());
+            store.compact(u32::from(work));
+            prop_assert!(store.memory().held() <= held);
+            let after = store.stats();
+            let moved_only = Stats {
+                data_slabs: before.data_slabs,
+                free_slots: before.free_slots,
+                metadata: before.metadata,
+                ..after
+            };
+            prop_assert_eq!(moved_only, before);
+        }
     }
     Ok(store)
 }
@@ -134,11 +179,11 @@ proptest! {
             prop_assert_eq!(stats.duplicate.0, stats.pages.0 - stats.objects());
             let slabs = stats.data_slabs.0 + stats.record_slabs.0;
             prop_assert_eq!(slabs, (store.memory().held() * SLAB_SIZE) as u64);
+            let lost = stats.fragmentation();
+            prop_assert_eq!(stats.data.0 + lost.free_slots.0 + lost.slot_waste.0, stats.data_slabs.0);
         }
         for (kind, handle) in model.references().collect::<Vec<_>>() {
-            let mut found = [0; PAGE_SIZE];
-            prop_assert_eq!(store.get(handle, &mut found), Ok(()));
-            prop_assert_eq!(found, page(kind));
+            prop_assert_eq!(read(&store, handle), Ok(page(kind)));
             prop_assert_eq!(store.release(handle), Ok(()));
         }
         prop_assert_eq!(store.memory().held(), 0);

@@ -125,6 +125,22 @@ impl ExclusiveMapping {
     pub fn punch_hole(&mut self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
         self.memfd.punch_hole(offset, len)
     }
+
+    /// Takes memory for whole pages in one call, where writing them would fault page by page. Their bytes stay as they
+    /// are.
+    ///
+    /// # Errors
+    /// [`MemfdError::Range`] where that is not whole pages of the mapping, [`MemfdError::Kernel`] where the host has no
+    /// memory or no such call; some pages may be populated then.
+    pub fn populate_write(&mut self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
+        self.memfd.check_pages(offset, len)?;
+        // SAFETY: the range lies in the mapping, as just checked, and populating changes no byte of it.
+        unsafe {
+            let start = self.mapped.base.as_ptr().wrapping_byte_add(to_usize(offset.0));
+            madvise(start.cast(), to_usize(len.0), Advice::LinuxPopulateWrite)
+        }
+        .map_err(MemfdError::kernel("madvise", self.mapped.size))
+    }
 }
 
 impl Deref for ExclusiveMapping {

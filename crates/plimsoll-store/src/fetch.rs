@@ -1,0 +1,180 @@
+//! Reading in two steps: bytes are copied out under the store's lock, and decoded and checked outside of it.
+//!
+//! A handle enters, a page leaves. Under the lock only the record is resolved and its encoded bytes, at most 4 KiB, are
+//! copied; what became of the object afterwards does not matter to who has the copy. What must never happen: a page
+//! leaves that was not checked.
+use crate::{
+    codec::decode,
+    dense::DenseCodec,
+    digest::{self, Fingerprint},
+    error::{Damage, GetError},
+    memory::SlabMemory,
+    record::{Body, Handle, Record},
+    store::Store,
+};
+use alloc::boxed::Box;
+use core::fmt;
+use plimsoll_types::{PAGE_SIZE, PageBytes};
+
+/// An object's encoded bytes outside of the store. Made once and filled again and again.
+pub struct Fetched {
+    found: Option<Found>,
+    bytes: Box<PageBytes>,
+}
+
+/// An object as it was when it was fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) handle: Handle,
+    pub(crate) record: Record,
+}
+
+/// An object whose page was compared byte by byte with the one to be stored: see
+/// [`Store::share_confirmed`](Store::share_confirmed).
+#[derive(Clone, Copy, Debug)]
+pub struct Confirmed(pub(crate) Found);
+
+impl Fetched {
+    /// With nothing in it.
+    pub fn new() -> Self {
+        Self { found: None, bytes: Box::new([0; PAGE_SIZE]) }
+    }
+
+    /// The object that was fetched last; `None` where that failed.
+    pub fn handle(&self) -> Option<Handle> {
+        self.found.map(|found| found.handle)
+    }
+
+    /// Decodes the page and checks it, with the codec of the objects that are packed densely ([`NoDense`] where there
+    /// are none). Where this fails, `page` holds arbitrary bytes of this domain.
+    ///
+    /// # Errors
+    /// [`GetError::Corrupt`] where the page is not the one that was stored, [`GetError::Nothing`] where nothing was
+    /// fetched.
+    ///
+    /// [`NoDense`]: crate::NoDense
+    pub fn unpack(&self, page: &mut PageBytes, dense: &mut dyn DenseCodec) -> Result<(), GetError> {
+        self.found.ok_or(GetError::Nothing)?.unpack(self.bytes(), page, dense)
+    }
+
+    /// Proof that the object is this very page; `None` where it is not, or cannot be read. Compares bytes, and hashes
+    /// nothing. `scratch` is overwritten.
+    pub fn confirm(
+        &self,
+        page: &PageBytes,
+        scratch: &mut PageBytes,
+        dense: &mut dyn DenseCodec,
+    ) -> Option<Confirmed> {
+        let found = self.found?;
+        let Body::Data { codec, .. } = found.record.body else { return None };
+        decode(codec, self.bytes(), scratch, dense).ok()?;
+        (scratch == page).then_some(Confirmed(found))
+    }
+
+    pub(crate) const fn found(&self) -> Option<Found> {
+        self.found
+    }
+
+    /// The encoded bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self.found.map(|found| found.record.body) {
+            Some(Body::Data { extent, .. }) => self.bytes.get(..extent.length).unwrap_or(&[]),
+            Some(Body::Same(_)) | None => &[],
+        }
+    }
+
+    /// Takes a copy of what was found.
+    pub(crate) fn fill(&mut self, found: Found, bytes: &[u8]) {
+        // Extents are at most a page long.
+        self.found = self.bytes.get_mut(..bytes.len()).map(|target| {
+            target.copy_from_slice(bytes);
+            found
+        });
+    }
+}
+
+impl Default for Fetched {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Fetched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Fetched").field("found", &self.found).finish_non_exhaustive()
+    }
+}
+
+impl Found {
+    /// Decodes and checks.
+    pub(crate) fn unpack(
+        &self,
+        bytes: &[u8],
+        page: &mut PageBytes,
+        dense: &mut dyn DenseCodec,
+    ) -> Result<(), GetError> {
+        let corrupt = |damage| GetError::Corrupt { handle: self.handle, damage };
+        let (found, expected) = match self.record.body {
+            Body::Same(word) => {
+                digest::fill(page, word);
+                let found = Fingerprint::of_word(word);
+                (found, Fingerprint { check: self.record.check, ..found })
+            }
+            Body::Data { codec, key, .. } => {
+                decode(codec, bytes, page, dense).map_err(|_| corrupt(Damage::Encoding))?;
+                (Fingerprint::of_page(page), Fingerprint { key, check: self.record.check })
+            }
+        };
+        if found == expected { Ok(()) } else { Err(corrupt(Damage::Checksum)) }
+    }
+}
+
+impl<M: SlabMemory> Store<M> {
+    /// Copies an object out of the store, to be decoded and checked by [`Fetched::unpack`] without it.
+    ///
+    /// # Errors
+    /// [`GetError::Stale`] where the handle names no object, [`GetError::Corrupt`] where its record makes no sense;
+    /// `into` is then empty.
+    pub fn fetch(&self, handle: Handle, into: &mut Fetched) -> Result<(), GetError> {
+        into.found = None;
+        let (found, bytes) = self.locate(handle)?;
+        into.fill(found, bytes);
+        Ok(())
+    }
+
+    /// Reads a page and checks it: [`fetch`](Self::fetch) and [`unpack`](Fetched::unpack) in one, without the copy.
+    /// Where this fails, `page` holds arbitrary bytes of this domain.
+    ///
+    /// # Errors
+    /// [`GetError::Stale`] where the handle names no object, [`GetError::Corrupt`] where the page is not the one
+    /// that was stored.
+    pub fn get_with(
+        &self,
+        handle: Handle,
+        page: &mut PageBytes,
+        dense: &mut dyn DenseCodec,
+    ) -> Result<(), GetError> {
+        let (found, bytes) = self.locate(handle)?;
+        found.unpack(bytes, page, dense)
+    }
+
+    /// [`get_with`](Self::get_with) no dense codec: for stores in which nothing is packed densely.
+    ///
+    /// # Errors
+    /// As there; an object that is packed densely is corrupt to this.
+    pub fn get(&self, handle: Handle, page: &mut PageBytes) -> Result<(), GetError> {
+        self.get_with(handle, page, &mut crate::NoDense)
+    }
+
+    /// An object and its encoded bytes, of which a same-filled one has none.
+    fn locate(&self, handle: Handle) -> Result<(Found, &[u8]), GetError> {
+        let (_, record) = self.resolve(handle)?;
+        let bytes = match record.body {
+            Body::Same(_) => &[],
+            Body::Data { extent, .. } => {
+                self.data(extent).ok_or(GetError::Corrupt { handle, damage: Damage::Record })?
+            }
+        };
+        Ok((Found { handle, record }, bytes))
+    }
+}
