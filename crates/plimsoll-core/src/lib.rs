@@ -7,6 +7,7 @@
 //! * [`layout`]: guest physical memory with holes, as dense page indices.
 //! * [`airlock`]: captured pages, oldest first (limbo), and the memory to give back.
 //! * [`replacement`]: which pages to take next. [`sampler`]: how much a machine really uses.
+//! * [`prefetch`]: which pages to bring back from the store before they are touched.
 //! * [`machine`]: all of these as one state machine of events and effects. Start reading there.
 //! * [`ledger`]: host, group and machine; budgets, watermarks, the hard line.
 //!
@@ -24,6 +25,7 @@ pub mod layout;
 pub mod ledger;
 pub mod machine;
 pub mod map;
+pub mod prefetch;
 pub mod replacement;
 pub mod sampler;
 pub mod word;
