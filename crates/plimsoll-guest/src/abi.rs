@@ -1,8 +1,8 @@
 //! The contract between a guest program and whatever runs it: addresses, ports, and two kinds of page.
 //!
-//! What enters: a [`Params`] page that the VMM writes before the first vCPU starts, and the `stop` and `window`
-//! words of each [`Channel`] page, which it may write at any time. What leaves: the rest of the channel page,
-//! which the guest writes and the VMM reads while that vCPU waits in a port exit. What must never happen: the
+//! What enters: a [`Params`] page that the VMM writes before the first vCPU starts, the `stop` and `window`
+//! words of each [`Channel`] page, which it may write at any time, and the `command` in it. What leaves: the rest of
+//! the channel page, which the guest writes and the VMM reads while that vCPU waits in a port exit. What must never happen: the
 //! VMM believing a number found here. Everything a guest writes is an allegation of the guest.
 //!
 //! # Memory
@@ -36,9 +36,11 @@
 //! | 0x512 | [`PORT_DONE`]   | `report`, the last                | does not resume the vCPU                         |
 //! | 0x513 | [`PORT_PANIC`]  | `message_len`, `message`          | does not resume the vCPU                         |
 //! | 0x514 | [`PORT_IDLE`]   | `request_ns`                      | sleeps that long at most, then resumes           |
+//! | 0x515 | [`PORT_COMMAND`]| `probed`, of the command before   | writes `command` when there is one, then resumes |
 //!
 //! All integers are little-endian. `usize` appears nowhere.
 use crate::content::Mix;
+use crate::probe::{ProbeCommand, Probed};
 use crate::spec::WorkloadSpec;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -79,11 +81,13 @@ pub const PORT_DONE: u16 = 0x512;
 pub const PORT_PANIC: u16 = 0x513;
 /// The guest has nothing to do for a while.
 pub const PORT_IDLE: u16 = 0x514;
+/// The guest has done what it was asked and waits to be asked for more.
+pub const PORT_COMMAND: u16 = 0x515;
 
 /// `"PLIMGST\0"` read as a little-endian number: the first word of a [`Params`] page.
 pub const PARAMS_MAGIC: u64 = u64::from_le_bytes(*b"PLIMGST\0");
-/// Changes whenever anything in this file, in [`WorkloadSpec`] or in [`Mix`] changes its meaning.
-pub const ABI_VERSION: u32 = 1;
+/// Changes whenever anything in this file, in [`crate::spec`], in [`crate::probe`] or in [`Mix`] changes its meaning.
+pub const ABI_VERSION: u32 = 2;
 
 /// The guest goes on.
 pub const STOP_NO: u64 = 0;
@@ -308,6 +312,9 @@ impl Report {
 /// Bytes of a message that fit in a channel page.
 pub const MESSAGE_SIZE: usize = 256;
 
+/// Where in a channel page the command for a probing guest lies.
+pub const COMMAND_OFFSET: u64 = 2048;
+
 /// What one vCPU and the VMM say to each other.
 ///
 /// ```text
@@ -321,11 +328,13 @@ pub const MESSAGE_SIZE: usize = 256;
 ///   96  message       guest: PANIC, UTF-8
 ///  352  reserved      0
 ///  512  report        guest: Report
-/// 2048  reserved      0
+/// 2048  command       VMM: COMMAND, ProbeCommand, 64 bytes
+/// 2112  probed        guest: COMMAND, Probed
 /// 4096  end
 /// ```
 ///
-/// The two words of the VMM lie in a cache line of their own. Each is one aligned 8-byte store and one
+/// `command` is written while the vCPU waits in its port exit. The two words that the VMM may write at any time lie in a
+/// cache line of their own. Each is one aligned 8-byte store and one
 /// aligned 8-byte load: neither side ever sees half a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -350,8 +359,10 @@ pub struct Channel {
     pub reserved_guest: [u64; 20],
     /// What the vCPU has done so far.
     pub report: Report,
-    /// Zero.
-    pub reserved_tail: [u64; 256],
+    /// What a probing guest shall do next.
+    pub command: ProbeCommand,
+    /// What became of what it did last.
+    pub probed: Probed,
 }
 
 /// The bucket of the latency histogram for an operation that took `ticks`.
@@ -394,6 +405,8 @@ const _: () = {
     assert!(offset_of!(Channel, request_gpa) == 64);
     assert!(offset_of!(Channel, message) == 96);
     assert!(offset_of!(Channel, report) == 512);
+    assert!(offset_of!(Channel, command) as u64 == COMMAND_OFFSET);
+    assert!(size_of::<ProbeCommand>() == 64 && offset_of!(Probed, latency) == 64);
     assert!(size_of::<Channel>() as u64 == PAGE_SIZE);
     assert!(channel_gpa(MAX_VCPUS) <= PAGE_TABLES_GPA);
     assert!(PAGE_TABLES_END <= IMAGE_GPA && IMAGE_END <= STACKS_GPA);

@@ -3,6 +3,7 @@
 //! * [`abi`]: addresses, ports, the parameter page and the channel page. [`spec`]: what a guest shall do.
 //! * [`layout`]: where everything lies in guest memory. [`content`]: what every page must contain.
 //!   [`versions`]: which version of it.
+//! * [`probe`]: what a host may ask of the guest whose program is to do as it is told.
 //! * [`Guest`]: the programs themselves, over the trait [`Machine`]. The freestanding image in `image/` runs
 //!   them in a virtual machine with volatile accesses and port I/O; where there is no KVM, a VMM runs the
 //!   very same code over the same managed memory in its own process.
@@ -21,6 +22,7 @@ pub mod abi;
 pub mod content;
 pub mod layout;
 mod machine;
+pub mod probe;
 mod program;
 pub mod random;
 mod runner;

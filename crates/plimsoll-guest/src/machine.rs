@@ -39,6 +39,9 @@ pub trait Machine {
     fn window(&mut self) -> u64;
     /// Passes a report on.
     fn report(&mut self, report: &crate::abi::Report);
+    /// Says what became of the last command and waits for the next, or for a reason to look at [`stop`](Self::stop):
+    /// the number is 0 then, and the answer may be given again.
+    fn next_command(&mut self, answer: &crate::probe::Probed) -> crate::probe::ProbeCommand;
     /// Gives whole pages back: they read as zero from now on.
     fn discard(&mut self, gpa: u64, len: u64);
 }

@@ -41,7 +41,7 @@ impl Program {
         let hot = groups * u64::from(spec.hot_permille) / 1000;
         let hot_groups = match kind {
             WorkloadKind::Idle => hot.min(IDLE_PAGES / GROUP_PAGES),
-            WorkloadKind::Zipf | WorkloadKind::Sweep | WorkloadKind::Phases | WorkloadKind::Bursts => hot,
+            _ => hot,
         };
         Self {
             kind,
@@ -69,7 +69,8 @@ impl Program {
                 let start = moves * self.hot_groups % self.groups;
                 (start + rng.below(self.hot_groups)) % self.groups
             }
-            WorkloadKind::Idle => rng.below(self.hot_groups),
+            // A probing guest has no rule of its own; nobody asks for it.
+            WorkloadKind::Idle | WorkloadKind::Probe => rng.below(self.hot_groups),
         };
         let local = self.places.apply(rank) * GROUP_PAGES + rng.below(GROUP_PAGES);
         // The last group may be shorter than the others.

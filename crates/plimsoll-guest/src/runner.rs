@@ -1,4 +1,5 @@
-//! A guest's life: write every page once, run the program, read every page once more, and report all along.
+//! A guest's life: write every page once, run the program, read every page once more, and report all along. Or, for a
+//! probing guest: do what is asked, and answer.
 //!
 //! What enters is a parameter page and a [`Machine`]; what leaves are reports. Each operation compares the
 //! *whole* page it touches with what that page must contain. What must never happen: a wrong word passing
@@ -9,6 +10,7 @@ use crate::abi::{
 use crate::content::{Content, MixError};
 use crate::layout::{Layout, LayoutError};
 use crate::machine::{Machine, PAGE_WORDS, PageWords};
+use crate::probe::{Order, ProbeCommand, Probed, Task, Walk};
 use crate::program::Program;
 use crate::random::{Rng, hash3};
 use crate::spec::{SpecError, WorkloadKind, WorkloadSpec};
@@ -78,8 +80,12 @@ impl Guest {
             found: [0; PAGE_WORDS],
             expected: [0; PAGE_WORDS],
         };
-        runner.populate();
-        runner.work();
+        if self.kind == WorkloadKind::Probe {
+            runner.obey();
+        } else {
+            runner.populate();
+            runner.work();
+        }
         if self.spec.final_check == 1 {
             runner.check_all();
         }
@@ -179,6 +185,69 @@ impl<M: Machine> Runner<'_, M> {
                 self.give_back(rng.below(self.owned_pages), pages);
             }
         }
+    }
+
+    /// Does what it is asked until it is told to stop.
+    fn obey(&mut self) {
+        self.enter(Phase::Running);
+        self.report.running_ticks = self.machine.now_ticks();
+        let mut answer = Probed::NONE;
+        while self.attend() == STOP_NO {
+            let command = self.machine.next_command(&answer);
+            if command.number != 0 {
+                answer = Probed { number: command.number, ..Probed::NONE };
+                if let Ok((task, order)) = command.check() {
+                    self.probe(task, order, &command, &mut answer);
+                }
+            }
+        }
+    }
+
+    /// Does one command, unless it is told to stop meanwhile.
+    fn probe(&mut self, task: Task, order: Order, command: &ProbeCommand, answer: &mut Probed) {
+        let (wrong_words, wrong_pages) = (self.report.wrong_words, self.report.wrong_pages);
+        let window = self.machine.window();
+        let start_ticks = self.machine.now_ticks();
+        let mut passes = 0;
+        loop {
+            for local in Walk::new(order, command, self.owned_pages) {
+                if self.machine.stop() != STOP_NO {
+                    break;
+                }
+                answer.note(self.probe_page(task, local));
+            }
+            passes += 1;
+            let is_over =
+                if command.passes == 0 { self.machine.window() != window } else { passes >= command.passes };
+            if is_over || self.machine.stop() != STOP_NO {
+                break;
+            }
+            if command.pause_ns > 0 {
+                self.machine.idle(command.pause_ns);
+            }
+        }
+        answer.ticks = self.machine.now_ticks().saturating_sub(start_ticks);
+        answer.wrong_words = self.report.wrong_words - wrong_words;
+        answer.wrong_pages = self.report.wrong_pages - wrong_pages;
+    }
+
+    /// Does a task with one page and returns the ticks it took.
+    fn probe_page(&mut self, task: Task, local: u64) -> u64 {
+        let Guest { layout, content, .. } = self.guest;
+        let page = layout.data_page(self.vcpu, local);
+        let gpa = layout.data_gpa(page);
+        if task == Task::Write {
+            content.fill(page, PageState::FIRST.version(), &mut self.expected);
+        }
+        let start_ticks = self.machine.now_ticks();
+        match task {
+            Task::Populate => self.write(local, PageState::FIRST),
+            Task::Read => _ = self.machine.read_word(gpa),
+            Task::Write => self.machine.write_word(gpa, self.expected[0]),
+            Task::Verify => _ = self.verify(local),
+        }
+        self.report.operations += 1;
+        self.machine.now_ticks().saturating_sub(start_ticks)
     }
 
     /// Reads every page that was written, once more.

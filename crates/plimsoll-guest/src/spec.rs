@@ -19,10 +19,12 @@ pub enum WorkloadKind {
     Bursts = 4,
     /// A few pages, rarely: at most 64 of each vCPU's hot part.
     Idle = 5,
+    /// Whatever the host asks, command by command, see [`crate::probe`]. Nothing by itself: not even population.
+    Probe = 6,
 }
 
 impl WorkloadKind {
-    /// All kinds, in the order of their numbers.
+    /// All kinds that work on their own, in the order of their numbers.
     pub const ALL: [Self; 5] = [Self::Zipf, Self::Sweep, Self::Phases, Self::Bursts, Self::Idle];
 
     /// The kind with this number, or `None` if there is none.
@@ -33,11 +35,12 @@ impl WorkloadKind {
             3 => Some(Self::Phases),
             4 => Some(Self::Bursts),
             5 => Some(Self::Idle),
+            6 => Some(Self::Probe),
             _ => None,
         }
     }
 
-    /// The kind's name, as [`FromStr`] reads it.
+    /// The kind's name; [`FromStr`] reads those of [`ALL`](Self::ALL).
     pub const fn name(self) -> &'static str {
         match self {
             Self::Zipf => "zipf",
@@ -45,6 +48,7 @@ impl WorkloadKind {
             Self::Phases => "phases",
             Self::Bursts => "bursts",
             Self::Idle => "idle",
+            Self::Probe => "probe",
         }
     }
 }
@@ -123,7 +127,7 @@ impl WorkloadSpec {
             write_permille: 200,
             hot_permille: match kind {
                 WorkloadKind::Phases | WorkloadKind::Bursts => 100,
-                WorkloadKind::Zipf | WorkloadKind::Sweep | WorkloadKind::Idle => 1000,
+                WorkloadKind::Zipf | WorkloadKind::Sweep | WorkloadKind::Idle | WorkloadKind::Probe => 1000,
             },
             final_check: 0,
             footprint_bytes: 0,
@@ -217,7 +221,7 @@ impl fmt::Display for SpecError {
                 }
                 Ok(())
             }
-            Self::UnknownKind { kind } => write!(f, "no workload has number {kind}: use 1 to 5"),
+            Self::UnknownKind { kind } => write!(f, "no workload has number {kind}: use 1 to 6"),
             Self::WritePermille { found } => {
                 write!(f, "a write share of {found} permille was asked for: use 0 to 1000")
             }

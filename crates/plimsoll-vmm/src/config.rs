@@ -309,6 +309,14 @@ impl VmmConfig {
         self.layout()
     }
 
+    /// The guest program's own view of the machine: where it puts which page. Its clock says nothing yet.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn guest(&self) -> Result<Guest, ConfigError> {
+        Guest::new(&self.params(&self.check()?, 1)).map_err(ConfigError::Workload)
+    }
+
     fn layout(&self) -> Result<GuestLayout, ConfigError> {
         const MINIMUM: ByteCount = ByteCount(abi::WORKLOAD_GPA + BLOCK_SIZE as u64);
         let ram = ByteCount(self.ram_bytes);

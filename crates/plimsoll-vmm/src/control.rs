@@ -6,8 +6,9 @@
 //!
 //! Only the machine's main thread uses this, so a starter that does not read delays reports and nothing else.
 use crate::probe::Accel;
-use crate::report::Summary;
+use crate::report::{ProbeReport, Summary};
 use plimsoll_guest::abi;
+use plimsoll_guest::probe::ProbeCommand;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use serde::{Deserialize, Serialize};
@@ -40,9 +41,13 @@ pub enum Event {
         machine: Option<u32>,
         /// Ticks of the guest's clock in a second.
         tsc_hz: u64,
+        /// Where its memory is in its process, region by region in the order of guest addresses.
+        ram: Vec<Ram>,
     },
     /// What the vCPUs say.
     Report(Summary),
+    /// A probing guest has done what it was asked.
+    Probed(ProbeReport),
     /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
     ManagerLost,
     /// A command made no sense.
@@ -75,6 +80,40 @@ pub enum Command {
         /// Its number, which should grow by one each time.
         number: u64,
     },
+    /// A probing guest shall do something, after what it was asked before. It answers with [`Event::Probed`].
+    Probe {
+        /// Which vCPU.
+        vcpu: u32,
+        /// What; the number is given by the machine.
+        #[serde(with = "ProbeFields")]
+        probe: ProbeCommand,
+    },
+}
+
+/// The fields of [`ProbeCommand`], which itself lives in a crate that knows no serialisation.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "ProbeCommand", deny_unknown_fields)]
+struct ProbeFields {
+    number: u64,
+    task: u32,
+    order: u32,
+    first_page: u64,
+    pages: u64,
+    stride: u64,
+    seed: u64,
+    passes: u64,
+    pause_ns: u64,
+}
+
+/// Where a region of guest memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ram {
+    /// Its first byte in the guest.
+    pub gpa: u64,
+    /// Its first byte in the machine's process.
+    pub hva: u64,
+    /// How many bytes.
+    pub bytes: u64,
 }
 
 /// How to end.
@@ -195,6 +234,7 @@ impl AsFd for Control {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plimsoll_guest::probe::{Order, Task};
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -215,6 +255,15 @@ mod tests {
         assert_eq!(commands, [Command::Window { number: 7 }, Command::Stop { mode: StopMode::Finish }]);
         drop(starter);
         assert!(control.receive().unwrap().closed);
+    }
+
+    #[test]
+    fn a_probe_survives_json() {
+        let (mut control, mut starter) = pair();
+        let probe = ProbeCommand { stride: 7, ..ProbeCommand::new(Task::Write, Order::Strided) };
+        let command = Command::Probe { vcpu: 3, probe };
+        starter.write_all(format!("{}\n", serde_json::to_string(&command).unwrap()).as_bytes()).unwrap();
+        assert_eq!(control.receive().unwrap().commands, [command]);
     }
 
     #[test]

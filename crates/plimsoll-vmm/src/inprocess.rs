@@ -6,6 +6,7 @@
 //! are checked all the same, and one outside ends the machine.
 use crate::machine::{Death, End, Going, Machine};
 use crate::memory::MemoryError;
+use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::{Guest, Machine as GuestMachine, PageWords, abi};
 use plimsoll_types::Gpa;
 use std::time::Instant;
@@ -107,6 +108,10 @@ impl GuestMachine for Vcpu<'_> {
 
     fn report(&mut self, report: &abi::Report) {
         self.machine.report(self.index, report);
+    }
+
+    fn next_command(&mut self, answer: &Probed) -> ProbeCommand {
+        self.machine.next_command(self.index, answer)
     }
 
     fn discard(&mut self, gpa: u64, len: u64) {

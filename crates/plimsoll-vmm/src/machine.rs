@@ -6,14 +6,16 @@
 use crate::memory::{DiscardError, Memory, MemoryError};
 use crate::report::{self, Summary, VcpuReports};
 use plimsoll_guest::abi;
+use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_linux::explain;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_types::{ByteCount, Gpa, Hva, PAGE_SIZE};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use thiserror::Error;
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// The longest a vCPU sleeps at once; the guest asks again.
 const IDLE_MAX: Duration = Duration::from_secs(1);
@@ -105,6 +107,19 @@ struct Vcpu {
     end: Option<End>,
 }
 
+/// What sleeping vCPUs are woken for.
+#[derive(Debug, Default)]
+struct Desk {
+    /// The guest has been told to stop.
+    is_stopping: bool,
+    /// Commands that wait for their vCPUs.
+    commands: VecDeque<(u32, ProbeCommand)>,
+    /// How many commands there were, ever.
+    numbered: u64,
+    /// Answers that wait for the starter.
+    answers: VecDeque<(u32, Probed)>,
+}
+
 /// One machine, as its threads see it.
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -112,10 +127,10 @@ pub(crate) struct Machine {
     pub(crate) tsc_hz: u64,
     vcpus: Vec<Mutex<Vcpu>>,
     leaving: AtomicBool,
-    /// Wakes sleeping vCPUs. The bool says that the guest has been told to stop.
-    stopping: Mutex<bool>,
+    /// What sleeping vCPUs wait for, and `wake` wakes them.
+    desk: Mutex<Desk>,
     wake: Condvar,
-    /// Signalled when a vCPU has ended or the manager is lost.
+    /// Signalled when a vCPU has ended or answered, or the manager is lost.
     pub(crate) attention: EventFd,
 }
 
@@ -131,7 +146,7 @@ impl Machine {
             tsc_hz,
             vcpus: (0..vcpus).map(|_| Mutex::default()).collect(),
             leaving: AtomicBool::new(false),
-            stopping: Mutex::new(false),
+            desk: Mutex::default(),
             wake: Condvar::new(),
             attention,
         }
@@ -167,6 +182,12 @@ impl Machine {
                 let discarded = self.memory.discard(Gpa(channel.request_gpa), channel.request_len);
                 return discarded.err().map(|error| End::Died(Death::Discard(error)));
             }
+            abi::PORT_COMMAND => {
+                let command = self.next_command(vcpu, &channel.probed);
+                let place = Gpa(abi::channel_gpa(vcpu) + abi::COMMAND_OFFSET);
+                let written = self.memory.write(place, command.as_bytes());
+                return written.err().map(|error| End::Died(Death::Memory(error)));
+            }
             abi::PORT_DONE => {
                 self.report(vcpu, &channel.report);
                 return Some(End::Done);
@@ -192,12 +213,47 @@ impl Machine {
     /// Sleeps at most that long, less when the machine is told to stop.
     pub(crate) fn idle(&self, ns: u64) {
         let until = Instant::now() + Duration::from_nanos(ns).min(IDLE_MAX);
-        let mut stopping = locked(&self.stopping);
-        while !*stopping {
+        let mut desk = locked(&self.desk);
+        while !desk.is_stopping {
             let Some(left) = until.checked_duration_since(Instant::now()) else { return };
-            let woken = self.wake.wait_timeout(stopping, left);
-            stopping = woken.unwrap_or_else(PoisonError::into_inner).0;
+            let woken = self.wake.wait_timeout(desk, left);
+            desk = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Takes the answer of a probing guest over and waits until there is another command for it. None, with number 0,
+    /// when the machine is told to stop.
+    pub(crate) fn next_command(&self, vcpu: u32, answer: &Probed) -> ProbeCommand {
+        let mut desk = locked(&self.desk);
+        if answer.number != 0 {
+            desk.answers.push_back((vcpu, *answer));
+            // As in `ended`.
+            let _ = self.attention.signal();
+        }
+        loop {
+            if desk.is_stopping {
+                return ProbeCommand::default();
+            }
+            let place = desk.commands.iter().position(|(whose, _)| *whose == vcpu);
+            if let Some((_, command)) = place.and_then(|place| desk.commands.remove(place)) {
+                return command;
+            }
+            desk = self.wake.wait(desk).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has a probing guest do something once it has done what it was asked before.
+    pub(crate) fn command(&self, vcpu: u32, command: ProbeCommand) {
+        let mut desk = locked(&self.desk);
+        desk.numbered += 1;
+        let number = desk.numbered;
+        desk.commands.push_back((vcpu, ProbeCommand { number, ..command }));
+        self.wake.notify_all();
+    }
+
+    /// What vCPUs have answered since this was asked last.
+    pub(crate) fn answers(&self) -> Vec<(u32, Probed)> {
+        locked(&self.desk).answers.drain(..).collect()
     }
 
     /// A vCPU has ended.
@@ -214,7 +270,7 @@ impl Machine {
         for vcpu in 0..self.vcpus.len() {
             self.channel_word(vcpu, 0, word)?;
         }
-        *locked(&self.stopping) = true;
+        locked(&self.desk).is_stopping = true;
         self.wake.notify_all();
         Ok(())
     }
@@ -244,6 +300,11 @@ impl Machine {
     pub(crate) fn poisoned(&self, hva: Option<Hva>) -> Option<Death> {
         let gpa = self.memory.gpa_of(hva?)?;
         Some(Death::Poisoned { gpa: Gpa(gpa.0 - gpa.0 % PAGE_SIZE as u64) })
+    }
+
+    /// How many vCPUs it has.
+    pub(crate) fn vcpus(&self) -> usize {
+        self.vcpus.len()
     }
 
     /// vCPUs that have not ended.

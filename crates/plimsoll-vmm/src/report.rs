@@ -4,6 +4,7 @@
 //! Everything in it is still an allegation of the guest: sums saturate, lengths are clamped, and no number decides
 //! anything in this process.
 use plimsoll_guest::abi::{self, Phase};
+use plimsoll_guest::probe::{Probed, probe_floor};
 use serde::{Deserialize, Serialize};
 
 /// Wrong words that a summary describes; all are counted.
@@ -72,6 +73,64 @@ pub struct Latency {
     pub max_ns: u64,
     /// Buckets that are not empty, ascending: the fewest nanoseconds that fall into it, and how many operations did.
     pub buckets: Vec<(u64, u64)>,
+}
+
+/// What became of one command to a probing guest, as the guest says.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeReport {
+    /// The vCPU that did it.
+    pub vcpu: u32,
+    /// The command's number: commands of a machine are counted from 1.
+    pub number: u64,
+    /// Pages done, each time counted.
+    pub pages: u64,
+    /// From before the first page to after the last, pauses included.
+    pub ns: u64,
+    /// The sum of what single pages took.
+    pub touch_ns: u64,
+    /// The slowest page.
+    pub touch_max_ns: u64,
+    /// Words found wrong.
+    pub wrong_words: u64,
+    /// Pages in which they lay.
+    pub wrong_pages: u64,
+    /// How long single pages took: buckets that are not empty, ascending.
+    pub latency: Vec<ProbeBucket>,
+}
+
+/// Pages that took at least `from_ns` and less than `below_ns`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProbeBucket {
+    /// The fewest nanoseconds of the bucket.
+    pub from_ns: u64,
+    /// Those of the next.
+    pub below_ns: u64,
+    /// How many.
+    pub pages: u64,
+}
+
+impl ProbeReport {
+    /// What a guest whose clock has `tsc_hz` ticks to a second alleges.
+    pub(crate) fn new(vcpu: u32, answer: &Probed, tsc_hz: u64) -> Self {
+        let ns = |ticks| nanoseconds(ticks, tsc_hz);
+        let bucket = |(bucket, pages): (usize, &u32)| ProbeBucket {
+            from_ns: if bucket == 0 { 0 } else { ns(probe_floor(bucket)) },
+            below_ns: ns(probe_floor(bucket + 1)),
+            pages: u64::from(*pages),
+        };
+        let latency = answer.latency.iter().enumerate().filter(|(_, pages)| **pages > 0).map(bucket);
+        Self {
+            vcpu,
+            number: answer.number,
+            pages: answer.pages,
+            ns: ns(answer.ticks),
+            touch_ns: ns(answer.touch_ticks),
+            touch_max_ns: ns(answer.touch_max_ticks),
+            wrong_words: answer.wrong_words,
+            wrong_pages: answer.wrong_pages,
+            latency: latency.collect(),
+        }
+    }
 }
 
 /// The last report of one vCPU, and its last two complete windows: a vCPU may be a window ahead of the others.
@@ -180,6 +239,7 @@ fn latency(vcpus: &[VcpuReports], tsc_hz: u64) -> Latency {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plimsoll_guest::probe::{PROBE_BUCKETS, probe_bucket};
 
     fn vcpu(reports: &[abi::Report]) -> VcpuReports {
         let mut vcpu = VcpuReports::default();
@@ -225,6 +285,19 @@ mod tests {
         assert_eq!((summary.running_ns, summary.window), (0, None));
         let line = serde_json::to_string(&summary).unwrap();
         assert_eq!(serde_json::from_str::<Summary>(&line).unwrap(), summary);
+    }
+
+    #[test]
+    fn the_answer_of_a_probe_comes_in_nanoseconds_by_bucket() {
+        let mut answer = Probed { number: 4, pages: 3, ticks: 9000, touch_ticks: 8320, ..Probed::NONE };
+        answer.latency[probe_bucket(4096)] = 2;
+        answer.latency[0] = 1;
+        let report = ProbeReport::new(1, &answer, 2_000_000_000);
+        assert_eq!((report.vcpu, report.number, report.ns, report.touch_ns), (1, 4, 4500, 4160));
+        let bucket = |from_ns, below_ns, pages| ProbeBucket { from_ns, below_ns, pages };
+        assert_eq!(report.latency, [bucket(0, 17, 1), bucket(2048, 2176, 2)]);
+        let all = Probed { latency: [1; PROBE_BUCKETS], ..answer };
+        assert_eq!(ProbeReport::new(1, &all, 1).latency.len(), PROBE_BUCKETS);
     }
 
     #[test]

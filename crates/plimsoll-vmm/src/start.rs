@@ -3,7 +3,7 @@
 //! Enters: configuration and sockets. Leaves: whatever [`Supervisor::run`] says. What must never happen: a vCPU running
 //! before its memory is handed over, or any thread running the guest before the filter is on it.
 use crate::config::{AccelChoice, Management, VmmConfig};
-use crate::control::{Control, Event};
+use crate::control::{Control, Event, Ram};
 use crate::kvm::{self, KvmError};
 use crate::machine::{End, Machine};
 use crate::memory::{Managed, Memory, MemoryError};
@@ -86,6 +86,7 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
     sandbox::drop_rights(config.sandbox, parent)?;
 
     let attention = EventFd::new().map_err(VmmError::Threads)?;
+    let ram = ram(&memory);
     let machine = Arc::new(Machine::new(memory, config.vcpus, tsc_hz, attention));
     let socket = handover.map(Arc::new);
     let threads = Threads::start(&machine, vcpus, socket.as_ref().zip(identity.map(|(_, epoch)| epoch)))?;
@@ -99,6 +100,7 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
         accel,
         machine: identity.map(|(machine, _)| machine),
         tsc_hz,
+        ram,
     });
     threads.go.wait();
     let mut supervisor = Supervisor {
@@ -179,6 +181,12 @@ fn in_process(config: &VmmConfig, params: &abi::Params) -> Vec<Vcpu> {
     // One clock for all vCPUs.
     let start = Instant::now();
     (0..config.vcpus).map(|index| Vcpu::InProcess { index, params: Box::new(*params), start }).collect()
+}
+
+/// Where the regions are, for whoever looks at them from outside.
+fn ram(memory: &Memory) -> Vec<Ram> {
+    let regions = memory.layout().regions().iter().zip(memory.hvas());
+    regions.map(|(region, hva)| Ram { gpa: region.start.0, hva: hva.0, bytes: region.bytes.0 }).collect()
 }
 
 /// Introduces the machine and waits for its identity and the first epoch.

@@ -11,8 +11,9 @@ use crate::agent;
 use crate::config::VmmConfig;
 use crate::control::{Command, Control, Event, StopMode};
 use crate::machine::Machine;
-use crate::report::Summary;
+use crate::report::{ProbeReport, Summary};
 use crate::{VmmError, signals};
+use plimsoll_guest::probe::ProbeCommand;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::io;
@@ -146,9 +147,22 @@ impl Supervisor {
             match command {
                 Command::Window { number } => self.machine.window(number)?,
                 Command::Stop { mode } => self.ask_to_stop(mode)?,
+                Command::Probe { vcpu, probe } => self.probe(vcpu, probe)?,
             }
         }
         if received.closed { self.ask_to_stop(StopMode::Now) } else { Ok(()) }
+    }
+
+    fn probe(&self, vcpu: u32, command: ProbeCommand) -> Result<(), VmmError> {
+        let message = match command.check() {
+            Err(error) => error.to_string(),
+            Ok(_) if usize::try_from(vcpu).is_ok_and(|vcpu| vcpu < self.machine.vcpus()) => {
+                self.machine.command(vcpu, command);
+                return Ok(());
+            }
+            Ok(_) => format!("there is no vCPU {vcpu} to probe with"),
+        };
+        self.send(&Event::Error { message })
     }
 
     fn ask_to_stop(&mut self, mode: StopMode) -> Result<(), VmmError> {
@@ -165,6 +179,9 @@ impl Supervisor {
             self.join(agent)?;
             self.manager = ManagerEnd::Lost;
             self.send(&Event::ManagerLost)?;
+        }
+        for (vcpu, answer) in self.machine.answers() {
+            self.send(&Event::Probed(ProbeReport::new(vcpu, &answer, self.machine.tsc_hz)))?;
         }
         if self.died.is_some() {
             return Ok(());

@@ -2,10 +2,12 @@
 mod common;
 
 use common::{Honesty, Manager, Started, accels, config, finite};
+use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_types::{Gpa, PAGE_SIZE};
 use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Management, Prefault, VmmConfig};
 use plimsoll_vmm::control::{Command, Event, StopMode};
+use plimsoll_vmm::report::ProbeReport;
 use plimsoll_vmm::supervise::ManagerEnd;
 use plimsoll_vmm::{Accel, VmmError};
 use std::sync::atomic::Ordering;
@@ -59,6 +61,43 @@ fn a_machine_says_that_it_started_reports_and_stops_when_told() {
         assert_eq!((report.summary.phase.as_str(), report.summary.wrong_words), ("done", 0));
         assert_eq!(report.summary.checked_pages, report.summary.footprint_pages);
         assert!(!report.summary.latency.buckets.is_empty());
+    }
+}
+
+#[test]
+fn a_probing_guest_does_what_its_starter_asks_and_answers_by_its_own_clock() {
+    for accel in accels() {
+        let config = config(WorkloadSpec::new(WorkloadKind::Probe), accel);
+        let pages = config.guest().unwrap().layout().data_pages();
+        let mut machine = Started::new(config, None);
+        let mut ask = |probe| {
+            machine.command(Command::Probe { vcpu: 0, probe });
+            machine.until(|event| match event {
+                Event::Probed(report) => Some(report.clone()),
+                Event::Error { message } => Some(ProbeReport {
+                    wrong_words: u64::from(message.contains("task has number 0")),
+                    ..ProbeReport::default()
+                }),
+                _ => None,
+            })
+        };
+        let populated = ask(ProbeCommand::new(Task::Populate, Order::Ascending));
+        assert_eq!((populated.number, populated.pages), (1, pages), "{accel:?}");
+        let read =
+            ask(ProbeCommand { first_page: 10, pages: 500, ..ProbeCommand::new(Task::Read, Order::Random) });
+        assert_eq!((read.number, read.pages), (2, 500));
+        assert!(
+            read.ns >= read.touch_ns && read.touch_ns >= read.touch_max_ns && read.touch_max_ns > 0,
+            "{read:?}"
+        );
+        assert_eq!(read.latency.iter().map(|bucket| bucket.pages).sum::<u64>(), 500);
+        let verified = ask(ProbeCommand::new(Task::Verify, Order::Ascending));
+        assert_eq!((verified.pages, verified.wrong_words), (pages, 0));
+        // Nonsense is answered by the machine, and the guest never sees it.
+        assert_eq!(ask(ProbeCommand::default()).wrong_words, 1);
+        machine.stop(StopMode::Finish);
+        let report = machine.end().unwrap();
+        assert_eq!((report.died, report.abandoned), (None, 0), "{accel:?}");
     }
 }
 

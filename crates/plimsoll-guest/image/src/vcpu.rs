@@ -7,9 +7,10 @@ use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 use core::ptr::{read_volatile, with_exposed_provenance, with_exposed_provenance_mut, write_volatile};
 use plimsoll_guest::abi::{
-    Channel, MESSAGE_SIZE, PAGE_SIZE, PARAMS_GPA, PORT_DISCARD, PORT_DONE, PORT_IDLE, PORT_PANIC,
+    Channel, MESSAGE_SIZE, PAGE_SIZE, PARAMS_GPA, PORT_COMMAND, PORT_DISCARD, PORT_DONE, PORT_IDLE, PORT_PANIC,
     PORT_REPORT, Params, Report, channel_gpa,
 };
+use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::{Machine, PAGE_WORDS, PageWords};
 
 /// The vCPU this code runs on.
@@ -134,6 +135,14 @@ impl Machine for Vcpu {
     fn report(&mut self, report: &Report) {
         self.put_report(report);
         self.out(PORT_REPORT);
+    }
+
+    fn next_command(&mut self, answer: &Probed) -> ProbeCommand {
+        // SAFETY: as in `panicked`.
+        unsafe { write_volatile(&raw mut (*self.channel).probed, *answer) };
+        self.out(PORT_COMMAND);
+        // SAFETY: as in `panicked`; the VMM wrote it while this vCPU waited, and any bytes are a `ProbeCommand`.
+        unsafe { read_volatile(&raw const (*self.channel).command) }
     }
 
     fn discard(&mut self, gpa: u64, len: u64) {

@@ -1,11 +1,13 @@
 //! A machine made of vectors, with a clock that advances by a fixed step each time it is read.
 use plimsoll_guest::abi::{
-    ABI_VERSION, MAX_REGIONS, PAGE_SIZE, PARAMS_MAGIC, Params, Region, Report, STOP_NO, WORKLOAD_GPA,
+    ABI_VERSION, MAX_REGIONS, PAGE_SIZE, PARAMS_MAGIC, Params, Region, Report, STOP_FINISH, STOP_NO,
+    WORKLOAD_GPA,
 };
 use plimsoll_guest::content::Mix;
+use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_guest::{Machine, PAGE_WORDS, PageWords};
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 pub(crate) const SEED: u64 = 0x51_1a_05;
 /// One tick is a microsecond and each look at the clock takes one.
@@ -44,6 +46,9 @@ pub(crate) struct VecMachine {
     pub(crate) reports: Vec<Report>,
     pub(crate) discards: Vec<(u64, u64)>,
     pub(crate) slept_ns: u64,
+    /// Commands for a probing guest, which is told to stop when there are none left, and its answers.
+    pub(crate) commands: VecDeque<ProbeCommand>,
+    pub(crate) answers: Vec<Probed>,
     /// Pages read or written as whole pages since a test last cleared it.
     pub(crate) touched: BTreeSet<u64>,
     meddle: Option<Meddle>,
@@ -63,6 +68,8 @@ impl VecMachine {
             reports: Vec::new(),
             discards: Vec::new(),
             slept_ns: 0,
+            commands: VecDeque::new(),
+            answers: Vec::new(),
             touched: BTreeSet::new(),
             meddle: None,
         }
@@ -126,6 +133,14 @@ impl Machine for VecMachine {
 
     fn report(&mut self, report: &Report) {
         self.reports.push(*report);
+    }
+
+    fn next_command(&mut self, answer: &Probed) -> ProbeCommand {
+        self.answers.push(*answer);
+        self.commands.pop_front().unwrap_or_else(|| {
+            self.stop = STOP_FINISH;
+            ProbeCommand::default()
+        })
     }
 
     fn discard(&mut self, gpa: u64, len: u64) {

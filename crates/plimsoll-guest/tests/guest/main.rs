@@ -6,4 +6,6 @@ mod layout;
 #[cfg(test)]
 mod machine;
 #[cfg(test)]
+mod probe;
+#[cfg(test)]
 mod programs;

@@ -3,6 +3,7 @@
 use crate::machine::{SEED, TSC_HZ, VecMachine, params};
 use plimsoll_guest::abi::{PAGE_SIZE, Params, Phase, Report, STOP_FINISH, STOP_NOW, WORKLOAD_GPA};
 use plimsoll_guest::content::{Mix, PageKind};
+use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_guest::{Guest, Machine, PAGE_WORDS};
 use std::cell::Cell;
@@ -187,6 +188,9 @@ fn what_is_given_back_reads_as_zero_and_is_missed_when_it_does_not() {
         }
         fn report(&mut self, report: &Report) {
             self.0.report(report);
+        }
+        fn next_command(&mut self, answer: &Probed) -> ProbeCommand {
+            self.0.next_command(answer)
         }
         fn discard(&mut self, _gpa: u64, _len: u64) {}
     }
