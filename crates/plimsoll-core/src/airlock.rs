@@ -23,6 +23,7 @@ struct Slot {
     held: Box<[u32]>,
     /// The first slot page never handed out since the slot was opened.
     next: u32,
+    home: Home,
     reserved: u32,
     named: u32,
     residue: u32,
@@ -32,6 +33,18 @@ impl Slot {
     const fn is_vacant(&self) -> bool {
         self.reserved == 0 && self.named == 0 && self.residue == 0
     }
+}
+
+/// How the pages of a slot go back when one of them is touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Home {
+    /// One by one.
+    Pages,
+    /// All at once, as the one huge page they came as.
+    Block {
+        /// The block's first page.
+        first: PageIndex,
+    },
 }
 
 /// How large an airlock is.
@@ -68,7 +81,8 @@ impl Airlock {
     /// An empty airlock.
     pub fn new(shape: Shape) -> Self {
         let Shape { slots, slot_pages } = shape;
-        let slot = Slot { held: Box::default(), next: 0, reserved: 0, named: 0, residue: 0 };
+        let slot =
+            Slot { held: Box::default(), next: 0, home: Home::Pages, reserved: 0, named: 0, residue: 0 };
         Self {
             slots: vec![slot; slots as usize],
             slot_pages,
@@ -131,6 +145,7 @@ impl Airlock {
         let entry = &mut self.slots[slot as usize];
         entry.held = vec![EMPTY; self.slot_pages as usize].into_boxed_slice();
         entry.next = 0;
+        entry.home = Home::Pages;
         Some(slot)
     }
 
@@ -174,6 +189,44 @@ impl Airlock {
         entry.held[place] = RESIDUE;
         entry.residue += 1;
         self.residue += 1;
+    }
+
+    /// The slot that starts at `at` holds the block that starts at page `first`, and is to go back whole. Blocks have as
+    /// many pages as slots.
+    pub fn keep_whole(&mut self, at: SlotPage, first: PageIndex) {
+        if let Some((entry, 0)) = self.entry(at) {
+            entry.home = Home::Block { first };
+        }
+    }
+
+    /// What is left in the slot that starts at `at` goes back page by page.
+    pub fn keep_apart(&mut self, at: SlotPage) {
+        if let Some((entry, 0)) = self.entry(at) {
+            entry.home = Home::Pages;
+        }
+    }
+
+    /// The block to which the slot page belongs, if all of it is still in its slot and is to go back whole: its first
+    /// slot page and its first page.
+    pub fn whole(&self, at: SlotPage) -> Option<(SlotPage, PageIndex)> {
+        let slot = at.0 / self.slot_pages;
+        let entry = self.slots.get(slot as usize)?;
+        match entry.home {
+            Home::Block { first } if entry.named == self.slot_pages => {
+                Some((SlotPage(slot * self.slot_pages), first))
+            }
+            _ => None,
+        }
+    }
+
+    /// The page was moved out of its slot page, where nothing is left.
+    pub fn emptied(&mut self, at: SlotPage) {
+        if let Some((entry, place)) = self.entry(at).filter(|(entry, place)| entry.held[*place] < RESIDUE) {
+            entry.held[place] = EMPTY;
+            entry.named -= 1;
+            self.named -= 1;
+            self.retire(at);
+        }
     }
 
     /// The oldest pages in limbo, at most `most` of them, all of one slot.

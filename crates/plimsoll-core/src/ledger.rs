@@ -9,7 +9,8 @@
 //! budget                                      what the operator gave
 //!   hard line   = budget, or a little less    what reclaim itself needs in passing fits below it: a store grows before
 //!                                             what it took in is free, a page comes back from limbo uncharged
-//!   install     = hard line - 1/128           no page is installed beyond it: the asker stalls
+//!   install     = hard line - 1/128           no page is installed beyond it: the asker stalls (half way to it from the
+//!                                             high mark already, if it has more than its share)
 //!   high mark   = hard line - 1/32             above it machines are asked to give pages up ...
 //!   low mark    = hard line - 1/16             ... until the host is below this one
 //! ```
@@ -90,6 +91,18 @@ impl Budget {
         let slack = ByteCount(budget.0 / 64 + (1 << 20));
         Self::of(budget.saturating_sub(slack))
     }
+}
+
+/// What memory is asked for, and so how near the hard line it may come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Purpose {
+    /// A guest waits for it: up to the install line; a machine that has more than an equal share of it (or than its
+    /// reservation, if that is more) stops half way there from the high mark, so that the others find room.
+    Demand,
+    /// A guest is expected to ask for it: up to the high mark, where reclaim starts.
+    Ahead,
+    /// A whole block, most of which the guest may never use: up to the low mark, where memory is plentiful.
+    Block,
 }
 
 /// What a machine was promised.
@@ -272,13 +285,38 @@ impl Ledger {
     /// Charges a machine for memory it is about to use.
     ///
     /// # Errors
-    /// [`LedgerError::OverBudget`] when no more pages may be installed, [`LedgerError::NoSuchMachine`].
-    pub fn charge(&mut self, id: MachineId, kind: Kind, bytes: ByteCount) -> Result<(), LedgerError> {
-        if bytes > self.left() {
-            return Err(LedgerError::OverBudget { asked: bytes, left: self.left() });
+    /// [`LedgerError::OverBudget`] when no more pages may be installed for that purpose, [`LedgerError::NoSuchMachine`].
+    pub fn charge(
+        &mut self,
+        id: MachineId,
+        kind: Kind,
+        bytes: ByteCount,
+        purpose: Purpose,
+    ) -> Result<(), LedgerError> {
+        let left = self.limit(id, purpose)?.saturating_sub(self.used());
+        if bytes > left {
+            return Err(LedgerError::OverBudget { asked: bytes, left });
         }
         let held = self.usage(id)?.of(kind);
         self.settle(id, kind, held + bytes)
+    }
+
+    /// Up to where the host may be used for that purpose of the machine's.
+    fn limit(&self, id: MachineId, purpose: Purpose) -> Result<ByteCount, LedgerError> {
+        let Budget { install, high, low, .. } = self.budget;
+        Ok(match purpose {
+            Purpose::Demand if self.is_above_share(id)? => ByteCount(high.0.midpoint(install.0)),
+            Purpose::Demand => install,
+            Purpose::Ahead => high,
+            Purpose::Block => low,
+        })
+    }
+
+    /// True when the machine has more RAM than its reservation and than an equal share of the host's.
+    fn is_above_share(&self, id: MachineId) -> Result<bool, LedgerError> {
+        let machine = &self.machines[self.place_of(id)?];
+        let equal = self.budget.install.0 / self.machines.len().max(1) as u64;
+        Ok(self.ram(id)?.0 > equal.max(machine.terms.reservation.0))
     }
 
     /// States what a machine holds of a kind now: memory in use already, so there is nothing to refuse. Less than was
@@ -352,14 +390,14 @@ impl Ledger {
         Ok(())
     }
 
-    /// How many pages each machine should give up, if the host is above its high mark: enough to come down to the low
-    /// one. The machines that use most give first, down to a common level, and nobody goes below its reservation; so a
+    /// How many pages each machine should give up, if the host is above its high mark: enough to come down to `target`,
+    /// which is the low mark unless the machines only trade pages among each other. The machines that use most give first, down to a common level, and nobody goes below its reservation; so a
     /// machine that grows at full speed is the one that pays for it.
-    pub fn reclaim(&self) -> Vec<(MachineId, PageCount)> {
+    pub fn reclaim(&self, target: ByteCount) -> Vec<(MachineId, PageCount)> {
         if self.used() <= self.budget.high {
             return Vec::new();
         }
-        let excess = self.used().saturating_sub(self.budget.low).0;
+        let excess = self.used().saturating_sub(target).0;
         let ram =
             |machine: &MachineEntry| machine.usage.of(Kind::Resident).0 + machine.usage.of(Kind::Limbo).0;
         let above = |machine: &MachineEntry, level: u64| {
@@ -422,12 +460,12 @@ mod tests {
     fn a_charge_past_the_hard_line_is_refused_and_changes_nothing() {
         let mut ledger = ledger(10, &[0]);
         ledger.set_overhead(ByteCount::mib(2));
-        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(7)).unwrap();
+        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(7), Purpose::Demand).unwrap();
         let left = ByteCount::mib(1) - ByteCount((10 << 20) / 128);
-        let refused = ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(1));
+        let refused = ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(1), Purpose::Demand);
         assert_eq!(refused, Err(LedgerError::OverBudget { asked: ByteCount::mib(1), left }));
         assert_eq!(ledger.used(), ByteCount::mib(9));
-        ledger.charge(MachineId(0), Kind::Resident, left).unwrap();
+        ledger.charge(MachineId(0), Kind::Resident, left, Purpose::Demand).unwrap();
         ledger.audit().unwrap();
     }
 
@@ -438,13 +476,13 @@ mod tests {
             ledger.settle(MachineId(id), Kind::Resident, ByteCount::mib(mib)).unwrap();
         }
         // 180 used, low mark 150: 30 MiB to give, all of it from the machine with 100.
-        let asked = ledger.reclaim();
+        let asked = ledger.reclaim(ledger.budget().low);
         assert_eq!(asked.len(), 1);
         assert_eq!(asked[0].0, MachineId(0));
         let pages = ByteCount::mib(30).pages_floor().0;
         assert!((pages..=pages + 1).contains(&asked[0].1.0), "{asked:?}");
         ledger.settle(MachineId(1), Kind::Limbo, ByteCount::mib(200)).unwrap();
-        assert!(ledger.reclaim().iter().all(|(id, _)| *id != MachineId(2)));
+        assert!(ledger.reclaim(ledger.budget().low).iter().all(|(id, _)| *id != MachineId(2)));
     }
 
     #[test]
@@ -452,26 +490,56 @@ mod tests {
         let mut ledger = ledger(160, &[0, 0]);
         ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(110)).unwrap();
         ledger.settle(MachineId(1), Kind::Resident, ByteCount::mib(60)).unwrap();
-        assert_eq!(ledger.reclaim()[0].0, MachineId(0));
+        assert_eq!(ledger.reclaim(ledger.budget().low)[0].0, MachineId(0));
         ledger.set_floor(MachineId(0), ledger.ram(MachineId(0)).unwrap()).unwrap();
-        let asked = ledger.reclaim();
+        let asked = ledger.reclaim(ledger.budget().low);
         assert_eq!(asked.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [MachineId(1)]);
         assert!(asked[0].1.bytes() >= ByteCount::mib(20));
     }
 
     #[test]
+    fn near_the_line_whoever_has_less_than_its_share_still_finds_room() {
+        let mut ledger = ledger(128, &[0, 0, 90]);
+        let demand = |ledger: &mut Ledger, id| {
+            ledger.charge(MachineId(id), Kind::Resident, ByteCount(4096), Purpose::Demand).is_ok()
+        };
+        ledger.settle(MachineId(1), Kind::Resident, ByteCount::mib(10)).unwrap();
+        ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(115)).unwrap();
+        // 125 used: between 124 (high mark) and 127 (install line), half way is at 125.5.
+        assert!(demand(&mut ledger, 0) && demand(&mut ledger, 1));
+        ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(116)).unwrap();
+        assert!(!demand(&mut ledger, 0) && demand(&mut ledger, 1));
+        ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(36)).unwrap();
+        ledger.settle(MachineId(2), Kind::Resident, ByteCount::mib(80)).unwrap();
+        assert!(demand(&mut ledger, 2), "below its reservation, although above an equal share");
+    }
+
+    #[test]
+    fn memory_that_may_go_unused_is_given_only_while_there_is_plenty() {
+        let mut ledger = ledger(160, &[0]);
+        let page = ByteCount(4096);
+        let mut ask = |used, purpose| {
+            ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(used)).unwrap();
+            ledger.charge(MachineId(0), Kind::Resident, page, purpose).is_ok()
+        };
+        assert!(ask(149, Purpose::Block) && !ask(150, Purpose::Block));
+        assert!(ask(154, Purpose::Ahead) && !ask(155, Purpose::Ahead));
+        assert!(ask(155, Purpose::Demand));
+    }
+
+    #[test]
     fn nobody_is_asked_below_the_high_mark() {
         let mut ledger = ledger(160, &[0]);
-        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(150)).unwrap();
-        assert!(ledger.reclaim().is_empty());
+        ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(150), Purpose::Demand).unwrap();
+        assert!(ledger.reclaim(ledger.budget().low).is_empty());
     }
 
     #[test]
     fn sums_are_conserved_through_everything_a_machine_does() {
         let mut ledger = ledger(100, &[10, 10]);
         let mib = ByteCount::mib;
-        ledger.charge(MachineId(0), Kind::Resident, mib(30)).unwrap();
-        ledger.charge(MachineId(1), Kind::Tables, mib(1)).unwrap();
+        ledger.charge(MachineId(0), Kind::Resident, mib(30), Purpose::Demand).unwrap();
+        ledger.charge(MachineId(1), Kind::Tables, mib(1), Purpose::Demand).unwrap();
         ledger.settle(MachineId(0), Kind::Resident, mib(20)).unwrap();
         ledger.settle(MachineId(0), Kind::Limbo, mib(10)).unwrap();
         ledger.set_store(GROUP, DomainId(0), mib(5)).unwrap();

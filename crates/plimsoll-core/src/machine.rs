@@ -17,12 +17,12 @@
 use crate::airlock::{Airlock, Shape};
 use crate::layout::GuestLayout;
 use crate::map::{Census, MapError, PageMap, Words};
-use crate::replacement::{Origin, Replacement, Run};
+use crate::replacement::{Choice, Origin, Replacement, Run};
 use crate::sampler::Sampler;
 use crate::word::{ObjectRef, PageState, PinCause, StateKind, Transition};
 use alloc::vec::Vec;
 use core::ops::Range;
-use plimsoll_types::{BLOCK_PAGES, PageCount, PageIndex, SlotPage};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount, PageIndex, SlotPage};
 
 /// Where the host finds the bytes of a page to install.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,6 +46,16 @@ pub enum FaultEffect {
     /// find the page present: wake the waiter), or the guest discarded the page and its event is still to come:
     /// then it reads as zeros. Install zeros where nothing is, wake, report [`Machine::confirmed`].
     InstallIfMissing,
+    /// The page rests in limbo as part of a huge page: move all of it back and report [`Machine::returned`] for each
+    /// page.
+    Return {
+        /// The first page of the block.
+        first: PageIndex,
+        /// The first page of its slot.
+        at: SlotPage,
+    },
+    /// The kernel serves the page: nothing is to be done, the waiter has been woken.
+    Nothing,
     /// The page is being moved out. Ask again when the move has been reported.
     Wait,
     /// The bytes are lost. Make the touch fail.
@@ -132,11 +142,14 @@ impl<W: Words> Machine<W> {
     /// | capturing | resident | limbo | absent: the guest discarded it before the move |
     /// | limbo | resident | unchanged | poisoned, counted |
     /// | absent | pinned for a while | unchanged | unchanged |
+    /// | unwatched | resident | absent | absent |
     /// | poisoned | unchanged | unchanged | unchanged |
     /// | any other | resident | unchanged | unchanged |
     ///
     /// An absent page that is present was discarded and has not gone yet, or was brought back and not yet marked. Which
     /// of the two shows in a moment: it is not taken before, because in the first case it must not come back.
+    ///
+    /// All of the machine's memory is registered before this looks, so nothing is unwatched afterwards.
     ///
     /// # Errors
     /// [`MapError::Damaged`] for a word that no transition writes.
@@ -164,7 +177,7 @@ impl<W: Words> Machine<W> {
                 PageState::Capturing(at) | PageState::Limbo(at) if is_slot_present(at) => {
                     PageState::Limbo(at)
                 }
-                PageState::Capturing(_) => PageState::Absent,
+                PageState::Capturing(_) | PageState::Unwatched => PageState::Absent,
                 PageState::Limbo(_) => {
                     machine.anomalies.lost += 1;
                     PageState::Poisoned
@@ -253,7 +266,11 @@ impl<W: Words> Machine<W> {
         Ok(match self.map.state(page)? {
             PageState::Absent if self.doomed.iter().any(|(doomed, _)| *doomed == page) => FaultEffect::Wait,
             PageState::Zero | PageState::Absent => FaultEffect::Install(Source::Zero),
-            PageState::Limbo(at) => FaultEffect::Install(Source::Limbo(at)),
+            PageState::Limbo(at) => match self.airlock.whole(at) {
+                Some((at, first)) => FaultEffect::Return { first, at },
+                None => FaultEffect::Install(Source::Limbo(at)),
+            },
+            PageState::Unwatched => FaultEffect::Nothing,
             PageState::Stored(object) => FaultEffect::Install(Source::Stored(object)),
             PageState::File(offset) => FaultEffect::Install(Source::File(offset)),
             PageState::Capturing(_) => FaultEffect::Wait,
@@ -278,6 +295,126 @@ impl<W: Words> Machine<W> {
         };
         self.replacement.came_back(page, origin);
         Ok(self.release(before))
+    }
+
+    /// The page's bytes were brought into guest RAM before anybody touched it.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when they were there before.
+    pub fn brought(&mut self, page: PageIndex) -> Result<Released, MapError> {
+        let before = self.map.apply(page, Transition::Install)?;
+        self.replacement.came_back(page, Origin::Ahead);
+        Ok(self.release(before))
+    }
+
+    /// Writes the intent to move a run of pages back from the slot pages that start at `at`.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when a page of the run does not rest there.
+    pub fn begin_return(&mut self, run: Run, at: SlotPage) -> Result<(), MapError> {
+        for offset in 0..run.pages {
+            let at = SlotPage(at.0 + offset);
+            self.map.apply(PageIndex(run.first.0 + offset), Transition::BeginReturn(at))?;
+        }
+        Ok(())
+    }
+
+    /// The page was not moved back: it rests in its slot page as before.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when it was not to be moved.
+    pub fn stayed(&mut self, page: PageIndex, at: SlotPage) -> Result<(), MapError> {
+        self.map.apply(page, Transition::Capture(at)).map(drop)
+    }
+
+    /// The page was moved back from its slot page, in which nothing is left.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when it was not to be moved.
+    pub fn returned(&mut self, page: PageIndex, at: SlotPage) -> Result<(), MapError> {
+        self.map.apply(page, Transition::Refuse(at))?;
+        self.replacement.came_back(page, Origin::Limbo);
+        self.airlock.emptied(at);
+        Ok(())
+    }
+
+    /// The run, a block that is one huge page, is on its way to the slot that starts at `at`: once there, a touch brings
+    /// back all of it. If not all of it arrives, what does comes back page by page.
+    pub fn keep_whole(&mut self, at: SlotPage, run: Run) {
+        self.airlock.keep_whole(at, run.first);
+    }
+
+    /// What is left in the slot that starts at `at` goes back page by page after all.
+    pub fn keep_apart(&mut self, at: SlotPage) {
+        self.airlock.keep_apart(at);
+    }
+
+    /// True when nothing of the block is anywhere and nothing of it was ever given back: it may be left to the kernel. A
+    /// page that was given back may still be there for a moment, and must not be found when the block is watched again.
+    pub fn is_untouched(&self, block: BlockIndex) -> bool {
+        self.pages_of(block).all(|page| self.map.state(page) == Ok(PageState::Zero))
+    }
+
+    /// All pages of a block.
+    pub fn block(&self, block: BlockIndex) -> Run {
+        let first = block.first_page();
+        let limit = self.layout.page_limit().0;
+        Run { first, pages: limit.saturating_sub(first.0).min(BLOCK_PAGES) }
+    }
+
+    fn pages_of(&self, block: BlockIndex) -> impl Iterator<Item = PageIndex> + use<W> {
+        let run = self.block(block);
+        (run.first.0..run.first.0 + run.pages).map(PageIndex)
+    }
+
+    /// The block is no longer registered.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when a page of it is anywhere.
+    pub fn unwatched(&mut self, block: BlockIndex) -> Result<(), MapError> {
+        for page in self.pages_of(block) {
+            self.map.apply(page, Transition::Unwatch)?;
+        }
+        Ok(())
+    }
+
+    /// True when the kernel serves the block.
+    pub fn is_unwatched(&self, block: BlockIndex) -> bool {
+        self.map.state(block.first_page()) == Ok(PageState::Unwatched)
+    }
+
+    /// The block has been registered, and these of its pages found in guest RAM afterwards.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when it was registered before.
+    pub fn watched(
+        &mut self,
+        block: BlockIndex,
+        is_present: impl Fn(PageIndex) -> bool,
+    ) -> Result<(), MapError> {
+        for page in self.pages_of(block) {
+            let found = if is_present(page) { Transition::Find } else { Transition::Miss };
+            self.map.apply(page, found)?;
+        }
+        Ok(())
+    }
+
+    /// True when the block's pages have a credit of one each on average: they came back soon after they were taken.
+    pub fn is_hot(&self, block: BlockIndex) -> bool {
+        u32::from(self.replacement.heat(block)) >= self.block(block).pages
+    }
+
+    /// The runs of resident pages of a block.
+    pub fn resident_runs(&self, block: BlockIndex) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for page in self.pages_of(block) {
+            match runs.last_mut() {
+                _ if self.map.state(page) != Ok(PageState::Resident) => {}
+                Some(run) if run.first.0 + run.pages == page.0 => run.pages += 1,
+                _ => runs.push(Run { first: page, pages: 1 }),
+            }
+        }
+        runs
     }
 
     /// Zeros were installed for a page whose word said it was in RAM, because nothing was there.
@@ -326,11 +463,12 @@ impl<W: Words> Machine<W> {
         Ok(())
     }
 
-    /// Chooses what to take next, about `want` pages.
+    /// Chooses what to take next, about `want` pages. A block that is unwatched counts as resident: watch it, then take
+    /// its [`resident_runs`](Self::resident_runs).
     ///
     /// # Errors
     /// [`MapError::Damaged`].
-    pub fn choose(&mut self, want: u32, out: &mut Vec<Run>) -> Result<u32, MapError> {
+    pub fn choose(&mut self, want: u32, out: &mut Vec<Run>) -> Result<Choice, MapError> {
         self.replacement.choose(&self.map, want, out)
     }
 
@@ -481,14 +619,17 @@ impl<W: Words> Machine<W> {
         self.airlock.close();
     }
 
-    /// Ends a sampling period and starts the next: returns the runs of one page to take, the drawn pages that are
-    /// resident.
-    pub fn sample(&mut self, count: u32) -> Vec<Run> {
+    /// Ends a sampling period and starts the next: returns the pages drawn, to be taken where they are in RAM. What is
+    /// not taken is to be [`undrawn`](Self::undraw).
+    pub fn draw(&mut self, count: u32) -> Vec<PageIndex> {
         let map = &self.map;
         let in_ram = |page| map.state(page).is_ok_and(PageState::is_in_ram);
-        let drawn = self.sampler.turn(count, in_ram);
-        let resident = drawn.iter().filter(|page| map.state(**page) == Ok(PageState::Resident));
-        resident.map(|page| Run { first: *page, pages: 1 }).collect()
+        self.sampler.turn(count, in_ram).to_vec()
+    }
+
+    /// The drawn page could not be taken, so that its use will not show.
+    pub fn undraw(&mut self, page: PageIndex) {
+        self.sampler.forget(page);
     }
 
     /// Pages the machine uses in a sampling period, or `None` before the first full one.

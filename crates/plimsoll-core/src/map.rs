@@ -88,9 +88,9 @@ impl Census {
         PageCount(u64::from(self.0[kind as usize]))
     }
 
-    /// Pages whose bytes are in guest RAM for certain.
+    /// Pages that may take guest RAM: those whose bytes are there, and those that the kernel may have put there unseen.
     pub fn in_ram(&self) -> PageCount {
-        [StateKind::Resident, StateKind::Pinned, StateKind::NeverPage]
+        [StateKind::Resident, StateKind::Pinned, StateKind::NeverPage, StateKind::Unwatched]
             .map(|kind| self.of(kind))
             .into_iter()
             .sum()

@@ -10,7 +10,7 @@
 //! | limbo: it was used within the time limbo holds a page | 3 |
 //! | the store, still a ghost: it would have been used had limbo been longer | 2 |
 //! | the store, no longer a ghost | 1 |
-//! | nowhere: first touch | 0 |
+//! | nowhere: first touch; or brought back before it was touched | 0 |
 //!
 //! A block's heat is the sum of its pages' credits. A hand goes round the blocks. Blocks without heat are taken whole,
 //! first, so that huge pages move as huge pages; only when a full round finds too few of them are mixed blocks split:
@@ -30,6 +30,8 @@ pub enum Origin {
     Limbo,
     /// From the store.
     Store,
+    /// From the store, before anybody touched it: no use has shown.
+    Ahead,
 }
 
 /// Consecutive resident pages of one block.
@@ -39,6 +41,24 @@ pub struct Run {
     pub first: PageIndex,
     /// How many.
     pub pages: u32,
+}
+
+/// In which of its two rounds the hand chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Round {
+    /// Blocks that show no use: a huge page among them goes, and comes back, as one.
+    Whole,
+    /// Pages without credit of blocks that show some: they go and come back one by one.
+    Split,
+}
+
+/// What [`Replacement::choose`] chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Pages in all runs.
+    pub pages: u32,
+    /// How they were chosen.
+    pub round: Round,
 }
 
 /// The replacement state of one machine: about 1.3 bytes a page.
@@ -85,6 +105,10 @@ impl Replacement {
         }
         let credit = match origin {
             Origin::Nowhere => 0,
+            Origin::Ahead => {
+                self.ghosts.clear(page.0);
+                0
+            }
             Origin::Limbo => 3,
             Origin::Store if self.ghosts.forget(page) => 2,
             Origin::Store => 1,
@@ -111,7 +135,7 @@ impl Replacement {
         self.ghosts.hits
     }
 
-    /// Appends runs of resident pages to take, at most a block more than `want` pages and possibly fewer, and returns
+    /// Appends runs of pages to take, resident or unwatched, at most a block more than `want` pages and possibly fewer, and says
     /// how many. None at all means that every page has just paid a credit, or that nothing is left to take: after four
     /// such answers nothing is.
     ///
@@ -122,28 +146,28 @@ impl Replacement {
         map: &PageMap<W>,
         want: u32,
         out: &mut Vec<Run>,
-    ) -> Result<u32, MapError> {
+    ) -> Result<Choice, MapError> {
         let blocks = self.pages.div_ceil(BLOCK_PAGES);
-        let mut chosen = 0;
-        for split in [false, true] {
-            // A page chosen in one round would be chosen again in the next: the caller has not taken it yet.
-            if chosen > 0 {
-                break;
-            }
+        let mut pages = 0;
+        for round in [Round::Whole, Round::Split] {
             for _ in 0..blocks {
-                if chosen >= want {
-                    return Ok(chosen);
+                if pages >= want {
+                    return Ok(Choice { pages, round });
                 }
                 let block = BlockIndex(self.hand % blocks);
                 self.hand = (block.0 + 1) % blocks;
-                if !split && self.heat(block) == 0 {
-                    chosen += self.take(map, block, |_, _| true, out)?;
-                } else if split {
-                    chosen += self.take(map, block, Self::spend, out)?;
-                }
+                pages += match round {
+                    Round::Whole if self.heat(block) > 0 => 0,
+                    Round::Whole => self.take(map, block, |_, _| true, out)?,
+                    Round::Split => self.take(map, block, Self::spend, out)?,
+                };
+            }
+            // A page chosen in one round would be chosen again in the next: the caller has not taken it yet.
+            if pages > 0 {
+                return Ok(Choice { pages, round });
             }
         }
-        Ok(chosen)
+        Ok(Choice { pages, round: Round::Split })
     }
 
     /// True if the page has no credit left; takes one otherwise.
@@ -165,7 +189,8 @@ impl Replacement {
         let mut chosen = 0;
         let mut run: Option<Run> = None;
         for page in (first..last).map(PageIndex) {
-            let taken = map.state(page)? == PageState::Resident && takes(self, page);
+            let is_taken = matches!(map.state(page)?, PageState::Resident | PageState::Unwatched);
+            let taken = is_taken && takes(self, page);
             match &mut run {
                 Some(open) if taken => open.pages += 1,
                 Some(_) => out.extend(run.take()),
@@ -243,7 +268,7 @@ mod tests {
 
     fn chosen(replacement: &mut Replacement, map: &PageMap<HeapWords>, want: u32) -> Vec<Run> {
         let mut runs = Vec::new();
-        let count = replacement.choose(map, want, &mut runs).unwrap();
+        let count = replacement.choose(map, want, &mut runs).unwrap().pages;
         assert_eq!(count, runs.iter().map(|run| run.pages).sum::<u32>());
         runs
     }

@@ -2,7 +2,7 @@
 //!
 //! Enters: page installs, and the end of each period. Leaves: pages to take so that their use shows, and an estimate.
 //! At the start of a period pages are drawn at random from the whole machine. The host takes those that are in RAM;
-//! a drawn page that is in RAM at the end of the period was used, or could not be taken and counts as used. The share
+//! a drawn page that is in RAM at the end of the period was used. One that could not be taken does not count. The share
 //! of used samples times the machine's size estimates what it touches in one period. Three averages are kept, slow,
 //! fast and instant, and the largest is reported: quick to see growth, slow to believe in idleness.
 use alloc::vec::Vec;
@@ -11,6 +11,9 @@ use plimsoll_types::{PageCount, PageIndex};
 /// Weight of the newest period in the slow and the fast average, in 1/16.
 const SLOW_WEIGHT: u32 = 2;
 const FAST_WEIGHT: u32 = 6;
+/// Samples that make an estimate: fewer are added to those of the next period. A machine of huge pages is sampled by
+/// whole blocks, which cost more, so by few.
+const SAMPLES_MIN: u32 = 32;
 /// Fixed-point one.
 const ONE: u32 = 1 << 16;
 
@@ -20,6 +23,8 @@ pub struct Sampler {
     pages: u32,
     drawn: Vec<PageIndex>,
     seed: u64,
+    /// Of samples that have not made an estimate yet: how many, and how many of them were used.
+    open: (u32, u32),
     /// Averages in 1/65,536 of the machine; `None` before the first full period.
     averages: Option<Averages>,
 }
@@ -34,17 +39,19 @@ struct Averages {
 impl Sampler {
     /// For a machine of `pages` pages. The seed makes the draw repeatable.
     pub fn new(pages: u32, seed: u64) -> Self {
-        Self { pages, drawn: Vec::new(), seed, averages: None }
+        Self { pages, drawn: Vec::new(), seed, open: (0, 0), averages: None }
     }
 
     /// Ends a period: `is_used` tells of each drawn page whether it is in RAM now. Starts the next with `count` newly
     /// drawn pages and returns them, ascending; the host takes those that are resident.
     pub fn turn(&mut self, count: u32, is_used: impl Fn(PageIndex) -> bool) -> &[PageIndex] {
-        if let Ok(total) = u32::try_from(self.drawn.len())
-            && total > 0
-        {
-            let used: u32 = self.drawn.iter().map(|page| u32::from(is_used(*page))).sum();
+        for page in &self.drawn {
+            self.open = (self.open.0 + 1, self.open.1 + u32::from(is_used(*page)));
+        }
+        let (total, used) = self.open;
+        if total >= SAMPLES_MIN.min(self.pages) {
             self.record(u32::try_from(u64::from(used) * u64::from(ONE) / u64::from(total)).unwrap_or(ONE));
+            self.open = (0, 0);
         }
         self.drawn.clear();
         for _ in 0..count.min(self.pages) {
@@ -56,6 +63,13 @@ impl Sampler {
         self.drawn.sort_unstable();
         self.drawn.dedup();
         &self.drawn
+    }
+
+    /// The drawn page tells nothing.
+    pub fn forget(&mut self, page: PageIndex) {
+        if let Ok(place) = self.drawn.binary_search(&page) {
+            self.drawn.remove(place);
+        }
     }
 
     fn record(&mut self, instant: u32) {
@@ -111,6 +125,19 @@ mod tests {
         assert_eq!(sampler.estimate(), Some(PageCount(1000)));
         sampler.turn(100, |_| false);
         assert!(sampler.estimate().unwrap() > PageCount(200));
+    }
+
+    #[test]
+    fn few_samples_wait_for_more_and_forgotten_ones_do_not_count() {
+        let mut sampler = Sampler::new(1_000_000, 1);
+        for period in 0..8 {
+            assert_eq!(sampler.estimate(), None, "period {period}");
+            let drawn = sampler.turn(9, |page| page.0.is_multiple_of(2)).to_vec();
+            drawn.into_iter().filter(|page| page.0.is_multiple_of(2)).for_each(|page| sampler.forget(page));
+        }
+        sampler.turn(200, |_| true);
+        sampler.turn(0, |_| false);
+        assert!(sampler.estimate().unwrap() < PageCount(900_000));
     }
 
     #[test]

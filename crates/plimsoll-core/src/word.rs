@@ -22,6 +22,7 @@
 //! | 7 pinned | cause | in guest RAM, and cannot be moved for now |
 //! | 8 never-page | 0 | in guest RAM, and must not be moved |
 //! | 9 poisoned | 0 | lost: a touch must fail, never read wrong bytes |
+//! | 10 unwatched | 0 | in guest RAM, or nowhere and reads as zeros: the kernel serves it, nobody is told |
 //!
 //! A fresh, zeroed word is a valid one: a page nobody has touched.
 use core::fmt;
@@ -80,6 +81,9 @@ pub enum PageState {
     NeverPage,
     /// Lost. A touch must fail.
     Poisoned,
+    /// In guest RAM, or nowhere and reads as zeros: its block is not registered, so the kernel serves its faults, with
+    /// huge pages where it can, and nobody hears of its discards. Counted as used.
+    Unwatched,
 }
 
 /// The states without their payloads, for counting.
@@ -97,11 +101,12 @@ pub enum StateKind {
     Pinned = 7,
     NeverPage = 8,
     Poisoned = 9,
+    Unwatched = 10,
 }
 
 impl StateKind {
     /// All kinds, in the order of their codes.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Zero,
         Self::Resident,
         Self::Capturing,
@@ -112,6 +117,7 @@ impl StateKind {
         Self::Pinned,
         Self::NeverPage,
         Self::Poisoned,
+        Self::Unwatched,
     ];
 
     /// The word the field uses.
@@ -127,6 +133,7 @@ impl StateKind {
             Self::Pinned => "pinned",
             Self::NeverPage => "never-page",
             Self::Poisoned => "poisoned",
+            Self::Unwatched => "unwatched",
         }
     }
 }
@@ -145,6 +152,7 @@ impl PageState {
             Self::Pinned(_) => StateKind::Pinned,
             Self::NeverPage => StateKind::NeverPage,
             Self::Poisoned => StateKind::Poisoned,
+            Self::Unwatched => StateKind::Unwatched,
         }
     }
 
@@ -189,6 +197,7 @@ impl PageWord {
             7 if payload == 1 => PageState::Pinned(PinCause::Kernel),
             8 => PageState::NeverPage,
             9 => PageState::Poisoned,
+            10 => PageState::Unwatched,
             _ => return None,
         };
         Some(state)
@@ -217,6 +226,9 @@ pub enum Transition {
     Refuse(SlotPage),
     /// The move found nothing: the guest had discarded the page.
     Vanish(SlotPage),
+    /// The page will be moved back from the slot page. Written *before* the move, as for a capture: which of the two
+    /// places holds it, the kernel knows.
+    BeginReturn(SlotPage),
     /// The bytes in the slot page were stored as the object.
     Store(SlotPage, ObjectRef),
     /// The bytes in the slot page were found to be all zero.
@@ -233,6 +245,12 @@ pub enum Transition {
     Include,
     /// The page's bytes were found to be lost.
     Poison,
+    /// The page's block is no longer registered: the kernel serves it from here on.
+    Unwatch,
+    /// The block was registered, and the page found in guest RAM.
+    Find,
+    /// The block was registered, and nothing found in the page's place.
+    Miss,
 }
 
 /// A transition that the page's state does not allow. The word is unchanged.
@@ -268,16 +286,21 @@ impl PageWord {
             (S::Capturing(named), T::Capture(slot)) if named == slot => S::Limbo(slot),
             (S::Capturing(named), T::Refuse(slot)) if named == slot => S::Resident,
             (S::Capturing(named), T::Vanish(slot)) if named == slot => S::Absent,
+            (S::Limbo(named), T::BeginReturn(slot)) if named == slot => S::Capturing(slot),
             (S::Limbo(named), T::Store(slot, object)) if named == slot => S::Stored(object),
             (S::Limbo(named), T::DropZero(slot)) if named == slot => S::Zero,
             // The guest may discard at any time, whatever the page is going through. A lost page that the guest no
             // longer wants is no longer lost.
+            (S::Unwatched, T::Discard) => S::Unwatched,
             (_, T::Discard) => S::Absent,
             (S::Resident, T::Pin(cause)) => S::Pinned(cause),
             (S::Pinned(_), T::Unpin) => S::Resident,
             (S::Resident | S::Pinned(_), T::Exclude) => S::NeverPage,
             (S::NeverPage, T::Include) => S::Resident,
             (S::Limbo(_) | S::Stored(_) | S::File(_), T::Poison) => S::Poisoned,
+            (S::Zero | S::Absent, T::Unwatch) => S::Unwatched,
+            (S::Unwatched, T::Find) => S::Resident,
+            (S::Unwatched, T::Miss) => S::Absent,
             _ => return Err(illegal),
         };
         Ok(Self::new(next))
@@ -298,6 +321,7 @@ mod tests {
             PageState::Pinned(PinCause::Kernel),
             PageState::NeverPage,
             PageState::Poisoned,
+            PageState::Unwatched,
         ];
         for slot in [0, 7, u32::MAX].map(SlotPage) {
             states.extend([PageState::Capturing(slot), PageState::Limbo(slot), PageState::File(slot.0)]);
@@ -318,7 +342,7 @@ mod tests {
 
     #[test]
     fn bits_no_transition_writes_are_no_state_and_take_no_transition() {
-        for bits in [10, 15, 1 << 63 | 2, 2 << 4 | 7] {
+        for bits in [11, 15, 1 << 63 | 2, 2 << 4 | 7] {
             assert_eq!(PageWord(bits).state(), None);
             assert!(PageWord(bits).after(Transition::Discard).is_err());
         }
@@ -331,8 +355,8 @@ mod tests {
             let word = PageWord::new(state);
             let captured = word.after(Transition::BeginCapture(SlotPage(1)));
             assert_eq!(captured.is_ok(), state == PageState::Resident, "{state:?}");
-            let installable =
-                !state.is_in_ram() && !matches!(state, PageState::Capturing(_) | PageState::Poisoned);
+            let installable = !state.is_in_ram()
+                && !matches!(state, PageState::Capturing(_) | PageState::Poisoned | PageState::Unwatched);
             assert_eq!(word.after(Transition::Install).is_ok(), installable, "{state:?}");
         }
     }

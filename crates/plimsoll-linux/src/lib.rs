@@ -1,9 +1,10 @@
 //! Linux back ends of plimsoll.
 //!
 //! * [`uffd`]: our own pager, for machines that hand their memory over. Its documentation is the protocol.
-//! * [`slabs`]: the memory that stores live in.
+//! * [`slabs`]: the memory that stores live in. [`dense`]: how they pack what is cold.
 //! * [`cgroup`], [`procsum`]: what the kernel counts. [`zram`]: a swap device made for one run.
 pub mod cgroup;
+pub mod dense;
 pub mod procsum;
 pub mod slabs;
 pub mod uffd;

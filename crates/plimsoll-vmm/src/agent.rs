@@ -15,7 +15,7 @@ use crate::wire::{self, Item, Op, Outcome, Stop, Ticket};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::mapping::RangeError;
-use plimsoll_sys::uffd::{Holes, MoveMode, Stop as KernelStop, Wake};
+use plimsoll_sys::uffd::{Holes, MoveMode, RegisterError, RegisterMode, Stop as KernelStop, Wake};
 use plimsoll_types::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, Hva, PAGE_SIZE, PageCount, PageIndex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
@@ -136,6 +136,8 @@ impl Agent<'_> {
             Op::MoveIn => self.move_in(item),
             Op::Zap => self.zap(item),
             Op::Populate => self.populate(item),
+            Op::Watch => self.watch(item),
+            Op::Unwatch => self.unwatch(item),
             Op::SetEpoch => None,
         };
         outcome.unwrap_or(stopped(0, Stop::Invalid))
@@ -216,6 +218,20 @@ impl Agent<'_> {
         })
     }
 
+    /// Registering what is registered already changes nothing.
+    fn watch(&self, item: &Item) -> Option<Outcome> {
+        let (_, range) = self.guest_range(item)?;
+        let mapping = self.memory.mappings().iter().find(|mapping| mapping.range().contains(range))?;
+        let watched = self.managed.ram.register(mapping.unborrowed(range).ok()?, RegisterMode::MISSING);
+        Some(whole(item, watched.map(drop)))
+    }
+
+    /// Waiters go on, and find the kernel in the manager's place.
+    fn unwatch(&self, item: &Item) -> Option<Outcome> {
+        let (_, range) = self.guest_range(item)?;
+        Some(whole(item, self.managed.ram.unregister(range)))
+    }
+
     /// Only pages that are present, and with discards shut out, so that it cannot become a fault.
     fn populate(&self, item: &Item) -> Option<Outcome> {
         let (run, range) = self.guest_range(item)?;
@@ -245,6 +261,21 @@ impl Agent<'_> {
             rest = rest.skip(part.len())?;
         }
         Some(Outcome { done: run.count(), stop: None })
+    }
+}
+
+/// All of an item or nothing of it.
+fn whole(item: &Item, result: Result<(), RegisterError>) -> Outcome {
+    let errno = |errno: i32| u16::try_from(errno).unwrap_or(0);
+    match result {
+        Ok(()) => Outcome { done: item.pages, stop: None },
+        Err(RegisterError::Other { source, .. }) => {
+            stopped(0, Stop::Failed { errno: errno(source.raw_os_error().unwrap_or(0)) })
+        }
+        Err(RegisterError::NoMemoryOrProcess { .. }) => {
+            stopped(0, Stop::Failed { errno: errno(rustix::io::Errno::NOMEM.raw_os_error()) })
+        }
+        Err(_) => stopped(0, Stop::Invalid),
     }
 }
 

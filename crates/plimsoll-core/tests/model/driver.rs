@@ -3,9 +3,9 @@
 //! Enters: a state in which a manager is idle and work for it, or one in which it is at something. Leaves: the state
 //! after its next single step: a change of words, a call of the kernel or a call of the store. Every change of words
 //! is the shipped [`Machine`]'s own. An answer that its documentation rules out sets [`World::broken`].
-use crate::step::Work;
+use crate::step::{BLOCK, Work};
 use crate::world::{
-    At, Discard, Drain, Host, MAX_PAGES, Manager, Mistake, Move, Outcome, Pager, Value, World,
+    At, Discard, Drain, Host, Keeper, MAX_PAGES, Manager, Mistake, Move, Outcome, Pager, Value, World,
 };
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{HeapWords, MapError, Words};
@@ -35,6 +35,26 @@ pub(crate) fn begin(pager: &Pager, world: &mut World, machine: u8, work: Work) {
             }
             step
         }
+        Work::CaptureBlock => {
+            let step = capture_block(host);
+            if step != Ok(At::Idle) {
+                world.captures_left = world.captures_left.map(|left| left - 1);
+            }
+            step
+        }
+        Work::Unwatch => {
+            host.keeper = Keeper::Kernel;
+            world.unwatches_left = world.unwatches_left.map(|left| left - 1);
+            Ok(At::Unwatched)
+        }
+        Work::Watch => Ok(match pager.mistake {
+            Some(Mistake::LookBeforeRegister) => At::Looked { present: host.present() },
+            Some(Mistake::LookWithoutRegister) => At::Registered,
+            _ => {
+                host.keeper = Keeper::Manager;
+                At::Registered
+            }
+        }),
         Work::Answer => answer(host),
         Work::Store { page, slot } => store(pager, world, machine, page, slot),
         Work::ZapSlots => zap_slots(host),
@@ -64,6 +84,13 @@ pub(crate) fn proceed(pager: &Pager, world: &mut World, machine: u8) {
             let stored = core.stored(PageIndex(page), SlotPage(slot), value.object());
             must(stored, "a page in limbo could not be stored").map(|()| At::Idle)
         }),
+        At::Unwatched => core(host)
+            .and_then(|core| must(core.unwatched(BLOCK), "an untouched block could not be left"))
+            .map(|()| At::Idle),
+        At::Registered => Ok(At::Looked { present: host.present() }),
+        At::Looked { present } => watched(pager, host, present),
+        At::MoveIn { slot, done } => Ok(move_in(pager, host, slot, done)),
+        At::MovedIn { slot, done } => returned(pager, host, slot, done),
         At::Zapped { slot, pages } => core(host).map(|core| {
             core.zapped(SlotPage(slot), pages);
             At::Idle
@@ -77,6 +104,12 @@ pub(crate) fn proceed(pager: &Pager, world: &mut World, machine: u8) {
             if pager.mistake != Some(Mistake::SkipBarrier) {
                 host.moves.clear();
             }
+            Ok(At::Barred)
+        }
+        At::Barred
+            if host.keeper == Keeper::Kernel && pager.mistake != Some(Mistake::TakeOverWithoutRegister) =>
+        {
+            host.keeper = Keeper::Manager;
             Ok(At::Barred)
         }
         At::Barred => match pager.drain {
@@ -130,7 +163,13 @@ fn fault(host: &mut Host, page: u32, is_kept: impl Fn(Value) -> bool) -> Step {
     let source = match effect {
         FaultEffect::Install(source) => source,
         FaultEffect::InstallIfMissing => return Ok(At::Copy { page, value: Value::Zero, reports: false }),
-        FaultEffect::Wait => return Ok(At::Idle),
+        FaultEffect::Return { at, .. } => {
+            let core = core(host)?;
+            let begun = core.begin_return(core.block(BLOCK), at);
+            return must(begun, "a block in limbo could not go back")
+                .map(|()| At::MoveIn { slot: at.0, done: 0 });
+        }
+        FaultEffect::Wait | FaultEffect::Nothing => return Ok(At::Idle),
         FaultEffect::Poison => return Err("a page was poisoned"),
     };
     let value = match source {
@@ -213,6 +252,44 @@ fn capture(pager: &Pager, host: &mut Host, first: u32, pages: u32) -> Step {
         Some(start) => At::Send { first, pages, slot: start.0 },
         None => At::Idle,
     })
+}
+
+fn capture_block(host: &mut Host) -> Step {
+    let run = core(host)?.block(BLOCK);
+    let Some(start) = begin_capture(host, run.first.0, run.pages)? else { return Ok(At::Idle) };
+    core(host)?.keep_whole(start, run);
+    Ok(At::Send { first: run.first.0, pages: run.pages, slot: start.0 })
+}
+
+fn watched(pager: &Pager, host: &mut Host, present: u8) -> Step {
+    if pager.mistake == Some(Mistake::LookBeforeRegister) {
+        host.keeper = Keeper::Manager;
+    }
+    let told = core(host)?.watched(BLOCK, |page| present & 1 << page.0 != 0);
+    must(told, "a block could not be taken back from the kernel").map(|()| At::Idle)
+}
+
+/// The agent moves the next page of a block back; EAGAIN if a discard is queued.
+fn move_in(pager: &Pager, host: &mut Host, slot: u32, done: u32) -> At {
+    let again = host.pages.iter().any(|page| page.discard == Discard::Queued);
+    let place = done as usize;
+    if again || done == pager.pages || host.pages[place].ram.is_some() {
+        return At::MovedIn { slot, done };
+    }
+    host.pages[place].ram = host.slots[slot as usize + place].take();
+    At::MoveIn { slot, done: done + 1 }
+}
+
+fn returned(pager: &Pager, host: &mut Host, slot: u32, done: u32) -> Step {
+    let core = core(host)?;
+    for (page, at) in (0..pager.pages).map(PageIndex).zip((slot..).map(SlotPage)) {
+        let told = if page.0 < done { core.returned(page, at) } else { core.stayed(page, at) };
+        must(told, "where a page is after a block was to go back could not be marked")?;
+    }
+    if (1..pager.pages).contains(&done) {
+        core.keep_apart(SlotPage(slot));
+    }
+    Ok(At::Idle)
 }
 
 fn answer(host: &mut Host) -> Step {

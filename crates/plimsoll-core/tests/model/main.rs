@@ -17,6 +17,10 @@
 //! may be refused. The manager: faults, captures of runs, answers, storing, zapping, discards, pins, each cut where a
 //! crash can fall. A store shared by all machines, content-addressed, with reference counts. A crash of all managers
 //! at once, also during a takeover, and the takeover: barrier, scan, drained discards, counts rebuilt from words.
+//! All of a machine is one block, which is left to the kernel while nothing of it is anywhere: then the kernel fills what
+//! is touched, and discards make no event. The manager takes it back in two steps, register and look; registering waits
+//! for discards without an event. All pages at once may go as a huge page, and are moved back page by page by one call,
+//! which stops at a queued discard and, where refusals are modelled, anywhere.
 //! A fault needs no waiting vCPU: a page that is not in RAM may be touched at any time, so it may be served at any time.
 //!
 //! # Lawful
@@ -26,9 +30,9 @@
 //!
 //! # Not modelled
 //! Snapshot files, poison, never-page and device pins; fault-around; two discards of one page or two requests to one
-//! agent at a time; moving a page back out of the airlock; page contents being damaged; a store that fails; the
-//! shared zero page; a second vCPU racing with a discard across two crashes. Replacement's choice is replaced by any
-//! choice. Words are written by one thread, so memory ordering is not explored here.
+//! agent at a time; page contents being damaged; a store that fails; the shared zero page; a second vCPU racing with a
+//! discard across two crashes. Replacement's choice is replaced by any choice. Words are written by one thread, so memory
+//! ordering is not explored here.
 mod driver;
 mod properties;
 mod step;
@@ -37,7 +41,7 @@ mod world;
 use plimsoll_core::airlock::Shape;
 use stateright::{Checker, Expectation, HasDiscoveries, Model};
 use std::time::Instant;
-use world::{Drain, Mistake, MoveRule, Outcome, Pager, Race, Threads, Value};
+use world::{Blocks, Drain, Mistake, MoveRule, Outcome, Pager, Race, Threads, Value};
 
 /// Reached with any machine that may crash once.
 const BASIC: &[&str] = &[
@@ -195,6 +199,99 @@ fn a_slot_that_stops_being_filled_is_not_lost() {
 fn a_fault_after_a_discard_waits_for_the_move_under_it_by_the_cores_answer_alone() {
     let pager = Pager { move_rule: MoveRule::Core, crashes: 0, ..Pager::small() };
     explore("the core's answer", pager, &[&["a move finds the page gone"]]);
+}
+
+/// Its only block is left to the kernel at first, or at any later time when nothing of it is anywhere.
+fn left_to_the_kernel() -> Pager {
+    Pager { unwatches: Some(1), discards: Some(1), captures: Some(2), ..Pager::small() }
+}
+
+/// Its only block goes and comes back whole.
+fn whole_blocks() -> Pager {
+    Pager {
+        blocks: Blocks::Whole,
+        shape: Shape { slots: 2, slot_pages: 2 },
+        run: 1,
+        refusals: vec![Outcome::Busy],
+        discards: Some(1),
+        captures: Some(2),
+        ..Pager::small()
+    }
+}
+
+/// Reached with a block that is left to the kernel.
+const KERNEL: &[&str] = &[
+    "the kernel serves a page",
+    "a discard that nobody hears of is under way",
+    "a page is stored that the kernel had brought",
+    "it dies with a block left to the kernel",
+    "it dies with a block registered",
+];
+
+/// Reached with a block that goes whole.
+const WHOLE: &[&str] =
+    &["a block comes back whole", "a block comes back half", "it dies with a block moved back"];
+
+#[test]
+fn a_block_left_to_the_kernel_keeps_its_bytes_through_a_crash_anywhere() {
+    let pager = Pager { discards: Some(2), ..left_to_the_kernel() };
+    explore("left to the kernel", pager, &[BASIC, KERNEL]);
+}
+
+#[test]
+fn a_guest_that_races_with_a_discard_nobody_hears_of_harms_only_itself() {
+    let pager = Pager { race: Race::Allowed, ..left_to_the_kernel() };
+    explore("racing with the kernel", pager, &[BASIC, KERNEL]);
+}
+
+#[test]
+fn a_second_crash_before_a_block_is_registered_again_changes_nothing() {
+    let pager = Pager { crashes: 2, captures: Some(1), ..left_to_the_kernel() };
+    explore("two crashes and the kernel", pager, &[BASIC, KERNEL, &["it dies while taking over"]]);
+}
+
+#[test]
+fn a_block_that_goes_and_comes_back_whole_keeps_its_bytes_through_a_crash_anywhere() {
+    explore("whole blocks", whole_blocks(), &[BASIC, WHOLE]);
+}
+
+/// A discard may take its page away while the block is on its way back, long after its event was read: between an earlier
+/// crash and a later one, or under a guest that goes on using what it discards.
+#[test]
+fn a_crash_with_a_block_moved_back_and_a_page_of_it_gone_loses_nothing() {
+    let pager = Pager { crashes: 2, captures: Some(1), refusals: vec![], writes: Some(1), ..whole_blocks() };
+    explore("whole blocks, two crashes", pager, &[&["a block comes back whole"]]);
+}
+
+#[test]
+fn a_guest_that_races_with_its_discard_of_a_whole_block_harms_only_itself() {
+    let pager = Pager { race: Race::Allowed, refusals: vec![], ..whole_blocks() };
+    explore("racing guest, whole blocks", pager, &[&["a block comes back whole"]]);
+}
+
+#[test]
+fn a_block_left_to_the_kernel_goes_and_comes_back_whole() {
+    let pager = Pager { unwatches: Some(1), refusals: vec![], ..whole_blocks() };
+    let more = ["a block comes back whole", "it dies with a block moved back"];
+    explore("whole blocks and the kernel", pager, &[BASIC, KERNEL, &more]);
+}
+
+#[test]
+fn taking_pages_of_a_block_that_is_not_registered_is_found() {
+    let pager = Pager { mistake: Some(Mistake::LookWithoutRegister), ..left_to_the_kernel() };
+    assert_eq!(broken_rule(pager), Some("every page reads as its guest last left it"));
+}
+
+#[test]
+fn a_new_manager_that_does_not_register_is_found() {
+    let pager = Pager { mistake: Some(Mistake::TakeOverWithoutRegister), ..left_to_the_kernel() };
+    assert_eq!(broken_rule(pager), Some("every page reads as its guest last left it"));
+}
+
+#[test]
+fn looking_at_a_block_before_it_is_registered_is_found() {
+    let pager = Pager { mistake: Some(Mistake::LookBeforeRegister), ..left_to_the_kernel() };
+    assert_eq!(broken_rule(pager), Some("what is in guest RAM a word says is there"));
 }
 
 #[test]

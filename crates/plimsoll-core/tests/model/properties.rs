@@ -2,7 +2,7 @@
 //!
 //! Enters: a state. Leaves: whether it is a state the protocol may be in. The `sometimes` properties prove that the
 //! exploration reached what it is about; each test lists those that its configuration can reach.
-use crate::world::{At, DiedAt, Discard, Host, Manager, Outcome, Pager, Value, World};
+use crate::world::{At, DiedAt, Discard, Host, Keeper, Manager, Outcome, Pager, Value, World};
 use plimsoll_core::word::{PageState, StateKind};
 use plimsoll_types::{PageCount, PageIndex};
 use stateright::Property;
@@ -19,6 +19,7 @@ pub(crate) fn all() -> Vec<Property<Pager>> {
         Property::always("nothing is kept that no word names", keeps_nothing_else),
         Property::always("airlock memory is in limbo or about to be given back", knows_its_memory),
         Property::always("an empty airlock can be filled again", reuses_slots),
+        Property::always("what is in guest RAM a word says is there", knows_guest_memory),
     ];
     all.extend(seen());
     all
@@ -87,6 +88,17 @@ fn knows_its_memory(_: &Pager, world: &World) -> bool {
             PageCount(holds) == airlock.limbo() + airlock.residue()
         }
         _ => true,
+    })
+}
+
+/// Else it would never be taken, and count for nobody.
+fn knows_guest_memory(pager: &Pager, world: &World) -> bool {
+    each_page(pager, world, |_, host, number| {
+        let page = &host.pages[number as usize];
+        let is_served = host.at == At::Idle && host.keeper == Keeper::Manager;
+        let is_settled = is_served && host.moves.is_empty() && page.discard == Discard::Idle;
+        let is_known = |state: PageState| state.is_in_ram() || state == PageState::Unwatched;
+        !is_settled || page.ram.is_none() || host.state(number).is_some_and(is_known)
     })
 }
 
@@ -200,12 +212,43 @@ fn seen() -> Vec<Property<Pager>> {
             world.hosts.len() == 2 && world.hosts.iter().all(|host| names(host))
         }),
     ];
+    seen.extend(blocks());
     seen.extend(deaths());
     seen
 }
 
+/// What becomes of blocks.
+fn blocks() -> [Property<Pager>; 6] {
+    [
+        Property::sometimes("the kernel serves a page", |pager, world: &World| {
+            any_page(pager, world, |host, page| {
+                host.keeper == Keeper::Kernel && host.pages[page as usize].ram.is_some()
+            })
+        }),
+        Property::sometimes("a discard that nobody hears of is under way", |_, world: &World| {
+            any_host(world, Host::has_silent_discard)
+        }),
+        Property::sometimes("a discard is read of a block left to the kernel", |_, world: &World| {
+            any_host(world, |host| host.keeper == Keeper::Kernel && matches!(host.at, At::ReadDiscard { .. }))
+        }),
+        Property::sometimes("a page is stored that the kernel had brought", |pager, world: &World| {
+            world.unwatches_left == Some(0)
+                && any_page(pager, world, |host, page| matches!(host.state(page), Some(PageState::Stored(_))))
+        }),
+        Property::sometimes("a block comes back whole", |pager, world: &World| {
+            any_host(world, |host| matches!(host.at, At::MovedIn { done, .. } if done == pager.pages))
+        }),
+        Property::sometimes("a block comes back half", |pager, world: &World| {
+            any_host(
+                world,
+                |host| matches!(host.at, At::MovedIn { done, .. } if (1..pager.pages).contains(&done)),
+            )
+        }),
+    ]
+}
+
 /// A crash in every sub-step.
-fn deaths() -> [Property<Pager>; 10] {
+fn deaths() -> [Property<Pager>; 13] {
     [
         Property::sometimes("it dies idle", |_, world: &World| died(world, DiedAt::Idle)),
         Property::sometimes("it dies before COPY", |_, world: &World| died(world, DiedAt::Copy)),
@@ -217,6 +260,15 @@ fn deaths() -> [Property<Pager>; 10] {
         Property::sometimes("it dies after a zap", |_, world: &World| died(world, DiedAt::Zapped)),
         Property::sometimes("it dies with a discard read", |_, world: &World| {
             died(world, DiedAt::ReadDiscard)
+        }),
+        Property::sometimes("it dies with a block left to the kernel", |_, world: &World| {
+            died(world, DiedAt::Unwatched)
+        }),
+        Property::sometimes("it dies with a block registered", |_, world: &World| {
+            died(world, DiedAt::Watching)
+        }),
+        Property::sometimes("it dies with a block moved back", |_, world: &World| {
+            died(world, DiedAt::MoveIn)
         }),
         Property::sometimes("it dies while taking over", |_, world: &World| died(world, DiedAt::Recovering)),
     ]

@@ -4,11 +4,12 @@
 //! steps are in [`crate::driver`].
 use crate::driver;
 use crate::world::{
-    Allowance, At, DiedAt, Discard, Host, Manager, MoveRule, Outcome, Pager, Race, Threads, Value, Values,
-    World,
+    Allowance, At, Blocks, DiedAt, Discard, Host, Keeper, Manager, Mistake, MoveRule, Outcome, Pager, Race,
+    Threads, Value, Values, World,
 };
 use plimsoll_core::map::{HeapWords, Words};
 use plimsoll_core::word::{PageState, PageWord};
+use plimsoll_types::BlockIndex;
 use stateright::{Model, Property};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,6 +25,10 @@ pub(crate) enum Action {
     Discard { machine: u8, page: u32 },
     /// The kernel carries the discard out.
     Zap { machine: u8, page: u32 },
+    /// The kernel brings a page of zeros, because nothing is registered.
+    Fill { machine: u8, page: u32 },
+    /// The kernel stops moving a block back before all of it is there.
+    StopMoveIn { machine: u8 },
     /// The kernel moves the next page of the agent's request.
     Move { machine: u8, outcome: Outcome },
     /// An idle manager takes up work.
@@ -49,6 +54,10 @@ pub(crate) enum Work {
         first: u32,
         pages: u32,
     },
+    /// All pages, which are one huge page.
+    CaptureBlock,
+    Unwatch,
+    Watch,
     /// The first page of the agent's answer.
     Answer,
     Store {
@@ -59,6 +68,9 @@ pub(crate) enum Work {
     Unpin,
     Close,
 }
+
+/// All pages of a machine.
+pub(crate) const BLOCK: BlockIndex = BlockIndex(0);
 
 fn has_left(allowance: Allowance) -> bool {
     allowance != Some(0)
@@ -84,6 +96,15 @@ impl Model for Pager {
                 At::Idle if self.is_busy_elsewhere(world) => {}
                 At::Idle => self.work(world, machine, host, actions),
                 At::Ready => {}
+                // Registering waits for discards that nobody hears of.
+                At::Barred if host.keeper == Keeper::Kernel && host.has_silent_discard() => {}
+                At::Looked { .. } if host.has_silent_discard() => {}
+                At::MoveIn { done, .. } => {
+                    actions.push(Action::Continue { machine });
+                    if done < self.pages && !self.refusals.is_empty() {
+                        actions.push(Action::StopMoveIn { machine });
+                    }
+                }
                 At::Dead(_) | At::Barred | At::Drained { .. } | At::Scanned | At::Recovered { .. } => {
                     // New managers take over one machine after the other.
                     if world.hosts[..usize::from(machine)].iter().all(|other| other.at == At::Ready) {
@@ -114,12 +135,27 @@ impl Model for Pager {
             }
             Action::Discard { machine, page } => {
                 world.discards_left = world.discards_left.map(|left| left - 1);
-                let page = &mut world.host(machine).pages[page as usize];
-                page.discard = Discard::Queued;
-                page.undone = page.undone.and(page.lawful);
+                let host = world.host(machine);
+                let page = &mut host.pages[page as usize];
+                match host.keeper {
+                    Keeper::Kernel => page.discard = Discard::Silent,
+                    Keeper::Manager => {
+                        page.discard = Discard::Queued;
+                        page.undone = page.undone.and(page.lawful);
+                    }
+                }
                 page.lawful = page.lawful.and(Values::only(Value::Zero));
             }
             Action::Zap { machine, page } => zap(world.host(machine), page),
+            Action::Fill { machine, page } => {
+                world.host(machine).pages[page as usize].ram = Some(Value::Zero);
+            }
+            Action::StopMoveIn { machine } => {
+                let host = world.host(machine);
+                if let At::MoveIn { slot, done } = host.at {
+                    host.at = At::MovedIn { slot, done };
+                }
+            }
             Action::Move { machine, outcome } => {
                 if move_next(world.host(machine), outcome).is_none() {
                     world.broken = Some("a page was moved onto another one");
@@ -142,6 +178,9 @@ impl Pager {
     fn guest_actions(&self, world: &World, machine: u8, host: &Host, actions: &mut Vec<Action>) {
         for (number, page) in (0..self.pages).zip(&host.pages) {
             let touches = page.discard == Discard::Idle || self.race == Race::Allowed;
+            if page.ram.is_none() && touches && host.keeper == Keeper::Kernel {
+                actions.push(Action::Fill { machine, page: number });
+            }
             if let Some(value) = page.ram {
                 let own = [Value::Own(machine)];
                 for written in own.iter().chain(&self.also_written) {
@@ -157,12 +196,15 @@ impl Pager {
             match page.discard {
                 Discard::Idle if has_left(world.discards_left) && !host.will_be_discarded(number) => {
                     // Discarding what nobody has touched since it was last empty changes nothing.
-                    let empty = matches!(host.state(number), Some(PageState::Zero | PageState::Absent));
+                    let empty = matches!(
+                        host.state(number),
+                        Some(PageState::Zero | PageState::Absent | PageState::Unwatched)
+                    );
                     if page.ram.is_some() || !empty {
                         actions.push(Action::Discard { machine, page: number });
                     }
                 }
-                Discard::ToZap => actions.push(Action::Zap { machine, page: number }),
+                Discard::ToZap | Discard::Silent => actions.push(Action::Zap { machine, page: number }),
                 Discard::Idle | Discard::Queued => {}
             }
         }
@@ -203,6 +245,21 @@ impl Pager {
                 }
             }
         }
+        let all = |kind: PageState| (0..self.pages).all(|page| state(page) == Some(kind));
+        if self.blocks == Blocks::Whole
+            && host.moves.is_empty()
+            && has_left(world.captures_left)
+            && all(PageState::Resident)
+        {
+            begin(Work::CaptureBlock);
+        }
+        if host.moves.is_empty() && has_left(world.unwatches_left) && core.is_untouched(BLOCK) {
+            begin(Work::Unwatch);
+        }
+        let looks_first = self.mistake == Some(Mistake::LookBeforeRegister);
+        if core.is_unwatched(BLOCK) && (looks_first || !host.has_silent_discard()) {
+            begin(Work::Watch);
+        }
         if host.moves.first().is_some_and(|asked| asked.outcome.is_some()) {
             begin(Work::Answer);
         }
@@ -234,7 +291,7 @@ fn write(host: &mut Host, page: u32, value: Value) {
     page.lawful = Values::only(value);
     match page.discard {
         Discard::Idle => page.undone = Values::NONE,
-        Discard::Queued | Discard::ToZap => {
+        Discard::Queued | Discard::ToZap | Discard::Silent => {
             // The guest races with itself: the discard may still take this away.
             page.lawful = page.lawful.and(Values::only(Value::Zero));
             page.loose = true;
@@ -297,6 +354,9 @@ fn crash(world: &mut World, pages: u32) {
             At::Put { .. } => DiedAt::Put,
             At::Zapped { .. } => DiedAt::Zapped,
             At::ReadDiscard { .. } => DiedAt::ReadDiscard,
+            At::Unwatched => DiedAt::Unwatched,
+            At::Registered | At::Looked { .. } => DiedAt::Watching,
+            At::MoveIn { .. } | At::MovedIn { .. } => DiedAt::MoveIn,
             At::Dead(_)
             | At::Barred
             | At::Drained { .. }

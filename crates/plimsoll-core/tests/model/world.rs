@@ -89,6 +89,8 @@ pub(crate) enum Discard {
     Queued,
     /// The event was read; the memory goes away at some later moment, then the caller goes on.
     ToZap,
+    /// It began where nothing is registered: there is no event, and whoever registers waits for its end.
+    Silent,
 }
 
 /// A guest page as kernel and guest know it.
@@ -160,6 +162,24 @@ pub(crate) enum At {
         slot: u32,
         value: Value,
     },
+    /// The block is no longer registered; its words do not say so.
+    Unwatched,
+    /// The block is registered again; nobody has looked.
+    Registered,
+    /// These pages, bit by bit, were found in guest RAM; the words do not say so.
+    Looked {
+        present: u8,
+    },
+    /// The agent moves the block back from the slot pages from `slot`; `done` pages have been.
+    MoveIn {
+        slot: u32,
+        done: u32,
+    },
+    /// It has stopped; the words do not say so.
+    MovedIn {
+        slot: u32,
+        done: u32,
+    },
     /// The slot pages' memory was given back; the airlock does not know.
     Zapped {
         slot: u32,
@@ -199,6 +219,9 @@ pub(crate) enum DiedAt {
     Put,
     Zapped,
     ReadDiscard,
+    Unwatched,
+    Watching,
+    MoveIn,
     Recovering,
 }
 
@@ -222,6 +245,17 @@ pub(crate) struct Host {
     /// What the agent was asked to move and the manager has not yet been told about.
     pub(crate) moves: Vec<Move>,
     pub(crate) at: At,
+    /// Who brings absent pages.
+    pub(crate) keeper: Keeper,
+}
+
+/// Who brings the absent pages of a machine: all of it is one block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Keeper {
+    /// Its manager: guest RAM is registered.
+    Manager,
+    /// The kernel brings zeros.
+    Kernel,
 }
 
 impl Host {
@@ -256,6 +290,17 @@ impl Host {
         read || self.pages[page as usize].discard == Discard::Queued
     }
 
+    /// True while a discard is under way that no manager hears of.
+    pub(crate) fn has_silent_discard(&self) -> bool {
+        self.pages.iter().any(|page| page.discard == Discard::Silent)
+    }
+
+    /// The pages that are in guest RAM, bit by bit.
+    pub(crate) fn present(&self) -> u8 {
+        let pages = self.pages.iter().enumerate();
+        pages.map(|(bit, page)| u8::from(page.ram.is_some()) << bit).sum()
+    }
+
     /// Forgets the discard of a page once kernel, manager and word all agree about it.
     pub(crate) fn settle(&mut self, number: u32) {
         let is_open = self.will_be_discarded(number) || self.at == (At::Copied { page: number });
@@ -272,6 +317,9 @@ impl Host {
         if let Some(value) = self.pages[page as usize].ram {
             return Some(value);
         }
+        if self.keeper == Keeper::Kernel {
+            return Some(Value::Zero);
+        }
         // The word is about to say *absent*, or *resident* with nothing there.
         if self.will_be_discarded(page) || self.at == (At::Copied { page }) {
             return Some(Value::Zero);
@@ -286,7 +334,8 @@ impl Host {
             | PageState::Absent
             | PageState::Resident
             | PageState::Pinned(_)
-            | PageState::NeverPage => Some(Value::Zero),
+            | PageState::NeverPage
+            | PageState::Unwatched => Some(Value::Zero),
             PageState::File(_) | PageState::Poisoned => None,
         }
     }
@@ -311,8 +360,8 @@ impl Host {
 impl PartialEq for Host {
     fn eq(&self, other: &Self) -> bool {
         self.core_eq(other)
-            && (self.pages, self.slots, &self.moves, self.at)
-                == (other.pages, other.slots, &other.moves, other.at)
+            && (self.pages, self.slots, &self.moves, self.at, self.keeper)
+                == (other.pages, other.slots, &other.moves, other.at, other.keeper)
     }
 }
 
@@ -330,7 +379,7 @@ impl Hash for Host {
             }
             Manager::Down(words) => words.hash(hasher),
         }
-        (self.pages, self.slots, &self.moves, self.at).hash(hasher);
+        (self.pages, self.slots, &self.moves, self.at, self.keeper).hash(hasher);
     }
 }
 
@@ -347,6 +396,7 @@ pub(crate) struct World {
     pub(crate) writes_left: Allowance,
     pub(crate) discards_left: Allowance,
     pub(crate) captures_left: Allowance,
+    pub(crate) unwatches_left: Allowance,
     /// Set when the core answered what its documentation says it cannot.
     pub(crate) broken: Option<&'static str>,
 }
@@ -377,6 +427,15 @@ pub(crate) enum Threads {
     OneForAll,
 }
 
+/// How all pages of a machine go, when they are taken at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Blocks {
+    /// As pages: they come back one by one.
+    Apart,
+    /// As a huge page or as pages.
+    Whole,
+}
+
 /// Who keeps a fault waiting on a page that the guest discarded while the agent was asked to move it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum MoveRule {
@@ -401,6 +460,12 @@ pub(crate) enum Mistake {
     SkipBarrier,
     /// Gives an object's reference back before the word stops naming it.
     ReleaseBeforeWord,
+    /// Marks what it finds of a block that was left to the kernel, and does not register it.
+    LookWithoutRegister,
+    /// Looks at a block that was left to the kernel, then registers it.
+    LookBeforeRegister,
+    /// A new manager does not register what was left to the kernel.
+    TakeOverWithoutRegister,
 }
 
 /// One configuration of the model.
@@ -418,6 +483,9 @@ pub(crate) struct Pager {
     pub(crate) writes: Allowance,
     pub(crate) discards: Allowance,
     pub(crate) captures: Allowance,
+    /// How often an untouched machine is left to the kernel.
+    pub(crate) unwatches: Allowance,
+    pub(crate) blocks: Blocks,
     /// How the agent may refuse.
     pub(crate) refusals: Vec<Outcome>,
     pub(crate) move_rule: MoveRule,
@@ -442,6 +510,8 @@ impl Pager {
             writes: None,
             discards: None,
             captures: None,
+            unwatches: Some(0),
+            blocks: Blocks::Apart,
             refusals: vec![],
             move_rule: MoveRule::Driver,
             drain: Drain::AfterScan,
@@ -472,6 +542,7 @@ impl Pager {
             slots: [None; MAX_SLOT_PAGES],
             moves: Vec::new(),
             at: At::Idle,
+            keeper: Keeper::Manager,
         }
     }
 
@@ -483,6 +554,7 @@ impl Pager {
             writes_left: self.writes,
             discards_left: self.discards,
             captures_left: self.captures,
+            unwatches_left: self.unwatches,
             broken: None,
         }
     }

@@ -1,9 +1,12 @@
 //! What the pagers of one host share: the ledger, the stores of the sharing domains, and what an operator is told.
 //!
 //! Each lock is held for a few hundred instructions and never across a system call that can wait for a guest.
+use super::housekeeper::{Collapses, Tidied};
 use super::probe::{NoProbe, Probe};
+use super::waiting::{Waiting, Watchfulness};
 use parking_lot::Mutex;
 use plimsoll_core::ledger::{Budget, Ledger};
+use plimsoll_core::replacement::Run;
 use plimsoll_store::{SlabMemory, Store};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageIndex};
 use std::sync::Arc;
@@ -28,6 +31,11 @@ pub enum Incident {
         /// Why, with its causes.
         cause: String,
     },
+    /// The dense codec did not give back what it was given. It is not used any more; nothing was lost.
+    BadCodec {
+        /// In whose store.
+        domain: DomainId,
+    },
     /// The store could take no more.
     StoreFull {
         /// Whose page it was.
@@ -39,6 +47,9 @@ pub enum Incident {
 pub struct Host {
     ledger: Mutex<Ledger>,
     incidents: Mutex<Vec<Incident>>,
+    collapses: Mutex<Collapses>,
+    tidied: Mutex<Tidied>,
+    watchfulness: Watchfulness,
     probe: Arc<dyn Probe>,
 }
 
@@ -50,7 +61,14 @@ impl Host {
 
     /// The same, whose pagers a test watches.
     pub fn with_probe(budget: Budget, probe: Arc<dyn Probe>) -> Self {
-        Self { ledger: Mutex::new(Ledger::new(budget)), incidents: Mutex::new(Vec::new()), probe }
+        Self {
+            ledger: Mutex::new(Ledger::new(budget)),
+            incidents: Mutex::default(),
+            collapses: Mutex::default(),
+            tidied: Mutex::default(),
+            watchfulness: Watchfulness::new(),
+            probe,
+        }
     }
 
     /// Looks at or changes the ledger.
@@ -66,6 +84,29 @@ impl Host {
     /// What the operator has not been told yet.
     pub fn take_incidents(&self) -> Vec<Incident> {
         std::mem::take(&mut self.incidents.lock())
+    }
+
+    /// How pagers wait from now on.
+    pub fn set_waiting(&self, waiting: Waiting) {
+        self.watchfulness.set(waiting);
+    }
+
+    pub(super) const fn watchfulness(&self) -> &Watchfulness {
+        &self.watchfulness
+    }
+
+    /// Asks the housekeeper to have a hot block made huge.
+    pub(super) fn want_huge(&self, id: MachineId, run: Run) {
+        self.collapses.lock().add(id, run);
+    }
+
+    pub(super) fn next_collapse(&self) -> Option<(MachineId, Run)> {
+        self.collapses.lock().next()
+    }
+
+    /// Looks at or adds to what the housekeeper has done.
+    pub fn tidied<T>(&self, with: impl FnOnce(&mut Tidied) -> T) -> T {
+        with(&mut self.tidied.lock())
     }
 
     pub(crate) fn probe(&self) -> &Arc<dyn Probe> {
@@ -116,10 +157,18 @@ pub struct Orders {
     pub squeeze: AtomicU32,
     /// Pages that have left RAM for good, ever: the pager's answer to whether it gives anything when asked.
     pub given: AtomicU64,
+    /// Pages taken out of guest RAM, ever.
+    pub taken: AtomicU64,
+    /// Of these, pages that the guest touched soon afterwards: in limbo, or while still remembered as a ghost.
+    pub returned: AtomicU64,
     /// A sampling period has ended.
     pub sample: AtomicBool,
     /// Pinned pages may be tried again.
     pub unpin: AtomicBool,
+    /// The machine is going to sleep: what it used so far is the working set to remember.
+    pub park: AtomicBool,
+    /// The machine is about to go on: its working set is to be brought back.
+    pub wake: AtomicBool,
     /// The pager should end.
     pub stop: AtomicBool,
 }

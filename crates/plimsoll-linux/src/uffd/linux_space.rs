@@ -11,10 +11,11 @@
 use super::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
 use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket, Welcome, WireError};
 use parking_lot::Mutex;
+use plimsoll_core::replacement::Run;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
-use plimsoll_sys::pagemap::Pagemap;
+use plimsoll_sys::pagemap::{Categories, Filter, Pagemap};
 use plimsoll_sys::pidfd::{Pidfd, Signal};
-use plimsoll_sys::process_memory::{self, Refusal};
+use plimsoll_sys::process_memory::{self, Advice, Refusal};
 use plimsoll_sys::uffd::{self, Event, EventBuffer, Stop, Userfaultfd, Wake};
 use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{ByteCount, Hva, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount, PageIndex, SlotPage};
@@ -167,8 +168,7 @@ impl Custody {
     /// # Errors
     /// [`SpaceError`].
     pub fn presence(&self) -> Result<Presence, SpaceError> {
-        let io = |source| SpaceError::Io { what: "looking at the VMM's page map", source };
-        let pagemap = Pagemap::open(self.process()).map_err(|error| io(std::io::Error::other(error)))?;
+        let pagemap = Pagemap::open(self.process()).map_err(|error| looking(std::io::Error::other(error)))?;
         let mut ram = Vec::new();
         let mut first = 0;
         for (region, hva) in self.hello.layout.regions().iter().zip(&self.hello.hvas) {
@@ -178,6 +178,15 @@ impl Custody {
         let mut slots = Vec::new();
         populated(&pagemap, self.hello.airlock_base, self.hello.airlock_bytes(), 0, &mut slots)?;
         Ok(Presence::new(ram, slots))
+    }
+
+    /// Has the kernel make huge pages of a run of whole blocks, all of which must be there. True if it did.
+    pub(super) fn collapse(&self, run: Run) -> bool {
+        let bytes = PageCount(u64::from(run.pages)).bytes();
+        let Some(range) = self.locate(run.first).and_then(|(hva, _)| HvaRange::new(hva, bytes)) else {
+            return false;
+        };
+        process_memory::advise(&self.process, &[range], Advice::Collapse).stop.is_none()
     }
 
     /// A page's address in the VMM and how many pages follow in its region, itself included.
@@ -215,13 +224,16 @@ fn populated(
     first: u32,
     found: &mut Vec<Range<u32>>,
 ) -> Result<(), SpaceError> {
-    let io = |source| SpaceError::Io { what: "looking at the VMM's page map", source };
     let range =
-        HvaRange::new(base, bytes).ok_or_else(|| io(std::io::Error::other("the range wraps around")))?;
+        HvaRange::new(base, bytes).ok_or_else(|| looking(std::io::Error::other("the range wraps around")))?;
     let index = |address: Hva| first + pages_of(ByteCount(address.0 - base.0));
     pagemap
         .populated(range, |run| found.push(index(run.start())..index(run.end())))
-        .map_err(|error| io(std::io::Error::other(error)))
+        .map_err(|error| looking(std::io::Error::other(error)))
+}
+
+const fn looking(source: std::io::Error) -> SpaceError {
+    SpaceError::Io { what: "looking at the VMM's page map", source }
 }
 
 fn is_readable(descriptor: BorrowedFd<'_>, patience: Duration) -> std::io::Result<bool> {
@@ -312,15 +324,26 @@ impl LinuxSpace {
         }
     }
 
+    /// Asks for a single item.
+    fn ask_one(&mut self, op: Op, item: Item) -> Result<Outcome, SpaceError> {
+        // Replies are checked to have as many outcomes as there were items.
+        Ok(self.ask(op, &[item])?.first().copied().unwrap_or(Outcome { done: 0, stop: None }))
+    }
+
+    fn pagemap(&mut self) -> Result<&Pagemap, SpaceError> {
+        Ok(match &mut self.pagemap {
+            Some(pagemap) => pagemap,
+            unopened => {
+                let opened = Pagemap::open(self.custody.process());
+                unopened.insert(opened.map_err(|error| looking(std::io::Error::other(error)))?)
+            }
+        })
+    }
+
     /// Whether all of a run of slot pages holds bytes.
     fn is_filled(&mut self, run: HvaRange) -> Result<bool, SpaceError> {
-        let io =
-            |error| SpaceError::Io { what: "looking at the airlock", source: std::io::Error::other(error) };
-        let pagemap = match &mut self.pagemap {
-            Some(pagemap) => pagemap,
-            unopened => unopened.insert(Pagemap::open(self.custody.process()).map_err(io)?),
-        };
-        Ok(pagemap.populated_bytes(run).map_err(io)? == run.len())
+        let bytes = self.pagemap()?.populated_bytes(run);
+        Ok(bytes.map_err(|error| looking(std::io::Error::other(error)))? == run.len())
     }
 
     fn address(&self, first: PageIndex, pages: u32, call: &'static str) -> Result<Hva, SpaceError> {
@@ -447,6 +470,40 @@ impl Space for LinuxSpace {
 
     fn move_out(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
         self.ask(Op::MoveOut, items)
+    }
+
+    fn move_in(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.ask(Op::MoveIn, items)
+    }
+
+    fn unwatch(&mut self, run: Run) -> Result<Outcome, SpaceError> {
+        self.ask_one(Op::Unwatch, Item::new(run.first, SlotPage(0), run.pages))
+    }
+
+    fn watch(&mut self, run: Run) -> Result<Outcome, SpaceError> {
+        self.ask_one(Op::Watch, Item::new(run.first, SlotPage(0), run.pages))
+    }
+
+    fn run_presence(&mut self, run: Run) -> Result<Presence, SpaceError> {
+        let range = self.range(run.first, run.pages, "look")?;
+        let mut ram = Vec::new();
+        populated(self.pagemap()?, range.start(), range.len(), run.first.0, &mut ram)?;
+        Ok(Presence::new(ram, Vec::new()))
+    }
+
+    fn is_huge(&mut self, run: Run) -> Result<bool, SpaceError> {
+        let range = self.range(run.first, run.pages, "look")?;
+        let all_of = Categories::PRESENT | Categories::HUGE;
+        let filter = Filter { all_of, any_of: Categories::empty(), report: Categories::empty() };
+        let mut huge = ByteCount(0);
+        let scanned = self.pagemap()?.scan(range, filter, |run| huge += run.range.len());
+        scanned.map_err(|error| looking(std::io::Error::other(error)))?;
+        Ok(huge == range.len())
+    }
+
+    fn has_events(&mut self) -> Result<bool, SpaceError> {
+        is_readable(self.custody.events(), Duration::ZERO)
+            .map_err(|source| SpaceError::Io { what: "looking for events", source })
     }
 
     fn populate(&mut self, items: &[Item]) -> Result<(), SpaceError> {

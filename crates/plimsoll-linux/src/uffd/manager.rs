@@ -9,17 +9,20 @@
 //! * A **pager thread** owns its machine: words, airlock, descriptors. It shares the ledger and its domain's store with
 //!   the others, under locks that are held for instructions, not for system calls. It waits in poll(2) for events, for
 //!   the governor's kick, or for the end of the VMM.
-//! * The **governor** reads the kernel's counter, tells the ledger, and writes to each machine's [`Orders`] how much to
-//!   give up. Orders are numbers that a late reader reads a little later; nothing depends on their being seen at once,
-//!   because pages are charged before they are installed.
+//! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
+//!   [`Orders`] how much to give up.
+use super::drive::{End, drive};
+use super::governor::{self, govern};
 use super::host::{Domain, Host, Incident, Orders};
+use super::housekeeper::{self, Domains, Housekeeping};
 use super::linux_space::{Custody, HandoverError, LinuxSpace};
-use super::pager::{Pager, PagerError, Turn};
+use super::pager::{Pager, PagerError};
 use super::probe::Probe;
 use super::recovery::take_over;
 use super::space::SpaceError;
 use super::stats::MachineStats;
 use super::wire::Welcome;
+use crate::dense::Zstd;
 use crate::explain;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
@@ -33,9 +36,8 @@ use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::{BTreeMap, VecDeque};
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -45,27 +47,11 @@ use thiserror::Error;
 
 /// How long a VMM may take to hand its machine over.
 const HANDOVER_PATIENCE: Duration = Duration::from_secs(30);
-/// How often the governor looks. At 10 us a page, two cores fill 400 pages (1.6 MiB) between two looks: well within
-/// the distance from the high mark to the hard line.
-const GOVERNOR_PERIOD: Duration = Duration::from_millis(2);
-/// How often pinned pages may be tried again.
-const UNPIN_PERIOD: Duration = Duration::from_secs(1);
-/// How long a pager with nothing to do sleeps at most, so that its statistics stay fresh.
-const IDLE_PATIENCE: Duration = Duration::from_millis(50);
-/// How long a pager sleeps whose faults wait for memory.
-const STALL_PATIENCE: Duration = Duration::from_millis(1);
-/// How often a pager publishes its statistics.
-const PUBLISH_PERIOD: Duration = Duration::from_millis(100);
 
 /// A machine may own this many times the budget and no more: its tables are made before it uses anything.
 const OVERCOMMIT_MAX: u64 = 64;
-/// How long a machine that is asked for pages may give none before others are asked in its place, for
-/// [`UNPIN_PERIOD`].
-const GIVE_PATIENCE: Duration = Duration::from_millis(200);
 /// How long a stopping manager waits for a pager before it ends the VMM that keeps it.
 const STOP_PATIENCE: Duration = Duration::from_secs(40);
-/// Looks over which the largest overhead counts.
-const OVERHEAD_LOOKS: usize = 16;
 
 /// Page words in a memfd.
 #[derive(Debug)]
@@ -96,11 +82,7 @@ impl Words for MemfdWords {
     }
 }
 
-/// What the kernel counts for everybody the budget is for.
-pub trait Meter: Send {
-    /// Bytes in use now.
-    fn used(&mut self) -> ByteCount;
-}
+pub use super::governor::Meter;
 
 /// A machine was not taken.
 #[derive(Debug, Error)]
@@ -121,6 +103,9 @@ pub enum AdmitError {
     /// A bug: fresh words were not fresh.
     #[error("the machine's page words could not be set up")]
     Map(#[from] MapError),
+    /// zstd has no memory.
+    #[error("no memory for the dense codec")]
+    Codec(#[source] std::io::Error),
     /// A thread could not be started.
     #[error("no thread for the machine")]
     Thread(#[source] std::io::Error),
@@ -142,7 +127,7 @@ pub enum AdmitError {
 
 /// Where a pager starts from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Origin {
+pub(super) enum Origin {
     /// A machine that was just handed over.
     New,
     /// An earlier manager's.
@@ -193,26 +178,18 @@ impl Vault {
     }
 }
 
-/// How a pager thread ended.
-enum End {
-    /// The VMM ended; everything of the machine has been freed.
-    Gone,
-    /// The manager is stopping, or a test killed the pager: the machine waits for the next manager.
-    Left,
-}
-
-type LinuxPager = Pager<LinuxSpace, MemfdSlabs, Arc<MemfdWords>>;
+pub(super) type LinuxPager = Pager<LinuxSpace, MemfdSlabs, Arc<MemfdWords>>;
 
 /// What the governor and the operator know of a machine.
 #[derive(Clone)]
-struct Controls {
-    orders: Arc<Orders>,
-    kick: Arc<EventFd>,
-    stats: Arc<Mutex<MachineStats>>,
-    sabotage: Arc<AtomicBool>,
+pub(super) struct Controls {
+    pub(super) orders: Arc<Orders>,
+    pub(super) kick: Arc<EventFd>,
+    pub(super) stats: Arc<Mutex<MachineStats>>,
+    pub(super) sabotage: Arc<AtomicBool>,
     /// The VMM has ended and everything of the machine has been freed.
-    is_buried: Arc<AtomicBool>,
-    custody: Arc<Custody>,
+    pub(super) is_buried: Arc<AtomicBool>,
+    pub(super) custody: Arc<Custody>,
 }
 
 struct Running {
@@ -236,7 +213,7 @@ pub struct MachineView {
     pub stats: MachineStats,
 }
 
-type Governed = Arc<Mutex<BTreeMap<MachineId, Controls>>>;
+pub(super) type Governed = Arc<Mutex<BTreeMap<MachineId, Controls>>>;
 
 /// Runs machines within a budget.
 pub struct Manager {
@@ -249,7 +226,10 @@ pub struct Manager {
     /// Machines that could not be taken over. They stall, and keep their bytes for the next manager.
     unmanaged: Vec<MachineVault>,
     governed: Governed,
-    governor: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
+    tended: Domains,
+    housekeeping: Housekeeping,
+    /// Governor and housekeeper, and what tells them to stop.
+    staff: Option<(Arc<AtomicBool>, [JoinHandle<()>; 2])>,
 }
 
 impl Manager {
@@ -269,7 +249,9 @@ impl Manager {
             machines: BTreeMap::new(),
             unmanaged: Vec::new(),
             governed: Governed::default(),
-            governor: None,
+            tended: Domains::default(),
+            housekeeping: Housekeeping::default(),
+            staff: None,
         };
         let mut recovered = Vec::new();
         for kept in vault.machines {
@@ -299,7 +281,7 @@ impl Manager {
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
             let (store, _) = Store::recover(slabs, handles);
             manager.host.ledger(|ledger| ledger.add_group(group));
-            manager.domains.insert(id.0, Arc::new(Domain::new(id, group, store)));
+            manager.add_domain(Domain::new(id, group, store));
         }
         // All are in the ledger before the first asks for memory. From the first take-over on nothing may be given up on: a
         // machine that cannot go on is kept for the next manager.
@@ -353,6 +335,17 @@ impl Manager {
         self.domains.get(&id.0).map(Arc::as_ref)
     }
 
+    fn add_domain(&mut self, domain: Domain<MemfdSlabs>) {
+        let (id, domain) = (domain.id, Arc::new(domain));
+        self.tended.lock().push(Arc::downgrade(&domain));
+        self.domains.insert(id.0, domain);
+    }
+
+    /// How the housekeeper is to work. Call it before [`govern`](Self::govern).
+    pub fn set_housekeeping(&mut self, how: Housekeeping) {
+        self.housekeeping = how;
+    }
+
     fn lost(&self, machine: MachineId, error: &dyn std::error::Error) {
         self.host.report(Incident::Lost { machine, cause: explain(error) });
     }
@@ -397,7 +390,7 @@ impl Manager {
         if !self.domains.contains_key(&membership.domain.0) {
             let slabs = MemfdSlabs::create("plimsoll-store", self.store_limit)?;
             let domain = Domain::new(membership.domain, membership.group, Store::new(slabs));
-            self.domains.insert(membership.domain.0, Arc::new(domain));
+            self.add_domain(domain);
         }
         let words = Arc::new(MemfdWords::create(hello.layout.page_limit().get())?);
         let presence = custody.presence()?;
@@ -440,7 +433,11 @@ impl Manager {
             custody: Arc::clone(&kept.custody),
         };
         let host = Arc::clone(&self.host);
-        let mut pager = Pager::new(id, host, domain, Arc::clone(&controls.orders), machine, space);
+        let dense = match Zstd::new() {
+            Ok(zstd) => Box::new(zstd),
+            Err(error) => return Err((Box::new(kept), AdmitError::Codec(error))),
+        };
+        let mut pager = Pager::new(id, host, domain, Arc::clone(&controls.orders), machine, space, dense);
         if origin == Origin::TakenOver {
             pager.continue_stats(kept.stats.clone());
         }
@@ -463,20 +460,34 @@ impl Manager {
         }
     }
 
-    /// Starts looking at what the kernel counts, every few milliseconds, and has machines sampled every
-    /// `sample_period`.
+    /// Starts looking at what the kernel counts, every few milliseconds, has machines sampled every `sample_period`, and
+    /// starts the housekeeper.
     ///
     /// # Errors
     /// [`AdmitError::Thread`].
     pub fn govern(&mut self, meter: Box<dyn Meter>, sample_period: Duration) -> Result<(), AdmitError> {
         let stop = Arc::new(AtomicBool::new(false));
+        let start = |name: &str, run: Box<dyn FnOnce() + Send>| {
+            std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(AdmitError::Thread)
+        };
+        let zstd = Zstd::new().map_err(AdmitError::Codec)?;
         let (host, governed, stopped) =
             (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
-        let thread = std::thread::Builder::new()
-            .name("governor".to_owned())
-            .spawn(move || govern(&host, &governed, meter, sample_period, &stopped))
-            .map_err(AdmitError::Thread)?;
-        self.governor = Some((stop, thread));
+        let governor =
+            start("governor", Box::new(move || govern(&host, &governed, meter, sample_period, &stopped)))?;
+        let (host, governed, stopped) =
+            (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
+        let (tended, how) = (Arc::clone(&self.tended), self.housekeeping);
+        let keep = move || housekeeper::keep(&host, &governed, &tended, how, zstd, &stopped);
+        let housekeeper = match start("housekeeper", Box::new(keep)) {
+            Ok(housekeeper) => housekeeper,
+            Err(error) => {
+                stop.store(true, Ordering::Relaxed);
+                let _ = governor.join();
+                return Err(error);
+            }
+        };
+        self.staff = Some((stop, [governor, housekeeper]));
         Ok(())
     }
 
@@ -522,6 +533,23 @@ impl Manager {
         }
     }
 
+    /// Takes everything it can from a machine that is going to sleep, and remembers what it used.
+    pub fn park(&self, id: MachineId) {
+        if let Some(running) = self.machines.get(&id) {
+            running.controls.orders.park.store(true, Ordering::Relaxed);
+        }
+        self.squeeze(id, u32::MAX);
+    }
+
+    /// Brings back what the machine used before it was parked last, in one go, and takes nothing more from it.
+    pub fn wake(&self, id: MachineId) {
+        self.squeeze(id, 0);
+        if let Some(running) = self.machines.get(&id) {
+            running.controls.orders.wake.store(true, Ordering::Relaxed);
+            let _ = running.controls.kick.signal();
+        }
+    }
+
     /// Has a bit flipped in a stored page of the machine, as soon as it has one: the damage must be noticed.
     pub fn sabotage(&self, id: MachineId) {
         if let Some(running) = self.machines.get(&id) {
@@ -531,9 +559,12 @@ impl Manager {
 
     /// Stops all threads where they are and gives up everything that must live on.
     pub fn stop(mut self) -> Vault {
-        if let Some((stop, thread)) = self.governor.take() {
+        if let Some((stop, threads)) = self.staff.take() {
             stop.store(true, Ordering::Relaxed);
-            let _ = thread.join();
+            for thread in threads {
+                thread.thread().unpark();
+                let _ = thread.join();
+            }
         }
         for running in self.machines.values() {
             running.controls.orders.stop.store(true, Ordering::Relaxed);
@@ -547,7 +578,7 @@ impl Manager {
                     // It waits in the kernel for memory that its VMM has withdrawn.
                     running.custody.end();
                 }
-                std::thread::sleep(GOVERNOR_PERIOD);
+                std::thread::sleep(governor::PERIOD);
             }
             // A thread that panicked is a manager that crashed: its machine is in the state a crash leaves.
             if !matches!(running.thread.join(), Ok(End::Gone)) {
@@ -572,210 +603,6 @@ impl Manager {
             store_limit: self.store_limit,
             machines,
             domains,
-        }
-    }
-}
-
-/// Runs a pager until its machine ends or its manager does.
-fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) -> End {
-    let result = if origin == Origin::TakenOver { pager.resume() } else { Ok(()) };
-    *controls.stats.lock() = pager.stats().clone();
-    let result = result.and_then(|()| turns(&mut pager, controls));
-    *controls.stats.lock() = pager.stats().clone();
-    match result {
-        Ok(()) | Err(PagerError::Killed(_)) => return End::Left,
-        Err(PagerError::Space(SpaceError::Gone)) => {}
-        Err(error) => {
-            pager.report_lost(explain(&error));
-            // Fail closed: the guest waits, and what was handed over stays open, until its VMM is ended.
-            if !wait_for_end(&pager, controls) {
-                return End::Left;
-            }
-        }
-    }
-    *controls.stats.lock() = pager.bury();
-    controls.is_buried.store(true, Ordering::Release);
-    End::Gone
-}
-
-fn turns(pager: &mut LinuxPager, controls: &Controls) -> Result<(), PagerError> {
-    let mut published = Instant::now();
-    while !controls.orders.stop.load(Ordering::Relaxed) {
-        let turn = pager.turn()?;
-        if published.elapsed() >= PUBLISH_PERIOD {
-            *controls.stats.lock() = pager.stats().clone();
-            published = Instant::now();
-        }
-        if controls.sabotage.load(Ordering::Relaxed) && pager.sabotage().is_some() {
-            controls.sabotage.store(false, Ordering::Relaxed);
-        }
-        let patience = match turn {
-            Turn::Busy => continue,
-            Turn::Stalled => STALL_PATIENCE,
-            Turn::Idle => IDLE_PATIENCE,
-        };
-        if wait(pager, controls, patience)? {
-            return Err(SpaceError::Gone.into());
-        }
-    }
-    Ok(())
-}
-
-/// Sleeps until there is something to do. True when the VMM has ended.
-fn wait(pager: &LinuxPager, controls: &Controls, patience: Duration) -> Result<bool, PagerError> {
-    let custody = pager.space().custody();
-    let (events, ended, kick) = (custody.events(), custody.ended(), controls.kick.as_fd());
-    let mut polled = [&events, &ended, &kick].map(|descriptor| PollFd::new(descriptor, PollFlags::IN));
-    let io = |source| PagerError::from(SpaceError::Io { what: "waiting for events", source });
-    let limit = Timespec::try_from(patience).map_err(|error| io(std::io::Error::other(error)))?;
-    match poll(&mut polled, Some(&limit)) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(errno) => return Err(io(errno.into())),
-    }
-    let _ = controls.kick.drain();
-    Ok(!polled[1].revents().is_empty())
-}
-
-/// Waits until the VMM has ended (true) or the manager stops (false).
-fn wait_for_end(pager: &LinuxPager, controls: &Controls) -> bool {
-    let custody = pager.space().custody();
-    while !controls.orders.stop.load(Ordering::Relaxed) {
-        let (ended, kick) = (custody.ended(), controls.kick.as_fd());
-        let mut polled = [&ended, &kick].map(|descriptor| PollFd::new(descriptor, PollFlags::IN));
-        let _ = poll(&mut polled, None);
-        let _ = controls.kick.drain();
-        if !polled[0].revents().is_empty() {
-            return true;
-        }
-    }
-    false
-}
-
-fn govern(
-    host: &Host,
-    governed: &Governed,
-    mut meter: Box<dyn Meter>,
-    sample_period: Duration,
-    stop: &AtomicBool,
-) {
-    let (mut sampled, mut unpinned) = (Instant::now(), Instant::now());
-    let mut overheads = VecDeque::new();
-    let mut givers: BTreeMap<MachineId, Giver> = BTreeMap::new();
-    while !stop.load(Ordering::Relaxed) {
-        // Charges precede use and follow release, so the smaller sum is the one that hides no overhead. What is charged
-        // in between, and the batches in which the kernel counts, make single looks err: the largest of some counts.
-        let before = host.ledger(|ledger| ledger.charged());
-        let counted = meter.used();
-        let asked = host.ledger(|ledger| {
-            overheads.push_back(counted.saturating_sub(before.min(ledger.charged())));
-            overheads.drain(..overheads.len().saturating_sub(OVERHEAD_LOOKS));
-            ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
-            ledger.reclaim()
-        });
-        let sample = sampled.elapsed() >= sample_period;
-        let unpin = unpinned.elapsed() >= UNPIN_PERIOD;
-        let machines: Vec<(MachineId, Controls)> =
-            governed.lock().iter().map(|(id, controls)| (*id, controls.clone())).collect();
-        for (id, controls) in &machines {
-            let pages = asked.iter().find(|(machine, _)| machine == id).map_or(0, |(_, pages)| pages.0);
-            let want = u32::try_from(pages).unwrap_or(u32::MAX);
-            let before = controls.orders.reclaim.swap(want, Ordering::Relaxed);
-            let given = controls.orders.given.load(Ordering::Relaxed);
-            if let Ok(ram) = host.ledger(|ledger| ledger.ram(*id)) {
-                let floor = givers.entry(*id).or_default().watch(want, ram, given, Instant::now());
-                let _ = host.ledger(|ledger| ledger.set_floor(*id, floor));
-            }
-            if sample {
-                controls.orders.sample.store(true, Ordering::Relaxed);
-            }
-            if unpin {
-                controls.orders.unpin.store(true, Ordering::Relaxed);
-                if !controls.is_buried.load(Ordering::Acquire) && controls.custody.has_ended(Duration::ZERO) {
-                    // Its pager may wait in the kernel for memory that nobody will bring.
-                    controls.custody.release_readers();
-                }
-            }
-            if sample || (want > 0 && before == 0) {
-                let _ = controls.kick.signal();
-            }
-        }
-        if sample {
-            sampled = Instant::now();
-        }
-        if unpin {
-            unpinned = Instant::now();
-            givers.retain(|id, _| machines.iter().any(|(known, _)| known == id));
-        }
-        // What a machine holds is freed when it is forgotten, not when the governor looks again.
-        drop(machines);
-        std::thread::sleep(GOVERNOR_PERIOD);
-    }
-}
-
-/// Notices a machine that gives nothing when asked (pinned pages, an agent that does not answer, a full store) and has
-/// others asked in its place for a while, so that it cannot keep the whole host at its hard line. A machine that gives
-/// and takes as much again is none of these.
-#[derive(Clone, Copy, Debug, Default)]
-struct Giver {
-    /// When it last gave, or was not asked; what it had then, and had given.
-    gave: Option<(Instant, ByteCount, u64)>,
-    /// What it is taken not to go below, and until when.
-    excused: Option<(Instant, ByteCount)>,
-}
-
-impl Giver {
-    /// The machine is asked for `want` pages, has `ram` and has given `given` pages in its life. Returns the floor to
-    /// reckon with.
-    fn watch(&mut self, want: u32, ram: ByteCount, given: u64, now: Instant) -> ByteCount {
-        match self.excused {
-            Some((until, floor)) if now < until => return floor,
-            Some(_) => *self = Self::default(),
-            None => {}
-        }
-        match self.gave {
-            Some((since, had, before)) if want > 0 && ram >= had && given == before => {
-                if now.duration_since(since) >= GIVE_PATIENCE {
-                    self.excused = Some((now + UNPIN_PERIOD, ram));
-                    return ram;
-                }
-            }
-            _ => self.gave = Some((now, ram, given)),
-        }
-        ByteCount(0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const RAM: ByteCount = ByteCount::mib(64);
-
-    #[test]
-    fn a_machine_that_gives_and_takes_as_much_again_goes_on_being_asked() {
-        let (mut giver, start) = (Giver::default(), Instant::now());
-        for look in 0..5000u32 {
-            let now = start + GOVERNOR_PERIOD * look;
-            assert_eq!(giver.watch(100, RAM, u64::from(look / 50), now), ByteCount(0), "look {look}");
-        }
-    }
-
-    #[test]
-    fn a_machine_that_gives_nothing_is_excused_for_a_while_and_then_asked_again() {
-        let (mut giver, start) = (Giver::default(), Instant::now());
-        let at = |millis| start + Duration::from_millis(millis);
-        assert_eq!(giver.watch(100, RAM, 7, at(0)), ByteCount(0));
-        assert_eq!(giver.watch(100, RAM, 7, at(199)), ByteCount(0));
-        assert_eq!(giver.watch(100, RAM, 7, at(200)), RAM);
-        assert_eq!(giver.watch(100, ByteCount::mib(70), 7, at(900)), RAM);
-        assert_eq!(giver.watch(100, RAM, 7, at(1200)), ByteCount(0));
-    }
-
-    #[test]
-    fn a_machine_that_is_not_asked_is_not_excused() {
-        let (mut giver, start) = (Giver::default(), Instant::now());
-        for look in 0..5000u32 {
-            assert_eq!(giver.watch(0, RAM, 7, start + GOVERNOR_PERIOD * look), ByteCount(0));
         }
     }
 }

@@ -34,7 +34,25 @@
 //!
 //! A limbo page is brought back by reading and copying rather than by a MOVE: MOVE has to run in the VMM, and waking the
 //! agent there costs about what waking the pager did. A page that is copied back takes its slot page's memory once more
-//! until the next batch is given back; so that this can never be refused, limbo faults are not charged beforehand.
+//! until the next batch is given back; so that this can never be refused, limbo faults are not charged beforehand. A
+//! **huge page** comes back whole, and that is worth waking the agent for: it moves slot to RAM, and 512 words follow.
+//!
+//! *Before they are touched* pages come back in the same way, in pieces of some pages between the faults: what a reader in
+//! steps will touch next, what lies around, a working set the guest has returned to ([`plimsoll_core::prefetch`]).
+//!
+//! *Leaving a block to the kernel.* Registered memory gets no huge pages. So a block of which nothing is anywhere is
+//! unregistered when it is first touched, as long as memory is plentiful, and charged whole:
+//!
+//! ```text
+//!  1  agent: UFFDIO_UNREGISTER block         waiters go on; the kernel serves touches there, with zeros
+//!  2  words: zero -> unwatched
+//!     ... the kernel's: no event tells of touches or discards ...
+//!  3  agent: UFFDIO_REGISTER block           waits for discards under way; later ones are events
+//!  4  look at what is there
+//!  5  words: unwatched -> resident or absent
+//! ```
+//!
+//! Nothing is taken from a block between 1 and 5.
 //!
 //! *A discard* (`MADV_DONTNEED` in the VMM: a balloon, free page reporting). The kernel queues an event and holds the
 //! discarder until the pager has read it. Then the discarder goes on, and the pages go away at some later moment. The
@@ -62,6 +80,18 @@
 //! * **The page was shared with a forked child, or merged by KSM.** The MOVE answers EBUSY; the agent makes the page the
 //!   VMM's own (`MADV_POPULATE_WRITE`) and the MOVE is tried once more; then the page is marked pinned, with the cause,
 //!   and left alone for a while.
+//! * **A fault or a discard that was queued before its block was left to the kernel.** The waiter was woken by
+//!   UNREGISTER. The discarder goes on when the event is read; the word stays *unwatched*, because the kernel serves what
+//!   comes after.
+//! * **A discard in a block that is being watched again.** REGISTER takes the memory map's lock for writing, so it waits for a
+//!   discard that saw the block unregistered. One that comes later is an event, and newer than what was seen. A block of
+//!   which anything was ever given back *while it was watched* is not left to the kernel again: such a page may still
+//!   be there when it is looked at, and must not be found.
+//! * **A discard while a huge page moves back.** MOVE answers EAGAIN as long as the event is unread; what came until then
+//!   is marked, the rest of the block goes back page by page.
+//! * **A page is packed densely, or moved inside the store, while it is brought back.** Reading copies its bytes out
+//!   under the store's lock; where they lie is the store's business, and the page's hash is checked. Objects keep their
+//!   names.
 //! * **The store is full.** Limbo keeps what it has, faults that need memory wait, the operator is told.
 //! * **Stored bytes are damaged.** The page is poisoned: a touch fails, nothing wrong is ever read.
 //! * **The VMM dies at any point.** Calls fail and its pidfd becomes readable; the pager releases every object the words
@@ -79,9 +109,13 @@
 //!
 //! # Known holes
 //!
-//! * One thread serves a machine, so a machine's faults are served one after the other.
-//! * Refaults come back one page at a time; only first touches in order are batched.
-//! * All of guest RAM is registered from the start, so guest memory is not backed by huge pages unless it was prefaulted.
+//! * One thread serves a machine, so a machine's faults are served one after the other: a machine is not sharded by region.
+//! * Pages are compressed by the thread that serves their machine, between faults: a fault waits for one page at most.
+//! * A discard that was read and not applied when its manager died, of a block that was left to the kernel in that very turn,
+//!   can make a page that the guest has written since count as absent: it stays in RAM uncharged until it is given back
+//!   or the next take-over.
+//! * A block of which something was ever given back is not left to the kernel again, and gets huge pages only by
+//!   collapsing. Pages discarded in a block that is left to the kernel stay charged until it is looked at.
 //! * The vault lives in the manager's process: a new manager takes over within it. When the process dies, its machines stall
 //!   until they are ended.
 //! * Pages that come back from limbo are not charged beforehand: up to about half a MiB a machine can be out before the
@@ -93,7 +127,12 @@
 //! * After an event of a discard is read the pager asks again without sleeping until the discarder has run on.
 //! * An operator who freezes a VMM's cgroup for longer than the agent's patience loses the machine's management: it
 //!   stays stalled until its VMM is ended.
+mod ahead;
+mod blocks;
+mod drive;
+pub mod governor;
 pub mod host;
+pub mod housekeeper;
 pub mod linux_space;
 pub mod manager;
 pub mod pager;
@@ -102,4 +141,5 @@ mod reclaim;
 pub mod recovery;
 pub mod space;
 pub mod stats;
+pub mod waiting;
 pub mod wire;

@@ -6,19 +6,23 @@
 //!
 //! A turn never waits for the guest: it reads what has happened, serves the faults it can, takes at most a block of
 //! pages or stores a few, and returns. Faults therefore wait at most one such step.
+use super::ahead::Queue;
+use super::blocks::Kernel;
 use super::host::{Domain, Host, Incident, Orders};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
 use super::stats::MachineStats;
-use plimsoll_core::ledger::{Kind, LedgerError};
+use plimsoll_core::ledger::{Kind, LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
+use plimsoll_core::prefetch::Prefetch;
 use plimsoll_core::word::{ObjectRef, StateKind};
-use plimsoll_store::{Encoder, Handle, SlabMemory};
-use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
+use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, SlabMemory};
+use plimsoll_types::{BLOCK_PAGES, ByteCount, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 /// Most pages installed ahead of a guest that touches fresh memory in order. FACTS: a batch of 64 costs 1.4 us a page
@@ -26,6 +30,8 @@ use thiserror::Error;
 const AHEAD_MAX: u32 = 64;
 /// Faults served in one turn, so that taking pages goes on under a storm of them.
 const SERVE_MAX: usize = 64;
+/// How long nothing has come back from the store when a guest is taken to have what it wanted.
+const QUIET: Duration = Duration::from_millis(200);
 /// Zero pages to copy from. Static zeros cost no memory: reading them maps the shared zero page.
 static ZEROS: [PageBytes; AHEAD_MAX as usize] = [[0; PAGE_SIZE]; AHEAD_MAX as usize];
 
@@ -66,8 +72,8 @@ pub enum Turn {
 
 /// A fault that waits to be served.
 #[derive(Clone, Copy, Debug)]
-struct Pending {
-    page: PageIndex,
+pub(super) struct Pending {
+    pub(super) page: PageIndex,
     access: Access,
     since: Instant,
     /// When it was first refused memory.
@@ -75,7 +81,7 @@ struct Pending {
 }
 
 /// What became of an attempt to serve a fault.
-enum Served {
+pub(super) enum Served {
     Done,
     /// An event has to be read first.
     Later,
@@ -110,11 +116,23 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) machine: Machine<W>,
     pub(super) space: S,
     pub(super) encoder: Encoder,
+    pub(super) dense: Box<dyn DenseCodec + Send>,
+    /// A stored page on its way out of the store.
+    pub(super) fetched: Fetched,
+    /// Where a densely packed page is unpacked to be compared.
+    pub(super) scratch: Box<PageBytes>,
+    /// Where the search for hot blocks is.
+    pub(super) hot_hand: u32,
     pub(super) buffer: Vec<PageBytes>,
     pub(super) stats: MachineStats,
     events: Vec<SpaceEvent>,
-    pending: VecDeque<Pending>,
+    pub(super) pending: VecDeque<Pending>,
     streak: Streak,
+    pub(super) kernel: Kernel,
+    pub(super) prefetch: Prefetch,
+    pub(super) ahead: Queue,
+    /// When a page came back from the store last, if that is not long ago.
+    refaulted: Option<Instant>,
     /// The operator has been told that the store took no more.
     pub(super) store_was_full: bool,
     /// Rounds of the replacement's hand, one after the other, that found nothing to take.
@@ -122,7 +140,7 @@ pub struct Pager<S, M: SlabMemory, W> {
 }
 
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
-    /// A pager for a machine that the ledger has admitted as `id`.
+    /// A pager for a machine that the ledger has admitted as `id`. `dense` reads what a housekeeper packed.
     pub fn new(
         id: MachineId,
         host: Arc<Host>,
@@ -130,7 +148,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         orders: Arc<Orders>,
         machine: Machine<W>,
         space: S,
+        dense: Box<dyn DenseCodec + Send>,
     ) -> Self {
+        let pages = machine.layout().page_limit().0;
         Self {
             id,
             host,
@@ -139,11 +159,19 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             machine,
             space,
             encoder: Encoder::new(),
-            buffer: vec![[0; PAGE_SIZE]; super::reclaim::AGE_BATCH],
+            dense,
+            fetched: Fetched::new(),
+            scratch: Box::new([0; PAGE_SIZE]),
+            hot_hand: 0,
+            buffer: vec![[0; PAGE_SIZE]; super::reclaim::AGE_BATCH.max(super::ahead::PIECE as usize)],
             stats: MachineStats::default(),
             events: Vec::new(),
             pending: VecDeque::new(),
             streak: Streak::default(),
+            kernel: Kernel::default(),
+            prefetch: Prefetch::new(pages),
+            ahead: Queue::default(),
+            refaulted: None,
             store_was_full: false,
             barren_rounds: 0,
         }
@@ -155,9 +183,17 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// [`PagerError`] ends the machine's management.
     pub fn turn(&mut self) -> Result<Turn, PagerError> {
         self.read_events()?;
+        if self.orders.park.swap(false, Ordering::Relaxed) {
+            self.prefetch.quiet();
+        }
+        if self.orders.wake.swap(false, Ordering::Relaxed) {
+            self.replay();
+        }
         let served = self.serve()?;
-        let worked = self.reclaim(served)?;
+        let worked = self.bring()? | self.reclaim(served)?;
+        self.watch_quiet();
         self.settle()?;
+        self.tell();
         let stalled = self.pending.iter().any(|fault| fault.refused.is_some());
         let waiting = self.pending.iter().any(|fault| fault.refused.is_none());
         Ok(match () {
@@ -165,6 +201,23 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             () if stalled => Turn::Stalled,
             () => Turn::Idle,
         })
+    }
+
+    /// A pause in what comes back from the store ends whatever the guest was doing with it.
+    fn watch_quiet(&mut self) {
+        if self.refaulted.is_some_and(|last| last.elapsed() >= QUIET) {
+            self.refaulted = None;
+            self.prefetch.quiet();
+        }
+    }
+
+    /// Tells the governor what was taken and what came back.
+    fn tell(&self) {
+        let faults = &self.stats.faults;
+        let blocks = u64::from(BLOCK_PAGES - 1) * self.stats.blocks.returned;
+        let returned = faults.limbo + blocks + self.machine.ghost_hits();
+        self.orders.taken.store(self.stats.captured, Ordering::Relaxed);
+        self.orders.returned.store(returned, Ordering::Relaxed);
     }
 
     /// Has everybody who waits for a page of the machine ask again: the first thing to do after a take-over.
@@ -186,6 +239,19 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         &self.space
     }
 
+    /// The host it belongs to.
+    pub const fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+
+    /// True when events of the machine wait to be read.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub fn has_events(&mut self) -> Result<bool, PagerError> {
+        Ok(self.space.has_events()?)
+    }
+
     /// The machine's memory, for the next manager.
     pub fn into_space(self) -> S {
         self.space
@@ -203,7 +269,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.stats.ram = self.machine.ram();
         self.stats.working_set = self.machine.working_set();
         self.stats.anomalies = self.machine.anomalies();
-        self.stats.table_bytes = self.machine.table_bytes();
+        self.stats.ahead = self.prefetch.stats();
+        self.stats.table_bytes = self.machine.table_bytes() + self.prefetch.table_bytes();
         &self.stats
     }
 
@@ -243,6 +310,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn discarded(&mut self, first: PageIndex, pages: u32) -> Result<(), PagerError> {
         let mut objects = Vec::new();
         self.machine.discarded(first.0..first.0.saturating_add(pages), |object| objects.push(object))?;
+        self.prefetch.discarded(first.0..first.0.saturating_add(pages));
         self.stats.discarded += u64::from(pages);
         self.reached(Step::DiscardApplied)?;
         objects.into_iter().for_each(|object| self.release(object));
@@ -296,6 +364,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 self.stats.faults.present += 1;
                 Ok(Served::Done)
             }
+            FaultEffect::Return { first, at } => self.return_block(first, at),
+            FaultEffect::Nothing => Ok(Served::Done),
             FaultEffect::Wait => Ok(Served::Later),
             FaultEffect::Poison => self.poison(page),
         }
@@ -304,9 +374,12 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Fresh memory: zeros to a writer are copied at once, ahead of one that goes on in order; a reader gets the
     /// shared zero page, which the ledger counts as if it were a page, because its first write will make it one.
     fn serve_zero(&mut self, page: PageIndex, access: Access) -> Result<Served, PagerError> {
+        if access == Access::Write && self.leave_to_kernel(page.block())? {
+            return Ok(Served::Done);
+        }
         let installed = match access {
             Access::Read => {
-                if !self.charge(1) {
+                if !self.charge(1, Purpose::Demand) {
                     return Ok(Served::NoMemory);
                 }
                 self.space.zero(page, 1)?
@@ -314,9 +387,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             Access::Write => {
                 let ahead = self.streak.pages_for(page);
                 let mut pages = 1 + self.machine.untouched_after(page, ahead - 1);
-                if !self.charge(pages) {
+                if !self.charge(pages, Purpose::Ahead) {
                     pages = 1;
-                    if !self.charge(pages) {
+                    if !self.charge(pages, Purpose::Demand) {
                         return Ok(Served::NoMemory);
                     }
                 }
@@ -325,19 +398,23 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             }
         };
         self.stats.faults.zero += u64::from(installed.pages > 0);
-        self.finish(page, installed)
+        let served = self.finish(page, installed)?;
+        if self.refaulted.is_some() {
+            self.look_ahead(page);
+        }
+        Ok(served)
     }
 
     /// Bytes from limbo are in RAM already and must not wait for memory: the slot page that they leave is given back
     /// after at most a batch of them.
     fn serve_bytes(&mut self, page: PageIndex, source: Source) -> Result<Served, PagerError> {
-        if !matches!(source, Source::Limbo(_)) && !self.charge(1) {
+        if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
             return Ok(Served::NoMemory);
         }
         match source {
             Source::Limbo(at) => self.space.read_slots(at, &mut self.buffer[..1])?,
             Source::Stored(object) => {
-                if let Err(cause) = self.load(object) {
+                if let Err(cause) = self.load(object, 0) {
                     return self.lose(page, cause);
                 }
             }
@@ -346,19 +423,30 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
         self.reached(Step::SourceRead)?;
         let installed = self.space.copy(page, &self.buffer[..1])?;
-        if installed.stop.is_none() {
-            match source {
-                Source::Limbo(_) => self.stats.faults.limbo += 1,
-                _ => self.stats.faults.stored += 1,
+        let is_done = installed.stop.is_none();
+        let served = self.finish(page, installed)?;
+        match source {
+            _ if !is_done => {}
+            Source::Limbo(_) => {
+                self.stats.faults.limbo += 1;
+                self.prefetch.used(page);
+            }
+            _ => {
+                self.stats.faults.stored += 1;
+                self.refaulted = Some(Instant::now());
+                self.look_ahead(page);
             }
         }
-        self.finish(page, installed)
+        Ok(served)
     }
 
-    fn load(&mut self, object: ObjectRef) -> Result<(), String> {
+    /// Reads a stored page into the buffer.
+    pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<(), String> {
         let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
-        let page = &mut self.buffer[0];
-        self.domain.store(|store| store.get(handle, page)).map_err(|error| error.to_string())
+        let Self { domain, fetched, dense, buffer, .. } = self;
+        let read = domain.store(|store| store.fetch(handle, fetched));
+        let read = read.and_then(|()| fetched.unpack(&mut buffer[place], &mut **dense));
+        read.map_err(|error| error.to_string())
     }
 
     /// Marks what was installed, and decides what a stop means.
@@ -382,7 +470,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
     }
 
-    fn mark_installed(&mut self, page: PageIndex) -> Result<(), PagerError> {
+    pub(super) fn mark_installed(&mut self, page: PageIndex) -> Result<(), PagerError> {
         let released = self.machine.installed(page)?;
         self.reached(Step::InstalledMarked)?;
         if let Released::Object(object) = released {
@@ -411,9 +499,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(Served::Done)
     }
 
-    fn charge(&self, pages: u32) -> bool {
+    pub(super) fn charge(&self, pages: u32, purpose: Purpose) -> bool {
         let bytes = PageCount(u64::from(pages)).bytes();
-        self.host.ledger(|ledger| ledger.charge(self.id, Kind::Resident, bytes)).is_ok()
+        self.host.ledger(|ledger| ledger.charge(self.id, Kind::Resident, bytes, purpose)).is_ok()
     }
 
     /// Brings the ledger to what the words and the airlock say, charges that came to nothing included.
@@ -421,7 +509,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let census = self.machine.census();
         let resident = census.in_ram() + census.of(StateKind::Capturing);
         let limbo = self.machine.airlock().limbo() + self.machine.airlock().residue();
-        let tables = self.machine.table_bytes() + self.machine.layout().page_limit().get() * size_of::<u64>();
+        let tables = self.machine.table_bytes()
+            + self.prefetch.table_bytes()
+            + self.machine.layout().page_limit().get() * size_of::<u64>();
         Ok(self.host.ledger(|ledger| {
             ledger.settle(self.id, Kind::Resident, resident.bytes())?;
             ledger.settle(self.id, Kind::Limbo, limbo.bytes())?;

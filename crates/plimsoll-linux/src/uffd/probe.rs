@@ -28,11 +28,17 @@ pub enum Step {
     StoredMarked,
     /// The slot pages were given back; the airlock does not know.
     Zapped,
+    /// A block was moved back whole; no word says so.
+    MovedBack,
+    /// A block was left to the kernel; its words do not say so.
+    Unwatched,
+    /// A block is registered again; its words do not say so.
+    Watched,
 }
 
 impl Step {
     /// Every step, in the order in which a page's life passes them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::EventsRead,
         Self::DiscardApplied,
         Self::SourceRead,
@@ -45,6 +51,9 @@ impl Step {
         Self::ObjectInserted,
         Self::StoredMarked,
         Self::Zapped,
+        Self::MovedBack,
+        Self::Unwatched,
+        Self::Watched,
     ];
 }
 

@@ -8,24 +8,34 @@ use super::probe::Step;
 use super::space::{Space, SpaceError};
 use super::wire::{ITEMS_MAX, Item, Outcome, Stop};
 use plimsoll_core::map::Words;
-use plimsoll_core::replacement::Run;
-use plimsoll_core::word::{ObjectRef, PAYLOAD_BITS, PinCause, StateKind};
-use plimsoll_store::{Digest, HANDLE_BITS, Handle, How, SlabMemory, digest};
-use plimsoll_types::{BLOCK_PAGES, PageIndex, SlotPage};
+use plimsoll_core::replacement::{Round, Run};
+use plimsoll_core::word::{ObjectRef, PAYLOAD_BITS, PageState, PinCause, StateKind};
+use plimsoll_store::{Digest, HANDLE_BITS, Handle, How, SlabMemory, Sought, digest};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageIndex, SlotPage};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 const _: () = assert!(HANDLE_BITS <= PAYLOAD_BITS, "a page word has room for every handle");
 
-/// Pages stored in one step: about 120 us of compression, which is what a fault may have to wait for.
-pub(super) const AGE_BATCH: usize = 16;
-/// Pages of residue worth a message to the agent while faults keep coming.
+/// Slot pages read in one go. A fault need not wait for all of them to be stored: it is looked for after every other
+/// page that had to be compressed, which takes about 10 us.
+pub(super) const AGE_BATCH: usize = 32;
+/// Pages of residue worth a message to the agent while faults keep coming and memory is short.
 const ZAP_BATCH: u64 = 64;
+/// The same while there is memory: a message costs about as much as freeing a hundred pages.
+const ZAP_BATCH_AT_EASE: u64 = 512;
+/// Pages that are compressed before it is looked for faults again.
+const COMPRESSED_MAX: u64 = 2;
 /// Limbo's share of a machine's RAM. S3-FIFO's small queue is a tenth.
 const LIMBO_SHARE: u64 = 10;
 /// Limbo is at least this large, or a small machine's pages would age out before they could prove themselves.
 const LIMBO_MIN: u64 = 128;
 /// Pages drawn in a sampling period; ESX draws 100.
 const SAMPLES: u32 = 128;
+/// Blocks of a machine with huge pages taken in a sampling period: each costs its guest about a millisecond if it is
+/// touched, and a period lasts seconds.
+const BLOCK_SAMPLES: usize = 4;
+/// Blocks looked at for hot small pages in a sampling period.
+const HOT_LOOKS: u32 = 64;
 /// A machine keeps a thousandth of its pages, at most [`FLOOR_MAX`], however much is wanted: an instruction needs its code,
 /// its data, its stack and their page tables at the same time, or the guest never gets past it.
 const FLOOR_SHARE: u64 = 1024;
@@ -45,30 +55,40 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.machine.unpin()?;
         }
         if self.orders.sample.swap(false, Ordering::Relaxed) {
-            let drawn = self.machine.sample(SAMPLES);
-            self.capture_runs(&drawn)?;
+            self.sample()?;
             return Ok(true);
         }
         let residue = self.machine.airlock().residue().0;
-        if residue >= ZAP_BATCH || (residue > 0 && served == 0) {
+        let wanted = |order: &AtomicU32| order.load(Ordering::Relaxed) > 0;
+        let is_wanted = wanted(&self.orders.reclaim) || wanted(&self.orders.squeeze);
+        let batch = if wanted(&self.orders.reclaim) { ZAP_BATCH } else { ZAP_BATCH_AT_EASE };
+        if residue >= batch || (residue > 0 && served == 0 && !is_wanted) {
             self.zap()?;
             return Ok(true);
         }
-        let wanted = |order: &AtomicU32| order.load(Ordering::Relaxed) > 0;
-        if !wanted(&self.orders.reclaim) && !wanted(&self.orders.squeeze) {
+        if !is_wanted {
             return Ok(false);
         }
         let goal = (self.machine.ram().0 / LIMBO_SHARE).max(LIMBO_MIN);
         if self.machine.airlock().limbo().0 < goal && self.capture()? {
             return Ok(true);
         }
-        self.age()
+        if self.age()? {
+            return Ok(true);
+        }
+        // There is nothing left to wait for.
+        if residue > 0 {
+            self.zap()?;
+        }
+        Ok(residue > 0)
     }
 
     /// Takes about a block of pages into limbo. False when there is nothing to take or no room.
     fn capture(&mut self) -> Result<bool, PagerError> {
         let floor = (self.machine.layout().pages().0 / FLOOR_SHARE).min(FLOOR_MAX);
-        let above = self.machine.census().of(StateKind::Resident).0.saturating_sub(floor);
+        let census = self.machine.census();
+        let above = census.of(StateKind::Resident) + census.of(StateKind::Unwatched);
+        let above = above.0.saturating_sub(floor);
         let above = u32::try_from(above).unwrap_or(u32::MAX);
         let room = self.machine.airlock().room();
         let want = BLOCK_PAGES.min(room).min(above);
@@ -76,26 +96,89 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             return Ok(false);
         }
         let mut runs = Vec::new();
-        if self.machine.choose(want, &mut runs)? == 0 {
-            // Every page has paid a credit. Guests get their turn before the next round.
+        let choice = self.machine.choose(want, &mut runs)?;
+        let runs = self.takeable(runs)?;
+        if runs.is_empty() {
+            // Every page has paid a credit, or blocks turned out to be empty. Guests get their turn before the next round.
             self.barren_rounds = self.barren_rounds.saturating_add(1);
             return Ok(self.barren_rounds < BARREN_ROUNDS_MAX);
         }
         self.barren_rounds = 0;
         // A whole block is cut only where the floor or the airlock leaves no room for it.
         let most = if room < BLOCK_PAGES { above.min(room) } else { above };
-        Ok(self.capture_runs(&within(most, runs))? > 0)
+        Ok(self.capture_runs(&within(most, runs), choice.round)? > 0)
+    }
+
+    /// Ends a sampling period: takes what was drawn, so that its use shows. A page of a huge page is not taken alone,
+    /// which would split it: its whole block is, of few blocks.
+    fn sample(&mut self) -> Result<(), PagerError> {
+        let (mut pages, mut blocks) = (Vec::new(), Vec::new());
+        for page in self.machine.draw(SAMPLES) {
+            let block = page.block();
+            let is_huge = self.machine.is_unwatched(block)
+                || (self.machine.state(page)? == PageState::Resident
+                    && self.space.is_huge(self.machine.block(block))?);
+            if !is_huge {
+                pages.push(Run { first: page, pages: 1 });
+            } else if blocks.len() < BLOCK_SAMPLES && !blocks.contains(&block) {
+                blocks.push(block);
+            } else if !blocks.contains(&block) {
+                self.machine.undraw(page);
+            }
+        }
+        let mut whole = Vec::new();
+        for block in blocks {
+            if !self.machine.is_unwatched(block) || self.watch(block)? {
+                whole.extend(self.machine.resident_runs(block));
+            } else {
+                let run = self.machine.block(block);
+                (run.first.0..run.first.0 + run.pages).for_each(|page| self.machine.undraw(PageIndex(page)));
+            }
+        }
+        self.capture_runs(&whole, Round::Whole)?;
+        pages.retain(|run| self.machine.state(run.first) == Ok(PageState::Resident));
+        self.capture_runs(&pages, Round::Split)?;
+        self.find_hot()?;
+        // What found no room in the airlock would show as used.
+        for page in pages.iter().chain(&whole).flat_map(|run| run.first.0..run.first.0 + run.pages) {
+            if self.machine.state(PageIndex(page))? == PageState::Resident {
+                self.machine.undraw(PageIndex(page));
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for huge pages where small ones became hot: looks at some blocks each time.
+    fn find_hot(&mut self) -> Result<(), PagerError> {
+        let blocks = self.machine.layout().page_limit().0.div_ceil(BLOCK_PAGES);
+        for _ in 0..HOT_LOOKS.min(blocks) {
+            let block = BlockIndex(self.hot_hand % blocks);
+            self.hot_hand = (block.0 + 1) % blocks;
+            let run = self.machine.block(block);
+            if self.machine.is_hot(block)
+                && self.machine.resident_runs(block) == [run]
+                && !self.space.is_huge(run)?
+            {
+                self.host.want_huge(self.id, run);
+            }
+        }
+        Ok(())
     }
 
     /// Takes the runs, as many as limbo has room for, and returns how many pages were captured.
     ///
     /// From the request to its reply no event is applied: a page that is discarded and touched anew meanwhile could
     /// otherwise be taken with its new bytes under the old intent.
-    fn capture_runs(&mut self, runs: &[Run]) -> Result<u64, PagerError> {
+    fn capture_runs(&mut self, runs: &[Run], round: Round) -> Result<u64, PagerError> {
         let mut items = Vec::new();
         for run in runs.iter().take(ITEMS_MAX) {
+            let is_whole = self.goes_whole(*run, round)?;
             let Some(at) = self.machine.begin_capture(*run)? else { break };
             items.push(Item::new(run.first, at, run.pages));
+            if is_whole {
+                self.machine.keep_whole(at, *run);
+                self.stats.blocks.taken += 1;
+            }
         }
         self.reached(Step::CaptureBegun)?;
         let mut captured = 0;
@@ -182,24 +265,37 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn age(&mut self) -> Result<bool, PagerError> {
         let oldest: Vec<(SlotPage, PageIndex)> = self.machine.oldest_limbo(AGE_BATCH).collect();
         let mut left = &oldest[..];
-        let mut stored = 0;
-        while let Some((first, _)) = left.first() {
+        let (mut stored, mut tried) = (0, 0);
+        let mut looked = self.compressed();
+        'runs: while let Some((first, _)) = left.first() {
             let run = (first.0..).zip(left).take_while(|(at, (slot, _))| slot.0 == *at).count();
             self.space.read_slots(*first, &mut self.buffer[..run])?;
             self.reached(Step::SlotRead)?;
             for (place, (at, page)) in left[..run].iter().enumerate() {
                 stored += usize::from(self.store(place, *page, *at)?);
+                tried += 1;
+                if self.compressed() >= looked + COMPRESSED_MAX {
+                    looked = self.compressed();
+                    if self.space.has_events()? {
+                        break 'runs;
+                    }
+                }
             }
             left = &left[run..];
         }
         self.settle_store()?;
-        if stored == oldest.len() {
+        if stored == tried {
             self.store_was_full = false;
         } else if !std::mem::replace(&mut self.store_was_full, true) {
             self.host.report(Incident::StoreFull { machine: self.id });
         }
         self.orders.given.fetch_add(stored as u64, Ordering::Relaxed);
         Ok(stored > 0)
+    }
+
+    /// Pages that were compressed, ever.
+    const fn compressed(&self) -> u64 {
+        self.stats.stored.compressed + self.stats.stored.raw
     }
 
     /// Stores one page whose bytes are in the buffer. False when the store has no room for it; another page may still
@@ -209,13 +305,22 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let digest = digest(bytes);
         if digest == Digest::Zero {
             self.machine.found_zero(page, at)?;
+            self.prefetch.left(page);
             self.stats.stored.zero += 1;
             return Ok(true);
         }
-        let shared = self.domain.store(|store| store.share(bytes, &digest));
+        let sought = self.domain.store(|store| store.seek(bytes, &digest, &mut self.fetched));
+        let shared = match sought {
+            Ok(Sought::Shared(handle)) => Some(handle),
+            Ok(Sought::Candidate) => {
+                let confirmed = self.fetched.confirm(bytes, &mut self.scratch, &mut *self.dense);
+                confirmed.and_then(|confirmed| self.domain.store(|store| store.share_confirmed(confirmed)))
+            }
+            _ => None,
+        };
         let (handle, how) = match shared {
-            Ok(Some(handle)) => (handle, How::Duplicate),
-            _ => {
+            Some(handle) => (handle, How::Duplicate),
+            None => {
                 let encoded = self.encoder.encode(bytes, &digest);
                 match self.domain.store(|store| store.insert(bytes, &digest, encoded)) {
                     Ok(stored) => (stored.handle, stored.how),
@@ -242,6 +347,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.release(object);
             return Err(error.into());
         }
+        self.prefetch.left(page);
         Ok(self.reached(Step::StoredMarked)?)
     }
 

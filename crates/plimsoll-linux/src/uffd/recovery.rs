@@ -5,6 +5,7 @@
 //!
 //! 1. **Barrier.** The agent adopts the new epoch. Its answer proves that what the earlier manager queued has been
 //!    done or refused: nothing moves behind our back from here on.
+//!    All guest RAM is registered then, blocks that had been left to the kernel among it.
 //! 2. **Look.** Guest RAM and airlock are looked up. From the barrier on guest RAM can only lose pages (a discard),
 //!    because nobody installs any; so a page that is seen there belongs to the guest.
 //! 3. **Drain.** Events that were waiting are read; whoever waits for a discard to be read goes on now. This comes
@@ -21,11 +22,13 @@
 //! takes longer than that while to come into effect, or with the manager's process: then a page can come back with the
 //! guest's own old bytes instead of zeros; never with anybody else's.
 use super::pager::PagerError;
-use super::space::{Space, SpaceEvent};
+use super::space::{Space, SpaceError, SpaceEvent};
 use plimsoll_core::airlock::Shape;
 use plimsoll_core::layout::GuestLayout;
 use plimsoll_core::machine::Machine;
 use plimsoll_core::map::Words;
+use plimsoll_core::replacement::Run;
+use plimsoll_types::PageIndex;
 
 /// How often events are read at a take-over.
 const DRAINS_MAX: usize = 64;
@@ -44,6 +47,7 @@ pub fn take_over<S: Space, W: Words>(
     seed: u64,
 ) -> Result<Machine<W>, PagerError> {
     space.begin_epoch(epoch)?;
+    watch_all(space, &layout)?;
     let presence = space.presence()?;
     let mut events = Vec::new();
     // A guest that faults without end must not keep the host from its manager: what is left over has not taken effect,
@@ -65,4 +69,18 @@ pub fn take_over<S: Space, W: Words>(
     }
     space.applied();
     Ok(machine)
+}
+
+/// Registers every block: which of them the earlier manager had left to the kernel shows in no word for certain.
+fn watch_all<S: Space>(space: &mut S, layout: &GuestLayout) -> Result<(), PagerError> {
+    let mut first = PageIndex(0);
+    for region in layout.regions() {
+        let pages = u32::try_from(region.bytes.pages_floor().0).unwrap_or(u32::MAX);
+        if let Some(stop) = space.watch(Run { first, pages })?.stop {
+            let cause = format!("{stop:?}");
+            return Err(SpaceError::Call { call: "watch", first: first.0, pages, cause }.into());
+        }
+        first.0 += pages;
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! Enters: pages and bytes. Leaves: events and how far each call came. [`LinuxSpace`](super::linux_space::LinuxSpace)
 //! is the real one; tests put a simulated kernel here and run the very same pager over it.
 use super::wire::{Item, Outcome, WireError};
+use plimsoll_core::replacement::Run;
 use plimsoll_types::{PageBytes, PageIndex, SlotPage};
 use std::ops::Range;
 use thiserror::Error;
@@ -184,6 +185,43 @@ pub trait Space {
     /// # Errors
     /// [`SpaceError`].
     fn move_out(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError>;
+
+    /// Moves slot pages back to guest pages, each atomically, and wakes whoever waits for them. One outcome per item.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn move_in(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError>;
+
+    /// Leaves pages, of which nothing is anywhere, to the kernel: it serves faults there as it would without us, with
+    /// huge pages where it can. Whoever waits goes on.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn unwatch(&mut self, run: Run) -> Result<Outcome, SpaceError>;
+
+    /// Takes pages back from the kernel. What the guest discarded before has gone when this returns.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn watch(&mut self, run: Run) -> Result<Outcome, SpaceError>;
+
+    /// Looks at what of the run is in guest RAM.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn run_presence(&mut self, run: Run) -> Result<Presence, SpaceError>;
+
+    /// True when all of the run is in guest RAM and part of huge pages.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn is_huge(&mut self, run: Run) -> Result<bool, SpaceError>;
+
+    /// True when events wait to be read.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn has_events(&mut self) -> Result<bool, SpaceError>;
 
     /// Makes the pages of the items the VMM's own, so that they can be moved.
     ///

@@ -2,6 +2,7 @@
 use hdrhistogram::Histogram;
 use plimsoll_core::machine::Anomalies;
 use plimsoll_core::map::Census;
+use plimsoll_core::prefetch::PrefetchStats;
 use plimsoll_types::PageCount;
 use std::time::Duration;
 
@@ -25,6 +26,10 @@ pub struct MachineStats {
     pub table_bytes: usize,
     /// Faults answered with zeros, from limbo, from the store.
     pub faults: FaultCounts,
+    /// Pages brought back before they were touched, and what became of them.
+    pub ahead: PrefetchStats,
+    /// Huge pages.
+    pub blocks: BlockCounts,
     /// Pages moved out.
     pub captured: u64,
     /// Pages that could not be moved.
@@ -58,6 +63,19 @@ pub struct FaultCounts {
     pub present: u64,
 }
 
+/// What became of blocks of 2 MiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockCounts {
+    /// Left to the kernel when they were first touched.
+    pub left: u64,
+    /// Taken back from it.
+    pub watched: u64,
+    /// Taken as one huge page.
+    pub taken: u64,
+    /// Brought back from limbo as one.
+    pub returned: u64,
+}
+
 /// Pages that left limbo, by what became of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoredCounts {
@@ -83,6 +101,8 @@ impl Default for MachineStats {
             anomalies: Anomalies::default(),
             table_bytes: 0,
             faults: FaultCounts::default(),
+            ahead: PrefetchStats::default(),
+            blocks: BlockCounts::default(),
             captured: 0,
             refused: 0,
             stored: StoredCounts::default(),

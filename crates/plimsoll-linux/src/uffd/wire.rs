@@ -44,7 +44,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// The first eight bytes of a `Hello` and of a `Welcome`.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"PLIMSOLL");
 /// The protocol version this build speaks.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most regions a machine may have.
 pub const REGIONS_MAX: usize = 64;
 /// Most items in one request: a block of single pages.
@@ -157,13 +157,17 @@ pub enum Op {
     Zap = 4,
     /// `MADV_POPULATE_WRITE` guest pages that are present, to break what makes them immovable (copy-on-write).
     Populate = 5,
+    /// Register guest pages: from here on absent ones are the manager's to bring.
+    Watch = 6,
+    /// Unregister guest pages and wake whoever waits there: from here on absent ones are the kernel's to bring, as zeros.
+    Unwatch = 7,
 }
 
 impl Op {
     fn from_code(code: u32) -> Option<Self> {
-        [Self::SetEpoch, Self::MoveOut, Self::MoveIn, Self::Zap, Self::Populate]
-            .into_iter()
-            .find(|op| *op as u32 == code)
+        const ALL: [Op; 7] =
+            [Op::SetEpoch, Op::MoveOut, Op::MoveIn, Op::Zap, Op::Populate, Op::Watch, Op::Unwatch];
+        ALL.into_iter().find(|op| *op as u32 == code)
     }
 }
 

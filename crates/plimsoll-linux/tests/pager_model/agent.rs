@@ -27,10 +27,48 @@ fn execute(kernel: &Kernel, request: &Request, flaw: Flaw) -> Vec<Outcome> {
         let mut state = kernel.state();
         state.epoch = state.epoch.max(request.epoch);
     }
-    request.items.iter().map(|item| one(kernel, request, item, flaw)).collect()
+    let one = |item| match request.op {
+        Op::Watch => watch(kernel, request, item, flaw),
+        Op::Unwatch => unwatch(kernel, request, item),
+        _ => page_by_page(kernel, request, item, flaw),
+    };
+    request.items.iter().map(one).collect()
 }
 
-fn one(kernel: &Kernel, request: &Request, item: &Item, flaw: Flaw) -> Outcome {
+fn pages_of(item: &Item) -> std::ops::Range<usize> {
+    item.page().get()..(item.page().0 + item.pages) as usize
+}
+
+/// Registering takes the memory map for writing, so that discards nobody hears of have ended before.
+fn watch(kernel: &Kernel, request: &Request, item: &Item, flaw: Flaw) -> Outcome {
+    kernel.agent_waits(|state| {
+        if request.epoch < state.epoch {
+            return Some(Outcome { done: 0, stop: Some(Stop::StaleEpoch) });
+        }
+        if state.has_silent_discard() && flaw != Flaw::WatchHasty {
+            return None;
+        }
+        if flaw != Flaw::WatchUndone {
+            state.watched[pages_of(item)].fill(true);
+        }
+        state.note("watched", item.page().0, item.pages);
+        Some(Outcome { done: item.pages, stop: None })
+    })
+}
+
+/// Whoever waits there finds the kernel in the manager's place.
+fn unwatch(kernel: &Kernel, request: &Request, item: &Item) -> Outcome {
+    let mut state = kernel.state();
+    if request.epoch < state.epoch {
+        return Outcome { done: 0, stop: Some(Stop::StaleEpoch) };
+    }
+    state.watched[pages_of(item)].fill(false);
+    state.wake(item.page().0, item.pages);
+    state.note("unwatched", item.page().0, item.pages);
+    Outcome { done: item.pages, stop: None }
+}
+
+fn page_by_page(kernel: &Kernel, request: &Request, item: &Item, flaw: Flaw) -> Outcome {
     for done in 0..item.pages {
         point();
         let mut state = kernel.state();
@@ -39,7 +77,8 @@ fn one(kernel: &Kernel, request: &Request, item: &Item, flaw: Flaw) -> Outcome {
         } else {
             let (page, at) = (item.page().0 + done, SlotPage(item.slot().0 + done));
             match request.op {
-                Op::SetEpoch => None,
+                Op::SetEpoch | Op::Watch | Op::Unwatch => None,
+                Op::MoveIn => move_in(&mut state, page, at),
                 Op::MoveOut => move_out(&mut state, page, at),
                 Op::Populate => populate(&mut state, page),
                 Op::Zap => {
@@ -49,7 +88,12 @@ fn one(kernel: &Kernel, request: &Request, item: &Item, flaw: Flaw) -> Outcome {
                 }
             }
         };
-        let is_hidden = flaw == Flaw::RefusalsHidden && matches!(stop, Some(Stop::Busy | Stop::Again));
+        let hides = match flaw {
+            Flaw::RefusalsHidden => Some(Op::MoveOut),
+            Flaw::ReturnsHidden => Some(Op::MoveIn),
+            _ => None,
+        };
+        let is_hidden = hides == Some(request.op) && matches!(stop, Some(Stop::Busy | Stop::Again));
         if stop.is_some() && !is_hidden {
             return Outcome { done, stop };
         }
@@ -81,6 +125,26 @@ fn move_out(state: &mut State, page: u32, at: SlotPage) -> Option<Stop> {
             Some(Stop::Missing)
         }
     }
+}
+
+/// Back into RAM, which refuses while a discard changes the map. Wakes whoever waits.
+fn move_in(state: &mut State, page: u32, at: SlotPage) -> Option<Stop> {
+    if state.changing > 0 || state.mischief(24) {
+        return Some(Stop::Again);
+    }
+    if state.mischief(24) {
+        return Some(Stop::Busy);
+    }
+    let place = page as usize;
+    assert!(state.watched[place], "model: page {page} is moved in where nothing is registered");
+    if !matches!(state.ram[place], Ram::Absent) {
+        return Some(Stop::Exists);
+    }
+    let Some(bytes) = state.slots[at.get()].take() else { return Some(Stop::Missing) };
+    state.ram[place] = Ram::Present(bytes);
+    state.wake(page, 1);
+    state.note("moved in", page, 1);
+    None
 }
 
 /// Pages that are there, while no discard is under way: so it never waits for the manager that waits for it.

@@ -3,11 +3,12 @@
 //! Everything is in one [`State`] behind one shuttle mutex, so each effect is atomic and every lock is a scheduling
 //! point. Waiting is on shuttle condition variables: a wake-up that never comes is a deadlock that shuttle reports.
 use super::content::{Content, Expected};
+use super::world::SEEN;
 use plimsoll_core::map::{HeapWords, Words};
 use plimsoll_core::word::{PageState, PageWord};
-use plimsoll_linux::uffd::space::Access;
+use plimsoll_linux::uffd::space::{Access, SpaceEvent};
 use plimsoll_linux::uffd::wire::{Item, Outcome};
-use plimsoll_types::{PAGE_SIZE, PageBytes, SlotPage};
+use plimsoll_types::{PAGE_SIZE, PageBytes, PageIndex, SlotPage};
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
@@ -67,6 +68,12 @@ pub(crate) enum Op {
     Populate,
     /// Empty slot pages.
     Zap,
+    /// Move the airlock to RAM.
+    MoveIn,
+    /// Register RAM.
+    Watch,
+    /// Unregister RAM.
+    Unwatch,
 }
 
 /// A task with its sender.
@@ -93,7 +100,18 @@ pub(crate) struct Fault {
     pub(crate) is_read: bool,
 }
 
-/// A discard: queued, then read, then its pages go one by one.
+/// Whether a manager hears of a discard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notice {
+    /// Its event is queued.
+    Unread,
+    /// Its event was taken.
+    Read,
+    /// It began where nothing is registered: there is no event.
+    Silent,
+}
+
+/// A discard: queued, then read, then its pages go one by one. A silent one only does the last.
 #[derive(Clone)]
 pub(crate) struct Discard {
     /// Its name.
@@ -104,8 +122,8 @@ pub(crate) struct Discard {
     writes: Vec<u32>,
     /// Pages zapped.
     zapped: usize,
-    /// Its event was taken.
-    pub(crate) is_read: bool,
+    /// Who hears of it.
+    pub(crate) notice: Notice,
     is_swallowed: bool,
 }
 
@@ -113,6 +131,11 @@ impl Discard {
     /// How many pages.
     pub(crate) fn pages(&self) -> u32 {
         u32::try_from(self.writes.len()).expect("a few pages")
+    }
+
+    /// What a manager reads of it.
+    pub(crate) fn event(&self) -> SpaceEvent {
+        SpaceEvent::Discard { first: PageIndex(self.first), pages: self.pages() }
     }
 }
 
@@ -122,6 +145,8 @@ pub(crate) struct State {
     pub(crate) machine: u32,
     /// Guest RAM.
     pub(crate) ram: Vec<Ram>,
+    /// Which of it is registered. Where it is not, the kernel fills what is touched.
+    pub(crate) watched: Vec<bool>,
     /// The airlock.
     pub(crate) slots: Vec<Option<Box<PageBytes>>>,
     /// What keeps each page in place.
@@ -131,6 +156,8 @@ pub(crate) struct State {
     /// Discards under way, in the order in which they came.
     pub(crate) discards: Vec<Discard>,
     ended: Vec<Discard>,
+    /// Discards that were read and are not in the page words yet.
+    pub(crate) unapplied: Vec<Discard>,
     /// Discards that keep installs out (`mmap_changing`).
     pub(crate) changing: u32,
     /// Installs that keep discards from beginning (`map_changing_lock`).
@@ -145,7 +172,7 @@ pub(crate) struct State {
     pub(crate) is_calm: bool,
     /// Managers and agent may end.
     pub(crate) is_over: bool,
-    /// Pages discarded so far.
+    /// Pages discarded so far, with an event.
     pub(crate) discarded_pages: u64,
     /// Bytes the guest may see.
     pub(crate) expected: Vec<Expected>,
@@ -162,7 +189,7 @@ impl State {
     }
 
     /// What happened to a page, and its word.
-    fn story(&self, page: u32) -> String {
+    pub(crate) fn story(&self, page: u32) -> String {
         let about = self.trace.iter().filter(|(_, first, pages)| (*first..first + pages).contains(&page));
         let steps: Vec<&str> = about.map(|(what, ..)| *what).collect();
         let word = PageWord(self.words.words()[page as usize].load(Ordering::Relaxed));
@@ -182,7 +209,25 @@ impl State {
 
     /// An event can be read.
     pub(crate) fn has_event(&self) -> bool {
-        self.faults.iter().any(|fault| !fault.is_read) || self.discards.iter().any(|discard| !discard.is_read)
+        self.faults.iter().any(|fault| !fault.is_read)
+            || self.discards.iter().any(|discard| discard.notice == Notice::Unread)
+    }
+
+    /// A discard nobody hears of has yet to end: it holds the lock that registering takes.
+    pub(crate) fn has_silent_discard(&self) -> bool {
+        self.discards.iter().any(|discard| discard.notice == Notice::Silent)
+    }
+
+    /// The kernel fills a page that is not registered; of an empty machine, now and then all, as a huge page.
+    fn fill(&mut self, page: usize) {
+        let is_empty = |(ram, watched): (&Ram, &bool)| matches!(ram, Ram::Absent) && !watched;
+        let takes_all = self.ram.iter().zip(&self.watched).all(is_empty) && one_in(2);
+        let pages = if takes_all { 0..self.ram.len() } else { page..page + 1 };
+        SEEN.filled.fetch_add(1, Ordering::Relaxed);
+        for page in pages {
+            self.ram[page] = Ram::Present(zeros());
+            self.note("filled by the kernel", u32::try_from(page).expect("a few pages"), 1);
+        }
     }
 
     /// Whoever waits for the pages tries again; unread events of theirs are never delivered.
@@ -205,16 +250,22 @@ impl State {
         }
     }
 
-    /// The managers are gone. A discard whose event died with them, or whose page has not gone yet, may leave old bytes:
-    /// nobody who comes later can know of it.
-    pub(crate) fn manager_died(&mut self, in_hand: &[u64]) {
+    /// The managers are gone, with their process or alone. A discard whose event died with the process, or whose pages
+    /// have not gone yet although its event was applied, may leave old bytes: nobody who comes later can know of it.
+    pub(crate) fn manager_died(&mut self) {
         let pages = u32::try_from(self.ram.len()).expect("a few pages");
         self.note("MANAGER DIED", 0, pages);
-        for discard in self.discards.iter_mut().filter(|discard| discard.is_read) {
-            discard.is_swallowed = true;
+        let dies_alone = one_in(2);
+        let unapplied: Vec<u64> = self.unapplied.iter().map(|discard| discard.ticket).collect();
+        for discard in self.discards.iter_mut().filter(|discard| discard.notice == Notice::Read) {
+            discard.is_swallowed |= !dies_alone || !unapplied.contains(&discard.ticket);
         }
+        if dies_alone {
+            return;
+        }
+        self.unapplied.clear();
         let started = self.ended.iter().chain(&self.discards);
-        for discard in started.filter(|discard| in_hand.contains(&discard.ticket)) {
+        for discard in started.filter(|discard| unapplied.contains(&discard.ticket)) {
             for (page, writes) in (discard.first as usize..).zip(&discard.writes).take(discard.zapped) {
                 self.expected[page].swallowed(*writes);
             }
@@ -239,11 +290,13 @@ impl Kernel {
         let state = State {
             machine,
             ram: (0..pages).map(|_| Ram::Absent).collect(),
+            watched: vec![true; pages as usize],
             slots: (0..slot_pages).map(|_| None).collect(),
             pins: vec![Pin::Free; pages as usize],
             faults: Vec::new(),
             discards: Vec::new(),
             ended: Vec::new(),
+            unapplied: Vec::new(),
             changing: 0,
             installing: 0,
             requests: VecDeque::new(),
@@ -313,8 +366,12 @@ impl Kernel {
     /// The same without waiting: `None` when it is done, else the fault to wait for.
     pub(crate) fn try_touch(&self, page: u32, write: Option<Content>) -> Option<u64> {
         let mut state = self.state();
+        let at = page as usize;
+        if matches!(state.ram[at], Ram::Absent) && !state.watched[at] {
+            state.fill(at);
+        }
         let State { machine, ram, expected, .. } = &mut *state;
-        let (at, machine) = (page as usize, *machine);
+        let machine = *machine;
         match &mut ram[at] {
             Ram::Present(bytes) => {
                 if let Err(complaint) = expected[at].read(bytes) {
@@ -344,12 +401,13 @@ impl Kernel {
         }
     }
 
-    /// The VMM gives pages back: waits until its event is read, then the pages go, one by one.
+    /// The VMM gives pages of a block back: waits until its event is read, if there is one; then the pages go, one by one.
     pub(crate) fn discard(&self, first: u32, pages: u32) {
         point();
         let range = first as usize..(first + pages) as usize;
-        let ticket = self.guest_waits(|state| {
-            if state.installing > 0 {
+        let begun = self.guest_waits(|state| {
+            let is_heard = state.watched[range.start];
+            if is_heard && state.installing > 0 {
                 return None;
             }
             if state.pins[range.clone()].contains(&Pin::Device) {
@@ -357,20 +415,29 @@ impl Kernel {
             }
             let ticket = state.ticket();
             let writes = state.expected[range.clone()].iter_mut().map(Expected::discarding).collect();
-            state.changing += 1;
-            state.note("discard queued", first, pages);
-            state.discarded_pages += u64::from(pages);
-            let discard = Discard { ticket, first, writes, zapped: 0, is_read: false, is_swallowed: false };
+            let notice = if is_heard { Notice::Unread } else { Notice::Silent };
+            if is_heard {
+                state.changing += 1;
+                state.discarded_pages += u64::from(pages);
+                state.note("discard queued", first, pages);
+            } else {
+                SEEN.silent.fetch_add(1, Ordering::Relaxed);
+                state.note("silent discard", first, pages);
+            }
+            let discard = Discard { ticket, first, writes, zapped: 0, notice, is_swallowed: false };
             state.discards.push(discard);
-            Some(Some(ticket))
+            Some(Some((ticket, is_heard)))
         });
-        let Some(ticket) = ticket else { return };
-        self.managers.notify_all();
-        self.guest_waits(|state| {
-            state.discards.iter().find(|own| own.ticket == ticket)?.is_read.then_some(())
-        });
-        point();
-        self.state().changing -= 1;
+        let Some((ticket, is_heard)) = begun else { return };
+        if is_heard {
+            self.managers.notify_all();
+            self.guest_waits(|state| {
+                let own = state.discards.iter().find(|own| own.ticket == ticket)?;
+                (own.notice == Notice::Read).then_some(())
+            });
+            point();
+            self.state().changing -= 1;
+        }
         preempted();
         for page in range {
             point();
@@ -388,6 +455,9 @@ impl Kernel {
         let place = state.discards.iter().position(|own| own.ticket == ticket).expect("as above");
         let own = state.discards.remove(place);
         state.ended.push(own);
+        drop(state);
+        // Who registers waits for discards that nobody hears of.
+        self.agents.notify_all();
     }
 
     /// Something takes hold of a page that is there.

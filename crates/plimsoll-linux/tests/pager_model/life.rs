@@ -19,7 +19,7 @@ pub(crate) enum Flaw {
     RefusalsHidden,
     /// Discards reach the pager a read later than the faults that came with them; whoever discards goes on.
     DiscardsLate,
-    /// The new manager does not wait for the agent to finish what the old one queued.
+    /// The new manager does not wait for the agent's answers, and so not for what the old one queued.
     NoBarrier,
     /// The new manager drops discards that were waiting to be read.
     DrainedDiscardsDropped,
@@ -29,6 +29,14 @@ pub(crate) enum Flaw {
     WordsForgotten,
     /// Slot pages are reported empty when the new manager looks.
     AirlockOverlooked,
+    /// The agent reports memory as registered that is not.
+    WatchUndone,
+    /// Registering does not wait for discards nobody hears of.
+    WatchHasty,
+    /// The new manager does not register what was left to the kernel.
+    TakeOverUnwatched,
+    /// The agent reports pages as moved back although the move was refused.
+    ReturnsHidden,
 }
 
 /// When a manager is killed.

@@ -18,14 +18,18 @@
 //! * Two machines store, share and release the same object.
 //! * A manager dies between any two steps, or in a call, or while it takes over, with requests queued at the agent that are done later.
 //! * A slot page is zapped, by this manager or a dead one, and used again.
+//! * A block is left to the kernel while vCPUs wait in it, a discard of it is queued, or the manager dies.
+//! * A block is watched again while a discard that nobody hears of is taking pages out of it.
+//! * A block that was taken whole has a page discarded, or is moved back half way, or was when the manager died.
 //!
 //! # What is not modelled
-//! Huge pages, regions with holes, MOVE into guest RAM, memory shortage (COPY never fails for want of memory), damage
+//! Which memory becomes huge (what is all there may be), discards across blocks, regions with holes, memory shortage (COPY never fails for want of memory), damage
 //! to bytes, a hostile VMM, and weak memory orders: shuttle runs one thread at a time.
 //!
 //! # Running it
 //! `PLIMSOLL_SHUTTLE_ITERATIONS` sets the runs of each test and scheduler, `PLIMSOLL_SHUTTLE_SEED` where they start. A
 //! failure prints its schedule; put it into a file and name that in `PLIMSOLL_SHUTTLE_REPLAY` to run the one test again.
+use kernel::one_in;
 use life::{Fate, Flaw};
 use plimsoll_core::airlock::Shape;
 use plimsoll_core::layout::{GuestLayout, Region};
@@ -36,7 +40,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler};
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use world::{Plan, SEEN};
+use world::{Plan, SEEN, Start};
 
 mod agent;
 mod content;
@@ -47,6 +51,18 @@ mod world;
 
 /// Changes of priority in a PCT run: most bugs take two or three.
 const PCT_DEPTH: usize = 4;
+
+/// The steps of a block that is left to the kernel or moved back.
+const BLOCK_STEPS: [Step; 3] = [Step::MovedBack, Step::Unwatched, Step::Watched];
+
+/// What a run with blocks left to the kernel comes across.
+const BLOCKS: [(&str, &AtomicU64); 5] = [
+    ("a block left to the kernel", &SEEN.left),
+    ("a block taken back from the kernel", &SEEN.watched),
+    ("a touch served by the kernel", &SEEN.filled),
+    ("a block taken whole", &SEEN.taken),
+    ("a block moved back whole", &SEEN.returned),
+];
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable)
@@ -122,6 +138,39 @@ fn a_fault_that_waited_through_a_discard_does_not_bring_the_old_bytes_back() {
 }
 
 #[test]
+fn a_block_left_to_the_kernel_is_taken_back_without_losing_a_write() {
+    explore(250, || Plan { start: Start::Writing, ..Plan::default() });
+    assert_seen(&BLOCKS);
+}
+
+#[test]
+fn what_is_given_back_while_the_kernel_serves_it_reads_as_zeros() {
+    explore(250, || Plan { discards: true, start: Start::Writing, ..Plan::default() });
+    assert_seen(&[("a discard nobody heard of", &SEEN.silent)]);
+}
+
+#[test]
+fn a_small_block_that_goes_and_comes_back_whole_is_never_wrong() {
+    // Few pages are all there more often: the block is taken whole and moved back time and again.
+    explore(250, || Plan { discards: one_in(2), ..with_blocks() });
+    assert_seen(&BLOCKS);
+}
+
+#[test]
+fn a_manager_killed_at_any_step_loses_no_block() {
+    explore(250, || {
+        let mut random = thread_rng();
+        let fate = |random: &mut shuttle::rand::rngs::ThreadRng| match random.gen_range(0..3) {
+            0 => Fate::DiesIn(random.gen_range(1..60)),
+            1 => Fate::DiesAt(any_step(), random.gen_range(1..8)),
+            _ => Fate::DiesAt(BLOCK_STEPS[random.gen_range(0..BLOCK_STEPS.len())], 1),
+        };
+        let fates = (0..2).map(|_| fate(&mut random)).collect();
+        Plan { discards: one_in(2), fates, ..with_blocks() }
+    });
+}
+
+#[test]
 fn a_machine_of_a_whole_block_behaves_the_same() {
     explore(20, || {
         let region = Region { start: Gpa(0), bytes: ByteCount::mib(2) };
@@ -168,11 +217,26 @@ fn a_manager_killed_while_guests_give_pages_back_shows_zeros_or_their_own_bytes(
 }
 
 #[test]
+fn a_discard_read_again_after_its_block_was_left_to_the_kernel_takes_nothing_from_the_guest() {
+    // It is queued when the block is left, read by a manager that dies of it, and over when the next one hears of it.
+    explore(400, || {
+        let fates = vec![Fate::DiesAt(Step::EventsRead, thread_rng().gen_range(1..4))];
+        let (layout, airlock) = (GuestLayout::dense(2), Shape { slots: 3, slot_pages: 2 });
+        let plan = Plan { discards: true, machines: 1, vcpus: 3, steps: 8, ..Plan::default() };
+        Plan { layout, airlock, pages: 2, fates, ..plan }
+    });
+    assert_seen(&[("a discard read again", &SEEN.replayed)]);
+}
+
+#[test]
 fn every_step_is_one_at_which_a_manager_was_killed() {
     for step in Step::ALL {
-        explore(10, move || {
-            let fates = vec![Fate::DiesAt(step, thread_rng().gen_range(1..3))];
-            Plan { discards: true, fates, steps: 16, ..Plan::default() }
+        let is_of_block = BLOCK_STEPS.contains(&step);
+        explore(if is_of_block { 40 } else { 10 }, move || {
+            let count = if is_of_block { 1 } else { thread_rng().gen_range(1..3) };
+            let fates = vec![Fate::DiesAt(step, count)];
+            let start = if is_of_block { Start::Writing } else { Start::Anyhow };
+            Plan { discards: true, start, fates, steps: 16, ..Plan::default() }
         });
         let kills = life::KILLS[step as usize].load(Ordering::Relaxed);
         assert!(kills > 0, "no manager was killed at {step:?}");
@@ -240,4 +304,30 @@ fn a_take_over_with_fresh_words_is_noticed() {
 #[test]
 fn a_take_over_that_overlooks_the_airlock_is_noticed() {
     assert_noticed(Flaw::AirlockOverlooked, || Plan { discards: false, ..with_crashes() });
+}
+
+/// Machines whose blocks are left to the kernel, taken back, taken whole and moved back.
+fn with_blocks() -> Plan {
+    let (layout, airlock) = (GuestLayout::dense(3), Shape { slots: 3, slot_pages: 3 });
+    Plan { start: Start::Writing, layout, airlock, pages: 3, steps: 20, ..Plan::default() }
+}
+
+#[test]
+fn a_block_reported_as_registered_that_is_not_is_noticed() {
+    assert_noticed(Flaw::WatchUndone, with_blocks);
+}
+
+#[test]
+fn registering_that_overtakes_a_discard_is_noticed() {
+    assert_noticed(Flaw::WatchHasty, || Plan { discards: true, ..with_blocks() });
+}
+
+#[test]
+fn a_take_over_that_leaves_blocks_to_the_kernel_is_noticed() {
+    assert_noticed(Flaw::TakeOverUnwatched, || Plan { fates: with_crashes().fates, ..with_blocks() });
+}
+
+#[test]
+fn blocks_reported_as_moved_back_although_refused_are_noticed() {
+    assert_noticed(Flaw::ReturnsHidden, with_blocks);
 }

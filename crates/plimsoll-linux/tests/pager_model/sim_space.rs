@@ -2,13 +2,19 @@
 //!
 //! Before and after each effect is a scheduling point. A call of a manager that was killed has no effect beyond what it
 //! had already; a request that it had queued stays queued.
-use super::kernel::{Kernel, Op, Ram, Request, State, point, zeros};
+use super::kernel::{Kernel, Notice, Op, Ram, Request, State, one_in, point, zeros};
 use super::life::{Flaw, Life};
+use super::world::SEEN;
+use plimsoll_core::replacement::Run;
 use plimsoll_linux::uffd::space::{InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
-use plimsoll_linux::uffd::wire::{Item, Outcome};
+use plimsoll_linux::uffd::wire::{Item, Outcome, Stop};
 use plimsoll_types::{PageBytes, PageIndex, SlotPage};
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// `ENOMEM`: a mapping cannot be split further.
+const REFUSED: Outcome = Outcome { done: 0, stop: Some(Stop::Failed { errno: 12 }) };
 
 /// The memory of one machine in the hands of one manager.
 pub(crate) struct SimSpace {
@@ -16,13 +22,13 @@ pub(crate) struct SimSpace {
     life: Arc<Life>,
     epoch: u64,
     flaw: Flaw,
-    /// Discards that the last call delivered: the pager may not have applied them yet.
-    in_hand: Vec<u64>,
+    /// Whether what an earlier manager left unapplied has been read again.
+    has_replayed: bool,
     /// Discards that a flaw holds back.
     late: Vec<SpaceEvent>,
     /// This is the call in which the manager dies.
     dying: bool,
-    /// What is read is applied only when all has been looked at.
+    /// It has yet to look at what is where.
     taking_over: bool,
 }
 
@@ -34,19 +40,14 @@ impl SimSpace {
             life,
             epoch,
             flaw,
-            in_hand: Vec::new(),
+            has_replayed: false,
             late: Vec::new(),
             dying: false,
             taking_over: epoch > 0,
         }
     }
 
-    /// Discards that may have died with the manager.
-    pub(crate) fn in_hand(&self) -> &[u64] {
-        &self.in_hand
-    }
-
-    /// What was read has been applied.
+    /// It serves from now on.
     pub(crate) const fn took_over(&mut self) {
         self.taking_over = false;
     }
@@ -60,9 +61,6 @@ impl SimSpace {
         }
         if !self.life.is_alive() {
             return Err(SpaceError::Gone);
-        }
-        if !self.taking_over {
-            self.in_hand.clear();
         }
         Ok(())
     }
@@ -88,6 +86,9 @@ impl SimSpace {
         if self.dying {
             return self.leave(Vec::new());
         }
+        if self.taking_over && self.flaw == Flaw::NoBarrier {
+            return self.leave(items.iter().map(|item| Outcome { done: item.pages, stop: None }).collect());
+        }
         let life = Arc::clone(&self.life);
         let reply = self.kernel.manager_waits(|state| {
             let place = state.replies.iter().position(|(replied, _)| *replied == ticket);
@@ -98,6 +99,31 @@ impl SimSpace {
             }
         });
         reply.ok_or(SpaceError::Gone)
+    }
+
+    fn ask_of(&mut self, op: Op, run: Run) -> Result<Outcome, SpaceError> {
+        let outcomes = self.ask(op, &[Item::new(run.first, SlotPage(0), run.pages)])?;
+        Ok(*outcomes.first().expect("one outcome an item"))
+    }
+
+    /// An answer that needs no agent.
+    fn answered(&mut self, outcome: Outcome) -> Result<Outcome, SpaceError> {
+        self.enter()?;
+        self.leave(outcome)
+    }
+
+    /// Which of the pages are there. The page map is read piece by piece while the guest runs.
+    fn look(&self, pages: Range<u32>) -> Vec<Range<u32>> {
+        let mut ram: Vec<Range<u32>> = Vec::new();
+        for page in pages {
+            point();
+            let mut state = self.kernel.state();
+            if matches!(state.ram[page as usize], Ram::Present(_)) {
+                ram.push(page..page + 1);
+                state.note("seen present", page, 1);
+            }
+        }
+        ram
     }
 
     /// Installs from `bytes`, page by page. No discard begins meanwhile; the guest runs.
@@ -116,6 +142,11 @@ impl SimSpace {
             let told = Installed { pages: if is_hidden { pages } else { 0 }, stop: Some(InstallStop::Again) };
             return self.leave(if is_hidden { Installed { stop: None, ..told } } else { told });
         }
+        let pages_asked = first as usize..(first + pages) as usize;
+        assert!(
+            state.watched[pages_asked].iter().all(|watched| *watched),
+            "model: {pages} pages from {first} are installed where nothing is registered"
+        );
         state.installing += 1;
         let mut done = 0;
         let mut stop = None;
@@ -156,24 +187,35 @@ impl Space for SimSpace {
         events.append(&mut self.late);
         {
             let mut state = self.kernel.state();
-            let State { faults, discards, trace, .. } = &mut *state;
+            let State { faults, discards, unapplied, trace, .. } = &mut *state;
+            if !std::mem::replace(&mut self.has_replayed, true) {
+                for discard in &*unapplied {
+                    trace.push(("discard read again", discard.first, discard.pages()));
+                    SEEN.replayed.fetch_add(1, Ordering::Relaxed);
+                    events.push(discard.event());
+                }
+            }
             // The kernel hands out faults first, whatever the order in which things happened.
             for fault in faults.iter_mut().filter(|fault| !fault.is_read) {
                 fault.is_read = true;
                 trace.push(("fault read", fault.page, 1));
                 events.push(SpaceEvent::Fault { page: PageIndex(fault.page), access: fault.access });
             }
-            for discard in discards.iter_mut().filter(|discard| !discard.is_read) {
-                discard.is_read = true;
+            for discard in discards.iter_mut().filter(|discard| discard.notice == Notice::Unread) {
+                discard.notice = Notice::Read;
                 trace.push(("discard read", discard.first, discard.pages()));
-                self.in_hand.push(discard.ticket);
-                let event = SpaceEvent::Discard { first: PageIndex(discard.first), pages: discard.pages() };
+                unapplied.push(discard.clone());
+                let event = discard.event();
                 let to = if self.flaw == Flaw::DiscardsLate { &mut self.late } else { &mut *events };
                 to.push(event);
             }
         }
         self.kernel.ring();
         self.leave(())
+    }
+
+    fn applied(&mut self) {
+        self.kernel.state().unapplied.clear();
     }
 
     fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {
@@ -214,6 +256,48 @@ impl Space for SimSpace {
         self.ask(Op::MoveOut, items)
     }
 
+    fn move_in(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.ask(Op::MoveIn, items)
+    }
+
+    /// The mapping cannot be split, now and then: then the manager keeps the block.
+    fn unwatch(&mut self, run: Run) -> Result<Outcome, SpaceError> {
+        if self.kernel.state().mischief(4) {
+            return self.answered(REFUSED);
+        }
+        self.ask_of(Op::Unwatch, run)
+    }
+
+    fn watch(&mut self, run: Run) -> Result<Outcome, SpaceError> {
+        if self.taking_over && self.flaw == Flaw::TakeOverUnwatched {
+            return self.answered(Outcome { done: run.pages, stop: None });
+        }
+        if !self.taking_over && self.kernel.state().mischief(8) {
+            return self.answered(REFUSED);
+        }
+        self.ask_of(Op::Watch, run)
+    }
+
+    fn run_presence(&mut self, run: Run) -> Result<Presence, SpaceError> {
+        self.enter()?;
+        let ram = self.look(run.first.0..run.first.0 + run.pages);
+        self.leave(Presence::new(ram, Vec::new()))
+    }
+
+    /// What is all there may have been made a huge page meanwhile.
+    fn is_huge(&mut self, run: Run) -> Result<bool, SpaceError> {
+        self.enter()?;
+        let pages = run.first.get()..(run.first.0 + run.pages) as usize;
+        let is_full = self.kernel.state().ram[pages].iter().all(|page| matches!(page, Ram::Present(_)));
+        self.leave(is_full && one_in(2))
+    }
+
+    fn has_events(&mut self) -> Result<bool, SpaceError> {
+        self.enter()?;
+        let has_event = self.kernel.state().has_event();
+        self.leave(has_event)
+    }
+
     fn populate(&mut self, items: &[Item]) -> Result<(), SpaceError> {
         self.ask(Op::Populate, items).map(drop)
     }
@@ -244,26 +328,13 @@ impl Space for SimSpace {
 
     fn begin_epoch(&mut self, epoch: u64) -> Result<(), SpaceError> {
         self.epoch = epoch;
-        if self.flaw == Flaw::NoBarrier {
-            return Ok(());
-        }
         self.ask(Op::SetEpoch, &[]).map(drop)
     }
 
     fn presence(&mut self) -> Result<Presence, SpaceError> {
         self.enter()?;
         let pages = self.kernel.state().ram.len();
-        let mut ram: Vec<Range<u32>> = Vec::new();
-        for page in 0..pages {
-            // The page map is read piece by piece while the guest runs.
-            point();
-            let mut state = self.kernel.state();
-            if matches!(state.ram[page], Ram::Present(_)) {
-                let page = u32::try_from(page).expect("a few pages");
-                ram.push(page..page + 1);
-                state.note("seen present", page, 1);
-            }
-        }
+        let ram = self.look(0..u32::try_from(pages).expect("a few pages"));
         point();
         let mut slots = Vec::new();
         for (at, held) in (0..).zip(&self.kernel.state().slots) {

@@ -61,7 +61,8 @@ pub(crate) fn again_and_again() {
         assert!(stats.faults.stored > 1000, "{}: too little came back from the store", guest.name);
         assert_eq!(stats.anomalies.lost, 0, "{}", guest.name);
         if guest.name.ends_with("-d") {
-            assert!(summary.discarded_pages > 1000 && stats.discarded > 1000, "{}", guest.name);
+            // Of those in a block that is left to the kernel nobody hears.
+            assert!(summary.discarded_pages > 1000 && stats.discarded > 100, "{}", guest.name);
         } else {
             assert_eq!(stats.anomalies.missing, 0, "{}", guest.name);
         }

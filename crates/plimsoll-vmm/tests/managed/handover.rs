@@ -38,7 +38,7 @@ impl Raw {
     fn good() -> Self {
         Self {
             magic: MAGIC,
-            version: 1,
+            version: 2,
             page_size: 4096,
             features: RAM_FEATURES.bits(),
             airlock_base: 0x20_0000_0000,
@@ -108,8 +108,8 @@ fn messages() -> Vec<(Vec<u8>, &'static str)> {
     };
     vec![
         (with(|raw| raw.magic ^= 1), "does not start with the hand-over magic"),
-        (with(|raw| raw.version = 2), "speaks hand-over version 2, this build speaks 1"),
-        (with(|raw| raw.version = 0), "speaks hand-over version 0, this build speaks 1"),
+        (with(|raw| raw.version = 3), "speaks hand-over version 3, this build speaks 2"),
+        (with(|raw| raw.version = 0), "speaks hand-over version 0, this build speaks 2"),
         (with(|raw| raw.page_size = 16384), "page size is 16384 bytes"),
         (with(|raw| raw.features = 0), "lacks features"),
         (cut(1), "has 1 bytes where 72 were expected"),
@@ -217,7 +217,7 @@ pub(crate) fn is_told_why() {
     let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
     let file = File::open("/dev/null").unwrap();
     let (_, socket) =
-        offer(&mut fleet, Some(&Raw::with(|raw| raw.version = 2)), &[file.as_fd(), file.as_fd()]);
+        offer(&mut fleet, Some(&Raw::with(|raw| raw.version = 3)), &[file.as_fd(), file.as_fd()]);
     let mut bytes = [0; DATAGRAM_MAX];
     let received = fdpass::recv(&socket, &mut bytes, 0).unwrap();
     let received = received.expect("the socket closed without a word").bytes;

@@ -4,15 +4,17 @@
 //! userfaultfds that are what an honest VMM's are. It lives until its standard input closes.
 use plimsoll_core::layout::{GuestLayout, Region};
 use plimsoll_linux::uffd::wire::{self, Hello, Item, Op, Outcome, Stop, Ticket, Welcome};
+use plimsoll_sys::HvaRange;
 use plimsoll_sys::fdpass;
 use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
 use plimsoll_sys::process::adopt_inherited;
 use plimsoll_sys::uffd::{Features, Mode, RegisterMode, Userfaultfd};
-use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, Hva, PAGE_SIZE};
+use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, Hva, PAGE_SIZE, PageCount};
 use rustix::net::Shutdown;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// The first argument of a process that is to be one.
 pub(crate) const ROLE: &str = "be-an-impostor";
@@ -111,6 +113,21 @@ impl Goods {
         };
         Self { hello, ram, airlock, memory, _slots: slots }
     }
+
+    /// Does what an honest agent does about the registration of guest pages, and nothing else.
+    fn oblige(&self, op: Op, item: &Item) {
+        let bytes = |pages: u32| PageCount(u64::from(pages)).bytes();
+        let start = Hva(self.memory.base().0 + bytes(item.page().0).0);
+        let range = HvaRange::new(start, bytes(item.pages)).unwrap();
+        match op {
+            Op::Watch => {
+                let memory = self.memory.unborrowed(range).unwrap();
+                self.ram.register(memory, RegisterMode::MISSING).map(drop).unwrap();
+            }
+            Op::Unwatch => self.ram.unregister(range).unwrap(),
+            _ => {}
+        }
+    }
 }
 
 pub(crate) fn child(conduct: &str, handover: i32) -> ExitCode {
@@ -121,16 +138,20 @@ pub(crate) fn child(conduct: &str, handover: i32) -> ExitCode {
     let mut bytes = [0; wire::DATAGRAM_MAX];
     let received = fdpass::recv(&socket, &mut bytes, 0).unwrap().unwrap();
     assert!(matches!(Welcome::decode(&bytes[..received.bytes]).unwrap(), Welcome::Accepted { .. }));
-    for page in 0..RAM.0 / PAGE_SIZE as u64 {
-        goods.memory.write_u64(ByteCount(page * PAGE_SIZE as u64), page + 1).unwrap();
-    }
-    misbehave(conduct, socket);
+    let goods = Arc::new(goods);
+    let filled = Arc::clone(&goods);
+    std::thread::spawn(move || {
+        for page in 0..RAM.0 / PAGE_SIZE as u64 {
+            filled.memory.write_u64(ByteCount(page * PAGE_SIZE as u64), page + 1).unwrap();
+        }
+    });
+    misbehave(conduct, socket, &goods);
     let _ = std::io::stdin().read(&mut [0]);
     // Unmapping would wait for the manager to read of it.
     std::process::exit(0)
 }
 
-fn misbehave(conduct: Conduct, socket: OwnedFd) {
+fn misbehave(conduct: Conduct, socket: OwnedFd, goods: &Goods) {
     let mut bytes = [0; wire::DATAGRAM_MAX];
     loop {
         let Ok(Some(received)) = fdpass::recv(&socket, &mut bytes, 0) else { return };
@@ -141,7 +162,10 @@ fn misbehave(conduct: Conduct, socket: OwnedFd) {
             // Kept open to the end of the process.
             (Conduct::Silent, Op::MoveOut) => return std::mem::forget(socket),
             (_, Op::MoveOut) => drop(fdpass::send(&socket, &answer(conduct, ticket, &items), &[])),
-            (_, _) => drop(fdpass::send(&socket, &reply(ticket, &done(&items)), &[])),
+            (_, op) => {
+                items.iter().for_each(|item| goods.oblige(op, item));
+                drop(fdpass::send(&socket, &reply(ticket, &done(&items)), &[]));
+            }
         }
     }
 }

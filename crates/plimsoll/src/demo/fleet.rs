@@ -176,6 +176,8 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>) {
             Event::Died { vcpu, reason } => state.died = Some(format!("vCPU {vcpu}: {reason}")),
             Event::ManagerLost => state.died = Some("its manager is gone".to_owned()),
             Event::Error { message } => state.died = Some(message),
+            // Nobody here asks a guest to probe.
+            Event::Probed(_) => {}
         }
     }
     state.lock().closed = true;

@@ -174,6 +174,9 @@ impl Session<'_> {
                 Incident::Lost { machine, cause } => {
                     self.failures.push(format!("{}: no longer managed: {cause}", name(machine)));
                 }
+                Incident::BadCodec { domain } => {
+                    self.failures.push(format!("{domain}: zstd did not give back what it was given"));
+                }
                 Incident::StoreFull { machine } => {
                     let text = format!("{}: the store took no more pages", name(machine));
                     if !self.failures.contains(&text) {

@@ -13,6 +13,7 @@ use plimsoll_core::ledger::{Budget, Kind};
 use plimsoll_guest::random::hash3;
 use plimsoll_linux::explain;
 use plimsoll_linux::uffd::host::{Host, Incident};
+use plimsoll_linux::uffd::housekeeper::Housekeeping;
 use plimsoll_linux::uffd::manager::{Manager, Membership, Vault};
 use plimsoll_linux::uffd::probe::Step;
 use plimsoll_linux::uffd::stats::MachineStats;
@@ -24,6 +25,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const SAMPLE_PERIOD: Duration = Duration::from_millis(500);
+/// Pages grow cold in no time, so that they are packed, moved and read back all the time.
+const HOUSEKEEPING: Housekeeping = Housekeeping { cold_after: Duration::from_millis(500), cpu_permille: 200 };
 /// How often guests are told again to give up everything: more often than the governor takes such an order back.
 const SQUEEZE_PERIOD: Duration = Duration::from_millis(1);
 /// How often it is looked whether all is well.
@@ -268,6 +271,7 @@ impl<'a> Session<'a> {
         let mut manager = Manager::start(vault, probe).map_err(|error| explain(&error))?;
         let meter =
             Pressure { accounting: self.accounting.clone(), phantom_bytes: Arc::clone(&self.phantom_bytes) };
+        manager.set_housekeeping(HOUSEKEEPING);
         manager.govern(Box::new(meter), SAMPLE_PERIOD).map_err(|error| explain(&error))?;
         Ok(manager)
     }
@@ -404,21 +408,23 @@ impl<'a> Session<'a> {
 
     fn take_incidents(&mut self, host: &Host) {
         for incident in host.take_incidents() {
-            let machine = match &incident {
-                Incident::Poisoned { machine, .. }
-                | Incident::Lost { machine, .. }
-                | Incident::StoreFull { machine } => *machine,
+            let (machine, what) = match incident {
+                Incident::Poisoned { machine, page, cause } => {
+                    (machine, format!("{page} is poisoned: {cause}"))
+                }
+                Incident::Lost { machine, cause } => (machine, format!("no longer managed: {cause}")),
+                Incident::StoreFull { machine } => (machine, "the store took no more pages".to_owned()),
+                Incident::BadCodec { domain } => {
+                    self.fail(format!("{domain}: zstd did not give back what it was given"));
+                    continue;
+                }
             };
             if self.killed.contains(&machine) {
                 continue;
             }
             let name = self.seats.iter().find(|seat| seat.id == machine);
             let name = name.map_or(machine.to_string(), |seat| seat.guest.name.clone());
-            self.fail(match incident {
-                Incident::Poisoned { page, cause, .. } => format!("{name}: {page} is poisoned: {cause}"),
-                Incident::Lost { cause, .. } => format!("{name}: no longer managed: {cause}"),
-                Incident::StoreFull { .. } => format!("{name}: the store took no more pages"),
-            });
+            self.fail(format!("{name}: {what}"));
         }
     }
 

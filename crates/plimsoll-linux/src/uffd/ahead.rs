@@ -1,0 +1,175 @@
+//! Bringing pages back before they are touched: the slow half of what [`Prefetch`](plimsoll_core::prefetch) decides.
+//!
+//! Enters: runs of pages that are likely to be touched. Leaves: these pages in guest RAM, a few at a time, between faults
+//! that wait. What must never happen: a fault that waits for more than one such piece; memory taken for pages nobody has
+//! asked for while somebody lacks it ([`Purpose::Ahead`]).
+//!
+//! A page that turns out not to be stored any more is passed over. So is one whose bytes are damaged: the touch that
+//! needs it finds out.
+use super::pager::{Pager, PagerError};
+use super::probe::Step;
+use super::space::{InstallStop, Space};
+use plimsoll_core::ledger::Purpose;
+use plimsoll_core::machine::Released;
+use plimsoll_core::map::Words;
+use plimsoll_core::prefetch::Ahead;
+use plimsoll_core::replacement::Run;
+use plimsoll_core::word::{ObjectRef, PageState};
+use plimsoll_store::SlabMemory;
+use plimsoll_types::{BLOCK_PAGES, PAGE_SIZE, PageBytes, PageIndex};
+use std::collections::VecDeque;
+
+/// Pages brought in one piece: long enough to share a system call, short enough for a guest that follows close behind.
+pub(super) const PIECE: u32 = 16;
+/// Nothing: what a page holds whose word says zero.
+static ZERO: PageBytes = [0; PAGE_SIZE];
+
+/// More pages than any answer to a touch has but that which brings a working set back.
+const SOON_MAX: u64 = 512;
+
+/// What is to be brought.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    /// What a reader in steps or a neighbour's touch asks for: the guest follows close behind.
+    soon: VecDeque<Run>,
+    /// Working sets.
+    later: VecDeque<Run>,
+}
+
+impl Queue {
+    fn add(&mut self, wanted: &[Ahead]) {
+        let pages: u64 = wanted.iter().map(|run| u64::from(run.pages)).sum();
+        let queue = if pages < SOON_MAX { &mut self.soon } else { &mut self.later };
+        queue.extend(wanted.iter().map(|run| Run { first: run.first, pages: run.pages }));
+    }
+
+    fn next(&mut self) -> Option<Run> {
+        self.soon.pop_front().or_else(|| self.later.pop_front())
+    }
+
+    fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// Where the bytes of a page to bring are.
+#[derive(Clone, Copy)]
+enum Bytes {
+    Nowhere,
+    In(ObjectRef),
+}
+
+impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
+    /// A touch brought the page back: decides what else to bring.
+    pub(super) fn look_ahead(&mut self, page: PageIndex) {
+        let machine = &self.machine;
+        // Zero pages lie among stored ones in any memory: a run that left them out would be many runs.
+        let is_away = |page| matches!(machine.state(page), Ok(PageState::Stored(_) | PageState::Zero));
+        let mut wanted = Vec::new();
+        self.prefetch.faulted(page, is_away, &mut wanted);
+        self.ahead.add(&wanted);
+    }
+
+    /// Brings back the working set the machine used last: it is about to go on.
+    pub(super) fn replay(&mut self) {
+        let machine = &self.machine;
+        let mut wanted = Vec::new();
+        self.prefetch.replay(|page| matches!(machine.state(page), Ok(PageState::Stored(_))), &mut wanted);
+        self.ahead.add(&wanted);
+    }
+
+    /// Brings one piece of what is wanted. False when nothing is.
+    pub(super) fn bring(&mut self) -> Result<bool, PagerError> {
+        let Some(piece) = self.next_piece() else { return Ok(false) };
+        if !self.charge(piece.pages, Purpose::Ahead) {
+            // Whoever is short of memory is not to be kept from it by guesses.
+            self.ahead.clear();
+            return Ok(false);
+        }
+        let pages = self.load_piece(piece);
+        if pages == 0 {
+            self.put_back(piece, 1);
+            return Ok(true);
+        }
+        self.reached(Step::SourceRead)?;
+        let installed = self.space.copy(piece.first, &self.buffer[..pages as usize])?;
+        self.reached(Step::Copied)?;
+        for page in (piece.first.0..piece.first.0 + installed.pages).map(PageIndex) {
+            self.mark_brought(page)?;
+        }
+        let next = PageIndex(piece.first.0 + installed.pages);
+        match installed.stop {
+            // What comes after a page that could not be loaded is tried without it.
+            None if pages < piece.pages => self.put_back(piece, pages + 1),
+            None => {}
+            Some(InstallStop::Again) => self.put_back(piece, installed.pages),
+            Some(InstallStop::NoMemory) => self.ahead.clear(),
+            // Looking beats remembering, as for a page that was touched.
+            Some(InstallStop::Present) => {
+                self.mark_installed(next)?;
+                self.put_back(piece, installed.pages + 1);
+            }
+        }
+        Ok(true)
+    }
+
+    fn put_back(&mut self, piece: Run, done: u32) {
+        let first = PageIndex(piece.first.0 + done);
+        if done < piece.pages {
+            self.ahead.soon.push_front(Run { first, pages: piece.pages - done });
+        }
+    }
+
+    fn bytes_of(&self, page: PageIndex) -> Option<Bytes> {
+        match self.machine.state(page) {
+            Ok(PageState::Zero) => Some(Bytes::Nowhere),
+            Ok(PageState::Stored(object)) => Some(Bytes::In(object)),
+            _ => None,
+        }
+    }
+
+    /// The next pages to bring, consecutive, some of them stored.
+    fn next_piece(&mut self) -> Option<Run> {
+        while let Some(run) = self.ahead.next() {
+            let pages = run.first.0..run.first.0.saturating_add(run.pages);
+            let first = pages.clone().find(|page| self.bytes_of(PageIndex(*page)).is_some());
+            let Some(first) = first else { continue };
+            // A piece lies in one block, and so in one region.
+            let block_end = (first / BLOCK_PAGES + 1).saturating_mul(BLOCK_PAGES);
+            let end = pages.end.min(first + PIECE).min(block_end);
+            let away = (first..end).map_while(|page| self.bytes_of(PageIndex(page)));
+            let (mut count, mut stored) = (0, 0);
+            for bytes in away {
+                count += 1;
+                stored += u32::from(matches!(bytes, Bytes::In(_)));
+            }
+            self.put_back(Run { first: PageIndex(first), pages: pages.end - first }, count);
+            if stored > 0 {
+                return Some(Run { first: PageIndex(first), pages: count });
+            }
+        }
+        None
+    }
+
+    /// Reads the piece into the buffer; how many pages of it came.
+    fn load_piece(&mut self, piece: Run) -> u32 {
+        for place in 0..piece.pages {
+            match self.bytes_of(PageIndex(piece.first.0 + place)) {
+                Some(Bytes::Nowhere) => self.buffer[place as usize] = ZERO,
+                Some(Bytes::In(object)) if self.load(object, place as usize).is_ok() => {}
+                _ => return place,
+            }
+        }
+        piece.pages
+    }
+
+    fn mark_brought(&mut self, page: PageIndex) -> Result<(), PagerError> {
+        let released = self.machine.brought(page)?;
+        self.reached(Step::InstalledMarked)?;
+        self.prefetch.brought(page);
+        if let Released::Object(object) = released {
+            self.release(object);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,153 @@
+//! Driving a pager: the loop of its thread.
+//!
+//! Enters: a pager and what the manager says. Leaves: turns, one after the other, and how it ended. What must never
+//! happen: a thread that ends while its machine's pages are elsewhere, other than to make way for the next manager.
+use super::manager::{Controls, LinuxPager, Origin};
+use super::pager::{PagerError, Turn};
+use super::space::SpaceError;
+use super::waiting::Gaps;
+use crate::explain;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How long a pager with nothing to do sleeps at most, so that its statistics stay fresh.
+const IDLE_PATIENCE: Duration = Duration::from_millis(50);
+/// How long a pager sleeps whose faults wait for memory.
+const STALL_PATIENCE: Duration = Duration::from_millis(1);
+/// How often a pager publishes its statistics.
+const PUBLISH_PERIOD: Duration = Duration::from_millis(100);
+
+/// How a pager thread ended.
+pub(super) enum End {
+    /// The VMM ended; everything of the machine has been freed.
+    Gone,
+    /// The manager is stopping, or a test killed the pager: the machine waits for the next manager.
+    Left,
+}
+
+/// Runs a pager until its machine ends or its manager does.
+pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) -> End {
+    let result = if origin == Origin::TakenOver { pager.resume() } else { Ok(()) };
+    *controls.stats.lock() = pager.stats().clone();
+    let result = result.and_then(|()| turns(&mut pager, controls));
+    *controls.stats.lock() = pager.stats().clone();
+    match result {
+        Ok(()) | Err(PagerError::Killed(_)) => return End::Left,
+        Err(PagerError::Space(SpaceError::Gone)) => {}
+        Err(error) => {
+            pager.report_lost(explain(&error));
+            // Fail closed: the guest waits, and what was handed over stays open, until its VMM is ended.
+            if !wait_for_end(&pager, controls) {
+                return End::Left;
+            }
+        }
+    }
+    *controls.stats.lock() = pager.bury();
+    controls.is_buried.store(true, Ordering::Release);
+    End::Gone
+}
+
+fn turns(pager: &mut LinuxPager, controls: &Controls) -> Result<(), PagerError> {
+    let mut gaps = Gaps::new();
+    let result = turns_until_the_end(pager, controls, &mut gaps);
+    gaps.end(pager.host().watchfulness());
+    result
+}
+
+fn turns_until_the_end(
+    pager: &mut LinuxPager,
+    controls: &Controls,
+    gaps: &mut Gaps,
+) -> Result<(), PagerError> {
+    let mut published = Instant::now();
+    while !controls.orders.stop.load(Ordering::Relaxed) {
+        let turn = pager.turn()?;
+        if published.elapsed() >= PUBLISH_PERIOD {
+            *controls.stats.lock() = pager.stats().clone();
+            published = Instant::now();
+        }
+        if controls.sabotage.load(Ordering::Relaxed) && pager.sabotage().is_some() {
+            controls.sabotage.store(false, Ordering::Relaxed);
+        }
+        let ended = match turn {
+            Turn::Busy => continue,
+            Turn::Stalled => sleep(pager, controls, STALL_PATIENCE)? == Woken::Ended,
+            Turn::Idle => wait(pager, controls, gaps)?,
+        };
+        if ended {
+            return Err(SpaceError::Gone.into());
+        }
+    }
+    Ok(())
+}
+
+/// Waits until there is something to do, awake for a moment where that pays. True when the VMM has ended.
+fn wait(pager: &mut LinuxPager, controls: &Controls, gaps: &mut Gaps) -> Result<bool, PagerError> {
+    let start = Instant::now();
+    let host = Arc::clone(pager.host());
+    let patience = gaps.patience(host.watchfulness());
+    while start.elapsed() < patience {
+        if pager.has_events()? {
+            gaps.saw(start.elapsed(), host.watchfulness());
+            return Ok(false);
+        }
+        // Whoever has something to do goes first.
+        std::thread::yield_now();
+    }
+    let woken = sleep(pager, controls, IDLE_PATIENCE)?;
+    if woken != Woken::Otherwise {
+        gaps.saw(start.elapsed(), host.watchfulness());
+    }
+    Ok(woken == Woken::Ended)
+}
+
+/// Why a pager woke up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Woken {
+    /// Events wait.
+    Events,
+    /// The VMM has ended.
+    Ended,
+    /// The governor, or time.
+    Otherwise,
+}
+
+/// Sleeps until there is something to do.
+fn sleep(pager: &LinuxPager, controls: &Controls, patience: Duration) -> Result<Woken, PagerError> {
+    let custody = pager.space().custody();
+    let (events, ended, kick) = (custody.events(), custody.ended(), controls.kick.as_fd());
+    let mut polled = [&events, &ended, &kick].map(|descriptor| PollFd::new(descriptor, PollFlags::IN));
+    let io = |source| PagerError::from(SpaceError::Io { what: "waiting for events", source });
+    let limit = Timespec::try_from(patience).map_err(|error| io(std::io::Error::other(error)))?;
+    match poll(&mut polled, Some(&limit)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(errno) => return Err(io(errno.into())),
+    }
+    let is_ready = polled.map(|polled| !polled.revents().is_empty());
+    if is_ready[2] {
+        let _ = controls.kick.drain();
+    }
+    Ok(match is_ready {
+        [_, true, _] => Woken::Ended,
+        [true, ..] => Woken::Events,
+        _ => Woken::Otherwise,
+    })
+}
+
+/// Waits until the VMM has ended (true) or the manager stops (false).
+fn wait_for_end(pager: &LinuxPager, controls: &Controls) -> bool {
+    let custody = pager.space().custody();
+    while !controls.orders.stop.load(Ordering::Relaxed) {
+        let (ended, kick) = (custody.ended(), controls.kick.as_fd());
+        let mut polled = [&ended, &kick].map(|descriptor| PollFd::new(descriptor, PollFlags::IN));
+        let _ = poll(&mut polled, None);
+        let _ = controls.kick.drain();
+        if !polled[0].revents().is_empty() {
+            return true;
+        }
+    }
+    false
+}

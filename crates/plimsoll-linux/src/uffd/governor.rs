@@ -1,0 +1,232 @@
+//! The governor: a thread that looks at the host every few milliseconds and says how much each machine gives up.
+//!
+//! Enters: what the kernel counts, what the ledger holds, what machines gave and took back. Leaves: numbers in each
+//! machine's [`Orders`](super::host::Orders), which a late reader reads a little later; nothing depends on their being
+//! seen at once, because pages are charged before they are installed.
+//!
+//! Reclaim is kept ahead of demand: it starts at the high mark and goes down to the low one, while guests' faults find
+//! room up to the install line. It backs off in two cases. A machine that *gives nothing* is passed over for a while, so
+//! that it cannot keep the host at its hard line. A machine that *thrashes*, because most of what is taken from it comes
+//! back, is passed over as long as another one can give; and when all thrash, no more is taken than must be.
+use super::host::Host;
+use super::manager::{Controls, Governed};
+use plimsoll_types::{ByteCount, MachineId};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often the governor looks. At 10 us a page, two cores fill 400 pages (1.6 MiB) between two looks: well within
+/// the distance from the high mark to the hard line.
+pub(super) const PERIOD: Duration = Duration::from_millis(2);
+/// How often pinned pages may be tried again.
+const UNPIN_PERIOD: Duration = Duration::from_secs(1);
+/// How long a machine that is asked for pages may give none before others are asked in its place, for
+/// [`UNPIN_PERIOD`].
+const GIVE_PATIENCE: Duration = Duration::from_millis(200);
+/// Looks over which the largest overhead counts.
+const OVERHEAD_LOOKS: usize = 16;
+/// Over which time what came back is held against what was taken.
+const THRASH_PERIOD: Duration = Duration::from_millis(250);
+/// Pages that must have been taken in that time for it to mean anything: more than a sampling period draws.
+const THRASH_TAKEN_MIN: u64 = 256;
+
+/// What the kernel counts for everybody the budget is for.
+pub trait Meter: Send {
+    /// Bytes in use now.
+    fn used(&mut self) -> ByteCount;
+}
+
+/// Looks until it is told to stop.
+pub(super) fn govern(
+    host: &Host,
+    governed: &Governed,
+    mut meter: Box<dyn Meter>,
+    sample_period: Duration,
+    stop: &AtomicBool,
+) {
+    let (mut sampled, mut unpinned) = (Instant::now(), Instant::now());
+    let mut overheads = VecDeque::new();
+    let mut watched: BTreeMap<MachineId, Watched> = BTreeMap::new();
+    while !stop.load(Ordering::Relaxed) {
+        let machines: Vec<(MachineId, Controls)> =
+            governed.lock().iter().map(|(id, controls)| (*id, controls.clone())).collect();
+        let asked = ask(host, &mut *meter, &mut overheads, &watched);
+        let sample = sampled.elapsed() >= sample_period;
+        let unpin = unpinned.elapsed() >= UNPIN_PERIOD;
+        for (id, controls) in &machines {
+            let want = asked.iter().find(|(machine, _)| machine == id).map_or(0, |(_, pages)| *pages);
+            let before = controls.orders.reclaim.swap(want, Ordering::Relaxed);
+            if let Ok(ram) = host.ledger(|ledger| ledger.ram(*id)) {
+                let floor = watched.entry(*id).or_default().look(want, ram, controls, Instant::now());
+                let _ = host.ledger(|ledger| ledger.set_floor(*id, floor));
+            }
+            if sample {
+                controls.orders.sample.store(true, Ordering::Relaxed);
+            }
+            if unpin {
+                controls.orders.unpin.store(true, Ordering::Relaxed);
+                if !controls.is_buried.load(Ordering::Acquire) && controls.custody.has_ended(Duration::ZERO) {
+                    // Its pager may wait in the kernel for memory that nobody will bring.
+                    controls.custody.release_readers();
+                }
+            }
+            if sample || (want > 0 && before == 0) {
+                let _ = controls.kick.signal();
+            }
+        }
+        if sample {
+            sampled = Instant::now();
+        }
+        if unpin {
+            unpinned = Instant::now();
+            watched.retain(|id, _| machines.iter().any(|(known, _)| known == id));
+        }
+        // What a machine holds is freed when it is forgotten, not when the governor looks again.
+        drop(machines);
+        std::thread::sleep(PERIOD);
+    }
+}
+
+/// How many pages each machine is to give up now.
+fn ask(
+    host: &Host,
+    meter: &mut dyn Meter,
+    overheads: &mut VecDeque<ByteCount>,
+    watched: &BTreeMap<MachineId, Watched>,
+) -> Vec<(MachineId, u32)> {
+    // Charges precede use and follow release, so the smaller sum is the one that hides no overhead. What is charged
+    // in between, and the batches in which the kernel counts, make single looks err: the largest of some counts.
+    let before = host.ledger(|ledger| ledger.charged());
+    let counted = meter.used();
+    let asked = host.ledger(|ledger| {
+        overheads.push_back(counted.saturating_sub(before.min(ledger.charged())));
+        overheads.drain(..overheads.len().saturating_sub(OVERHEAD_LOOKS));
+        ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
+        let asked = ledger.reclaim(ledger.budget().low);
+        let thrashes = |id: &MachineId| watched.get(id).is_some_and(|watched| watched.thrash.is_on);
+        if asked.iter().all(|(id, _)| thrashes(id)) { ledger.reclaim(ledger.budget().high) } else { asked }
+    });
+    asked.into_iter().map(|(id, pages)| (id, u32::try_from(pages.0).unwrap_or(u32::MAX))).collect()
+}
+
+/// What the governor remembers of one machine.
+#[derive(Clone, Copy, Debug, Default)]
+struct Watched {
+    giver: Giver,
+    thrash: Thrash,
+}
+
+impl Watched {
+    /// What the machine is reckoned not to go below for now.
+    fn look(&mut self, want: u32, ram: ByteCount, controls: &Controls, now: Instant) -> ByteCount {
+        let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
+        let orders = &controls.orders;
+        let excused = self.giver.watch(want, ram, count(&orders.given), now);
+        self.thrash.watch(count(&orders.taken), count(&orders.returned), now);
+        if self.thrash.is_on { ram.max(excused) } else { excused }
+    }
+}
+
+/// Notices a machine that gives nothing when asked (pinned pages, an agent that does not answer, a full store) and has
+/// others asked in its place for a while. A machine that gives and takes as much again is none of these.
+#[derive(Clone, Copy, Debug, Default)]
+struct Giver {
+    /// When it last gave, or was not asked; what it had then, and had given.
+    gave: Option<(Instant, ByteCount, u64)>,
+    /// What it is taken not to go below, and until when.
+    excused: Option<(Instant, ByteCount)>,
+}
+
+impl Giver {
+    /// The machine is asked for `want` pages, has `ram` and has given `given` pages in its life. Returns the floor to
+    /// reckon with.
+    fn watch(&mut self, want: u32, ram: ByteCount, given: u64, now: Instant) -> ByteCount {
+        match self.excused {
+            Some((until, floor)) if now < until => return floor,
+            Some(_) => *self = Self::default(),
+            None => {}
+        }
+        match self.gave {
+            Some((since, had, before)) if want > 0 && ram >= had && given == before => {
+                if now.duration_since(since) >= GIVE_PATIENCE {
+                    self.excused = Some((now + UNPIN_PERIOD, ram));
+                    return ram;
+                }
+            }
+            _ => self.gave = Some((now, ram, given)),
+        }
+        ByteCount(0)
+    }
+}
+
+/// Notices a machine of which more than half of what is taken comes back soon.
+#[derive(Clone, Copy, Debug, Default)]
+struct Thrash {
+    is_on: bool,
+    /// When the period began; what had been taken and had come back by then.
+    since: Option<(Instant, u64, u64)>,
+}
+
+impl Thrash {
+    /// So much has been taken in its life, and so much of that has come back.
+    fn watch(&mut self, taken: u64, returned: u64, now: Instant) {
+        match self.since {
+            Some((since, ..)) if now.duration_since(since) < THRASH_PERIOD => return,
+            Some((_, before_taken, before_returned)) => {
+                let taken = taken.saturating_sub(before_taken);
+                let returned = returned.saturating_sub(before_returned);
+                self.is_on = taken >= THRASH_TAKEN_MIN && returned > taken / 2;
+            }
+            None => {}
+        }
+        self.since = Some((now, taken, returned));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RAM: ByteCount = ByteCount::mib(64);
+
+    #[test]
+    fn a_machine_that_gives_and_takes_as_much_again_goes_on_being_asked() {
+        let (mut giver, start) = (Giver::default(), Instant::now());
+        for look in 0..5000u32 {
+            let now = start + PERIOD * look;
+            assert_eq!(giver.watch(100, RAM, u64::from(look / 50), now), ByteCount(0), "look {look}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_gives_nothing_is_excused_for_a_while_and_then_asked_again() {
+        let (mut giver, start) = (Giver::default(), Instant::now());
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(giver.watch(100, RAM, 7, at(0)), ByteCount(0));
+        assert_eq!(giver.watch(100, RAM, 7, at(199)), ByteCount(0));
+        assert_eq!(giver.watch(100, RAM, 7, at(200)), RAM);
+        assert_eq!(giver.watch(100, ByteCount::mib(70), 7, at(900)), RAM);
+        assert_eq!(giver.watch(100, RAM, 7, at(1200)), ByteCount(0));
+    }
+
+    #[test]
+    fn a_machine_that_is_not_asked_is_not_excused() {
+        let (mut giver, start) = (Giver::default(), Instant::now());
+        for look in 0..5000u32 {
+            assert_eq!(giver.watch(0, RAM, 7, start + PERIOD * look), ByteCount(0));
+        }
+    }
+
+    #[test]
+    fn a_machine_thrashes_when_most_of_what_is_taken_comes_back_and_recovers_when_it_does_not() {
+        let (mut thrash, start) = (Thrash::default(), Instant::now());
+        let mut at = |period: u32, taken, returned| {
+            thrash.watch(taken, returned, start + THRASH_PERIOD * period);
+            thrash.is_on
+        };
+        assert!(!at(0, 0, 0));
+        assert!(at(1, 1000, 600), "600 of 1000 came back");
+        assert!(!at(2, 2000, 1000), "400 of 1000 came back");
+        assert!(!at(3, 2128, 1128), "a sample says nothing");
+    }
+}
