@@ -226,7 +226,7 @@ fn collect(events: UnixStream, state: &Mutex<State>) {
             Event::Died { reason, .. } => state.died = Some(reason),
             Event::ManagerLost => state.manager_lost = true,
             Event::Error { message } => state.died = Some(message),
-            Event::Prefault { .. } | Event::Started { .. } => {}
+            Event::Prefault { .. } | Event::Started { .. } | Event::Probed(_) => {}
         }
     }
 }
