@@ -393,7 +393,12 @@ impl Ledger {
     /// How many pages each machine should give up, if the host is above its high mark: enough to come down to `target`,
     /// which is the low mark unless the machines only trade pages among each other. The machines that use most give first, down to a common level, and nobody goes below its reservation; so a
     /// machine that grows at full speed is the one that pays for it.
-    pub fn reclaim(&self, target: ByteCount) -> Vec<(MachineId, PageCount)> {
+    /// A machine that is `spared` gives nothing.
+    pub fn reclaim(
+        &self,
+        target: ByteCount,
+        spared: impl Fn(MachineId) -> bool,
+    ) -> Vec<(MachineId, PageCount)> {
         if self.used() <= self.budget.high {
             return Vec::new();
         }
@@ -401,6 +406,9 @@ impl Ledger {
         let ram =
             |machine: &MachineEntry| machine.usage.of(Kind::Resident).0 + machine.usage.of(Kind::Limbo).0;
         let above = |machine: &MachineEntry, level: u64| {
+            if spared(machine.id) {
+                return 0;
+            }
             ram(machine).saturating_sub(level.max(machine.terms.reservation.0).max(machine.floor.0))
         };
         // The highest level at which what is above it suffices, by bisection to the page. Level 0 may not suffice:
@@ -476,13 +484,13 @@ mod tests {
             ledger.settle(MachineId(id), Kind::Resident, ByteCount::mib(mib)).unwrap();
         }
         // 180 used, low mark 150: 30 MiB to give, all of it from the machine with 100.
-        let asked = ledger.reclaim(ledger.budget().low);
+        let asked = ledger.reclaim(ledger.budget().low, |_| false);
         assert_eq!(asked.len(), 1);
         assert_eq!(asked[0].0, MachineId(0));
         let pages = ByteCount::mib(30).pages_floor().0;
         assert!((pages..=pages + 1).contains(&asked[0].1.0), "{asked:?}");
         ledger.settle(MachineId(1), Kind::Limbo, ByteCount::mib(200)).unwrap();
-        assert!(ledger.reclaim(ledger.budget().low).iter().all(|(id, _)| *id != MachineId(2)));
+        assert!(ledger.reclaim(ledger.budget().low, |_| false).iter().all(|(id, _)| *id != MachineId(2)));
     }
 
     #[test]
@@ -490,9 +498,9 @@ mod tests {
         let mut ledger = ledger(160, &[0, 0]);
         ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(110)).unwrap();
         ledger.settle(MachineId(1), Kind::Resident, ByteCount::mib(60)).unwrap();
-        assert_eq!(ledger.reclaim(ledger.budget().low)[0].0, MachineId(0));
+        assert_eq!(ledger.reclaim(ledger.budget().low, |_| false)[0].0, MachineId(0));
         ledger.set_floor(MachineId(0), ledger.ram(MachineId(0)).unwrap()).unwrap();
-        let asked = ledger.reclaim(ledger.budget().low);
+        let asked = ledger.reclaim(ledger.budget().low, |_| false);
         assert_eq!(asked.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [MachineId(1)]);
         assert!(asked[0].1.bytes() >= ByteCount::mib(20));
     }
@@ -528,10 +536,20 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_is_spared_gives_nothing_and_the_next_one_gives_its_part() {
+        let mut ledger = ledger(160, &[0, 0]);
+        ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(110)).unwrap();
+        ledger.settle(MachineId(1), Kind::Resident, ByteCount::mib(60)).unwrap();
+        let asked = ledger.reclaim(ledger.budget().low, |id| id == MachineId(0));
+        assert_eq!(asked.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [MachineId(1)]);
+        assert!(ledger.reclaim(ledger.budget().low, |_| true).is_empty());
+    }
+
+    #[test]
     fn nobody_is_asked_below_the_high_mark() {
         let mut ledger = ledger(160, &[0]);
         ledger.charge(MachineId(0), Kind::Resident, ByteCount::mib(150), Purpose::Demand).unwrap();
-        assert!(ledger.reclaim(ledger.budget().low).is_empty());
+        assert!(ledger.reclaim(ledger.budget().low, |_| false).is_empty());
     }
 
     #[test]

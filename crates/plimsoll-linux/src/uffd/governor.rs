@@ -10,7 +10,8 @@
 //! back, is passed over as long as another one can give; and when all thrash, no more is taken than must be.
 use super::host::Host;
 use super::manager::{Controls, Governed};
-use plimsoll_types::{ByteCount, MachineId};
+use plimsoll_core::ledger::Budget;
+use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -102,9 +103,14 @@ fn ask(
         overheads.push_back(counted.saturating_sub(before.min(ledger.charged())));
         overheads.drain(..overheads.len().saturating_sub(OVERHEAD_LOOKS));
         ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
-        let asked = ledger.reclaim(ledger.budget().low);
-        let thrashes = |id: &MachineId| watched.get(id).is_some_and(|watched| watched.thrash.is_on);
-        if asked.iter().all(|(id, _)| thrashes(id)) { ledger.reclaim(ledger.budget().high) } else { asked }
+        let Budget { high, low, .. } = ledger.budget();
+        let thrashes = |id: MachineId| watched.get(&id).is_some_and(|watched| watched.thrash.is_on);
+        let asked = ledger.reclaim(low, thrashes);
+        let gives: PageCount = asked.iter().map(|(_, pages)| *pages).sum();
+        // Those who would want back what they give are spared as long as the others have enough; when they have not,
+        // all give, and only what must be given.
+        let is_enough = gives.bytes() >= ledger.used().saturating_sub(high);
+        if is_enough { asked } else { ledger.reclaim(high, |_| false) }
     });
     asked.into_iter().map(|(id, pages)| (id, u32::try_from(pages.0).unwrap_or(u32::MAX))).collect()
 }
@@ -117,13 +123,13 @@ struct Watched {
 }
 
 impl Watched {
-    /// What the machine is reckoned not to go below for now.
+    /// What the machine is reckoned not to go below for now, because it gives nothing.
     fn look(&mut self, want: u32, ram: ByteCount, controls: &Controls, now: Instant) -> ByteCount {
         let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
         let orders = &controls.orders;
         let excused = self.giver.watch(want, ram, count(&orders.given), now);
         self.thrash.watch(count(&orders.taken), count(&orders.returned), now);
-        if self.thrash.is_on { ram.max(excused) } else { excused }
+        excused
     }
 }
 

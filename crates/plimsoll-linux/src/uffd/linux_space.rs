@@ -13,7 +13,7 @@ use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket, Welcome,
 use parking_lot::Mutex;
 use plimsoll_core::replacement::Run;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
-use plimsoll_sys::pagemap::{Categories, Filter, Pagemap};
+use plimsoll_sys::pagemap::{Categories, Filter, Pagemap, PagemapError};
 use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::process_memory::{self, Advice, Refusal};
 use plimsoll_sys::uffd::{self, Event, EventBuffer, Stop, Userfaultfd, Wake};
@@ -168,15 +168,19 @@ impl Custody {
     /// # Errors
     /// [`SpaceError`].
     pub fn presence(&self) -> Result<Presence, SpaceError> {
-        let pagemap = Pagemap::open(self.process()).map_err(|error| looking(std::io::Error::other(error)))?;
+        let pagemap = Pagemap::open(self.process()).map_err(|error| looked(self, error))?;
+        let look = |base, bytes, first, found: &mut Vec<Range<u32>>| {
+            let wraps = || looking(std::io::Error::other("the range wraps around"));
+            populated(self, &pagemap, HvaRange::new(base, bytes).ok_or_else(wraps)?, first, found)
+        };
         let mut ram = Vec::new();
         let mut first = 0;
         for (region, hva) in self.hello.layout.regions().iter().zip(&self.hello.hvas) {
-            populated(&pagemap, *hva, region.bytes, first, &mut ram)?;
+            look(*hva, region.bytes, first, &mut ram)?;
             first += pages_of(region.bytes);
         }
         let mut slots = Vec::new();
-        populated(&pagemap, self.hello.airlock_base, self.hello.airlock_bytes(), 0, &mut slots)?;
+        look(self.hello.airlock_base, self.hello.airlock_bytes(), 0, &mut slots)?;
         Ok(Presence::new(ram, slots))
     }
 
@@ -218,18 +222,25 @@ fn pages_of(bytes: ByteCount) -> u32 {
 }
 
 fn populated(
+    custody: &Custody,
     pagemap: &Pagemap,
-    base: Hva,
-    bytes: ByteCount,
+    range: HvaRange,
     first: u32,
     found: &mut Vec<Range<u32>>,
 ) -> Result<(), SpaceError> {
-    let range =
-        HvaRange::new(base, bytes).ok_or_else(|| looking(std::io::Error::other("the range wraps around")))?;
-    let index = |address: Hva| first + pages_of(ByteCount(address.0 - base.0));
+    let index = |address: Hva| first + pages_of(ByteCount(address.0 - range.start().0));
     pagemap
         .populated(range, |run| found.push(index(run.start())..index(run.end())))
-        .map_err(|error| looking(std::io::Error::other(error)))
+        .map_err(|error| looked(custody, error))
+}
+
+/// What looking at a page map that failed means: a process that has ended has none.
+fn looked(custody: &Custody, error: PagemapError) -> SpaceError {
+    match error {
+        PagemapError::NoProcess(_) => SpaceError::Gone,
+        _ if custody.has_ended(Duration::ZERO) => SpaceError::Gone,
+        error => looking(std::io::Error::other(error)),
+    }
 }
 
 const fn looking(source: std::io::Error) -> SpaceError {
@@ -335,7 +346,7 @@ impl LinuxSpace {
             Some(pagemap) => pagemap,
             unopened => {
                 let opened = Pagemap::open(self.custody.process());
-                unopened.insert(opened.map_err(|error| looking(std::io::Error::other(error)))?)
+                unopened.insert(opened.map_err(|error| looked(&self.custody, error))?)
             }
         })
     }
@@ -343,7 +354,7 @@ impl LinuxSpace {
     /// Whether all of a run of slot pages holds bytes.
     fn is_filled(&mut self, run: HvaRange) -> Result<bool, SpaceError> {
         let bytes = self.pagemap()?.populated_bytes(run);
-        Ok(bytes.map_err(|error| looking(std::io::Error::other(error)))? == run.len())
+        Ok(bytes.map_err(|error| looked(&self.custody, error))? == run.len())
     }
 
     fn address(&self, first: PageIndex, pages: u32, call: &'static str) -> Result<Hva, SpaceError> {
@@ -367,8 +378,9 @@ impl LinuxSpace {
 }
 
 /// What an install that stopped means. A call that made some progress does not say why it stopped: trying the rest
-/// again does.
+/// again does. A VMM that ends unregisters its memory before its process goes: pages may be brought ahead until then.
 fn installed(
+    custody: &Custody,
     call: &'static str,
     first: PageIndex,
     pages: u32,
@@ -381,6 +393,7 @@ fn installed(
         Some(Stop::Exists) => Some(InstallStop::Present),
         Some(Stop::NoMemory) => Some(InstallStop::NoMemory),
         Some(Stop::NoProcess) => return Err(SpaceError::Gone),
+        Some(_) if custody.has_ended(END_PATIENCE) => return Err(SpaceError::Gone),
         Some(stop) => {
             return Err(SpaceError::Call { call, first: first.0, pages, cause: format!("{stop:?}") });
         }
@@ -436,12 +449,14 @@ impl Space for LinuxSpace {
     fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {
         let count = u32::try_from(pages.len()).unwrap_or(u32::MAX);
         let at = self.address(first, count, "copy")?;
-        installed("copy", first, count, self.custody.ram.copy(at, pages.as_flattened(), Wake::Yes))
+        let outcome = self.custody.ram.copy(at, pages.as_flattened(), Wake::Yes);
+        installed(&self.custody, "copy", first, count, outcome)
     }
 
     fn zero(&mut self, first: PageIndex, pages: u32) -> Result<Installed, SpaceError> {
         let range = self.range(first, pages, "zero")?;
-        installed("zero", first, pages, self.custody.ram.zeropage(range, Wake::Yes))
+        let outcome = self.custody.ram.zeropage(range, Wake::Yes);
+        installed(&self.custody, "zero", first, pages, outcome)
     }
 
     fn wake(&mut self, first: PageIndex, pages: u32) -> Result<(), SpaceError> {
@@ -453,6 +468,7 @@ impl Space for LinuxSpace {
             match self.custody.ram.wake(self.range(next, run, "wake")?) {
                 Ok(()) => {}
                 Err(Stop::NoProcess) => return Err(SpaceError::Gone),
+                Err(_) if self.custody.has_ended(END_PATIENCE) => return Err(SpaceError::Gone),
                 Err(stop) => {
                     let cause = format!("{stop:?}");
                     return Err(SpaceError::Call { call: "wake", first: next.0, pages: run, cause });
@@ -465,7 +481,7 @@ impl Space for LinuxSpace {
 
     fn poison(&mut self, page: PageIndex) -> Result<Installed, SpaceError> {
         let range = self.range(page, 1, "poison")?;
-        installed("poison", page, 1, self.custody.ram.poison(range))
+        installed(&self.custody, "poison", page, 1, self.custody.ram.poison(range))
     }
 
     fn move_out(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
@@ -487,7 +503,8 @@ impl Space for LinuxSpace {
     fn run_presence(&mut self, run: Run) -> Result<Presence, SpaceError> {
         let range = self.range(run.first, run.pages, "look")?;
         let mut ram = Vec::new();
-        populated(self.pagemap()?, range.start(), range.len(), run.first.0, &mut ram)?;
+        let custody = Arc::clone(&self.custody);
+        populated(&custody, self.pagemap()?, range, run.first.0, &mut ram)?;
         Ok(Presence::new(ram, Vec::new()))
     }
 
@@ -497,7 +514,7 @@ impl Space for LinuxSpace {
         let filter = Filter { all_of, any_of: Categories::empty(), report: Categories::empty() };
         let mut huge = ByteCount(0);
         let scanned = self.pagemap()?.scan(range, filter, |run| huge += run.range.len());
-        scanned.map_err(|error| looking(std::io::Error::other(error)))?;
+        scanned.map_err(|error| looked(&self.custody, error))?;
         Ok(huge == range.len())
     }
 
