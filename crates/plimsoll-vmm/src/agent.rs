@@ -1,4 +1,4 @@
-//! The agent: the thread that does for the manager what only this process can do.
+//! An agent: the thread that does for the manager of one shard what only this process can do.
 //!
 //! Enters: requests of the hand-over protocol (`plimsoll_linux::uffd::wire`), from a manager that is trusted with the
 //! guest's memory and with nothing else: every range is checked against what was handed over, so that no request
@@ -9,8 +9,9 @@
 //! When the manager closes its end the agent ends and closes nothing: pages that are away stay out of reach and the
 //! guest stalls. A datagram that makes no sense is counted and not answered: without a sequence number there is
 //! nothing to answer to, and a manager that sends such has to notice by itself.
-use crate::memory::{Managed, Memory};
+use crate::memory::{Managed, Memory, Shard};
 use crate::pins::PageRun;
+use crate::shards::Cut;
 use crate::wire::{self, Item, Op, Outcome, Stop, Ticket};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
@@ -33,10 +34,12 @@ pub(crate) enum Ended {
     Failed(io::Error),
 }
 
-/// Serves requests until the socket is closed.
-pub(crate) fn serve(socket: BorrowedFd<'_>, memory: &Memory, epoch: u64) -> Ended {
-    let Some(managed) = memory.managed() else { return Ended::Closed { malformed: 0 } };
-    let mut agent = Agent { memory, managed, epoch };
+/// Serves requests about a shard, counted from 0, until its socket is closed.
+pub(crate) fn serve(socket: BorrowedFd<'_>, memory: &Memory, shard: usize, epoch: u64) -> Ended {
+    let Some(Shard { cut, managed }) = memory.shards().get(shard) else {
+        return Ended::Closed { malformed: 0 };
+    };
+    let mut agent = Agent { memory, cut, managed, epoch };
     let mut buffer = [0; wire::DATAGRAM_MAX];
     let mut reply = Vec::with_capacity(wire::DATAGRAM_MAX);
     let mut malformed = 0;
@@ -74,6 +77,7 @@ fn is_open(socket: BorrowedFd<'_>) -> bool {
 
 struct Agent<'a> {
     memory: &'a Memory,
+    cut: &'a Cut,
     managed: &'a Managed,
     /// The newest epoch adopted.
     epoch: u64,
@@ -143,9 +147,14 @@ impl Agent<'_> {
         outcome.unwrap_or(stopped(0, Stop::Invalid))
     }
 
-    /// Where the guest pages of an item lie, if they are all in one region.
+    /// Which of the machine's pages an item names by their index in the shard, and where they lie, if they are all in one
+    /// region of the shard.
     fn guest_range(&self, item: &Item) -> Option<(PageRun, HvaRange)> {
-        let run = PageRun::new(item.page(), item.pages)?;
+        if item.page().0.checked_add(item.pages)? > self.cut.layout.page_limit().0 {
+            return None;
+        }
+        let first = self.cut.first.0.checked_add(item.page().0)?;
+        let run = PageRun::new(PageIndex(first), item.pages)?;
         let (region, offset) = self.memory.layout().locate(run.first())?;
         let mapping = self.memory.mappings().get(region)?;
         let bytes = PageCount(u64::from(run.count())).bytes();
@@ -310,10 +319,11 @@ mod tests {
 
     const PAGE: u64 = PAGE_SIZE as u64;
 
-    /// A machine with two regions of 2 MiB and two slots, its agent, and the test in the manager's place.
+    /// A machine with two regions of 2 MiB and two slots, the agent of its only shard, and the test in the manager's place.
     struct Bench {
         memory: Arc<Memory>,
         socket: OwnedFd,
+        shard: usize,
         agent: JoinHandle<Ended>,
         epoch: u64,
         sequence: u32,
@@ -333,27 +343,33 @@ mod tests {
     impl Bench {
         /// Pages 0 to 9 are present and hold `word`; the others are absent.
         fn new() -> Option<Self> {
+            Self::of_shard(0, 1)
+        }
+
+        /// The same with the agent of another shard of several.
+        fn of_shard(shard: usize, shards: usize) -> Option<Self> {
             let region = |mib: u64| Region { start: Gpa(mib << 20), bytes: ByteCount::mib(2) };
             let layout = GuestLayout::new(vec![region(0), region(16)]).unwrap();
-            let managed = match Managed::open(Mode::UserOnly, 2) {
+            let open = |_| Managed::open(Mode::UserOnly, 2);
+            let managed = match (0..shards).map(open).collect::<Result<Vec<_>, _>>() {
                 Ok(managed) => managed,
                 Err(error) => {
                     println!("SKIPPED: {}", plimsoll_linux::explain(&error));
                     return None;
                 }
             };
-            let memory = Memory::map(layout, HugePages::Never, Some(managed)).unwrap();
+            let memory = Memory::map(layout, HugePages::Never, managed).unwrap();
             (0..10).for_each(|page| memory.write(Gpa(page * PAGE), &word(page)).unwrap());
             memory.register().unwrap();
             let memory = Arc::new(memory);
             let (socket, agents) = fdpass::seqpacket_pair().unwrap();
             let shared = Arc::clone(&memory);
-            let agent = thread::spawn(move || serve(agents.as_fd(), &shared, 1));
-            Some(Self { memory, socket, agent, epoch: 1, sequence: 0 })
+            let agent = thread::spawn(move || serve(agents.as_fd(), &shared, shard, 1));
+            Some(Self { memory, socket, shard, agent, epoch: 1, sequence: 0 })
         }
 
         fn managed(&self) -> &Managed {
-            self.memory.managed().unwrap()
+            &self.memory.shards()[self.shard].managed
         }
 
         fn ask(&mut self, op: Op, items: &[Item]) -> Vec<Outcome> {
@@ -498,6 +514,58 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_counts_pages_from_its_shards_first_and_reaches_no_other_shard() {
+        // The second of two shards is the second region; the pages that are present are the first one's.
+        let Some(mut bench) = Bench::of_shard(1, 2) else { return };
+        assert_eq!(bench.one(Op::MoveOut, 0, 0, 1), stopped(0, Stop::Missing));
+        for op in [Op::MoveOut, Op::MoveIn, Op::Populate, Op::Watch, Op::Unwatch] {
+            assert_eq!(bench.one(op, 512, 0, 1), stopped(0, Stop::Invalid), "{op:?}");
+            assert_eq!(bench.one(op, 511, 0, 2), stopped(0, Stop::Invalid), "{op:?}");
+        }
+        let memory = Arc::clone(&bench.memory);
+        let guest = thread::spawn(move || memory.pin(Gpa((16 << 20) + PAGE), ByteCount(PAGE)).map(drop));
+        assert!(matches!(bench.events()[..], [Event::PageFault { .. }]));
+        let place = bench.memory.mappings()[1].base().checked_add(PAGE).unwrap();
+        assert!(bench.managed().ram.copy(place, &word(513), Wake::Yes).is_complete());
+        guest.join().unwrap().unwrap();
+        assert_eq!(bench.one(Op::MoveOut, 1, 3, 1), Outcome { done: 1, stop: None });
+        let mut bytes = [0; PAGE_SIZE];
+        bench.managed().airlock.copy_from(ByteCount(3 * PAGE), &mut bytes).unwrap();
+        assert_eq!(bytes, word(513));
+        bench.end();
+    }
+
+    #[test]
+    fn a_discard_across_two_shards_is_an_event_of_each_and_returns_when_both_were_read() {
+        let region = Region { start: Gpa(0), bytes: ByteCount::mib(4) };
+        let managed = match (0..2).map(|_| Managed::open(Mode::UserOnly, 1)).collect() {
+            Ok(managed) => managed,
+            Err(error) => {
+                let error: crate::MemoryError = error;
+                return println!("SKIPPED: {}", plimsoll_linux::explain(&error));
+            }
+        };
+        let layout = GuestLayout::new(vec![region]).unwrap();
+        let memory = Arc::new(Memory::map(layout, HugePages::Never, managed).unwrap());
+        memory.register().unwrap();
+        let border = memory.mappings()[0].base().0 + BLOCK_SIZE as u64;
+        let shared = Arc::clone(&memory);
+        let discard = thread::spawn(move || shared.discard(Gpa(BLOCK_SIZE as u64 - PAGE), 3 * PAGE));
+        for (shard, bounds) in
+            memory.shards().iter().zip([(border - PAGE, border), (border, border + 2 * PAGE)])
+        {
+            assert!(!discard.is_finished());
+            let ram = &shard.managed.ram;
+            let mut ready = [PollFd::new(ram, PollFlags::IN)];
+            assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+            let events: Vec<_> = ram.read_events(&mut EventBuffer::new(16)).unwrap().collect();
+            let [Event::Remove { start, end }] = events[..] else { panic!("{events:?}") };
+            assert_eq!((start.0, end.0), bounds);
+        }
+        discard.join().unwrap().unwrap();
+    }
+
+    #[test]
     fn populate_touches_present_pages_only_and_never_waits_for_a_discard() {
         let Some(mut bench) = Bench::new() else { return };
         assert_eq!(bench.one(Op::Populate, 6, 0, 10), stopped(4, Stop::Missing));
@@ -538,7 +606,7 @@ mod tests {
         assert_eq!(bench.end(), 0);
         let shared = Arc::clone(&memory);
         let guest = thread::spawn(move || shared.read_u64(Gpa(100 * PAGE)).unwrap());
-        let ram = &memory.managed().unwrap().ram;
+        let ram = &memory.shards()[0].managed.ram;
         let mut ready = [PollFd::new(ram, PollFlags::IN)];
         assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
         assert!(!guest.is_finished());

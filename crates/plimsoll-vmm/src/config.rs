@@ -8,6 +8,7 @@ use plimsoll_guest::abi;
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::WorkloadSpec;
 use plimsoll_guest::{Guest, GuestError};
+use plimsoll_linux::uffd::wire::SHARDS_MAX;
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -32,7 +33,11 @@ pub struct VmmConfig {
     pub vcpus: u32,
     /// What the guest does.
     pub workload: Workload,
-    /// Slots of 2 MiB for pages on their way out, 1 to [`AIRLOCK_SLOTS_MAX`]. Unmanaged machines have none.
+    /// Parts of the memory that a manager serves each by itself: 1 to [`SHARDS_MAX`], and not more than there are blocks
+    /// of 2 MiB. `None`: as many as its size and the host's NUMA nodes call for, 1 up to 16 GiB on one node.
+    #[serde(default)]
+    pub shards: Option<u32>,
+    /// Slots of 2 MiB in each shard for pages on their way out, 1 to [`AIRLOCK_SLOTS_MAX`]. Unmanaged machines have none.
     #[serde(default = "default_airlock_slots")]
     pub airlock_slots: u32,
     /// What runs the guest.
@@ -241,6 +246,12 @@ pub enum ConfigError {
         /// As given.
         found: u32,
     },
+    /// The number of shards is out of range.
+    #[error("{found} shards are not supported: use 1 to {SHARDS_MAX}, and not more than blocks of 2 MiB")]
+    Shards {
+        /// As given.
+        found: u32,
+    },
     /// The number of airlock slots is out of range.
     #[error("{found} airlock slots are not supported: use 1 to {AIRLOCK_SLOTS_MAX}")]
     AirlockSlots {
@@ -273,6 +284,7 @@ impl VmmConfig {
             hole: Hole::default(),
             vcpus: 1,
             workload,
+            shards: None,
             airlock_slots: default_airlock_slots(),
             accel: AccelChoice::default(),
             prefault: Prefault::default(),
@@ -293,6 +305,12 @@ impl VmmConfig {
         }
         if self.vcpus == 0 || self.vcpus > abi::MAX_VCPUS {
             return Err(ConfigError::Vcpus { found: self.vcpus });
+        }
+        let blocks = self.ram_bytes / BLOCK_SIZE as u64;
+        if let Some(found) = self.shards
+            && (!(1..=SHARDS_MAX).contains(&found) || u64::from(found) > blocks)
+        {
+            return Err(ConfigError::Shards { found });
         }
         if !(1..=AIRLOCK_SLOTS_MAX).contains(&self.airlock_slots) {
             return Err(ConfigError::AirlockSlots { found: self.airlock_slots });
@@ -435,6 +453,9 @@ mod tests {
             (VmmConfig { name: "a\nb".into(), ..good.clone() }, "control characters"),
             (VmmConfig { vcpus: 0, ..good.clone() }, "0 vCPUs"),
             (VmmConfig { vcpus: 33, ..good.clone() }, "33 vCPUs"),
+            (VmmConfig { shards: Some(0), ..good.clone() }, "0 shards are not"),
+            (VmmConfig { shards: Some(33), ..good.clone() }, "33 shards are not"),
+            (VmmConfig { shards: Some(65), ..config(1 << 30) }, "65 shards are not"),
             (VmmConfig { airlock_slots: 0, ..good.clone() }, "airlock slots"),
             (VmmConfig { airlock_slots: 8193, ..good.clone() }, "airlock slots"),
             (VmmConfig { report_ms: 0, ..good.clone() }, "report every 0 ms"),

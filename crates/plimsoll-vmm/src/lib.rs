@@ -5,10 +5,10 @@
 //! the same managed memory; and an [`ExitReport`]. There are no devices: a guest leaves through ports and shared pages.
 //!
 //! * [`config`]: what a machine shall be. [`mod@probe`]: what can run it here.
-//! * `memory`: RAM, airlock, both userfaultfds. `elf`, `boot`: what memory holds at the start. [`pins`]: which pages must
+//! * `memory`: RAM, and for each of its `shards` an airlock and two userfaultfds. `elf`, `boot`: what memory holds at the start. [`pins`]: which pages must
 //!   not leave.
 //! * `kvm`, `inprocess`: the two ways to run a vCPU. `machine`: what both share. `signals`: how threads are interrupted.
-//! * `agent`: serves the manager. [`control`], [`report`]: talk to the starter. `sandbox`: gives up rights.
+//! * `agent`: serves the manager, one for each shard. [`control`], [`report`]: talk to the starter. `sandbox`: gives up rights.
 //!   [`supervise`]: the main thread, once all that runs.
 //!
 //! # Order
@@ -38,6 +38,7 @@ mod kvm;
 mod machine;
 mod memory;
 mod sandbox;
+mod shards;
 mod signals;
 mod start;
 

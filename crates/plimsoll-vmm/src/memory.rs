@@ -1,4 +1,4 @@
-//! Guest RAM, the airlock, and the two userfaultfds that make both somebody else's business.
+//! Guest RAM, airlocks, and the userfaultfds that make both somebody else's business.
 //!
 //! Enters: a layout and how to treat it. Leaves: one value that everybody in this process shares, through which alone
 //! guest memory is reached. Between [`Memory::map`] and [`Memory::register`] the memory is the kernel's, pages come on
@@ -7,7 +7,10 @@
 //! read as zeros. So the descriptors live in this value, every thread that runs the guest holds it, and when the last
 //! of them is gone the memory goes with it.
 //!
-//! # The two descriptors
+//! # The two descriptors of a shard
+//!
+//! RAM is one mapping for each region, and managed in shards ([`crate::shards`]), each of which has its part of RAM, an
+//! airlock and two descriptors.
 //!
 //! * RAM's is opened with `EVENT_REMOVE` and `EVENT_UNMAP`, so the manager hears of every page that goes away, in order
 //!   with the faults. `EVENT_FORK` and `EVENT_REMAP` are left out because neither can happen: the mapping is
@@ -27,7 +30,8 @@
 //!   cannot become a fault that would wait for the agent itself.
 use crate::config::{HugePages, Prefault};
 use crate::pins::{PageRun, PinGuard, Pins};
-use plimsoll_core::layout::GuestLayout;
+use crate::shards::{self, Cut};
+use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
 use plimsoll_sys::mapping::{self, AnonymousMapping, MapError, RangeError};
 use plimsoll_sys::pagemap::{Pagemap, PagemapError};
 use plimsoll_sys::uffd::{
@@ -77,6 +81,9 @@ pub enum MemoryError {
     /// Present pages cannot be told from absent ones.
     #[error("guest memory cannot be managed")]
     Pagemap(#[from] PagemapError),
+    /// There is too little of it.
+    #[error("guest memory cannot be cut into so many shards")]
+    Cut(#[from] LayoutError),
     /// An address is in no region.
     #[error("{len} at {gpa} do not lie in one region of guest memory")]
     OutsideRam {
@@ -112,7 +119,7 @@ pub enum DiscardError {
     Kernel(#[from] RangeError),
 }
 
-/// What a manager gets hold of.
+/// What a manager gets hold of for one shard.
 #[derive(Debug)]
 pub(crate) struct Managed {
     /// RAM's descriptor: faults and discards of the guest.
@@ -158,24 +165,35 @@ impl Managed {
     }
 }
 
+/// A part of RAM that is managed by itself.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    /// Where it is.
+    pub(crate) cut: Cut,
+    /// What it is managed with.
+    pub(crate) managed: Managed,
+}
+
 /// All memory of one machine.
 #[derive(Debug)]
 pub struct Memory {
     layout: GuestLayout,
     /// One mapping for each region of the layout, in the same order.
     mappings: Vec<AnonymousMapping>,
-    managed: Option<Managed>,
+    /// None for a machine of the kernel's.
+    shards: Vec<Shard>,
     pins: Pins,
     /// See "Locks".
     pub(crate) discard_gate: RwLock<()>,
 }
 
 impl Memory {
-    /// Maps all regions. `managed` is what [`register`](Self::register) will use, `None` for a machine of the kernel's.
+    /// Maps all regions. `managed` is what [`register`](Self::register) will use, one for each shard; none for a machine
+    /// of the kernel's.
     pub(crate) fn map(
         layout: GuestLayout,
         huge: HugePages,
-        managed: Option<Managed>,
+        managed: Vec<Managed>,
     ) -> Result<Self, MemoryError> {
         let huge = match huge {
             HugePages::Advise => mapping::HugePages::Prefer,
@@ -184,7 +202,9 @@ impl Memory {
         let map = |bytes| AnonymousMapping::new(bytes, huge);
         let mappings =
             layout.regions().iter().map(|region| map(region.bytes)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { layout, mappings, managed, pins: Pins::default(), discard_gate: RwLock::new(()) })
+        let cuts = shards::cut(&layout, managed.len())?.into_iter().zip(managed);
+        let shards = cuts.map(|(cut, managed)| Shard { cut, managed }).collect();
+        Ok(Self { layout, mappings, shards, pins: Pins::default(), discard_gate: RwLock::new(()) })
     }
 
     /// Touches every page, calling `progress` with the bytes done so far.
@@ -214,13 +234,29 @@ impl Memory {
 
     /// Hands absent pages over to whoever reads the descriptors. Nothing for a machine of the kernel's.
     pub(crate) fn register(&self) -> Result<(), MemoryError> {
-        let Some(managed) = &self.managed else { return Ok(()) };
-        for mapping in &self.mappings {
-            managed.ram.register(mapping.unborrowed(mapping.range())?, RegisterMode::MISSING)?;
+        for shard in &self.shards {
+            for (mapping, range) in self.parts(shard)? {
+                shard.managed.ram.register(mapping.unborrowed(range)?, RegisterMode::MISSING)?;
+            }
+            let airlock = &shard.managed.airlock;
+            shard
+                .managed
+                .airlock_uffd
+                .register(airlock.unborrowed(airlock.range())?, RegisterMode::MISSING)?;
         }
-        let airlock = managed.airlock.unborrowed(managed.airlock.range())?;
-        managed.airlock_uffd.register(airlock, RegisterMode::MISSING)?;
         Ok(())
+    }
+
+    /// Where the regions of a shard are mapped, in the order of its layout, and the mapping of each.
+    pub(crate) fn parts(&self, shard: &Shard) -> Result<Vec<(&AnonymousMapping, HvaRange)>, MemoryError> {
+        let part = |region: &Region| {
+            let outside = || MemoryError::OutsideRam { gpa: region.start, len: region.bytes };
+            let (mapping, offset) = self.locate(region.start, region.bytes)?;
+            let start = mapping.base().checked_add(offset.0);
+            let range = start.and_then(|start| HvaRange::new(start, region.bytes)).ok_or_else(outside)?;
+            Ok((mapping, range))
+        };
+        shard.cut.layout.regions().iter().map(part).collect()
     }
 
     /// Where everything lies in the guest.
@@ -237,8 +273,8 @@ impl Memory {
         &self.mappings
     }
 
-    pub(crate) fn managed(&self) -> Option<&Managed> {
-        self.managed.as_ref()
+    pub(crate) fn shards(&self) -> &[Shard] {
+        &self.shards
     }
 
     pub(crate) fn pins(&self) -> &Pins {
@@ -358,11 +394,12 @@ impl Drop for Memory {
     /// Nobody runs the guest any more. Unregistering first keeps the unmapping from waiting for a manager to read the
     /// event; it has the same effect as the end of the process.
     fn drop(&mut self) {
-        let Some(managed) = &self.managed else { return };
-        for mapping in &self.mappings {
-            // A mapping that was never registered is refused or ignored, and either is right here.
-            let _ = managed.ram.unregister(mapping.range());
+        for shard in &self.shards {
+            for (_, range) in self.parts(shard).unwrap_or_default() {
+                // What was never registered is refused or ignored, and either is right here.
+                let _ = shard.managed.ram.unregister(range);
+            }
+            let _ = shard.managed.airlock_uffd.unregister(shard.managed.airlock.range());
         }
-        let _ = managed.airlock_uffd.unregister(managed.airlock.range());
     }
 }

@@ -6,11 +6,11 @@ use crate::config::{AccelChoice, Management, VmmConfig};
 use crate::control::{Control, Event, Ram};
 use crate::kvm::{self, KvmError};
 use crate::machine::{End, Machine};
-use crate::memory::{Managed, Memory, MemoryError};
+use crate::memory::{Managed, Memory, MemoryError, Shard};
 use crate::probe::{self, Accel};
 use crate::supervise::{ExitReport, ManagerEnd, Stop, Supervisor};
 use crate::wire::{self, Hello, Welcome};
-use crate::{VmmError, agent, boot, inprocess, sandbox, signals};
+use crate::{VmmError, agent, boot, inprocess, sandbox, shards, signals};
 use plimsoll_core::layout::GuestLayout;
 use plimsoll_guest::abi;
 use plimsoll_linux::explain;
@@ -22,7 +22,7 @@ use plimsoll_types::{ByteCount, Gpa};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::Shutdown;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Barrier};
 use std::thread::{self, JoinHandle};
@@ -79,8 +79,8 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
         Engine::InProcess => in_process(config, &params),
     };
     memory.register()?;
-    let identity = match handover.as_ref().filter(|_| config.management == Management::Managed) {
-        Some(socket) => Some(hand_over(config, &memory, socket.as_fd())?),
+    let accepted = match handover.filter(|_| config.management == Management::Managed) {
+        Some(socket) => Some(hand_over(config, &memory, socket)?),
         None => None,
     };
     sandbox::drop_rights(config.sandbox, parent)?;
@@ -88,8 +88,7 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
     let attention = EventFd::new().map_err(VmmError::Threads)?;
     let ram = ram(&memory);
     let machine = Arc::new(Machine::new(memory, config.vcpus, tsc_hz, attention));
-    let socket = handover.map(Arc::new);
-    let threads = Threads::start(&machine, vcpus, socket.as_ref().zip(identity.map(|(_, epoch)| epoch)))?;
+    let threads = Threads::start(&machine, vcpus, accepted.as_ref())?;
     let confined = sandbox::restrict(config.sandbox, &accel);
     if confined.is_err() {
         machine.leave();
@@ -98,7 +97,7 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
         name: config.name.clone(),
         pid: std::process::id(),
         accel,
-        machine: identity.map(|(machine, _)| machine),
+        machine: accepted.as_ref().map(|accepted| accepted.machine),
         tsc_hz,
         ram,
     });
@@ -107,7 +106,7 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
         machine,
         control,
         vcpus: threads.vcpus,
-        agent: threads.agent,
+        agents: threads.agents,
         manager: ManagerEnd::Present,
         died: None,
         stop: Stop::No,
@@ -117,19 +116,22 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
         .map_err(VmmError::from)
         .and_then(|()| started.map_err(VmmError::Control))
         .and_then(|()| supervisor.run(config));
-    if let Some(socket) = &socket {
+    for socket in accepted.iter().flat_map(|accepted| &accepted.sockets) {
         // Frees the agent from its wait. A manager that is gone already has the same effect.
         let _ = rustix::net::shutdown(socket, Shutdown::Both);
     }
-    let malformed_requests = supervisor.join_agent();
+    let malformed_requests = supervisor.join_agents();
     Ok(ExitReport { malformed_requests: malformed_requests?, ..ended? })
 }
 
 /// Chooses what runs the guest, and opens what a manager will need.
-fn open(config: &VmmConfig, layout: &GuestLayout) -> Result<(Engine, Option<Managed>, Accel), VmmError> {
-    let managed = |mode| match config.management {
-        Management::Managed => Managed::open(mode, config.airlock_slots).map(Some),
-        Management::Unmanaged => Ok(None),
+fn open(config: &VmmConfig, layout: &GuestLayout) -> Result<(Engine, Vec<Managed>, Accel), VmmError> {
+    let shards = match config.management {
+        Management::Managed => config.shards.unwrap_or_else(|| shards::suitable(layout.pages().bytes())),
+        Management::Unmanaged => 0,
+    };
+    let managed = |mode| -> Result<Vec<Managed>, MemoryError> {
+        (0..shards).map(|_| Managed::open(mode, config.airlock_slots)).collect()
     };
     let because = match config.accel {
         AccelChoice::InProcess => "it was asked for".to_owned(),
@@ -189,31 +191,53 @@ fn ram(memory: &Memory) -> Vec<Ram> {
     regions.map(|(region, hva)| Ram { gpa: region.start.0, hva: hva.0, bytes: region.bytes.0 }).collect()
 }
 
-/// Introduces the machine and waits for its identity and the first epoch.
-fn hand_over(config: &VmmConfig, memory: &Memory, socket: BorrowedFd<'_>) -> Result<(u32, u64), VmmError> {
-    let managed = memory.managed().ok_or(VmmError::NoManager)?;
-    let hello = Hello {
-        name: config.name.clone(),
-        layout: memory.layout().clone(),
-        hvas: memory.hvas(),
-        airlock_base: managed.airlock.base(),
-        airlock_slots: managed.slots,
-        features: managed.features(),
-    };
-    let descriptors = [managed.ram.as_fd(), managed.airlock_uffd.as_fd()];
-    let other = |error: fdpass::RecvError| VmmError::Handover(io::Error::other(error));
-    fdpass::send(socket, &hello.encode(), &descriptors)
-        .map_err(|error| VmmError::Handover(io::Error::other(error)))?;
+/// What a manager says of a machine that it takes.
+struct Accepted {
+    machine: u32,
+    epoch: u64,
+    /// What the agent of each shard is to serve.
+    sockets: Vec<Arc<OwnedFd>>,
+}
+
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> VmmError {
+    VmmError::Handover(io::Error::other(error))
+}
+
+/// Introduces the machine, shard by shard, and waits for its identity and the first epoch.
+fn hand_over(config: &VmmConfig, memory: &Memory, socket: OwnedFd) -> Result<Accepted, VmmError> {
+    let shards = u32::try_from(memory.shards().len()).unwrap_or(u32::MAX);
+    for (shard, index) in memory.shards().iter().zip(0..) {
+        let Shard { cut, managed } = shard;
+        let hello = Hello {
+            name: config.name.clone(),
+            shard: index,
+            shards,
+            layout: cut.layout.clone(),
+            hvas: memory.parts(shard)?.into_iter().map(|(_, range)| range.start()).collect(),
+            airlock_base: managed.airlock.base(),
+            airlock_slots: managed.slots,
+            features: managed.features(),
+        };
+        let descriptors = [managed.ram.as_fd(), managed.airlock_uffd.as_fd()];
+        fdpass::send(&socket, &hello.encode(), &descriptors).map_err(failed)?;
+    }
     let limit = Timespec { tv_sec: i64::try_from(WELCOME_SECONDS).unwrap_or(1), tv_nsec: 0 };
     let mut ready = [PollFd::new(&socket, PollFlags::IN)];
     if poll(&mut ready, Some(&limit)).map_err(|errno| VmmError::Handover(errno.into()))? == 0 {
         return Err(VmmError::Silent { seconds: WELCOME_SECONDS });
     }
     let mut buffer = [0; wire::DATAGRAM_MAX];
-    let received = fdpass::recv(socket, &mut buffer, 0).map_err(other)?;
-    let bytes = received.map_or(0, |received| received.bytes);
+    let further = memory.shards().len().saturating_sub(1);
+    let received = fdpass::recv(&socket, &mut buffer, further).map_err(failed)?;
+    let (bytes, sockets) = received.map_or((0, Vec::new()), |got| (got.bytes, got.descriptors));
     match Welcome::decode(buffer.get(..bytes).unwrap_or_default())? {
-        Welcome::Accepted { machine, epoch } => Ok((machine, epoch)),
+        Welcome::Accepted { .. } if sockets.len() != further => {
+            Err(wire::WireError::Descriptors { found: sockets.len(), expected: further }.into())
+        }
+        Welcome::Accepted { machine, epoch } => {
+            let sockets = [socket].into_iter().chain(sockets).map(Arc::new).collect();
+            Ok(Accepted { machine, epoch, sockets })
+        }
         Welcome::Refused { reason } => Err(wire::WireError::Refused { reason }.into()),
     }
 }
@@ -222,7 +246,7 @@ fn hand_over(config: &VmmConfig, memory: &Memory, socket: BorrowedFd<'_>) -> Res
 struct Threads {
     go: Arc<Barrier>,
     vcpus: Vec<JoinHandle<()>>,
-    agent: Option<JoinHandle<agent::Ended>>,
+    agents: Vec<JoinHandle<agent::Ended>>,
 }
 
 impl Threads {
@@ -230,11 +254,12 @@ impl Threads {
     fn start(
         machine: &Arc<Machine>,
         vcpus: Vec<Vcpu>,
-        agent: Option<(&Arc<OwnedFd>, u64)>,
+        accepted: Option<&Accepted>,
     ) -> Result<Self, VmmError> {
-        let threads = vcpus.len() + usize::from(agent.is_some()) + 1;
+        let agents = accepted.map_or(0, |accepted| accepted.sockets.len());
+        let threads = vcpus.len() + agents + 1;
         let (ready, go) = (Arc::new(Barrier::new(threads)), Arc::new(Barrier::new(threads)));
-        let mut started = Self { go: Arc::clone(&go), vcpus: Vec::new(), agent: None };
+        let mut started = Self { go: Arc::clone(&go), vcpus: Vec::new(), agents: Vec::new() };
         let gates = || {
             let (ready, go) = (Arc::clone(&ready), Arc::clone(&go));
             move || {
@@ -251,15 +276,17 @@ impl Threads {
             });
             started.vcpus.push(thread.map_err(VmmError::Threads)?);
         }
-        if let Some((socket, epoch)) = agent {
+        let sockets = accepted.iter().flat_map(|accepted| &accepted.sockets);
+        let epoch = accepted.map_or(0, |accepted| accepted.epoch);
+        for (socket, shard) in sockets.zip(0..) {
             let (machine, socket, pass) = (Arc::clone(machine), Arc::clone(socket), gates());
-            let thread = thread::Builder::new().name("agent".to_owned()).spawn(move || {
+            let thread = thread::Builder::new().name(format!("agent{shard}")).spawn(move || {
                 pass();
-                let ended = agent::serve(socket.as_fd(), &machine.memory, epoch);
+                let ended = agent::serve(socket.as_fd(), &machine.memory, shard, epoch);
                 let _ = machine.attention.signal();
                 ended
             });
-            started.agent = Some(thread.map_err(VmmError::Threads)?);
+            started.agents.push(thread.map_err(VmmError::Threads)?);
         }
         ready.wait();
         Ok(started)

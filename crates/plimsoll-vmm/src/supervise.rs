@@ -46,7 +46,7 @@ pub struct ExitReport {
 /// What became of the manager.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ManagerEnd {
-    /// It was there to the end, or there was none.
+    /// It was there to the end, for all shards, or there was none.
     Present,
     /// It closed its socket, or the socket failed.
     Lost,
@@ -57,7 +57,7 @@ pub(crate) struct Supervisor {
     pub(crate) machine: Arc<Machine>,
     pub(crate) control: Control,
     pub(crate) vcpus: Vec<JoinHandle<()>>,
-    pub(crate) agent: Option<JoinHandle<agent::Ended>>,
+    pub(crate) agents: Vec<JoinHandle<agent::Ended>>,
     pub(crate) manager: ManagerEnd,
     pub(crate) died: Option<String>,
     pub(crate) stop: Stop,
@@ -175,10 +175,13 @@ impl Supervisor {
 
     /// Notices what threads have run into.
     fn look(&mut self) -> Result<(), VmmError> {
-        if let Some(agent) = self.agent.take_if(|agent| agent.is_finished()) {
+        let ended: Vec<_> = self.agents.extract_if(.., |agent| agent.is_finished()).collect();
+        for agent in ended {
             self.join(agent)?;
-            self.manager = ManagerEnd::Lost;
-            self.send(&Event::ManagerLost)?;
+            if self.manager == ManagerEnd::Present {
+                self.manager = ManagerEnd::Lost;
+                self.send(&Event::ManagerLost)?;
+            }
         }
         for (vcpu, answer) in self.machine.answers() {
             self.send(&Event::Probed(ProbeReport::new(vcpu, &answer, self.machine.tsc_hz)))?;
@@ -219,9 +222,9 @@ impl Supervisor {
         Next::Continue
     }
 
-    /// Ends the agent, whose socket has been shut down, and returns the messages that made no sense to it.
-    pub(crate) fn join_agent(&mut self) -> Result<u64, VmmError> {
-        if let Some(agent) = self.agent.take() {
+    /// Ends the agents, whose sockets have been shut down, and returns the messages that made no sense to them.
+    pub(crate) fn join_agents(&mut self) -> Result<u64, VmmError> {
+        for agent in std::mem::take(&mut self.agents) {
             self.join(agent)?;
         }
         Ok(self.malformed)
@@ -229,7 +232,7 @@ impl Supervisor {
 
     fn join(&mut self, agent: JoinHandle<agent::Ended>) -> Result<(), VmmError> {
         match agent.join() {
-            Ok(agent::Ended::Closed { malformed }) => self.malformed = malformed,
+            Ok(agent::Ended::Closed { malformed }) => self.malformed += malformed,
             Ok(agent::Ended::Failed(error)) => return Err(VmmError::Handover(error)),
             Err(_) => return Err(VmmError::Handover(io::Error::other("the agent's thread panicked"))),
         }

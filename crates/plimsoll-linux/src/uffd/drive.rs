@@ -69,8 +69,9 @@ fn turns_until_the_end(
             *controls.stats.lock() = pager.stats().clone();
             published = Instant::now();
         }
-        if controls.sabotage.load(Ordering::Relaxed) && pager.sabotage().is_some() {
-            controls.sabotage.store(false, Ordering::Relaxed);
+        // Whichever of the machine's shards has a stored page first.
+        if controls.sabotage.swap(false, Ordering::Relaxed) && pager.sabotage().is_none() {
+            controls.sabotage.store(true, Ordering::Relaxed);
         }
         let ended = match turn {
             Turn::Busy => continue,

@@ -9,6 +9,7 @@ use plimsoll_core::ledger::{Budget, Ledger};
 use plimsoll_core::replacement::Run;
 use plimsoll_store::{SlabMemory, Store};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageIndex};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 
@@ -24,7 +25,7 @@ pub enum Incident {
         /// What was found.
         cause: String,
     },
-    /// A machine is no longer managed.
+    /// A machine, or a shard of it, is no longer managed.
     Lost {
         /// Which.
         machine: MachineId,
@@ -47,6 +48,8 @@ pub enum Incident {
 pub struct Host {
     ledger: Mutex<Ledger>,
     incidents: Mutex<Vec<Incident>>,
+    /// Of shards that are not their machine's first: whose they are, and the machine's page that is their first.
+    shards: Mutex<BTreeMap<MachineId, (MachineId, PageIndex)>>,
     collapses: Mutex<Collapses>,
     tidied: Mutex<Tidied>,
     watchfulness: Watchfulness,
@@ -64,6 +67,7 @@ impl Host {
         Self {
             ledger: Mutex::new(Ledger::new(budget)),
             incidents: Mutex::default(),
+            shards: Mutex::default(),
             collapses: Mutex::default(),
             tidied: Mutex::default(),
             watchfulness: Watchfulness::new(),
@@ -76,9 +80,32 @@ impl Host {
         with(&mut self.ledger.lock())
     }
 
-    /// Tells the operator.
-    pub fn report(&self, incident: Incident) {
+    /// Tells the operator. What a pager says of its shard is told of the machine.
+    pub fn report(&self, mut incident: Incident) {
+        let shards = self.shards.lock();
+        match &mut incident {
+            Incident::Poisoned { machine, page, .. } => {
+                if let Some((owner, first)) = shards.get(machine) {
+                    (*machine, page.0) = (*owner, page.0 + first.0);
+                }
+            }
+            Incident::Lost { machine, .. } | Incident::StoreFull { machine } => {
+                *machine = shards.get(machine).map_or(*machine, |(owner, _)| *owner);
+            }
+            Incident::BadCodec { .. } => {}
+        }
+        drop(shards);
         self.incidents.lock().push(incident);
+    }
+
+    /// Incidents of `shard` are those of `machine`, whose page `first` is the shard's page 0.
+    pub(super) fn enlist(&self, shard: MachineId, machine: MachineId, first: PageIndex) {
+        self.shards.lock().insert(shard, (machine, first));
+    }
+
+    /// The shard is gone.
+    pub(super) fn strike(&self, shard: MachineId) {
+        self.shards.lock().remove(&shard);
     }
 
     /// What the operator has not been told yet.
@@ -171,4 +198,33 @@ pub struct Orders {
     pub wake: AtomicBool,
     /// The pager should end.
     pub stop: AtomicBool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn incidents_of_a_shard_are_told_of_its_machine() {
+        let host = Host::new(Budget::of(ByteCount::mib(64)));
+        let (machine, shard, other) = (MachineId(3), MachineId(4), MachineId(5));
+        host.enlist(shard, machine, PageIndex(1024));
+        for id in [shard, other] {
+            host.report(Incident::Poisoned { machine: id, page: PageIndex(7), cause: String::new() });
+            host.report(Incident::StoreFull { machine: id });
+        }
+        host.strike(shard);
+        host.report(Incident::StoreFull { machine: shard });
+        let poisoned = |machine, page| Incident::Poisoned { machine, page, cause: String::new() };
+        assert_eq!(
+            host.take_incidents(),
+            [
+                poisoned(machine, PageIndex(1031)),
+                Incident::StoreFull { machine },
+                poisoned(other, PageIndex(7)),
+                Incident::StoreFull { machine: other },
+                Incident::StoreFull { machine: shard },
+            ]
+        );
+    }
 }

@@ -1,4 +1,4 @@
-//! The memory of one machine on Linux: its two userfaultfds, its agent's socket, its process.
+//! The memory of a machine, or of one shard of it, on Linux: its two userfaultfds, its agent's socket, its process.
 //!
 //! Enters: what a VMM handed over, checked. Leaves: the calls of [`Space`], made from here where the kernel allows it
 //! from outside (COPY, ZEROPAGE, WAKE, POISON, reading the airlock) and by the VMM's agent where it does not (MOVE,
@@ -9,7 +9,7 @@
 //! empties it in that very instant makes that one thread wait in the kernel, from which [`Custody::release_readers`]
 //! frees it.
 use super::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
-use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket, Welcome, WireError};
+use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket};
 use parking_lot::Mutex;
 use plimsoll_core::replacement::Run;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
@@ -24,7 +24,6 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use thiserror::Error;
 
 /// Events taken in one read.
 const EVENTS_PER_READ: usize = 64;
@@ -37,42 +36,12 @@ const READS_MAX: usize = 4;
 /// How long after its socket closed a process may take to be seen as ended.
 const END_PATIENCE: Duration = Duration::from_secs(2);
 
-/// A machine could not be taken over from its VMM.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum HandoverError {
-    /// The VMM closed the socket first.
-    #[error("the VMM closed the hand-over socket before it handed anything over")]
-    Closed,
-    /// Nothing came in time.
-    #[error("the VMM handed nothing over within {seconds} s")]
-    Silent {
-        /// How long it was waited for.
-        seconds: u64,
-    },
-    /// Receiving failed.
-    #[error("the hand-over could not be received")]
-    Receive(#[from] RecvError),
-    /// Answering failed.
-    #[error("the hand-over could not be answered")]
-    Send(#[from] SendError),
-    /// What came is not acceptable.
-    #[error("the VMM's hand-over is not acceptable")]
-    Wire(#[from] WireError),
-    /// A descriptor is not what it should be.
-    #[error("the VMM's hand-over is not acceptable")]
-    Descriptor(#[from] uffd::AdoptError),
-    /// Waiting failed.
-    #[error("waiting for the hand-over failed")]
-    Poll(#[source] std::io::Error),
-}
-
-/// Everything about a machine that must outlive a manager: as long as this lives, absent pages of the guest wait.
+/// Everything about a shard of a machine that must outlive a manager: as long as this lives, absent pages of the guest wait.
 #[derive(Debug)]
 pub struct Custody {
     /// What the VMM said, checked.
     pub hello: Hello,
-    process: Pidfd,
+    process: Arc<Pidfd>,
     ram: Userfaultfd,
     /// Kept because the last copy of a userfaultfd must not close while pages are absent.
     airlock: Userfaultfd,
@@ -82,40 +51,19 @@ pub struct Custody {
 }
 
 impl Custody {
-    /// Receives what the VMM `process` hands over on a `SOCK_SEQPACKET` socket. Follow with [`Custody::answer`].
-    ///
-    /// # Errors
-    /// [`HandoverError`]; what came is closed and the VMM sees the socket close.
-    pub fn receive(socket: OwnedFd, process: Pidfd, patience: Duration) -> Result<Self, HandoverError> {
-        if !is_readable(socket.as_fd(), patience).map_err(HandoverError::Poll)? {
-            return Err(HandoverError::Silent { seconds: patience.as_secs() });
-        }
-        let parts = Self::parts(&socket);
-        if let Err(error) = &parts {
-            // Best effort: a VMM that does not listen learns it from the socket's end.
-            let reason = crate::explain(error);
-            let _ = fdpass::send(&socket, &Welcome::Refused { reason }.encode(), &[]);
-        }
-        let (hello, ram, airlock) = parts?;
-        Ok(Self { hello, process, ram, airlock, socket, unapplied: Mutex::default() })
+    /// What was handed over as `hello` says, driven through `socket`.
+    pub(super) fn new(
+        hello: Hello,
+        process: Arc<Pidfd>,
+        [ram, airlock]: [Userfaultfd; 2],
+        socket: OwnedFd,
+    ) -> Self {
+        Self { hello, process, ram, airlock, socket, unapplied: Mutex::default() }
     }
 
-    fn parts(socket: &OwnedFd) -> Result<(Hello, Userfaultfd, Userfaultfd), HandoverError> {
-        let mut bytes = vec![0; DATAGRAM_MAX];
-        let received = fdpass::recv(socket, &mut bytes, 2)?.ok_or(HandoverError::Closed)?;
-        let hello = Hello::decode(&bytes[..received.bytes], received.descriptors.len())?;
-        let mut descriptors = received.descriptors.into_iter().map(Userfaultfd::try_from);
-        let mut next = || descriptors.next().ok_or(WireError::Descriptors { found: 0, expected: 2 });
-        Ok((hello, next()??, next()??))
-    }
-
-    /// Tells the VMM whether its machine is taken.
-    ///
-    /// # Errors
-    /// [`HandoverError::Send`].
-    pub fn answer(&self, welcome: &Welcome) -> Result<(), HandoverError> {
-        fdpass::send(&self.socket, &welcome.encode(), &[])?;
-        Ok(())
+    /// Sends to the VMM, with descriptors.
+    pub(super) fn tell(&self, message: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<(), SendError> {
+        fdpass::send(&self.socket, message, descriptors).map(drop)
     }
 
     /// The VMM's process id.
@@ -247,7 +195,7 @@ const fn looking(source: std::io::Error) -> SpaceError {
     SpaceError::Io { what: "looking at the VMM's page map", source }
 }
 
-fn is_readable(descriptor: BorrowedFd<'_>, patience: Duration) -> std::io::Result<bool> {
+pub(super) fn is_readable(descriptor: BorrowedFd<'_>, patience: Duration) -> std::io::Result<bool> {
     let limit = Timespec::try_from(patience).map_err(std::io::Error::other)?;
     loop {
         match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&limit)) {

@@ -1,4 +1,4 @@
-//! The manager: a thread per machine that runs its pager, and a governor that looks at the host.
+//! The manager: a thread per shard of a machine that runs its pager, and a governor that looks at the host.
 //!
 //! Enters: machines as VMMs hand them over, a budget, a meter of what the kernel counts. Leaves: managed machines,
 //! statistics, incidents. What must never happen: a userfaultfd closed while pages of its guest are elsewhere. So
@@ -6,41 +6,41 @@
 //!
 //! Threads and what they share:
 //!
-//! * A **pager thread** owns its machine: words, airlock, descriptors. It shares the ledger and its domain's store with
+//! * A **pager thread** owns its shard: words, airlock, descriptors. It shares the ledger and its domain's store with
 //!   the others, under locks that are held for instructions, not for system calls. It waits in poll(2) for events, for
 //!   the governor's kick, or for the end of the VMM.
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
-//!   [`Orders`] how much to give up.
+//!   [`Orders`](super::host::Orders) how much to give up.
 use super::drive::{End, drive};
-use super::governor::{self, govern};
-use super::host::{Domain, Host, Incident, Orders};
+use super::governor::govern;
+use super::handover::{Handover, HandoverError};
+use super::host::{Domain, Host, Incident};
 use super::housekeeper::{self, Domains, Housekeeping};
-use super::linux_space::{Custody, HandoverError, LinuxSpace};
+use super::linux_space::{Custody, LinuxSpace};
 use super::pager::{Pager, PagerError};
 use super::probe::Probe;
 use super::recovery::take_over;
+use super::shards::{MachineVault, Running, Shard, ShardVault};
 use super::space::SpaceError;
-use super::stats::MachineStats;
-use super::wire::Welcome;
+use super::stats::{MachineStats, MachineTotals};
 use crate::dense::Zstd;
 use crate::explain;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_core::airlock::Shape;
-use plimsoll_core::ledger::{Budget, Kind, LedgerError, Terms};
+use plimsoll_core::ledger::{Budget, Kind, LedgerError};
 use plimsoll_core::machine::Machine;
-use plimsoll_core::map::{MapError, Words};
-use plimsoll_core::word::{PageState, PageWord};
+use plimsoll_core::map::MapError;
 use plimsoll_store::{Handle, Store};
 use plimsoll_sys::eventfd::EventFd;
-use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
+use plimsoll_sys::mapping::MemfdError;
 use plimsoll_sys::pidfd::Pidfd;
-use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -50,39 +50,10 @@ const HANDOVER_PATIENCE: Duration = Duration::from_secs(30);
 
 /// A machine may own this many times the budget and no more: its tables are made before it uses anything.
 const OVERCOMMIT_MAX: u64 = 64;
-/// How long a stopping manager waits for a pager before it ends the VMM that keeps it.
-const STOP_PATIENCE: Duration = Duration::from_secs(40);
-
-/// Page words in a memfd.
-#[derive(Debug)]
-pub struct MemfdWords {
-    memory: SharedMapping,
-    pages: usize,
-}
-
-impl MemfdWords {
-    fn create(pages: usize) -> Result<Self, MemfdError> {
-        let bytes = (pages * size_of::<u64>()).next_multiple_of(PAGE_SIZE);
-        let memory = SharedMapping::new(&Memfd::create("plimsoll-words", ByteCount(bytes as u64))?)?;
-        Ok(Self { memory, pages })
-    }
-
-    /// Every object a word names, once per word. A word that is damaged names none.
-    fn handles(&self) -> impl Iterator<Item = Handle> + '_ {
-        self.words().iter().filter_map(|word| match PageWord(word.load(Ordering::Acquire)).state() {
-            Some(PageState::Stored(object)) => Handle::from_bits(object.bits()),
-            _ => None,
-        })
-    }
-}
-
-impl Words for MemfdWords {
-    fn words(&self) -> &[AtomicU64] {
-        &self.memory.as_atomic_u64s()[..self.pages]
-    }
-}
 
 pub use super::governor::Meter;
+pub(super) use super::shards::Controls;
+pub use super::shards::MemfdWords;
 
 /// A machine was not taken.
 #[derive(Debug, Error)]
@@ -145,15 +116,6 @@ pub struct Membership {
     pub reservation: ByteCount,
 }
 
-/// What of a machine outlives its manager.
-struct MachineVault {
-    id: MachineId,
-    custody: Arc<Custody>,
-    words: Arc<MemfdWords>,
-    membership: Membership,
-    stats: MachineStats,
-}
-
 /// What outlives a manager: every descriptor, every page word, every stored byte. Dropping it while machines run lets
 /// them read zeros where their pages were; it is to be given to the next manager.
 #[must_use = "the machines' bytes are in it"]
@@ -178,27 +140,10 @@ impl Vault {
     }
 }
 
+/// A shard's tables and its memory, ready for a pager.
+type Part = (Machine<Arc<MemfdWords>>, LinuxSpace);
+
 pub(super) type LinuxPager = Pager<LinuxSpace, MemfdSlabs, Arc<MemfdWords>>;
-
-/// What the governor and the operator know of a machine.
-#[derive(Clone)]
-pub(super) struct Controls {
-    pub(super) orders: Arc<Orders>,
-    pub(super) kick: Arc<EventFd>,
-    pub(super) stats: Arc<Mutex<MachineStats>>,
-    pub(super) sabotage: Arc<AtomicBool>,
-    /// The VMM has ended and everything of the machine has been freed.
-    pub(super) is_buried: Arc<AtomicBool>,
-    pub(super) custody: Arc<Custody>,
-}
-
-struct Running {
-    custody: Arc<Custody>,
-    words: Arc<MemfdWords>,
-    membership: Membership,
-    controls: Controls,
-    thread: JoinHandle<End>,
-}
 
 /// A machine as an operator sees it.
 #[derive(Clone, Debug)]
@@ -209,10 +154,11 @@ pub struct MachineView {
     pub name: String,
     /// Its size.
     pub size: ByteCount,
-    /// Its counts.
-    pub stats: MachineStats,
+    /// The counts of all its shards.
+    pub stats: MachineTotals,
 }
 
+/// By shard.
 pub(super) type Governed = Arc<Mutex<BTreeMap<MachineId, Controls>>>;
 
 /// Runs machines within a budget.
@@ -222,6 +168,7 @@ pub struct Manager {
     next_id: u32,
     store_limit: ByteCount,
     domains: BTreeMap<u32, Arc<Domain<MemfdSlabs>>>,
+    /// By the identity of their first shard.
     machines: BTreeMap<MachineId, Running>,
     /// Machines that could not be taken over. They stall, and keep their bytes for the next manager.
     unmanaged: Vec<MachineVault>,
@@ -256,28 +203,27 @@ impl Manager {
         let mut recovered = Vec::new();
         for kept in vault.machines {
             manager.host.ledger(|ledger| ledger.add_group(kept.membership.group));
-            let mut space = LinuxSpace::new(Arc::clone(&kept.custody), epoch);
-            let hello = &kept.custody.hello;
-            let shape = Shape::blocks(hello.airlock_slots);
-            let seed = u64::from(kept.id.0);
-            match take_over(&mut space, epoch, hello.layout.clone(), Arc::clone(&kept.words), shape, seed) {
-                Ok(machine) => recovered.push((kept, machine, space)),
+            match manager.recover(&kept) {
+                Ok(parts) => {
+                    kept.enlist(&manager.host);
+                    recovered.push((kept, parts));
+                }
                 Err(PagerError::Space(SpaceError::Gone)) => {}
                 Err(error) => {
                     manager.lost(kept.id, &error);
                     // What it was promised stays taken. Were there no room for that, there would be none for it.
-                    let size = kept.custody.hello.layout.pages().bytes();
-                    let Membership { group, reservation, .. } = kept.membership;
-                    let terms = Terms { size, reservation };
-                    let _ = manager.host.ledger(|ledger| ledger.admit(kept.id, group, terms));
+                    for (id, terms) in kept.terms() {
+                        let _ = manager.host.ledger(|ledger| ledger.admit(id, kept.membership.group, terms));
+                    }
                     manager.unmanaged.push(kept);
                 }
             }
         }
         for (id, group, slabs) in vault.domains {
-            let managed = recovered.iter().map(|(kept, _, _)| kept);
+            let managed = recovered.iter().map(|(kept, _)| kept);
             let members = managed.chain(&manager.unmanaged).filter(|kept| kept.membership.domain == id);
-            let handles: Vec<Handle> = members.flat_map(|kept| kept.words.handles()).collect();
+            let shards = members.flat_map(|kept| &kept.shards);
+            let handles: Vec<Handle> = shards.flat_map(|shard| shard.words.handles()).collect();
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
             let (store, _) = Store::recover(slabs, handles);
             manager.host.ledger(|ledger| ledger.add_group(group));
@@ -286,9 +232,9 @@ impl Manager {
         // All are in the ledger before the first asks for memory. From the first take-over on nothing may be given up on: a
         // machine that cannot go on is kept for the next manager.
         let mut entered = Vec::new();
-        for (kept, machine, space) in recovered {
-            match manager.enter(kept.id, kept.membership, &machine) {
-                Ok(()) => entered.push((kept, machine, space)),
+        for (kept, parts) in recovered {
+            match manager.enter(&kept, &parts) {
+                Ok(()) => entered.push((kept, parts)),
                 Err(error) => {
                     manager.lost(kept.id, &error);
                     manager.unmanaged.push(kept);
@@ -300,8 +246,8 @@ impl Manager {
             // The group was added with the domain.
             let _ = manager.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, held));
         }
-        for (kept, machine, space) in entered {
-            if let Err((kept, error)) = manager.launch(kept, machine, space, Origin::TakenOver) {
+        for (kept, parts) in entered {
+            if let Err((kept, error)) = manager.launch(kept, parts, Origin::TakenOver) {
                 manager.lost(kept.id, &error);
                 manager.unmanaged.push(*kept);
             }
@@ -309,19 +255,27 @@ impl Manager {
         Ok(manager)
     }
 
-    /// Puts a machine into the ledger with what it has in RAM.
-    fn enter<W: Words>(
-        &self,
-        id: MachineId,
-        membership: Membership,
-        machine: &Machine<W>,
-    ) -> Result<(), LedgerError> {
-        let size = machine.layout().pages().bytes();
-        let Membership { group, reservation, .. } = membership;
+    /// Takes all shards of a machine over, or none.
+    fn recover(&self, kept: &MachineVault) -> Result<Vec<Part>, PagerError> {
+        let recover = |shard: &ShardVault| {
+            let mut space = LinuxSpace::new(Arc::clone(&shard.custody), self.epoch);
+            let hello = &shard.custody.hello;
+            let (layout, shape) = (hello.layout.clone(), Shape::blocks(hello.airlock_slots));
+            let (words, seed) = (Arc::clone(&shard.words), u64::from(shard.id.0));
+            take_over(&mut space, self.epoch, layout, words, shape, seed).map(|machine| (machine, space))
+        };
+        kept.shards.iter().map(recover).collect()
+    }
+
+    /// Puts a machine's shards into the ledger with what they have in RAM.
+    fn enter(&self, kept: &MachineVault, parts: &[Part]) -> Result<(), LedgerError> {
+        let group = kept.membership.group;
         self.host.ledger(|ledger| {
             ledger.add_group(group);
-            ledger.admit(id, group, Terms { size, reservation })?;
-            ledger.settle(id, Kind::Resident, machine.ram().bytes())
+            kept.terms().zip(parts).try_for_each(|((id, terms), (machine, _))| {
+                ledger.admit(id, group, terms)?;
+                ledger.settle(id, Kind::Resident, machine.ram().bytes())
+            })
         })
     }
 
@@ -360,28 +314,30 @@ impl Manager {
         process: Pidfd,
         membership: Membership,
     ) -> Result<MachineId, AdmitError> {
-        let custody = Arc::new(Custody::receive(socket, process, HANDOVER_PATIENCE)?);
-        let id = MachineId(self.next_id);
-        let admitted = self.take(id, &custody, membership);
+        let handover = Handover::receive(socket, process, HANDOVER_PATIENCE)?;
+        let ids: Vec<MachineId> = (self.next_id..).map(MachineId).take(handover.shards.len()).collect();
+        let admitted = self.take(&ids, &handover, membership);
         match &admitted {
-            Ok(()) => self.next_id += 1,
+            Ok(_) => self.next_id += u32::try_from(ids.len()).unwrap_or(u32::MAX),
             Err(error) => {
-                // Best effort: a VMM that does not listen learns it from the socket's end.
-                let _ = custody.answer(&Welcome::Refused { reason: explain(error) });
-                let _ = self.host.ledger(|ledger| ledger.remove(id));
+                handover.refuse(explain(error));
+                for id in ids {
+                    self.host.strike(id);
+                    let _ = self.host.ledger(|ledger| ledger.remove(id));
+                }
             }
         }
-        admitted.map(|()| id)
+        admitted
     }
 
     fn take(
         &mut self,
-        id: MachineId,
-        custody: &Arc<Custody>,
+        ids: &[MachineId],
+        handover: &Handover,
         membership: Membership,
-    ) -> Result<(), AdmitError> {
-        let hello = &custody.hello;
-        let size = hello.layout.pages().bytes();
+    ) -> Result<MachineId, AdmitError> {
+        let sizes = handover.shards.iter().map(|custody| custody.hello.layout.pages().bytes());
+        let size: ByteCount = sizes.sum();
         let hard = self.host.ledger(|ledger| ledger.budget().hard);
         let limit = ByteCount(hard.0.saturating_mul(OVERCOMMIT_MAX));
         if size > limit {
@@ -392,6 +348,24 @@ impl Manager {
             let domain = Domain::new(membership.domain, membership.group, Store::new(slabs));
             self.add_domain(domain);
         }
+        let id = ids.first().copied().unwrap_or(MachineId(self.next_id));
+        let mut kept = MachineVault { id, membership, shards: Vec::new() };
+        let mut parts = Vec::new();
+        for (id, custody) in ids.iter().zip(&handover.shards) {
+            let (shard, part) = self.furnish(*id, custody)?;
+            kept.shards.push(shard);
+            parts.push(part);
+        }
+        kept.enlist(&self.host);
+        self.enter(&kept, &parts)?;
+        handover.accept(id, self.epoch)?;
+        self.launch(kept, parts, Origin::New).map_err(|(_, error)| error)?;
+        Ok(id)
+    }
+
+    /// Makes the tables of a shard that was just handed over.
+    fn furnish(&self, id: MachineId, custody: &Arc<Custody>) -> Result<(ShardVault, Part), AdmitError> {
+        let hello = &custody.hello;
         let words = Arc::new(MemfdWords::create(hello.layout.page_limit().get())?);
         let presence = custody.presence()?;
         let shape = Shape::blocks(hello.airlock_slots);
@@ -399,47 +373,63 @@ impl Manager {
         let machine = Machine::new(hello.layout.clone(), Arc::clone(&words), shape, seed, |page| {
             presence.has_page(page)
         })?;
-        self.enter(id, membership, &machine)?;
-        custody.answer(&Welcome::Accepted { machine: id.0, epoch: self.epoch })?;
         let space = LinuxSpace::new(Arc::clone(custody), self.epoch);
         let stats = MachineStats::default();
-        let kept = MachineVault { id, custody: Arc::clone(custody), words, membership, stats };
-        self.launch(kept, machine, space, Origin::New).map_err(|(_, error)| error)
+        Ok((ShardVault { id, custody: Arc::clone(custody), words, stats }, (machine, space)))
     }
 
-    /// Starts the pager of a machine that is in the ledger.
+    /// Starts the pagers of a machine whose shards are in the ledger: all of them, or none.
     fn launch(
         &mut self,
         kept: MachineVault,
-        machine: Machine<Arc<MemfdWords>>,
-        space: LinuxSpace,
+        parts: Vec<Part>,
         origin: Origin,
     ) -> Result<(), (Box<MachineVault>, AdmitError)> {
-        let id = kept.id;
-        let kick = match EventFd::new() {
-            Ok(kick) => Arc::new(kick),
-            Err(error) => return Err((Box::new(kept), AdmitError::Thread(error))),
-        };
         let Some(domain) = self.domains.get(&kept.membership.domain.0).cloned() else {
             let domain = kept.membership.domain;
             return Err((Box::new(kept), AdmitError::NoSuchDomain { domain }));
         };
+        let sabotage = Arc::default();
+        let mut running = Running { membership: kept.membership, shards: Vec::new() };
+        for (shard, part) in kept.shards.iter().zip(parts) {
+            match self.start_pager(shard, part, &domain, &sabotage, origin) {
+                Ok(shard) => running.shards.push(shard),
+                Err(error) => {
+                    running.shards.iter().for_each(Shard::ask_to_stop);
+                    let _ = running.stopped(kept.id, Instant::now());
+                    return Err((Box::new(kept), error));
+                }
+            }
+        }
+        let controls = running.shards.iter().map(|shard| (shard.id, shard.controls.clone()));
+        self.governed.lock().extend(controls);
+        self.machines.insert(kept.id, running);
+        Ok(())
+    }
+
+    fn start_pager(
+        &self,
+        shard: &ShardVault,
+        (machine, space): Part,
+        domain: &Arc<Domain<MemfdSlabs>>,
+        sabotage: &Arc<AtomicBool>,
+        origin: Origin,
+    ) -> Result<Shard, AdmitError> {
+        let id = shard.id;
         let controls = Controls {
             orders: Arc::default(),
-            kick,
-            stats: Arc::new(Mutex::new(kept.stats.clone())),
-            sabotage: Arc::default(),
+            kick: Arc::new(EventFd::new().map_err(AdmitError::Thread)?),
+            stats: Arc::new(Mutex::new(shard.stats.clone())),
+            sabotage: Arc::clone(sabotage),
             is_buried: Arc::default(),
-            custody: Arc::clone(&kept.custody),
+            custody: Arc::clone(&shard.custody),
         };
-        let host = Arc::clone(&self.host);
-        let dense = match Zstd::new() {
-            Ok(zstd) => Box::new(zstd),
-            Err(error) => return Err((Box::new(kept), AdmitError::Codec(error))),
-        };
-        let mut pager = Pager::new(id, host, domain, Arc::clone(&controls.orders), machine, space, dense);
+        let dense = Box::new(Zstd::new().map_err(AdmitError::Codec)?);
+        let (host, domain, orders) =
+            (Arc::clone(&self.host), Arc::clone(domain), Arc::clone(&controls.orders));
+        let mut pager = Pager::new(id, host, domain, orders, machine, space, dense);
         if origin == Origin::TakenOver {
-            pager.continue_stats(kept.stats.clone());
+            pager.continue_stats(shard.stats.clone());
         }
         let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
         let run = move || {
@@ -449,15 +439,9 @@ impl Manager {
                 End::Left
             })
         };
-        match std::thread::Builder::new().name(format!("pager-{}", id.0)).spawn(run) {
-            Ok(thread) => {
-                self.governed.lock().insert(id, controls.clone());
-                let MachineVault { custody, words, membership, .. } = kept;
-                self.machines.insert(id, Running { custody, words, membership, controls, thread });
-                Ok(())
-            }
-            Err(error) => Err((Box::new(kept), AdmitError::Thread(error))),
-        }
+        let thread = std::thread::Builder::new().name(format!("pager-{}", id.0)).spawn(run);
+        let thread = thread.map_err(AdmitError::Thread)?;
+        Ok(Shard { id, words: Arc::clone(&shard.words), controls, thread })
     }
 
     /// Starts looking at what the kernel counts, every few milliseconds, has machines sampled every `sample_period`, and
@@ -495,18 +479,17 @@ impl Manager {
     pub fn machines(&self) -> Vec<MachineView> {
         let view = |(id, running): (&MachineId, &Running)| MachineView {
             id: *id,
-            name: running.custody.hello.name.clone(),
-            size: running.custody.hello.layout.pages().bytes(),
-            stats: running.controls.stats.lock().clone(),
+            name: running.name(),
+            size: running.size(),
+            stats: running.totals(),
         };
         self.machines.iter().map(view).collect()
     }
 
     /// True once the machine's VMM has ended and everything of it has been freed.
     pub fn is_gone(&self, id: MachineId) -> bool {
-        let is_waiting = |kept: &MachineVault| kept.id == id && !kept.custody.has_ended(Duration::ZERO);
-        !self.unmanaged.iter().any(is_waiting)
-            && self.machines.get(&id).is_none_or(|running| running.controls.is_buried.load(Ordering::Acquire))
+        let is_waiting = |kept: &MachineVault| kept.id == id && !kept.has_ended();
+        !self.unmanaged.iter().any(is_waiting) && self.machines.get(&id).is_none_or(Running::is_buried)
     }
 
     /// Forgets a machine that [`is_gone`](Self::is_gone).
@@ -514,46 +497,47 @@ impl Manager {
         if self.is_gone(id)
             && let Some(running) = self.machines.remove(&id)
         {
-            let _ = running.thread.join();
-            self.governed.lock().remove(&id);
+            for shard in running.shards {
+                let _ = shard.thread.join();
+                self.governed.lock().remove(&shard.id);
+                self.host.strike(shard.id);
+            }
         }
     }
 
-    /// What a machine's VMM handed over: where its memory is. To be looked at and let go, because a machine's memory
-    /// can be freed only when the last reference is gone.
+    /// What a machine's VMM handed over, of its first shard: where its memory is. To be looked at and let go, because a
+    /// machine's memory can be freed only when the last reference is gone.
     pub fn custody(&self, id: MachineId) -> Option<&Custody> {
-        self.machines.get(&id).map(|running| &*running.custody)
+        self.machines.get(&id)?.shards.first().map(|shard| &*shard.controls.custody)
     }
 
-    /// Takes everything it can from the machine, as if the host were that short.
+    /// Takes so many pages from the machine, as if the host were that short.
     pub fn squeeze(&self, id: MachineId, pages: u32) {
         if let Some(running) = self.machines.get(&id) {
-            running.controls.orders.squeeze.store(pages, Ordering::Relaxed);
-            let _ = running.controls.kick.signal();
+            running.squeeze(pages);
         }
     }
 
     /// Takes everything it can from a machine that is going to sleep, and remembers what it used.
     pub fn park(&self, id: MachineId) {
         if let Some(running) = self.machines.get(&id) {
-            running.controls.orders.park.store(true, Ordering::Relaxed);
+            running.order(|orders| orders.park.store(true, Ordering::Relaxed));
+            running.squeeze(u32::MAX);
         }
-        self.squeeze(id, u32::MAX);
     }
 
     /// Brings back what the machine used before it was parked last, in one go, and takes nothing more from it.
     pub fn wake(&self, id: MachineId) {
-        self.squeeze(id, 0);
         if let Some(running) = self.machines.get(&id) {
-            running.controls.orders.wake.store(true, Ordering::Relaxed);
-            let _ = running.controls.kick.signal();
+            running.squeeze(0);
+            running.order(|orders| orders.wake.store(true, Ordering::Relaxed));
         }
     }
 
     /// Has a bit flipped in a stored page of the machine, as soon as it has one: the damage must be noticed.
     pub fn sabotage(&self, id: MachineId) {
-        if let Some(running) = self.machines.get(&id) {
-            running.controls.sabotage.store(true, Ordering::Relaxed);
+        if let Some(shard) = self.machines.get(&id).and_then(|running| running.shards.first()) {
+            shard.controls.sabotage.store(true, Ordering::Relaxed);
         }
     }
 
@@ -566,27 +550,12 @@ impl Manager {
                 let _ = thread.join();
             }
         }
-        for running in self.machines.values() {
-            running.controls.orders.stop.store(true, Ordering::Relaxed);
-            let _ = running.controls.kick.signal();
-        }
+        let shards = self.machines.values().flat_map(|running| &running.shards);
+        shards.for_each(Shard::ask_to_stop);
         let asked = Instant::now();
+        let running = std::mem::take(&mut self.machines).into_iter();
         let mut machines = std::mem::take(&mut self.unmanaged);
-        for (id, running) in std::mem::take(&mut self.machines) {
-            while !running.thread.is_finished() {
-                if asked.elapsed() > STOP_PATIENCE {
-                    // It waits in the kernel for memory that its VMM has withdrawn.
-                    running.custody.end();
-                }
-                std::thread::sleep(governor::PERIOD);
-            }
-            // A thread that panicked is a manager that crashed: its machine is in the state a crash leaves.
-            if !matches!(running.thread.join(), Ok(End::Gone)) {
-                let stats = running.controls.stats.lock().clone();
-                let Running { custody, words, membership, .. } = running;
-                machines.push(MachineVault { id, custody, words, membership, stats });
-            }
-        }
+        machines.extend(running.filter_map(|(id, running)| running.stopped(id, asked)));
         let budget = self.host.ledger(|ledger| ledger.budget());
         let mut domains = Vec::new();
         for domain in std::mem::take(&mut self.domains).into_values() {

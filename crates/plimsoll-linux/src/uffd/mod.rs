@@ -104,12 +104,17 @@
 //!   one puts them together. Between the two the guest waits; it never reads zeros, because the last copy of its
 //!   userfaultfd is not closed.
 //!
+//! *Shards.* One thread reads a descriptor in order, and one thread writes a page's word. So a large machine is cut by
+//! region into shards, each with its own descriptors, airlock, agent, socket, words and pager. To all of the above, and to
+//! the ledger, a shard is a machine; only the VMM and the operator know that several are one. A discard that crosses from
+//! one shard to the next is an event of each.
+//!
 //! The same [`pager`] runs over a simulated kernel in `tests/pager_model`, where guests, discards, refusals and crashes
 //! are interleaved at every step.
 //!
 //! # Known holes
 //!
-//! * One thread serves a machine, so a machine's faults are served one after the other: a machine is not sharded by region.
+//! * One thread serves a shard, so its faults are served one after the other. A machine's shards are cut once, by its VMM.
 //! * Pages are compressed by the thread that serves their machine, between faults: a fault waits for one page at most.
 //! * A discard that was read and not applied when its manager died, of a block that was left to the kernel in that very turn,
 //!   can make a page that the guest has written since count as absent: it stays in RAM uncharged until it is given back
@@ -131,6 +136,7 @@ mod ahead;
 mod blocks;
 mod drive;
 pub mod governor;
+pub mod handover;
 pub mod host;
 pub mod housekeeper;
 pub mod linux_space;
@@ -139,6 +145,7 @@ pub mod pager;
 pub mod probe;
 mod reclaim;
 pub mod recovery;
+mod shards;
 pub mod space;
 pub mod stats;
 pub mod waiting;

@@ -1,8 +1,9 @@
-//! What the pager counts about one machine.
+//! What the pagers count about a machine: each about its shard, and all of them together.
 use hdrhistogram::Histogram;
 use plimsoll_core::machine::Anomalies;
 use plimsoll_core::map::Census;
 use plimsoll_core::prefetch::PrefetchStats;
+use plimsoll_core::word::StateKind;
 use plimsoll_types::PageCount;
 use std::time::Duration;
 
@@ -10,10 +11,11 @@ use std::time::Duration;
 const FAULT_NS_MAX: u64 = 60_000_000_000;
 
 /// Counts since the machine was admitted, and its state when they were published.
+/// `C` counts pages by state: in one shard, or in a whole machine.
 #[derive(Clone, Debug)]
-pub struct MachineStats {
+pub struct MachineStats<C = Census> {
     /// Pages by state.
-    pub census: Census,
+    pub census: C,
     /// Pages in limbo.
     pub limbo: PageCount,
     /// Pages that hold RAM: in the guest, in limbo, or waiting to be zapped.
@@ -91,10 +93,10 @@ pub struct StoredCounts {
     pub raw: u64,
 }
 
-impl Default for MachineStats {
+impl<C: Default> Default for MachineStats<C> {
     fn default() -> Self {
         Self {
-            census: Census::default(),
+            census: C::default(),
             limbo: PageCount(0),
             ram: PageCount(0),
             working_set: None,
@@ -127,5 +129,164 @@ impl MachineStats {
     pub(crate) fn served(&mut self, waited: Duration) {
         self.fault_ns.saturating_record(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX));
         self.waited += waited;
+    }
+}
+
+/// How many pages of a machine, in all its shards, are in each state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pages([PageCount; StateKind::ALL.len()]);
+
+impl Pages {
+    /// Pages in `kind`.
+    pub const fn of(&self, kind: StateKind) -> PageCount {
+        self.0[kind as usize]
+    }
+
+    /// Pages that may take guest RAM, as [`Census::in_ram`] counts them.
+    pub fn in_ram(&self) -> PageCount {
+        [StateKind::Resident, StateKind::Pinned, StateKind::NeverPage, StateKind::Unwatched]
+            .map(|kind| self.of(kind))
+            .into_iter()
+            .sum()
+    }
+
+    /// Pages in all states: the machine's size.
+    pub fn total(&self) -> PageCount {
+        self.0.into_iter().sum()
+    }
+
+    fn add(&mut self, shard: &Census) {
+        for (pages, kind) in self.0.iter_mut().zip(StateKind::ALL) {
+            *pages += shard.of(kind);
+        }
+    }
+}
+
+/// The counts of all of a machine's shards together.
+pub type MachineTotals = MachineStats<Pages>;
+
+impl MachineTotals {
+    /// The sums over a machine's shards. The working set is known when that of each shard is; take-overs are those of the
+    /// machine, not of its shards.
+    pub fn merge(shards: impl IntoIterator<Item = MachineStats>) -> Self {
+        let mut shards = shards.into_iter();
+        let mut sums = Self::default();
+        if let Some(first) = shards.next() {
+            sums.working_set = Some(PageCount(0));
+            sums.add(first);
+        }
+        shards.for_each(|shard| sums.add(shard));
+        sums
+    }
+
+    fn add(&mut self, shard: MachineStats) {
+        // Field by field, so that none is forgotten.
+        let MachineStats {
+            census,
+            limbo,
+            ram,
+            working_set,
+            anomalies,
+            table_bytes,
+            faults,
+            ahead,
+            blocks,
+            captured,
+            refused,
+            stored,
+            discarded,
+            poisoned,
+            takeovers,
+            fault_ns,
+            waited,
+            stalled,
+        } = shard;
+        self.census.add(&census);
+        self.limbo += limbo;
+        self.ram += ram;
+        self.working_set = self.working_set.zip(working_set).map(|(sum, pages)| sum + pages);
+        self.anomalies.missing += anomalies.missing;
+        self.anomalies.lost += anomalies.lost;
+        self.table_bytes += table_bytes;
+        self.faults.add(faults);
+        add_ahead(&mut self.ahead, ahead);
+        self.blocks.add(blocks);
+        self.captured += captured;
+        self.refused += refused;
+        self.stored.add(stored);
+        self.discarded += discarded;
+        self.poisoned += poisoned;
+        self.takeovers = self.takeovers.max(takeovers);
+        // All have the same bounds.
+        let _ = self.fault_ns.add(fault_ns);
+        self.waited += waited;
+        self.stalled += stalled;
+    }
+}
+
+impl FaultCounts {
+    const fn add(&mut self, Self { zero, limbo, stored, present }: Self) {
+        self.zero += zero;
+        self.limbo += limbo;
+        self.stored += stored;
+        self.present += present;
+    }
+}
+
+impl BlockCounts {
+    const fn add(&mut self, Self { left, watched, taken, returned }: Self) {
+        self.left += left;
+        self.watched += watched;
+        self.taken += taken;
+        self.returned += returned;
+    }
+}
+
+impl StoredCounts {
+    const fn add(&mut self, Self { zero, same, duplicate, compressed, raw }: Self) {
+        self.zero += zero;
+        self.same += same;
+        self.duplicate += duplicate;
+        self.compressed += compressed;
+        self.raw += raw;
+    }
+}
+
+/// The size of a fault-around group is the largest of any shard's.
+fn add_ahead(sum: &mut PrefetchStats, shard: PrefetchStats) {
+    sum.faulted += shard.faulted;
+    sum.asked_stream += shard.asked_stream;
+    sum.asked_around += shard.asked_around;
+    sum.asked_replay += shard.asked_replay;
+    sum.brought += shard.brought;
+    sum.used += shard.used;
+    sum.in_vain += shard.in_vain;
+    sum.replays += shard.replays;
+    sum.streams += shard.streams;
+    sum.recordings += shard.recordings;
+    sum.around = sum.around.max(shard.around);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machines_counts_are_the_sums_of_its_shards() {
+        let shard = |faults: u32, working_set| {
+            let mut stats = MachineStats::default();
+            (0..faults).for_each(|_| stats.served(Duration::from_micros(50)));
+            stats.faults.stored = u64::from(faults);
+            stats.working_set = working_set;
+            stats.takeovers = 2;
+            stats
+        };
+        let known = |pages| Some(PageCount(pages));
+        let sums = MachineTotals::merge([shard(3, known(10)), shard(4, known(20))]);
+        assert_eq!((sums.faults.stored, sums.fault_ns.len()), (7, 7));
+        assert_eq!((sums.waited, sums.takeovers), (Duration::from_micros(350), 2));
+        assert_eq!(sums.working_set, known(30));
+        assert_eq!(MachineTotals::merge([shard(1, known(10)), shard(1, None)]).working_set, None);
+        assert_eq!(MachineTotals::merge([]).working_set, None);
     }
 }

@@ -1,18 +1,22 @@
-//! The hand-over protocol, version 1: how a VMM gives the memory of one machine to a manager.
+//! The hand-over protocol, version 2: how a VMM gives the memory of one machine to a manager.
 //!
 //! Enters: datagrams of a `SOCK_SEQPACKET` Unix socket, written by a VMM that may be hostile. Leaves: values whose
 //! every field has been checked, or a [`WireError`] that says what was found. Nothing here does I/O.
 //!
-//! One socket serves one machine for its whole life. All integers are little endian; one message is one datagram, so
-//! there is no framing and a short datagram is an error, never a wait.
+//! A large machine is handed over in *shards*: parts of its guest physical memory, each with descriptors, an airlock and
+//! an agent of its own. Most machines have one. A machine is taken with all its shards or not at all.
+//!
+//! One socket serves one shard for its whole life. All shards are handed over on the first one's; the others' are made by
+//! the manager, so that the VMM never holds the manager's end of any, and come with the `Welcome`. All integers are
+//! little endian; one message is one datagram, so there is no framing and a short datagram is an error, never a wait.
 //!
 //! ```text
 //! VMM                                     manager
-//!  | Hello + regions, fds [ram, airlock]    |    once
+//!  | Hello + regions, fds [ram, airlock]    |    once for each shard, in the order of their guest addresses
 //!  |--------------------------------------->|
-//!  |                  Welcome               |    accepted: vCPUs may start; refused: says why, socket closes
+//!  |  Welcome, fds [socket of shard 1, ...] |    accepted: vCPUs may start; refused: says why, no fds, socket closes
 //!  |<---------------------------------------|
-//!  |                  Request (op, items)   |    the manager drives the agent from here on
+//!  |                  Request (op, items)   |    on each shard's socket: the manager drives its agent from here on
 //!  |<---------------------------------------|
 //!  | Reply (same sequence, one outcome/item)|    in order, exactly one per request
 //!  |--------------------------------------->|
@@ -21,13 +25,13 @@
 //! The agent answers every request in the order received and does nothing of its own accord. A request carries the
 //! manager's *epoch*. `SetEpoch` raises it; because the socket is ordered, the answer to `SetEpoch` proves that
 //! everything queued by an earlier manager has been done or refused, and from then on the agent refuses every item of
-//! an older epoch (`StaleEpoch`). Pages are named by index, never by address, so the agent can check each against
-//! what it handed over. The agent holds its pin lock while it moves pages and stops at a pinned one, so that a page
-//! is never moved under a device.
+//! an older epoch (`StaleEpoch`). Pages are named by index within the shard, never by address, so the agent can check
+//! each against what it handed over. The agent holds its pin lock while it moves pages and stops at a pinned one, so that
+//! a page is never moved under a device.
 //!
 //! ```text
 //! Hello    0 magic u64 | 8 version u32 | 12 page size u32 | 16 uffd features u64 | 24 airlock base u64
-//!          32 airlock slots u32 | 36 regions u32 | 40 name [u8; 32]                                  = 72 bytes
+//!          32 airlock slots u32 | 36 regions u32 | 40 shard u32 | 44 shards u32 | 48 name [u8; 32]   = 80 bytes
 //! Region   0 gpa u64 | 8 hva u64 | 16 bytes u64                                          = 24 bytes, follows Hello
 //! Welcome  0 magic u64 | 8 version u32 | 12 status u32 | 16 epoch u64 | 24 machine u32 | 28 zero u32
 //!          32 reason [u8; 96]                                                                       = 128 bytes
@@ -45,8 +49,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub const MAGIC: u64 = u64::from_le_bytes(*b"PLIMSOLL");
 /// The protocol version this build speaks.
 pub const VERSION: u32 = 2;
-/// Most regions a machine may have.
+/// Most regions a shard may have.
 pub const REGIONS_MAX: usize = 64;
+/// Most shards a machine may have.
+pub const SHARDS_MAX: u32 = 64;
 /// Most items in one request: a block of single pages.
 pub const ITEMS_MAX: usize = 512;
 /// What the RAM descriptor must have been opened with: without events a discarded page would come back, without MOVE
@@ -69,9 +75,11 @@ struct RawHello {
     airlock_base: u64,
     airlock_slots: u32,
     regions: u32,
+    shard: u32,
+    shards: u32,
     name: [u8; 32],
 }
-const _: () = assert!(size_of::<RawHello>() == 72);
+const _: () = assert!(size_of::<RawHello>() == 80);
 
 /// One contiguous piece of guest RAM as the VMM maps it.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -318,6 +326,28 @@ pub enum WireError {
     /// The name is not UTF-8 or holds control characters.
     #[error("the machine's name is not printable UTF-8")]
     Name,
+    /// A shard that cannot be.
+    #[error("shard {shard} of {shards} cannot be; between 1 and {SHARDS_MAX} are supported, counted from 0")]
+    Shard {
+        /// Which it claims to be.
+        shard: u32,
+        /// Of how many.
+        shards: u32,
+    },
+    /// Another shard than the one that comes next.
+    #[error("shard {shard} of {shards} was handed over as {name:?} where shard {due} of {of} was due")]
+    WrongShard {
+        /// Which it claims to be.
+        shard: u32,
+        /// Of how many.
+        shards: u32,
+        /// Of which machine.
+        name: String,
+        /// Which was due.
+        due: u32,
+        /// Of how many, as the first one said.
+        of: u32,
+    },
     /// The operation is not known.
     #[error("operation {code} is not known")]
     UnknownOp {
@@ -360,11 +390,16 @@ pub enum WireError {
     },
 }
 
-/// A machine as handed over: every range page aligned, non-empty, inside the address space, overlapping no other.
+/// A shard of a machine as handed over: every range page aligned, non-empty, inside the address space, overlapping no
+/// other of the shard's. Of several shards together [`super::handover`] says the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hello {
     /// What the operator calls the machine.
     pub name: String,
+    /// Which shard of the machine this is, less than `shards`.
+    pub shard: u32,
+    /// How many it has, at least 1 and at most [`SHARDS_MAX`].
+    pub shards: u32,
     /// Guest physical layout; regions in ascending order, page indices dense.
     pub layout: GuestLayout,
     /// Where each region of `layout` is mapped in the VMM, in the same order.
@@ -422,6 +457,15 @@ fn check_range(hva: Hva, bytes: ByteCount, alignment: usize) -> Result<(), WireE
     if aligned && fits && bytes.0 > 0 && hva.0 > 0 { Ok(()) } else { Err(WireError::BadRange { hva, bytes }) }
 }
 
+/// Checks that no two ranges, each of which fits into the address space, have a byte in common.
+pub(super) fn check_apart(mut ranges: Vec<(Hva, ByteCount)>) -> Result<(), WireError> {
+    ranges.sort_unstable();
+    match ranges.windows(2).find(|pair| pair[0].0.0 + pair[0].1.0 > pair[1].0.0) {
+        Some(pair) => Err(WireError::Overlap { first: pair[0].0, second: pair[1].0 }),
+        None => Ok(()),
+    }
+}
+
 impl Hello {
     /// Bytes of the airlock.
     pub fn airlock_bytes(&self) -> ByteCount {
@@ -438,6 +482,8 @@ impl Hello {
             airlock_base: self.airlock_base.0,
             airlock_slots: self.airlock_slots,
             regions: count(self.hvas.len()),
+            shard: self.shard,
+            shards: self.shards,
             name: fixed_text(&self.name),
         };
         let mut bytes = raw.as_bytes().to_vec();
@@ -477,6 +523,9 @@ impl Hello {
         if descriptors != 2 {
             return Err(WireError::Descriptors { found: descriptors, expected: 2 });
         }
+        if raw.shards > SHARDS_MAX || raw.shard >= raw.shards {
+            return Err(WireError::Shard { shard: raw.shard, shards: raw.shards });
+        }
         let missing = FEATURES_NEEDED & !raw.features;
         if missing != 0 {
             return Err(WireError::Features { missing });
@@ -489,12 +538,7 @@ impl Hello {
             check_range(range.0, range.1, PAGE_SIZE)?;
             ranges.push(range);
         }
-        ranges.sort_unstable();
-        for pair in ranges.windows(2) {
-            if pair[0].0.0 + pair[0].1.0 > pair[1].0.0 {
-                return Err(WireError::Overlap { first: pair[0].0, second: pair[1].0 });
-            }
-        }
+        check_apart(ranges)?;
         let layout = GuestLayout::new(
             regions.iter().map(|raw| Region { start: Gpa(raw.gpa), bytes: ByteCount(raw.bytes) }).collect(),
         )
@@ -505,6 +549,8 @@ impl Hello {
         }
         Ok(Self {
             name: text_of(&raw.name).ok_or(WireError::Name)?,
+            shard: raw.shard,
+            shards: raw.shards,
             layout,
             hvas: regions.iter().map(|raw| Hva(raw.hva)).collect(),
             airlock_base: airlock.0,

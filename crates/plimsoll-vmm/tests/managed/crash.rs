@@ -60,7 +60,7 @@ pub(crate) fn guests_outlive_manager_crashes() {
         let step = steps[random.below(steps.len())];
         let nth = 1 + random.next() % 60;
         println!("manager {round}: to crash at the {nth}. {step:?}");
-        let crash = Arc::new(Crash::new(step, nth, guests[0].id));
+        let crash = Arc::new(Crash::new(step, nth, vec![guests[0].id]));
         fleet.replace(Arc::clone(&crash) as _);
         let start = Instant::now();
         while !crash.happened() && start.elapsed() < LASTS {

@@ -8,7 +8,7 @@ use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_linux::uffd::host::Incident;
 use plimsoll_linux::uffd::manager::{AdmitError, MachineView, Manager, Membership, Vault};
-use plimsoll_linux::uffd::probe::Probe;
+use plimsoll_linux::uffd::probe::{NoProbe, Probe};
 use plimsoll_sys::fdpass::seqpacket_pair;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process::{adopt_inherited, make_inheritable};
@@ -254,6 +254,13 @@ impl Fleet {
     pub(crate) fn replace(&mut self, probe: Arc<dyn Probe>) {
         let vault = self.manager.take().unwrap().stop();
         self.manager = Some(Manager::start(vault, probe).unwrap());
+    }
+
+    /// Has the next manager take over after something has happened that no manager saw.
+    pub(crate) fn replace_after(&mut self, happens: impl FnOnce()) {
+        let vault = self.manager.take().unwrap().stop();
+        happens();
+        self.manager = Some(Manager::start(vault, Arc::new(NoProbe)).unwrap());
     }
 
     /// Admits whatever a process hands over.

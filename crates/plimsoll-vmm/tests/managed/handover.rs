@@ -29,6 +29,8 @@ struct Raw {
     airlock_base: u64,
     airlock_slots: u32,
     announced: u32,
+    shard: u32,
+    shards: u32,
     name: Vec<u8>,
     /// gpa, hva, bytes.
     regions: Vec<[u64; 3]>,
@@ -44,6 +46,8 @@ impl Raw {
             airlock_base: 0x20_0000_0000,
             airlock_slots: 4,
             announced: 2,
+            shard: 0,
+            shards: 1,
             name: b"forged".to_vec(),
             regions: vec![[0, NOWHERE.0, 4 * MIB2], [1 << 32, NOWHERE.0 + (1 << 32), 4 * MIB2]],
         }
@@ -63,8 +67,10 @@ impl Raw {
         bytes.extend(self.airlock_base.to_le_bytes());
         bytes.extend(self.airlock_slots.to_le_bytes());
         bytes.extend(self.announced.to_le_bytes());
+        bytes.extend(self.shard.to_le_bytes());
+        bytes.extend(self.shards.to_le_bytes());
         bytes.extend(&self.name);
-        bytes.resize(72, 0);
+        bytes.resize(80, 0);
         bytes.extend(self.regions.iter().flatten().flat_map(|number| number.to_le_bytes()));
         bytes
     }
@@ -112,16 +118,20 @@ fn messages() -> Vec<(Vec<u8>, &'static str)> {
         (with(|raw| raw.version = 0), "speaks hand-over version 0, this build speaks 2"),
         (with(|raw| raw.page_size = 16384), "page size is 16384 bytes"),
         (with(|raw| raw.features = 0), "lacks features"),
-        (cut(1), "has 1 bytes where 72 were expected"),
-        (cut(71), "has 71 bytes where 72 were expected"),
-        (cut(72), "has 72 bytes where 120 were expected"),
-        (cut(119), "has 119 bytes where 120 were expected"),
-        (cut(121), "has 121 bytes where 120 were expected"),
+        (cut(1), "has 1 bytes where 80 were expected"),
+        (cut(79), "has 79 bytes where 80 were expected"),
+        (cut(80), "has 80 bytes where 128 were expected"),
+        (cut(127), "has 127 bytes where 128 were expected"),
+        (cut(129), "has 129 bytes where 128 were expected"),
         (cut(DATAGRAM_MAX + 1), "longer than the 6168 bytes expected"),
-        (with(|raw| raw.announced = 1), "has 120 bytes where 96 were expected"),
+        (with(|raw| raw.announced = 1), "has 128 bytes where 104 were expected"),
         (with(|raw| raw.announced = 0), "has 0 memory regions"),
         (with(|raw| raw.announced = 65), "has 65 memory regions"),
         (with(|raw| raw.announced = u32::MAX), "has 4294967295 memory regions"),
+        (with(|raw| raw.shards = 0), "shard 0 of 0 cannot be"),
+        (with(|raw| raw.shards = 65), "shard 0 of 65 cannot be"),
+        (with(|raw| raw.shard = 1), "shard 1 of 1 cannot be"),
+        (with(|raw| (raw.shard, raw.shards) = (u32::MAX, 64)), "shard 4294967295 of 64 cannot be"),
         (
             with(|raw| raw.airlock_slots = 0),
             "the range of 0 bytes at hva:0x2000000000 is empty, unaligned or wraps",

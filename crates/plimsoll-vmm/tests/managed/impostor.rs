@@ -105,6 +105,8 @@ impl Goods {
         airlock.register(slots.unborrowed(slots.range()).unwrap(), RegisterMode::MISSING).unwrap();
         let hello = Hello {
             name: name.to_owned(),
+            shard: 0,
+            shards: 1,
             layout: GuestLayout::new(vec![Region { start: Gpa(0), bytes: RAM }]).unwrap(),
             hvas: vec![memory.base()],
             airlock_base: slots.base(),

@@ -15,6 +15,7 @@ mod impostor;
 mod killed;
 mod poison;
 mod probes;
+mod sharded;
 mod sharing;
 
 use plimsoll_sys::uffd::{Mode, Userfaultfd};
@@ -25,7 +26,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 15] = [
+const TESTS: [Test; 20] = [
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
     ("a_damaged_page_is_reported_and_harms_only_its_machine", poison::a_damaged_page),
     ("guests_evicted_again_and_again_read_no_wrong_word", evict::again_and_again),
@@ -35,6 +36,11 @@ const TESTS: [Test; 15] = [
     ("random_hand_overs_are_refused_and_leak_nothing", handover::random),
     ("a_vmm_whose_hand_over_is_refused_is_told_why", handover::is_told_why),
     ("a_claim_whose_tables_exceed_the_budget_is_refused", handover::tables_beyond_the_budget),
+    ("a_sharded_guest_outlives_manager_crashes_without_a_wrong_word", sharded::outlives_managers),
+    ("a_sharded_vmm_that_is_killed_leaves_nothing_behind", sharded::is_killed),
+    ("a_damaged_page_of_any_shard_is_named_by_its_place_in_the_machine", sharded::is_damaged),
+    ("a_machine_of_which_one_shard_cannot_be_taken_over_is_lost_whole", sharded::is_lost_whole),
+    ("a_hand_over_of_shards_that_are_no_machine_leaks_nothing", sharded::is_no_machine),
     ("an_agent_that_breaks_the_protocol_loses_its_machine_only", hostile::breaks_the_protocol),
     ("an_agent_that_lies_about_a_move_holds_nobody_up_after_its_end", hostile::lies),
     ("a_live_vmm_that_closes_its_socket_is_reported_and_stays_charged", hostile::closes_and_lives),

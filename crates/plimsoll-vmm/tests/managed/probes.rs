@@ -62,13 +62,13 @@ pub(crate) struct Crash {
     step: Step,
     left: AtomicU64,
     happened: AtomicBool,
-    /// The machine that gives pages back. A discard whose event was read and not applied is lost with the manager by
+    /// The machine, or its shards, that gives pages back. A discard whose event was read and not applied is lost with the manager by
     /// design (see `plimsoll_linux::uffd::recovery`), so its pager does not die between the two.
-    discards: MachineId,
+    discards: Vec<MachineId>,
 }
 
 impl Crash {
-    pub(crate) fn new(step: Step, nth: u64, discards: MachineId) -> Self {
+    pub(crate) fn new(step: Step, nth: u64, discards: Vec<MachineId>) -> Self {
         Self { step, left: AtomicU64::new(nth), happened: AtomicBool::new(false), discards }
     }
 
@@ -80,7 +80,7 @@ impl Crash {
 impl Probe for Crash {
     fn reached(&self, step: Step) -> Result<(), Killed> {
         let spared = matches!(step, Step::EventsRead | Step::DiscardApplied);
-        if spared && machine_here() == Some(self.discards) {
+        if spared && machine_here().is_some_and(|here| self.discards.contains(&here)) {
             return Ok(());
         }
         let due = || step == self.step && self.left.fetch_sub(1, Ordering::SeqCst) == 1;

@@ -1,7 +1,6 @@
 //! What the demo found, as a value: the text a person reads and the JSON a program reads are two views of it.
 //!
 //! The JSON schema is described in docs/demo-report.md; a field is never renamed, only added.
-use plimsoll_core::map::Census;
 use plimsoll_core::word::StateKind;
 use plimsoll_linux::uffd::manager::MachineView;
 use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
@@ -129,7 +128,7 @@ impl HostReport {
         let page = PAGE_SIZE as u64;
         // A page that was dropped as zero and has not been touched since is in state zero, with those never touched:
         // those dropped are what this run saved.
-        let zero: u64 = machines.iter().map(|machine| dropped_zero(&machine.stats.census, machine)).sum();
+        let zero: u64 = machines.iter().map(dropped_zero).sum();
         self.saved_zero_bytes = zero * page;
         self.saved_duplicate_bytes = store.duplicate.0 * page;
         let unique = (store.same.0 + store.lz4.0 + store.raw.0) * page;
@@ -142,8 +141,8 @@ impl HostReport {
     }
 }
 
-fn dropped_zero(census: &Census, machine: &MachineView) -> u64 {
-    census.of(StateKind::Zero).0.min(machine.stats.stored.zero)
+fn dropped_zero(machine: &MachineView) -> u64 {
+    machine.stats.census.of(StateKind::Zero).0.min(machine.stats.stored.zero)
 }
 
 impl Report {
