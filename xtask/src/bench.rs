@@ -19,6 +19,9 @@ pub(crate) struct Choice {
     /// Say which benchmarks there are, and run none.
     #[arg(long)]
     list: bool,
+    /// Only rows whose names begin so.
+    #[arg(long, value_name = "PREFIX")]
+    rows: Option<String>,
 }
 
 /// Builds the benchmarks and becomes them.
@@ -29,5 +32,8 @@ pub(crate) fn run(choice: &Choice) -> Result<Infallible> {
     let mut command = Command::new(&program);
     command.arg("--out").arg(target.join("bench"));
     command.args(choice.list.then_some("--list")).args(&choice.name);
+    if let Some(prefix) = &choice.rows {
+        command.arg("--rows").arg(prefix);
+    }
     Err(command.exec()).with_context(|| format!("cannot start {}", program.display()))
 }

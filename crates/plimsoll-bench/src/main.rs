@@ -4,15 +4,19 @@
 //! (`docs/bench.md`). Exit status 0: measured; 1: something went wrong; 2: it cannot be measured on this machine, and the
 //! message says why. What must never happen: a device, mapping or swap area left behind.
 //!
-//! `store`: the store against zram. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+//! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
+//! program again in another role (`guest`). `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
 mod figures;
+mod guest;
+mod pager;
 mod report;
 mod session;
 mod store;
+mod swap;
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
-use session::{BenchError, Interrupt};
+use session::{BenchError, Interrupt, OnlyOne};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -26,6 +30,9 @@ struct Arguments {
     /// Say which benchmarks there are, and run none.
     #[arg(long)]
     list: bool,
+    /// Only rows whose names begin so.
+    #[arg(long, default_value = "", value_name = "PREFIX")]
+    rows: String,
     /// The folder for NAME.json.
     #[arg(long, default_value = "target/bench", hide = true)]
     out: PathBuf,
@@ -34,12 +41,14 @@ struct Arguments {
 #[derive(Clone, Copy, ValueEnum)]
 enum Name {
     Store,
+    Pager,
 }
 
 impl Name {
     const fn text(self) -> &'static str {
         match self {
             Self::Store => "store",
+            Self::Pager => "pager",
         }
     }
 
@@ -48,18 +57,24 @@ impl Name {
             Self::Store => {
                 "pages into the store and back, and what they cost, against MADV_PAGEOUT to zram (lz4)"
             }
+            Self::Pager => {
+                "KVM guests' pages out and back, against MADV_PAGEOUT to zram (lz4) and a bare userfaultfd loop"
+            }
         }
     }
 }
 
 fn main() -> ExitCode {
+    if let Some(status) = guest::role() {
+        return status;
+    }
     let arguments = Arguments::parse();
     if arguments.list {
         Name::value_variants().iter().for_each(|name| println!("{:<8} {}", name.text(), name.about()));
         return ExitCode::SUCCESS;
     }
     let chosen = arguments.name.map_or_else(|| Name::value_variants().to_vec(), |name| vec![name]);
-    match run(&chosen, &arguments.out) {
+    match run(&chosen, &arguments.rows, &arguments.out) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let status = if matches!(error, BenchError::NotHere(_)) { 2 } else { 1 };
@@ -69,15 +84,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(chosen: &[Name], folder: &Path) -> Result<(), BenchError> {
+fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
+    let _only = OnlyOne::here()?;
     let interrupt = Interrupt::install()?;
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     for name in chosen {
         let report = match name {
-            Name::Store => store::run(&interrupt)?,
+            Name::Store => serde_json::to_string_pretty(&store::run(rows, &interrupt)?),
+            Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
         };
         let path = folder.join(format!("{}.json", name.text()));
-        let text = serde_json::to_string_pretty(&report).context("cannot write the report as JSON")?;
+        let text = report.context("cannot write the report as JSON")?;
         fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
         println!("written to {}", path.display());
     }

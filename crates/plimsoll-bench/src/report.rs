@@ -23,7 +23,7 @@ pub(crate) enum Better {
 pub(crate) struct Sample {
     /// In the unit of the comparison.
     pub(crate) value: f64,
-    /// User and system time of the one thread.
+    /// User and system time of the threads that the benchmark names.
     pub(crate) cpu_seconds: Option<f64>,
 }
 
@@ -78,6 +78,11 @@ impl Comparison {
         Some(Self { name, ours, peer, unit, ratio, goal, better, spread, runs })
     }
 
+    /// `what/content`.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     fn is_met(&self, goal: f64) -> bool {
         match self.better {
             Better::Higher => self.ratio >= goal,
@@ -97,7 +102,8 @@ impl Comparison {
 impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, ours, peer, unit, ratio, spread, .. } = self;
-        write!(f, "{name:<31} ratio {ratio:>5.2}  ours {ours:>9.0} peer {peer:>9.0} {unit:<10}")?;
+        let digits = if ours.min(*peer) < 100.0 { 2 } else { 0 };
+        write!(f, "{name:<36} ratio {ratio:>5.2}  ours {ours:>9.digits$} peer {peer:>9.digits$} {unit:<10}")?;
         write!(f, "  A/A {:>4.1} %", spread * 100.0)?;
         if let Some((ours, peer)) = self.cpu_seconds() {
             write!(f, "  CPU {ours:.3} s and {peer:.3} s")?;

@@ -4,8 +4,11 @@
 //! happen: a signal ending the program while something made for the benchmark is still there; so signals only set a
 //! flag, and whoever sees it returns through the destructors.
 use anyhow::Context;
-use rustix::thread::{CpuSet, sched_getcpu, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -25,6 +28,7 @@ pub(crate) enum BenchError {
 }
 
 /// A signal that asks for the end sets it.
+#[derive(Clone)]
 pub(crate) struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
@@ -44,12 +48,47 @@ impl Interrupt {
     }
 }
 
-/// Keeps this thread on the processor it runs on. A page that was just made waits in a list of the processor that made it,
-/// and MADV_PAGEOUT looks into the list of its own only: on another one it leaves up to 31 pages behind.
-pub(crate) fn pin_to_one_processor() -> anyhow::Result<()> {
-    let mut here = CpuSet::new();
-    here.set(sched_getcpu());
-    sched_setaffinity(None, &here).context("cannot stay on one processor")
+/// Keeps other benchmarks from running on this host until it is dropped or the process ends: the pages of one would go to
+/// the swap device of the other.
+pub(crate) struct OnlyOne {
+    _name: UnixListener,
+}
+
+impl OnlyOne {
+    /// Takes the name that only one process of a network namespace can have.
+    pub(crate) fn here() -> Result<Self, BenchError> {
+        let name = SocketAddr::from_abstract_name("plimsoll-bench").context("no name for a lock")?;
+        match UnixListener::bind_addr(&name) {
+            Ok(name) => Ok(Self { _name: name }),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                Err(BenchError::NotHere("another benchmark is running: wait for its end".to_owned()))
+            }
+            Err(error) => Err(anyhow::Error::new(error).context("cannot keep other benchmarks away").into()),
+        }
+    }
+}
+
+/// This thread, and every thread and process that it starts meanwhile, kept on one processor until this is dropped. A page
+/// that was just made waits in a list of the processor that made it, and MADV_PAGEOUT looks into the list of its own only: on
+/// another one it leaves up to 31 pages behind.
+pub(crate) struct OneProcessor(CpuSet);
+
+impl OneProcessor {
+    /// The processor this thread runs on.
+    pub(crate) fn here() -> anyhow::Result<Self> {
+        let before = sched_getaffinity(None).context("cannot see which processors there are")?;
+        let mut here = CpuSet::new();
+        here.set(sched_getcpu());
+        sched_setaffinity(None, &here).context("cannot stay on one processor")?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for OneProcessor {
+    fn drop(&mut self) {
+        // They were allowed before.
+        let _ = sched_setaffinity(None, &self.0);
+    }
 }
 
 /// How long something took.
@@ -63,14 +102,19 @@ pub(crate) struct Elapsed {
 
 /// Times one piece of work on this thread.
 pub(crate) fn timed<T>(work: impl FnOnce() -> T) -> (T, Elapsed) {
-    let (cpu, start) = (thread_cpu_seconds(), Instant::now());
+    let (cpu, start) = (cpu_seconds(ClockId::ThreadCPUTime), Instant::now());
     let done = work();
     let seconds = start.elapsed().as_secs_f64();
-    (done, Elapsed { seconds, cpu_seconds: thread_cpu_seconds() - cpu })
+    (done, Elapsed { seconds, cpu_seconds: cpu_seconds(ClockId::ThreadCPUTime) - cpu })
 }
 
-fn thread_cpu_seconds() -> f64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
+/// User and system time of this process so far.
+pub(crate) fn process_cpu_seconds() -> f64 {
+    cpu_seconds(ClockId::ProcessCPUTime)
+}
+
+fn cpu_seconds(clock: ClockId) -> f64 {
+    let time = clock_gettime(clock);
     #[expect(clippy::cast_precision_loss, reason = "2^53 seconds of CPU time are not reached")]
     let whole = time.tv_sec as f64;
     #[expect(clippy::cast_precision_loss, reason = "below 10^9")]

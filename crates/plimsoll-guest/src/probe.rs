@@ -14,7 +14,7 @@ pub const SCATTERED_RUN_MAX: u64 = 16;
 /// Buckets of a probe's histogram, see [`probe_bucket`].
 pub const PROBE_BUCKETS: usize = 480;
 /// Buckets to each power of two.
-const SUBDIVISIONS: u64 = 16;
+const SUBDIVISIONS: usize = 16;
 /// The power of two at which the first bucket starts; what is faster is counted in it.
 const FIRST_EXPONENT: u32 = 5;
 
@@ -226,15 +226,15 @@ pub const fn probe_bucket(ticks: u64) -> usize {
     }
     let exponent = ticks.ilog2();
     // The 4 bits after the highest.
-    let sub = ticks >> (exponent - 4) & (SUBDIVISIONS - 1);
-    let bucket = (exponent - FIRST_EXPONENT) as usize * SUBDIVISIONS as usize + sub as usize;
+    let sub = (ticks >> (exponent - 4) & 0xf) as usize;
+    let bucket = (exponent - FIRST_EXPONENT) as usize * SUBDIVISIONS + sub;
     if bucket < PROBE_BUCKETS { bucket } else { PROBE_BUCKETS - 1 }
 }
 
 /// The fewest ticks that fall into a bucket, the first apart, which has all below the second's.
 pub const fn probe_floor(bucket: usize) -> u64 {
-    let bucket = bucket as u64;
-    (SUBDIVISIONS + bucket % SUBDIVISIONS) << (bucket / SUBDIVISIONS + FIRST_EXPONENT as u64 - 4)
+    let mantissa = (SUBDIVISIONS + bucket % SUBDIVISIONS) as u64;
+    mantissa << (bucket / SUBDIVISIONS + FIRST_EXPONENT as usize - 4)
 }
 
 /// The pages of one pass of a command, in order.

@@ -36,7 +36,15 @@ const ARROWS: [(&str, &[&str]); 10] = [
     ),
     (
         "plimsoll-bench",
-        &["plimsoll-types", "plimsoll-guest", "plimsoll-store", "plimsoll-sys", "plimsoll-linux"],
+        &[
+            "plimsoll-types",
+            "plimsoll-guest",
+            "plimsoll-store",
+            "plimsoll-core",
+            "plimsoll-sys",
+            "plimsoll-linux",
+            "plimsoll-vmm",
+        ],
     ),
     ("xtask", &[]),
 ];

@@ -5,14 +5,20 @@
 use super::{Outcome, check, filled, offset};
 use crate::session::timed;
 use anyhow::{Context, Result};
+use plimsoll_linux::dense::Zstd;
 use plimsoll_linux::slabs::MemfdSlabs;
-use plimsoll_store::{Encoder, Handle, Store};
+use plimsoll_store::{Cold, Encoder, Fetched, Handle, PackError, Packer, Progress, Store};
 use plimsoll_sys::mapping::AnonymousMapping;
 use plimsoll_types::{ByteCount, PAGE_SIZE, PageBytes};
 use std::hint::black_box;
 
 /// Slab memory for twice the pages: raw pages and their records fit. Room that is not used costs nothing.
 const ROOM: u64 = 2;
+
+/// Walks over the store until all that can be packed is.
+const WALKS: u32 = 3;
+/// Of one step of compaction, in the store's unit.
+const WORK: u32 = 1 << 20;
 
 /// One run, from an empty store.
 pub(super) fn run(source: &[PageBytes]) -> Result<Outcome> {
@@ -21,7 +27,7 @@ pub(super) fn run(source: &[PageBytes]) -> Result<Outcome> {
     let mut store = Store::new(slabs);
     let (handles, put) = timed(|| put_all(&memory, source.len(), &mut store));
     let handles = handles?;
-    let stats = store.stats();
+    let held_warm = held(&store);
     let (read, get) = timed(|| get_all(&store, &handles));
     read?;
     let mut page = [0; PAGE_SIZE];
@@ -29,7 +35,48 @@ pub(super) fn run(source: &[PageBytes]) -> Result<Outcome> {
         get_page(&store, *handle, &mut page)?;
         check("the store", place, &page, expected)?;
     }
-    Ok(Outcome::new((source.len(), put), stats.data_slabs + stats.metadata, (handles.len(), get)))
+    let (packed, pack) = timed(|| pack_all(&mut store));
+    let mut dense = packed?;
+    let mut fetched = Fetched::new();
+    for (place, (handle, expected)) in handles.iter().zip(source).enumerate() {
+        match handle {
+            Some(handle) => {
+                store.fetch(*handle, &mut fetched).context("the store did not find a packed page")?;
+                fetched.unpack(&mut page, &mut dense).context("the store did not unpack a page")?;
+            }
+            None => page.fill(0),
+        }
+        check("the store of packed pages", place, &page, expected)?;
+    }
+    let held_cold = (held(&store), Some(pack));
+    Ok(Outcome::new((source.len(), put), held_warm, held_cold, (handles.len(), get)))
+}
+
+fn held(store: &Store<MemfdSlabs>) -> ByteCount {
+    let stats = store.stats();
+    stats.data_slabs + stats.metadata
+}
+
+/// Packs everything that can be packed densely, as the manager does with what has grown cold, and gives back what that
+/// leaves empty.
+fn pack_all(store: &mut Store<MemfdSlabs>) -> Result<Zstd> {
+    let mut dense = Zstd::new().context("no memory for zstd")?;
+    let (mut packer, mut fetched) = (Packer::new(), Fetched::new());
+    // In the first walk every object is met, in the second it is offered.
+    let mut walks = 0;
+    while walks < WALKS {
+        match store.next_cold(u32::MAX, &mut fetched) {
+            Cold::Round => walks += 1,
+            Cold::NotYet => {}
+            Cold::Found => match packer.pack(&fetched, &mut dense) {
+                Ok(packed) => _ = store.replace(&packed).context("the store did not take a packed page")?,
+                Err(PackError::NotSmaller) => {}
+                Err(error) => return Err(error).context("a page cannot be packed"),
+            },
+        }
+    }
+    while store.compact(WORK).progress == Progress::Working {}
+    Ok(dense)
 }
 
 /// A handle for each page; none for zero pages, which the store does not keep.

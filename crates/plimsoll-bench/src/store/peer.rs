@@ -1,17 +1,17 @@
 //! The peer: the kernel swaps the same pages out to zram on request, and back in when they are touched.
 //!
 //! Enters: pages. Leaves: how fast they went and came back, and what zram took for them. What must never happen: a device
-//! made on a host that has swap of its own, which the pages might go to instead; a device left behind.
+//! left behind.
 use super::{Outcome, check, filled, offset};
-use crate::session::{BenchError, timed};
+use crate::session::timed;
+use crate::swap::device;
 use anyhow::{Context, Result, bail};
-use plimsoll_linux::zram::{self, ZramError, ZramSwap};
+use plimsoll_linux::zram::ZramSwap;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::mapping::AnonymousMapping;
 use plimsoll_sys::pagemap::{Entry, Pagemap};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process_memory::{self, Advice};
-use plimsoll_sys::swap::SwapPriority;
 use plimsoll_types::{ByteCount, PAGE_SIZE, PageBytes};
 use std::hint::black_box;
 
@@ -21,35 +21,6 @@ const ROOM: u64 = 2;
 const PASSES_MAX: usize = 20;
 /// The first pass, which is timed, must take this share of the pages to stand for all of them.
 const FIRST_PASS_PERCENT_MIN: usize = 95;
-
-/// Whether the comparison can be made on this host.
-pub(super) fn check_host() -> Result<(), BenchError> {
-    let areas = zram::host_swap().context("cannot see what swap the host has")?;
-    if let Some(area) = areas.first() {
-        let why = format!(
-            "this host swaps to {} already, and the pages might go there instead of to a zram device of our own; run it \
-             where /proc/swaps is empty",
-            area.path.display()
-        );
-        return Err(BenchError::NotHere(why));
-    }
-    zram::sweep_stale().map(drop).map_err(not_here_or_failed)?;
-    // The first device shows what is missing before anything is measured.
-    device(ByteCount::mib(1)).and_then(|device| device.remove()).map_err(not_here_or_failed)
-}
-
-fn device(size: ByteCount) -> Result<ZramSwap, ZramError> {
-    ZramSwap::create(size, &["lz4"], SwapPriority::Lowest)
-}
-
-fn not_here_or_failed(error: ZramError) -> BenchError {
-    match error {
-        ZramError::NoModule | ZramError::NotPermitted { .. } | ZramError::NoAlgorithm { .. } => {
-            BenchError::NotHere(error.to_string())
-        }
-        other => BenchError::Failed(other.into()),
-    }
-}
 
 /// One run, on a new device.
 pub(super) fn run(source: &[PageBytes]) -> Result<Outcome> {
@@ -94,7 +65,7 @@ fn swap(source: &[PageBytes], memory: &AnonymousMapping, device: &ZramSwap) -> R
         memory.copy_from(offset(place), &mut page)?;
         check("the kernel", place, &page, expected)?;
     }
-    Ok(Outcome::new((went, put), held, (pages, get)))
+    Ok(Outcome::new((went, put), held, (held, None), (pages, get)))
 }
 
 /// Reads a word of each page, in order.

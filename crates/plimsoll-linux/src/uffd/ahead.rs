@@ -43,13 +43,31 @@ impl Queue {
         queue.extend(wanted.iter().map(|run| Run { first: run.first, pages: run.pages }));
     }
 
-    fn next(&mut self) -> Option<Run> {
-        self.soon.pop_front().or_else(|| self.later.pop_front())
+    fn next(&mut self) -> Option<(Run, Evidence)> {
+        let soon = self.soon.pop_front().map(|run| (run, Evidence::Expected));
+        soon.or_else(|| self.later.pop_front().map(|run| (run, Evidence::Used)))
+    }
+
+    fn put_back(&mut self, run: Run, evidence: Evidence) {
+        match evidence {
+            Evidence::Expected => self.soon.push_front(run),
+            Evidence::Used => self.later.push_front(run),
+        }
     }
 
     fn clear(&mut self) {
         *self = Self::default();
     }
+}
+
+/// Why pages are to be brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Evidence {
+    /// The guest seems to be on its way there. Zero pages are brought among others, but memory that was never touched must
+    /// not be taken for more of the same.
+    Expected,
+    /// They are of a working set: the guest has used each of them.
+    Used,
 }
 
 /// Where the bytes of a page to bring are.
@@ -74,13 +92,14 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     pub(super) fn replay(&mut self) {
         let machine = &self.machine;
         let mut wanted = Vec::new();
-        self.prefetch.replay(|page| matches!(machine.state(page), Ok(PageState::Stored(_))), &mut wanted);
+        let is_away = |page| matches!(machine.state(page), Ok(PageState::Stored(_) | PageState::Zero));
+        self.prefetch.replay(is_away, &mut wanted);
         self.ahead.add(&wanted);
     }
 
     /// Brings one piece of what is wanted. False when nothing is.
     pub(super) fn bring(&mut self) -> Result<bool, PagerError> {
-        let Some(piece) = self.next_piece() else { return Ok(false) };
+        let Some((piece, evidence)) = self.next_piece() else { return Ok(false) };
         if !self.charge(piece.pages, Purpose::Ahead) {
             // Whoever is short of memory is not to be kept from it by guesses.
             self.ahead.clear();
@@ -88,7 +107,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
         let pages = self.load_piece(piece);
         if pages == 0 {
-            self.put_back(piece, 1);
+            self.put_back(piece, 1, evidence);
             return Ok(true);
         }
         self.reached(Step::SourceRead)?;
@@ -100,23 +119,23 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let next = PageIndex(piece.first.0 + installed.pages);
         match installed.stop {
             // What comes after a page that could not be loaded is tried without it.
-            None if pages < piece.pages => self.put_back(piece, pages + 1),
+            None if pages < piece.pages => self.put_back(piece, pages + 1, evidence),
             None => {}
-            Some(InstallStop::Again) => self.put_back(piece, installed.pages),
+            Some(InstallStop::Again) => self.put_back(piece, installed.pages, evidence),
             Some(InstallStop::NoMemory) => self.ahead.clear(),
             // Looking beats remembering, as for a page that was touched.
             Some(InstallStop::Present) => {
                 self.mark_installed(next)?;
-                self.put_back(piece, installed.pages + 1);
+                self.put_back(piece, installed.pages + 1, evidence);
             }
         }
         Ok(true)
     }
 
-    fn put_back(&mut self, piece: Run, done: u32) {
+    fn put_back(&mut self, piece: Run, done: u32, evidence: Evidence) {
         let first = PageIndex(piece.first.0 + done);
         if done < piece.pages {
-            self.ahead.soon.push_front(Run { first, pages: piece.pages - done });
+            self.ahead.put_back(Run { first, pages: piece.pages - done }, evidence);
         }
     }
 
@@ -128,9 +147,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
     }
 
-    /// The next pages to bring, consecutive, some of them stored.
-    fn next_piece(&mut self) -> Option<Run> {
-        while let Some(run) = self.ahead.next() {
+    /// The next pages to bring, consecutive.
+    fn next_piece(&mut self) -> Option<(Run, Evidence)> {
+        while let Some((run, evidence)) = self.ahead.next() {
             let pages = run.first.0..run.first.0.saturating_add(run.pages);
             let first = pages.clone().find(|page| self.bytes_of(PageIndex(*page)).is_some());
             let Some(first) = first else { continue };
@@ -143,9 +162,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 count += 1;
                 stored += u32::from(matches!(bytes, Bytes::In(_)));
             }
-            self.put_back(Run { first: PageIndex(first), pages: pages.end - first }, count);
-            if stored > 0 {
-                return Some(Run { first: PageIndex(first), pages: count });
+            self.put_back(Run { first: PageIndex(first), pages: pages.end - first }, count, evidence);
+            if stored > 0 || evidence == Evidence::Used {
+                return Some((Run { first: PageIndex(first), pages: count }, evidence));
             }
         }
         None
