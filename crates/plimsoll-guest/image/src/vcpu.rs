@@ -7,8 +7,8 @@ use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 use core::ptr::{read_volatile, with_exposed_provenance, with_exposed_provenance_mut, write_volatile};
 use plimsoll_guest::abi::{
-    Channel, MESSAGE_SIZE, PAGE_SIZE, PARAMS_GPA, PORT_COMMAND, PORT_DISCARD, PORT_DONE, PORT_IDLE, PORT_PANIC,
-    PORT_REPORT, Params, Report, channel_gpa,
+    Channel, MESSAGE_SIZE, PAGE_SIZE, PARAMS_GPA, PORT_COMMAND, PORT_DISCARD, PORT_DONE, PORT_IDLE,
+    PORT_PANIC, PORT_REPORT, Params, Report, channel_gpa,
 };
 use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::{Machine, PAGE_WORDS, PageWords};
