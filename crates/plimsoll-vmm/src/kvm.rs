@@ -17,7 +17,6 @@
 
 use crate::machine::{Death, End, Going, Machine};
 use crate::memory::Memory;
-use crate::signals;
 use kvm_bindings::{
     KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region,
 };
@@ -270,7 +269,7 @@ impl Vcpu {
                 Ok(VcpuExit::Shutdown) => Exit::Shutdown,
                 Ok(other) => Exit::Other(format!("{other:?}")),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                    match machine.poisoned(signals::poisoned_at()) {
+                    match machine.poisoned() {
                         Some(death) => return End::Died(death),
                         None => continue,
                     }
@@ -306,6 +305,7 @@ mod tests {
     use super::*;
     use crate::boot;
     use crate::config::HugePages;
+    use crate::signals;
     use plimsoll_core::layout::{GuestLayout, Region};
     use plimsoll_sys::eventfd::EventFd;
     use plimsoll_types::ByteCount;

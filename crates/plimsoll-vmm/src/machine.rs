@@ -5,11 +5,12 @@
 //! discards guest memory.
 use crate::memory::{DiscardError, Memory, MemoryError};
 use crate::report::{self, Summary, VcpuReports};
+use crate::signals;
 use plimsoll_guest::abi;
 use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_linux::explain;
 use plimsoll_sys::eventfd::EventFd;
-use plimsoll_types::{ByteCount, Gpa, Hva, PAGE_SIZE};
+use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -127,6 +128,8 @@ pub(crate) struct Machine {
     pub(crate) tsc_hz: u64,
     vcpus: Vec<Mutex<Vcpu>>,
     leaving: AtomicBool,
+    /// Touches of poisoned pages before the machine was.
+    touches_before: u64,
     /// What sleeping vCPUs wait for, and `wake` wakes them.
     desk: Mutex<Desk>,
     wake: Condvar,
@@ -145,6 +148,7 @@ impl Machine {
             memory,
             tsc_hz,
             vcpus: (0..vcpus).map(|_| Mutex::default()).collect(),
+            touches_before: signals::touches(),
             leaving: AtomicBool::new(false),
             desk: Mutex::default(),
             wake: Condvar::new(),
@@ -297,8 +301,8 @@ impl Machine {
     }
 
     /// The poisoned page some thread stumbled over, if it is one of this machine's.
-    pub(crate) fn poisoned(&self, hva: Option<Hva>) -> Option<Death> {
-        let gpa = self.memory.gpa_of(hva?)?;
+    pub(crate) fn poisoned(&self) -> Option<Death> {
+        let gpa = self.memory.gpa_of(signals::poisoned_after(self.touches_before)?)?;
         Some(Death::Poisoned { gpa: Gpa(gpa.0 - gpa.0 % PAGE_SIZE as u64) })
     }
 

@@ -18,8 +18,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-/// The last poisoned address, 0 for none. One for the process: signal handlers have no other place.
+/// The last poisoned address. One for the process: signal handlers have no other place.
 static POISONED_AT: AtomicU64 = AtomicU64::new(0);
+/// How often a poisoned page was touched, so that each machine of a process can tell what came before it.
+static TOUCHES: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
     /// The last poisoned address this thread touched. Constant at the start and without a destructor, so that a
@@ -27,9 +29,8 @@ thread_local! {
     static OWN_POISONED_AT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Installs both handlers and forgets what happened to an earlier machine of this process.
+/// Installs both handlers.
 pub(crate) fn install() -> io::Result<()> {
-    POISONED_AT.store(0, Ordering::SeqCst);
     register_signal_handler(kick_number(), on_kick)?;
     register_signal_handler(libc::SIGBUS, on_sigbus)?;
     Ok(())
@@ -40,9 +41,14 @@ pub(crate) fn kick_number() -> c_int {
     SIGRTMIN()
 }
 
-/// The last poisoned page any thread of this process touched.
-pub(crate) fn poisoned_at() -> Option<Hva> {
-    Some(POISONED_AT.load(Ordering::SeqCst)).filter(|address| *address != 0).map(Hva)
+/// How often any thread of this process has touched a poisoned page so far.
+pub(crate) fn touches() -> u64 {
+    TOUCHES.load(Ordering::SeqCst)
+}
+
+/// The last poisoned page any thread of this process touched, if that was after the first `touches`.
+pub(crate) fn poisoned_after(touches: u64) -> Option<Hva> {
+    (TOUCHES.load(Ordering::SeqCst) > touches).then(|| Hva(POISONED_AT.load(Ordering::SeqCst)))
 }
 
 /// Delivery alone interrupts the system call.
@@ -53,6 +59,7 @@ extern "C" fn on_sigbus(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
     // returns; for SIGBUS its address field is set by the kernel.
     let address = unsafe { (*info).si_addr() }.addr() as u64;
     POISONED_AT.store(address, Ordering::SeqCst);
+    TOUCHES.fetch_add(1, Ordering::SeqCst);
     if OWN_POISONED_AT.replace(address) == address {
         loop {
             // Nothing but nanosleep(2): safe in a handler.

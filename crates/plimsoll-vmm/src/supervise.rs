@@ -190,7 +190,7 @@ impl Supervisor {
             return Ok(());
         }
         let death = self.machine.death().or_else(|| {
-            let poisoned = self.machine.poisoned(signals::poisoned_at())?;
+            let poisoned = self.machine.poisoned()?;
             // The thread that touched the page sleeps in its handler and cannot say who it is.
             Some((0, poisoned.to_string()))
         });

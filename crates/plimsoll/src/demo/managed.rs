@@ -203,6 +203,9 @@ impl Session<'_> {
         if let Some(domain) = self.manager.domain(DOMAIN) {
             host.savings(&machines, &domain.store(|store| store.stats()));
         }
+        let tidied = self.manager.host().tidied(|tidied| *tidied);
+        host.blocks_collapsed = tidied.collapsed;
+        host.housekeeping_cpu_seconds = tidied.cpu.as_secs_f64();
         let operations = self.guests.iter().map(Guest::state);
         let operations =
             operations.map(|state| (state.summary.operations, state.summary.running_ns)).collect();

@@ -54,6 +54,22 @@ pub(crate) struct HostReport {
     pub(crate) store_metadata_bytes: u64,
     /// Page words and bookkeeping beside them.
     pub(crate) bookkeeping_bytes: u64,
+    /// Stored pages that are packed densely because they were cold.
+    pub(crate) packed_pages: u64,
+    /// Share of the store's data slabs that holds no byte of a page, in thousandths.
+    pub(crate) store_fragmentation_permille: u64,
+    /// Stored pages that resemble another one, estimated from a sample.
+    pub(crate) near_duplicate_pages: u64,
+    /// Pages brought back before they were touched, and how many of them at most went to the store again unused.
+    pub(crate) brought_ahead_pages: u64,
+    pub(crate) brought_in_vain_pages: u64,
+    /// Blocks of 2 MiB left to the kernel, taken as one huge page, brought back as one, made huge again.
+    pub(crate) blocks_left_to_kernel: u64,
+    pub(crate) blocks_taken_whole: u64,
+    pub(crate) blocks_returned_whole: u64,
+    pub(crate) blocks_collapsed: u64,
+    /// CPU time of the thread that packs, compacts and collapses.
+    pub(crate) housekeeping_cpu_seconds: f64,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -125,13 +141,22 @@ pub(crate) fn rate(operations: u64, running_ns: u64) -> f64 {
 impl HostReport {
     /// What taking pages saved, from the machines' own counts and the store's.
     pub(crate) fn savings(&mut self, machines: &[MachineView], store: &plimsoll_store::Stats) {
+        let sum = |count: fn(&MachineView) -> u64| machines.iter().map(count).sum();
+        self.brought_ahead_pages = sum(|machine| machine.stats.ahead.brought);
+        self.brought_in_vain_pages = sum(|machine| machine.stats.ahead.in_vain);
+        self.blocks_left_to_kernel = sum(|machine| machine.stats.blocks.left);
+        self.blocks_taken_whole = sum(|machine| machine.stats.blocks.taken);
+        self.blocks_returned_whole = sum(|machine| machine.stats.blocks.returned);
+        self.packed_pages = store.dense.0;
+        self.store_fragmentation_permille = store.fragmentation().per_mille();
+        self.near_duplicate_pages = store.near_duplicate.0;
         let page = PAGE_SIZE as u64;
         // A page that was dropped as zero and has not been touched since is in state zero, with those never touched:
         // those dropped are what this run saved.
         let zero: u64 = machines.iter().map(dropped_zero).sum();
         self.saved_zero_bytes = zero * page;
         self.saved_duplicate_bytes = store.duplicate.0 * page;
-        let unique = (store.same.0 + store.lz4.0 + store.raw.0) * page;
+        let unique = (store.same.0 + store.lz4.0 + store.dense.0 + store.raw.0) * page;
         self.saved_compression_bytes = unique.saturating_sub(store.data.0);
         self.stored_pages = store.pages.0;
         self.store_metadata_bytes = store.metadata.0;
@@ -228,6 +253,23 @@ impl Report {
             bytes(host.bookkeeping_bytes),
             host.bookkeeping_bytes as f64 * 100.0 / self.asked_bytes as f64,
             host.store_metadata_bytes as f64 / host.stored_pages.max(1) as f64
+        )?;
+        writeln!(
+            out,
+            "      {} of them packed with zstd, about {} much like another; {:.1} % of the slabs empty; housekeeping {:.1} s",
+            host.packed_pages,
+            host.near_duplicate_pages,
+            host.store_fragmentation_permille as f64 / 10.0,
+            host.housekeeping_cpu_seconds
+        )?;
+        writeln!(
+            out,
+            "      {} pages brought ahead, at most {} in vain; blocks: {} left to the kernel, {} taken whole, {} back whole",
+            host.brought_ahead_pages,
+            host.brought_in_vain_pages,
+            host.blocks_left_to_kernel,
+            host.blocks_taken_whole,
+            host.blocks_returned_whole
         )?;
         match (&self.without, &self.no_comparison) {
             (Some(without), _) => self.write_comparison(out, without)?,
