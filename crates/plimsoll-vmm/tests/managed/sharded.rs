@@ -70,8 +70,7 @@ pub(crate) fn outlives_managers() {
     assert_eq!(pager_threads(), 3);
     let mut crashes = 0;
     for round in 0..MANAGERS {
-        let steps: Vec<Step> = Step::ALL.into_iter().filter(|step| *step != Step::DiscardApplied).collect();
-        let (step, nth) = (steps[random.below(steps.len())], 1 + random.next() % 60);
+        let (step, nth) = random.crash();
         println!("manager {round}: to crash at the {nth}. {step:?}");
         let crash = Arc::new(Crash::new(step, nth, shards_of(&guest)));
         fleet.replace(Arc::clone(&crash) as _);
