@@ -219,8 +219,31 @@ impl Report {
                 guest.wrong_words,
             )?;
         }
-        let host = &self.host;
         writeln!(out)?;
+        self.write_host(out)?;
+        match (&self.without, &self.no_comparison) {
+            (Some(without), _) => self.write_comparison(out, without)?,
+            (None, Some(why)) => writeln!(out, "\nnot compared with the kernel alone: {why}")?,
+            (None, None) => {}
+        }
+        writeln!(out)?;
+        for failure in &self.failures {
+            writeln!(out, "FAILED: {failure}")?;
+        }
+        if self.failures.is_empty() {
+            writeln!(
+                out,
+                "passed: {} wrong words, peak {:.1} % of the budget",
+                self.wrong_words,
+                self.peak_bytes as f64 * 100.0 / self.budget_bytes as f64
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_host(&self, out: &mut String) -> std::fmt::Result {
+        let bytes = |bytes: u64| ByteCount(bytes).to_string();
+        let host = &self.host;
         writeln!(
             out,
             "host: asked {}, budget {}, peak {} ({})",
@@ -270,25 +293,7 @@ impl Report {
             host.blocks_left_to_kernel,
             host.blocks_taken_whole,
             host.blocks_returned_whole
-        )?;
-        match (&self.without, &self.no_comparison) {
-            (Some(without), _) => self.write_comparison(out, without)?,
-            (None, Some(why)) => writeln!(out, "\nnot compared with the kernel alone: {why}")?,
-            (None, None) => {}
-        }
-        writeln!(out)?;
-        for failure in &self.failures {
-            writeln!(out, "FAILED: {failure}")?;
-        }
-        if self.failures.is_empty() {
-            writeln!(
-                out,
-                "passed: {} wrong words, peak {:.1} % of the budget",
-                self.wrong_words,
-                self.peak_bytes as f64 * 100.0 / self.budget_bytes as f64
-            )?;
-        }
-        Ok(())
+        )
     }
 
     fn write_comparison(&self, out: &mut String, without: &Without) -> std::fmt::Result {
