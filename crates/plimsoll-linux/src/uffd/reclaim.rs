@@ -113,8 +113,14 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// which would split it: its whole block is, of few blocks.
     fn sample(&mut self) -> Result<(), PagerError> {
         let (mut pages, mut blocks) = (Vec::new(), Vec::new());
+        let hot = self.find_hot()?;
         for page in self.machine.draw(SAMPLES) {
             let block = page.block();
+            if hot.contains(&block) {
+                // Without one of its pages it cannot be made huge.
+                self.machine.undraw(page);
+                continue;
+            }
             let is_huge = self.machine.is_unwatched(block)
                 || (self.machine.state(page)? == PageState::Resident
                     && self.space.is_huge(self.machine.block(block))?);
@@ -138,7 +144,6 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.capture_runs(&whole, Round::Whole)?;
         pages.retain(|run| self.machine.state(run.first) == Ok(PageState::Resident));
         self.capture_runs(&pages, Round::Split)?;
-        self.find_hot()?;
         // What found no room in the airlock would show as used.
         for page in pages.iter().chain(&whole).flat_map(|run| run.first.0..run.first.0 + run.pages) {
             if self.machine.state(PageIndex(page))? == PageState::Resident {
@@ -148,8 +153,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(())
     }
 
-    /// Asks for huge pages where small ones became hot: looks at some blocks each time.
-    fn find_hot(&mut self) -> Result<(), PagerError> {
+    /// Asks for huge pages where small ones became hot: looks at some blocks each time. Returns those asked for.
+    fn find_hot(&mut self) -> Result<Vec<BlockIndex>, PagerError> {
+        let mut hot = Vec::new();
         let blocks = self.machine.layout().page_limit().0.div_ceil(BLOCK_PAGES);
         for _ in 0..HOT_LOOKS.min(blocks) {
             let block = BlockIndex(self.hot_hand % blocks);
@@ -160,9 +166,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 && !self.space.is_huge(run)?
             {
                 self.host.want_huge(self.id, run);
+                hot.push(block);
             }
         }
-        Ok(())
+        Ok(hot)
     }
 
     /// Takes the runs, as many as limbo has room for, and returns how many pages were captured.

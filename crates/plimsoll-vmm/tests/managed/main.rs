@@ -6,6 +6,7 @@
 //! child's parent-death signal belongs to the thread that started it.
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails its test")]
 
+mod ahead;
 mod crash;
 mod evict;
 mod fleet;
@@ -26,7 +27,9 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 20] = [
+const TESTS: [Test; 22] = [
+    ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
+    ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
     ("a_damaged_page_is_reported_and_harms_only_its_machine", poison::a_damaged_page),
     ("guests_evicted_again_and_again_read_no_wrong_word", evict::again_and_again),
