@@ -78,14 +78,14 @@ impl core::hash::Hash for HeapWords {
     }
 }
 
-/// How many pages are in each state.
+/// How many pages are in each state, of a machine or of several together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Census([u32; StateKind::ALL.len()]);
+pub struct Census([u64; StateKind::ALL.len()]);
 
 impl Census {
     /// Pages in `kind`.
     pub fn of(&self, kind: StateKind) -> PageCount {
-        PageCount(u64::from(self.0[kind as usize]))
+        PageCount(self.0[kind as usize])
     }
 
     /// Pages that may take guest RAM: those whose bytes are there, and those that the kernel may have put there unseen.
@@ -109,6 +109,14 @@ impl Census {
             census.0[state.kind() as usize] += 1;
         }
         Ok(census)
+    }
+}
+
+impl core::ops::AddAssign for Census {
+    fn add_assign(&mut self, other: Self) {
+        for (sum, pages) in self.0.iter_mut().zip(other.0) {
+            *sum += pages;
+        }
     }
 }
 

@@ -86,6 +86,37 @@ pub struct PrefetchStats {
     pub around: u32,
 }
 
+impl core::ops::AddAssign for PrefetchStats {
+    /// Of several machines together; the size of a fault-around group is the largest of any.
+    fn add_assign(&mut self, other: Self) {
+        // Field by field, so that none is forgotten.
+        let Self {
+            faulted,
+            asked_stream,
+            asked_around,
+            asked_replay,
+            brought,
+            used,
+            in_vain,
+            replays,
+            streams,
+            recordings,
+            around,
+        } = other;
+        self.faulted += faulted;
+        self.asked_stream += asked_stream;
+        self.asked_around += asked_around;
+        self.asked_replay += asked_replay;
+        self.brought += brought;
+        self.used += used;
+        self.in_vain += in_vain;
+        self.replays += replays;
+        self.streams += streams;
+        self.recordings += recordings;
+        self.around = self.around.max(around);
+    }
+}
+
 /// The prefetch state of one machine. One thread drives it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Prefetch {

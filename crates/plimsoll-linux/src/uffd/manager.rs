@@ -22,7 +22,7 @@ use super::probe::Probe;
 use super::recovery::take_over;
 use super::shards::{MachineVault, Running, Shard, ShardVault};
 use super::space::SpaceError;
-use super::stats::{MachineStats, MachineTotals};
+use super::stats::MachineStats;
 use crate::dense::Zstd;
 use crate::explain;
 use crate::slabs::MemfdSlabs;
@@ -155,7 +155,7 @@ pub struct MachineView {
     /// Its size.
     pub size: ByteCount,
     /// The counts of all its shards.
-    pub stats: MachineTotals,
+    pub stats: MachineStats,
 }
 
 /// By shard.

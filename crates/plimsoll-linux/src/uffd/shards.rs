@@ -8,7 +8,7 @@ use super::governor;
 use super::host::{Host, Orders};
 use super::linux_space::Custody;
 use super::manager::Membership;
-use super::stats::{MachineStats, MachineTotals};
+use super::stats::MachineStats;
 use parking_lot::Mutex;
 use plimsoll_core::ledger::Terms;
 use plimsoll_core::map::Words;
@@ -182,8 +182,8 @@ impl Running {
     }
 
     /// The counts of all shards, as last published.
-    pub(super) fn totals(&self) -> MachineTotals {
-        MachineTotals::merge(self.shards.iter().map(|shard| shard.controls.stats.lock().clone()))
+    pub(super) fn totals(&self) -> MachineStats {
+        MachineStats::merge(self.shards.iter().map(|shard| shard.controls.stats.lock().clone()))
     }
 
     /// True once everything of every shard has been freed.

@@ -3,7 +3,6 @@ use hdrhistogram::Histogram;
 use plimsoll_core::machine::Anomalies;
 use plimsoll_core::map::Census;
 use plimsoll_core::prefetch::PrefetchStats;
-use plimsoll_core::word::StateKind;
 use plimsoll_types::PageCount;
 use std::time::Duration;
 
@@ -11,11 +10,10 @@ use std::time::Duration;
 const FAULT_NS_MAX: u64 = 60_000_000_000;
 
 /// Counts since the machine was admitted, and its state when they were published.
-/// `C` counts pages by state: in one shard, or in a whole machine.
 #[derive(Clone, Debug)]
-pub struct MachineStats<C = Census> {
+pub struct MachineStats {
     /// Pages by state.
-    pub census: C,
+    pub census: Census,
     /// Pages in limbo.
     pub limbo: PageCount,
     /// Pages that hold RAM: in the guest, in limbo, or waiting to be zapped.
@@ -93,10 +91,10 @@ pub struct StoredCounts {
     pub raw: u64,
 }
 
-impl<C: Default> Default for MachineStats<C> {
+impl Default for MachineStats {
     fn default() -> Self {
         Self {
-            census: C::default(),
+            census: Census::default(),
             limbo: PageCount(0),
             ram: PageCount(0),
             working_set: None,
@@ -130,45 +128,10 @@ impl MachineStats {
         self.fault_ns.saturating_record(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX));
         self.waited += waited;
     }
-}
 
-/// How many pages of a machine, in all its shards, are in each state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Pages([PageCount; StateKind::ALL.len()]);
-
-impl Pages {
-    /// Pages in `kind`.
-    pub const fn of(&self, kind: StateKind) -> PageCount {
-        self.0[kind as usize]
-    }
-
-    /// Pages that may take guest RAM, as [`Census::in_ram`] counts them.
-    pub fn in_ram(&self) -> PageCount {
-        [StateKind::Resident, StateKind::Pinned, StateKind::NeverPage, StateKind::Unwatched]
-            .map(|kind| self.of(kind))
-            .into_iter()
-            .sum()
-    }
-
-    /// Pages in all states: the machine's size.
-    pub fn total(&self) -> PageCount {
-        self.0.into_iter().sum()
-    }
-
-    fn add(&mut self, shard: &Census) {
-        for (pages, kind) in self.0.iter_mut().zip(StateKind::ALL) {
-            *pages += shard.of(kind);
-        }
-    }
-}
-
-/// The counts of all of a machine's shards together.
-pub type MachineTotals = MachineStats<Pages>;
-
-impl MachineTotals {
     /// The sums over a machine's shards. The working set is known when that of each shard is; take-overs are those of the
     /// machine, not of its shards.
-    pub fn merge(shards: impl IntoIterator<Item = MachineStats>) -> Self {
+    pub fn merge(shards: impl IntoIterator<Item = Self>) -> Self {
         let mut shards = shards.into_iter();
         let mut sums = Self::default();
         if let Some(first) = shards.next() {
@@ -179,9 +142,9 @@ impl MachineTotals {
         sums
     }
 
-    fn add(&mut self, shard: MachineStats) {
+    fn add(&mut self, shard: Self) {
         // Field by field, so that none is forgotten.
-        let MachineStats {
+        let Self {
             census,
             limbo,
             ram,
@@ -201,7 +164,7 @@ impl MachineTotals {
             waited,
             stalled,
         } = shard;
-        self.census.add(&census);
+        self.census += census;
         self.limbo += limbo;
         self.ram += ram;
         self.working_set = self.working_set.zip(working_set).map(|(sum, pages)| sum + pages);
@@ -209,7 +172,7 @@ impl MachineTotals {
         self.anomalies.lost += anomalies.lost;
         self.table_bytes += table_bytes;
         self.faults.add(faults);
-        add_ahead(&mut self.ahead, ahead);
+        self.ahead += ahead;
         self.blocks.add(blocks);
         self.captured += captured;
         self.refused += refused;
@@ -252,21 +215,6 @@ impl StoredCounts {
     }
 }
 
-/// The size of a fault-around group is the largest of any shard's.
-fn add_ahead(sum: &mut PrefetchStats, shard: PrefetchStats) {
-    sum.faulted += shard.faulted;
-    sum.asked_stream += shard.asked_stream;
-    sum.asked_around += shard.asked_around;
-    sum.asked_replay += shard.asked_replay;
-    sum.brought += shard.brought;
-    sum.used += shard.used;
-    sum.in_vain += shard.in_vain;
-    sum.replays += shard.replays;
-    sum.streams += shard.streams;
-    sum.recordings += shard.recordings;
-    sum.around = sum.around.max(shard.around);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,11 +230,11 @@ mod tests {
             stats
         };
         let known = |pages| Some(PageCount(pages));
-        let sums = MachineTotals::merge([shard(3, known(10)), shard(4, known(20))]);
+        let sums = MachineStats::merge([shard(3, known(10)), shard(4, known(20))]);
         assert_eq!((sums.faults.stored, sums.fault_ns.len()), (7, 7));
         assert_eq!((sums.waited, sums.takeovers), (Duration::from_micros(350), 2));
         assert_eq!(sums.working_set, known(30));
-        assert_eq!(MachineTotals::merge([shard(1, known(10)), shard(1, None)]).working_set, None);
-        assert_eq!(MachineTotals::merge([]).working_set, None);
+        assert_eq!(MachineStats::merge([shard(1, known(10)), shard(1, None)]).working_set, None);
+        assert_eq!(MachineStats::merge([]).working_set, None);
     }
 }

@@ -16,7 +16,7 @@ use plimsoll_linux::uffd::host::{Host, Incident};
 use plimsoll_linux::uffd::housekeeper::Housekeeping;
 use plimsoll_linux::uffd::manager::{Manager, Membership, Vault};
 use plimsoll_linux::uffd::probe::Step;
-use plimsoll_linux::uffd::stats::MachineTotals;
+use plimsoll_linux::uffd::stats::MachineStats;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use plimsoll_vmm::control::StopMode;
 use rustix::process::Signal;
@@ -519,6 +519,6 @@ impl<'a> Session<'a> {
 }
 
 /// What is counted from a machine's first manager on.
-fn counts(stats: &MachineTotals) -> Pages {
+fn counts(stats: &MachineStats) -> Pages {
     Pages { captured: stats.captured, refused: stats.refused, discarded: stats.discarded, ..Pages::default() }
 }
