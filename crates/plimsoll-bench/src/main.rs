@@ -6,6 +6,7 @@
 //!
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
 //! program again in another role (`guest`). `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+mod contents;
 mod figures;
 mod guest;
 mod pager;

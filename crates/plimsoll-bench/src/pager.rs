@@ -11,6 +11,7 @@ mod keepers;
 mod measures;
 mod special;
 
+use crate::contents::{MIX, NO_DUPLICATE, NO_ZERO_NO_DUPLICATE, POOL_PAGES, RANDOM, SEED};
 use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
 use crate::session::{BenchError, Interrupt};
 use crate::swap::check_host;
@@ -30,14 +31,6 @@ use serde::Serialize;
 const RAM: ByteCount = ByteCount::mib(134);
 /// Odd, so that the median of ours is a measurement.
 const ROUNDS: usize = 3;
-const SEED: u64 = 0x5eed;
-/// As in the store's benchmark.
-const POOL_PAGES: u64 = 256;
-
-const MIX: Mix = Mix { zero: 25, duplicate: 20, text: 45, random: 10 };
-const NO_DUPLICATE: Mix = Mix { zero: 25, duplicate: 0, text: 65, random: 10 };
-const NO_ZERO_NO_DUPLICATE: Mix = Mix { zero: 0, duplicate: 0, text: 82, random: 18 };
-const RANDOM: Mix = Mix { zero: 0, duplicate: 0, text: 0, random: 100 };
 
 const NOTES: [&str; 4] = [
     "CPU is user and system time of this process and of the guest's, all threads; of capture against zram, of the thread \

@@ -10,6 +10,7 @@
 mod ours;
 mod peer;
 
+use crate::contents::{MIX, NO_DUPLICATE, NO_ZERO_NO_DUPLICATE, POOL_PAGES, RANDOM, SEED};
 use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
 use crate::session::{BenchError, Elapsed, Interrupt, OneProcessor};
 use crate::swap::check_host;
@@ -26,9 +27,6 @@ const SIZE: ByteCount = ByteCount::mib(64);
 const ROUNDS: usize = 7;
 /// Rounds before those, not counted: they bring code, page tables and the kernel's caches into their usual state.
 const ROUNDS_TO_WARM: usize = 1;
-const SEED: u64 = 0x5eed;
-/// Few against the 3,277 pages that the mix draws from it: what is called duplicate mostly is (18 of the 20 %).
-const POOL_PAGES: u64 = 256;
 
 const NOTES: [&str; 6] = [
     "store-put leaves out the capture (UFFDIO_MOVE) and the bookkeeping that our pager also does: it is the store \
@@ -58,12 +56,11 @@ impl Row {
 
 /// The goals for bytes are those of the whole product on the same content.
 fn rows() -> [Row; 4] {
-    let mix = |zero, duplicate, text, random| Mix { zero, duplicate, text, random };
     [
-        Row { name: "mix", mix: Mix::default(), bytes_goal: Some(0.65) },
-        Row { name: "no-duplicate", mix: mix(25, 0, 65, 10), bytes_goal: Some(0.9) },
-        Row { name: "no-zero-no-duplicate", mix: mix(0, 0, 82, 18), bytes_goal: None },
-        Row { name: "random", mix: mix(0, 0, 0, 100), bytes_goal: None },
+        Row { name: "mix", mix: MIX, bytes_goal: Some(0.65) },
+        Row { name: "no-duplicate", mix: NO_DUPLICATE, bytes_goal: Some(0.9) },
+        Row { name: "no-zero-no-duplicate", mix: NO_ZERO_NO_DUPLICATE, bytes_goal: None },
+        Row { name: "random", mix: RANDOM, bytes_goal: None },
     ]
 }
 

@@ -41,10 +41,7 @@ enum Home {
     /// One by one.
     Pages,
     /// All at once, as the one huge page they came as.
-    Block {
-        /// The block's first page.
-        first: PageIndex,
-    },
+    Block,
 }
 
 /// How large an airlock is.
@@ -191,11 +188,10 @@ impl Airlock {
         self.residue += 1;
     }
 
-    /// The slot that starts at `at` holds the block that starts at page `first`, and is to go back whole. Blocks have as
-    /// many pages as slots.
-    pub fn keep_whole(&mut self, at: SlotPage, first: PageIndex) {
+    /// The slot that starts at `at` is for a block, which is to go back whole. Blocks have as many pages as slots.
+    pub fn keep_whole(&mut self, at: SlotPage) {
         if let Some((entry, 0)) = self.entry(at) {
-            entry.home = Home::Block { first };
+            entry.home = Home::Block;
         }
     }
 
@@ -211,12 +207,9 @@ impl Airlock {
     pub fn whole(&self, at: SlotPage) -> Option<(SlotPage, PageIndex)> {
         let slot = at.0 / self.slot_pages;
         let entry = self.slots.get(slot as usize)?;
-        match entry.home {
-            Home::Block { first } if entry.named == self.slot_pages => {
-                Some((SlotPage(slot * self.slot_pages), first))
-            }
-            _ => None,
-        }
+        let is_whole = entry.home == Home::Block && entry.named == self.slot_pages;
+        let first = entry.held.first().filter(|_| is_whole)?;
+        Some((SlotPage(slot * self.slot_pages), PageIndex(*first)))
     }
 
     /// The page was moved out of its slot page, where nothing is left.

@@ -391,9 +391,9 @@ impl Ledger {
     }
 
     /// How many pages each machine should give up, if the host is above its high mark: enough to come down to `target`,
-    /// which is the low mark unless the machines only trade pages among each other. The machines that use most give first, down to a common level, and nobody goes below its reservation; so a
-    /// machine that grows at full speed is the one that pays for it.
-    /// A machine that is `spared` gives nothing.
+    /// which is the low mark unless the machines only trade pages among each other. The machines that use most give
+    /// first, down to a common level, and nobody goes below its reservation; so a machine that grows at full speed is the
+    /// one that pays for it. A machine that is `spared` gives nothing.
     pub fn reclaim(
         &self,
         target: ByteCount,

@@ -21,6 +21,7 @@
 extern crate alloc;
 
 pub mod airlock;
+mod bits;
 pub mod layout;
 pub mod ledger;
 pub mod machine;

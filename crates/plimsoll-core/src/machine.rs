@@ -338,10 +338,10 @@ impl<W: Words> Machine<W> {
         Ok(())
     }
 
-    /// The run, a block that is one huge page, is on its way to the slot that starts at `at`: once there, a touch brings
-    /// back all of it. If not all of it arrives, what does comes back page by page.
-    pub fn keep_whole(&mut self, at: SlotPage, run: Run) {
-        self.airlock.keep_whole(at, run.first);
+    /// What is on its way to the slot that starts at `at` is a block that is one huge page: once there, a touch brings back
+    /// all of it. If not all of it arrives, what does comes back page by page.
+    pub fn keep_whole(&mut self, at: SlotPage) {
+        self.airlock.keep_whole(at);
     }
 
     /// What is left in the slot that starts at `at` goes back page by page after all.

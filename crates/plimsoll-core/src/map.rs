@@ -78,14 +78,14 @@ impl core::hash::Hash for HeapWords {
     }
 }
 
-/// How many pages are in each state, of a machine or of several together.
+/// How many pages are in each state: of a machine, or of a part of one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Census([u64; StateKind::ALL.len()]);
+pub struct Census([u32; StateKind::ALL.len()]);
 
 impl Census {
     /// Pages in `kind`.
     pub fn of(&self, kind: StateKind) -> PageCount {
-        PageCount(self.0[kind as usize])
+        PageCount(u64::from(self.0[kind as usize]))
     }
 
     /// Pages that may take guest RAM: those whose bytes are there, and those that the kernel may have put there unseen.
@@ -113,6 +113,7 @@ impl Census {
 }
 
 impl core::ops::AddAssign for Census {
+    /// Of another part of the same machine: together they have no more pages than a layout may.
     fn add_assign(&mut self, other: Self) {
         for (sum, pages) in self.0.iter_mut().zip(other.0) {
             *sum += pages;

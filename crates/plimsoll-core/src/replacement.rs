@@ -16,6 +16,7 @@
 //! first, so that huge pages move as huge pages; only when a full round finds too few of them are mixed blocks split:
 //! their pages without credit are taken and every other page pays one credit. One call makes at most one such round, so
 //! that a page that has just come back is used before it is asked for again.
+use crate::bits::Bits;
 use crate::map::{MapError, PageMap, Words};
 use crate::word::PageState;
 use alloc::{vec, vec::Vec};
@@ -106,7 +107,7 @@ impl Replacement {
         let credit = match origin {
             Origin::Nowhere => 0,
             Origin::Ahead => {
-                self.ghosts.clear(page.0);
+                self.ghosts.member.remove(page);
                 0
             }
             Origin::Limbo => 3,
@@ -135,8 +136,8 @@ impl Replacement {
         self.ghosts.hits
     }
 
-    /// Appends runs of pages to take, resident or unwatched, at most a block more than `want` pages and possibly fewer, and says
-    /// how many. None at all means that every page has just paid a credit, or that nothing is left to take: after four
+    /// Appends runs of pages to take, resident or unwatched, at most a block more than `want` pages and possibly fewer,
+    /// and says how many. None at all means that every page has just paid a credit, or that nothing is left to take: after four
     /// such answers nothing is.
     ///
     /// # Errors
@@ -205,7 +206,7 @@ impl Replacement {
 
     /// Bytes this bookkeeping takes.
     pub fn table_bytes(&self) -> usize {
-        self.credit.len() + self.heat.len() * 2 + self.ghosts.ring.len() * 4 + self.ghosts.member.len() * 8
+        self.credit.len() + self.heat.len() * 2 + self.ghosts.ring.len() * 4 + self.ghosts.member.bytes()
     }
 }
 
@@ -217,38 +218,25 @@ impl Replacement {
 struct Ghosts {
     ring: Vec<u32>,
     next: usize,
-    member: Vec<u64>,
+    member: Bits,
     hits: u64,
 }
 
 impl Ghosts {
     fn new(pages: u32, capacity: u32) -> Self {
-        Self {
-            ring: vec![u32::MAX; capacity as usize],
-            next: 0,
-            member: vec![0; pages.div_ceil(64) as usize],
-            hits: 0,
-        }
-    }
-
-    fn clear(&mut self, page: u32) -> bool {
-        let Some(word) = self.member.get_mut(page as usize / 64) else { return false };
-        let bit = 1 << (page % 64);
-        let was = *word & bit != 0;
-        *word &= !bit;
-        was
+        Self { ring: vec![u32::MAX; capacity as usize], next: 0, member: Bits::new(pages), hits: 0 }
     }
 
     fn remember(&mut self, page: PageIndex) {
         let Some(place) = self.ring.get_mut(self.next) else { return };
         let oldest = core::mem::replace(place, page.0);
         self.next = (self.next + 1) % self.ring.len();
-        self.clear(oldest);
-        self.member[page.get() / 64] |= 1 << (page.0 % 64);
+        self.member.remove(PageIndex(oldest));
+        self.member.insert(page);
     }
 
     fn forget(&mut self, page: PageIndex) -> bool {
-        let was = self.clear(page.0);
+        let was = self.member.remove(page);
         self.hits += u64::from(was);
         was
     }

@@ -299,7 +299,7 @@ impl Twin {
         if self.machine.resident_runs(block) == [run]
             && let Some(start) = self.begin(run.first.0, run.pages)
         {
-            self.machine.keep_whole(start, run);
+            self.machine.keep_whole(start);
             self.whole.insert(start.0, run.first.0);
         }
     }

@@ -4,7 +4,8 @@
 //! not kept. The guest's memory is a first-in-first-out queue, a tenth of it limbo; unlike the prefetch, the test sees
 //! every touch, so it knows which pages were brought in vain. The pager brings a few pages after each touch.
 #![expect(clippy::unwrap_used, reason = "an unexpected refusal is a failure of the test")]
-use plimsoll_core::prefetch::{Ahead, Prefetch};
+use plimsoll_core::prefetch::Prefetch;
+use plimsoll_core::replacement::Run;
 use plimsoll_types::PageIndex;
 use std::collections::{BTreeSet, VecDeque};
 
@@ -137,7 +138,7 @@ impl Guest {
                 self.reclaim(self.memory);
                 if matches!(self.mode, Prefetching::On) {
                     let place = &self.place;
-                    let mut out: Vec<Ahead> = Vec::new();
+                    let mut out: Vec<Run> = Vec::new();
                     let replays = self.prefetch.stats().replays;
                     self.prefetch.faulted(
                         PageIndex(page),
@@ -194,7 +195,7 @@ impl Guest {
     }
 }
 
-fn pages_of(runs: &[Ahead]) -> Vec<u32> {
+fn pages_of(runs: &[Run]) -> Vec<u32> {
     runs.iter().flat_map(|run| run.first.0..run.first.0 + run.pages).collect()
 }
 

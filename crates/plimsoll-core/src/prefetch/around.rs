@@ -8,7 +8,8 @@
 //! was a page worth bringing; one that outlasts the page it was left out beside was not. A probe out of a group that
 //! would not have been brought anyway costs nothing, so a guest of random touches is found out, and found changed,
 //! without one page brought in vain.
-use super::{Ahead, ask};
+use super::ask;
+use crate::replacement::Run;
 use alloc::vec::Vec;
 use plimsoll_types::PageIndex;
 
@@ -107,7 +108,7 @@ impl Around {
         &mut self,
         page: PageIndex,
         stored: &impl Fn(PageIndex) -> bool,
-        out: &mut Vec<Ahead>,
+        out: &mut Vec<Run>,
     ) {
         self.age += 1;
         let oldest = self.age.saturating_sub(self.life);
@@ -205,7 +206,7 @@ mod tests {
         let mut around = Around { width: 8, ..Around::new() };
         let mut out = Vec::new();
         around.faulted(PageIndex(20), &|near| near.0 != 20 && near.0 != 17, &mut out);
-        let runs = [(18, 2), (21, 3)].map(|(first, pages)| Ahead { first: PageIndex(first), pages });
+        let runs = [(18, 2), (21, 3)].map(|(first, pages)| Run { first: PageIndex(first), pages });
         assert_eq!(out, runs);
     }
 

@@ -23,13 +23,13 @@
 //! Known holes: streams do not cross holes of the guest's layout knowingly, since page indices are dense; the pages of a
 //! stream's last half window are never proven used, and in [`PrefetchStats::in_vain`] used-once pages look unused.
 mod around;
-mod bits;
 mod recordings;
 mod streams;
 
+use crate::bits::Bits;
+use crate::replacement::Run;
 use alloc::vec::Vec;
 use around::Around;
-use bits::Bits;
 use core::ops::Range;
 use plimsoll_types::PageIndex;
 use recordings::{Heard, Recordings};
@@ -38,23 +38,14 @@ use streams::Streams;
 /// Most pages of a run that goes down: the pager brings a run upwards, and its upper end is needed first.
 const DOWN_MAX: u32 = 16;
 
-/// Consecutive pages to bring from the store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Ahead {
-    /// The first.
-    pub first: PageIndex,
-    /// How many.
-    pub pages: u32,
-}
-
 /// Asks for one more page, as part of the last run where it can be.
-fn ask(out: &mut Vec<Ahead>, page: PageIndex) {
+fn ask(out: &mut Vec<Run>, page: PageIndex) {
     match out.last_mut() {
         Some(run) if run.first.0 + run.pages == page.0 => run.pages += 1,
         Some(run) if page.0 + 1 == run.first.0 && run.pages < DOWN_MAX => {
-            *run = Ahead { first: page, pages: run.pages + 1 };
+            *run = Run { first: page, pages: run.pages + 1 };
         }
-        _ => out.push(Ahead { first: page, pages: 1 }),
+        _ => out.push(Run { first: page, pages: 1 }),
     }
 }
 
@@ -144,7 +135,7 @@ impl Prefetch {
 
     /// A touch brought `page` from the store. `is_stored` tells of a page whether its bytes are in the store now.
     /// Appends what to bring, most urgent first: at most 511 pages, or all of a working set.
-    pub fn faulted(&mut self, page: PageIndex, is_stored: impl Fn(PageIndex) -> bool, out: &mut Vec<Ahead>) {
+    pub fn faulted(&mut self, page: PageIndex, is_stored: impl Fn(PageIndex) -> bool, out: &mut Vec<Run>) {
         if page.0 >= self.pages {
             return;
         }
@@ -215,7 +206,7 @@ impl Prefetch {
     }
 
     /// The machine is being woken: appends the stored pages of the working set it used last. Nothing if none is known.
-    pub fn replay(&mut self, is_stored: impl Fn(PageIndex) -> bool, out: &mut Vec<Ahead>) {
+    pub fn replay(&mut self, is_stored: impl Fn(PageIndex) -> bool, out: &mut Vec<Run>) {
         let pages = self.pages;
         let stored = |page: PageIndex| page.0 < pages && is_stored(page);
         let mut asked = Vec::new();
@@ -247,12 +238,7 @@ mod tests {
     const PAGES: u32 = 4096;
 
     /// Every fifth page from one on, each faulted in turn of a machine where `is_stored` pages are stored.
-    fn fault(
-        prefetch: &mut Prefetch,
-        from: u32,
-        count: usize,
-        is_stored: impl Fn(u32) -> bool,
-    ) -> Vec<Ahead> {
+    fn fault(prefetch: &mut Prefetch, from: u32, count: usize, is_stored: impl Fn(u32) -> bool) -> Vec<Run> {
         let mut out = Vec::new();
         for page in (from..PAGES).step_by(5).take(count) {
             prefetch.faulted(PageIndex(page), |other| is_stored(other.0), &mut out);
@@ -273,7 +259,7 @@ mod tests {
         prefetch
     }
 
-    fn names(runs: &[Ahead], page: u32) -> bool {
+    fn names(runs: &[Run], page: u32) -> bool {
         runs.iter().any(|run| (run.first.0..run.first.0 + run.pages).contains(&page))
     }
 

@@ -10,8 +10,9 @@
 //! Whether a replayed page is used cannot be seen, and one that was used and is parked again must not count as brought
 //! in vain. So each replay leaves some pages out, others each time: the **examined**. Those that are not touched until
 //! the phase ends are taken out of the set; when they are more than those touched, the set is dropped.
-use super::bits::Bits;
-use super::{Ahead, ask};
+use super::ask;
+use crate::bits::Bits;
+use crate::replacement::Run;
 use alloc::vec::Vec;
 use core::ops::Range;
 use plimsoll_types::PageIndex;
@@ -125,7 +126,7 @@ impl Recordings {
         &mut self,
         page: PageIndex,
         stored: &impl Fn(PageIndex) -> bool,
-        out: &mut Vec<Ahead>,
+        out: &mut Vec<Run>,
     ) -> Heard {
         let is_examined = self.examined.binary_search(&page).map(|place| self.examined.remove(place)).is_ok();
         self.proven += usize::from(is_examined);
@@ -210,7 +211,7 @@ impl Recordings {
     }
 
     /// Asks for the set used last. False when none is known.
-    pub(super) fn replay(&mut self, stored: &impl Fn(PageIndex) -> bool, out: &mut Vec<Ahead>) -> bool {
+    pub(super) fn replay(&mut self, stored: &impl Fn(PageIndex) -> bool, out: &mut Vec<Run>) -> bool {
         self.close();
         let newest = self.sets.pop();
         newest.map(|set| self.bring(set, stored, out)).is_some()
@@ -265,7 +266,7 @@ impl Recordings {
     }
 
     /// Asks for a set's stored pages in address order and goes on refining it.
-    fn bring(&mut self, mut set: Set, stored: &impl Fn(PageIndex) -> bool, out: &mut Vec<Ahead>) {
+    fn bring(&mut self, mut set: Set, stored: &impl Fn(PageIndex) -> bool, out: &mut Vec<Run>) {
         let every = (set.gone / EXAMINED_MIN).clamp(8, set.every).max(set.gone / EXAMINED_AIM);
         for page in set.pages.iter().filter(|page| stored(*page)) {
             // By page, so that each has its turn, and mixed, so that a set of one stride is not examined all at once.

@@ -15,8 +15,9 @@
 //!
 //! Each window length has a score of how often its markers were touched. A length whose windows mostly fail is not
 //! asked for, unless a stream has gone on long enough without it.
-use super::bits::Bits;
-use super::{Ahead, ask};
+use super::ask;
+use crate::bits::Bits;
+use crate::replacement::Run;
 use alloc::{collections::VecDeque, vec::Vec};
 use plimsoll_types::PageIndex;
 
@@ -141,7 +142,7 @@ impl Streams {
         page: PageIndex,
         trial: &mut Bits,
         stored: &impl Fn(PageIndex) -> bool,
-        out: &mut Vec<Ahead>,
+        out: &mut Vec<Run>,
     ) -> Option<u32> {
         let at = i64::from(page.0);
         let known = self
@@ -215,7 +216,7 @@ impl Streams {
         at: i64,
         trial: &mut Bits,
         stored: &impl Fn(PageIndex) -> bool,
-        out: &mut Vec<Ahead>,
+        out: &mut Vec<Run>,
     ) -> u32 {
         if stream.level > 0 {
             self.scores[usize::from(stream.level - 1)].count(1, 0);

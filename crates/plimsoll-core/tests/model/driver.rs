@@ -257,7 +257,7 @@ fn capture(pager: &Pager, host: &mut Host, first: u32, pages: u32) -> Step {
 fn capture_block(host: &mut Host) -> Step {
     let run = core(host)?.block(BLOCK);
     let Some(start) = begin_capture(host, run.first.0, run.pages)? else { return Ok(At::Idle) };
-    core(host)?.keep_whole(start, run);
+    core(host)?.keep_whole(start);
     Ok(At::Send { first: run.first.0, pages: run.pages, slot: start.0 })
 }
 

@@ -10,20 +10,16 @@ use super::pager::{Pager, PagerError};
 use super::probe::Step;
 use super::space::{InstallStop, Space};
 use plimsoll_core::ledger::Purpose;
-use plimsoll_core::machine::Released;
+use plimsoll_core::machine::{Machine, Released};
 use plimsoll_core::map::Words;
-use plimsoll_core::prefetch::Ahead;
 use plimsoll_core::replacement::Run;
 use plimsoll_core::word::{ObjectRef, PageState};
 use plimsoll_store::SlabMemory;
-use plimsoll_types::{BLOCK_PAGES, PAGE_SIZE, PageBytes, PageIndex};
+use plimsoll_types::{BLOCK_PAGES, PageIndex};
 use std::collections::VecDeque;
 
 /// Pages brought in one piece: long enough to share a system call, short enough for a guest that follows close behind.
 pub(super) const PIECE: u32 = 16;
-/// Nothing: what a page holds whose word says zero.
-static ZERO: PageBytes = [0; PAGE_SIZE];
-
 /// More pages than any answer to a touch has but that which brings a working set back.
 const SOON_MAX: u64 = 512;
 
@@ -37,10 +33,10 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    fn add(&mut self, wanted: &[Ahead]) {
+    fn add(&mut self, wanted: Vec<Run>) {
         let pages: u64 = wanted.iter().map(|run| u64::from(run.pages)).sum();
         let queue = if pages < SOON_MAX { &mut self.soon } else { &mut self.later };
-        queue.extend(wanted.iter().map(|run| Run { first: run.first, pages: run.pages }));
+        queue.extend(wanted);
     }
 
     fn next(&mut self) -> Option<(Run, Evidence)> {
@@ -77,24 +73,29 @@ enum Bytes {
     In(ObjectRef),
 }
 
+/// `None` for a page that is not away. Zero pages lie among stored ones in any memory: a run that left them out would be
+/// many runs.
+fn bytes_of<W: Words>(machine: &Machine<W>, page: PageIndex) -> Option<Bytes> {
+    match machine.state(page) {
+        Ok(PageState::Zero) => Some(Bytes::Nowhere),
+        Ok(PageState::Stored(object)) => Some(Bytes::In(object)),
+        _ => None,
+    }
+}
+
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// A touch brought the page back: decides what else to bring.
     pub(super) fn look_ahead(&mut self, page: PageIndex) {
-        let machine = &self.machine;
-        // Zero pages lie among stored ones in any memory: a run that left them out would be many runs.
-        let is_away = |page| matches!(machine.state(page), Ok(PageState::Stored(_) | PageState::Zero));
         let mut wanted = Vec::new();
-        self.prefetch.faulted(page, is_away, &mut wanted);
-        self.ahead.add(&wanted);
+        self.prefetch.faulted(page, |page| bytes_of(&self.machine, page).is_some(), &mut wanted);
+        self.ahead.add(wanted);
     }
 
     /// Brings back the working set the machine used last: it is about to go on.
     pub(super) fn replay(&mut self) {
-        let machine = &self.machine;
         let mut wanted = Vec::new();
-        let is_away = |page| matches!(machine.state(page), Ok(PageState::Stored(_) | PageState::Zero));
-        self.prefetch.replay(is_away, &mut wanted);
-        self.ahead.add(&wanted);
+        self.prefetch.replay(|page| bytes_of(&self.machine, page).is_some(), &mut wanted);
+        self.ahead.add(wanted);
     }
 
     /// Brings one piece of what is wanted. False when nothing is.
@@ -139,24 +140,16 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
     }
 
-    fn bytes_of(&self, page: PageIndex) -> Option<Bytes> {
-        match self.machine.state(page) {
-            Ok(PageState::Zero) => Some(Bytes::Nowhere),
-            Ok(PageState::Stored(object)) => Some(Bytes::In(object)),
-            _ => None,
-        }
-    }
-
     /// The next pages to bring, consecutive.
     fn next_piece(&mut self) -> Option<(Run, Evidence)> {
         while let Some((run, evidence)) = self.ahead.next() {
             let pages = run.first.0..run.first.0.saturating_add(run.pages);
-            let first = pages.clone().find(|page| self.bytes_of(PageIndex(*page)).is_some());
+            let first = pages.clone().find(|page| bytes_of(&self.machine, PageIndex(*page)).is_some());
             let Some(first) = first else { continue };
             // A piece lies in one block, and so in one region.
             let block_end = (first / BLOCK_PAGES + 1).saturating_mul(BLOCK_PAGES);
             let end = pages.end.min(first + PIECE).min(block_end);
-            let away = (first..end).map_while(|page| self.bytes_of(PageIndex(page)));
+            let away = (first..end).map_while(|page| bytes_of(&self.machine, PageIndex(page)));
             let (mut count, mut stored) = (0, 0);
             for bytes in away {
                 count += 1;
@@ -173,8 +166,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Reads the piece into the buffer; how many pages of it came.
     fn load_piece(&mut self, piece: Run) -> u32 {
         for place in 0..piece.pages {
-            match self.bytes_of(PageIndex(piece.first.0 + place)) {
-                Some(Bytes::Nowhere) => self.buffer[place as usize] = ZERO,
+            match bytes_of(&self.machine, PageIndex(piece.first.0 + place)) {
+                Some(Bytes::Nowhere) => self.buffer[place as usize].fill(0),
                 Some(Bytes::In(object)) if self.load(object, place as usize).is_ok() => {}
                 _ => return place,
             }

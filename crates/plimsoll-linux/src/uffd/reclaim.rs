@@ -183,7 +183,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             let Some(at) = self.machine.begin_capture(*run)? else { break };
             items.push(Item::new(run.first, at, run.pages));
             if is_whole {
-                self.machine.keep_whole(at, *run);
+                self.machine.keep_whole(at);
                 self.stats.blocks.taken += 1;
             }
         }

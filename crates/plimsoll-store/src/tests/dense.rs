@@ -101,6 +101,19 @@ enum Fault {
     CannotDecompress,
 }
 
+impl Fault {
+    const ALL: [Self; 8] = [
+        Self::Fails,
+        Self::LongerThanTheBuffer,
+        Self::NoBytes,
+        Self::OneByteShort,
+        Self::Garbage,
+        Self::AnotherPage,
+        Self::DecompressesNothing,
+        Self::CannotDecompress,
+    ];
+}
+
 struct Bad(Fault);
 
 impl DenseCodec for Bad {
@@ -132,25 +145,11 @@ impl DenseCodec for Bad {
 
 #[test]
 fn no_page_is_lost_to_a_bad_compressor() {
-    use Fault::{
-        AnotherPage, CannotDecompress, DecompressesNothing, Fails, Garbage, LongerThanTheBuffer, NoBytes,
-        OneByteShort,
-    };
-    let faults = [
-        Fails,
-        LongerThanTheBuffer,
-        NoBytes,
-        OneByteShort,
-        Garbage,
-        AnotherPage,
-        DecompressesNothing,
-        CannotDecompress,
-    ];
-    for fault in faults {
+    for fault in Fault::ALL {
         let (mut store, pages) = cold_store(20);
         let before = store.stats();
         let done = repack(&mut store, &mut Bad(fault));
-        let refused = if fault == Fails { done.not_smaller } else { done.unfaithful };
+        let refused = if fault == Fault::Fails { done.not_smaller } else { done.unfaithful };
         assert_eq!((refused, done.made), (20, 0), "{fault:?}");
         assert_eq!(store.stats(), before, "{fault:?}");
         assert_whole(&store, &pages);

@@ -8,38 +8,38 @@ const WORD: u32 = u64::BITS;
 
 /// A set of pages. Pages past the machine's last are in no set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Bits {
+pub(crate) struct Bits {
     words: Vec<u64>,
     len: u32,
 }
 
 impl Bits {
     /// The empty set over a machine of `pages` pages.
-    pub(super) fn new(pages: u32) -> Self {
+    pub(crate) fn new(pages: u32) -> Self {
         Self { words: vec![0; pages.div_ceil(WORD) as usize], len: 0 }
     }
 
     /// How many pages are in it.
-    pub(super) fn len(&self) -> u32 {
+    pub(crate) fn len(&self) -> u32 {
         self.len
     }
 
     /// Bytes it takes.
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.words.len() * size_of::<u64>()
     }
 
-    pub(super) fn contains(&self, page: PageIndex) -> bool {
+    pub(crate) fn contains(&self, page: PageIndex) -> bool {
         self.words.get((page.0 / WORD) as usize).is_some_and(|word| word >> (page.0 % WORD) & 1 == 1)
     }
 
     /// Puts the page in. True if it was not there.
-    pub(super) fn insert(&mut self, page: PageIndex) -> bool {
+    pub(crate) fn insert(&mut self, page: PageIndex) -> bool {
         self.change(page, |word, bit| word | bit)
     }
 
     /// Takes the page out. True if it was there.
-    pub(super) fn remove(&mut self, page: PageIndex) -> bool {
+    pub(crate) fn remove(&mut self, page: PageIndex) -> bool {
         self.change(page, |word, bit| word & !bit)
     }
 
@@ -52,7 +52,7 @@ impl Bits {
     }
 
     /// Takes a range out.
-    pub(super) fn remove_range(&mut self, pages: Range<u32>) {
+    pub(crate) fn remove_range(&mut self, pages: Range<u32>) {
         let words = (0..).step_by(WORD as usize).zip(&mut self.words);
         let skipped = (pages.start / WORD) as usize;
         for (first, word) in words.skip(skipped).take_while(|(first, _)| *first < pages.end) {
@@ -67,7 +67,7 @@ impl Bits {
     }
 
     /// The pages, ascending.
-    pub(super) fn iter(&self) -> impl Iterator<Item = PageIndex> + '_ {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = PageIndex> + '_ {
         self.words.iter().zip((0..).step_by(WORD as usize)).flat_map(|(word, first)| {
             let mut left = *word;
             core::iter::from_fn(move || {
