@@ -23,7 +23,7 @@ const PURE: u8 = 0;
 /// Tests that need a kernel's memory interfaces and KVM.
 const KERNEL: u8 = 1;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 10] = [
+const LEVELS: [(&str, u8); 12] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-core", PURE),
@@ -32,6 +32,8 @@ const LEVELS: [(&str, u8); 10] = [
     ("plimsoll-sys", KERNEL),
     ("plimsoll-linux", KERNEL),
     ("plimsoll-vmm", KERNEL),
+    ("plimsoll-attach", KERNEL),
+    ("plimsoll-stock", KERNEL),
     ("plimsoll", KERNEL),
     ("plimsoll-bench", KERNEL),
 ];

@@ -1,10 +1,15 @@
 //! Linux back ends of plimsoll.
 //!
 //! * [`uffd`]: our own pager, for machines that hand their memory over. Its documentation is the protocol.
+//! * [`kernel`]: the kernel's own mechanisms from outside, for machines that do not. [`ksm`]: resident sharing.
+//! * [`prepare`]: what this kernel offers for it, and setting up swap with consent.
 //! * [`slabs`]: the memory that stores live in. [`dense`]: how they pack what is cold.
 //! * [`cgroup`], [`procsum`]: what the kernel counts. [`zram`]: a swap device made for one run.
 pub mod cgroup;
 pub mod dense;
+pub mod kernel;
+pub mod ksm;
+pub mod prepare;
 pub mod procsum;
 pub mod slabs;
 pub mod uffd;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use std::fs;
 
 /// Each room and the rooms it may know, lowest first. A new room, or a new arrow, is a decision about the architecture.
-const ARROWS: [(&str, &[&str]); 10] = [
+const ARROWS: [(&str, &[&str]); 12] = [
     ("plimsoll-types", &[]),
     ("plimsoll-guest", &["plimsoll-types"]),
     ("plimsoll-store", &["plimsoll-types"]),
@@ -22,6 +22,8 @@ const ARROWS: [(&str, &[&str]); 10] = [
         "plimsoll-vmm",
         &["plimsoll-types", "plimsoll-guest", "plimsoll-core", "plimsoll-sys", "plimsoll-linux"],
     ),
+    ("plimsoll-attach", &["plimsoll-types", "plimsoll-core", "plimsoll-sys", "plimsoll-linux"]),
+    ("plimsoll-stock", &["plimsoll-types", "plimsoll-guest", "plimsoll-sys"]),
     (
         "plimsoll",
         &[
@@ -32,6 +34,8 @@ const ARROWS: [(&str, &[&str]); 10] = [
             "plimsoll-sys",
             "plimsoll-linux",
             "plimsoll-vmm",
+            "plimsoll-attach",
+            "plimsoll-stock",
         ],
     ),
     (
@@ -44,6 +48,8 @@ const ARROWS: [(&str, &[&str]); 10] = [
             "plimsoll-sys",
             "plimsoll-linux",
             "plimsoll-vmm",
+            "plimsoll-attach",
+            "plimsoll-stock",
         ],
     ),
     ("xtask", &[]),

@@ -1,0 +1,1 @@
+//! Running virtual machines, found and understood from outside.

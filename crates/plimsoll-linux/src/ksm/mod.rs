@@ -1,0 +1,1 @@
+//! Resident sharing: KSM, told which blocks have twins.
