@@ -9,6 +9,7 @@
 //! * [`replacement`]: which pages to take next. [`sampler`]: how much a machine really uses.
 //! * [`prefetch`]: which pages to bring back from the store before they are touched.
 //! * [`machine`]: all of these as one state machine of events and effects. Start reading there.
+//! * [`outside`]: which pages to take from a machine whose pages can only be looked up, never followed.
 //! * [`ledger`]: host, group and machine; budgets, watermarks, the hard line.
 //!
 //! Words live in memory that outlives the manager; everything else is derived and is rebuilt by
@@ -26,6 +27,7 @@ pub mod layout;
 pub mod ledger;
 pub mod machine;
 pub mod map;
+pub mod outside;
 pub mod prefetch;
 pub mod replacement;
 pub mod sampler;

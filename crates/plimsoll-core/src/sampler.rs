@@ -49,7 +49,7 @@ impl Sampler {
             self.open = (self.open.0 + 1, self.open.1 + u32::from(is_used(*page)));
         }
         let (total, used) = self.open;
-        if total >= SAMPLES_MIN.min(self.pages) {
+        if total >= SAMPLES_MIN.min(self.pages).max(1) {
             self.record(u32::try_from(u64::from(used) * u64::from(ONE) / u64::from(total)).unwrap_or(ONE));
             self.open = (0, 0);
         }
@@ -63,6 +63,17 @@ impl Sampler {
         self.drawn.sort_unstable();
         self.drawn.dedup();
         &self.drawn
+    }
+
+    /// The pages drawn for the period that runs, ascending.
+    pub fn drawn(&self) -> &[PageIndex] {
+        &self.drawn
+    }
+
+    /// The same machine after its size has changed: the averages stay, the open draw is dropped.
+    pub fn resize(&mut self, pages: u32) {
+        self.pages = pages;
+        self.drawn.clear();
     }
 
     /// The drawn page tells nothing.
