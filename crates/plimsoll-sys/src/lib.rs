@@ -35,6 +35,7 @@ pub mod process;
 pub mod process_id;
 pub mod process_memory;
 pub mod procfs;
+pub mod psi;
 pub mod range;
 pub mod swap;
 pub mod uffd;

@@ -8,7 +8,7 @@
 
 use crate::{HvaRange, ProcessId};
 use bitflags::bitflags;
-use plimsoll_types::{ByteCount, Hva, PAGE_SIZE};
+use plimsoll_types::{ByteCount, Hva, PAGE_SIZE, Pfn};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
 use std::ffi::c_void;
@@ -19,6 +19,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Entries read per system call: 32 KiB of entries, 16 MiB of address space.
 const ENTRIES_PER_READ: usize = 4096;
+/// Where a present page's entry holds its frame number.
+const FRAME_BITS: u64 = (1 << 55) - 1;
 /// Runs fetched per PAGEMAP_SCAN: 12 KiB on the heap.
 const RUNS_PER_SCAN: usize = 512;
 
@@ -175,10 +177,34 @@ impl Pagemap {
         Ok(Self { file, process })
     }
 
+    /// Whether the address space it was opened on still exists: not once the process has ended or executed another program,
+    /// although its id may go on. Scans of an address space that is gone find nothing, without an error.
+    pub fn is_alive(&self) -> Result<bool, PagemapError> {
+        match self.file.read_at(&mut [0; size_of::<u64>()], 0) {
+            Ok(bytes) => Ok(bytes > 0),
+            Err(source) => Err(Self::error(self.process, source)),
+        }
+    }
+
     /// One entry per page of the range, in order, replacing what was in `entries`.
     pub fn read(&self, range: HvaRange, entries: &mut Vec<Entry>) -> Result<(), PagemapError> {
-        check_aligned(range)?;
         entries.clear();
+        self.read_raw(range, |bits| entries.push(Entry::from_bits_truncate(bits)))
+    }
+
+    /// The frame of each page of the range, in order, `None` for one that is not in RAM. Without CAP_SYS_ADMIN the kernel
+    /// names frame 0 for all that are.
+    pub fn frames(&self, range: HvaRange) -> Result<Vec<Option<Pfn>>, PagemapError> {
+        let mut frames = Vec::new();
+        self.read_raw(range, |bits| {
+            let is_present = Entry::from_bits_truncate(bits).contains(Entry::PRESENT);
+            frames.push(is_present.then_some(Pfn(bits & FRAME_BITS)));
+        })?;
+        Ok(frames)
+    }
+
+    fn read_raw(&self, range: HvaRange, mut report: impl FnMut(u64)) -> Result<(), PagemapError> {
+        check_aligned(range)?;
         let page = PAGE_SIZE as u64;
         let mut raw = vec![0u64; ENTRIES_PER_READ];
         let mut next = range.start().0 / page;
@@ -196,7 +222,7 @@ impl Pagemap {
             if got == 0 {
                 return Err(PagemapError::NoProcess(self.process));
             }
-            entries.extend(batch.iter().take(got).map(|bits| Entry::from_bits_truncate(*bits)));
+            batch.iter().take(got).for_each(|bits| report(*bits));
             next += got as u64;
         }
         Ok(())

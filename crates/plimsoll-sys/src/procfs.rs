@@ -119,6 +119,12 @@ pub fn status(process: ProcessId) -> Result<Status, ProcfsError> {
     parse_status(&read(process, "status")?)
 }
 
+/// Reads the faults of a process that had to wait for a device, swap in memory included, from /proc/PID/stat. All threads
+/// count, also those that have ended; what kernel threads fault in on its behalf does not.
+pub fn major_faults(process: ProcessId) -> Result<u64, ProcfsError> {
+    parse_major_faults(&read(process, "stat")?)
+}
+
 /// Reads the start time from /proc/PID/stat.
 pub fn start_time(process: ProcessId) -> Result<StartTime, ProcfsError> {
     parse_start_time(&read(process, "stat")?)
@@ -175,14 +181,22 @@ pub fn parse_status(text: &str) -> Result<Status, ProcfsError> {
     })
 }
 
-/// Parses the text of a stat file. The name in its second column may hold spaces and parentheses, so columns are
-/// counted from the last closing one.
+/// Parses the start time in the text of a stat file.
 pub fn parse_start_time(text: &str) -> Result<StartTime, ProcfsError> {
-    let (file, field) = ("stat", "starttime");
-    let missing = ProcfsError::Missing { file, field };
-    // The start time is column 22; the state, column 3, is the first after the name.
-    let word = text.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(19));
-    number(file, field, word.ok_or(missing)?).map(StartTime)
+    stat_column(text, 22, "starttime").map(StartTime)
+}
+
+/// Parses the major faults in the text of a stat file.
+pub fn parse_major_faults(text: &str) -> Result<u64, ProcfsError> {
+    stat_column(text, 12, "majflt")
+}
+
+/// A column of a stat file, counted from 1 as proc(5) does. The name in the second may hold spaces and parentheses, so
+/// columns are counted from the last closing one, after which comes the third.
+fn stat_column(text: &str, column: usize, field: &'static str) -> Result<u64, ProcfsError> {
+    let file = "stat";
+    let word = text.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(column - 3));
+    number(file, field, word.ok_or(ProcfsError::Missing { file, field })?)
 }
 
 /// The user and group ids alone, which threads that are exiting have too.
@@ -263,6 +277,7 @@ mod tests {
         let columns: Vec<String> = (4..=30).map(|column| column.to_string()).collect();
         let text = format!("17 (evil) 5 (name)) S {}", columns.join(" "));
         assert_eq!(parse_start_time(&text).unwrap(), StartTime(22));
+        assert_eq!(parse_major_faults(&text).unwrap(), 12);
         assert!(parse_start_time("17 (short) S 1").is_err());
         assert!(parse_start_time("").is_err());
     }
