@@ -21,6 +21,8 @@
 //! Known holes: [`sweep_stale`] looks only where [`MemoryCgroup::create`] would create now. It judges owners by this
 //! process's process-id namespace.
 
+pub mod foreign;
+
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::procfs::{self, ProcfsError};
 use plimsoll_types::ByteCount;
@@ -181,8 +183,8 @@ impl Version {
     }
 }
 
-/// The memory cgroup this process is in.
-#[derive(Debug, PartialEq, Eq)]
+/// The memory cgroup a process is in.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Home {
     version: Version,
     mount: PathBuf,

@@ -169,10 +169,10 @@ fn the_own_cgroup_is_found_through_mount_roots_and_escapes() {
 }
 
 /// A directory tree that looks like cgroup v2 as far as choosing a place and reading counters go.
-struct FakeV2(PathBuf);
+pub(crate) struct FakeV2(PathBuf);
 
 impl FakeV2 {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let root = std::env::temp_dir().join(format!("plimsoll-{name}-{}", std::process::id()));
         let tree = Self(root);
         fs::create_dir_all(tree.0.join("a.slice/b.scope")).unwrap();
@@ -183,11 +183,11 @@ impl FakeV2 {
         tree
     }
 
-    fn put(&self, name: &str, text: &str) {
+    pub(crate) fn put(&self, name: &str, text: &str) {
         fs::write(self.0.join(name.trim_start_matches('/')), text).unwrap();
     }
 
-    fn home(&self) -> Home {
+    pub(super) fn home(&self) -> Home {
         let mounts = format!("41 31 0:38 / {} rw - cgroup2 cgroup2 rw", self.0.display());
         Home::parse("0::/a.slice/b.scope\n", &mounts).unwrap()
     }
