@@ -2,6 +2,7 @@
 //!
 //! * [`uffd`]: our own pager, for machines that hand their memory over. Its documentation is the protocol.
 //! * [`kernel`]: the kernel's own mechanisms from outside, for machines that do not. [`ksm`]: resident sharing.
+//! * [`reclaimer`]: what every back end that takes memory can do.
 //! * [`prepare`]: what this kernel offers for it, and setting up swap with consent.
 //! * [`slabs`]: the memory that stores live in. [`dense`]: how they pack what is cold.
 //! * [`cgroup`], [`procsum`]: what the kernel counts. [`zram`]: a swap device made for one run.
@@ -11,6 +12,7 @@ pub mod kernel;
 pub mod ksm;
 pub mod prepare;
 pub mod procsum;
+pub mod reclaimer;
 pub mod slabs;
 pub mod uffd;
 pub mod zram;

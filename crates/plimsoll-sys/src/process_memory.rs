@@ -141,6 +141,25 @@ impl Advice {
     }
 }
 
+/// Whether advice to that process is permitted: the kernel checks that before it looks at what is advised.
+///
+/// # Errors
+/// [`Refusal::NotPermitted`] or [`Refusal::NoProcess`], for example.
+pub fn may_advise(process: &Pidfd) -> Result<(), Refusal> {
+    // SAFETY: no vectors, so nothing is read at the pointer, and nothing is advised.
+    let status = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            process.as_fd().as_raw_fd(),
+            std::ptr::null::<libc::iovec>(),
+            0usize,
+            Advice::Cold.number(),
+            0,
+        )
+    };
+    if status < 0 { Err(Refusal::last()) } else { Ok(()) }
+}
+
 /// Advises about ranges of whole pages of another process. Needs the right to ptrace it, and CAP_SYS_NICE.
 ///
 /// Advice counts as done where the kernel accepted it; whether pages left is seen in the page map.

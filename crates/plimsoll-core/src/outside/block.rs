@@ -123,6 +123,11 @@ impl Block {
         self.taken
     }
 
+    /// How many pages have a level above 0.
+    pub(super) fn proven(&self) -> u32 {
+        (self.low | self.high).len()
+    }
+
     /// The block of a machine whose samples are drawn anew.
     pub(super) fn without_trial(mut self) -> Self {
         self.trial = PageSet::EMPTY;

@@ -141,10 +141,6 @@ impl Outside {
         machine
     }
 
-    fn block_count(&self) -> u32 {
-        u32::try_from(self.blocks.len()).unwrap_or(u32::MAX)
-    }
-
     fn draw_panel(&mut self) {
         let size = self.block_count().min(PANEL);
         self.panel = (0..size).map(|stretch| self.draw_block(stretch, size)).collect();
@@ -322,6 +318,21 @@ impl Outside {
         self.blocks.get(block.get()).map_or(0, |known| known.heat(self.period))
     }
 
+    /// Pages of the block that have come back after they were taken, at least once more than they stayed away.
+    pub fn proven(&self, block: BlockIndex) -> u32 {
+        self.blocks.get(block.get()).map_or(0, Block::proven)
+    }
+
+    /// True when samples are drawn from all blocks, and not from a panel of some.
+    pub fn is_sampled_whole(&self) -> bool {
+        self.block_count() <= PANEL
+    }
+
+    /// Blocks it was made for.
+    pub fn block_count(&self) -> u32 {
+        u32::try_from(self.blocks.len()).unwrap_or(u32::MAX)
+    }
+
     /// Pages taken by choice that were seen back, ever. Samples are not among them.
     pub const fn refaults(&self) -> u64 {
         self.refaults
@@ -360,6 +371,7 @@ mod tests {
     fn cold_blocks_go_whole_and_before_a_mixed_one_is_split() {
         let mut machine = Outside::new(3, 1);
         return_pages(&mut machine, 0, 3..4);
+        assert_eq!((machine.proven(BlockIndex(0)), machine.proven(BlockIndex(1))), (1, 0));
         let whole = |block: u32| Run { first: BlockIndex(block).first_page(), pages: 512 };
         assert_eq!(chosen(&mut machine, 1024).0, [whole(1), whole(2)]);
         let (runs, choice) = chosen(&mut machine, 1536);

@@ -1,0 +1,308 @@
+//! One machine managed from outside.
+use super::KernelError;
+use super::layout::Layout;
+use super::signs::{PressureScope, Watch};
+use super::view::View;
+use crate::cgroup::foreign::ProcessCgroup;
+use crate::reclaimer::{Collapsed, Reclaimed, Reclaimer, Short, Usage};
+use plimsoll_core::outside::{Outside, Pace, Samples, Verdict};
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::pagemap::Pagemap;
+use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::process_memory::may_advise;
+use plimsoll_types::{BlockIndex, PageCount};
+use std::time::{Duration, Instant};
+
+/// How often a machine is looked at that does something.
+pub const PERIOD: Duration = Duration::from_secs(2);
+/// How often at least: each look that shows an idle machine doubles the time to the next.
+pub const PERIOD_MAX: Duration = Duration::from_secs(32);
+
+/// Pages drawn for a period. Their cost, 21 us each where all are used, is half a percent of a processor; the error of what
+/// one period says of a working set of a quarter of the machine is 8 %.
+const SAMPLES: u32 = 512;
+/// A machine is idle when no more than one sample in so many was used.
+const IDLE_SHARE: u32 = 64;
+/// Refaults a period of an idle machine: timers and clocks of its guest.
+const IDLE_REFAULTS: u64 = 64;
+/// Blocks whose whereabouts are read in one call of the kernel.
+pub(super) const AHEAD: u32 = 32;
+/// Blocks looked at in a period, after faults, for pages that came back.
+const RETURN_LOOKS: u32 = 512;
+/// Periods after which the machine's cgroup is looked up anew.
+const CGROUP_PERIODS: u64 = 16;
+
+/// What a period showed and did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tick {
+    /// Samples of the period that could be judged.
+    pub judged: u32,
+    /// Those of them that were used.
+    pub used: u32,
+    /// Pages that came back from swap in it, samples not counted.
+    pub refaults: PageCount,
+    /// What the refaults and the kernel's pressure counters say of the pace.
+    pub verdict: Verdict,
+    /// Pages taken as samples for the next period.
+    pub sampled: PageCount,
+    /// Why no samples were taken although some were in RAM. The estimate then stays what it was.
+    pub short: Option<Short>,
+}
+
+/// What was done since the machine was attached to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Periods.
+    pub periods: u64,
+    /// Pages that left because memory was wanted.
+    pub taken: PageCount,
+    /// Pages that left as samples.
+    pub sampled: PageCount,
+    /// Pages that came back, samples not counted.
+    pub refaults: PageCount,
+}
+
+/// One machine. One thread drives it; different machines may have different threads.
+///
+/// ```no_run
+/// use plimsoll_linux::kernel::KernelMachine;
+/// use plimsoll_linux::reclaimer::Reclaimer;
+/// use plimsoll_sys::{HvaRange, ProcessId, pidfd::Pidfd};
+/// use plimsoll_types::{ByteCount, Hva};
+/// use std::time::Instant;
+///
+/// let qemu = Pidfd::open(ProcessId::new(4242).expect("a process id"))?;
+/// let ram = HvaRange::new(Hva(0x7f00_0000_0000), ByteCount::mib(4096)).expect("a range");
+/// let mut machine = KernelMachine::attach(qemu, vec![ram], 1, Instant::now())?;
+/// loop {
+///     std::thread::sleep(machine.due().saturating_duration_since(Instant::now()));
+///     let tick = machine.tick(Instant::now())?;
+///     let got = machine.reclaim(ByteCount::mib(64).pages_floor(), Instant::now())?;
+///     println!("uses {:?}; took {}; {tick:?}", machine.working_set(), got.taken);
+///     if let Some(short) = got.short {
+///         println!("no more, because {short}");
+///     }
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct KernelMachine {
+    pub(super) process: Pidfd,
+    pub(super) view: View,
+    pub(super) known: Outside,
+    pub(super) pace: Pace,
+    watch: Watch,
+    pub(super) cgroup: Option<ProcessCgroup>,
+    /// What the pace counts time from.
+    pub(super) started: Instant,
+    period: Duration,
+    ticked: Instant,
+    due: Instant,
+    /// Whether memory was wanted since the last tick.
+    is_pressed: bool,
+    /// The next block to look at for pages that came back, and for collapsing.
+    returning: u32,
+    pub(super) collapsing: u32,
+    pub(super) totals: Totals,
+}
+
+impl KernelMachine {
+    /// Attaches to a process whose guest has its memory in `ranges`. Nothing is taken. The seed makes samples repeatable.
+    ///
+    /// # Errors
+    /// [`KernelError::Permission`], [`KernelError::ProcessGone`], or [`KernelError::BadRange`].
+    pub fn attach(
+        process: Pidfd,
+        ranges: Vec<HvaRange>,
+        seed: u64,
+        now: Instant,
+    ) -> Result<Self, KernelError> {
+        let id = process.process();
+        let layout = Layout::new(ranges)?;
+        let pagemap = Pagemap::open(id)?;
+        may_advise(&process).map_err(|refusal| KernelError::refused(id, refusal))?;
+        let cgroup = ProcessCgroup::of(id).ok();
+        let machine = Self {
+            known: Outside::new(layout.blocks(), seed),
+            view: View::new(pagemap, layout),
+            pace: Pace::new(Duration::ZERO),
+            watch: Watch::new(id, cgroup.as_ref())?,
+            process,
+            cgroup,
+            started: now,
+            period: PERIOD,
+            ticked: now,
+            due: now,
+            is_pressed: false,
+            returning: 0,
+            collapsing: 0,
+            totals: Totals::default(),
+        };
+        // The page map was opened by number: as long as the process of the descriptor lives, the number is its own.
+        machine.check_alive()?;
+        Ok(machine)
+    }
+
+    /// True once the process has ended or executed another program. Ticks and requests then fail with
+    /// [`KernelError::ProcessGone`].
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub fn is_gone(&self) -> Result<bool, KernelError> {
+        Ok(!self.process.is_alive().map_err(KernelError::Pidfd)? || !self.view.is_alive()?)
+    }
+
+    pub(super) fn check_alive(&self) -> Result<(), KernelError> {
+        if self.is_gone()? { Err(KernelError::ProcessGone(self.process.process())) } else { Ok(()) }
+    }
+
+    /// When [`tick`](Self::tick) wants to be called next.
+    pub const fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// What was done so far.
+    pub const fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Whose waiting for memory slows taking down.
+    pub const fn pressure_scope(&self) -> PressureScope {
+        self.watch.scope()
+    }
+
+    /// Pages a second that may be taken at the moment.
+    pub const fn rate(&self) -> PageCount {
+        self.pace.rate()
+    }
+
+    /// The memory cgroup the process was in when last looked up, if one was found.
+    pub const fn cgroup(&self) -> Option<&ProcessCgroup> {
+        self.cgroup.as_ref()
+    }
+
+    /// Where the guest's memory is, ascending.
+    pub fn ranges(&self) -> impl Iterator<Item = HvaRange> {
+        self.view.layout().ranges()
+    }
+
+    /// Bytes of bookkeeping.
+    pub fn table_bytes(&self) -> usize {
+        self.known.table_bytes()
+    }
+
+    /// The guest's memory has grown or shrunk. What is known of memory that stays is kept.
+    ///
+    /// # Errors
+    /// [`KernelError::BadRange`]; the machine is then as before.
+    pub fn set_ranges(&mut self, ranges: Vec<HvaRange>) -> Result<(), KernelError> {
+        let new = Layout::new(ranges)?;
+        let old = self.view.layout();
+        self.known = self.known.rearranged(new.blocks(), |block| old.block_at_base(new.base_of(block)?));
+        self.view.set_layout(new);
+        Ok(())
+    }
+
+    /// Ends a period and begins the next: judges the samples and takes new ones, adapts the pace. To be called when it is
+    /// [due](Self::due).
+    ///
+    /// # Errors
+    /// [`KernelError::ProcessGone`], for example.
+    pub fn tick(&mut self, now: Instant) -> Result<Tick, KernelError> {
+        self.check_alive()?;
+        self.totals.periods += 1;
+        if self.totals.periods.is_multiple_of(CGROUP_PERIODS) {
+            self.cgroup = ProcessCgroup::of(self.process.process()).ok();
+        }
+        self.view.forget();
+        let (view, ahead) = (&mut self.view, sampling_ahead(&self.known));
+        let samples = self.known.end_period(SAMPLES, |page| {
+            Ok::<_, KernelError>(view.look(page.block(), ahead)?.present.contains(page))
+        })?;
+        let length = now.saturating_duration_since(std::mem::replace(&mut self.ticked, now));
+        let signs = self.watch.read(length, samples.used)?;
+        let verdict = self.pace.judge(signs);
+        if signs.refaults.0 > 0 {
+            self.look_for_returned()?;
+        }
+        let (sampled, short) = self.take_samples(&samples.drawn, ahead)?;
+        self.totals.sampled += sampled;
+        self.totals.refaults += signs.refaults;
+        let Samples { judged, used, .. } = samples;
+        let is_idle = used * IDLE_SHARE <= judged && signs.refaults.0 <= IDLE_REFAULTS;
+        self.set_rhythm(is_idle, now);
+        Ok(Tick { judged, used, refaults: signs.refaults, verdict, sampled, short })
+    }
+
+    /// The first period shows nothing, for nothing was taken before it.
+    fn set_rhythm(&mut self, is_idle: bool, now: Instant) {
+        let is_pressed = std::mem::take(&mut self.is_pressed);
+        let may_rest = is_idle && !is_pressed && self.totals.periods > 1;
+        self.period = if may_rest { (self.period * 2).min(PERIOD_MAX) } else { PERIOD };
+        self.due = now + self.period;
+    }
+
+    /// Memory is wanted: the machine is looked at again as often as one that does something.
+    pub(super) fn quicken(&mut self, now: Instant) {
+        self.is_pressed = true;
+        self.period = PERIOD;
+        self.due = self.due.min(now + PERIOD);
+    }
+
+    /// Looks at blocks pages were taken from, in turn, so that pages that came back are known before their block is chosen.
+    fn look_for_returned(&mut self) -> Result<(), KernelError> {
+        let blocks = self.known.block_count();
+        let mut looks = 0;
+        for _ in 0..blocks {
+            if looks == RETURN_LOOKS {
+                break;
+            }
+            let block = BlockIndex(self.returning % blocks);
+            self.returning = (block.0 + 1) % blocks;
+            if !self.known.away(block).is_empty() {
+                looks += 1;
+                let presence = self.view.look(block, AHEAD)?;
+                self.known.see(block, &presence);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Samples of a small machine lie in neighbouring blocks, those of a large one far apart.
+fn sampling_ahead(known: &Outside) -> u32 {
+    if known.is_sampled_whole() { AHEAD } else { 1 }
+}
+
+impl Reclaimer for KernelMachine {
+    type Error = KernelError;
+
+    /// Reads the whole page map of the guest: about 2 ms for a GiB.
+    fn usage(&mut self) -> Result<Usage, KernelError> {
+        self.check_alive()?;
+        self.view.forget();
+        let mut usage = Usage::default();
+        for block in (0..self.known.block_count()).map(BlockIndex) {
+            let presence = self.view.look(block, AHEAD)?;
+            self.known.see(block, &presence);
+            let elsewhere = presence.swapped | (self.known.away(block) - presence.present);
+            usage.resident += PageCount(u64::from(presence.present.len()));
+            usage.elsewhere += PageCount(u64::from(elsewhere.len()));
+        }
+        Ok(usage)
+    }
+
+    /// Takes at most what the [pace](Self::rate) allows, so a large request takes several calls, some time apart.
+    fn reclaim(&mut self, want: PageCount, now: Instant) -> Result<Reclaimed, KernelError> {
+        self.take(want, now)
+    }
+
+    /// Pages used in a period, which is [`PERIOD`] while the machine does something.
+    fn working_set(&self) -> Option<PageCount> {
+        self.known.estimate()
+    }
+
+    fn collapse_hot(&mut self, blocks_max: u32) -> Result<Collapsed, KernelError> {
+        self.collapse(blocks_max)
+    }
+}
