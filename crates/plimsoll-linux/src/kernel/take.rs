@@ -43,11 +43,11 @@ impl KernelMachine {
         }
         let pages = u32::try_from(want.min(allowed).0).unwrap_or(u32::MAX);
         self.view.forget();
-        let (mut runs, mut is_any_present) = (Vec::new(), false);
+        let (mut runs, mut present) = (Vec::new(), 0_u64);
         let view = &mut self.view;
         let look = |block| {
             let presence = view.look(block, AHEAD)?;
-            is_any_present |= !presence.present.is_empty();
+            present += u64::from(presence.present.len());
             Ok::<_, KernelError>(presence)
         };
         let choice = self.known.choose(Want { pages, looks: LOOKS }, look, &mut runs)?;
@@ -60,7 +60,7 @@ impl KernelMachine {
             None if held.0 > 0 && choice.pages >= pages => Short::Held { pages: held },
             None if choice.pages >= pages => Short::Paced { rate: self.pace.rate() },
             None if choice.looks >= LOOKS => Short::Unseen,
-            None if choice.resting > 0 || is_any_present => Short::InUse,
+            None if choice.resting > 0 || present > u64::from(choice.pages) => Short::InUse,
             None => Short::NothingLeft,
         });
         Ok(Reclaimed { taken, short })

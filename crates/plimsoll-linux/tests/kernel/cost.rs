@@ -1,0 +1,106 @@
+//! What being managed costs the guest, and managing costs the host.
+use crate::guest::Started;
+use crate::steady::attach;
+use crate::{Outcome, outcome, swap};
+use plimsoll_linux::kernel::{KernelMachine, PERIOD};
+use plimsoll_linux::reclaimer::Reclaimer;
+use plimsoll_sys::HvaRange;
+use plimsoll_types::{ByteCount, Hva, PageCount};
+use rustix::time::{ClockId, clock_gettime};
+use std::time::{Duration, Instant};
+
+/// How long each of the alternating parts lasts: a period with samples, and one without.
+const PART: Duration = PERIOD;
+const PARTS: usize = 6;
+
+/// Operations a second while `PART` passes.
+fn pace(guest: &mut Started) -> f64 {
+    let (start, before) = (Instant::now(), guest.number("operations"));
+    std::thread::sleep(PART);
+    (guest.number("operations") - before) as f64 / start.elapsed().as_secs_f64()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+pub(crate) fn throughput() -> Outcome {
+    outcome(|| {
+        let swap = swap(ByteCount::mib(256))?;
+        let mut guest = Started::new("private", 64);
+        let mut machine = attach(&mut guest);
+        guest.ask("flat 8192 scattered");
+        let (mut with, mut without) = (Vec::new(), Vec::new());
+        for _ in 0..PARTS {
+            let tick = machine.tick(Instant::now()).unwrap();
+            assert!(tick.short.is_none(), "{tick:?}");
+            with.push(pace(&mut guest));
+            without.push(pace(&mut guest));
+        }
+        let ratios: Vec<f64> = with.iter().zip(&without).map(|(with, without)| with / without).collect();
+        println!("operations a second: {:.0} sampled, {:.0} not", median(with), median(without.clone()));
+        let spread: Vec<f64> = without.windows(2).map(|pair| pair[1] / pair[0]).collect();
+        let ratio = median(ratios.clone());
+        println!("ratio {ratio:.3} (each: {ratios:.3?}); of the unsampled to each other {spread:.3?}");
+        assert!(ratio > 0.85, "sampling costs the guest {:.1} %", (1.0 - ratio) * 100.0);
+        assert_eq!(guest.number("verify"), 0);
+        drop(guest);
+        swap.remove().unwrap();
+        Ok(())
+    })
+}
+
+fn cpu() -> Duration {
+    let spent = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(u64::try_from(spent.tv_sec).unwrap(), u32::try_from(spent.tv_nsec).unwrap())
+}
+
+/// Machines of 64 MiB. They are parts of one process's memory: what a look costs does not depend on whose it is.
+pub(crate) fn idle_fleet() -> Outcome {
+    const MACHINES: u64 = 200;
+    const SIZE: ByteCount = ByteCount::mib(64);
+    outcome(|| {
+        let swap = swap(ByteCount::mib(4096))?;
+        // As many as fit into a guest of 2 GiB, each attached to several times.
+        let mut guest = Started::new("private", 2048);
+        let parts = guest.ram.len().0 / SIZE.0;
+        let start = Instant::now();
+        let part =
+            |number: u64| HvaRange::new(Hva(guest.ram.start().0 + number % parts * SIZE.0), SIZE).unwrap();
+        let ranges: Vec<HvaRange> = (0..MACHINES).map(part).collect();
+        let attach =
+            |(range, seed)| KernelMachine::attach(guest.process(), vec![range], seed, start).unwrap();
+        let mut machines: Vec<KernelMachine> = ranges.into_iter().zip(0..).map(attach).collect();
+        // A third of a machine stays in RAM, with nobody to use it.
+        for machine in machines.iter_mut().take(usize::try_from(parts).unwrap()) {
+            machine.reclaim(PageCount(SIZE.pages_floor().0 * 2 / 3), start).unwrap();
+        }
+        println!("{:?} after {:?}", machines[0].usage().unwrap(), start.elapsed());
+        let mut run = |name: &str, from: Duration, length: Duration, is_eager: bool| {
+            let (mut at, end, before, mut ticks) = (start + from, start + from + length, cpu(), 0_u32);
+            while at < end {
+                for machine in machines.iter_mut().filter(|machine| is_eager || machine.due() <= at) {
+                    machine.tick(at).unwrap();
+                    ticks += 1;
+                }
+                at += PERIOD;
+            }
+            let spent = (cpu() - before).as_secs_f64();
+            let share = spent * 100.0 / length.as_secs_f64();
+            println!(
+                "{name}: {ticks} ticks, {:.0} us each, {share:.2} % of a processor",
+                spent * 1e6 / f64::from(ticks)
+            );
+            share
+        };
+        let minute = Duration::from_secs(60);
+        run("every 2 s, with pages in RAM to sample", Duration::ZERO, minute, true);
+        let settling = run("with the machines' own rhythm, from the start", minute, minute, false);
+        let settled = run("with the machines' own rhythm, settled", minute * 2, minute * 2, false);
+        assert!(settled < 2.0, "{settled:.2} % of a processor, {settling:.2} % before");
+        drop(guest);
+        swap.remove().unwrap();
+        Ok(())
+    })
+}
