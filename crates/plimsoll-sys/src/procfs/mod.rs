@@ -1,9 +1,15 @@
 //! Numbers about a process from /proc: text enters, counts of bytes leave. Unknown lines are ignored (kernels add
 //! them), a missing or unreadable one that was asked for is an error that names it, never a zero.
+//!
+//! [`maps`] has what a process has mapped, [`program`] what it runs.
+
+pub mod maps;
+pub mod program;
 
 use crate::ProcessId;
 use plimsoll_types::{ByteCount, PageCount};
 use std::io;
+use std::path::PathBuf;
 
 /// A file of /proc could not be read or lacks something.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +98,10 @@ pub struct Status {
     pub rss: ByteCount,
     /// Memory in swap (VmSwap).
     pub swap: ByteCount,
+    /// Memory that may not be reclaimed because the process asked so, or that is charged as such (VmLck).
+    pub locked: ByteCount,
+    /// Memory that the kernel holds for devices (VmPin).
+    pub pinned: ByteCount,
     /// User ids: real, effective, saved, file system.
     pub uids: [u32; 4],
     /// Group ids: real, effective, saved, file system.
@@ -132,14 +142,20 @@ pub fn start_time(process: ProcessId) -> Result<StartTime, ProcfsError> {
 
 fn read(process: ProcessId, file: &'static str) -> Result<String, ProcfsError> {
     // A process may put any bytes into its name, which stands in stat and status.
-    let bytes = std::fs::read(format!("/proc/{}/{file}", process.get())).map_err(|source| {
-        match (source.kind(), source.raw_os_error()) {
-            (io::ErrorKind::NotFound, _) | (_, Some(libc::ESRCH)) => ProcfsError::NoProcess(process),
-            (io::ErrorKind::PermissionDenied, _) => ProcfsError::NotPermitted { process, file },
-            _ => ProcfsError::Other { process, file, source },
-        }
-    })?;
+    let bytes = std::fs::read(path(process, file)).map_err(|source| failed(process, file, source))?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn path(process: ProcessId, file: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/{file}", process.get()))
+}
+
+fn failed(process: ProcessId, file: &'static str, source: io::Error) -> ProcfsError {
+    match (source.kind(), source.raw_os_error()) {
+        (io::ErrorKind::NotFound, _) | (_, Some(libc::ESRCH)) => ProcfsError::NoProcess(process),
+        (io::ErrorKind::PermissionDenied, _) => ProcfsError::NotPermitted { process, file },
+        _ => ProcfsError::Other { process, file, source },
+    }
 }
 
 /// Parses the text of a smaps_rollup file.
@@ -175,6 +191,8 @@ pub fn parse_status(text: &str) -> Result<Status, ProcfsError> {
         peak_rss: lines.kib("VmHWM")?,
         rss: lines.kib("VmRSS")?,
         swap: lines.kib("VmSwap")?,
+        locked: lines.kib("VmLck")?,
+        pinned: lines.kib("VmPin")?,
         uids: lines.ids("Uid")?,
         gids: lines.ids("Gid")?,
         threads: lines.parsed("Threads")?,
@@ -284,10 +302,11 @@ mod tests {
 
     #[test]
     fn status_gives_ids_and_memory() {
-        let text = "Name:\tx: y\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nVmHWM:\t 10 kB\nVmRSS:\t 9 kB\nVmSwap:\t0 kB\nThreads:\t3\n";
+        let text = "Name:\tx: y\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nVmHWM:\t 10 kB\nVmLck:\t 2 kB\nVmPin:\t 1 kB\nVmRSS:\t 9 kB\nVmSwap:\t0 kB\nThreads:\t3\n";
         let status = parse_status(text).unwrap();
         assert_eq!((status.uids, status.gids, status.threads), ([1, 2, 3, 4], [5, 6, 7, 8], 3));
         assert_eq!(status.peak_rss, ByteCount(10 << 10));
+        assert_eq!((status.locked, status.pinned), (ByteCount(2 << 10), ByteCount(1 << 10)));
         assert!(matches!(
             parse_status(&text.replace("\t4\n", "\n")),
             Err(ProcfsError::Malformed { field: "Uid", .. })
