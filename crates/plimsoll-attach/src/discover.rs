@@ -1,0 +1,142 @@
+//! All machines of a host: /proc enters, a list of sightings leaves. Only programs and arguments are read, nothing is
+//! asked and no page table walked, so that looking costs little and disturbs nobody.
+
+use crate::Refusal;
+use crate::argv::Options;
+use crate::dossier::Identity;
+use crate::held::Held;
+use crate::inspect::{fallback_name, recognise};
+use crate::vmm::{self, ControlSocket, Vmm};
+use plimsoll_sys::ProcessId;
+use plimsoll_sys::procfs::{ProcfsError, program};
+use serde::Serialize;
+use std::path::Path;
+
+/// A machine that was seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Sighting {
+    /// Which process.
+    #[serde(flatten)]
+    pub identity: Identity,
+    /// What kind.
+    pub vmm: Vmm,
+    /// Its name: as given, or made of kind and process id.
+    pub name: String,
+    /// Its UUID, if the command line says it.
+    pub uuid: Option<String>,
+    /// Where it listens.
+    pub sockets: Vec<ControlSocket>,
+}
+
+/// What a look around found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Discovery {
+    /// The machines, by process id.
+    pub machines: Vec<Sighting>,
+    /// Processes that call themselves a VMM and may not be looked at: it takes CAP_SYS_PTRACE, or their user.
+    pub unreadable: usize,
+}
+
+/// Looks at all processes.
+pub fn discover() -> Result<Discovery, Refusal> {
+    let mut found = Discovery::default();
+    for entry in std::fs::read_dir("/proc").map_err(Refusal::Listing)? {
+        let name = entry.map_err(Refusal::Listing)?.file_name();
+        let number = name.to_str().and_then(|name| name.parse().ok());
+        let Some(process) = number.and_then(ProcessId::new) else { continue };
+        match program::executable(process) {
+            Err(ProcfsError::NotPermitted { .. }) if claims_to_be_vmm(process) => found.unreadable += 1,
+            Ok(path) if vmm::recognise(&path, &program::arguments(process).unwrap_or_default()).is_some() => {
+                // It may end at any time, or turn out to be a part of another machine.
+                found.machines.extend(sight(process).ok());
+            }
+            _ => {}
+        }
+    }
+    found.machines.sort_by_key(|machine| machine.identity.process);
+    Ok(found)
+}
+
+/// The machine of that name, process id or UUID.
+pub fn find(wanted: &str) -> Result<Sighting, Refusal> {
+    if let Ok(number) = wanted.parse::<u32>() {
+        return sight(ProcessId::new(number).ok_or(Refusal::NoProcess(number))?);
+    }
+    choose(wanted, discover()?.machines)
+}
+
+fn choose(wanted: &str, machines: Vec<Sighting>) -> Result<Sighting, Refusal> {
+    let is_wanted = |machine: &Sighting| machine.name == wanted || machine.uuid.as_deref() == Some(wanted);
+    let (mut matching, others): (Vec<_>, Vec<_>) = machines.into_iter().partition(is_wanted);
+    match (matching.pop(), matching.is_empty()) {
+        (Some(only), true) => Ok(only),
+        (Some(last), false) => {
+            let shown = matching
+                .iter()
+                .chain([&last])
+                .map(|machine| format!("{} ({})", machine.identity.process, machine.vmm));
+            Err(Refusal::SharedName {
+                name: wanted.to_owned(),
+                candidates: shown.collect::<Vec<_>>().join(", "),
+            })
+        }
+        (None, _) => {
+            let names: Vec<&str> = others.iter().map(|machine| machine.name.as_str()).collect();
+            let known = if names.is_empty() { "no machines here".to_owned() } else { names.join(", ") };
+            Err(Refusal::NoSuchName { name: wanted.to_owned(), known })
+        }
+    }
+}
+
+/// Looks at one process's command line.
+fn sight(process: ProcessId) -> Result<Sighting, Refusal> {
+    let held = Held::open(process)?;
+    let program = held.program()?;
+    let kind = recognise(&held, &program)?;
+    let claim = (kind.claim)(&Options::new(&program.argv));
+    held.confirm()?;
+    Ok(Sighting {
+        identity: Identity { process, start: held.start() },
+        vmm: kind.vmm,
+        name: claim.name.unwrap_or_else(|| fallback_name(kind.vmm, process)),
+        uuid: claim.uuid,
+        sockets: claim.sockets,
+    })
+}
+
+/// What a process calls itself is all that others may read.
+fn claims_to_be_vmm(process: ProcessId) -> bool {
+    let argv = program::arguments(process).unwrap_or_default();
+    argv.first().is_some_and(|name| vmm::recognise(Path::new(name), &argv).is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plimsoll_sys::procfs::StartTime;
+
+    fn machine(number: u32, name: &str) -> Sighting {
+        Sighting {
+            identity: Identity { process: ProcessId::new(number).unwrap(), start: StartTime(1) },
+            vmm: Vmm::Qemu,
+            name: name.to_owned(),
+            uuid: Some(format!("uuid-{number}")),
+            sockets: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_name_that_several_machines_have_lists_them() {
+        let machines = || vec![machine(1, "web"), machine(2, "db"), machine(3, "web")];
+        assert_eq!(choose("db", machines()).unwrap().identity.process.get(), 2);
+        assert_eq!(choose("uuid-3", machines()).unwrap().identity.process.get(), 3);
+        let text = choose("web", machines()).unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "several machines are called \"web\": pid 1 (QEMU), pid 3 (QEMU); give the process id"
+        );
+        let text = choose("mail", machines()).unwrap_err().to_string();
+        assert_eq!(text, "no machine is called \"mail\"; there are web, db, web");
+        assert!(choose("mail", Vec::new()).unwrap_err().to_string().ends_with("there are no machines here"));
+    }
+}

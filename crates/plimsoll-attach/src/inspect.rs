@@ -1,0 +1,363 @@
+//! Looking at one process: a hold on it and what the operator knows enter, a [`Dossier`] or the reason why there is none
+//! leaves. The process is neither stopped nor entered, and nothing is sent to it but questions, to sockets it listens on.
+
+use crate::argv::Options;
+use crate::dossier::{Acceleration, Dossier, Identity};
+use crate::held::{Held, Program, Snapshot};
+use crate::qmp::{Limits, MemoryBackend, Qmp};
+use crate::ram::{FileKind, Finder, Located};
+use crate::rungs::Hazard;
+use crate::swap_limit::swap_forbidden_by;
+use crate::vmm::firecracker::{ConfigFile, MachineConfig};
+use crate::vmm::{self, Address, Backing, Block, Claim, Kind, Note, Origin, Protocol, Vmm};
+use crate::{Refusal, http};
+use plimsoll_sys::process::{CapabilitySet, effective_capabilities};
+use plimsoll_sys::procfs::maps::Mapping;
+use plimsoll_sys::procfs::program;
+use plimsoll_sys::{HvaRange, ProcessId};
+use plimsoll_types::ByteCount;
+use rustix::fs::{major, minor, stat, statfs};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// `f_type` of tmpfs (linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// How open files look that give a device access to guest RAM by physical address.
+const DIRECT_DEVICES: [&str; 6] = [
+    "/dev/vfio/",
+    "/dev/iommu",
+    "/dev/vhost-vdpa",
+    "anon_inode:[vfio",
+    "anon_inode:vfio",
+    "anon_inode:kvm-vfio",
+];
+
+/// What the operator knows about a machine, or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Request {
+    /// Where guest RAM is, instead of looking for it.
+    pub ranges: Vec<HvaRange>,
+    /// A QMP socket of QEMU's. Without it QMP is not used: a monitor has one client at a time, and it may be taken.
+    pub qmp: Option<PathBuf>,
+    /// The API socket of Firecracker or Cloud Hypervisor, instead of the one that its command line names.
+    pub api: Option<PathBuf>,
+}
+
+/// Looks at a process.
+pub fn inspect(held: &Held, request: &Request) -> Result<Dossier, Refusal> {
+    let process = held.process();
+    if process == ProcessId::own() {
+        return Err(Refusal::Ourselves(process));
+    }
+    // Before the page tables of something else are walked; and again, since the program may have changed meanwhile.
+    recognise(held, &held.program()?)?;
+    let snapshot = held.snapshot()?;
+    let kind = recognise(held, &snapshot.program)?;
+    let mut claim = (kind.claim)(&Options::new(&snapshot.program.argv));
+    let run_state = complete(&mut claim, kind, held, request)?;
+    if claim.blocks.is_empty() && kind.vmm != Vmm::Plimsoll && request.ranges.is_empty() {
+        return Err(Refusal::NoMachine(process));
+    }
+    let found = locate(&claim, kind, held, &snapshot, request)?;
+    let mut dossier = Dossier {
+        identity: Identity { process, start: held.start() },
+        vmm: kind.vmm,
+        name: claim.name.unwrap_or_else(|| fallback_name(kind.vmm, process)),
+        uuid: claim.uuid,
+        program: snapshot.program.path,
+        acceleration: acceleration(&snapshot.files),
+        run_state,
+        sockets: claim.sockets,
+        ram: found.ranges,
+        hazards: claim.hazards,
+        notes: claim.notes.into_iter().chain(found.notes).collect(),
+    };
+    dossier.hazards.extend(of_files(&snapshot.files));
+    dossier.hazards.extend(of_surroundings(process));
+    dossier.notes.extend(of_counters(&dossier, snapshot.locked, snapshot.pinned));
+    held.confirm()?;
+    Ok(dossier)
+}
+
+/// A name for a machine without one.
+pub(crate) fn fallback_name(vmm: Vmm, process: ProcessId) -> String {
+    format!("{}-{}", vmm.to_string().to_lowercase().replace(' ', "-"), process.get())
+}
+
+/// What kind of VMM runs there.
+pub(crate) fn recognise(held: &Held, program: &Program) -> Result<&'static Kind, Refusal> {
+    let process = held.process();
+    let Some(kind) = vmm::recognise(&program.path, &program.argv) else {
+        return Err(Refusal::NotVmm { process, program: program.path.clone() });
+    };
+    held.check_class(program)?;
+    match main_of(kind, program, process) {
+        Some(main) => Err(Refusal::DeviceProcess { process, main }),
+        None => Ok(kind),
+    }
+}
+
+/// The main process of a crosvm of which this is a device's: the highest ancestor that runs the same.
+fn main_of(kind: &Kind, program: &Program, process: ProcessId) -> Option<ProcessId> {
+    if kind.vmm != Vmm::Crosvm {
+        return None;
+    }
+    let parent = |process| program::stat(process).ok()?.parent;
+    let same = |process: &ProcessId| {
+        program::executable(*process).is_ok_and(|path| path == program.path)
+            && program::arguments(*process).is_ok_and(|argv| argv.iter().any(|verb| verb == "run"))
+    };
+    std::iter::successors(parent(process).filter(same), |&process| parent(process).filter(same)).last()
+}
+
+/// Completes a claim with what configuration files and control sockets say. Gives the machine's state if it was told.
+fn complete(
+    claim: &mut Claim,
+    kind: &Kind,
+    held: &Held,
+    request: &Request,
+) -> Result<Option<String>, Refusal> {
+    match (kind.vmm, &request.qmp) {
+        (Vmm::Qemu, Some(path)) => return ask_qemu(claim, held, path).map(Some),
+        (Vmm::Firecracker | Vmm::CloudHypervisor, _) => {}
+        _ => return Ok(None),
+    }
+    if request.api.is_none() && claim.blocks.iter().all(|block| block.size.is_some()) {
+        return Ok(None);
+    }
+    if let Some(size) = claim.config.as_ref().and_then(|path| configured_size(&held.reach(path))) {
+        claim.blocks.iter_mut().for_each(|block| block.size = Some(size));
+        return Ok(None);
+    }
+    let own = claim.sockets.iter().find_map(|socket| match (socket.protocol, &socket.address) {
+        (Protocol::Http, Address::Path(path)) => Some(held.reach(path)),
+        _ => None,
+    });
+    let Some(socket) = request.api.clone().or(own) else { return Ok(None) };
+    match ask_api(claim, kind.vmm, &socket) {
+        Ok(state) => Ok(state),
+        // Nobody asked for it, and there are other ways.
+        Err(error) if request.api.is_none() => {
+            claim.notes.push(Note::NoAnswer { why: plimsoll_linux::explain(&error) });
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn configured_size(path: &Path) -> Option<ByteCount> {
+    let text = std::fs::read(path).ok()?;
+    serde_json::from_slice::<ConfigFile>(&text).ok()?.machine.size()
+}
+
+/// The parts of Cloud Hypervisor's vm.info that matter here.
+#[derive(Deserialize)]
+struct VmInfo {
+    config: VmConfig,
+    state: String,
+}
+
+#[derive(Deserialize)]
+struct VmConfig {
+    memory: VmMemory,
+}
+
+#[derive(Deserialize)]
+struct VmMemory {
+    size: u64,
+    #[serde(default)]
+    shared: bool,
+    zones: Option<Vec<VmZone>>,
+}
+
+#[derive(Deserialize)]
+struct VmZone {
+    id: String,
+    size: u64,
+    #[serde(default)]
+    shared: bool,
+    file: Option<PathBuf>,
+    host_numa_node: Option<u32>,
+}
+
+/// Asks for the machine's memory over HTTP.
+fn ask_api(claim: &mut Claim, vmm: Vmm, socket: &Path) -> Result<Option<String>, Refusal> {
+    if vmm == Vmm::Firecracker {
+        let size = http::get::<MachineConfig>(socket, "/machine-config")?.size();
+        claim.blocks.iter_mut().for_each(|block| block.size = size);
+        return Ok(None);
+    }
+    let info: VmInfo = http::get(socket, "/api/v1/vm.info")?;
+    let memory = info.config.memory;
+    let whole = VmZone {
+        id: "mem0".to_owned(),
+        size: memory.size,
+        shared: memory.shared,
+        file: None,
+        host_numa_node: None,
+    };
+    let zones = memory.zones.into_iter().flatten().chain([whole]).filter(|zone| zone.size > 0);
+    claim.blocks = zones
+        .map(|zone| Block {
+            name: zone.id,
+            size: Some(ByteCount(zone.size)),
+            node: zone.host_numa_node,
+            backing: match zone.file {
+                Some(path) => Backing::File(path),
+                None if zone.shared => Backing::Memfd,
+                None => Backing::Unsaid,
+            },
+            origin: Origin::Base,
+        })
+        .collect();
+    Ok(Some(info.state))
+}
+
+/// Asks QEMU: first whether it is the right one, then for what was plugged in, then whether it migrates.
+fn ask_qemu(claim: &mut Claim, held: &Held, socket: &Path) -> Result<String, Refusal> {
+    let mut qmp = Qmp::connect(socket, Limits::default())?;
+    let wrong = |what, expected: String, found: String| Refusal::WrongSocket {
+        socket: socket.to_owned(),
+        process: held.process(),
+        what,
+        expected,
+        found,
+    };
+    let shown = |name: &Option<String>| name.as_ref().map_or("none".to_owned(), |name| format!("{name:?}"));
+    let name = qmp.name()?;
+    if name != claim.name {
+        return Err(wrong("name", shown(&claim.name), shown(&name)));
+    }
+    let base = claim.blocks.iter().filter(|block| block.origin == Origin::Base);
+    let expected: ByteCount = base.filter_map(|block| block.size).sum();
+    let size = qmp.memory_size()?;
+    if size.base != expected {
+        return Err(wrong("RAM without memory devices", expected.to_string(), size.base.to_string()));
+    }
+    claim.blocks.retain(|block| block.origin == Origin::Base);
+    let backends = qmp.memory_backends()?;
+    for device in qmp.memory_devices()? {
+        let named = |backend: &&MemoryBackend| backend.id.as_ref() == Some(&device.backend);
+        let backend = backends.iter().find(named);
+        claim.blocks.push(Block {
+            name: device.backend.clone(),
+            size: Some(backend.map_or(device.size, |backend| backend.size)),
+            node: backend.and_then(|backend| backend.node),
+            backing: match backend.and_then(|backend| backend.share) {
+                Some(true) => Backing::Memfd,
+                _ => Backing::Unsaid,
+            },
+            origin: Origin::Device,
+        });
+    }
+    claim.notes.retain(|note| *note != Note::HotPlug);
+    if let Some(migration) = qmp.migration()?.filter(|migration| migration.is_running()) {
+        claim.hazards.push(Hazard::Migrating { status: migration.status });
+    }
+    Ok(qmp.run_state()?.status)
+}
+
+fn locate(
+    claim: &Claim,
+    kind: &Kind,
+    held: &Held,
+    snapshot: &Snapshot,
+    request: &Request,
+) -> Result<Located, Refusal> {
+    let kind_of = |mapping: &Mapping| file_kind(held, mapping);
+    let finder = Finder::new(&snapshot.mappings, kind.layout, &kind_of);
+    if request.ranges.is_empty() {
+        return Ok(finder.locate(&claim.blocks)?);
+    }
+    Ok(Located { ranges: finder.verify(&request.ranges)?, notes: Vec::new() })
+}
+
+/// Whether a mapped file lies in memory. QEMU removes the files it makes below `mem-path`, so the file's directory
+/// stands for it when it is gone; a file that cannot be found at all is taken to lie on a disk.
+fn file_kind(held: &Held, mapping: &Mapping) -> FileKind {
+    const OF_THE_KERNEL: [&str; 3] = ["/memfd:", "/dev/zero", "/SYSV"];
+    if OF_THE_KERNEL.iter().any(|start| mapping.path.starts_with(start)) {
+        return FileKind::Memory;
+    }
+    let path = held.reach(Path::new(mapping.path.trim_end_matches(" (deleted)")));
+    let is_there = |path: &Path| {
+        let device = stat(path).ok().map(|found| found.st_dev);
+        device.is_some_and(|device| {
+            (major(device), minor(device)) == (mapping.device.major, mapping.device.minor)
+        })
+    };
+    let place = [Some(path.as_path()), path.parent()].into_iter().flatten().find(|place| is_there(place));
+    match place.and_then(|place| statfs(place).ok()) {
+        Some(system) if system.f_type == TMPFS_MAGIC => FileKind::Memory,
+        _ => FileKind::Disk,
+    }
+}
+
+fn acceleration(files: &[String]) -> Acceleration {
+    match files.iter().any(|file| file.contains("kvm-vm")) {
+        true => Acceleration::Kvm,
+        false => Acceleration::Emulated,
+    }
+}
+
+/// What open files turn off.
+pub(crate) fn of_files(files: &[String]) -> Vec<Hazard> {
+    let is_direct = |file: &&String| DIRECT_DEVICES.iter().any(|start| file.starts_with(start));
+    let device = files.iter().find(is_direct).map(|file| Hazard::DirectDevice { file: file.clone() });
+    let private = files.iter().find(|file| file.contains("[kvm-gmem]"));
+    let private = private.map(|file| Hazard::Confidential { evidence: format!("{file} is open") });
+    device.into_iter().chain(private).collect()
+}
+
+/// What its cgroup and this process's rights turn off.
+fn of_surroundings(process: ProcessId) -> Vec<Hazard> {
+    let cgroup =
+        swap_forbidden_by(process).map(|path| Hazard::SwapForbidden { cgroup: path.display().to_string() });
+    let may_advise = effective_capabilities().is_ok_and(|held| held.contains(CapabilitySet::SYS_NICE));
+    let right = (!may_advise).then_some(Hazard::MissingCapability { capability: "CAP_SYS_NICE" });
+    cgroup.into_iter().chain(right).collect()
+}
+
+fn of_counters(dossier: &Dossier, locked: ByteCount, pinned: ByteCount) -> Vec<Note> {
+    let ram_is_locked = dossier
+        .ram
+        .iter()
+        .flat_map(|range| &range.hazards)
+        .any(|hazard| matches!(hazard, Hazard::Locked { .. }));
+    let elsewhere = (locked > ByteCount(0) && !ram_is_locked).then_some(Note::LockedElsewhere { locked });
+    let pinned = (pinned > ByteCount(0)).then_some(Note::Pinned { pinned });
+    let private = dossier.ram.iter().filter_map(|range| match &range.backing {
+        crate::ram::RamBacking::PrivateFile { path } => Some(Note::PrivateFile { path: path.clone() }),
+        _ => None,
+    });
+    elsewhere.into_iter().chain(pinned).chain(private).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hazards(files: &[&str]) -> Vec<Hazard> {
+        of_files(&files.iter().map(|&file| file.to_owned()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn devices_with_direct_access_are_told_by_their_files() {
+        for file in [
+            "/dev/vfio/42",
+            "/dev/vfio/devices/vfio0",
+            "anon_inode:[vfio-device]",
+            "/dev/iommu",
+            "/dev/vhost-vdpa-0",
+        ] {
+            let files = ["/dev/kvm", file];
+            assert_eq!(hazards(&files), [Hazard::DirectDevice { file: file.to_owned() }]);
+        }
+        assert!(hazards(&["/dev/kvm", "/dev/vhost-net", "anon_inode:kvm-vm", "socket:[1]"]).is_empty());
+    }
+
+    #[test]
+    fn private_guest_memory_is_told_by_its_file() {
+        assert!(matches!(hazards(&["anon_inode:[kvm-gmem]"])[..], [Hazard::Confidential { .. }]));
+    }
+}

@@ -1,0 +1,136 @@
+//! One manager for one machine: a process that is held enters, a lock that lasts as long as this process at most leaves.
+//!
+//! The lock is flock(2) on `PID-START.lock`, so it goes with its holder however that ends, and a file that is left over
+//! holds nobody. The file's text, the holder's number, is for the message only.
+
+use crate::Refusal;
+use crate::held::Held;
+use plimsoll_sys::ProcessId;
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, mkdir, open, openat};
+use rustix::io::Errno;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+/// How often a file that was removed between opening and locking is made again.
+const TRIES: u32 = 8;
+const FOLDER_MODE: Mode = Mode::RWXU;
+
+/// The right to manage a machine. Dropping it gives it up.
+#[derive(Debug)]
+pub struct AttachLock {
+    path: PathBuf,
+    /// Holds the lock.
+    _file: File,
+}
+
+impl AttachLock {
+    /// Takes the lock of that process in [`lock_folder`].
+    pub fn acquire(held: &Held) -> Result<Self, Refusal> {
+        Self::acquire_in(&lock_folder(), held)
+    }
+
+    /// Takes the lock of that process in a folder, which is made if it is not there and must be this user's own.
+    pub fn acquire_in(folder: &Path, held: &Held) -> Result<Self, Refusal> {
+        let directory =
+            own_folder(folder).map_err(|source| Refusal::Lock { path: folder.to_owned(), source })?;
+        let name = format!("{}-{}.lock", held.process().get(), held.start().0);
+        let path = folder.join(&name);
+        for _ in 0..TRIES {
+            match try_lock(&directory, &name) {
+                Ok(Locked::Ours(file)) => return Ok(Self { path, _file: file }),
+                Ok(Locked::Theirs(holder)) => {
+                    return Err(Refusal::AlreadyAttached { process: held.process(), holder });
+                }
+                Ok(Locked::Removed) => {}
+                Err(source) => return Err(Refusal::Lock { path, source }),
+            }
+        }
+        let source = io::Error::other("it was removed each time it was opened");
+        Err(Refusal::Lock { path, source })
+    }
+
+    /// The lock file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for AttachLock {
+    fn drop(&mut self) {
+        // Still locked: whoever has opened the file meanwhile finds after locking it that it is gone.
+        drop(fs::remove_file(&self.path));
+    }
+}
+
+enum Locked {
+    Ours(File),
+    Theirs(String),
+    Removed,
+}
+
+fn try_lock(directory: &OwnedFd, name: &str) -> io::Result<Locked> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut file = File::from(openat(directory, name, flags, Mode::RUSR | Mode::WUSR)?);
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Ok(Locked::Theirs(holder(&mut file))),
+        Err(errno) => return Err(errno.into()),
+    }
+    if fstat(&file)?.st_nlink == 0 {
+        return Ok(Locked::Removed);
+    }
+    file.set_len(0)?;
+    file.rewind()?;
+    write!(file, "{}", ProcessId::own().get())?;
+    Ok(Locked::Ours(file))
+}
+
+/// Who holds the lock, as far as the file says: it may just be written.
+fn holder(file: &mut File) -> String {
+    let mut text = String::new();
+    let number = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+    match number.and_then(ProcessId::new) {
+        Some(process) => process.to_string(),
+        None => "another process".to_owned(),
+    }
+}
+
+/// Where locks are: `/run/plimsoll/attach` for root, below `$XDG_RUNTIME_DIR` or `/tmp` for others.
+pub fn lock_folder() -> PathBuf {
+    let user = rustix::process::geteuid();
+    if user.is_root() {
+        return PathBuf::from("/run/plimsoll/attach");
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(runtime) => Path::new(&runtime).join("plimsoll/attach"),
+        None => PathBuf::from(format!("/tmp/plimsoll-{}/attach", user.as_raw())),
+    }
+}
+
+/// Makes and opens the folder and the one above it. Below /tmp anybody could have made them first: they must be this
+/// user's and no links.
+fn own_folder(folder: &Path) -> io::Result<OwnedFd> {
+    if let Some(above) = folder.parent() {
+        make(above)?;
+    }
+    make(folder)
+}
+
+fn make(folder: &Path) -> io::Result<OwnedFd> {
+    match mkdir(folder, FOLDER_MODE) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = open(folder, flags, Mode::empty())?;
+    let found = fstat(&directory)?;
+    if found.st_uid != rustix::process::geteuid().as_raw() {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the directory belongs to another user"));
+    }
+    if found.st_mode & 0o022 != 0 {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, "others may write to the directory"));
+    }
+    Ok(directory)
+}

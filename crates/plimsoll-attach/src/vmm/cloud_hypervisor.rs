@@ -1,0 +1,111 @@
+//! Cloud Hypervisor's command line. A machine that was made over its API has only `--api-socket` there; its memory is
+//! told by `GET /api/v1/vm.info`, or by looks.
+
+use super::{Address, Backing, Block, Claim, ControlSocket, Note, Origin, Protocol, name_from_socket};
+use crate::argv::{Options, Properties};
+use crate::rungs::Hazard;
+use plimsoll_types::ByteCount;
+use std::path::Path;
+
+const BYTE: ByteCount = ByteCount(1);
+/// What it calls the whole when there are no zones.
+const DEFAULT_ZONE: &str = "mem0";
+
+pub(super) fn claim(options: &Options<'_>) -> Claim {
+    let socket =
+        options.properties(&["api-socket"]).find_map(|socket| socket.first_or("path").map(str::to_owned));
+    let name = socket.as_deref().and_then(|socket| name_from_socket(Path::new(socket)));
+    let address =
+        |path: String| ControlSocket { protocol: Protocol::Http, address: Address::Path(path.into()) };
+    let platform: Vec<Properties> = options.properties(&["platform"]).collect();
+    let protected = ["sev_snp", "tdx"].into_iter().find(|key| platform.iter().any(|one| one.is_on(key)));
+    let evidence = protected.map(|key| format!("--platform {key}=on"));
+    let mut notes = Vec::new();
+    if options.has("fs")
+        || options.lists(&["net", "disk"]).any(|device| Properties::new(device).is_on("vhost_user"))
+    {
+        notes.push(Note::VhostUser);
+    }
+    if options.properties(&["memory"]).any(|memory| memory.get("hotplug_size").is_some()) {
+        notes.push(Note::HotPlug);
+    }
+    Claim {
+        name,
+        uuid: platform.iter().find_map(|one| one.get("uuid").map(str::to_owned)),
+        sockets: socket.map(address).into_iter().collect(),
+        blocks: blocks(options),
+        hazards: evidence.map(|evidence| Hazard::Confidential { evidence }).into_iter().collect(),
+        notes,
+        config: None,
+    }
+}
+
+/// `--memory size=0` goes with `--memory-zone`, which then has all.
+fn blocks(options: &Options<'_>) -> Vec<Block> {
+    let memory = options.properties(&["memory"]).map(|memory| block(&memory, DEFAULT_ZONE));
+    let zones = options.lists(&["memory-zone"]).map(Properties::new);
+    let zones = zones.map(|zone| block(&zone, zone.get("id").unwrap_or("zone")));
+    let blocks: Vec<Block> = memory.chain(zones).filter(|block| block.size != Some(ByteCount(0))).collect();
+    if !blocks.is_empty() {
+        return blocks;
+    }
+    vec![Block {
+        name: DEFAULT_ZONE.to_owned(),
+        size: None,
+        node: None,
+        backing: Backing::Unsaid,
+        origin: Origin::Base,
+    }]
+}
+
+/// Private memory is anonymous in newer versions and a private memfd in older ones: unsaid.
+fn block(properties: &Properties, name: &str) -> Block {
+    let backing = match properties.get("file") {
+        Some(path) => Backing::File(path.into()),
+        None if properties.is_on("shared") => Backing::Memfd,
+        None => Backing::Unsaid,
+    };
+    let node = properties.get("host_numa_node").and_then(|node| node.parse().ok());
+    Block { name: name.to_owned(), size: properties.size("size", BYTE), node, backing, origin: Origin::Base }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(line: &str) -> Claim {
+        let argv: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        claim(&Options::new(&argv))
+    }
+
+    #[test]
+    fn memory_and_zones_are_blocks() {
+        let claim =
+            of("cloud-hypervisor --api-socket path=/run/web1.sock --memory size=512M,shared=on,hugepages=on");
+        assert_eq!((claim.name.as_deref(), claim.blocks.len()), (Some("web1"), 1));
+        assert_eq!(claim.blocks[0].size, Some(ByteCount::mib(512)));
+        assert_eq!(claim.blocks[0].backing, Backing::Memfd);
+        let zoned =
+            of("ch --memory size=0 --memory-zone id=a,size=1G,host_numa_node=1 id=b,size=64M,file=/dev/shm");
+        let names: Vec<&str> = zoned.blocks.iter().map(|block| block.name.as_str()).collect();
+        assert_eq!(names, ["a", "b"]);
+        assert_eq!(zoned.blocks[0].node, Some(1));
+        assert_eq!(zoned.blocks[1].backing, Backing::File("/dev/shm".into()));
+    }
+
+    #[test]
+    fn a_machine_made_over_the_api_says_no_size() {
+        let claim = of("cloud-hypervisor --api-socket /run/vc/vm/5ab/clh-api.sock");
+        assert_eq!((claim.name.as_deref(), claim.blocks[0].size), (Some("5ab"), None));
+    }
+
+    #[test]
+    fn protection_and_shared_devices_are_noticed() {
+        let claim = of(
+            "ch --platform sev_snp=on,uuid=1-2 --memory size=1G,hotplug_size=1G --disk path=/x vhost_user=true,socket=/y",
+        );
+        assert_eq!(claim.hazards, [Hazard::Confidential { evidence: "--platform sev_snp=on".to_owned() }]);
+        assert_eq!(claim.notes, [Note::VhostUser, Note::HotPlug]);
+        assert_eq!(claim.uuid.as_deref(), Some("1-2"));
+    }
+}
