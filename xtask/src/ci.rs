@@ -15,8 +15,8 @@ type Check = (&'static str, fn() -> Result<()>);
 const CHECKS: [Check; 6] = [
     ("house rules", house_rules),
     ("format", format),
-    ("format of the guest image", image_format),
-    ("clippy of the guest image", image_clippy),
+    ("format inside guests", inside_format),
+    ("clippy inside guests", inside_clippy),
     ("clippy", clippy),
     ("documentation", documentation),
 ];
@@ -55,8 +55,11 @@ fn format() -> Result<()> {
     cargo::run(cargo().args(["fmt", "--all", "--check"]))
 }
 
-fn image_format() -> Result<()> {
-    cargo::run(cargo().args(["fmt", "--check", "--manifest-path"]).arg(lints::image_manifest()))
+fn inside_format() -> Result<()> {
+    for (manifest, _) in lints::INSIDE {
+        cargo::run(cargo().args(["fmt", "--check", "--manifest-path", manifest]))?;
+    }
+    Ok(())
 }
 
 fn clippy() -> Result<()> {
@@ -65,14 +68,16 @@ fn clippy() -> Result<()> {
     cargo::run(&mut command)
 }
 
-/// With the flags of a real build of the image, see its `main.rs`.
-fn image_clippy() -> Result<()> {
+fn inside_clippy() -> Result<()> {
     let target = cargo::metadata(&cargo::root().join("Cargo.toml"))?.target_directory;
-    let mut command: Command = cargo();
-    command.env("CARGO_ENCODED_RUSTFLAGS", "-Crelocation-model=static").env_remove("RUSTFLAGS");
-    command.args(["clippy", "--quiet", "--release", "--locked", "--target", TARGET, "--manifest-path"]);
-    command.arg(lints::image_manifest()).arg("--target-dir").arg(target.join("guest-image"));
-    cargo::run(command.args(["--", "-D", "warnings"]))
+    for (manifest, flags) in lints::INSIDE {
+        let mut command: Command = cargo();
+        command.env("CARGO_ENCODED_RUSTFLAGS", flags).env_remove("RUSTFLAGS");
+        command.args(["clippy", "--quiet", "--release", "--locked", "--target", TARGET]);
+        command.args(["--manifest-path", manifest, "--target-dir"]).arg(target.join("inside-guests"));
+        cargo::run(command.args(["--", "-D", "warnings"]))?;
+    }
+    Ok(())
 }
 
 fn documentation() -> Result<()> {

@@ -1,8 +1,8 @@
 //! What this machine can run.
 //!
-//! Enters: device files, the control group file system. Leaves: the capabilities that level-1 tests need, present or
-//! missing. A test may be skipped only where one of them is missing.
-use crate::setup::is_root;
+//! Enters: device files, the control group file system, programs. Leaves: the capabilities that tests above level 0 need,
+//! present or missing. A test may be skipped only where one that its level needs is missing.
+use crate::setup::{has_kernel, is_root, is_there};
 use std::fs::{self, OpenOptions};
 use std::path::Path;
 
@@ -10,20 +10,27 @@ use std::path::Path;
 pub(crate) struct Capability {
     /// What tests and messages call it.
     pub(crate) name: &'static str,
+    /// The lowest level whose tests need it.
+    pub(crate) level: u8,
     /// Whether it can be used by this user.
     pub(crate) is_here: bool,
 }
 
 /// Looks at all of them.
 pub(crate) fn capabilities() -> Vec<Capability> {
-    let capability = |name, is_here| Capability { name, is_here };
-    vec![
-        capability("root", is_root()),
-        capability("kvm", can_open("/dev/kvm")),
-        capability("userfaultfd", can_fault()),
-        capability("cgroup", can_make_cgroup()),
-        capability("zram", is_root() && Path::new("/sys/class/zram-control/hot_add").exists()),
+    let has_libvirt = is_root() && is_there("libvirtd") && is_there("virtlogd") && is_there("virsh");
+    [
+        (1, "root", is_root()),
+        (1, "kvm", can_open("/dev/kvm")),
+        (1, "userfaultfd", can_fault()),
+        (1, "cgroup", can_make_cgroup()),
+        (1, "zram", is_root() && Path::new("/sys/class/zram-control/hot_add").exists()),
+        (2, "qemu", is_there("qemu-system-x86_64")),
+        (2, "libvirt", has_libvirt),
+        (2, "cloud-kernel", has_kernel()),
     ]
+    .map(|(level, name, is_here)| Capability { name, level, is_here })
+    .into()
 }
 
 fn can_open(device: &str) -> bool {

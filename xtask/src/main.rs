@@ -45,8 +45,9 @@ enum Command {
 
 #[derive(clap::Args)]
 struct TestArguments {
-    /// Run one level only. 0: pure crates, no rights needed. 1: real userfaultfd and real KVM guests.
-    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=1))]
+    /// Run one level only. 0: pure crates, no rights needed. 1: real userfaultfd and real KVM guests. 2: stock Linux guests
+    /// under QEMU and libvirt.
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..=2))]
     level: Option<u8>,
     /// How long the randomized soak of level 1 lasts.
     #[arg(long, value_name = "SECONDS", default_value_t = 180)]
@@ -57,8 +58,8 @@ struct TestArguments {
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
-        Command::Setup => setup::run(),
-        Command::Test(arguments) => setup::run().and_then(|()| {
+        Command::Setup => setup::run(None),
+        Command::Test(arguments) => setup::run(arguments.level).and_then(|()| {
             suites::run(&suites::Choice {
                 level: arguments.level,
                 soak: Duration::from_secs(arguments.soak),

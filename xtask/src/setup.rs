@@ -1,14 +1,18 @@
 //! What tests need and a fresh Debian 12 with a Rust toolchain lacks.
 //!
-//! Enters: a table. Leaves: a machine on which every program of the table is there. Nothing is asked of the network when
-//! nothing is missing.
-use anyhow::{Result, bail};
+//! Enters: a table. Leaves: a machine on which every program of the table, and the kernel of the stock guests, is there.
+//! Nothing is asked of the network when nothing is missing. What must never happen: a package of the kernel's that is
+//! installed, for that would change what the machine boots.
+use anyhow::{Context, Result, bail};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// A Debian package that some test needs.
 struct Need {
+    /// The lowest level of tests that needs it.
+    level: u8,
     package: &'static str,
     /// A program of the package: it is installed when this is found.
     program: &'static str,
@@ -16,42 +20,142 @@ struct Need {
 }
 
 /// Levels 0 and 1 make their guests, control groups and swap devices themselves, so they need hardly anything.
-const NEEDS: &[Need] =
-    &[Need { package: "gcc", program: "cc", why: "links the rooms below the line without std" }];
+const NEEDS: [Need; 4] = [
+    Need { level: 0, package: "gcc", program: "cc", why: "links the rooms below the line without std" },
+    Need { level: 2, package: "qemu-system-x86", program: "qemu-system-x86_64", why: "runs stock guests" },
+    Need { level: 2, package: "libvirt-daemon-system", program: "libvirtd", why: "runs stock guests" },
+    Need { level: 2, package: "libvirt-clients", program: "virsh", why: "speaks to libvirtd" },
+];
+/// The level whose tests boot stock guests.
+const KERNEL_LEVEL: u8 = 2;
+/// Depends on the newest kernel of its kind.
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+/// Kernels of stock guests, unpacked: `VERSION/boot/vmlinuz-VERSION` and `VERSION/lib/modules/VERSION`.
+/// `plimsoll_stock::Kernel` looks for them here.
+const KERNELS: &str = "/var/cache/plimsoll/kernel";
 
 /// True for root.
 pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
-fn is_there(program: &str) -> bool {
+/// True when a program is to be found.
+pub(crate) fn is_there(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(program).exists())
 }
 
-/// Installs what is missing.
-pub(crate) fn run() -> Result<()> {
-    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !is_there(need.program)).collect();
-    if missing.is_empty() {
+/// True when there is a kernel for stock guests.
+pub(crate) fn has_kernel() -> bool {
+    let is_kernel = |version: &fs::DirEntry| {
+        let name = version.file_name();
+        version.path().join("boot").join(format!("vmlinuz-{}", name.display())).exists()
+    };
+    fs::read_dir(KERNELS).is_ok_and(|versions| versions.flatten().any(|version| is_kernel(&version)))
+}
+
+/// Brings what is missing for the tests of a level and of those below it, or for all.
+pub(crate) fn run(level: Option<u8>) -> Result<()> {
+    let is_wanted = |needed: u8| level.is_none_or(|level| needed <= level);
+    let is_missing = |need: &&Need| is_wanted(need.level) && !is_there(need.program);
+    let missing: Vec<&Need> = NEEDS.iter().filter(is_missing).collect();
+    let lacks_kernel = is_wanted(KERNEL_LEVEL) && !has_kernel();
+    if missing.is_empty() && !lacks_kernel {
         println!("setup: nothing is missing");
         return Ok(());
     }
-    let packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    let mut packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
     for need in &missing {
         println!("setup: {} is missing ({})", need.package, need.why);
     }
-    if !is_root() || !is_there("apt-get") {
-        bail!("install {} and try again; on Debian, as root, this is done for you", packages.join(" "));
+    if lacks_kernel {
+        println!("setup: no kernel for stock guests in {KERNELS}");
     }
-    let apt = || {
-        let mut command = Command::new("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive");
-        command
-    };
+    if !is_root() || !is_there("apt-get") {
+        packages.extend(lacks_kernel.then_some("a kernel (see xtask/src/setup.rs)"));
+        bail!("install {} and try again; on Debian, as root, this is done for you", packages.join(", "));
+    }
     crate::cargo::run(apt().args(["update", "-q"]))?;
-    crate::cargo::run(apt().args(["install", "-qy", "--no-install-recommends"]).args(&packages))?;
-    match missing.iter().find(|need| !is_there(need.program)) {
-        Some(need) => bail!("{} is installed and {} is still not found", need.package, need.program),
-        None => Ok(()),
+    if !missing.is_empty() {
+        crate::cargo::run(apt().args(["install", "-qy", "--no-install-recommends"]).args(&packages))?;
+    }
+    if let Some(need) = missing.iter().find(|need| !is_there(need.program)) {
+        bail!("{} is installed and {} is still not found", need.package, need.program);
+    }
+    if lacks_kernel { bring_kernel() } else { Ok(()) }
+}
+
+/// apt-get, which asks nobody and waits while another one runs.
+fn apt() -> Command {
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "DPkg::Lock::Timeout=600"]);
+    command
+}
+
+/// Downloads the newest cloud kernel and unpacks it. It appears in its place whole or not at all.
+fn bring_kernel() -> Result<()> {
+    let package = kernel_package()?;
+    let version = package.trim_start_matches("linux-image-");
+    let unfinished = Path::new(KERNELS).join(format!(".{}", std::process::id()));
+    fs::create_dir_all(&unfinished).with_context(|| format!("cannot make {}", unfinished.display()))?;
+    let outcome = unpack_kernel(&package, &unfinished).and_then(|unpacked| {
+        let place = Path::new(KERNELS).join(version);
+        match fs::rename(&unpacked, &place) {
+            // Another setup was faster.
+            Err(_) if has_kernel() => Ok(()),
+            done => done.with_context(|| format!("cannot move the kernel to {}", place.display())),
+        }
+    });
+    fs::remove_dir_all(&unfinished).with_context(|| format!("cannot remove {}", unfinished.display()))?;
+    outcome?;
+    println!("setup: kernel {version} is in {KERNELS}");
+    Ok(())
+}
+
+/// The package that [`KERNEL_PACKAGE`] stands for today, by its `Depends:` field.
+fn kernel_package() -> Result<String> {
+    let mut command = Command::new("apt-cache");
+    command.args(["show", "--no-all-versions", KERNEL_PACKAGE]);
+    let output = command.output().context("cannot start apt-cache")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let found = dependency(&text).filter(|_| output.status.success());
+    found.with_context(|| {
+        let said = String::from_utf8_lossy(&output.stderr);
+        format!("apt-cache knows no kernel that {KERNEL_PACKAGE} depends on: {}", said.trim())
+    })
+}
+
+/// The kernel among the dependencies of a package, as apt-cache shows it.
+fn dependency(shown: &str) -> Option<String> {
+    let depends = shown.lines().find_map(|line| line.strip_prefix("Depends: "))?;
+    let names = depends.split(',').filter_map(|one| one.split_whitespace().next());
+    names.into_iter().find(|name| name.starts_with("linux-image-")).map(str::to_owned)
+}
+
+/// Downloads a package and unpacks it, both inside `folder`.
+fn unpack_kernel(package: &str, folder: &Path) -> Result<PathBuf> {
+    // As root apt downloads as another user, who may not write here, and then says so at length.
+    let mut download = apt();
+    download.args(["download", "-q", "-o", "APT::Sandbox::User=root", package]).current_dir(folder);
+    crate::cargo::run(&mut download)?;
+    let files = fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    let archive =
+        files.flatten().map(|file| file.path()).find(|path| path.extension() == Some("deb".as_ref()));
+    let archive = archive.with_context(|| format!("apt-get download of {package} left no package"))?;
+    let unpacked = folder.join("unpacked");
+    crate::cargo::run(Command::new("dpkg-deb").arg("--extract").arg(&archive).arg(&unpacked))?;
+    Ok(unpacked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_found_among_dependencies() {
+        let shown = "Package: linux-image-cloud-amd64\nDepends: x (>= 1), linux-image-6.1.0-56-cloud-amd64 (= 6.1.1)\n";
+        assert_eq!(dependency(shown).as_deref(), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(dependency("Package: linux-image-cloud-amd64\nDepends: libc6\n"), None);
+        assert_eq!(dependency(""), None);
     }
 }

@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 const PURE: u8 = 0;
 /// Tests that need a kernel's memory interfaces and KVM.
 const KERNEL: u8 = 1;
+/// Tests that need QEMU, libvirt and a stock Linux for guests.
+const STOCK: u8 = 2;
 /// Every member of the workspace is at one level.
 const LEVELS: [(&str, u8); 12] = [
     ("xtask", PURE),
@@ -33,9 +35,9 @@ const LEVELS: [(&str, u8); 12] = [
     ("plimsoll-linux", KERNEL),
     ("plimsoll-vmm", KERNEL),
     ("plimsoll-attach", KERNEL),
-    ("plimsoll-stock", KERNEL),
     ("plimsoll", KERNEL),
     ("plimsoll-bench", KERNEL),
+    ("plimsoll-stock", STOCK),
 ];
 /// A test program that takes longer than this, the soak's time apart, hangs. The longest takes minutes.
 const PATIENCE: Duration = Duration::from_secs(15 * 60);
@@ -79,11 +81,11 @@ pub(crate) fn run(choice: &Choice) -> Result<()> {
     let metadata = cargo::metadata(&cargo::root().join("Cargo.toml"))?;
     let logs = metadata.target_directory.join("xtask");
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
-    let (here, missing) = announce_machine();
-    let mut runner = Runner { choice, logs, total: Tally::default(), forbidden: Vec::new(), here, missing };
+    let (here, lacking) = announce_machine();
+    let mut runner = Runner { choice, logs, total: Tally::default(), forbidden: Vec::new(), here, lacking };
 
     let suites = build(&metadata, choice)?;
-    if choice.level != Some(KERNEL) && choice.filters.is_empty() {
+    if choice.level.is_none_or(|level| level == PURE) && choice.filters.is_empty() {
         runner.check("rooms linked without std", |log| no_std::check(&metadata.target_directory, log))?;
     }
     for suite in &suites {
@@ -100,17 +102,18 @@ pub(crate) fn run(choice: &Choice) -> Result<()> {
     runner.conclude()
 }
 
-/// Says, and returns, what this machine has and what it lacks.
-fn announce_machine() -> (String, Vec<&'static str>) {
+/// Says what this machine has and what it lacks. Returns the names of what it has, and the lowest level that lacks anything.
+fn announce_machine() -> (String, Option<u8>) {
     let (here, missing): (Vec<_>, Vec<_>) =
         machine::capabilities().into_iter().partition(|capability| capability.is_here);
-    let names = |list: Vec<machine::Capability>| list.iter().map(|one| one.name).collect::<Vec<_>>();
-    let (here, missing) = (names(here).join(","), names(missing));
+    let names = |list: &[machine::Capability]| list.iter().map(|one| one.name).collect::<Vec<_>>();
+    let here = names(&here).join(",");
     println!("machine: has {here}");
-    if !missing.is_empty() {
-        println!("machine: lacks {}; tests of level 1 may be skipped", missing.join(", "));
+    let lacking = missing.iter().map(|capability| capability.level).min();
+    if let Some(level) = lacking {
+        println!("machine: lacks {}; tests from level {level} on may be skipped", names(&missing).join(", "));
     }
-    (here, missing)
+    (here, lacking)
 }
 
 /// The arguments that choose the packages of a level. All of them together are the workspace, however many are asked.
@@ -181,8 +184,8 @@ struct Runner<'a> {
     forbidden: Vec<String>,
     /// Capabilities this machine has, for tests to insist on.
     here: String,
-    /// Those it lacks.
-    missing: Vec<&'static str>,
+    /// The lowest level whose tests need something it lacks.
+    lacking: Option<u8>,
 }
 
 /// How a program ended.
@@ -244,7 +247,7 @@ impl Runner<'_> {
             std::io::stdout().write_all(&fs::read(log)?)?;
             println!("----");
         }
-        if tally.skipped > 0 && (level == PURE || self.missing.is_empty()) {
+        if tally.skipped > 0 && self.lacking.is_none_or(|lacking| level < lacking) {
             self.forbidden.push(name.to_owned());
         }
         self.total += tally;

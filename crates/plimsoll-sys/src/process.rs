@@ -2,13 +2,16 @@
 //! change that is only half made is an error after which the process must end.
 #![expect(
     unsafe_code,
-    reason = "setgroups, setresgid and setresuid for all threads exist in libc only; inherited descriptors are numbers"
+    reason = "setgroups, setresgid and setresuid for all threads exist in libc only; inherited descriptors are numbers; \
+              what a child does before its program is for its parent to vouch for"
 )]
 
 use crate::{ProcessId, procfs};
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 pub use rustix::process::Signal;
 pub use rustix::thread::CapabilitySet;
@@ -134,6 +137,23 @@ pub fn set_parent_death_signal(expected: ProcessId, signal: Signal) -> Result<()
         .map_err(|errno| ParentError::Kernel(errno.into()))?;
     // Only now: a parent that died before the request was made sends nothing.
     if ProcessId::parent() == Some(expected) { Ok(()) } else { Err(ParentError::Gone { expected }) }
+}
+
+/// Has whatever `command` starts get `signal` when the thread that starts it ends, if it does not itself ask otherwise.
+///
+/// For programs that know nothing of it; what [`set_parent_death_signal`] says about threads holds here too. A program that
+/// changes its user, or is one that runs as its owner (set-user-id), loses the tie.
+pub fn end_with_parent(command: &mut Command, signal: Signal) {
+    let expected = ProcessId::own();
+    let tie = move || {
+        rustix::process::set_parent_process_death_signal(Some(signal))?;
+        let is_there = ProcessId::parent() == Some(expected);
+        if is_there { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
+    };
+    // SAFETY: between fork and exec only calls that are safe in a signal handler may be made, and no memory may be
+    // allocated. The closure makes two system calls and compares numbers; it captures two numbers, and both of its errors
+    // are made of a number.
+    unsafe { command.pre_exec(tie) };
 }
 
 /// Makes sure that no program this thread executes gains rights. Threads started later inherit it; call it first.

@@ -30,19 +30,20 @@ impl fmt::Display for Violation {
     }
 }
 
-/// The guest image's manifest: a workspace of its own, with its own lock file.
-pub(crate) fn image_manifest() -> std::path::PathBuf {
-    cargo::root().join("crates/plimsoll-guest/image/Cargo.toml")
-}
+/// What runs inside guests: workspaces of their own, each with its lock file and the flags it is really built with.
+pub(crate) const INSIDE: [(&str, &str); 2] = [
+    ("crates/plimsoll-guest/image/Cargo.toml", "-Crelocation-model=static"),
+    ("crates/plimsoll-stock/init/Cargo.toml", "-Ctarget-feature=+crt-static"),
+];
 
 /// Applies all rules.
 pub(crate) fn check() -> Result<Vec<Violation>> {
     let workspace: Metadata = cargo::metadata(&cargo::root().join("Cargo.toml"))?;
-    let image = cargo::metadata(&image_manifest())?;
     let mut violations = sources::check(cargo::root())?;
     violations.extend(rooms::check(&workspace)?);
-    for metadata in [&workspace, &image] {
-        violations.extend(licences::check(metadata));
+    violations.extend(licences::check(&workspace));
+    for (manifest, _) in INSIDE {
+        violations.extend(licences::check(&cargo::metadata(&cargo::root().join(manifest))?));
     }
     Ok(violations)
 }

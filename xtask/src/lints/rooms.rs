@@ -23,7 +23,8 @@ const ARROWS: [(&str, &[&str]); 12] = [
         &["plimsoll-types", "plimsoll-guest", "plimsoll-core", "plimsoll-sys", "plimsoll-linux"],
     ),
     ("plimsoll-attach", &["plimsoll-types", "plimsoll-core", "plimsoll-sys", "plimsoll-linux"]),
-    ("plimsoll-stock", &["plimsoll-types", "plimsoll-guest", "plimsoll-sys"]),
+    // plimsoll-linux for its tests alone: they need swap.
+    ("plimsoll-stock", &["plimsoll-types", "plimsoll-guest", "plimsoll-sys", "plimsoll-linux"]),
     (
         "plimsoll",
         &[

@@ -1,0 +1,4 @@
+//! Stock Linux guests, started, looked at, damaged, paged out and moved. Each test owns its guests.
+#![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
+mod boot;
+mod common;
