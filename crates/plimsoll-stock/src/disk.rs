@@ -2,8 +2,8 @@
 //!
 //! Enters: a size and a seed. Leaves: a file that a guest takes as its disk and verifies, and that is gone when the last
 //! guest is. Blocks the guest writes get contents of their next version, which the guest alone keeps count of.
-use crate::protocol::POOL;
-use plimsoll_guest::content::{Content, Mix, MixError};
+use crate::protocol::content;
+use plimsoll_guest::content::{Mix, MixError};
 use plimsoll_types::{ByteCount, PAGE_SIZE};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -54,7 +54,7 @@ impl Disk {
         if blocks == 0 {
             return Err(DiskError::Empty(size));
         }
-        let content = Content::new(seed, POOL.0, POOL.1, Mix::default())?;
+        let content = content(seed, Mix::default())?;
         let (file, path) = tempfile::Builder::new().prefix("plimsoll-disk-").tempfile()?.into_parts();
         let mut writer = BufWriter::with_capacity(1 << 20, &file);
         let mut words = [0; PAGE_SIZE / 8];
@@ -108,7 +108,7 @@ mod tests {
     #[test]
     fn a_disk_holds_what_its_seed_says_and_corruption_is_one_bit() {
         let disk = Disk::create(ByteCount(3 * 4096 + 5), 7).unwrap();
-        let content = Content::new(7, POOL.0, POOL.1, Mix::default()).unwrap();
+        let content = content(7, Mix::default()).unwrap();
         let mut words = [0; 512];
         content.fill(2, 1, &mut words);
         let before = fs::read(disk.path()).unwrap();

@@ -137,7 +137,11 @@ impl Guest {
             Wire::accept(listener, qemu.pidfd(), deadline).map_err(|source| not_up(&files, source))
         };
         let console = Console::new(accept(&console)?);
-        let monitor = Box::new(Monitor::new(accept(&monitor)?)?);
+        let monitor = Monitor::new(accept(&monitor)?).map_err(|error| match error {
+            MonitorError::Wire { source, .. } => not_up(&files, source),
+            error => GuestError::Monitor(error),
+        });
+        let monitor = Box::new(monitor?);
         Ok(Self { console, runner: Runner::Process { monitor, qemu }, options, files })
     }
 

@@ -55,6 +55,6 @@ pub use kernel::{Kernel, KernelError};
 pub use libvirt::{Libvirt, LibvirtError};
 pub use monitor::{Event, Monitor, MonitorError};
 pub use options::{Accel, Backing, Merge, Node, Options};
-pub use protocol::{Command, Counts, UnknownCommand};
+pub use protocol::{Command, Counts, UnknownCommand, content};
 pub use ram::RamError;
 pub use wire::WireError;

@@ -12,8 +12,9 @@ use crate::options::{Backing, Merge, Options};
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::pidfd::{Liveness, Pidfd, PidfdError, Signal};
 use plimsoll_sys::process::end_with_parent;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, Permissions, TryLockError};
 use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,6 +27,7 @@ const LOCK: &str = "/run/lock/plimsoll-libvirt";
 /// Whose processes libvirt's QEMUs are (`user` in Debian's /etc/libvirt/qemu.conf).
 const USER: &str = "libvirt-qemu";
 const PID_FILES: &str = "/run/libvirt/qemu";
+const KVM: &str = "/dev/kvm";
 const PREFIX: &str = "plimsoll-";
 /// In the order in which they are started: the second speaks to the first.
 const DAEMONS: [(&str, &str); 2] =
@@ -98,6 +100,7 @@ pub struct Libvirt {
     user: u32,
     // Ended in reverse order, then the lock is given back.
     daemons: Vec<Daemon>,
+    _kvm: Option<OpenedKvm>,
     _lock: File,
 }
 
@@ -114,8 +117,10 @@ impl Libvirt {
     /// # Errors
     /// When it is not installed or a daemon does not start. Nothing is left running.
     pub fn start() -> Result<Self, LibvirtError> {
-        let user = user_id().ok_or(LibvirtError::NotInstalled)?;
-        let mut libvirt = Self { user, daemons: Vec::new(), _lock: lock()? };
+        let user = id("/etc/passwd", USER).ok_or(LibvirtError::NotInstalled)?;
+        let lock = lock()?;
+        let kvm = OpenedKvm::open().map_err(failed(format!("change who may use {KVM}")))?;
+        let mut libvirt = Self { user, daemons: Vec::new(), _kvm: kvm, _lock: lock };
         for (program, socket) in DAEMONS {
             if UnixStream::connect(socket).is_err() {
                 libvirt.daemons.push(Daemon::start(program, socket)?);
@@ -174,6 +179,36 @@ impl Drop for Libvirt {
     }
 }
 
+/// /dev/kvm as Debian's rules for devices (udev's) have it, on a host that has no such rules: open to the group kvm.
+///
+/// libvirt 9.0 lets QEMU try KVM with more rights than its domains have. Where only root may open the device the two disagree, and
+/// libvirt takes that for news at each look: it asks QEMU anew what it can do, for 4 s, tens of times for one domain.
+#[derive(Debug)]
+struct OpenedKvm {
+    owner: u32,
+    group: u32,
+    mode: u32,
+}
+
+impl OpenedKvm {
+    fn open() -> io::Result<Option<Self>> {
+        let Ok(found) = fs::metadata(KVM) else { return Ok(None) };
+        let (Some(group), 0) = (id("/etc/group", "kvm"), found.mode() & 0o066) else { return Ok(None) };
+        chown(KVM, None, Some(group))?;
+        let opened = Self { owner: found.uid(), group: found.gid(), mode: found.mode() & 0o7777 };
+        fs::set_permissions(KVM, Permissions::from_mode(0o660))?;
+        Ok(Some(opened))
+    }
+}
+
+impl Drop for OpenedKvm {
+    fn drop(&mut self) {
+        // The device may be gone; then there is nothing to put back.
+        let _ = fs::set_permissions(KVM, Permissions::from_mode(self.mode));
+        let _ = chown(KVM, Some(self.owner), Some(self.group));
+    }
+}
+
 fn lock() -> Result<File, LibvirtError> {
     let file = File::create(LOCK).map_err(failed(format!("open {LOCK}")))?;
     let deadline = Instant::now() + LOCK_PATIENCE;
@@ -187,12 +222,11 @@ fn lock() -> Result<File, LibvirtError> {
     }
 }
 
-/// From `name:x:uid:...` lines.
-fn user_id() -> Option<u32> {
-    let text = fs::read_to_string("/etc/passwd").ok()?;
-    let fields = |line: &str| line.split(':').map(str::to_owned).collect::<Vec<_>>();
-    let user = text.lines().map(fields).find(|fields| fields.first().is_some_and(|name| name == USER))?;
-    user.get(2)?.parse().ok()
+/// The number of a user or a group, from `name:x:number:...` lines.
+fn id(file: &str, name: &str) -> Option<u32> {
+    let text = fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.split(':').next() == Some(name))?;
+    line.split(':').nth(2)?.parse().ok()
 }
 
 impl Daemon {

@@ -11,6 +11,7 @@
 //! ```
 //!
 //! Whatever else arrives on the line is no part of the conversation and is passed over.
+use plimsoll_guest::content::{Content, Mix, MixError};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -19,8 +20,18 @@ use std::str::FromStr;
 pub(crate) const MARK: &str = "plimsoll ";
 /// Names of kernel parameters that are for the guest program begin so.
 pub(crate) const PARAMETER: &str = "plimsoll.";
-/// Seed of the pages that guests have in common, and how many there are.
-pub(crate) const POOL: (u64, u64) = (1, 256);
+/// Seed of the pages that guests have in common.
+const POOL_SEED: u64 = 1;
+/// How many of them there are.
+const POOL_PAGES: u64 = 256;
+
+/// What the pages of a guest, or the blocks of a disk, with this seed must contain. Pages in version 1 are those written once.
+///
+/// # Errors
+/// When the mix is none.
+pub fn content(seed: u64, mix: Mix) -> Result<Content, MixError> {
+    Content::new(seed, POOL_SEED, POOL_PAGES, mix)
+}
 
 /// What a guest can be told to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

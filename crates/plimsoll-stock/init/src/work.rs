@@ -7,7 +7,7 @@ use crate::disk::Disk;
 use crate::memory::{Memory, Wrongs};
 use crate::pace::Pace;
 use crate::parameter;
-use crate::protocol::{Command, Counts, Line, POOL};
+use crate::protocol::{Command, Counts, Line, content};
 use plimsoll_guest::content::{Content, Mix};
 use plimsoll_guest::random::Rng;
 use std::collections::VecDeque;
@@ -83,12 +83,12 @@ impl Work {
             None => Mix::default(),
         };
         let (seed, disk_seed) = (number("seed")?, number("disk")?);
-        let content = |seed| Content::new(seed, POOL.0, POOL.1, mix).map_err(|error| error.to_string());
+        let content = |seed, mix| content(seed, mix).map_err(|error| error.to_string());
         let orders = parameter(line, "work").unwrap_or_default().split(',').filter(|one| !one.is_empty());
         Ok(Self {
-            memory: Memory::new(content(seed)?, seed),
+            memory: Memory::new(content(seed, mix)?, seed),
             disk: None,
-            disk_content: (content(disk_seed)?, disk_seed),
+            disk_content: (content(disk_seed, Mix::default())?, disk_seed),
             disk_pace: None,
             hot: None,
             jobs: VecDeque::new(),

@@ -1,9 +1,11 @@
 //! Guests come up in each of the ways there are, work, and leave nothing behind.
 use crate::common::{PATIENCE, alone, ask, can, options, sweep};
-use plimsoll_stock::{Backing, Command, Guest, Libvirt, Merge, Node, Options};
+use plimsoll_stock::{Backing, Command, Guest, GuestError, Libvirt, Merge, Node};
+use plimsoll_sys::pidfd::{Liveness, Pidfd};
 use plimsoll_sys::process::{GroupId, UserId};
 use plimsoll_sys::procfs;
 use plimsoll_types::ByteCount;
+use std::error::Error;
 use std::fs;
 use std::time::Instant;
 
@@ -44,7 +46,6 @@ fn a_plain_guest_boots_works_and_leaves_nothing_behind() {
     let mut guest = Guest::start(options(1)).unwrap();
     println!("booted in {:.1} s", start.elapsed().as_secs_f64());
     exercise(&mut guest);
-    println!("exercised in {:.1} s", start.elapsed().as_secs_f64());
     let process = guest.process();
     let folder = guest.qmp().parent().unwrap().to_owned();
     let disk = guest.options().disk.as_ref().unwrap().path().to_owned();
@@ -52,4 +53,140 @@ fn a_plain_guest_boots_works_and_leaves_nothing_behind() {
     drop(guest);
     assert!(procfs::status(process).is_err());
     assert!(!folder.exists() && !disk.exists());
+}
+
+#[test]
+fn the_working_set_is_what_was_touched_since_the_last_report() {
+    if !can(&["qemu", "cloud-kernel"]) {
+        return;
+    }
+    let _alone = alone();
+    let mut options = options(2);
+    options.work = vec![Command::Alloc { pages: PAGES }];
+    let mut guest = Guest::start(options).unwrap();
+    assert_eq!(sweep(&mut guest), 0);
+    assert_eq!(guest.console().report(PATIENCE).unwrap().touched.0, PAGES);
+    assert_eq!(guest.console().report(PATIENCE).unwrap().touched.0, 0);
+    ask(&mut guest, Command::Hot { pages: 320, per_second: 2000 });
+    let deadline = Instant::now() + PATIENCE;
+    while guest.console().report(PATIENCE).unwrap().operations < 5000 {
+        assert!(Instant::now() < deadline);
+    }
+    ask(&mut guest, Command::Idle);
+    let touched = guest.console().report(PATIENCE).unwrap().touched.0;
+    assert!(touched <= 320, "{touched}");
+
+    let before = guest.console().report(PATIENCE).unwrap();
+    ask(&mut guest, Command::Free);
+    let after = guest.console().report(PATIENCE).unwrap();
+    assert_eq!(after.pages.0, 0);
+    let freed = after.available.saturating_sub(before.available);
+    assert!(freed > ByteCount(PAGES * 4096 / 2), "{freed}");
+}
+
+#[test]
+fn a_guest_refuses_more_than_it_has_and_goes_on() {
+    if !can(&["qemu", "cloud-kernel"]) {
+        return;
+    }
+    let _alone = alone();
+    let mut guest = Guest::start(options(3)).unwrap();
+    let error = guest.console().ask(Command::Alloc { pages: 1 << 20 }, PATIENCE).unwrap_err();
+    assert!(error.to_string().contains("ask for fewer"), "{error}");
+    ask(&mut guest, Command::Ping);
+    // Switched off, it ends by itself, and whoever asks is told at once.
+    let start = Instant::now();
+    guest.console().ask(Command::Off, PATIENCE).unwrap_err();
+    assert_eq!(guest.pidfd().wait_exit(PATIENCE).unwrap(), Liveness::Exited);
+    assert!(start.elapsed() < PATIENCE);
+}
+
+#[test]
+fn memfd_and_several_nodes_are_ram_too() {
+    if !can(&["qemu", "cloud-kernel"]) {
+        return;
+    }
+    let _alone = alone();
+    for nodes in [
+        vec![node(192, Backing::Memfd)],
+        vec![node(96, Backing::Anonymous), node(96, Backing::Anonymous), node(64, Backing::Memfd)],
+    ] {
+        let mut options = options(4);
+        options.nodes = nodes;
+        options.merge = Merge::Off;
+        exercise(&mut Guest::start(options).unwrap());
+    }
+}
+
+#[test]
+fn qemu_can_be_another_users() {
+    if !can(&["qemu", "cloud-kernel", "root"]) {
+        return;
+    }
+    let _alone = alone();
+    let mut options = options(5);
+    options.user = UserId::new(65534).zip(GroupId::new(65534));
+    options.arguments = vec!["-sandbox".to_owned(), "on".to_owned()];
+    let mut guest = Guest::start(options).unwrap();
+    let status = procfs::status(guest.process()).unwrap();
+    assert_eq!((status.uids, status.gids), ([65534; 4], [65534; 4]));
+    exercise(&mut guest);
+}
+
+#[test]
+fn a_guest_dies_with_the_thread_that_started_it() {
+    if !can(&["qemu", "cloud-kernel"]) {
+        return;
+    }
+    let _alone = alone();
+    let starter = std::thread::spawn(|| {
+        let guest = Guest::start(options(6)).unwrap();
+        let left = (Pidfd::open(guest.process()).unwrap(), guest.qmp().parent().unwrap().to_owned());
+        let disk = guest.options().disk.as_ref().unwrap().path().to_owned();
+        // As if the process had been killed: nothing of it is dropped.
+        std::mem::forget(guest);
+        (left, disk)
+    });
+    let ((pidfd, folder), disk) = starter.join().unwrap();
+    assert_eq!(pidfd.wait_exit(PATIENCE).unwrap(), Liveness::Exited);
+    fs::remove_dir_all(folder).unwrap();
+    fs::remove_file(disk).unwrap();
+}
+
+#[test]
+fn what_qemu_complains_about_is_in_the_error() {
+    if !can(&["qemu", "cloud-kernel"]) {
+        return;
+    }
+    let mut options = options(7);
+    options.devices.push("teapot".to_owned());
+    let start = Instant::now();
+    let error = Guest::start(options).unwrap_err();
+    assert!(matches!(error, GuestError::NotUp { .. }), "{error}");
+    assert!(error.to_string().contains("'teapot' is not a valid device model name"), "{error}");
+    assert_eq!(error.source().unwrap().to_string(), "the machine has ended");
+    assert!(start.elapsed() < PATIENCE);
+}
+
+#[test]
+fn libvirts_guests_are_confined_and_work() {
+    if !can(&["qemu", "libvirt", "cloud-kernel", "root"]) {
+        return;
+    }
+    let _alone = alone();
+    let libvirt = Libvirt::start().unwrap();
+    for backing in [Backing::Anonymous, Backing::Memfd] {
+        let mut options = options(8);
+        options.nodes = vec![node(192, backing)];
+        let mut guest = Guest::start_domain(&libvirt, options).unwrap();
+        let process = guest.process();
+        let status = procfs::status(process).unwrap();
+        assert_eq!(status.uids, [libvirt.user(); 4]);
+        let text = fs::read_to_string(format!("/proc/{}/status", process.get())).unwrap();
+        assert!(text.lines().any(|line| line.split_whitespace().eq(["Seccomp:", "2"])), "{text}");
+        assert!(guest.domain().is_some() && guest.monitor().is_err());
+        exercise(&mut guest);
+        drop(guest);
+        assert!(procfs::status(process).is_err());
+    }
 }

@@ -1,5 +1,8 @@
 //! What the tests need from this machine, and the guests they start.
+use plimsoll_linux::zram::ZramSwap;
 use plimsoll_stock::{Command, Counts, Disk, Guest, Kernel, Options};
+use plimsoll_sys::process_memory::{Advice, advise};
+use plimsoll_sys::swap::{SwapPriority, SwapRank};
 use plimsoll_types::ByteCount;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,4 +65,16 @@ pub(crate) fn ask(guest: &mut Guest, command: Command) -> Counts {
 /// Verifies everything once and counts the wrong words.
 pub(crate) fn sweep(guest: &mut Guest) -> u64 {
     ask(guest, Command::Sweep).get("wrong").unwrap()
+}
+
+/// Swap of this test's own. The kernel may use any other there is as well.
+pub(crate) fn swap(size: ByteCount) -> ZramSwap {
+    let priority = SwapRank::new(1).map_or(SwapPriority::Lowest, SwapPriority::Fixed);
+    ZramSwap::create(size, &["lz4", "lzo-rle", "lzo"], priority).unwrap()
+}
+
+/// Has the kernel take all of the guest's RAM that nothing holds.
+pub(crate) fn page_out(guest: &Guest) {
+    let transfer = advise(guest.pidfd(), &guest.ram().unwrap(), Advice::PageOut);
+    assert_eq!(transfer.stop, None, "{transfer:?}");
 }

@@ -1,4 +1,7 @@
-//! Stock Linux guests, started, looked at, damaged, paged out and moved. Each test owns its guests.
+//! Stock Linux guests, started, damaged, paged out and moved. Each test owns its guests.
 #![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
 mod boot;
 mod common;
+mod damage;
+mod migrate;
+mod pageout;
