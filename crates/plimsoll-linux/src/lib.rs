@@ -5,7 +5,8 @@
 //! * [`reclaimer`]: what every back end that takes memory can do.
 //! * [`prepare`]: what this kernel offers for it, and setting up swap with consent.
 //! * [`slabs`]: the memory that stores live in. [`dense`]: how they pack what is cold.
-//! * [`cgroup`], [`procsum`]: what the kernel counts. [`zram`]: a swap device made for one run.
+//! * [`cgroup`], [`procsum`]: what the kernel counts. [`zram`]: compressed swap devices. [`system`]: the boundary that
+//!   tests put another kernel behind.
 pub mod cgroup;
 pub mod dense;
 pub mod kernel;
@@ -14,6 +15,7 @@ pub mod prepare;
 pub mod procsum;
 pub mod reclaimer;
 pub mod slabs;
+pub mod system;
 pub mod uffd;
 pub mod zram;
 

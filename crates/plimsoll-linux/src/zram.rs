@@ -1,4 +1,5 @@
-//! A compressed swap device in memory (zram) made for one run, and what swap the host has.
+//! Compressed swap devices in memory (zram): each one's interface ([`Disk`]), one made for a run ([`ZramSwap`]), and what
+//! swap the host has.
 //!
 //! A size and algorithms enter; a device in use as swap leaves, and counters of it. What must never happen here: a
 //! device that this module did not add is changed, or one that it did add stays behind unrecorded.
@@ -16,27 +17,24 @@
 //! Known holes: a maker killed between `hot_add` and the record (two system calls) leaves an empty device of size 0.
 //! A child forked from the maker without executing a program shares the lock and keeps the record from being stale.
 
+mod disk;
+
 use crate::cgroup::unescape;
-use plimsoll_sys::swap::{self, SwapError, SwapPriority};
-use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
+use crate::system::{Linux, System};
+pub(crate) use disk::swap_header;
+use disk::{CONTROL, DISK_SIZE_MIN};
+pub use disk::{Disk, IdleSince, Recompress, is_offered};
+use plimsoll_sys::swap::{SwapError, SwapPriority};
+use plimsoll_types::{ByteCount, PageCount};
 use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-const CONTROL: &str = "/sys/class/zram-control";
 const RECORDS: &str = "/run/plimsoll";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-
-/// How often, and how far apart, removal is tried: programs that look at new disks (udev) open a device for moments.
-const REMOVAL_TRIES: u32 = 100;
-const REMOVAL_PAUSE: Duration = Duration::from_millis(10);
-
-/// The kernel refuses a swap area of one page, and one of a few is of no use.
-const DISK_SIZE_MIN: ByteCount = ByteCount::mib(1);
 
 /// A zram device could not be made, read or removed.
 #[derive(Debug, thiserror::Error)]
@@ -66,9 +64,12 @@ pub enum ZramError {
         /// The kernel's list, the default in brackets.
         offered: String,
     },
-    /// Something else stands at the device's path.
-    #[error("{0:?} is not the block device that was just made: is /dev a devtmpfs?")]
-    WrongNode(PathBuf),
+    /// The kernel was built without a part of zram.
+    #[error("zram of this kernel has no {attribute:?}: use one built with {}", option_for(attribute))]
+    NotOffered {
+        /// The attribute that is missing.
+        attribute: &'static str,
+    },
     /// The directory of records belongs to somebody else.
     #[error("{RECORDS} is not a directory of this user with mode 0700: remove it and try again")]
     UnsafeRecords,
@@ -118,6 +119,15 @@ impl ZramError {
     }
 }
 
+/// The kernel's build option behind an attribute.
+pub(crate) fn option_for(attribute: &str) -> &'static str {
+    match attribute {
+        "recompress" | "recomp_algorithm" => "CONFIG_ZRAM_MULTI_COMP",
+        "backing_dev" | "writeback" => "CONFIG_ZRAM_WRITEBACK",
+        _ => "more of zram",
+    }
+}
+
 /// What a swap area is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SwapKind {
@@ -149,12 +159,20 @@ pub struct SwapArea {
 /// # Errors
 /// When /proc/swaps cannot be read.
 pub fn host_swap() -> Result<Vec<SwapArea>, ZramError> {
+    swap_areas(&Linux)
+}
+
+/// The same of the kernel behind `system`.
+///
+/// # Errors
+/// When /proc/swaps cannot be read.
+pub fn swap_areas(system: &dyn System) -> Result<Vec<SwapArea>, ZramError> {
     let path = "/proc/swaps";
-    match read(path.as_ref()) {
+    match system.read(path.as_ref()) {
         Ok(text) => parse_swaps(&text),
         // A kernel without swap has no such file.
-        Err(ZramError::Other { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error),
+        Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(source) => Err(ZramError::new("read", path, source)),
     }
 }
 
@@ -217,13 +235,13 @@ impl ZramSwap {
     ) -> Result<Self, ZramError> {
         let header = swap_header(disk_size)?;
         let device = Device::add()?;
-        let mm_stat = device.sysfs("mm_stat");
+        let mm_stat = device.disk.attribute("mm_stat");
         let mm_stat = File::open(&mm_stat).map_err(|source| ZramError::new("read", mm_stat, source));
         let put_to_use = || {
-            let algorithm = device.choose_algorithm(preferred)?;
-            write("set the size in", &device.sysfs("disksize"), &header.disk_size.0.to_string())?;
-            device.format(&header)?;
-            swap::swapon(&device.node, priority)?;
+            let algorithm = device.disk.choose_algorithm(preferred)?;
+            device.disk.set("disksize", &header.disk_size.0.to_string())?;
+            device.disk.format(&header)?;
+            device.disk.swapon(priority)?;
             Ok((algorithm, mm_stat?))
         };
         match put_to_use() {
@@ -238,7 +256,7 @@ impl ZramSwap {
 
     /// The device's number: N of `/dev/zramN`.
     pub const fn number(&self) -> u32 {
-        self.device.number
+        self.device.disk.number()
     }
 
     /// The device's path.
@@ -258,7 +276,7 @@ impl ZramSwap {
     pub fn stat(&self) -> Result<ZramStat, ZramError> {
         // Nine numbers of at most 20 digits.
         let mut buffer = [0; 256];
-        let path = || self.device.sysfs("mm_stat");
+        let path = || self.device.disk.attribute("mm_stat");
         let length =
             self.mm_stat.read_at(&mut buffer, 0).map_err(|source| ZramError::new("read", path(), source))?;
         let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
@@ -396,19 +414,10 @@ struct Identity {
 
 impl Identity {
     /// Of the device that has the number now, or `None` if there is none.
-    fn current(number: u32) -> Result<Option<Self>, ZramError> {
-        let path = sysfs(number, "diskseq");
-        let text = match read(&path) {
-            Ok(text) => text,
-            Err(ZramError::Other { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                return Ok(None);
-            }
-            Err(error) => return Err(error),
-        };
-        let sequence = text.trim().parse();
-        let disk_sequence = sequence.map_err(|_| malformed(&path, "a disk sequence number", &text))?;
+    fn current(disk: Disk<'_>) -> Result<Option<Self>, ZramError> {
+        let Some(disk_sequence) = disk.sequence()? else { return Ok(None) };
         let boot = read(BOOT_ID.as_ref())?.trim().to_owned();
-        let origin = if node(number).exists() { NodeOrigin::Kernel } else { NodeOrigin::Made };
+        let origin = if disk.node().exists() { NodeOrigin::Kernel } else { NodeOrigin::Made };
         Ok(Some(Self { boot, disk_sequence, origin }))
     }
 
@@ -441,7 +450,7 @@ impl Identity {
 /// A device that this module added, and its record.
 #[derive(Debug)]
 struct Device {
-    number: u32,
+    disk: Disk<'static>,
     node: PathBuf,
     identity: Identity,
     /// Open for as long as the device is somebody's: it carries the lock.
@@ -450,33 +459,34 @@ struct Device {
 
 impl Device {
     fn recorded(number: u32, identity: Identity, record: File) -> Self {
-        Self { number, node: node(number), identity, _record: record }
+        let disk = Disk::new(&Linux, number);
+        Self { disk, node: disk.node(), identity, _record: record }
     }
 
     /// Adds a device, records it and sees to its node.
     fn add() -> Result<Self, ZramError> {
-        if !Path::new(CONTROL).exists() {
+        if !is_offered(&Linux) {
             return Err(ZramError::NoModule);
         }
         let lock = RecordsLock::take()?;
-        let number = hot_add()?;
-        let recorded = Identity::current(number).and_then(|identity| {
-            let gone = || ZramError::new("read", sysfs(number, "diskseq"), Errno::NOENT.into());
+        let disk = Disk::add(&Linux)?;
+        let recorded = Identity::current(disk).and_then(|identity| {
+            let gone = || ZramError::new("read", disk.attribute("diskseq"), Errno::NOENT.into());
             let identity = identity.ok_or_else(gone)?;
-            let record = write_record(number, &identity)?;
-            Ok(Self::recorded(number, identity, record))
+            let record = write_record(disk.number(), &identity)?;
+            Ok(Self::recorded(disk.number(), identity, record))
         });
         let device = match recorded {
             Ok(device) => device,
             Err(error) => {
                 // The first error is the one to report. The number was handed out under the lock a moment ago.
-                let _ = hot_remove(number);
+                let _ = disk.remove();
                 return Err(error);
             }
         };
         let has_node = match device.identity.origin {
             NodeOrigin::Kernel => Ok(()),
-            NodeOrigin::Made => device.device_id().and_then(|id| make_node(&device.node, id)),
+            NodeOrigin::Made => disk.device_id().and_then(|id| make_node(&device.node, id)),
         };
         match has_node {
             Ok(()) => Ok(device),
@@ -487,72 +497,27 @@ impl Device {
         }
     }
 
-    fn sysfs(&self, file: &str) -> PathBuf {
-        sysfs(self.number, file)
-    }
-
-    /// Major and minor number in one.
-    fn device_id(&self) -> Result<u64, ZramError> {
-        let path = self.sysfs("dev");
-        let text = read(&path)?;
-        let numbers = text
-            .trim()
-            .split_once(':')
-            .and_then(|(major, minor)| Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?)));
-        numbers.ok_or_else(|| malformed(path, "a device number", &text))
-    }
-
     /// True while the device of this number is the one that was added.
     fn is_there(&self) -> Result<bool, ZramError> {
-        Ok(Identity::current(self.number)?.is_some_and(|now| now.is_same_device(&self.identity)))
-    }
-
-    fn choose_algorithm(&self, preferred: &[&str]) -> Result<String, ZramError> {
-        let path = self.sysfs("comp_algorithm");
-        let offered = read(&path)?;
-        let chosen = choose(preferred, &offered).ok_or_else(|| ZramError::NoAlgorithm {
-            wanted: preferred.iter().map(|name| (*name).to_owned()).collect(),
-            offered: offered.trim().to_owned(),
-        })?;
-        write("choose the algorithm in", &path, chosen)?;
-        Ok(chosen.to_owned())
-    }
-
-    fn format(&self, header: &SwapHeader) -> Result<(), ZramError> {
-        let failed = |source| ZramError::new("write the swap header to", &self.node, source);
-        let disk = OpenOptions::new().write(true).open(&self.node).map_err(failed)?;
-        // What was opened is looked at, not what stands at the path: writing to the wrong disk cannot be undone.
-        let found = disk.metadata().map_err(failed)?;
-        if !found.file_type().is_block_device() || found.rdev() != self.device_id()? {
-            return Err(ZramError::WrongNode(self.node.clone()));
-        }
-        disk.write_all_at(&header.bytes, 0).and_then(|()| disk.sync_all()).map_err(failed)
+        Ok(Identity::current(self.disk)?.is_some_and(|now| now.is_same_device(&self.identity)))
     }
 
     /// Undoes everything, from any point on the way up, and deletes the record last.
     fn undo(&self, _lock: &RecordsLock) -> Result<(), ZramError> {
         if self.is_there()? {
             if host_swap()?.iter().any(|area| area.path == self.node) {
-                swap::swapoff(&self.node)?;
+                self.disk.swapoff()?;
             }
-            hot_remove(self.number)?;
+            self.disk.remove()?;
             if self.identity.origin == NodeOrigin::Made {
                 remove_file(&self.node)?;
             }
         }
         // Had the device been removed by others, the number and thus the record's name may be somebody else's by now.
-        let path = record_path(self.number);
+        let path = record_path(self.disk.number());
         let recorded = fs::read_to_string(&path).ok().and_then(|text| Identity::parse(&text));
         if recorded.as_ref() == Some(&self.identity) { remove_file(&path) } else { Ok(()) }
     }
-}
-
-fn sysfs(number: u32, file: &str) -> PathBuf {
-    format!("/sys/block/zram{number}/{file}").into()
-}
-
-fn node(number: u32) -> PathBuf {
-    format!("/dev/zram{number}").into()
 }
 
 fn record_path(number: u32) -> PathBuf {
@@ -572,80 +537,11 @@ fn write_record(number: u32, identity: &Identity) -> Result<File, ZramError> {
     Ok(record)
 }
 
-/// Adds a device and returns its number. Every read of the file adds one: it is read exactly once.
-fn hot_add() -> Result<u32, ZramError> {
-    let path = Path::new(CONTROL).join("hot_add");
-    let mut buffer = [0; 32];
-    let read = File::open(&path).and_then(|mut file| file.read(&mut buffer));
-    let length = read.map_err(|source| ZramError::new("read", &path, source))?;
-    let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
-    text.trim().parse().map_err(|_| malformed(path, "the number of a new device", &text))
-}
-
-/// Resets and removes a device that is not in use.
-fn hot_remove(number: u32) -> Result<(), ZramError> {
-    let path = Path::new(CONTROL).join("hot_remove");
-    for _ in 0..REMOVAL_TRIES {
-        match write("remove a device through", &path, &number.to_string()) {
-            Err(ZramError::Other { source, .. }) if is(&source, Errno::BUSY) => {
-                std::thread::sleep(REMOVAL_PAUSE);
-            }
-            Err(ZramError::Other { source, .. }) if is(&source, Errno::NODEV) => return Ok(()),
-            done => return done,
-        }
-    }
-    Err(ZramError::Busy { number })
-}
-
 /// Makes a block device's node, where /dev is a plain directory.
 fn make_node(path: &Path, device_id: u64) -> Result<(), ZramError> {
     let mode = Mode::RUSR | Mode::WUSR;
     rustix::fs::mknodat(CWD, path, FileType::BlockDevice, mode, device_id)
         .map_err(|errno| ZramError::new("create the device node", path, errno.into()))
-}
-
-/// The first of `preferred` in the kernel's list, where the default stands in brackets.
-fn choose<'a>(preferred: &[&'a str], offered: &str) -> Option<&'a str> {
-    let mut preferred = preferred.iter().copied();
-    preferred.find(|wanted| offered.split_whitespace().any(|name| name.trim_matches(['[', ']']) == *wanted))
-}
-
-/// The first page of a swap area of version 1, numbers in the machine's byte order:
-///
-/// ```text
-/// 0     1024      1028        1032       1036       1052        1068                 4086      4096
-/// +-----+---------+-----------+----------+----------+-----------+--------------------+---------+
-/// | 0   | version | last page | bad      | UUID     | label     | 0 (the list of bad | "SWAP-  |
-/// |     | u32 = 1 | u32       | pages    | 16 bytes | 16 bytes, | pages would start  | SPACE2" |
-/// |     |         | pages - 1 | u32 = 0  | = 0      | 0 at end  | at 1536)           | 10 bytes|
-/// +-----+---------+-----------+----------+----------+-----------+--------------------+---------+
-/// ```
-///
-/// (`union swap_header` of linux/swap.h.) Page 0, this one, is counted but never swapped to.
-struct SwapHeader {
-    disk_size: ByteCount,
-    bytes: [u8; PAGE_SIZE],
-}
-
-fn swap_header(disk_size: ByteCount) -> Result<SwapHeader, ZramError> {
-    const MAGIC: &[u8; 10] = b"SWAPSPACE2";
-    let bad_size = || ZramError::BadSize(disk_size);
-    if disk_size < DISK_SIZE_MIN {
-        return Err(bad_size());
-    }
-    let pages = disk_size.pages_ceil();
-    let last_page = u32::try_from(pages.0 - 1).map_err(|_| bad_size())?;
-    let mut bytes = [0; PAGE_SIZE];
-    let fields: [(usize, &[u8]); 4] = [
-        (1024, &1_u32.to_ne_bytes()),
-        (1028, &last_page.to_ne_bytes()),
-        (1052, b"plimsoll"),
-        (PAGE_SIZE - MAGIC.len(), MAGIC),
-    ];
-    for (offset, field) in fields {
-        bytes[offset..offset + field.len()].copy_from_slice(field);
-    }
-    Ok(SwapHeader { disk_size: pages.bytes(), bytes })
 }
 
 fn is(error: &io::Error, errno: Errno) -> bool {
@@ -658,12 +554,6 @@ fn malformed(path: impl Into<PathBuf>, expected: &'static str, found: &str) -> Z
 
 fn read(path: &Path) -> Result<String, ZramError> {
     fs::read_to_string(path).map_err(|source| ZramError::new("read", path, source))
-}
-
-/// One write to an existing file: sysfs takes each write as a command.
-fn write(action: &'static str, path: &Path, text: &str) -> Result<(), ZramError> {
-    let file = OpenOptions::new().write(true).open(path);
-    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|e| ZramError::new(action, path, e))
 }
 
 /// Removes a file that may be gone already.

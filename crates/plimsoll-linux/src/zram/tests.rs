@@ -1,10 +1,12 @@
 //! Real swap devices, swapped to by a real process, abandoned and swept; texts and records without any.
 
+use super::disk::{choose, node, sysfs};
 use super::*;
 use crate::cgroup::Swappiness;
 use crate::cgroup::tests::cgroup_or_skip;
 use crate::procsum::test_child::{self, HELD, TestChild};
 use plimsoll_sys::swap::SwapRank;
+use plimsoll_types::PAGE_SIZE;
 
 const DISK_SIZE: ByteCount = ByteCount::mib(64);
 
@@ -42,10 +44,10 @@ fn is_swap(path: &Path) -> bool {
 
 fn assert_gone(number: u32, identity: &Identity) {
     let is_it = |other: Option<Identity>| other.is_some_and(|other| other.is_same_device(identity));
-    assert!(!is_it(Identity::current(number).unwrap()), "zram{number} still exists");
+    assert!(!is_it(Identity::current(Disk::new(&Linux, number)).unwrap()), "zram{number} still exists");
     assert!(!is_it(recorded(number)), "zram{number} is still on record");
     // Unless others have added a device of that number meanwhile, nothing of it is to be seen at all.
-    if Identity::current(number).unwrap().is_none() {
+    if Identity::current(Disk::new(&Linux, number)).unwrap().is_none() {
         assert!(!is_swap(&node(number)) && !node(number).exists());
     }
 }
@@ -178,7 +180,7 @@ fn a_missing_node_is_made() {
     let _alone = alone();
     let Some(swap) = swap_or_skip() else { return };
     let path = std::env::temp_dir().join(format!("plimsoll-node-{}", std::process::id()));
-    let made = make_node(&path, swap.device.device_id().unwrap());
+    let made = make_node(&path, swap.device.disk.device_id().unwrap());
     let found = fs::metadata(&path);
     remove_file(&path).unwrap();
     made.unwrap();
@@ -231,4 +233,25 @@ fn a_record_is_read_back_and_one_cut_short_is_none() {
     for length in 0..last_line {
         assert_eq!(Identity::parse(&text[..length]), None, "{length} bytes");
     }
+}
+
+#[test]
+fn what_the_kernel_was_built_without_is_a_typed_refusal() {
+    let _alone = alone();
+    let Some(swap) = swap_or_skip() else { return };
+    let disk = swap.device.disk;
+    for (attribute, done) in
+        [("idle", disk.mark_idle(IdleSince::Now)), ("recompress", disk.recompress(Recompress::Huge))]
+    {
+        match done {
+            Err(ZramError::NotOffered { attribute: missing }) => {
+                assert_eq!(missing, attribute);
+                assert!(!disk.has(attribute));
+            }
+            // No second algorithm was chosen for this device.
+            Err(error) => assert!(disk.has(attribute) && attribute == "recompress", "{error}"),
+            Ok(()) => assert!(disk.has(attribute)),
+        }
+    }
+    swap.remove().unwrap();
 }
