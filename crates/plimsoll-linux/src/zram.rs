@@ -21,9 +21,9 @@ mod disk;
 
 use crate::cgroup::unescape;
 use crate::system::{Linux, System};
-pub(crate) use disk::swap_header;
 use disk::{CONTROL, DISK_SIZE_MIN};
 pub use disk::{Disk, IdleSince, Recompress, is_offered};
+pub(crate) use disk::{choose, offered_names, swap_header};
 use plimsoll_sys::swap::{SwapError, SwapPriority};
 use plimsoll_types::{ByteCount, PageCount};
 use rustix::fs::{CWD, FileType, Mode};
@@ -73,6 +73,14 @@ pub enum ZramError {
     /// The directory of records belongs to somebody else.
     #[error("{RECORDS} is not a directory of this user with mode 0700: remove it and try again")]
     UnsafeRecords,
+    /// The device that was just added is not there.
+    #[error(
+        "zram{number} is gone a moment after it was added: something else on this host removes zram devices"
+    )]
+    Vanished {
+        /// The number it had.
+        number: u32,
+    },
     /// The device cannot be removed.
     #[error(
         "zram{number} is still in use by another program: end it, then `echo {number} > {CONTROL}/hot_remove`"

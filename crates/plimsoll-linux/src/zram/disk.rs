@@ -186,6 +186,13 @@ impl<'a> Disk<'a> {
         written.map_err(|source| ZramError::new("write the swap header to", node, source))
     }
 
+    /// Its first page.
+    pub(crate) fn first_page(&self) -> Result<FirstPage, ZramError> {
+        let node = self.node();
+        let read = self.system.first_page(&node, self.device_id()?);
+        read.map_err(|source| ZramError::new("read the first page of", node, source))
+    }
+
     pub(crate) fn swapon(&self, priority: SwapPriority) -> Result<(), ZramError> {
         Ok(self.system.swapon(&self.node(), priority)?)
     }
@@ -219,7 +226,7 @@ impl<'a> Disk<'a> {
             IdleSince::Now => "all".to_owned(),
             IdleSince::Longer(age) => age.as_secs().to_string(),
         };
-        self.command("idle", &what)
+        self.set_offered("idle", &what)
     }
 
     /// Compresses pages once more with the device's second algorithm, and keeps what became smaller. Costs processor time
@@ -228,10 +235,11 @@ impl<'a> Disk<'a> {
     /// # Errors
     /// When the kernel was built without it (CONFIG_ZRAM_MULTI_COMP), or the device has no second algorithm.
     pub fn recompress(&self, pages: Recompress) -> Result<(), ZramError> {
-        self.command("recompress", &format!("type={}", pages.name()))
+        self.set_offered("recompress", &format!("type={}", pages.name()))
     }
 
-    fn command(&self, attribute: &'static str, what: &str) -> Result<(), ZramError> {
+    /// Sets an attribute that not every kernel has.
+    pub(crate) fn set_offered(&self, attribute: &'static str, what: &str) -> Result<(), ZramError> {
         if !self.has(attribute) {
             return Err(ZramError::NotOffered { attribute });
         }
