@@ -3,6 +3,7 @@
 //! Enters: a command line. Leaves: exit status 0 when all went well, 1 when something went wrong that the output
 //! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
 mod demo;
+mod host;
 mod soak;
 mod vmm;
 
@@ -22,6 +23,8 @@ enum Verb {
     Demo(demo::DemoArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
     Soak(soak::SoakArgs),
+    /// See what this host offers for taking guests' memory, and set up swap for it.
+    Host(host::HostArgs),
     /// Run one machine: started by the other verbs, with its configuration on standard input.
     #[command(hide = true)]
     Vmm(vmm::VmmArgs),
@@ -31,6 +34,7 @@ fn main() -> ExitCode {
     match Cli::parse().verb {
         Verb::Demo(args) => demo::main(&args),
         Verb::Soak(args) => soak::main(&args),
+        Verb::Host(args) => host::main(&args),
         Verb::Vmm(args) => vmm::main(&args),
     }
 }

@@ -11,7 +11,7 @@ use crate::system::System;
 use crate::zram::{Disk, ZramError, swap_header};
 use plimsoll_sys::swap::{SwapPriority, SwapRank};
 
-/// Makes the changes of `plan`, and calls `watch` before each.
+/// Makes the changes of `agreed`, calls `watch` before each, and returns what is on record then.
 ///
 /// # Errors
 /// When the host is no longer as it was when the plan was made, or a change fails. Those made before it are undone then;
@@ -21,7 +21,7 @@ pub fn apply(
     place: &Place,
     agreed: &Plan,
     watch: &mut dyn FnMut(&Change),
-) -> Result<(), PrepareError> {
+) -> Result<Record, PrepareError> {
     let lock = place.lock()?;
     match plan(system, place, &agreed.request)? {
         Outlook::Changes(now) if now.changes == agreed.changes => {}
@@ -45,7 +45,8 @@ pub fn apply(
         record.stage = Stage::Prepared;
         lock.save(&record)
     });
-    made.map_err(|failed| match revert(system, &lock, &mut record, &mut |_| {}) {
+    let Err(failed) = made else { return Ok(record) };
+    Err(match revert(system, &lock, &mut record, &mut |_| {}) {
         Ok(_) => failed,
         Err(source) => PrepareError::Stuck { failed: crate::explain(&failed), source: Box::new(source) },
     })

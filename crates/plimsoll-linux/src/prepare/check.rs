@@ -106,8 +106,12 @@ const TOPICS: [Topic; 17] = [
     Topic { name: "cgroups", used_for: "exact accounting and limits", look: cgroups },
     Topic { name: "ksm", used_for: "sharing equal pages of machines of one domain", look: ksm },
     Topic { name: "huge pages", used_for: "whole blocks for hot memory", look: huge_pages },
-    Topic { name: "idle pages", used_for: "a second opinion on the working set", look: idle_pages },
-    Topic { name: "damon", used_for: "access patterns without sampling of our own", look: damon },
+    Topic {
+        name: "idle pages",
+        used_for: "nothing yet (a second opinion on the working set)",
+        look: idle_pages,
+    },
+    Topic { name: "damon", used_for: "nothing yet (access patterns without sampling)", look: damon },
     Topic { name: "vm settings", used_for: "explaining how the kernel chooses what to swap", look: settings },
     Topic {
         name: "capabilities",
@@ -413,13 +417,13 @@ fn idle_pages(system: &dyn System, _: &Own) -> Look {
     if system.exists("/sys/kernel/mm/page_idle/bitmap".as_ref()) {
         return Look::present("/sys/kernel/mm/page_idle/bitmap");
     }
-    Look::absent("no /sys/kernel/mm/page_idle", "not needed; a kernel built with CONFIG_IDLE_PAGE_TRACKING")
+    Look::absent("no /sys/kernel/mm/page_idle", "a kernel built with CONFIG_IDLE_PAGE_TRACKING")
 }
 
 fn damon(system: &dyn System, _: &Own) -> Look {
     const ADMIN: &str = "/sys/kernel/mm/damon/admin";
     if !system.exists(ADMIN.as_ref()) {
-        return Look::absent("no /sys/kernel/mm/damon", "not needed; a kernel built with CONFIG_DAMON_SYSFS");
+        return Look::absent("no /sys/kernel/mm/damon", "a kernel built with CONFIG_DAMON_SYSFS");
     }
     // The kernel names its operations only in a context, and making one would be a change.
     let operations = text(system, &format!("{ADMIN}/kdamonds/0/contexts/0/avail_operations"));
@@ -429,9 +433,11 @@ fn damon(system: &dyn System, _: &Own) -> Look {
         }
         Some(names) => Look::limited(
             format!("sysfs; operations {names}"),
-            "not needed; a kernel built with CONFIG_DAMON_VADDR watches processes",
+            "a kernel built with CONFIG_DAMON_VADDR, to watch processes",
         ),
-        None => Look::limited("sysfs; operations unknown until somebody sets up a context", "not needed"),
+        None => {
+            Look::limited("sysfs; operations unknown until somebody sets up a context", "set up a context")
+        }
     }
 }
 
@@ -455,12 +461,8 @@ fn missing_rights(own: &Own, rights: &[CapabilitySet]) -> Vec<String> {
 }
 
 fn capabilities(_: &dyn System, own: &Own) -> Look {
-    const NEEDED: [CapabilitySet; 4] = [
-        CapabilitySet::SYS_PTRACE,
-        CapabilitySet::SYS_NICE,
-        CapabilitySet::SYS_ADMIN,
-        CapabilitySet::SYS_RESOURCE,
-    ];
+    const NEEDED: [CapabilitySet; 3] =
+        [CapabilitySet::SYS_PTRACE, CapabilitySet::SYS_NICE, CapabilitySet::SYS_ADMIN];
     let none = Own { rights: CapabilitySet::empty(), ..own.clone() };
     let (all, missing) = (missing_rights(&none, &NEEDED), missing_rights(own, &NEEDED));
     let has: Vec<String> = all.iter().filter(|name| !missing.contains(name)).cloned().collect();

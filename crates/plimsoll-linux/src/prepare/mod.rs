@@ -15,7 +15,8 @@
 //!
 //! **The one gap** lies between the read that adds a device and the record of its number. After a crash there, undo looks
 //! for an empty device that was not there before and that no run of plimsoll has claimed. If there is exactly one, it
-//! is removed: an empty device holds nothing. If there are several, all are left and named.
+//! is removed: an empty device holds nothing, so that the worst that can happen is that somebody who added one in that very
+//! moment has to add it again. If there are several, all are left and named.
 mod apply;
 mod change;
 mod check;

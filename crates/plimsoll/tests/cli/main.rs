@@ -4,5 +4,6 @@
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
 
 mod demo;
+mod host;
 mod run;
 mod soak;

@@ -28,6 +28,8 @@ pub(crate) fn can(capability: &str) -> bool {
         "userfaultfd" => faults(),
         "cgroup" if controllers() => None,
         "cgroup" => Some("this user may make no memory cgroup".to_owned()),
+        "zram" if is_root() && Path::new("/sys/class/zram-control").exists() => None,
+        "zram" => Some("this user may make no zram device, or the kernel has none".to_owned()),
         "root" if is_root() => None,
         "root" => Some("not root".to_owned()),
         other => panic!("no test knows of {other}"),

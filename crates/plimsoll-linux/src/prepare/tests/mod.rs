@@ -60,7 +60,7 @@ fn planned(fake: &Fake, place: &Place, request: &Request) -> Plan {
 
 fn prepare(fake: &Fake, place: &Place, request: &Request) -> Result<(), PrepareError> {
     let plan = planned(fake, place, request);
-    apply(fake, place, &plan, &mut |_| {})
+    apply(fake, place, &plan, &mut |_| {}).map(drop)
 }
 
 fn undo_all(fake: &Fake, place: &Place) -> Result<Undone, PrepareError> {
