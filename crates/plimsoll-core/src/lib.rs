@@ -8,6 +8,7 @@
 //! * [`airlock`]: captured pages, oldest first (limbo), and the memory to give back.
 //! * [`replacement`]: which pages to take next. [`sampler`]: how much a machine really uses.
 //! * [`prefetch`]: which pages to bring back from the store before they are touched.
+//! * [`twins`]: which blocks hold pages that have their like elsewhere, for sharing while they are in use.
 //! * [`machine`]: all of these as one state machine of events and effects. Start reading there.
 //! * [`outside`]: which pages to take from a machine whose pages can only be looked up, never followed.
 //! * [`ledger`]: host, group and machine; budgets, watermarks, the hard line.
@@ -31,4 +32,5 @@ pub mod outside;
 pub mod prefetch;
 pub mod replacement;
 pub mod sampler;
+pub mod twins;
 pub mod word;
