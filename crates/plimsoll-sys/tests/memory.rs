@@ -2,7 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 use plimsoll_sys::mapping::{
-    AnonymousMapping, ExclusiveMapping, HugePages, MapError, Memfd, MemfdError, RangeError, SharedMapping,
+    AnonymousMapping, ExclusiveMapping, HugePages, MapError, Memfd, MemfdError, Merging, RangeError,
+    SharedMapping,
 };
 use plimsoll_sys::pagemap::{Categories, Entry, Filter, Pagemap, PagemapError};
 use plimsoll_sys::pidfd::Pidfd;
@@ -239,4 +240,21 @@ fn proc_files_of_this_process_are_understood() {
     assert_eq!(procfs::start_time(own).unwrap(), procfs::start_time(own).unwrap());
     let nobody = ProcessId::new(i32::MAX.cast_unsigned()).unwrap();
     assert!(matches!(procfs::statm(nobody), Err(procfs::ProcfsError::NoProcess(_))));
+}
+
+#[test]
+fn memory_is_mergeable_while_it_is_offered_and_only_by_its_owner() {
+    let memory = map(2);
+    let own = ProcessId::own();
+    memory.write_u64(ByteCount(0), 7).unwrap();
+    if let Err(RangeError::Advise { source, .. }) = memory.advise_merging(memory.range(), Merging::Offered) {
+        return println!("SKIPPED: no KSM in this kernel: {source}");
+    }
+    assert!(procfs::is_mergeable(own).unwrap());
+    memory.advise_merging(pages(&memory, 1, 1), Merging::Withdrawn).unwrap();
+    assert!(procfs::is_mergeable(own).unwrap());
+    memory.advise_merging(memory.range(), Merging::Withdrawn).unwrap();
+    assert_eq!(memory.read_u64(ByteCount(0)).unwrap(), 7);
+    let error = memory.advise_merging(pages(&memory, 1, 2), Merging::Offered).unwrap_err();
+    assert!(matches!(error, RangeError::Outside { .. }), "{error}");
 }

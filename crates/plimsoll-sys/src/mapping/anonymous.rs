@@ -30,6 +30,15 @@ pub enum HugePages {
     HostDefault,
 }
 
+/// Whether the kernel's samepage merging (KSM) may merge pages with others of the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Merging {
+    /// It may (MADV_MERGEABLE). Whoever can time writes to the memory can then tell whether somebody else has its bytes.
+    Offered,
+    /// It may not, and what was merged becomes the process's own again (MADV_UNMERGEABLE), which needs memory.
+    Withdrawn,
+}
+
 /// Memory could not be mapped.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -212,6 +221,14 @@ impl AnonymousMapping {
             HugePages::Prefer => self.advise(range, libc::MADV_HUGEPAGE, "MADV_HUGEPAGE"),
             HugePages::Never => self.advise(range, libc::MADV_NOHUGEPAGE, "MADV_NOHUGEPAGE"),
             HugePages::HostDefault => Ok(()),
+        }
+    }
+
+    /// Says whether pages may be merged from now on. What they read as does not change.
+    pub fn advise_merging(&self, range: HvaRange, merging: Merging) -> Result<(), RangeError> {
+        match merging {
+            Merging::Offered => self.advise(range, libc::MADV_MERGEABLE, "MADV_MERGEABLE"),
+            Merging::Withdrawn => self.advise(range, libc::MADV_UNMERGEABLE, "MADV_UNMERGEABLE"),
         }
     }
 

@@ -13,6 +13,6 @@ mod anonymous;
 mod memfd;
 mod shared;
 
-pub use anonymous::{AnonymousMapping, HugePages, MapError, RangeError};
+pub use anonymous::{AnonymousMapping, HugePages, MapError, Merging, RangeError};
 pub use memfd::{Memfd, MemfdError};
 pub use shared::{ExclusiveMapping, SharedMapping};

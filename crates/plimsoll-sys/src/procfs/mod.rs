@@ -10,6 +10,7 @@ use crate::ProcessId;
 use plimsoll_types::{ByteCount, PageCount};
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A file of /proc could not be read or lacks something.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +111,20 @@ pub struct Status {
     pub threads: u32,
 }
 
+/// What KSM does with a process, from ksm_stat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KsmStat {
+    /// Pages that are merged with others.
+    pub merging: PageCount,
+    /// Pages that are merged into the shared zero page.
+    pub zero: PageCount,
+    /// Memory that merging saves this process, less what KSM's own tables for it take: below zero where it does not pay.
+    pub profit_bytes: i64,
+    /// Whether any memory of it may be merged, as the process asked by madvise or prctl; none where the kernel does not tell
+    /// (before 6.16).
+    pub mergeable: Option<bool>,
+}
+
 /// When a process started, in clock ticks since boot. With the process id it names a process uniquely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StartTime(pub u64);
@@ -138,6 +153,34 @@ pub fn major_faults(process: ProcessId) -> Result<u64, ProcfsError> {
 /// Reads the start time from /proc/PID/stat.
 pub fn start_time(process: ProcessId) -> Result<StartTime, ProcfsError> {
     parse_start_time(&read(process, "stat")?)
+}
+
+/// Reads /proc/PID/ksm_stat. Needs the right to ptrace the process. A kernel thread has none of it.
+pub fn ksm_stat(process: ProcessId) -> Result<KsmStat, ProcfsError> {
+    parse_ksm_stat(&read(process, "ksm_stat")?)
+}
+
+/// True when any memory of the process may be merged. Where ksm_stat does not tell, all its mappings are looked at, which is
+/// slow.
+pub fn is_mergeable(process: ProcessId) -> Result<bool, ProcfsError> {
+    let known = match ksm_stat(process) {
+        Ok(stat) => stat.mergeable,
+        // Kernel threads and processes that are exiting have an empty file.
+        Err(ProcfsError::Missing { .. }) => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    match known {
+        Some(known) => Ok(known),
+        None => Ok(has_mergeable_mapping(&read(process, "smaps")?)),
+    }
+}
+
+/// Reads the processor time of the process's main thread from schedstat; a kernel thread has no other.
+pub fn main_thread_time(process: ProcessId) -> Result<Duration, ProcfsError> {
+    let text = read(process, "schedstat")?;
+    let (file, field) = ("schedstat", "time on the processor");
+    let word = text.split_ascii_whitespace().next().ok_or(ProcfsError::Missing { file, field })?;
+    number(file, field, word).map(Duration::from_nanos)
 }
 
 fn read(process: ProcessId, file: &'static str) -> Result<String, ProcfsError> {
@@ -215,6 +258,35 @@ fn stat_column(text: &str, column: usize, field: &'static str) -> Result<u64, Pr
     let file = "stat";
     let word = text.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(column - 3));
     number(file, field, word.ok_or(ProcfsError::Missing { file, field })?)
+}
+
+/// Parses the text of a ksm_stat file: numbers after a blank, answers after a colon.
+pub fn parse_ksm_stat(text: &str) -> Result<KsmStat, ProcfsError> {
+    let file = "ksm_stat";
+    let word = |field: &'static str| {
+        let mut found = text.lines().filter_map(|line| line.split_once([' ', ':']));
+        let found = found.find(|(name, _)| *name == field).map(|(_, value)| value.trim());
+        found.ok_or(ProcfsError::Missing { file, field })
+    };
+    let pages = |field| number(file, field, word(field)?).map(PageCount);
+    let is_yes = |field| word(field).map(|answer| answer == "yes");
+    let profit = word("ksm_process_profit")?;
+    Ok(KsmStat {
+        merging: pages("ksm_merging_pages")?,
+        zero: pages("ksm_zero_pages")?,
+        profit_bytes: profit.parse().map_err(|_| ProcfsError::Malformed {
+            file,
+            field: "ksm_process_profit",
+            found: profit.to_owned(),
+        })?,
+        mergeable: is_yes("ksm_mergeable").ok().map(|is| is || is_yes("ksm_merge_any").unwrap_or(false)),
+    })
+}
+
+/// True when the text of a smaps file has a mapping with the flag `mg`.
+fn has_mergeable_mapping(text: &str) -> bool {
+    let flags = text.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    flags.flat_map(str::split_ascii_whitespace).any(|flag| flag == "mg")
 }
 
 /// The user and group ids alone, which threads that are exiting have too.
@@ -298,6 +370,24 @@ mod tests {
         assert_eq!(parse_major_faults(&text).unwrap(), 12);
         assert!(parse_start_time("17 (short) S 1").is_err());
         assert!(parse_start_time("").is_err());
+    }
+
+    #[test]
+    fn what_ksm_does_with_a_process_is_read_from_kernels_that_tell_more_or_less() {
+        let old = "ksm_rmap_items 9\nksm_zero_pages 2\nksm_merging_pages 7\nksm_process_profit -640\n";
+        let stat = KsmStat { merging: PageCount(7), zero: PageCount(2), profit_bytes: -640, mergeable: None };
+        assert_eq!(parse_ksm_stat(old).unwrap(), stat);
+        for (any, some, mergeable) in [("no", "no", false), ("no", "yes", true), ("yes", "no", true)] {
+            let text = format!("{old}ksm_merge_any: {any}\nksm_mergeable: {some}\n");
+            assert_eq!(parse_ksm_stat(&text).unwrap(), KsmStat { mergeable: Some(mergeable), ..stat });
+        }
+        assert!(matches!(parse_ksm_stat(""), Err(ProcfsError::Missing { .. })));
+        assert!(matches!(
+            parse_ksm_stat(&old.replace("-640", "a lot")),
+            Err(ProcfsError::Malformed { field: "ksm_process_profit", .. })
+        ));
+        assert!(has_mergeable_mapping("Rss: 4 kB\nVmFlags: rd wr mr mg ac\n"));
+        assert!(!has_mergeable_mapping("Name: mg\nVmFlags: rd wr mr ac\n"));
     }
 
     #[test]
