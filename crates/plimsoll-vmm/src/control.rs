@@ -48,6 +48,14 @@ pub enum Event {
     Report(Summary),
     /// A probing guest has done what it was asked.
     Probed(ProbeReport),
+    /// A range was offered to the kernel's samepage merging or withdrawn from it, or could not be.
+    Merging {
+        /// What was asked.
+        #[serde(flatten)]
+        range: MergeRange,
+        /// Why it was not done, for the operator.
+        refused: Option<String>,
+    },
     /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
     ManagerLost,
     /// A command made no sense.
@@ -88,6 +96,32 @@ pub enum Command {
         #[serde(with = "ProbeFields")]
         probe: ProbeCommand,
     },
+    /// Pages of the machine shall be merged with others of the host that have the same bytes (KSM), or not any more; only
+    /// this process can tell the kernel. Whoever asks sees to it that no machine of another sharing domain may be merged.
+    /// Answered with [`Event::Merging`].
+    Merge(MergeRange),
+}
+
+/// Whole pages of one region of guest memory, and whether they may be merged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MergeRange {
+    /// The first byte in the guest.
+    pub gpa: u64,
+    /// How many bytes.
+    pub bytes: u64,
+    /// What they are to be.
+    pub merging: MergeMode,
+}
+
+/// Whether pages may be merged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergeMode {
+    /// They may.
+    Offered,
+    /// They may not, and are the machine's own again.
+    Withdrawn,
 }
 
 /// The fields of [`ProbeCommand`], which itself lives in a crate that knows no serialisation.
@@ -264,6 +298,21 @@ mod tests {
         let command = Command::Probe { vcpu: 3, probe };
         starter.write_all(format!("{}\n", serde_json::to_string(&command).unwrap()).as_bytes()).unwrap();
         assert_eq!(control.receive().unwrap().commands, [command]);
+    }
+
+    #[test]
+    fn a_range_to_merge_survives_json_and_its_answer_names_it() {
+        let (mut control, mut starter) = pair();
+        let range = MergeRange { gpa: 2 << 20, bytes: 4 << 20, merging: MergeMode::Offered };
+        let line = serde_json::to_string(&Command::Merge(range)).unwrap();
+        assert_eq!(line, "{\"command\":\"merge\",\"gpa\":2097152,\"bytes\":4194304,\"merging\":\"offered\"}");
+        starter.write_all(format!("{line}\n").as_bytes()).unwrap();
+        assert_eq!(control.receive().unwrap().commands, [Command::Merge(range)]);
+        let answer = serde_json::to_string(&Event::Merging { range, refused: None }).unwrap();
+        let Event::Merging { range: named, refused: None } = serde_json::from_str(&answer).unwrap() else {
+            panic!("{answer}");
+        };
+        assert_eq!(named, range);
     }
 
     #[test]

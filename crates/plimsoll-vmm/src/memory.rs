@@ -32,7 +32,7 @@ use crate::config::{HugePages, Prefault};
 use crate::pins::{PageRun, PinGuard, Pins};
 use crate::shards::{self, Cut};
 use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
-use plimsoll_sys::mapping::{self, AnonymousMapping, MapError, RangeError};
+use plimsoll_sys::mapping::{self, AnonymousMapping, MapError, Merging, RangeError};
 use plimsoll_sys::pagemap::{Pagemap, PagemapError};
 use plimsoll_sys::uffd::{
     Features, HandshakeError, Mode, OpenError, ProbeError, RegisterError, RegisterMode, Userfaultfd,
@@ -366,6 +366,22 @@ impl Memory {
     pub(crate) fn read_u64(&self, gpa: Gpa) -> Result<u64, MemoryError> {
         let (mapping, offset) = self.locate(gpa, ByteCount(8))?;
         Ok(mapping.read_u64(offset)?)
+    }
+
+    /// Offers pages to the kernel's samepage merging, or makes them this machine's own again. Touches none that is absent.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutsideRam`]; [`MemoryError::Range`] where the kernel has no KSM or no memory.
+    pub(crate) fn advise_merging(
+        &self,
+        gpa: Gpa,
+        len: ByteCount,
+        merging: Merging,
+    ) -> Result<(), MemoryError> {
+        let (mapping, offset) = self.locate(gpa, len)?;
+        let start = mapping.base().checked_add(offset.0);
+        let range = start.and_then(|start| HvaRange::new(start, len));
+        Ok(mapping.advise_merging(range.ok_or(MemoryError::OutsideRam { gpa, len })?, merging)?)
     }
 
     /// Gives pages back that the guest says it does not need. Waits until the manager has read the event, so the

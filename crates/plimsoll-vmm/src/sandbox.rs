@@ -102,8 +102,9 @@ fn filter(accel: &Accel) -> Result<BpfProgram, BackendError> {
         free_calls().into_iter().map(|call| (call, vec![])).collect();
     rules.insert(libc::SYS_ioctl, one_of(1, ioctls.into_iter().map(u64::from))?);
     // DONTNEED: discards of the guest, slots given back, and the allocator's trimming. POPULATE_WRITE: the agent's
-    // request of that name.
-    let advice = [libc::MADV_DONTNEED, libc::MADV_POPULATE_WRITE];
+    // request of that name. MERGEABLE, UNMERGEABLE: the starter's command.
+    let advice =
+        [libc::MADV_DONTNEED, libc::MADV_POPULATE_WRITE, libc::MADV_MERGEABLE, libc::MADV_UNMERGEABLE];
     rules
         .insert(libc::SYS_madvise, one_of(2, advice.into_iter().map(|code| u64::from(code.unsigned_abs())))?);
     // A build with debug assertions looks whether a descriptor is open before it closes it.

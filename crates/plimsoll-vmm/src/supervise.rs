@@ -9,11 +9,13 @@
 //! the kernel for a page or for a reader of an event, nobody will come, and only the end of the process frees them.
 use crate::agent;
 use crate::config::VmmConfig;
-use crate::control::{Command, Control, Event, StopMode};
+use crate::control::{Command, Control, Event, MergeMode, MergeRange, StopMode};
 use crate::machine::Machine;
 use crate::report::{ProbeReport, Summary};
 use crate::{VmmError, signals};
 use plimsoll_guest::probe::ProbeCommand;
+use plimsoll_sys::mapping::Merging;
+use plimsoll_types::{ByteCount, Gpa};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::io;
@@ -148,6 +150,7 @@ impl Supervisor {
                 Command::Window { number } => self.machine.window(number)?,
                 Command::Stop { mode } => self.ask_to_stop(mode)?,
                 Command::Probe { vcpu, probe } => self.probe(vcpu, probe)?,
+                Command::Merge(range) => self.merge(range)?,
             }
         }
         if received.closed { self.ask_to_stop(StopMode::Now) } else { Ok(()) }
@@ -163,6 +166,17 @@ impl Supervisor {
             Ok(_) => format!("there is no vCPU {vcpu} to probe with"),
         };
         self.send(&Event::Error { message })
+    }
+
+    /// The kernel breaks a merge without a fault that anybody would have to serve, so this waits for no page.
+    fn merge(&self, range: MergeRange) -> Result<(), VmmError> {
+        let merging = match range.merging {
+            MergeMode::Offered => Merging::Offered,
+            MergeMode::Withdrawn => Merging::Withdrawn,
+        };
+        let done = self.machine.memory.advise_merging(Gpa(range.gpa), ByteCount(range.bytes), merging);
+        let refused = done.err().map(|error| plimsoll_linux::explain(&error));
+        self.send(&Event::Merging { range, refused })
     }
 
     fn ask_to_stop(&mut self, mode: StopMode) -> Result<(), VmmError> {

@@ -6,7 +6,7 @@ use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_types::{Gpa, PAGE_SIZE};
 use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Management, Prefault, VmmConfig};
-use plimsoll_vmm::control::{Command, Event, StopMode};
+use plimsoll_vmm::control::{Command, Event, MergeMode, MergeRange, StopMode};
 use plimsoll_vmm::report::ProbeReport;
 use plimsoll_vmm::supervise::ManagerEnd;
 use plimsoll_vmm::{Accel, VmmError};
@@ -99,6 +99,31 @@ fn a_probing_guest_does_what_its_starter_asks_and_answers_by_its_own_clock() {
         let report = machine.end().unwrap();
         assert_eq!((report.died, report.abandoned), (None, 0), "{accel:?}");
     }
+}
+
+#[test]
+fn blocks_are_offered_to_ksm_and_withdrawn_on_request_and_nothing_outside_of_memory_is() {
+    const BLOCK: u64 = 2 << 20;
+    let config = config(WorkloadSpec::new(WorkloadKind::Probe), AccelChoice::InProcess);
+    let mut machine = Started::new(config.clone(), None);
+    let mut ask = |gpa, bytes, merging| {
+        machine.command(Command::Merge(MergeRange { gpa, bytes, merging }));
+        machine.until(|event| match event {
+            Event::Merging { range, refused } if range.gpa == gpa => Some(refused.clone()),
+            _ => None,
+        })
+    };
+    assert_eq!(ask(BLOCK, 2 * BLOCK, MergeMode::Offered), None);
+    assert_eq!(ask(BLOCK, BLOCK, MergeMode::Withdrawn), None);
+    assert_eq!(ask(2 * BLOCK, BLOCK, MergeMode::Withdrawn), None);
+    for gpa in [u64::MAX - BLOCK, 1 << 40] {
+        let refused = ask(gpa, BLOCK, MergeMode::Offered).unwrap();
+        assert!(refused.contains("do not lie in one region"), "{refused}");
+    }
+    let refused = ask(123, BLOCK, MergeMode::Offered).unwrap();
+    assert!(refused.contains("MADV_MERGEABLE"), "{refused}");
+    machine.stop(StopMode::Now);
+    assert_eq!(machine.end().unwrap().died, None);
 }
 
 #[test]

@@ -9,12 +9,13 @@ use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_linux::uffd::host::Incident;
 use plimsoll_linux::uffd::manager::{AdmitError, MachineView, Manager, Membership, Vault};
 use plimsoll_linux::uffd::probe::{NoProbe, Probe};
+use plimsoll_sys::ProcessId;
 use plimsoll_sys::fdpass::seqpacket_pair;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process::{adopt_inherited, make_inheritable};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use plimsoll_vmm::config::{AccelChoice, VmmConfig, Workload};
-use plimsoll_vmm::control::{Command, Event, StopMode};
+use plimsoll_vmm::control::{Command, Event, Ram, StopMode};
 use plimsoll_vmm::report::Summary;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -129,6 +130,10 @@ pub(crate) struct State {
     pub(crate) summary: Summary,
     pub(crate) died: Option<String>,
     pub(crate) done: bool,
+    /// Where its memory is in its process.
+    pub(crate) ram: Vec<Ram>,
+    /// Ranges that were offered to KSM or withdrawn from it.
+    pub(crate) merging: usize,
     /// Whether the machine was told that it has no manager any more.
     pub(crate) manager_lost: bool,
 }
@@ -168,7 +173,16 @@ impl Guest {
     }
 
     pub(crate) fn tell(&self, mode: StopMode) {
-        let line = serde_json::to_string(&Command::Stop { mode }).unwrap();
+        self.command(&Command::Stop { mode });
+    }
+
+    /// Its process.
+    pub(crate) fn process(&self) -> ProcessId {
+        ProcessId::new(self.child.id()).unwrap()
+    }
+
+    pub(crate) fn command(&self, command: &Command) {
+        let line = serde_json::to_string(command).unwrap();
         (&self.control).write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
@@ -226,7 +240,12 @@ fn collect(events: UnixStream, state: &Mutex<State>) {
             Event::Died { reason, .. } => state.died = Some(reason),
             Event::ManagerLost => state.manager_lost = true,
             Event::Error { message } => state.died = Some(message),
-            Event::Prefault { .. } | Event::Started { .. } | Event::Probed(_) => {}
+            Event::Started { ram, .. } => state.ram = ram,
+            Event::Merging { refused, .. } => {
+                state.merging += 1;
+                state.died = state.died.take().or(refused);
+            }
+            Event::Prefault { .. } | Event::Probed(_) => {}
         }
     }
 }
