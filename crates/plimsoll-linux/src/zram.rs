@@ -33,7 +33,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-const RECORDS: &str = "/run/plimsoll";
+pub(crate) const RECORDS: &str = "/run/plimsoll";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// A zram device could not be made, read or removed.
@@ -376,10 +376,10 @@ pub fn sweep_stale() -> Result<Vec<u32>, ZramError> {
 }
 
 /// The lock on the directory of records: devices are added and removed by one process at a time.
-struct RecordsLock(#[expect(dead_code, reason = "holding it open is what locks")] File);
+pub(crate) struct RecordsLock(#[expect(dead_code, reason = "holding it open is what locks")] File);
 
 impl RecordsLock {
-    fn take() -> Result<Self, ZramError> {
+    pub(crate) fn take() -> Result<Self, ZramError> {
         match DirBuilder::new().mode(0o700).create(RECORDS) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(ZramError::new("create", RECORDS, error));
