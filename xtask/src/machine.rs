@@ -4,6 +4,7 @@
 //! present or missing. A test may be skipped only where one that its level needs is missing.
 use crate::setup::{has_kernel, is_root, is_there};
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::path::Path;
 
 /// A capability and whether it is here.
@@ -25,12 +26,25 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (1, "userfaultfd", can_fault()),
         (1, "cgroup", can_make_cgroup()),
         (1, "zram", is_root() && Path::new("/sys/class/zram-control/hot_add").exists()),
+        (1, "ksm", is_root() && can_merge()),
         (2, "qemu", is_there("qemu-system-x86_64")),
         (2, "libvirt", has_libvirt),
         (2, "cloud-kernel", has_kernel()),
     ]
     .map(|(level, name, is_here)| Capability { name, level, is_here })
     .into()
+}
+
+/// KSM is there and rests, and nobody on this machine has memory that tests would see merged with theirs.
+fn can_merge() -> bool {
+    let has_mergeable = |entry: io::Result<fs::DirEntry>| {
+        let stat = entry.and_then(|entry| fs::read_to_string(entry.path().join("ksm_stat")));
+        stat.is_ok_and(|stat| {
+            stat.lines().any(|line| matches!(line, "ksm_mergeable: yes" | "ksm_merge_any: yes"))
+        })
+    };
+    let is_at_rest = fs::read_to_string("/sys/kernel/mm/ksm/run").is_ok_and(|run| run.trim() != "1");
+    is_at_rest && fs::read_dir("/proc").is_ok_and(|mut entries| !entries.any(has_mergeable))
 }
 
 fn can_open(device: &str) -> bool {

@@ -14,6 +14,7 @@ mod handover;
 mod hostile;
 mod impostor;
 mod killed;
+mod merged;
 mod poison;
 mod probes;
 mod sharded;
@@ -27,7 +28,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 22] = [
+const TESTS: [Test; 23] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
     ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
@@ -49,6 +50,7 @@ const TESTS: [Test; 22] = [
     ("a_live_vmm_that_closes_its_socket_is_reported_and_stays_charged", hostile::closes_and_lives),
     ("a_guest_that_touches_everything_does_not_starve_the_others", sharing::fairness),
     ("the_hard_line_holds_while_guests_populate_three_budgets", sharing::hard_line),
+    ("pages_that_ksm_has_merged_are_captured_and_come_back_right", merged::are_captured),
     ("bookkeeping_stays_within_its_promise", sharing::bookkeeping),
 ];
 
