@@ -12,6 +12,7 @@
 //!   `ram` matches what that claims against mappings, [`Rungs`] says what is allowed and why not the rest.
 //! * [`Follower`] keeps up with a machine: RAM that comes and goes, exec, exit.
 //! * [`AttachLock`] keeps two managers from one machine.
+//! * [`control`] speaks to a machine's own management interface.
 //! * [`qmp`] is a client of QEMU's machine protocol for whoever needs one.
 //!
 //! A machine with a hazard (locked, huge or encrypted memory, a device with direct access, no swap) is not refused: it is
@@ -29,6 +30,7 @@
 //! * A VMM may overwrite its command line. None of those known does.
 
 mod argv;
+pub mod control;
 mod discover;
 mod dossier;
 mod follow;
