@@ -13,6 +13,7 @@
 //! * [`Follower`] keeps up with a machine: RAM that comes and goes, exec, exit.
 //! * [`AttachLock`] keeps two managers from one machine.
 //! * [`control`] speaks to a machine's own management interface.
+//! * [`balloon`] decides what to ask of a machine's balloon.
 //! * [`qmp`] is a client of QEMU's machine protocol for whoever needs one.
 //!
 //! A machine with a hazard (locked, huge or encrypted memory, a device with direct access, no swap) is not refused: it is
@@ -30,6 +31,7 @@
 //! * A VMM may overwrite its command line. None of those known does.
 
 mod argv;
+pub mod balloon;
 pub mod control;
 mod discover;
 mod dossier;
