@@ -9,6 +9,7 @@
 //!
 //! * [`KernelMachine`] is one machine: `tick` once a period, `reclaim` when memory is wanted. Start there.
 //! * What is chosen, and what a machine uses, is decided in [`plimsoll_core::outside`]; here is only looked and asked.
+//! * [`source`]: ways to see which pages are used, to compare them.
 //!
 //! **How a step goes.** Whereabouts of blocks are read with PAGEMAP_SCAN, as late as can be; runs of pages are chosen; the
 //! kernel is asked in pieces of 4 MiB; after each piece the page map is read again, because advice "succeeds" for locked,
@@ -35,6 +36,7 @@ mod gate;
 mod layout;
 mod machine;
 mod signs;
+pub mod source;
 mod take;
 mod view;
 

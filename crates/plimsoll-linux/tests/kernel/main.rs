@@ -7,6 +7,7 @@
 
 mod cost;
 mod guest;
+mod sources;
 mod steady;
 mod trouble;
 
@@ -27,7 +28,7 @@ pub(crate) enum Outcome {
 
 type Test = (&'static str, fn() -> Outcome);
 
-const TESTS: [Test; 15] = [
+const TESTS: [Test; 16] = [
     ("private_memory_is_taken_again_and_again_and_the_hot_set_stays", steady::private),
     ("memfd_memory_is_taken_again_and_again_and_the_hot_set_stays", steady::memfd),
     ("hot_blocks_become_huge_again", steady::collapse),
@@ -41,6 +42,7 @@ const TESTS: [Test; 15] = [
     ("a_cgroup_that_forbids_swap_is_heeded", trouble::forbidden),
     ("without_the_right_attaching_is_refused_and_the_capabilities_are_named", trouble::unprivileged),
     ("taking_is_paced", trouble::paced),
+    ("every_source_of_this_kernel_sees_the_hot_set", sources::compare),
     ("sampling_costs_a_busy_guest_little", cost::throughput),
     ("two_hundred_idle_machines_cost_little", cost::idle_fleet),
 ];
