@@ -17,10 +17,12 @@
 //! Known holes: a maker killed between `hot_add` and the record (two system calls) leaves an empty device of size 0.
 //! A child forked from the maker without executing a program shares the lock and keeps the record from being stale.
 
+mod cost;
 mod disk;
 
 use crate::cgroup::unescape;
 use crate::system::{Linux, System};
+pub use cost::{SwapCost, swap_cost};
 use disk::{CONTROL, DISK_SIZE_MIN};
 pub use disk::{Disk, IdleSince, Recompress, is_offered};
 pub(crate) use disk::{choose, offered_names, swap_header};

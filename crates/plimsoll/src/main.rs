@@ -2,6 +2,7 @@
 //!
 //! Enters: a command line. Leaves: exit status 0 when all went well, 1 when something went wrong that the output
 //! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
+mod attach;
 mod demo;
 mod host;
 mod soak;
@@ -21,6 +22,8 @@ struct Cli {
 enum Verb {
     /// Run real guests that own more memory than the budget, and check every byte.
     Demo(demo::DemoArgs),
+    /// Manage the memory of a running machine from outside: QEMU, Cloud Hypervisor, Firecracker, crosvm.
+    Attach(attach::AttachArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
     Soak(soak::SoakArgs),
     /// See what this host offers for taking guests' memory, and set up swap for it.
@@ -33,6 +36,7 @@ enum Verb {
 fn main() -> ExitCode {
     match Cli::parse().verb {
         Verb::Demo(args) => demo::main(&args),
+        Verb::Attach(args) => attach::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),
         Verb::Vmm(args) => vmm::main(&args),

@@ -9,12 +9,11 @@ use super::fleet::{self, Guest};
 use super::meter::PREFIX;
 use super::plan::Plan;
 use super::report::{Without, WithoutGuest, quantile_us, rate};
+use super::swap::Swap;
 use super::view::{GuestLine, HostLine, View};
 use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::explain;
-use plimsoll_linux::zram::{self, ZramSwap};
 use plimsoll_sys::ProcessId;
-use plimsoll_sys::swap::SwapPriority;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::control::StopMode;
 use std::time::{Duration, Instant};
@@ -28,45 +27,15 @@ const END_PATIENCE: Duration = Duration::from_secs(60);
 /// The limit never falls below this share of the budget, or the guests could not run at all.
 const LIMIT_MIN_SHARE: u64 = 8;
 
-/// The kernel's means of taking pages.
-struct Swap {
-    made: Option<ZramSwap>,
-    description: String,
-}
-
-impl Swap {
-    fn prepare(plan: &Plan) -> Result<Self, String> {
-        let host = zram::host_swap().map_err(|error| explain(&error))?;
-        if let Some(area) = host.first() {
-            let description = format!("the host's swap on {}", area.path.display());
-            return Ok(Self { made: None, description });
-        }
-        let _ = zram::sweep_stale();
-        println!(
-            "\nnow without plimsoll: this host has no swap, so a zram device of {} is made for the run and removed after it",
-            plan.asked()
-        );
-        let made = ZramSwap::create(plan.asked(), &["lz4", "lzo-rle"], SwapPriority::Lowest)
-            .map_err(|error| explain(&error))?;
-        let description = format!("zram, {}", made.algorithm());
-        Ok(Self { made: Some(made), description })
-    }
-
-    fn held(&self) -> ByteCount {
-        self.made.as_ref().and_then(|made| made.memory_used().ok()).unwrap_or_default()
-    }
-}
-
 /// Runs the guests under the kernel alone, or says why that cannot be done here.
 pub(super) fn run(plan: &Plan, interrupt: &Interrupt) -> Result<Without, String> {
-    let swap = Swap::prepare(plan)?;
+    println!("\nnow without plimsoll:");
+    let swap = Swap::prepare(plan.asked())?;
     let cgroup = MemoryCgroup::create(PREFIX, ProcessId::own()).map_err(|error| explain(&error))?;
     let outcome = compare(plan, &swap, &cgroup, interrupt);
     // The guests are gone. The cgroup goes first, so that swapoff has nothing to read back into it.
     cgroup.remove().map_err(|error| explain(&error))?;
-    if let Some(made) = swap.made {
-        made.remove().map_err(|error| explain(&error))?;
-    }
+    swap.remove()?;
     outcome
 }
 

@@ -5,10 +5,12 @@
 //! swap device) is announced, and gone at the end, whichever way it ends.
 mod compare;
 pub(crate) mod fleet;
+mod linux;
 mod managed;
 pub(crate) mod meter;
 pub(crate) mod plan;
 mod report;
+mod swap;
 mod view;
 
 use plan::{HostLimits, Plan};
@@ -51,6 +53,10 @@ pub(crate) struct DemoArgs {
     /// What runs the guests.
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     accel: Accel,
+    /// Stock Linux guests under QEMU (TCG), managed from outside, instead of programs without a kernel. Needs what
+    /// `cargo xtask setup` brings.
+    #[arg(long, conflicts_with_all = ["accel", "vcpus", "prefault", "sabotage"])]
+    linux: bool,
     /// Have all guest memory in place before the guests start.
     #[arg(long)]
     prefault: bool,
@@ -76,7 +82,7 @@ pub(crate) enum Accel {
 }
 
 pub(crate) fn main(args: &DemoArgs) -> ExitCode {
-    match run(args) {
+    match if args.linux { linux::run(args) } else { run(args) } {
         Ok(code) => code,
         Err(error) => {
             eprintln!("plimsoll demo: {error}");
@@ -155,10 +161,7 @@ fn finish(
         report.failures.push("interrupted before the end".to_owned());
     }
     println!("\n{}", report.text());
-    if let Some(file) = &args.json {
-        let text = serde_json::to_string_pretty(&report).map_err(|error| explain(&error))?;
-        std::fs::write(file, text + "\n").map_err(|error| format!("--json {}: {error}", file.display()))?;
-    }
+    write_json(args, &report)?;
     if !report.failures.is_empty() {
         println!(
             "repeat with: plimsoll demo --seed {} --guests {} --size {} --budget {}",
@@ -174,6 +177,13 @@ fn finish(
         () if report.failures.is_empty() => ExitCode::SUCCESS,
         () => ExitCode::FAILURE,
     })
+}
+
+/// Writes the report where `--json` says.
+fn write_json(args: &DemoArgs, report: &impl serde::Serialize) -> Result<(), String> {
+    let Some(file) = &args.json else { return Ok(()) };
+    let text = serde_json::to_string_pretty(report).map_err(|error| explain(&error))?;
+    std::fs::write(file, text + "\n").map_err(|error| format!("--json {}: {error}", file.display()))
 }
 
 pub(crate) fn limits() -> Result<HostLimits, String> {

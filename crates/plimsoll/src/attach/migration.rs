@@ -1,0 +1,99 @@
+//! Whether the machine is being migrated, so that nothing is taken from it meanwhile.
+//!
+//! A migration reads all of guest RAM: what was taken comes back, and what is taken meanwhile has to be read again. So
+//! while one runs nothing is taken. QEMU's own word comes over QMP, where the operator gave a socket; without one,
+//! migration threads are looked for by their names, which QEMU gives them when started with `debug-threads=on`, as
+//! libvirt does. An incoming machine has no such thread: it is told by QMP's run state only.
+use plimsoll_attach::qmp::{Limits, Qmp, QmpError};
+use plimsoll_sys::ProcessId;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How QEMU names its threads that send a machine away, from 2.x to 10.
+const THREADS: [&str; 6] =
+    ["live_migration", "migration", "mig/src/main", "multifdsend", "mig/src/send", "bg_snapshot"];
+/// Before a lost connection is tried again: the monitor has one client at a time, and it may be somebody else's turn.
+const RETRY: Duration = Duration::from_secs(10);
+
+/// What is known of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// None that is known of.
+    None,
+    /// One is under way.
+    Running,
+    /// The machine runs elsewhere now.
+    Completed,
+}
+
+/// Watches one machine.
+pub(super) struct Watch {
+    process: ProcessId,
+    socket: Option<PathBuf>,
+    qmp: Option<Qmp>,
+    retry_at: Option<Instant>,
+}
+
+/// What a look found, and what went wrong, once.
+pub(super) struct Seen {
+    pub(super) phase: Phase,
+    pub(super) trouble: Option<QmpError>,
+}
+
+impl Watch {
+    pub(super) const fn new(process: ProcessId, socket: Option<PathBuf>) -> Self {
+        Self { process, socket, qmp: None, retry_at: None }
+    }
+
+    /// True when somebody has to look often: nothing wakes this program when a migration begins.
+    pub(super) const fn is_asking(&self) -> bool {
+        self.socket.is_some()
+    }
+
+    /// Looks.
+    pub(super) fn look(&mut self, now: Instant) -> Seen {
+        let mut trouble = None;
+        match self.ask(now) {
+            Ok(Some(phase)) => return Seen { phase, trouble },
+            Ok(None) => {}
+            Err(error) => {
+                let was_connected = self.qmp.take().is_some();
+                // Said once per loss, not with every vain attempt.
+                trouble = (was_connected || self.retry_at.is_none()).then_some(error);
+                self.retry_at = Some(now + RETRY);
+            }
+        }
+        let phase = if sends(self.process) { Phase::Running } else { Phase::None };
+        Seen { phase, trouble }
+    }
+
+    /// What QEMU says, if it can be asked now.
+    fn ask(&mut self, now: Instant) -> Result<Option<Phase>, QmpError> {
+        let Some(socket) = &self.socket else { return Ok(None) };
+        if self.qmp.is_none() && self.retry_at.is_some_and(|at| now < at) {
+            return Ok(None);
+        }
+        let qmp = match &mut self.qmp {
+            Some(qmp) => qmp,
+            none => none.insert(Qmp::connect(socket, Limits::default())?),
+        };
+        let state = qmp.run_state()?;
+        let migration = qmp.migration()?;
+        Ok(Some(match (state.status.as_str(), migration) {
+            ("postmigrate", _) => Phase::Completed,
+            ("inmigrate" | "finish-migrate", _) => Phase::Running,
+            (_, Some(migration)) if migration.is_running() => Phase::Running,
+            _ => Phase::None,
+        }))
+    }
+}
+
+/// True when the process has a thread that sends a machine away.
+fn sends(process: ProcessId) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{}/task", process.get())) else { return false };
+    threads.flatten().any(|thread| {
+        fs::read_to_string(thread.path().join("comm"))
+            .is_ok_and(|name| THREADS.iter().any(|known| name.trim_end().starts_with(known)))
+    })
+}

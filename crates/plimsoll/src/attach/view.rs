@@ -1,0 +1,175 @@
+//! What `attach` shows: one live line on a terminal, a line every few seconds otherwise, JSON lines when asked for.
+use super::budget::Taken;
+use super::session::End;
+use indicatif::{ProgressBar, ProgressStyle};
+use plimsoll_attach::{Discovery, Dossier};
+use plimsoll_linux::explain;
+use plimsoll_linux::kernel::Totals;
+use plimsoll_types::{ByteCount, PageCount};
+use serde_json::{Value, json};
+use std::io::{IsTerminal, Write, stdout};
+use std::time::{Duration, Instant};
+
+/// Without a terminal, how often a line is printed.
+const PLAIN_PERIOD: Duration = Duration::from_secs(5);
+
+/// One machine at one moment.
+pub(super) struct Line {
+    pub(super) seconds: f64,
+    pub(super) taken: Taken,
+    pub(super) limit: Option<ByteCount>,
+    pub(super) working_set: Option<PageCount>,
+    pub(super) totals: Totals,
+    pub(super) short: Option<String>,
+}
+
+enum Surface {
+    Live(ProgressBar),
+    Plain { printed: Option<Instant> },
+    Json,
+}
+
+pub(super) struct View(Surface);
+
+impl View {
+    pub(super) fn new(json: bool) -> Self {
+        if json {
+            return Self(Surface::Json);
+        }
+        if !std::io::stderr().is_terminal() {
+            return Self(Surface::Plain { printed: None });
+        }
+        let style =
+            ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+        Self(Surface::Live(ProgressBar::new_spinner().with_style(style)))
+    }
+
+    /// The machine was attached to; `counted_only` says why nothing is taken from it.
+    pub(super) fn begin(&mut self, dossier: &Dossier, counted_only: Option<String>) {
+        if let Surface::Json = self.0 {
+            return print_json(
+                &json!({ "event": "attached", "machine": dossier, "counted_only": counted_only }),
+            );
+        }
+        print!("{dossier}");
+        if let Some(why) = counted_only {
+            println!("it is counted and nothing is taken from it: {why}");
+        }
+    }
+
+    /// Something happened.
+    pub(super) fn note(&mut self, text: &str) {
+        match &self.0 {
+            Surface::Live(bar) => bar.suspend(|| println!("{text}")),
+            Surface::Plain { .. } => println!("{text}"),
+            Surface::Json => print_json(&json!({ "event": "note", "text": text })),
+        }
+    }
+
+    /// A period has passed.
+    pub(super) fn show(&mut self, dossier: &Dossier, line: &Line) {
+        match &mut self.0 {
+            Surface::Live(bar) => {
+                bar.set_message(format!("{} {}", drawn(line, dossier.size()), text(dossier, line)));
+                bar.tick();
+            }
+            Surface::Plain { printed } => {
+                if printed.is_none_or(|printed| printed.elapsed() >= PLAIN_PERIOD) {
+                    *printed = Some(Instant::now());
+                    println!("{:>5.0} s  {}", line.seconds, text(dossier, line));
+                }
+            }
+            Surface::Json => print_json(&values(line)),
+        }
+    }
+
+    /// It is over.
+    pub(super) fn end(&mut self, end: &End) {
+        if let Surface::Live(bar) = &self.0 {
+            bar.finish();
+        }
+        let (word, said) = match end {
+            End::Interrupted => {
+                ("interrupted", "detached; the machine goes on, nothing of plimsoll remains".to_owned())
+            }
+            End::Over => ("over", "detached after the time asked for; the machine goes on".to_owned()),
+            End::Once { wanted, got } => ("once", once(*wanted, got)),
+            End::Gone(why) => ("gone", format!("the machine is gone: {why}")),
+            End::Migrated => ("migrated", "the machine has moved away and runs elsewhere now".to_owned()),
+        };
+        if let Surface::Json = self.0 {
+            let (wanted, taken) = match end {
+                End::Once { wanted, got } => (Some(wanted.bytes().0), Some(got.taken.bytes().0)),
+                _ => (None, None),
+            };
+            print_json(
+                &json!({ "event": "ended", "how": word, "text": said, "wanted": wanted, "taken": taken }),
+            );
+        } else {
+            println!("{said}");
+        }
+    }
+}
+
+fn once(wanted: PageCount, got: &plimsoll_linux::reclaimer::Reclaimed) -> String {
+    let (wanted, taken) = (wanted.bytes(), got.taken.bytes());
+    match &got.short {
+        Some(short) if taken < wanted => format!("took {taken} of {wanted}: {}", explain(short)),
+        _ => format!("took {taken}"),
+    }
+}
+
+fn text(dossier: &Dossier, line: &Line) -> String {
+    let Line { taken, working_set, totals, .. } = line;
+    let used = working_set.map_or_else(|| "not known yet".to_owned(), |pages| pages.bytes().to_string());
+    let limit = line.limit.map_or_else(String::new, |limit| format!(" of {limit}"));
+    let short = line.short.as_ref().map_or_else(String::new, |short| format!("; {short}"));
+    format!(
+        "{}: takes {}{limit} ({} in RAM, {} in swap as {}), uses {used}; taken {}, came back {}{short}",
+        dossier.name,
+        taken.total(),
+        taken.resident,
+        taken.elsewhere,
+        taken.compressed,
+        totals.taken.bytes(),
+        totals.refaults.bytes(),
+    )
+}
+
+fn values(line: &Line) -> Value {
+    let Line { taken, totals, .. } = line;
+    json!({
+        "event": "period",
+        "seconds": line.seconds,
+        "resident_bytes": taken.resident.0,
+        "elsewhere_bytes": taken.elsewhere.0,
+        "compressed_bytes": taken.compressed.0,
+        "budget_bytes": line.limit.map(|limit| limit.0),
+        "working_set_bytes": line.working_set.map(|pages| pages.bytes().0),
+        "taken_pages": totals.taken.0,
+        "sampled_pages": totals.sampled.0,
+        "refaulted_pages": totals.refaults.0,
+        "short": line.short,
+    })
+}
+
+/// `#` in RAM, `:` what swap costs, blank what the machine takes not.
+fn drawn(line: &Line, size: ByteCount) -> String {
+    const WIDTH: u64 = 32;
+    let width = |part: ByteCount| (part.0 * WIDTH).div_ceil(size.0.max(1));
+    let mut bar = String::from("[");
+    (0..width(line.taken.resident)).for_each(|_| bar.push('#'));
+    (0..width(line.taken.compressed)).for_each(|_| bar.push(':'));
+    format!("{bar:<33}]")
+}
+
+fn print_json(value: &Value) {
+    // A reader that has gone ends this with the next signal, not with a panic.
+    let _ = writeln!(stdout(), "{value}");
+}
+
+/// For the operator who named none.
+pub(super) fn names(found: &Discovery) -> String {
+    let names: Vec<&str> = found.machines.iter().map(|machine| machine.name.as_str()).collect();
+    if names.is_empty() { "there is none on this host".to_owned() } else { names.join(", ") }
+}

@@ -1,0 +1,163 @@
+//! One machine, attached to, squeezed, and left again.
+use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, bytes, can, swap, sweep, taken};
+use plimsoll_stock::{Command, Disk, Guest, Libvirt, Options};
+use plimsoll_types::ByteCount;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A guest that works: 48 MiB of pages of which a tenth is hot, and a disk.
+fn working(seed: u64) -> Options {
+    let mut options = Options::new(ByteCount::mib(192));
+    options.seed = seed;
+    options.disk = Some(Arc::new(Disk::create(ByteCount::mib(16), seed).unwrap()));
+    options.work = vec![
+        Command::Alloc { pages: 12_000 },
+        Command::Hot { pages: 1200, per_second: 500 },
+        Command::Disk { per_second: 50 },
+    ];
+    options
+}
+
+fn process(guest: &Guest) -> String {
+    guest.process().get().to_string()
+}
+
+#[test]
+fn an_idle_guest_ends_small_and_answers_at_once_when_touched() {
+    const GOAL: ByteCount = ByteCount::mib(64);
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let _swap = swap(ByteCount::mib(1024));
+    let mut guest = Guest::start(Options::new(ByteCount::mib(512))).unwrap();
+    let mut manager = Manager::attach(&[&process(&guest), "--budget", "auto"]);
+    let first = manager.period();
+    let small = manager.until("the guest to be small", |line| {
+        line["event"] == "period" && taken(line) <= GOAL && bytes(line, "taken_pages") > 0
+    });
+    let asked = Instant::now();
+    ask(&mut guest, Command::Ping);
+    let answered = asked.elapsed();
+    println!(
+        "took {} at first, {} after {} s ({} in RAM, {} in swap as {}); answered in {} ms",
+        taken(&first),
+        taken(&small),
+        small["seconds"],
+        ByteCount(bytes(&small, "resident_bytes")),
+        ByteCount(bytes(&small, "elsewhere_bytes")),
+        ByteCount(bytes(&small, "compressed_bytes")),
+        answered.as_millis()
+    );
+    assert!(answered < Duration::from_secs(2), "{answered:?}");
+    assert_eq!(manager.interrupt()["how"], "interrupted");
+    sweep(&mut guest);
+}
+
+#[test]
+fn a_machine_notices_nothing_when_its_manager_is_killed() {
+    const KILLS: u64 = 8;
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let _swap = swap(ByteCount::mib(512));
+    let mut guest = Guest::start(working(41)).unwrap();
+    let (mut all, mut before) = (0, guest.console().report(PATIENCE).unwrap());
+    for round in 0..KILLS {
+        let mut manager = Manager::attach(&[&process(&guest), "--budget", "48M"]);
+        // Killed after another number of steps each time: while it samples, takes, or waits.
+        let mut last = manager.period();
+        for _ in 0..round % 4 * 3 {
+            last = manager.period();
+        }
+        manager.kill();
+        all += bytes(&last, "taken_pages");
+        let now = guest.console().report(PATIENCE).unwrap();
+        assert!(now.operations > before.operations && now.wrong == 0, "{before:?} {now:?}");
+        before = now;
+    }
+    println!("{KILLS} managers killed; {all} pages taken by them");
+    assert!(all > 4000, "only {all} pages were taken");
+    sweep(&mut guest);
+}
+
+#[test]
+fn a_second_manager_is_refused_and_told_who_the_first_is() {
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let guest = Guest::start(Options::new(ByteCount::mib(192))).unwrap();
+    let mut first = Manager::attach(&[&process(&guest)]);
+    let attached = first.until("to be attached", |line| line["event"] == "attached");
+    assert_eq!(attached["machine"]["vmm"], "qemu");
+    let (status, lines, words) = Manager::attach(&[&process(&guest)]).end();
+    assert_eq!((status.code(), lines), (Some(2), Vec::new()));
+    assert!(words.contains("already") && words.contains("pid"), "{words}");
+    // Its lock went with it.
+    first.kill();
+    let mut third = Manager::attach(&[&process(&guest)]);
+    third.until("to be attached", |line| line["event"] == "attached");
+    third.interrupt();
+}
+
+#[test]
+fn a_machine_that_ends_ends_its_management_and_is_no_failure() {
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let guest = Guest::start(Options::new(ByteCount::mib(192))).unwrap();
+    let mut manager = Manager::attach(&[&process(&guest)]);
+    manager.until("to be attached", |line| line["event"] == "attached");
+    drop(guest);
+    let ended = manager.until("its end", |line| line["event"] == "ended");
+    assert_eq!(ended["how"], "gone");
+    assert!(manager.end().0.success());
+}
+
+#[test]
+fn a_domain_of_libvirts_is_attached_to_by_its_name() {
+    if !can(&["qemu", "libvirt", "cloud-kernel", "root", "zram"]) {
+        return;
+    }
+    let _alone = alone();
+    let libvirt = Libvirt::start().unwrap();
+    let _swap = swap(ByteCount::mib(512));
+    let mut guest = Guest::start_domain(&libvirt, working(42)).unwrap();
+    let name = guest.domain().unwrap().to_owned();
+
+    let (status, lines, words) = Manager::attach(&[&name, "--dry-run"]).end();
+    assert!(status.success(), "{words}");
+    let dossier = &lines[0];
+    assert_eq!((&dossier["name"], &dossier["vmm"]), (&name.as_str().into(), &"qemu".into()), "{dossier}");
+    assert_eq!(dossier["size"], 192 << 20);
+    assert!(dossier["rungs"]["kernel-paging"].is_null(), "{dossier}");
+
+    let (status, lines, words) = Manager::attach(&[&name, "--reclaim", "24M"]).end();
+    assert!(status.success(), "{words}");
+    let ended = lines.last().unwrap();
+    assert_eq!((&ended["how"], &ended["wanted"]), (&"once".into(), &(24 << 20).into()), "{ended}");
+    assert!(bytes(ended, "taken") >= 20 << 20, "{ended}");
+    sweep(&mut guest);
+}
+
+#[test]
+fn without_swap_nothing_is_taken_and_the_reason_is_said() {
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    if plimsoll_linux::zram::host_swap().unwrap().first().is_some() {
+        println!("this host has swap of its own, so what is said without cannot be seen here");
+        return;
+    }
+    let mut guest = Guest::start(Options::new(ByteCount::mib(192))).unwrap();
+    let (status, lines, words) = Manager::attach(&[&process(&guest), "--reclaim", "16M"]).end();
+    assert!(status.success(), "{words}");
+    let ended = lines.last().unwrap();
+    assert_eq!(ended["taken"], 0);
+    assert!(ended["text"].as_str().unwrap().contains("no swap"), "{ended}");
+    sweep(&mut guest);
+}

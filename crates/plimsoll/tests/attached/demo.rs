@@ -1,0 +1,31 @@
+//! `plimsoll demo --linux`, small.
+use crate::manager::{STOCK, alone, can};
+use std::process::Command;
+
+#[test]
+fn the_demo_with_stock_guests_passes_and_leaves_nothing() {
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let report = folder.path().join("report.json");
+    let swaps = || std::fs::read_to_string("/proc/swaps").unwrap().lines().count();
+    let before = swaps();
+    let words = ["demo", "--linux", "--guests", "2", "--size", "192M", "--seconds", "20", "--json"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
+    let output = command.args(words).arg(&report).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("0 wrong words"), "{text}");
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
+    assert_eq!((&report["wrong_words"], report["guests"].as_array().unwrap().len()), (&0.into(), 2));
+    for guest in report["guests"].as_array().unwrap() {
+        assert!(
+            guest["operations"].as_u64().unwrap() > 100 && guest["taken_pages"].as_u64().unwrap() > 0,
+            "{guest}"
+        );
+    }
+    assert!(report["taken_bytes"].as_u64() <= report["budget_bytes"].as_u64().map(|budget| budget / 20 * 21));
+    assert_eq!(swaps(), before, "swap is left");
+}

@@ -1,0 +1,7 @@
+//! `plimsoll attach` and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
+#![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
+mod attach;
+mod demo;
+mod manager;
+mod migration;
+mod plug;

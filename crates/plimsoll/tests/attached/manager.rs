@@ -1,0 +1,184 @@
+//! What the tests need from this machine: guests, swap, and `plimsoll attach` as a process that is read line by line.
+use plimsoll_linux::zram::ZramSwap;
+use plimsoll_stock::{Command, Counts, Guest, Kernel};
+use plimsoll_sys::swap::{SwapPriority, SwapRank};
+use plimsoll_types::ByteCount;
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, ChildStdout, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long anything may take: much where nothing else runs, enough where much does.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Held while a test runs guests: emulated ones at once would only make each other slow.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether this machine can run the test. One that lacks what `PLIMSOLL_REQUIRE` says it has is at fault.
+pub(crate) fn can(capabilities: &[&str]) -> bool {
+    for &capability in capabilities {
+        let missing = match capability {
+            "qemu" => absent("qemu-system-x86_64"),
+            "libvirt" => absent("libvirtd").or_else(|| absent("virtlogd")).or_else(|| absent("virsh")),
+            "cloud-kernel" => Kernel::find().err().map(|error| error.to_string()),
+            "root" => (!rustix::process::geteuid().is_root()).then(|| "not root".to_owned()),
+            "zram" => {
+                let control = Path::new("/sys/class/zram-control/hot_add");
+                (!control.exists()).then(|| "no zram module".to_owned())
+            }
+            other => panic!("no test knows of {other}"),
+        };
+        let Some(missing) = missing else { continue };
+        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|name| name == capability), "{capability} is required: {missing}");
+        println!("SKIPPED: {missing}");
+        return false;
+    }
+    true
+}
+
+fn absent(program: &str) -> Option<String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_there = std::env::split_paths(&path).any(|folder| folder.join(program).exists());
+    (!is_there).then(|| format!("{program} is not installed"))
+}
+
+/// What every test here needs but those of libvirt's.
+pub(crate) const STOCK: [&str; 4] = ["qemu", "cloud-kernel", "root", "zram"];
+
+/// Swap of this test's own.
+pub(crate) fn swap(size: ByteCount) -> ZramSwap {
+    let priority = SwapRank::new(1).map_or(SwapPriority::Lowest, SwapPriority::Fixed);
+    ZramSwap::create(size, &["lz4", "lzo-rle", "lzo"], priority).unwrap()
+}
+
+/// Asks, and insists on an answer.
+pub(crate) fn ask(guest: &mut Guest, command: Command) -> Counts {
+    match guest.console().ask(command, PATIENCE) {
+        Ok(counts) => counts,
+        Err(error) => panic!("{error}: {:?}; {}", std::error::Error::source(&error), guest.logs()),
+    }
+}
+
+/// Verifies everything once; nothing may be wrong.
+pub(crate) fn sweep(guest: &mut Guest) {
+    let wrong = ask(guest, Command::Sweep).get("wrong").unwrap();
+    assert_eq!(wrong, 0, "{:?}", guest.console().wrongs());
+    let report = guest.console().report(PATIENCE).unwrap();
+    assert_eq!(report.wrong, 0, "{:?}", guest.console().wrongs());
+}
+
+/// A run of `plimsoll`, whose lines of JSON are read.
+pub(crate) struct Manager {
+    child: Child,
+    lines: Receiver<Value>,
+    reader: Option<JoinHandle<()>>,
+    seen: Vec<Value>,
+}
+
+impl Manager {
+    /// `plimsoll attach --json` with these words.
+    pub(crate) fn attach(words: &[&str]) -> Self {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_plimsoll"));
+        command.arg("attach").args(words).arg("--json");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (sender, lines) = channel();
+        let stdout: ChildStdout = child.stdout.take().unwrap();
+        let reader = std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                let value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line}: {error}"));
+                if sender.send(value).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { child, lines, reader: Some(reader), seen: Vec::new() }
+    }
+
+    /// The first line from now on that is as wanted.
+    pub(crate) fn until(&mut self, what: &str, mut is_wanted: impl FnMut(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if is_wanted(&line) {
+                        return line;
+                    }
+                }
+                Err(error) => {
+                    let _ = self.child.kill();
+                    let mut words = String::new();
+                    let _ = self.child.stderr.take().unwrap().read_to_string(&mut words);
+                    let last = self.seen.iter().rev().take(5).collect::<Vec<_>>();
+                    panic!("waited in vain for {what} ({error}); the last lines were {last:?}; {words}");
+                }
+            }
+        }
+    }
+
+    /// The next period.
+    pub(crate) fn period(&mut self) -> Value {
+        self.until("a period", |line| line["event"] == "period")
+    }
+
+    /// Ends it without a word.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.reader.take().unwrap().join().unwrap();
+    }
+
+    /// Asks it to end, as a terminal does, and reads its last word.
+    pub(crate) fn interrupt(mut self) -> Value {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        let last = self.until("its last word", |line| line["event"] == "ended");
+        assert!(self.child.wait().unwrap().success());
+        last
+    }
+
+    /// Waits for its end.
+    pub(crate) fn end(mut self) -> (ExitStatus, Vec<Value>, String) {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "it hangs; it said {:?}", self.seen);
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        self.reader.take().unwrap().join().unwrap();
+        let mut lines = std::mem::take(&mut self.seen);
+        lines.extend(self.lines.try_iter());
+        let mut words = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut words).unwrap();
+        (status, lines, words)
+    }
+}
+
+impl Drop for Manager {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Bytes that a line says.
+pub(crate) fn bytes(line: &Value, field: &str) -> u64 {
+    line[field].as_u64().unwrap_or_else(|| panic!("no {field} in {line}"))
+}
+
+/// What the machine takes, compressed pages included.
+pub(crate) fn taken(line: &Value) -> ByteCount {
+    ByteCount(bytes(line, "resident_bytes") + bytes(line, "compressed_bytes"))
+}
