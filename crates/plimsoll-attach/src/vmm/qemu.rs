@@ -102,8 +102,9 @@ fn blocks(options: &Options<'_>) -> Vec<Block> {
 
 /// The block of `-m`, without a back end of its own.
 fn plain_block(options: &Options<'_>) -> Option<Block> {
-    let last = options.properties(&["m"]).last();
-    let given = last.and_then(|memory| size(memory.first_or("size")?, MIB));
+    // QEMU merges what several `-m` say.
+    let sizes = options.properties(&["m"]).filter_map(|memory| memory.first_or("size").map(str::to_owned));
+    let given = sizes.last().and_then(|text| size(&text, MIB));
     let size = ByteCount(given.unwrap_or(DEFAULT_RAM).0.checked_next_multiple_of(RAM_GRANULE)?);
     let backing = options.last(&["mem-path"]).map_or(Backing::Anonymous, |path| Backing::File(path.into()));
     Some(Block { name: "ram".to_owned(), size: Some(size), node: None, backing, origin: Origin::Base })
@@ -165,6 +166,8 @@ mod tests {
             ("qemu", 128),
             ("qemu -m 512", 512),
             ("qemu -m 1.5G", 1536),
+            ("qemu -m 192M -m slots=2,maxmem=1G", 192),
+            ("qemu -m 192M -m 256M", 256),
             ("qemu -m size=512M,slots=4,maxmem=2G", 512),
             ("qemu -m size=2097152k", 2048),
             ("qemu -m 512 -object memory-backend-ram,id=spare,size=64M", 512),
