@@ -123,24 +123,32 @@ impl fmt::Display for Dossier {
             writeln!(f, "  control  {socket}")?;
         }
         self.write_ram(f)?;
-        writeln!(f, "  rungs")?;
         let whole = self.rungs();
-        for rung in Rung::ALL {
-            match whole.off(rung) {
-                None => writeln!(f, "    {rung:<16}  allowed")?,
-                Some(hazard) => writeln!(f, "    {rung:<16}  off: {hazard}")?,
-            }
-        }
+        let allowed: Vec<Rung> = Rung::ALL.into_iter().filter(|rung| whole.allows(*rung)).collect();
+        writeln!(f, "  allowed  {}", if allowed.is_empty() { "nothing".to_owned() } else { list(&allowed) })?;
+        write_off(f, "off", &whole, &Rung::ALL)?;
         for range in &self.ram {
-            let own = self.rungs_of(range);
-            for (rung, hazard) in Rung::ALL.into_iter().filter_map(|rung| Some((rung, own.off(rung)?))) {
-                if whole.allows(rung) {
-                    writeln!(f, "    {rung:<16}  off for {}: {hazard}", range.block)?;
-                }
-            }
+            // What is off for this range and on for another.
+            write_off(f, &format!("off for {}", range.block), &self.rungs_of(range), &allowed)?;
         }
         self.notes.iter().try_for_each(|note| writeln!(f, "  note     {note}"))
     }
+}
+
+fn list(rungs: &[Rung]) -> String {
+    rungs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Those of the rungs that are off, each reason once.
+fn write_off(f: &mut fmt::Formatter<'_>, title: &str, rungs: &Rungs, among: &[Rung]) -> fmt::Result {
+    let mut reasons: Vec<(&Hazard, Vec<Rung>)> = Vec::new();
+    for (rung, hazard) in among.iter().filter_map(|&rung| Some((rung, rungs.off(rung)?))) {
+        match reasons.iter_mut().find(|(other, _)| *other == hazard) {
+            Some((_, same)) => same.push(rung),
+            None => reasons.push((hazard, vec![rung])),
+        }
+    }
+    reasons.iter().try_for_each(|(hazard, rungs)| writeln!(f, "  {title:<7}  {}: {hazard}", list(rungs)))
 }
 
 impl Dossier {
@@ -165,3 +173,6 @@ impl Dossier {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -199,7 +199,6 @@ fn ask_api(claim: &mut Claim, vmm: Vmm, socket: &Path) -> Result<Option<String>,
     let zones = memory.zones.into_iter().flatten().chain([whole]).filter(|zone| zone.size > 0);
     claim.blocks = zones
         .map(|zone| Block {
-            name: zone.id,
             size: Some(ByteCount(zone.size)),
             node: zone.host_numa_node,
             backing: match zone.file {
@@ -207,7 +206,7 @@ fn ask_api(claim: &mut Claim, vmm: Vmm, socket: &Path) -> Result<Option<String>,
                 None if zone.shared => Backing::Memfd,
                 None => Backing::Unsaid,
             },
-            origin: Origin::Base,
+            ..Block::unsaid(&zone.id)
         })
         .collect();
     Ok(Some(info.state))
@@ -240,7 +239,6 @@ fn ask_qemu(claim: &mut Claim, held: &Held, socket: &Path) -> Result<String, Ref
         let named = |backend: &&MemoryBackend| backend.id.as_ref() == Some(&device.backend);
         let backend = backends.iter().find(named);
         claim.blocks.push(Block {
-            name: device.backend.clone(),
             size: Some(backend.map_or(device.size, |backend| backend.size)),
             node: backend.and_then(|backend| backend.node),
             backing: match backend.and_then(|backend| backend.share) {
@@ -248,7 +246,13 @@ fn ask_qemu(claim: &mut Claim, held: &Held, socket: &Path) -> Result<String, Ref
                 _ => Backing::Unsaid,
             },
             origin: Origin::Device,
+            ..Block::unsaid(&device.backend)
         });
+    }
+    // Newer versions tell addresses; a build without HMP tells nothing, and is no worse off than an older one.
+    for told in qmp.ram_blocks().unwrap_or_default() {
+        let block = claim.blocks.iter_mut().find(|block| block.name == told.name);
+        block.into_iter().for_each(|block| block.at = told.hva);
     }
     claim.notes.retain(|note| *note != Note::HotPlug);
     if let Some(migration) = qmp.migration()?.filter(|migration| migration.is_running()) {

@@ -221,8 +221,8 @@ impl<'a> Finder<'a> {
             if done[place] {
                 continue;
             }
-            let alike =
-                |other: &Block| other.size == blocks[place].size && other.backing == blocks[place].backing;
+            let key = |block: &Block| (block.size, block.at, block.backing.clone());
+            let alike = |other: &Block| key(other) == key(&blocks[place]);
             let places: Vec<usize> = (place..blocks.len()).filter(|&other| alike(&blocks[other])).collect();
             places.iter().for_each(|&other| done[other] = true);
             let group: Vec<&Block> = places.iter().map(|&other| &blocks[other]).collect();
@@ -274,13 +274,7 @@ impl<'a> Finder<'a> {
         if !run.first().is_some_and(is_eligible) {
             return Err(bad("it is a program, a stack or a heap, or cannot be written"));
         }
-        let block = Block {
-            name: "given".to_owned(),
-            size: None,
-            node: None,
-            backing: Backing::Unsaid,
-            origin: crate::vmm::Origin::Base,
-        };
+        let block = Block::unsaid("given");
         let found = self.range(&block, run).ok_or_else(|| bad("nothing is mapped there"))?;
         Ok(RamRange { hva: range, ..found })
     }
@@ -304,9 +298,10 @@ impl<'a> Finder<'a> {
             return if runs.is_empty() { Err(self.not_found(group)) } else { Ok(runs) };
         }
         runs.reverse();
+        let overlap = |pair: &[Run<'_>]| pair[1].range().is_some_and(|range| pair[0].overlaps(range));
         match runs.len() {
             count if count < group.len() => Err(self.not_found(group)),
-            count if count > group.len() => Err(RamError::Ambiguous {
+            count if count > group.len() || runs.windows(2).any(overlap) => Err(RamError::Ambiguous {
                 wanted: wanted(group),
                 candidates: runs
                     .iter()
@@ -341,6 +336,9 @@ impl<'a> Finder<'a> {
     /// Whether the run is what the block says to be made of.
     fn matches(&self, block: &Block, run: &Run<'_>) -> bool {
         let Some(first) = run.first() else { return false };
+        if block.at.is_some_and(|at| at != first.mapping.range.start()) {
+            return false;
+        }
         let is_memory = || first.mapping.inode != 0 && (self.kind_of)(&first.mapping) == FileKind::Memory;
         match &block.backing {
             Backing::Unsaid => true,

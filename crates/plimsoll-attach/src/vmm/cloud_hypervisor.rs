@@ -1,7 +1,7 @@
 //! Cloud Hypervisor's command line. A machine that was made over its API has only `--api-socket` there; its memory is
 //! told by `GET /api/v1/vm.info`, or by looks.
 
-use super::{Address, Backing, Block, Claim, ControlSocket, Note, Origin, Protocol, name_from_socket};
+use super::{Address, Backing, Block, Claim, ControlSocket, Note, Protocol, name_from_socket};
 use crate::argv::{Options, Properties};
 use crate::rungs::Hazard;
 use plimsoll_types::ByteCount;
@@ -49,13 +49,7 @@ fn blocks(options: &Options<'_>) -> Vec<Block> {
     if !blocks.is_empty() {
         return blocks;
     }
-    vec![Block {
-        name: DEFAULT_ZONE.to_owned(),
-        size: None,
-        node: None,
-        backing: Backing::Unsaid,
-        origin: Origin::Base,
-    }]
+    vec![Block::unsaid(DEFAULT_ZONE)]
 }
 
 /// Private memory is anonymous in newer versions and a private memfd in older ones: unsaid.
@@ -66,7 +60,7 @@ fn block(properties: &Properties, name: &str) -> Block {
         None => Backing::Unsaid,
     };
     let node = properties.get("host_numa_node").and_then(|node| node.parse().ok());
-    Block { name: name.to_owned(), size: properties.size("size", BYTE), node, backing, origin: Origin::Base }
+    Block { size: properties.size("size", BYTE), node, backing, ..Block::unsaid(name) }
 }
 
 #[cfg(test)]

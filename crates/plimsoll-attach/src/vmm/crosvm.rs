@@ -1,7 +1,7 @@
 //! crosvm's command line. Its devices run as children with the same arguments; who is the main process is told by
 //! parents, elsewhere.
 
-use super::{Address, Backing, Block, Claim, ControlSocket, Note, Origin, Protocol, name_from_socket};
+use super::{Address, Backing, Block, Claim, ControlSocket, Note, Protocol, name_from_socket};
 use crate::argv::{Options, size};
 use plimsoll_types::ByteCount;
 use std::path::Path;
@@ -20,13 +20,7 @@ pub(super) fn claim(options: &Options<'_>) -> Claim {
     Claim {
         name: options.last(&["name"]).map(str::to_owned).or_else(|| name_from_socket(Path::new(socket?))),
         sockets: socket.map(address).into_iter().collect(),
-        blocks: vec![Block {
-            name: "guest".to_owned(),
-            size,
-            node: None,
-            backing: Backing::Memfd,
-            origin: Origin::Base,
-        }],
+        blocks: vec![Block { size, backing: Backing::Memfd, ..Block::unsaid("guest") }],
         notes: vhost_user.then_some(Note::VhostUser).into_iter().collect(),
         ..Claim::default()
     }

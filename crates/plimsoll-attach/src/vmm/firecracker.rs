@@ -1,7 +1,7 @@
 //! Firecracker's command line and configuration. The machine's size stands in neither, but in its API
 //! (`GET /machine-config`) or in the file of `--config-file`.
 
-use super::{Address, Backing, Block, Claim, ControlSocket, Origin, Protocol, name_from_socket};
+use super::{Address, Block, Claim, ControlSocket, Protocol, name_from_socket};
 use crate::argv::Options;
 use plimsoll_types::ByteCount;
 use serde::Deserialize;
@@ -23,13 +23,7 @@ pub(super) fn claim(options: &Options<'_>) -> Claim {
     Claim {
         name: id.or_else(|| socket.and_then(|socket| name_from_socket(Path::new(socket)))),
         sockets: socket.map(address).into_iter().collect(),
-        blocks: vec![Block {
-            name: "dram".to_owned(),
-            size: None,
-            node: None,
-            backing: Backing::Unsaid,
-            origin: Origin::Base,
-        }],
+        blocks: vec![Block::unsaid("dram")],
         config: options.last(&["config-file"]).map(Into::into),
         ..Claim::default()
     }

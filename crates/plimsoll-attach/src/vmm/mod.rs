@@ -14,7 +14,7 @@ use crate::argv::Options;
 use crate::rungs::Hazard;
 use core::fmt;
 use plimsoll_sys::procfs::maps::VmFlags;
-use plimsoll_types::ByteCount;
+use plimsoll_types::{ByteCount, Hva};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -126,6 +126,16 @@ pub(crate) struct Block {
     pub(crate) node: Option<u32>,
     pub(crate) backing: Backing,
     pub(crate) origin: Origin,
+    /// Where it lies, if the VMM has told.
+    pub(crate) at: Option<Hva>,
+}
+
+impl Block {
+    /// A block that is there from the start, of a size and a kind that are not said.
+    pub(crate) fn unsaid(name: &str) -> Self {
+        let (size, node, at) = (None, None, None);
+        Self { name: name.to_owned(), size, node, backing: Backing::Unsaid, origin: Origin::Base, at }
+    }
 }
 
 /// How a block came to the machine.

@@ -107,7 +107,7 @@ fn plain_block(options: &Options<'_>) -> Option<Block> {
     let given = sizes.last().and_then(|text| size(&text, MIB));
     let size = ByteCount(given.unwrap_or(DEFAULT_RAM).0.checked_next_multiple_of(RAM_GRANULE)?);
     let backing = options.last(&["mem-path"]).map_or(Backing::Anonymous, |path| Backing::File(path.into()));
-    Some(Block { name: "ram".to_owned(), size: Some(size), node: None, backing, origin: Origin::Base })
+    Some(Block { size: Some(size), backing, ..Block::unsaid("ram") })
 }
 
 /// The memory back end of that id, if the object is it.
@@ -124,7 +124,7 @@ fn block(object: &Properties, id: &str, origin: Origin) -> Option<Block> {
         _ => return None,
     };
     let node = object.get("host-nodes").and_then(|nodes| nodes.split(['-', ':']).next()?.parse().ok());
-    Some(Block { name: id.to_owned(), size: object.size("size", BYTE), node, backing, origin })
+    Some(Block { size: object.size("size", BYTE), node, backing, origin, ..Block::unsaid(id) })
 }
 
 fn hazards(options: &Options<'_>) -> Vec<Hazard> {

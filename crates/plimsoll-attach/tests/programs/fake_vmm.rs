@@ -1,0 +1,98 @@
+//! A process that looks like a VMM from outside. Its arguments are whatever the VMM's would be, and are not looked at.
+//!
+//! It says that it is ready, does what lines on standard input say, answers each with a line, and ends with its input:
+//!
+//! ```text
+//! anonymous BYTES        maps private memory (marked as QEMU marks its own: not inherited by children)
+//! memfd NAME BYTES       maps shared memory
+//! unmap                  unmaps what was mapped last
+//! lock                   locks everything it has and will have
+//! child                  starts itself again, with the same arguments, until it ends; answers the number
+//! exec PATH WORD…        becomes another program, which answers that it is ready
+//! ```
+//!
+//! With `FLAP=N` in its environment it becomes, N times over, now `FLAP_VMM` and now `FLAP_OTHER`. The VMM has no memory
+//! then, and the other program has 64 MiB: whoever finds RAM in a VMM has mixed them up.
+
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Memfd, SharedMapping};
+use plimsoll_types::ByteCount;
+use rustix::mm::{MlockAllFlags, mlockall};
+use std::error::Error;
+use std::io::{BufRead, Write, stdin, stdout};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+type Outcome = Result<String, Box<dyn Error>>;
+
+enum Ram {
+    Anonymous(AnonymousMapping),
+    Memfd(SharedMapping),
+}
+
+impl Ram {
+    fn range(&self) -> Option<HvaRange> {
+        match self {
+            Self::Anonymous(mapping) => Some(mapping.range()),
+            Self::Memfd(mapping) => HvaRange::new(mapping.base(), mapping.size()),
+        }
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    if let Some(left) = std::env::var("FLAP").ok().and_then(|left| left.parse::<u32>().ok()) {
+        flap(left)?;
+    }
+    println!("ready");
+    stdout().flush()?;
+    let (mut ram, mut children) = (Vec::new(), Vec::new());
+    for line in stdin().lock().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split(' ').collect();
+        match obey(&words, &mut ram, &mut children) {
+            Ok(answer) => println!("{answer}"),
+            Err(error) => println!("failed: {error}"),
+        }
+        stdout().flush()?;
+    }
+    Ok(())
+}
+
+fn obey(words: &[&str], ram: &mut Vec<Ram>, children: &mut Vec<Child>) -> Outcome {
+    match words {
+        ["anonymous", bytes] => {
+            ram.push(Ram::Anonymous(AnonymousMapping::new(ByteCount(bytes.parse()?), HugePages::Never)?));
+        }
+        ["memfd", name, bytes] => {
+            let memfd = Memfd::create(name, ByteCount(bytes.parse()?))?;
+            ram.push(Ram::Memfd(SharedMapping::new(&memfd)?));
+        }
+        ["unmap"] => drop(ram.pop()),
+        ["lock"] => mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?,
+        ["child"] => {
+            // Its input is a pipe from here, which closes when this process ends.
+            let mut command = Command::new(std::env::current_exe()?);
+            command.args(std::env::args().skip(1)).stdin(Stdio::piped()).stdout(Stdio::null());
+            let child = command.spawn()?;
+            let number = child.id().to_string();
+            children.push(child);
+            return Ok(number);
+        }
+        ["exec", path, words @ ..] => return Err(Command::new(path).args(words).exec().into()),
+        _ => return Err("no such command".into()),
+    }
+    let range = ram.last().and_then(Ram::range);
+    Ok(range.map_or("done".to_owned(), |range| format!("{:#x}-{:#x}", range.start().0, range.end().0)))
+}
+
+fn flap(left: u32) -> Result<(), Box<dyn Error>> {
+    let ram = match left % 2 {
+        0 => None,
+        _ => Some(AnonymousMapping::new(ByteCount::mib(64), HugePages::Never)?),
+    };
+    let Some(next) = left.checked_sub(1) else { return Ok(()) };
+    let path = std::env::var(if next % 2 == 0 { "FLAP_VMM" } else { "FLAP_OTHER" })?;
+    let error = Command::new(path).args(["-name", "flap", "-m", "64"]).env("FLAP", next.to_string()).exec();
+    drop(ram);
+    Err(error.into())
+}
