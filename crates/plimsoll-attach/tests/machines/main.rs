@@ -3,6 +3,7 @@
 mod fake;
 mod following;
 mod refusals;
+mod sockets;
 
 use fake::Fake;
 use plimsoll_attach::{
