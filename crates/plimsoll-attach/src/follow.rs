@@ -96,6 +96,8 @@ impl Follower {
         let now = match inspect(&self.held, &self.request_without(&gone)) {
             Ok(now) => now,
             Err(_) if !gone.is_empty() => {
+                // Until something changes again, it would not add up any better.
+                self.fingerprint = fingerprint;
                 self.dossier.ram.retain(|range| !is_gone(range));
                 return Ok(gone.into_iter().map(Change::Went).collect());
             }

@@ -13,9 +13,13 @@ use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::ByteCount;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// How often a look is repeated when the process executes another program meanwhile: a daemon's start-up does it once.
 const LOOKS: u32 = 4;
+
+/// How long the kernel may take from the new program to its arguments: it reads a page or two of the file.
+const EXEC_TAKES: Duration = Duration::from_millis(2);
 
 /// One process, held by a pidfd.
 #[derive(Debug)]
@@ -99,9 +103,17 @@ impl Held {
         if program::stat(process)?.is_kernel_thread() {
             return Err(Refusal::KernelThread(process));
         }
-        let read = Program { path: program::executable(process)?, argv: program::arguments(process)? };
-        self.confirm()?;
-        Ok(read)
+        // In the middle of an exec the program is the new one already and its arguments are not there yet.
+        let mut looks = 0;
+        loop {
+            let read = Program { path: program::executable(process)?, argv: program::arguments(process)? };
+            self.confirm()?;
+            looks += 1;
+            if !read.argv.is_empty() || looks == LOOKS {
+                return Ok(read);
+            }
+            std::thread::sleep(EXEC_TAKES);
+        }
     }
 
     /// Fails for a program whose addresses have not 64 bits.

@@ -220,6 +220,51 @@ mod tests {
         );
     }
 
+    /// As libvirt 9 starts QEMU 7.2, devices left out.
+    const LIBVIRT: &str = r#"/usr/bin/qemu-system-x86_64 -name guest=f36,debug-threads=on -S
+        -object {"qom-type":"secret","id":"masterKey0","format":"raw","file":"/var/lib/libvirt/qemu/domain-1-f36/master-key.aes"}
+        -machine pc-i440fx-7.2,usb=off,dump-guest-core=off,memory-backend=pc.ram -accel kvm -cpu host,migratable=on
+        -m size=2097152k -object {"qom-type":"memory-backend-ram","id":"pc.ram","size":2147483648} -overcommit mem-lock=off
+        -smp 2,sockets=2,cores=1,threads=1 -uuid 712590b2-fbd8-4a2f-a8e9-be33cb9ee0da -display none -no-user-config -nodefaults
+        -chardev socket,id=charmonitor,fd=39,server=on,wait=off -mon chardev=charmonitor,id=monitor,mode=control
+        -rtc base=utc,driftfix=slew -boot strict=on
+        -netdev {"type":"vhost-user","chardev":"charnet0","id":"hostnet0"}
+        -device {"driver":"virtio-balloon-pci","id":"balloon0","bus":"pci.0","addr":"0x3"} -msg timestamp=on"#;
+
+    /// As Proxmox VE 8 starts it, devices left out.
+    const PROXMOX: &str = "/usr/bin/kvm -id 100 -name web1,debug-threads=on -no-shutdown
+        -chardev socket,id=qmp,path=/var/run/qemu-server/100.qmp,server=on,wait=off -mon chardev=qmp,mode=control
+        -chardev socket,id=qmp-event,path=/var/run/qmeventd.sock,reconnect=5 -mon chardev=qmp-event,mode=control
+        -pidfile /var/run/qemu-server/100.pid -daemonize -smbios type=1,uuid=b77a12f3-0292-4197-a692-246fd9ba4caf
+        -smp 16,sockets=1,cores=16,maxcpus=16 -nodefaults -vnc unix:/var/run/qemu-server/100.vnc,password=on
+        -cpu qemu64,+aes,enforce -m 13312 -object memory-backend-ram,size=13312M,id=ram-node0
+        -numa node,nodeid=0,cpus=0-15,memdev=ram-node0 -device virtio-balloon-pci,id=balloon0,bus=pci.0,addr=0x3";
+
+    fn written_by(manager: &str) -> Claim {
+        let argv: Vec<String> = manager.split_ascii_whitespace().map(str::to_owned).collect();
+        claim(&Options::new(&argv))
+    }
+
+    #[test]
+    fn libvirts_command_line_is_understood() {
+        let claim = written_by(LIBVIRT);
+        assert_eq!(claim.name.as_deref(), Some("f36"));
+        assert_eq!(claim.uuid.as_deref(), Some("712590b2-fbd8-4a2f-a8e9-be33cb9ee0da"));
+        assert_eq!(sizes(&claim), [("pc.ram", 2048)]);
+        assert_eq!(claim.sockets[0].to_string(), "QMP on descriptor 39, owned by libvirt");
+        assert_eq!((claim.hazards.len(), &claim.notes[..]), (0, &[Note::VhostUser][..]));
+    }
+
+    #[test]
+    fn proxmoxs_command_line_is_understood() {
+        let claim = written_by(PROXMOX);
+        assert_eq!(claim.name.as_deref(), Some("web1"));
+        assert_eq!(claim.uuid.as_deref(), Some("b77a12f3-0292-4197-a692-246fd9ba4caf"));
+        assert_eq!(sizes(&claim), [("ram-node0", 13312)]);
+        assert_eq!(claim.sockets.len(), 1);
+        assert_eq!(claim.sockets[0].to_string(), "QMP at /var/run/qemu-server/100.qmp");
+    }
+
     #[test]
     fn protected_guests_are_noticed() {
         let evidence = |line| of(line).hazards.iter().map(ToString::to_string).collect::<String>();

@@ -19,7 +19,7 @@ use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Memfd, SharedMapping};
 use plimsoll_types::ByteCount;
 use rustix::mm::{MlockAllFlags, mlockall};
 use std::error::Error;
-use std::io::{BufRead, Write, stdin, stdout};
+use std::io::{BufRead, BufReader, Write, stdin, stdout};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
@@ -72,8 +72,10 @@ fn obey(words: &[&str], ram: &mut Vec<Ram>, children: &mut Vec<Child>) -> Outcom
         ["child"] => {
             // Its input is a pipe from here, which closes when this process ends.
             let mut command = Command::new(std::env::current_exe()?);
-            command.args(std::env::args().skip(1)).stdin(Stdio::piped()).stdout(Stdio::null());
-            let child = command.spawn()?;
+            command.args(std::env::args().skip(1)).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = command.spawn()?;
+            let output = child.stdout.as_mut().ok_or("no output")?;
+            BufReader::new(output).read_line(&mut String::new())?;
             let number = child.id().to_string();
             children.push(child);
             return Ok(number);
