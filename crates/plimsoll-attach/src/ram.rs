@@ -480,7 +480,8 @@ fn are_kin(first: &MeasuredMapping, second: &MeasuredMapping) -> bool {
         && goes_on
 }
 
-/// What a range's own nature turns off.
+/// What a range's own nature turns off. Memory that is kept out of core dumps is like any other: libvirt asks for that
+/// with every machine.
 fn hazards(backing: &RamBacking, run: &Run<'_>) -> Vec<Hazard> {
     let mut hazards = Vec::new();
     if run.flags().intersects(VmFlags::UFFD) {

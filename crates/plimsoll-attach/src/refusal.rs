@@ -13,7 +13,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Refusal {
     /// There is none of that number.
-    #[error("there is no process {0}: `plimsoll attach --list` shows the machines of this host")]
+    #[error("there is no process {0}: it has ended, or the number is wrong")]
     NoProcess(u32),
     /// The number is that of a thread.
     #[error("{thread} is a thread of {process}: attach that")]
