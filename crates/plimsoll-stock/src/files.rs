@@ -1,7 +1,7 @@
 //! The files of one guest, in a folder that goes with it.
 //!
-//! Enters: who QEMU is. Leaves: paths. What must never happen: somebody else than QEMU's user and root reading guest memory's
-//! descriptions or speaking on a guest's sockets: the folder is its user's alone.
+//! Enters: who QEMU is. Leaves: paths. What must never happen: somebody
+//! else than QEMU's user and root speaking on a guest's sockets. The folder is its user's alone.
 use std::fs;
 use std::io;
 use std::os::unix::fs::chown;

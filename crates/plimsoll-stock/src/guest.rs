@@ -35,6 +35,9 @@ pub enum GuestError {
     /// QEMU does not start.
     #[error("cannot start {PROGRAM}: run `cargo xtask setup`, or look into what it says")]
     Start(#[source] io::Error),
+    /// Only a QEMU of our own has several nodes.
+    #[error("{0} nodes of RAM were asked for: a guest of libvirt's has one here")]
+    ManyNodes(usize),
     /// libvirt does not start it.
     #[error("libvirt does not start the guest")]
     Libvirt(#[from] LibvirtError),
@@ -114,6 +117,9 @@ impl Guest {
     /// # Errors
     /// Nothing is left behind. What libvirt and the guest's kernel said is in the error.
     pub fn start_domain(libvirt: &Libvirt, options: Options) -> Result<Self, GuestError> {
+        if options.nodes.len() > 1 {
+            return Err(GuestError::ManyNodes(options.nodes.len()));
+        }
         let (kernel, files) = prepare(&options, Some(libvirt.user()))?;
         let listener = files.listen(&files.console()).map_err(GuestError::Files)?;
         let deadline = Instant::now() + options.patience;

@@ -8,7 +8,7 @@
 //! just found running. Domains are named `plimsoll-PID-N`, after the process that made them: what a killed one left is
 //! destroyed by the next.
 use crate::files::Files;
-use crate::options::{Backing, Merge, Options};
+use crate::options::{Accel, Backing, Merge, Options};
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::pidfd::{Liveness, Pidfd, PidfdError, Signal};
 use plimsoll_sys::process::end_with_parent;
@@ -113,6 +113,8 @@ struct Daemon {
 
 impl Libvirt {
     /// Makes sure that libvirt runs. Waits for whoever else uses it through this library.
+    ///
+    /// Start it from a thread that lives as long as it shall: its daemons end with that thread.
     ///
     /// # Errors
     /// When it is not installed or a daemon does not start. Nothing is left running.
@@ -317,8 +319,12 @@ fn describe(name: &str, options: &Options, files: &Files, kernel: &Path) -> Stri
             path(disk.path())
         )
     });
+    let kind = match options.accel {
+        Accel::Tcg => "qemu",
+        Accel::Kvm => "kvm",
+    };
     format!(
-        "<domain type='qemu'>\n\
+        "<domain type='{kind}'>\n\
          <name>{name}</name><memory unit='b'>{memory}</memory><vcpu>{cpus}</vcpu>\n\
          <memoryBacking>{memfd}{merge}</memoryBacking>\n\
          <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{kernel}</kernel>\

@@ -49,8 +49,8 @@ pub enum Command {
     Fill,
     /// Verify each page once.
     Sweep,
-    /// From now on verify so many pages a second, chosen at random among the first so many groups, and rewrite every
-    /// fifth of them.
+    /// From now on verify so many pages a second, chosen at random among so many that are hot, and rewrite every fifth of them.
+    /// Hot pages lie in groups of 16 neighbours, strewn over all of memory.
     Hot {
         /// Size of the hot set.
         pages: u64,
@@ -201,6 +201,58 @@ impl FromStr for Line {
                     _ => Err(()),
                 }
             }
+        }
+    }
+}
+
+// The guest's program is this file too, and has no tests.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_read_as_they_are_written_and_nothing_else_is() {
+        for command in [
+            Command::Ping,
+            Command::Alloc { pages: 7 },
+            Command::Free,
+            Command::Fill,
+            Command::Sweep,
+            Command::Hot { pages: 3, per_second: 50 },
+            Command::Disk { per_second: 0 },
+            Command::Idle,
+            Command::Report,
+            Command::Off,
+        ] {
+            assert_eq!(command.to_string().parse(), Ok(command));
+        }
+        for other in ["", "pin", "ping 1", "alloc", "alloc -1", "alloc x", "hot 1", "hot 1 2 3"] {
+            assert_eq!(other.parse::<Command>(), Err(UnknownCommand(other.to_owned())));
+        }
+    }
+
+    #[test]
+    fn lines_are_read_as_they_are_written_and_noise_is_passed_over() {
+        let counts = Counts::from([("wrong", 0), ("pages", 12)]);
+        for line in [
+            Line::Ready(counts.clone()),
+            Line::Ready(Counts::default()),
+            Line::Wrong("memory number=1 word=2".to_owned()),
+            Line::Answer(3, Ok(Counts::default())),
+            Line::Answer(4, Ok(counts)),
+            Line::Answer(5, Err("no disk: it is gone".to_owned())),
+        ] {
+            assert_eq!(line.to_string().parse(), Ok(line));
+        }
+        for noise in [
+            "",
+            "[    1.0] virtio_blk virtio1: [vda]",
+            "plimsoll",
+            "plimsoll x ok",
+            "plimsoll 1 fine",
+            "plimsoll 1 ok a=b",
+        ] {
+            assert_eq!(noise.parse::<Line>(), Err(()), "{noise}");
         }
     }
 }

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 /// The shortest wait a socket can be asked for.
 const INSTANT: Duration = Duration::from_millis(1);
 
+/// How long a line may wait to be taken. Sockets hold thousands of them, so this is one nobody reads from any more.
+const WRITE_PATIENCE: Duration = Duration::from_secs(60);
+
 /// What became of a wait.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -56,6 +59,7 @@ impl Wire {
             }
         }
         let (stream, _) = listener.accept()?;
+        stream.set_write_timeout(Some(WRITE_PATIENCE))?;
         Ok(Self { stream: BufReader::new(stream), partial: Vec::new() })
     }
 
@@ -63,6 +67,7 @@ impl Wire {
     pub(crate) fn say(&mut self, line: &str) -> Result<(), WireError> {
         match self.stream.get_mut().write_all(format!("{line}\n").as_bytes()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(WireError::Closed),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(WireError::Silent),
             done => Ok(done?),
         }
     }

@@ -5,6 +5,7 @@ use plimsoll_sys::pidfd::{Liveness, Pidfd};
 use plimsoll_sys::process::{GroupId, UserId};
 use plimsoll_sys::procfs;
 use plimsoll_types::ByteCount;
+use serde_json::json;
 use std::error::Error;
 use std::fs;
 use std::time::Instant;
@@ -166,6 +167,40 @@ fn what_qemu_complains_about_is_in_the_error() {
     assert!(error.to_string().contains("'teapot' is not a valid device model name"), "{error}");
     assert_eq!(error.source().unwrap().to_string(), "the machine has ended");
     assert!(start.elapsed() < PATIENCE);
+}
+
+#[test]
+fn balloon_and_memory_added_later_are_driven_by_the_guests_own_drivers() {
+    if !can(&["qemu", "cloud-kernel"]) {
+        return;
+    }
+    let _alone = alone();
+    let mut options = options(9);
+    // Whole blocks of 128 MiB are what Linux adds at a time.
+    let memory = ["-m", "maxmem=1G", "-object", "memory-backend-ram,id=added,size=128M"];
+    options.arguments = memory.map(str::to_owned).into();
+    options.devices.push("virtio-mem-pci,id=mem0,memdev=added,requested-size=0".to_owned());
+    let mut guest = Guest::start(options).unwrap();
+    ask(&mut guest, Command::Alloc { pages: 5000 });
+
+    let before = guest.console().report(PATIENCE).unwrap().available;
+    let added = json!({ "path": "mem0", "property": "requested-size", "value": 128 << 20 });
+    guest.monitor().unwrap().call("qom-set", &added).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while guest.console().report(PATIENCE).unwrap().available < before + ByteCount::mib(64) {
+        assert!(Instant::now() < deadline, "{}", guest.logs());
+    }
+
+    let target = ByteCount::mib(150).0;
+    guest.monitor().unwrap().call("balloon", &json!({ "value": target })).unwrap();
+    loop {
+        let answer = guest.monitor().unwrap().call("query-balloon", &json!({})).unwrap();
+        if answer["actual"] == target {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{answer}");
+    }
+    assert_eq!(sweep(&mut guest), 0, "{:?}", guest.console().wrongs());
 }
 
 #[test]
