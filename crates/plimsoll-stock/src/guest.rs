@@ -14,7 +14,8 @@ use crate::ram::{self, RamError};
 use crate::wire::{Wire, WireError};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::{HvaRange, ProcessId};
-use serde_json::json;
+use plimsoll_types::ByteCount;
+use serde_json::{Value, json};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -244,7 +245,7 @@ impl Guest {
             if event.name != "MIGRATION" {
                 continue;
             }
-            match event.data.get("status").and_then(serde_json::Value::as_str) {
+            match event.data.get("status").and_then(Value::as_str) {
                 Some("completed") => return Ok(true),
                 Some(status @ ("failed" | "cancelled")) => {
                     return Err(GuestError::NotMigrated(status.to_owned()));
@@ -257,7 +258,7 @@ impl Guest {
 
 /// What every guest needs before its QEMU starts.
 fn prepare(options: &Options, user: Option<u32>) -> Result<(Kernel, Files), GuestError> {
-    let is_memory = |size: plimsoll_types::ByteCount| size.0 > 0 && size.is_multiple_of(1 << 20);
+    let is_memory = |size: ByteCount| size.0 > 0 && size.is_multiple_of(1 << 20);
     if options.nodes.is_empty() || !options.nodes.iter().all(|node| is_memory(node.size)) {
         return Err(GuestError::NoMemory);
     }

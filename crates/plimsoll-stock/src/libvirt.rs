@@ -9,6 +9,7 @@
 //! destroyed by the next.
 use crate::files::Files;
 use crate::options::{Accel, Backing, Merge, Options};
+use crate::qemu::hold;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::pidfd::{Liveness, Pidfd, PidfdError, Signal};
 use plimsoll_sys::process::end_with_parent;
@@ -37,6 +38,10 @@ const DAEMONS: [(&str, &str); 2] =
 const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 /// How long a daemon may take to listen, or to end.
 const DAEMON_PATIENCE: Duration = Duration::from_secs(60);
+/// How long libvirt may take over a command; it probes QEMU for some seconds before the first.
+const VIRSH_SECONDS: u32 = 120;
+/// What `timeout` ends with when it had to end its command.
+const TIMED_OUT: i32 = 124;
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 static NEXT_DOMAIN: AtomicU32 = AtomicU32::new(0);
@@ -241,7 +246,8 @@ impl Daemon {
         command.stdin(Stdio::null()).stdout(file.try_clone().map_err(failed("share a log"))?).stderr(file);
         end_with_parent(&mut command, Signal::TERM);
         let mut child = command.spawn().map_err(failed(format!("start {program}")))?;
-        let pidfd = Pidfd::from_child(&mut child).inspect_err(|_| drop(child.wait()))?;
+        let pidfd = hold(&child).inspect_err(|_| drop(child.kill().and_then(|()| child.wait())));
+        let pidfd = pidfd.map_err(failed(format!("hold {program}")))?;
         let daemon = Self { child, pidfd, log };
         let deadline = Instant::now() + DAEMON_PATIENCE;
         while UnixStream::connect(socket).is_err() {
@@ -269,13 +275,17 @@ impl Drop for Daemon {
 
 /// Runs a command of libvirt's and returns what it prints.
 fn virsh(arguments: &[&str]) -> Result<String, LibvirtError> {
-    let mut command = Command::new("virsh");
-    command.args(["--quiet", "--connect", "qemu:///system"]).args(arguments);
-    let output = command.stdin(Stdio::null()).output().map_err(failed("start virsh"))?;
+    // A daemon that hangs must not hang us: coreutils' timeout ends the wait, and says so by its status.
+    let mut command = Command::new("timeout");
+    command.arg(VIRSH_SECONDS.to_string()).args(["virsh", "--quiet", "--connect", "qemu:///system"]);
+    let output = command.args(arguments).stdin(Stdio::null()).output().map_err(failed("start virsh"))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let why = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let why = match output.status.code() {
+        Some(TIMED_OUT) => format!("no answer within {VIRSH_SECONDS} s"),
+        _ => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    };
     Err(LibvirtError::Refused { command: arguments.join(" "), why })
 }
 

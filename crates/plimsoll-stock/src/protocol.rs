@@ -10,6 +10,7 @@
 //! guest:  plimsoll wrong WHAT KEY=COUNT ...    the first few wrong words, as soon as they are found
 //! ```
 //!
+//! Each question is answered. Those that take long are done one after the other, in the order in which they were asked.
 //! Whatever else arrives on the line is no part of the conversation and is passed over.
 use plimsoll_guest::content::{Content, Mix, MixError};
 use std::collections::BTreeMap;

@@ -4,6 +4,7 @@
 //! it ends, however that comes.
 use crate::files::Files;
 use crate::options::{Accel, Backing, Merge, Options};
+use plimsoll_sys::ProcessId;
 use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::process::end_with_parent;
 use plimsoll_types::ByteCount;
@@ -41,13 +42,12 @@ impl Qemu {
         }
         end_with_parent(&mut command, Signal::KILL);
         let mut child = command.spawn()?;
-        match Pidfd::from_child(&mut child) {
+        match hold(&child) {
             Ok(pidfd) => Ok(Self { child, pidfd }),
             Err(error) => {
-                // It has ended by itself or will not live past this error.
                 let _ = child.kill();
                 let _ = child.wait();
-                Err(io::Error::other(error))
+                Err(error)
             }
         }
     }
@@ -55,6 +55,12 @@ impl Qemu {
     pub(crate) const fn pidfd(&self) -> &Pidfd {
         &self.pidfd
     }
+}
+
+/// A hold on a child that nobody has waited for, and whose number is therefore its own even if it has ended.
+pub(crate) fn hold(child: &Child) -> io::Result<Pidfd> {
+    let process = ProcessId::new(child.id()).ok_or(io::ErrorKind::InvalidData)?;
+    Pidfd::open(process).map_err(io::Error::other)
 }
 
 impl Drop for Qemu {

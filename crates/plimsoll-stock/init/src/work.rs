@@ -7,7 +7,7 @@ use crate::disk::Disk;
 use crate::memory::{Memory, Wrongs};
 use crate::pace::Pace;
 use crate::parameter;
-use crate::protocol::{Command, Counts, Line, content};
+use crate::protocol::{Command, Counts, Line, UnknownCommand, content};
 use plimsoll_guest::content::{Content, Mix};
 use plimsoll_guest::random::Rng;
 use std::collections::VecDeque;
@@ -35,15 +35,15 @@ struct Job {
     question: u64,
     kind: JobKind,
     next: usize,
-    left: usize,
-    wrongs_before: u64,
+    wrong: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum JobKind {
-    Alloc,
+    Alloc { pages: usize },
     Fill,
     Sweep,
+    Free,
 }
 
 #[derive(Debug)]
@@ -104,10 +104,9 @@ impl Work {
     /// Works until told to switch off.
     pub(crate) fn go_on(&mut self, console: &mut Console) -> io::Result<()> {
         for order in std::mem::take(&mut self.orders) {
-            // Nobody waits for these answers, but a reader of the log may want to know.
-            if let Ok(command) = order.parse()
-                && let Some(Err(why)) = self.obey(UNASKED, command)
-            {
+            let parsed = order.parse().map_err(|error: UnknownCommand| error.to_string());
+            // Nobody waits for these answers, but a reader of the kernel's log wants to know.
+            if let Err(why) | Ok(Some(Err(why))) = parsed.map(|command| self.obey(UNASKED, command)) {
                 eprintln!("plimsoll-stock-init: {order}: {why}");
             }
         }
@@ -136,17 +135,14 @@ impl Work {
     fn obey(&mut self, question: u64, command: Command) -> Option<Answer> {
         let now = Instant::now();
         match command {
-            Command::Alloc { pages } => match self.reserve(pages) {
-                Ok(pages) => self.begin(question, JobKind::Alloc, pages),
-                Err(why) => return Some(Err(why)),
-            },
-            Command::Fill => self.begin(question, JobKind::Fill, self.memory.len()),
-            Command::Sweep => self.begin(question, JobKind::Sweep, self.memory.len()),
-            Command::Free => {
-                self.jobs.clear();
-                self.memory.free();
-                return Some(Ok(Counts::default()));
+            Command::Alloc { pages } => {
+                // More than can be counted is more than there is.
+                let pages = usize::try_from(pages).unwrap_or(usize::MAX);
+                self.begin(question, JobKind::Alloc { pages });
             }
+            Command::Fill => self.begin(question, JobKind::Fill),
+            Command::Sweep => self.begin(question, JobKind::Sweep),
+            Command::Free => self.begin(question, JobKind::Free),
             Command::Hot { pages, per_second } => {
                 self.hot = Pace::new(per_second, now).map(|pace| Hot { pages, pace });
                 return Some(Ok(Counts::default()));
@@ -163,18 +159,18 @@ impl Work {
         None
     }
 
-    fn begin(&mut self, question: u64, kind: JobKind, left: usize) {
-        self.jobs.push_back(Job { question, kind, next: 0, left, wrongs_before: self.wrongs.count });
+    /// Puts a job behind those that were begun before.
+    fn begin(&mut self, question: u64, kind: JobKind) {
+        self.jobs.push_back(Job { question, kind, next: 0, wrong: 0 });
     }
 
     /// Makes room for more pages, unless the guest would run out of memory.
-    fn reserve(&mut self, pages: u64) -> Result<usize, String> {
+    fn reserve(&mut self, pages: usize) -> Result<(), String> {
         let free = available_kib().saturating_sub(KEPT_KIB) / 4;
-        if pages > free {
+        if pages as u64 > free {
             return Err(format!("{pages} pages were asked for and {free} are free: ask for fewer"));
         }
-        let pages = usize::try_from(pages).map_err(|error| error.to_string())?;
-        self.memory.reserve(pages).map(|()| pages)
+        self.memory.reserve(pages)
     }
 
     fn start_disk(&mut self, per_second: u64, now: Instant) -> Answer {
@@ -212,23 +208,43 @@ impl Work {
             // A block that cannot be read is as wrong as one that reads wrong.
             self.wrongs.note(|| format!("disk error={error}"));
         }
-        let mut job = self.jobs.pop_front()?;
-        let pages = job.left.min(SLICE);
-        for index in job.next..job.next + pages {
+        let job = self.jobs.pop_front()?;
+        let question = job.question;
+        self.work_on(job).map(|answer| (question, answer))
+    }
+
+    /// A little of a job. Returns its answer when it is done; otherwise it is the next again.
+    fn work_on(&mut self, mut job: Job) -> Option<Answer> {
+        let end = match job.kind {
+            JobKind::Alloc { pages } => pages,
+            JobKind::Fill | JobKind::Sweep => self.memory.len(),
+            JobKind::Free => 0,
+        };
+        if let (JobKind::Alloc { pages }, 0) = (job.kind, job.next)
+            && let Err(why) = self.reserve(pages)
+        {
+            return Some(Err(why));
+        }
+        let before = self.wrongs.count;
+        let stop = end.min(job.next.saturating_add(SLICE));
+        for index in job.next..stop {
             match job.kind {
-                JobKind::Alloc => self.memory.push(),
+                JobKind::Alloc { .. } => self.memory.push(),
                 JobKind::Fill => self.memory.rewrite(index, &mut self.wrongs),
                 JobKind::Sweep => self.memory.verify(index, &mut self.wrongs),
+                JobKind::Free => {}
             }
         }
-        job.next += pages;
-        job.left -= pages;
-        if job.left > 0 {
+        job.next = stop;
+        job.wrong += self.wrongs.count - before;
+        if job.next < end {
             self.jobs.push_front(job);
             return None;
         }
-        let wrong = self.wrongs.count - job.wrongs_before;
-        Some((job.question, Ok([("pages", job.next as u64), ("wrong", wrong)].into())))
+        if let JobKind::Free = job.kind {
+            self.memory.free();
+        }
+        Some(Ok([("pages", job.next as u64), ("wrong", job.wrong)].into()))
     }
 
     /// One operation on the hot set.

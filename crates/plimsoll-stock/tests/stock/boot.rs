@@ -92,9 +92,16 @@ fn a_guest_refuses_more_than_it_has_and_goes_on() {
     }
     let _alone = alone();
     let mut guest = Guest::start(options(3)).unwrap();
-    let error = guest.console().ask(Command::Alloc { pages: 1 << 20 }, PATIENCE).unwrap_err();
-    assert!(error.to_string().contains("ask for fewer"), "{error}");
+    for pages in [1 << 20, u64::MAX] {
+        let error = guest.console().ask(Command::Alloc { pages }, PATIENCE).unwrap_err();
+        assert!(error.to_string().contains("ask for fewer"), "{error}");
+    }
+    // Long ones are done in their order and all of them answered; a short one overtakes them.
+    let long = [Command::Alloc { pages: PAGES }, Command::Alloc { pages: 7 }, Command::Sweep, Command::Free];
+    let questions = long.map(|command| guest.console().send(command).unwrap());
     ask(&mut guest, Command::Ping);
+    let pages = questions.map(|question| guest.console().answer(question, PATIENCE).unwrap().get("pages"));
+    assert_eq!(pages, [Some(PAGES), Some(7), Some(PAGES + 7), Some(0)]);
     // Switched off, it ends by itself, and whoever asks is told at once.
     let start = Instant::now();
     guest.console().ask(Command::Off, PATIENCE).unwrap_err();
