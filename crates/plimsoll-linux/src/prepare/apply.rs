@@ -31,7 +31,11 @@ pub fn apply(
     // Found out before anything is changed: whether a record can be written at all.
     lock.save(&record)?;
     let made = agreed.changes.iter().try_for_each(|change| {
-        record.steps.push(change.clone());
+        record.steps.push(match change {
+            // Those that were there when the plan was shown are of no interest.
+            Change::AddDevice { .. } => Change::AddDevice { known: DeviceId::all(system)?, made: None },
+            other => other.clone(),
+        });
         lock.save(&record)?;
         watch(change);
         let added = make(system, record.device(), change)?;

@@ -100,7 +100,7 @@ impl Parameter {
 pub enum Change {
     /// Adds a zram device.
     AddDevice {
-        /// Those that were there before.
+        /// Those that were there just before; empty in a plan.
         known: Vec<DeviceId>,
         /// The new one, once the kernel has made it.
         made: Option<DeviceId>,

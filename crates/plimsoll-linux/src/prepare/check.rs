@@ -152,7 +152,7 @@ fn obstacle(system: &dyn System, own: &Own) -> Option<Obstacle> {
                 "this process may not advise about other users' processes: it lacks {}",
                 missing.join(", ")
             ),
-            "sudo plimsoll host check",
+            "run plimsoll as root, or give it these capabilities",
         );
     }
     let areas = swap_areas(system).unwrap_or_default();
@@ -206,7 +206,7 @@ fn kvm(_: &dyn System, own: &Own) -> Look {
 fn userfaultfd(_: &dyn System, own: &Own) -> Look {
     let features = match &own.userfaultfd {
         Ok(features) => *features,
-        Err(why) => return Look::absent(why, "sudo plimsoll host check"),
+        Err(why) => return Look::absent(why, "run plimsoll as root"),
     };
     let needed = Features::MOVE | Features::POISON | Features::EVENT_REMOVE | Features::EVENT_UNMAP;
     let names = |set: Features| set.iter_names().map(|(name, _)| name).collect::<Vec<_>>().join(", ");
@@ -468,11 +468,10 @@ fn capabilities(_: &dyn System, own: &Own) -> Look {
     let has: Vec<String> = all.iter().filter(|name| !missing.contains(name)).cloned().collect();
     match (has.is_empty(), missing.is_empty()) {
         (_, true) => Look::present(has.join(", ")),
-        (true, _) => Look::absent(format!("none of {}", all.join(", ")), "sudo plimsoll host check"),
-        _ => Look::limited(
-            format!("{}; no {}", has.join(", "), missing.join(", no ")),
-            "sudo plimsoll host check",
-        ),
+        (true, _) => Look::absent(format!("none of {}", all.join(", ")), "run plimsoll as root"),
+        _ => {
+            Look::limited(format!("{}; no {}", has.join(", "), missing.join(", no ")), "run plimsoll as root")
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //!
 //! A kernel says what its zram can do only on a device. As a rule there is one (`zram0`, unused); where there is none,
 //! the plan takes the request at its word, and [`super::apply`] takes everything back if the kernel then refuses.
-use super::change::{Change, DeviceId, Parameter, Setting};
+use super::change::{Change, Parameter, Setting};
 use super::record::{Place, Stage};
 use super::undo::{Verdict, survey};
 use super::{PrepareError, boot_id, memory};
@@ -204,7 +204,7 @@ fn plan_zram(
     let set = |setting, new: Option<String>| new.map(|new| Change::Set { setting, new });
     let second = request.recompress.as_ref().map(|name| format!("algo={name} priority=1"));
     let write_back = request.write_back.as_ref().map(|path| path.display().to_string());
-    let add = Change::AddDevice { known: DeviceId::all(system)?, made: None };
+    let add = Change::AddDevice { known: Vec::new(), made: None };
     let settings = [
         set(Setting::Algorithm, algorithm),
         set(Setting::Recompression, second),

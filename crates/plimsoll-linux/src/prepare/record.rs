@@ -193,14 +193,14 @@ impl Lock<'_> {
 
     /// Removes the record.
     pub(super) fn remove(&self) -> Result<(), PrepareError> {
-        for name in [DRAFT, NAME] {
-            let path = self.place.directory.join(name);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(PrepareError::io("remove the record", path)(error));
-                }
-                _ => {}
+        // A draft is nothing to anybody.
+        let _ = fs::remove_file(self.place.directory.join(DRAFT));
+        let path = self.place.path();
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(PrepareError::io("remove the record", path)(error));
             }
+            _ => {}
         }
         self.directory.sync_all().map_err(PrepareError::io("sync", &self.place.directory))
     }

@@ -4,10 +4,12 @@ use plimsoll_sys::ProcessId;
 use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process_memory::{Advice, advise};
+use plimsoll_sys::swap::{SwapPriority, swapoff, swapon};
 use plimsoll_types::{ByteCount, PAGE_SIZE};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -184,6 +186,59 @@ fn a_prepared_host_pages_out_to_its_device_and_is_as_before_once_that_is_undone(
     let nothing = desk.undo();
     nothing.expect_code(0);
     assert!(nothing.stdout.contains("nothing to undo"), "{}", nothing.stdout);
+}
+
+/// A swap file in use, of 16 MiB.
+struct SwapFile(PathBuf);
+
+impl SwapFile {
+    /// `None` where swap cannot be switched, or no file system here can hold it.
+    fn new() -> Option<Self> {
+        let path = std::env::temp_dir().join(format!("plimsoll-swap-file-{}", std::process::id()));
+        fs::write(&path, vec![0; 16 << 20]).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let file = Self(path);
+        let formatted = std::process::Command::new("mkswap").arg(&file.0).output();
+        let is_formatted = formatted.is_ok_and(|output| output.status.success());
+        match swapon(&file.0, SwapPriority::Lowest) {
+            Ok(()) if is_formatted => Some(file),
+            done => {
+                println!("SKIPPED: no swap file here (mkswap: {is_formatted}, swapon: {done:?})");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for SwapFile {
+    fn drop(&mut self) {
+        let _ = swapoff(&self.0);
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn zswap_is_turned_on_in_front_of_a_swap_file_and_is_off_again_once_that_is_undone() {
+    let (_alone, _swap) = (alone(), alone_with_swap());
+    let parameters = || {
+        let read = |name| fs::read_to_string(format!("/sys/module/zswap/parameters/{name}")).ok();
+        ["enabled", "compressor", "max_pool_percent"].map(read)
+    };
+    let before = parameters();
+    if before[0].as_deref() != Some("N\n") {
+        println!("SKIPPED: zswap of this kernel is {:?}, not off", before[0]);
+        return;
+    }
+    let Some(_file) = SwapFile::new() else { return };
+    let desk = Desk::new("zswap");
+    let ended = desk.run("prepare", &["--zswap", "--limit", "1G", "--yes"]).output();
+    ended.expect_code(0);
+    let on = parameters();
+    assert_eq!(on[0].as_deref(), Some("Y\n"));
+    assert_ne!(on[2], before[2], "{}", ended.stdout);
+    desk.undo().expect_code(0);
+    assert_eq!(parameters(), before);
+    assert!(!desk.0.exists());
 }
 
 #[test]

@@ -174,6 +174,24 @@ fn a_kernel_that_shows_no_device_refuses_late_and_everything_is_taken_back() {
 }
 
 #[test]
+fn a_record_that_cannot_be_written_any_more_takes_everything_back() {
+    let (fake, desk) = (Fake::small(), Desk::new());
+    let before = fake.host();
+    let plan = planned(&fake, &desk.place(), &zram());
+    let mut changes = 0;
+    let error = apply(&fake, &desk.place(), &plan, &mut |_| {
+        changes += 1;
+        if changes == 4 {
+            fs::create_dir(desk.0.join("host.json.new")).unwrap();
+        }
+    })
+    .unwrap_err();
+    assert!(matches!(error, PrepareError::Unrecordable { .. }), "{error}");
+    assert_eq!((fake.host(), changes), (before, 4));
+    assert!(!desk.place().path().exists());
+}
+
+#[test]
 fn without_a_record_nothing_is_changed() {
     let (fake, desk) = (Fake::small(), Desk::new());
     let before = fake.host();
