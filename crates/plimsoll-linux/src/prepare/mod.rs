@@ -1,8 +1,8 @@
 //! What a host's kernel offers for taking memory, and setting it up with consent.
 //!
 //! * [`check()`] looks: every probe reads, or works on memory of this process.
-//! * [`plan`] says what would be changed, each change with its old and new value, and refuses what the kernel cannot do.
-//! * [`apply`] does it. [`undo`] reverts it, and [`outlook`] says beforehand what that would do.
+//! * [`plan()`] says what would be changed, each change with its old and new value, and refuses what the kernel cannot do.
+//! * [`apply()`] does it. [`undo()`] reverts it, and [`outlook`] says beforehand what that would do.
 //!
 //! A request enters; a swap device or zswap, in use, leaves. What must never happen here: a change without a record, a
 //! change of swap that somebody else has configured, or a revert of what is no longer as it was set.
@@ -238,7 +238,7 @@ impl PrepareError {
     }
 }
 
-/// Says early that the rights for [`apply`] and [`undo`] are missing.
+/// Says early that the rights for [`apply()`] and [`undo()`] are missing.
 ///
 /// # Errors
 /// When this process may not switch swap.

@@ -4,7 +4,7 @@
 //! must never happen here: a write.
 //!
 //! A kernel says what its zram can do only on a device. As a rule there is one (`zram0`, unused); where there is none,
-//! the plan takes the request at its word, and [`super::apply`] takes everything back if the kernel then refuses.
+//! the plan takes the request at its word, and [`super::apply()`] takes everything back if the kernel then refuses.
 use super::change::{Change, Parameter, Setting};
 use super::record::{Place, Stage};
 use super::undo::{Verdict, survey};
@@ -283,14 +283,14 @@ fn beside(areas: &[SwapArea], priority: i16) -> Option<String> {
             .collect()
     };
     let parts = [
-        ("fills first", that(|theirs, ours| theirs > ours)),
-        ("fills in turn with it", that(|theirs, ours| theirs == ours)),
-        ("fills once it is full", that(|theirs, ours| theirs < ours)),
+        ("before it", that(|theirs, ours| theirs > ours)),
+        ("in turn with it", that(|theirs, ours| theirs == ours)),
+        ("after it", that(|theirs, ours| theirs < ours)),
     ];
     let parts: Vec<String> = parts
         .iter()
         .filter(|(_, names)| !names.is_empty())
-        .map(|(when, names)| format!("{} it {when}", names.join(", ")))
+        .map(|(when, names)| format!("{when} {}", names.join(", ")))
         .collect();
     let explained = format!(
         "swap that is there stays as it is, and the kernel fills areas of high priority first: the new one has {priority}; {}",

@@ -79,7 +79,7 @@ pub enum Undone {
     SomeLeft,
 }
 
-/// Says what [`undo`] would do now.
+/// Says what [`undo()`] would do now.
 ///
 /// # Errors
 /// When the record cannot be read or understood, or the kernel's files cannot be read.
@@ -122,7 +122,7 @@ pub fn undo(
     revert(system, &lock, &mut record, watch)
 }
 
-/// The same without a look at memory: for [`super::apply`], whose device nothing is in yet.
+/// The same without a look at memory: for [`super::apply()`], whose device nothing is in yet.
 pub(super) fn revert(
     system: &dyn System,
     lock: &super::record::Lock<'_>,

@@ -141,8 +141,8 @@ fn swap_that_is_there_is_left_alone_and_explained() {
     fake.add_area("/swapfile", -2);
     let before = fake.host();
     let notes = planned(&fake, &desk.place(), &zram()).notes.join("\n");
-    assert!(notes.contains("/dev/zram0 (priority 100) it fills in turn with it"), "{notes}");
-    assert!(notes.contains("/swapfile (priority -2) it fills once it is full"), "{notes}");
+    assert!(notes.contains("in turn with it /dev/zram0 (priority 100)"), "{notes}");
+    assert!(notes.contains("after it /swapfile (priority -2)"), "{notes}");
     prepare(&fake, &desk.place(), &zram()).unwrap();
     undo_all(&fake, &desk.place()).unwrap();
     assert_eq!(fake.host(), before);
