@@ -5,10 +5,11 @@
 //! message says why. What must never happen: a device, mapping or swap area left behind.
 //!
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
-//! program again in another role (`guest`). `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+//! program again in another role (`guest`). `ksm`: guided KSM against KSM over everything. `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
 mod contents;
 mod figures;
 mod guest;
+mod ksm;
 mod pager;
 mod report;
 mod session;
@@ -43,6 +44,7 @@ struct Arguments {
 enum Name {
     Store,
     Pager,
+    Ksm,
 }
 
 impl Name {
@@ -50,6 +52,7 @@ impl Name {
         match self {
             Self::Store => "store",
             Self::Pager => "pager",
+            Self::Ksm => "ksm",
         }
     }
 
@@ -58,6 +61,7 @@ impl Name {
             Self::Store => {
                 "pages into the store and back, and what they cost, against MADV_PAGEOUT to zram (lz4)"
             }
+            Self::Ksm => "a merged page's processor time, KSM guided to twins against KSM over everything",
             Self::Pager => {
                 "KVM guests' pages out and back, against MADV_PAGEOUT to zram (lz4) and a bare userfaultfd loop"
             }
@@ -66,7 +70,7 @@ impl Name {
 }
 
 fn main() -> ExitCode {
-    if let Some(status) = guest::role() {
+    if let Some(status) = guest::role().or_else(ksm::role) {
         return status;
     }
     let arguments = Arguments::parse();
@@ -92,6 +96,7 @@ fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
     for name in chosen {
         let report = match name {
             Name::Store => serde_json::to_string_pretty(&store::run(rows, &interrupt)?),
+            Name::Ksm => serde_json::to_string_pretty(&ksm::run(rows, &interrupt)?),
             Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
         };
         let path = folder.join(format!("{}.json", name.text()));
