@@ -35,7 +35,10 @@ const ROUNDS: u64 = 12;
 const REPEATS: usize = 3;
 const DOMAIN: DomainId = DomainId(1);
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether the peer is through a pass, which costs nobody that is measured.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// How often the guide looks how KSM does: one of its sleeps.
+const TICK: Duration = Duration::from_millis(20);
 /// The share of what can be merged at which the first merging counts as done.
 const DONE: f64 = 0.95;
 
@@ -172,7 +175,7 @@ fn blanket(interrupt: &Interrupt) -> Result<Outcome, BenchError> {
     domains::check(&sharers.iter().map(party).collect::<Vec<_>>())
         .map_err(KsmError::from)
         .map_err(not_here_or_failed)?;
-    let ksm = Ksm::take(Takeover::IfIdle).map_err(KsmError::from).map_err(not_here_or_failed)?;
+    let mut ksm = Ksm::take(Takeover::IfIdle).map_err(KsmError::from).map_err(not_here_or_failed)?;
     ksm.unmerge_all().map_err(failed)?;
     for sharer in &mut sharers {
         sharer.mark(sharer.memory(), Merging::Offered)?;
@@ -183,7 +186,7 @@ fn blanket(interrupt: &Interrupt) -> Result<Outcome, BenchError> {
         change(&mut sharers, round, interrupt)?;
         let before = ksm.counters().map_err(failed)?;
         ksm.run(Rate { pages: 5000, sleep_ms: 0 }).map_err(failed)?;
-        until("a pass of KSM", interrupt, || {
+        until("a pass of KSM", LOOK_EVERY, interrupt, || {
             Ok(ksm.counters().map_err(failed)?.full_scans > before.full_scans)
         })?;
         ksm.stop().map_err(failed)?;
@@ -221,7 +224,7 @@ fn guided(interrupt: &Interrupt) -> Result<Outcome, BenchError> {
             order.map_err(not_here_or_failed)
         };
         clocked(&mut || guide.round().map(|_| Order::Stop))?;
-        until("KSM to rest", interrupt, || Ok(clocked(&mut || guide.tick())? == Order::Stop))?;
+        until("KSM to rest", TICK, interrupt, || Ok(clocked(&mut || guide.tick())? == Order::Stop))?;
         let report = guide.report().map_err(not_here_or_failed)?;
         marks.push(Mark { cpu: report.ksmd + own, saved: report.merged.0 });
     }
@@ -284,7 +287,7 @@ fn mark(began: &Counters, now: &Counters, own: Duration) -> Mark {
 /// The counters once ksmd, which was told to stop, has.
 fn until_at_rest(ksm: &Ksm, interrupt: &Interrupt) -> Result<Counters, BenchError> {
     let mut last = ksm.counters().map_err(failed)?;
-    until("ksmd to rest", interrupt, || {
+    until("ksmd to rest", LOOK_EVERY, interrupt, || {
         let now = ksm.counters().map_err(failed)?;
         let is_at_rest = now == last;
         last = now;
@@ -295,6 +298,7 @@ fn until_at_rest(ksm: &Ksm, interrupt: &Interrupt) -> Result<Counters, BenchErro
 
 fn until(
     what: &str,
+    pause: Duration,
     interrupt: &Interrupt,
     mut is_so: impl FnMut() -> Result<bool, BenchError>,
 ) -> Result<(), BenchError> {
@@ -304,7 +308,7 @@ fn until(
         if start.elapsed() > PATIENCE {
             return Err(anyhow!("waited {} s in vain for {what}", PATIENCE.as_secs()).into());
         }
-        std::thread::sleep(LOOK_EVERY);
+        std::thread::sleep(pause);
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use plimsoll_linux::ksm::domains::{self, DomainError};
 use plimsoll_linux::ksm::pace::{Order, Policy, Reason};
 use plimsoll_linux::ksm::{Guide, KsmError, Marker, Member, Merged, Options};
 use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Merging};
-use plimsoll_sys::pagemap::Pagemap;
+use plimsoll_sys::pagemap::{Entry, Pagemap};
 use plimsoll_sys::{HvaRange, ProcessId, procfs};
 use plimsoll_types::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, DomainId, MachineId, PAGE_SIZE};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -141,6 +141,15 @@ fn in_one_domain(machines: &[TestMachine]) -> Vec<Member> {
     machines.iter().map(|machine| machine.member(Some(DomainId(1)))).collect()
 }
 
+/// Looks until exactly the blocks with twins are marked.
+fn until_marked(guide: &mut Guide, machines: &[TestMachine]) {
+    let start = Instant::now();
+    while machines.iter().any(|machine| machine.marked() != [0, 3]) {
+        guide.round().unwrap();
+        assert!(start.elapsed() < PATIENCE, "{:?}", guide.report());
+    }
+}
+
 /// Lets KSM work until it rests.
 fn until_at_rest(guide: &mut Guide) {
     let start = Instant::now();
@@ -157,11 +166,7 @@ fn blocks_with_twins_are_marked_merged_and_left_and_nothing_else_is_touched() {
     let machines = [TestMachine::new(0), TestMachine::new(1)];
     let mut guide = Guide::start(in_one_domain(&machines), options()).unwrap();
     assert_eq!(settings()[0].trim(), "0", "nothing is marked, so KSM rests");
-    let start = Instant::now();
-    while machines.iter().any(|machine| machine.marked() != [0, 3]) {
-        guide.round().unwrap();
-        assert!(start.elapsed() < PATIENCE, "{:?}", guide.report());
-    }
+    until_marked(&mut guide, &machines);
     assert_eq!(settings()[0].trim(), "1");
     until_at_rest(&mut guide);
     assert_eq!((guide.reason(), settings()[0].trim()), (Reason::DoesNotPay, "0"));
@@ -196,11 +201,7 @@ fn blocks_whose_twins_went_away_are_unmarked() {
     let Some(_one) = ksm_for_a_test() else { return };
     let machines = [TestMachine::new(0), TestMachine::new(1)];
     let mut guide = Guide::start(in_one_domain(&machines), options()).unwrap();
-    let start = Instant::now();
-    while machines.iter().any(|machine| machine.marked() != [0, 3]) {
-        guide.round().unwrap();
-        assert!(start.elapsed() < PATIENCE);
-    }
+    until_marked(&mut guide, &machines);
     until_at_rest(&mut guide);
     (0..u64::from(BLOCK_PAGES)).for_each(|page| machines[1].fill(page, 7 << 40 | page));
     let start = Instant::now();
@@ -209,6 +210,61 @@ fn blocks_whose_twins_went_away_are_unmarked() {
         assert!(start.elapsed() < PATIENCE, "{:?}", machines[1].marked());
     }
     guide.end(Merged::Undo).unwrap();
+}
+
+#[test]
+fn machines_come_and_go_and_one_of_another_domain_is_refused_without_harm() {
+    let Some(_one) = ksm_for_a_test() else { return };
+    let machines = [TestMachine::new(0), TestMachine::new(1)];
+    let late = TestMachine::new(2);
+    let mut guide = Guide::start(in_one_domain(&machines), options()).unwrap();
+    until_marked(&mut guide, &machines);
+    until_at_rest(&mut guide);
+    let refused = guide.add(late.member(Some(DomainId(2)))).unwrap_err();
+    assert!(explain(&refused).contains("domain2"), "{}", explain(&refused));
+    assert!(guide.report().unwrap().merged.0 >= 1000);
+    guide.add(late.member(Some(DomainId(1)))).unwrap();
+    until_marked(&mut guide, std::slice::from_ref(&late));
+    until_at_rest(&mut guide);
+    assert!((2000..=2048).contains(&guide.report().unwrap().merged.0), "{:?}", guide.report());
+    guide.remove(late.id);
+    assert_eq!(late.marked(), []);
+    let pagemap = Pagemap::open(ProcessId::own()).unwrap();
+    let mut entries = Vec::new();
+    pagemap.read(late.memory.range(), &mut entries).unwrap();
+    assert!(
+        entries.iter().all(|entry| entry.contains(Entry::EXCLUSIVE)),
+        "a page is still somebody else's, too"
+    );
+    guide.end(Merged::Undo).unwrap();
+}
+
+#[test]
+fn machines_that_marked_everything_by_themselves_are_paced() {
+    let Some(_one) = ksm_for_a_test() else { return };
+    let machines = [TestMachine::new(0), TestMachine::new(1)];
+    let members = machines.iter().map(|machine| {
+        machine.memory.advise_merging(machine.memory.range(), Merging::Offered).unwrap();
+        Member { marker: None, ..machine.member(Some(DomainId(1))) }
+    });
+    let mut guide = Guide::start(members.collect(), options()).unwrap();
+    guide.round().unwrap();
+    until_at_rest(&mut guide);
+    assert_eq!(guide.reason(), Reason::DoesNotPay);
+    let report = guide.report().unwrap();
+    assert!((1000..=1024).contains(&report.merged.0), "{report:?}");
+    assert_eq!((report.seen.looks, report.seen.marked), (0, 0), "there is nothing to choose");
+    // It is tried again, though not at once.
+    guide.round().unwrap();
+    assert_eq!(setting("run").trim(), "0");
+    for _ in 0..10 {
+        guide.round().unwrap();
+    }
+    assert_eq!(setting("run").trim(), "1");
+    guide.end(Merged::Undo).unwrap();
+    for machine in &machines {
+        machine.memory.advise_merging(machine.memory.range(), Merging::Withdrawn).unwrap();
+    }
 }
 
 #[test]
@@ -234,11 +290,7 @@ fn a_strangers_mergeable_memory_ends_sharing_and_unmerges_everything() {
     let before = settings();
     let machines = [TestMachine::new(0), TestMachine::new(1)];
     let mut guide = Guide::start(in_one_domain(&machines), options()).unwrap();
-    let start = Instant::now();
-    while machines.iter().any(|machine| machine.marked() != [0, 3]) {
-        guide.round().unwrap();
-        assert!(start.elapsed() < PATIENCE);
-    }
+    until_marked(&mut guide, &machines);
     until_at_rest(&mut guide);
     assert!(procfs::ksm_stat(ProcessId::own()).unwrap().merging.0 > 1000);
     // It has the whole of its memory mergeable and waits for the end of its input.
@@ -277,7 +329,7 @@ fn ksm_that_runs_already_is_left_alone_unless_it_may_be_taken_over_and_is_given_
     let refused = Ksm::take(Takeover::IfIdle).unwrap_err();
     assert!(matches!(refused, ControlError::Driven(_)), "{refused}");
     assert_eq!(settings(), found);
-    let ksm = Ksm::take(Takeover::FromWhoever).unwrap();
+    let mut ksm = Ksm::take(Takeover::FromWhoever).unwrap();
     ksm.run(Rate { pages: 7, sleep_ms: 1000 }).unwrap();
     assert!(matches!(Ksm::take(Takeover::FromWhoever), Err(ControlError::Guided)));
     drop(ksm);
@@ -298,7 +350,7 @@ fn ksm_that_runs_already_is_left_alone_unless_it_may_be_taken_over_and_is_given_
 fn what_a_killed_program_has_set_is_restored_by_the_next() {
     let Some(_one) = ksm_for_a_test() else { return };
     let before = settings();
-    let ksm = Ksm::take(Takeover::IfIdle).unwrap();
+    let mut ksm = Ksm::take(Takeover::IfIdle).unwrap();
     ksm.run(Rate { pages: 7, sleep_ms: 1000 }).unwrap();
     let record = std::fs::read_to_string("/run/plimsoll/ksm").unwrap();
     assert!(!matches!(control::sweep_stale(), Ok(true)), "it is not stale while its maker lives");

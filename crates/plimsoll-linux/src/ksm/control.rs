@@ -212,6 +212,8 @@ impl Saved {
 pub struct Ksm {
     saved: Saved,
     ksmd: ProcessId,
+    /// None while ksmd rests.
+    rate: Option<Rate>,
     /// Open for as long as KSM is ours: it carries the lock.
     record: Option<File>,
 }
@@ -232,27 +234,36 @@ impl Ksm {
         let ksmd = find_process("ksmd")?.ok_or_else(no_thread)?;
         let record = write_record(&saved)?;
         // From here on dropping it restores.
-        let ksm = Self { saved, ksmd, record: Some(record) };
+        let mut ksm = Self { saved, ksmd, rate: None, record: Some(record) };
         ksm.stop()?;
         set("advisor_mode", NO_ADVISOR)?;
         Ok(ksm)
     }
 
-    /// Has ksmd scan at this rate.
+    /// Has ksmd scan at this rate. Costs nothing where that is what it does: a write to `run` waits, spinning, for ksmd to go
+    /// to sleep.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub fn run(&self, rate: Rate) -> Result<(), ControlError> {
+    pub fn run(&mut self, rate: Rate) -> Result<(), ControlError> {
+        if self.rate == Some(rate) {
+            return Ok(());
+        }
         set("pages_to_scan", &rate.pages.to_string())?;
         set("sleep_millisecs", &rate.sleep_ms.to_string())?;
-        set("run", "1")
+        if self.rate.is_none() {
+            set("run", "1")?;
+        }
+        self.rate = Some(rate);
+        Ok(())
     }
 
     /// Has ksmd rest once it is through the pages between two sleeps. What is merged stays so.
     ///
     /// # Errors
     /// [`ControlError`].
-    pub fn stop(&self) -> Result<(), ControlError> {
+    pub fn stop(&mut self) -> Result<(), ControlError> {
+        self.rate = None;
         set("run", "0")
     }
 
@@ -260,7 +271,7 @@ impl Ksm {
     ///
     /// # Errors
     /// [`ControlError`], also when memory does not suffice.
-    pub fn unmerge_all(&self) -> Result<(), ControlError> {
+    pub fn unmerge_all(&mut self) -> Result<(), ControlError> {
         set("run", "2")?;
         self.stop()
     }

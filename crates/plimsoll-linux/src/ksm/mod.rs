@@ -21,9 +21,8 @@
 //! * Marking a block splits its mapping; a process has at most 65,530 of them (vm.max_map_count), so neighbours are marked
 //!   together. A machine that refuses keeps its block unmarked for a while.
 //! * KSM's counters go on counting pages of processes that ended until ksmd comes by: what is saved is overstated while it rests.
+//! * Memory of a file (a memfd) cannot be merged, and marking it does nothing: it is marked in vain once, and rests.
 //! * The rest of a range beyond whole blocks is never marked.
-//! * Pages that others of the domain merged before stay merged when a machine leaves the domain; whoever moves a machine
-//!   has its marks withdrawn first ([`Guide::end`]).
 pub mod control;
 pub mod domains;
 pub mod pace;
@@ -184,7 +183,7 @@ impl Guide {
     /// merged; nothing is changed then. [`KsmError::Control`] when somebody else drives KSM or it cannot be set.
     pub fn start(members: Vec<Member>, options: Options) -> Result<Self, KsmError> {
         domains::check(&members.iter().map(party).collect::<Vec<_>>())?;
-        let ksm = Ksm::take(options.takeover)?;
+        let mut ksm = Ksm::take(options.takeover)?;
         if !members.iter().any(|member| procfs::is_mergeable(member.process).unwrap_or(true)) {
             // Nobody's memory is mergeable, so this unmerges nothing. It settles the counters, which otherwise go on counting
             // pages of processes that are gone until ksmd gets there.
@@ -203,17 +202,47 @@ impl Guide {
             scout: Duration::ZERO,
             refused: 0,
         };
-        for member in members {
-            // One that ended meanwhile is none.
-            if let Ok(scout) = Scout::open(member.process) {
-                let blocks = Blocks::of(&member.ranges);
-                if member.marker.is_some() {
-                    guide.twins.add(member.id, blocks.count());
-                }
-                guide.machines.insert(member.id, Machine { member, blocks, scout });
-            }
-        }
+        members.into_iter().for_each(|member| guide.enlist(member));
         Ok(guide)
+    }
+
+    /// Takes one more machine, whose identity no other has.
+    ///
+    /// # Errors
+    /// [`KsmError::Domains`]: it must not share with those that are here, which go on as before.
+    pub fn add(&mut self, member: Member) -> Result<(), KsmError> {
+        let mut parties = self.parties();
+        parties.push(party(&member));
+        domains::check(&parties)?;
+        self.enlist(member);
+        Ok(())
+    }
+
+    /// Lets a machine go. Its pages are its own again.
+    pub fn remove(&mut self, id: MachineId) {
+        let marked: Vec<Key> = self.twins.marked().filter(|(machine, _)| *machine == id).collect();
+        // One that does not answer any more is gone, or will be.
+        self.mark(&marked, Merging::Withdrawn);
+        self.forget(id);
+    }
+
+    fn enlist(&mut self, member: Member) {
+        // One that ended meanwhile is none.
+        let Ok(scout) = Scout::open(member.process) else { return };
+        let blocks = Blocks::of(&member.ranges);
+        if member.marker.is_some() {
+            self.twins.add(member.id, blocks.count());
+        }
+        self.machines.insert(member.id, Machine { member, blocks, scout });
+    }
+
+    fn forget(&mut self, id: MachineId) {
+        self.machines.remove(&id);
+        self.twins.remove(id);
+    }
+
+    fn parties(&self) -> Vec<Party> {
+        self.machines.values().map(|machine| party(&machine.member)).collect()
     }
 
     /// Looks at pages, has blocks marked and unmarked, and wakes KSM if there is something new.
@@ -310,9 +339,8 @@ impl Guide {
         Ok(report)
     }
 
-    fn check_domains(&self) -> Result<(), KsmError> {
-        let parties: Vec<Party> = self.machines.values().map(|machine| party(&machine.member)).collect();
-        let checked = domains::check(&parties);
+    fn check_domains(&mut self) -> Result<(), KsmError> {
+        let checked = domains::check(&self.parties());
         if checked.is_err() {
             // Pages may have been merged across the border since the last look.
             self.ksm.unmerge_all()?;
@@ -334,10 +362,7 @@ impl Guide {
                 left.push(id);
             }
         }
-        for id in &left {
-            self.machines.remove(id);
-            self.twins.remove(*id);
-        }
+        left.iter().for_each(|id| self.forget(*id));
         left
     }
 

@@ -102,7 +102,8 @@ impl Scout {
         let filter = Filter {
             all_of: Categories::PRESENT,
             any_of: Categories::empty(),
-            report: Categories::ZERO_PAGE | Categories::HUGE | Categories::FILE,
+            // What belongs to a file is not asked for: to tell, the kernel reads its struct of each page of the block.
+            report: Categories::ZERO_PAGE | Categories::HUGE,
         };
         let mut runs = Vec::new();
         self.pagemap.scan(block, filter, |run| runs.push((run.range, run.categories)))?;
