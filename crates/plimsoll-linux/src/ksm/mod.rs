@@ -116,7 +116,7 @@ pub struct Round {
     pub saves: PageCount,
     /// Blocks whose marks were taken back because they did not pay.
     pub unmarked: usize,
-    /// Machines that ended, or could not be looked at.
+    /// Machines that ended, or could not be looked at, and are forgotten.
     pub left: Vec<MachineId>,
 }
 
@@ -167,6 +167,8 @@ pub struct Guide {
     rounds: u64,
     /// Something was merged, perhaps, since marks were judged.
     is_judging_due: bool,
+    /// Everything was unmerged because somebody was in the way.
+    is_suspended: bool,
     /// The round of the next try over machines that marked everything, and how long that is from the last.
     next_try: (u64, u64),
     /// Counters at the beginning.
@@ -197,6 +199,7 @@ impl Guide {
             pace: Pace::new(options.policy),
             rounds: 0,
             is_judging_due: false,
+            is_suspended: false,
             next_try: (1, TRY_FIRST),
             began,
             scout: Duration::ZERO,
@@ -248,7 +251,8 @@ impl Guide {
     /// Looks at pages, has blocks marked and unmarked, and wakes KSM if there is something new.
     ///
     /// # Errors
-    /// [`KsmError`]. After [`KsmError::Domains`] nothing is merged any more and KSM rests.
+    /// [`KsmError`]. After [`KsmError::Domains`] nothing is merged any more and KSM rests, until a round finds that nobody
+    /// is in the way any more.
     pub fn round(&mut self) -> Result<Round, KsmError> {
         self.check_domains()?;
         self.rounds += 1;
@@ -269,7 +273,7 @@ impl Guide {
         self.refused += refused.len() as u64;
         round.marked = worth.len() - refused.len();
         round.saves = worth.iter().map(|worth| worth.saves).sum();
-        if round.marked > 0 || self.is_try_due() {
+        if round.marked > 0 || std::mem::take(&mut self.is_suspended) || self.is_try_due() {
             self.pace.wake(&self.ksm.counters()?);
             self.tick()?;
         }
@@ -342,6 +346,9 @@ impl Guide {
     fn check_domains(&mut self) -> Result<(), KsmError> {
         let checked = domains::check(&self.parties());
         if checked.is_err() {
+            self.is_suspended = true;
+            self.is_judging_due = false;
+            self.pace.rest();
             // Pages may have been merged across the border since the last look.
             self.ksm.unmerge_all()?;
         }
@@ -350,9 +357,11 @@ impl Guide {
 
     /// Looks at the pages drawn. Returns the machines that could not be looked at, which are forgotten.
     fn look(&mut self) -> Vec<MachineId> {
+        let has_left = |(id, machine): (&MachineId, &Machine)| machine.scout.has_left().then_some(*id);
+        let mut left: Vec<MachineId> = self.machines.iter().filter_map(has_left).collect();
+        left.iter().for_each(|id| self.forget(*id));
         let mut places: Vec<Place> = Vec::new();
         self.twins.draw(&mut places);
-        let mut left = Vec::new();
         for of_machine in places.chunk_by(|one, next| one.machine == next.machine) {
             let Some(id) = of_machine.first().map(|place| place.machine) else { continue };
             let Some(Machine { blocks, scout, .. }) = self.machines.get_mut(&id) else { continue };

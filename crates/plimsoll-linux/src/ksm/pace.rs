@@ -94,6 +94,12 @@ impl Pace {
         self.reason = Reason::Learning;
     }
 
+    /// Whatever there was to merge, it is not to be.
+    pub const fn rest(&mut self) {
+        self.work = None;
+        self.reason = Reason::Idle;
+    }
+
     /// Decides by what was saved since the last decision.
     pub fn decide(&mut self, now: &Counters) -> Order {
         let Some(work) = &mut self.work else { return Order::Stop };

@@ -70,6 +70,12 @@ impl Scout {
         Ok(Self { process, pagemap: Pagemap::open(process)?, buffer: vec![[0; PAGE_SIZE]; BATCH] })
     }
 
+    /// Whether the process has ended. A scan of its page map would only find nothing there, and its number may be another's.
+    pub(super) fn has_left(&self) -> bool {
+        let first_page = HvaRange::new(Hva(0), ByteCount(PAGE_SIZE as u64));
+        first_page.is_none_or(|page| self.pagemap.read(page, &mut Vec::new()).is_err())
+    }
+
     /// Looks at pages, ascending, and tells what each is.
     pub(super) fn look(
         &mut self,
