@@ -198,7 +198,7 @@ impl Exchange<'_> {
         let body = match head.length {
             Length::Bytes(length) => self.sized(stream, &mut bytes, length)?,
             Length::Chunked => self.chunked(stream, &mut bytes)?,
-            Length::UntilClosed => self.unsized_(stream, &mut bytes)?,
+            Length::UntilClosed => self.until_closed(stream, &mut bytes)?,
         };
         if !head.is_json && !body.is_empty() {
             return Err(self.garbage("JSON", &body));
@@ -222,6 +222,7 @@ impl Exchange<'_> {
             let named = response.headers.iter().filter(move |header| header.name.eq_ignore_ascii_case(name));
             named.map(|header| std::str::from_utf8(header.value).unwrap_or_default().trim())
         };
+        let says = |name, word: &str| values(name).any(|value| value.eq_ignore_ascii_case(word));
         let length = if status < 200 || status == 204 || status == 304 {
             Length::Bytes(0)
         } else if let Some(coding) = values("transfer-encoding").next() {
@@ -232,6 +233,8 @@ impl Exchange<'_> {
         } else {
             let mut lengths = values("content-length");
             match lengths.next() {
+                // micro_http, the server of both VMMs, gives an answer without a body no length and keeps the connection.
+                None if says("connection", "keep-alive") => Length::Bytes(0),
                 None => Length::UntilClosed,
                 // Two lengths that differ are two readings of where the next answer begins.
                 Some(first) if lengths.any(|other| other != first) => {
@@ -243,8 +246,7 @@ impl Exchange<'_> {
                 },
             }
         };
-        let is_kept = response.version == Some(1)
-            && !values("connection").any(|value| value.eq_ignore_ascii_case("close"));
+        let is_kept = response.version == Some(1) && !says("connection", "close");
         let is_json = values("content-type").all(|value| {
             value.split(';').next().is_some_and(|media| media.trim().eq_ignore_ascii_case("application/json"))
         });
@@ -265,7 +267,7 @@ impl Exchange<'_> {
         Ok(bytes.drain(..length).collect())
     }
 
-    fn unsized_(&self, stream: &mut UnixStream, bytes: &mut Vec<u8>) -> Result<Vec<u8>, ControlError> {
+    fn until_closed(&self, stream: &mut UnixStream, bytes: &mut Vec<u8>) -> Result<Vec<u8>, ControlError> {
         while self.read(stream, bytes)? != 0 {
             if bytes.len() > BODY_MAX {
                 return Err(self.garbage("a body of at most 1 MiB", bytes));
