@@ -41,11 +41,11 @@ impl Evidence {
         Self { sample: None, refaulted: None, ceiling: None }
     }
 
-    /// Takes an observation in; `actual` is what the balloon is believed to hold.
-    pub(super) fn look(&mut self, seen: &Observation, actual: ByteCount, scale: &Scale) -> Findings {
+    /// Takes an observation in.
+    pub(super) fn look(&mut self, seen: &Observation, scale: &Scale) -> Findings {
         let new = seen.statistics.filter(|said| self.is_new(said, seen.now)).map(believable);
         let guest = new.and_then(|said| {
-            let strain = self.guest_strain(&said, seen.now, actual, scale);
+            let strain = self.guest_strain(&said, seen, scale);
             self.sample = Some(Sample { at: seen.now, said });
             strain
         });
@@ -62,18 +62,12 @@ impl Evidence {
         is_later && ageless(&believable(*said)) != ageless(&last.said)
     }
 
-    fn guest_strain(
-        &mut self,
-        said: &GuestStatistics,
-        now: Duration,
-        actual: ByteCount,
-        scale: &Scale,
-    ) -> Option<Strain> {
+    fn guest_strain(&mut self, said: &GuestStatistics, seen: &Observation, scale: &Scale) -> Option<Strain> {
         // What is neither in the balloon nor there at all cannot be available. A little more is a look at two moments.
-        let possible = scale.memory.saturating_sub(actual) + scale.band;
+        let possible = scale.memory.saturating_sub(seen.actual) + scale.band;
         let available = available(said).filter(|available| *available <= possible);
         if let Some(available) = available {
-            self.ceiling = Some((actual + available).saturating_sub(scale.reserve));
+            self.ceiling = Some((seen.actual + available).saturating_sub(scale.reserve));
         }
         let is_low = available.is_some_and(|available| available.0 < scale.reserve.0 / 2);
         let Some(Sample { at, said: before }) = self.sample else { return is_low.then_some(Strain::Low) };
@@ -85,7 +79,7 @@ impl Evidence {
         } else if is_low {
             Some(Strain::Low)
         } else {
-            is_paging(swapped.max(faults), now.saturating_sub(at), scale).then_some(Strain::GuestPages)
+            is_paging(swapped.max(faults), seen.now.saturating_sub(at), scale).then_some(Strain::GuestPages)
         }
     }
 

@@ -169,6 +169,7 @@ struct Course {
     held: ByteCount,
     progress: ByteCount,
     progress_at: Duration,
+    looked_at: Duration,
 }
 
 /// When and why the balloon may not grow.
@@ -230,30 +231,44 @@ impl Controller {
             self.course.get_or_insert_with(|| Course::begin(self.inherited.min(scale.memory), seen.now));
         // More than there is cannot be held: what it held before is believed instead.
         let actual = if seen.actual <= scale.memory { seen.actual } else { course.held };
-        let strain = course.took_back(actual, &scale).then_some(Strain::TookBack);
-        let findings = self.evidence.look(seen, actual, &scale);
-        let strain = strain.or(findings.strain);
-        course.note(actual, seen.now, &scale);
+        let seen = Observation { actual, ..*seen };
+        let has_taken_back = course.took_back(actual, &scale);
+        course.note(&seen, &scale);
         let course = *course;
+        let findings = self.evidence.look(&seen, &scale);
+        let strain = if has_taken_back { Some(Strain::TookBack) } else { findings.strain };
 
-        let (ask, state) = if let Some(strain) = strain {
-            self.rate = RATE_MIN;
-            self.rest.begin(seen.now, State::Strained(strain));
-            let relief = match strain {
-                Strain::OutOfMemory => actual.saturating_sub(scale.reserve),
-                Strain::Low => actual.min(findings.ceiling.unwrap_or(actual)),
-                Strain::GuestPages | Strain::HostRefaults | Strain::TookBack => actual,
-            };
-            let relief = self.whole(relief).min(course.ask);
-            let is_relief = relief + scale.band < course.ask || relief + self.granularity <= actual;
-            (if is_relief { relief } else { course.ask }, State::Strained(strain))
-        } else {
-            self.pursue(&course, seen, actual, target, findings.ceiling, &scale)
+        let (ask, state) = match strain {
+            Some(strain) => self.yield_to(strain, &course, &seen, target, findings.ceiling, &scale),
+            None => self.pursue(&course, &seen, target, findings.ceiling, &scale),
         };
-        // The first rule: it comes last here because it has the last word.
+        // The first rule: it stands last because it has the last word.
         let gives_back = course.ask > target && (target == ByteCount(0) || course.ask > target + scale.band);
         let (ask, state) = if gives_back { (ask.min(target), State::Deflating) } else { (ask, state) };
         self.conclude(ask, state, seen.now)
+    }
+
+    /// Rule 2.
+    fn yield_to(
+        &mut self,
+        strain: Strain,
+        course: &Course,
+        seen: &Observation,
+        target: ByteCount,
+        ceiling: Option<ByteCount>,
+        scale: &Scale,
+    ) -> (ByteCount, State) {
+        self.rate = RATE_MIN;
+        self.rest.begin(seen.now, State::Strained(strain));
+        let bearable = match strain {
+            Strain::OutOfMemory => seen.actual.saturating_sub(scale.reserve),
+            Strain::Low => ceiling.unwrap_or_default().min(seen.actual),
+            Strain::GuestPages | Strain::HostRefaults | Strain::TookBack => seen.actual,
+        };
+        let bearable = self.whole(bearable).min(course.ask);
+        let is_relief = bearable + scale.band < course.ask || bearable + self.granularity <= seen.actual;
+        let ask = if is_relief { bearable } else { course.ask };
+        (ask, if target <= ask + scale.band { State::Settled } else { State::Strained(strain) })
     }
 
     /// Rules 3 and 4.
@@ -261,18 +276,17 @@ impl Controller {
         &mut self,
         course: &Course,
         seen: &Observation,
-        actual: ByteCount,
         target: ByteCount,
         ceiling: Option<ByteCount>,
         scale: &Scale,
     ) -> (ByteCount, State) {
         let now = seen.now;
-        if actual + scale.band < course.ask {
+        if seen.actual + scale.band < course.ask {
             return match now.saturating_sub(course.progress_at) {
                 stuck if stuck >= UNCOOPERATIVE => {
                     self.rate = RATE_MIN;
                     self.rest.begin(now, State::Uncooperative);
-                    (self.whole(actual), State::Uncooperative)
+                    (self.whole(seen.actual), State::Uncooperative)
                 }
                 stuck if stuck >= INACTIVE => (course.ask, State::Inactive),
                 _ => (course.ask, State::Inflating),
@@ -280,7 +294,7 @@ impl Controller {
         }
         if target <= course.ask + scale.band {
             self.rate = RATE_MIN;
-            let is_above = actual > course.ask + scale.band;
+            let is_above = seen.actual > course.ask + scale.band;
             return (course.ask, if is_above { State::Deflating } else { State::Settled });
         }
         if let Some(reason) = self.rest.reason(now) {
@@ -292,10 +306,9 @@ impl Controller {
             return (course.ask, State::AtFloor);
         }
         let step = self.stride(left, now.saturating_sub(course.asked_at), scale);
-        if step == ByteCount(0) {
-            return (course.ask, State::Inflating);
+        if step > ByteCount(0) {
+            self.rate = (self.rate * 3 / 2).min(RATE_MAX);
         }
-        self.rate = (self.rate * 3 / 2).min(RATE_MAX);
         (course.ask + step, State::Inflating)
     }
 
@@ -333,7 +346,7 @@ impl Course {
     /// The first ask of our own may come at once.
     fn begin(ask: ByteCount, now: Duration) -> Self {
         let asked_at = now.saturating_sub(Duration::from_secs(1));
-        Self { ask, asked_at, held: ByteCount(0), progress: ByteCount(0), progress_at: now }
+        Self { ask, asked_at, held: ByteCount(0), progress: ByteCount(0), progress_at: now, looked_at: now }
     }
 
     /// True if the guest holds less than it held, and that was not asked for.
@@ -341,9 +354,14 @@ impl Course {
         actual + scale.band < self.held.min(self.ask)
     }
 
-    fn note(&mut self, actual: ByteCount, now: Duration, scale: &Scale) {
+    fn note(&mut self, seen: &Observation, scale: &Scale) {
+        let Observation { now, actual, .. } = *seen;
         // After memory was taken back, the lower size is the one to compare with.
         self.held = if self.took_back(actual, scale) { actual } else { self.held.max(actual).min(self.ask) };
+        // While nobody looked, the machine may have been paused: no more than a moment of that is held against it.
+        let unseen = now.saturating_sub(self.looked_at).saturating_sub(INACTIVE);
+        self.progress_at = self.progress_at.saturating_add(unseen);
+        self.looked_at = now;
         let is_met = actual + scale.band >= self.ask;
         if is_met || actual.0 >= self.progress.0.saturating_add(scale.memory.0 / PROGRESS) {
             (self.progress, self.progress_at) = (actual, now);
@@ -352,6 +370,6 @@ impl Course {
 
     fn retarget(&mut self, ask: ByteCount, now: Duration) {
         let held = self.held.min(ask);
-        *self = Self { ask, asked_at: now, held, progress: held, progress_at: now };
+        *self = Self { ask, asked_at: now, held, progress: held, progress_at: now, looked_at: now };
     }
 }

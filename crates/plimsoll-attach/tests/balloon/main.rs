@@ -3,7 +3,7 @@ mod guest;
 mod properties;
 
 use guest::{Guest, Kind};
-use plimsoll_attach::balloon::{Controller, INACTIVE, REST_MIN, State, Strain, UNCOOPERATIVE};
+use plimsoll_attach::balloon::{Controller, INACTIVE, Observation, REST_MIN, State, Strain, UNCOOPERATIVE};
 use plimsoll_types::ByteCount;
 use std::time::Duration;
 
@@ -93,7 +93,7 @@ fn a_balloon_rests_while_the_host_brings_pages_back() {
     for _ in 0..60 {
         guest.run(Duration::from_secs(1));
         refaulted += ByteCount::mib(5);
-        let seen = plimsoll_attach::balloon::Observation { refaulted, ..guest.observation() };
+        let seen = Observation { refaulted, ..guest.observation() };
         let step = controller.step(&seen, ByteCount::mib(3000));
         guest.asked = step.ask.unwrap_or(guest.asked);
         assert!(guest.asked <= before);
@@ -121,7 +121,7 @@ fn statistics_that_stay_the_same_do_not_let_the_balloon_grow_past_what_they_allo
     let frozen = guest.statistics();
     for _ in 0..200 {
         guest.run(Duration::from_secs(1));
-        let seen = plimsoll_attach::balloon::Observation { statistics: Some(frozen), ..guest.observation() };
+        let seen = Observation { statistics: Some(frozen), ..guest.observation() };
         let step = controller.step(&seen, ByteCount::mib(3900));
         guest.asked = step.ask.unwrap_or(guest.asked);
     }
@@ -135,6 +135,32 @@ fn a_guest_that_was_restarted_is_not_squeezed_while_it_boots() {
     (guest.balloon, guest.asked) = (ByteCount(0), ByteCount(0));
     let step = guest.look(&mut controller, ByteCount::mib(2000));
     assert_eq!((step.ask, step.state), (Some(ByteCount(0)), State::Strained(Strain::TookBack)));
+}
+
+#[test]
+fn a_machine_that_nobody_looked_at_is_not_judged_for_that_time() {
+    let (mut guest, mut controller) = (Guest::new(Kind::Honest, MEMORY, ByteCount::mib(100)), controller());
+    guest.run(Duration::from_secs(1));
+    assert_eq!(guest.look(&mut controller, ByteCount::mib(2048)).state, State::Inflating);
+    // It was paused for an hour, so its balloon did not move.
+    guest.now += Duration::from_secs(3600);
+    assert_eq!(guest.look(&mut controller, ByteCount::mib(2048)).state, State::Inactive);
+    let seen = guest.follow(&mut controller, ByteCount::mib(2048), 60);
+    assert_eq!(seen[0].1, State::Inflating);
+    assert_eq!(seen[59].1, State::Settled);
+}
+
+#[test]
+fn a_machine_that_pages_though_its_balloon_is_where_it_should_be_falls_short_of_nothing() {
+    let (mut guest, mut controller) = (Guest::new(Kind::Honest, MEMORY, ByteCount::mib(100)), controller());
+    guest.follow(&mut controller, ByteCount::mib(2000), 60);
+    guest.run(Duration::from_secs(1));
+    let paging = Observation { refaulted: ByteCount::mib(500), ..guest.observation() };
+    assert_eq!(controller.step(&paging, ByteCount::mib(2000)).state, State::Settled);
+    // But it is not asked for more now.
+    guest.run(Duration::from_secs(1));
+    let seen = Observation { refaulted: ByteCount::mib(500), ..guest.observation() };
+    assert_eq!(controller.step(&seen, ByteCount::mib(3000)).state, State::Strained(Strain::HostRefaults));
 }
 
 /// How often an ask that went one way went the other.
