@@ -12,10 +12,12 @@ pub const BLOCK_SIZE: usize = PAGE_SIZE * BLOCK_PAGES as usize;
 
 /// A count of bytes. Displayed as people write sizes: `64K`, `1.5G`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct ByteCount(pub u64);
 
 /// A count of 4 KiB pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct PageCount(pub u64);
 
 impl ByteCount {

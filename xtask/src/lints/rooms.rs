@@ -11,11 +11,12 @@ use anyhow::{Context, Result};
 use std::fs;
 
 /// Each room and the rooms it may know, lowest first. A new room, or a new arrow, is a decision about the architecture.
-const ARROWS: [(&str, &[&str]); 12] = [
+const ARROWS: [(&str, &[&str]); 13] = [
     ("plimsoll-types", &[]),
     ("plimsoll-guest", &["plimsoll-types"]),
     ("plimsoll-store", &["plimsoll-types"]),
     ("plimsoll-core", &["plimsoll-types"]),
+    ("plimsoll-policy", &["plimsoll-types"]),
     ("plimsoll-sys", &["plimsoll-types"]),
     ("plimsoll-linux", &["plimsoll-types", "plimsoll-store", "plimsoll-core", "plimsoll-sys"]),
     (

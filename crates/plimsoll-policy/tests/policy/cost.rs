@@ -1,0 +1,62 @@
+//! How long a decision takes.
+//!
+//! What has to be small is the time of a host that is full and short, where everything there is to compute is computed: nested
+//! groups, machines that give, machines that are given to. `cargo test --release -p plimsoll-policy cost -- --nocapture`
+//! prints it; the goal is for a release build, and holds in the tests' own as well.
+use crate::world::{MIB, machine, view};
+use plimsoll_policy::settings::{GroupSettings, MachineSettings, Settings};
+use plimsoll_policy::tree::Tree;
+use plimsoll_policy::view::{HostView, MachineView};
+use plimsoll_policy::{PolicyState, Rung, Rungs, decide};
+use plimsoll_types::GroupId;
+use std::time::{Duration, Instant};
+
+/// A thousand machines are decided about once a second: a hundredth of a processor.
+const GOAL: Duration = Duration::from_millis(10);
+
+/// A full host of so many machines in groups of ten, which has a tenth too little.
+fn host(machines: u32) -> (HostView, PolicyState) {
+    let group = |id| GroupId(id / 10 + 1);
+    let settings = Settings {
+        groups: (0..machines.div_ceil(10)).map(|id| GroupSettings::new(GroupId(id + 1))).collect(),
+        machines: (0..machines)
+            .map(|id| MachineSettings {
+                parent: Some(group(id)),
+                ..machine(id, 4096, u64::from(id % 7) * 10, id % 97 + 1)
+            })
+            .collect(),
+        ..Settings::new(MIB(1 << 40))
+    };
+    let shown = |id: u32| MachineView {
+        balloon: Some(MIB(u64::from(id % 3) * 100)),
+        rungs: Rungs::ALL.without(Rung::Sharing),
+        ..view(id, 2000 + u64::from(id % 13) * 100, u64::from(id % 31) * 120)
+    };
+    let view = HostView {
+        now_ms: 0,
+        total: MIB(u64::from(machines) * 3000),
+        free: MIB(u64::from(machines)),
+        machines: (0..machines).map(shown).collect(),
+    };
+    (view, PolicyState::new(Tree::new(settings).unwrap()))
+}
+
+#[test]
+fn a_thousand_machines_are_decided_about_in_milliseconds() {
+    for machines in [10, 1_000, 100_000] {
+        let (mut view, mut state) = host(machines);
+        let rounds = if machines > 1_000 { 3 } else { 20 };
+        let mut fastest = Duration::MAX;
+        let mut actions = 0;
+        for _ in 0..rounds {
+            view.now_ms += 1000;
+            let start = Instant::now();
+            let plan = decide(&view, &mut state);
+            fastest = fastest.min(start.elapsed());
+            actions = actions.max(plan.actions.len());
+        }
+        println!("{machines} machines: {fastest:?} a decision, up to {actions} actions");
+        assert!(actions as u64 >= u64::from(machines), "it has work to do");
+        assert!(machines > 1_000 || fastest < GOAL, "{machines} machines took {fastest:?}");
+    }
+}

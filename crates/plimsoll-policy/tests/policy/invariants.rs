@@ -1,0 +1,373 @@
+//! What holds of every plan, over random hosts that show hostile numbers.
+//!
+//! A failing case is shrunk and kept in `tests/policy/invariants.proptest-regressions`, from where it is run again first.
+use plimsoll_policy::auction::IdleTax;
+use plimsoll_policy::host_state::HostState;
+use plimsoll_policy::settings::{Face, GroupSettings, Hold, MachineSettings, Settings, Shares};
+use plimsoll_policy::tree::Tree;
+use plimsoll_policy::view::{GuestStatistics, HostView, MachineView, Phase, Reading};
+use plimsoll_policy::{Plan, PolicyState, Ppm, Reason, Rung, Rungs, Step, decide};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
+use proptest::prelude::{
+    Just, ProptestConfig, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest,
+};
+use proptest::test_runner::FileFailurePersistence;
+use std::collections::BTreeMap;
+
+const MIB: u64 = 1 << 20;
+/// Groups there are at most, machines at most.
+const GROUPS: u32 = 4;
+const MACHINES: u32 = 12;
+
+fn face() -> impl Strategy<Value = Face> {
+    let sizes = || (1..400u64, 0..400u64, 0..400u64);
+    let shares = prop::sample::select(vec![1, 100, 5000, 1_000_000]);
+    prop_oneof![
+        6 => (sizes(), shares).prop_map(|((size, one, other), shares)| {
+            let (low, high) = (one.min(other), one.max(other));
+            Face::Guarantee {
+                size: ByteCount(size.max(high) * MIB),
+                reservation: ByteCount(low / 4 * MIB),
+                limit: ByteCount(high.max(1) * MIB),
+                shares: Shares(shares),
+            }
+        }),
+        3 => (sizes(), 0..=2_000_000u32, 0..=10_000u32).prop_map(|((one, two, three), buffer, weight)| {
+            let mut sorted = [one, two + 1, three + 1];
+            sorted.sort_unstable();
+            let [minimum, startup, maximum] = sorted.map(|mib| ByteCount(mib * MIB));
+            Face::Dynamic { startup, minimum: ByteCount(minimum.0 / 4 / MIB * MIB), maximum, buffer: Ppm(buffer), weight }
+        }),
+        1 => (1..100u64).prop_map(|size| Face::Static { size: ByteCount(size * MIB) }),
+        1 => (1..100u64).prop_map(|size| Face::Dedicated { size: ByteCount(size * MIB) }),
+    ]
+}
+
+/// Settings that can be: groups nested at random, some with reservations and limits that cover what is nested.
+fn tree() -> impl Strategy<Value = Tree> {
+    let group = (0..=GROUPS, any::<u16>(), any::<bool>(), 1..10_000u32);
+    let machine = (face(), 0..=GROUPS, prop::sample::select(Rung::ALL.to_vec()));
+    let tax = prop::sample::select(vec![0, 50, 75, 99]);
+    let nested = (
+        prop::collection::vec(group, 0..=GROUPS as usize),
+        prop::collection::vec(machine, 1..=MACHINES as usize),
+        tax,
+    );
+    nested.prop_map(|(groups, machines, tax)| {
+        let parent =
+            |at_most: usize, wanted: u32| (wanted > 0 && wanted as usize <= at_most).then(|| GroupId(wanted));
+        let count = groups.len();
+        let mut settings =
+            Settings { tax: IdleTax::new(Ppm::percent(tax)).unwrap(), ..Settings::new(ByteCount(1 << 50)) };
+        for ((index, (up, extra, has_limit, shares)), id) in groups.into_iter().enumerate().zip(1..) {
+            settings.groups.push(GroupSettings {
+                id: GroupId(id),
+                parent: parent(index, up),
+                reservation: None,
+                limit: has_limit.then(|| ByteCount((2000 + u64::from(extra % 2000)) * MIB)),
+                shares: Shares(shares),
+                domain: has_limit.then_some(DomainId(id)),
+            });
+        }
+        for ((face, group, highest), id) in machines.into_iter().zip(1..) {
+            let new = MachineSettings::new(MachineId(id), face);
+            settings.machines.push(MachineSettings { parent: parent(count, group), highest, ..new });
+        }
+        // A limit below what is reserved inside is a contradiction, which is tested elsewhere.
+        Tree::new(settings.clone()).unwrap_or_else(|_| {
+            settings.groups.iter_mut().for_each(|group| group.limit = None);
+            Tree::new(settings).unwrap()
+        })
+    })
+}
+
+/// A number that may be anything.
+fn reading() -> impl Strategy<Value = Option<Reading>> {
+    prop_oneof![
+        4 => (0..400i64, 0..30_000u64).prop_map(|(mib, age_ms)| Some(Reading { bytes: mib << 20, age_ms })),
+        1 => Just(None),
+        1 => (any::<i64>(), any::<u64>()).prop_map(|(bytes, age_ms)| Some(Reading { bytes, age_ms })),
+    ]
+}
+
+fn shown() -> impl Strategy<Value = MachineView> {
+    let sizes = (0..400u64, 0..100u64, 0..100u64, 0..100u64, 0..100u64);
+    let guest =
+        prop::option::of((any::<i64>(), any::<i64>(), 0..60_000u64).prop_map(|(total, free, age_ms)| {
+            // Half of them may be meant seriously.
+            let seriously = |bytes: i64| if bytes % 2 == 0 { bytes.rem_euclid(400 << 20) } else { bytes };
+            GuestStatistics { total: seriously(total), free: seriously(free), age_ms }
+        }));
+    let pages = (0..50_000u64, 0..50_000u64);
+    let rest = (any::<bool>(), 0..1_500_000u32, prop::option::of(0..400u64), 0..32u8);
+    (1..=MACHINES + 1, sizes, reading(), guest, pages, rest).prop_map(
+        |(id, (consumed, stored, pinned, free, twins), active, guest, (taken, returned), rest)| {
+            let (starts, stalled, balloon, rungs) = rest;
+            let bytes = |mib: u64| ByteCount(mib * MIB);
+            let of_it = |mib: u64| bytes(mib.min(consumed / 5));
+            let has = |set: Rungs, rung: Rung| {
+                if rungs & 1 << rung as u8 == 0 { set } else { set.with(rung) }
+            };
+            MachineView {
+                phase: if starts { Phase::Starting } else { Phase::Running },
+                stored: of_it(stored),
+                pinned: of_it(pinned),
+                reported_free: of_it(free),
+                mergeable: of_it(twins),
+                active,
+                guest,
+                taken: PageCount(taken),
+                returned: PageCount(returned),
+                stalled: Ppm(stalled),
+                balloon: balloon.map(bytes),
+                rungs: Rung::ALL.into_iter().fold(Rungs::NONE, has),
+                ..MachineView::new(MachineId(id), bytes(consumed))
+            }
+        },
+    )
+}
+
+/// A host at one moment. The clock may stand still, jump, or go back.
+fn moment() -> impl Strategy<Value = HostView> {
+    let machines = prop::collection::vec(shown(), 0..=MACHINES as usize + 2);
+    let now = prop_oneof![9 => 0..200_000u64, 1 => any::<u64>()];
+    (now, 1..8192u64, 0..3000u64, machines).prop_map(|(now_ms, total, free, machines)| HostView {
+        now_ms,
+        total: ByteCount(total * MIB),
+        free: ByteCount(free * MIB),
+        machines,
+    })
+}
+
+fn pages(bytes: ByteCount) -> u64 {
+    bytes.pages_floor().0
+}
+
+/// The view of a machine that was decided about: the first of its id.
+fn first<'a>(view: &'a HostView, id: MachineId) -> &'a MachineView {
+    view.machines.iter().find(|machine| machine.id == id).unwrap()
+}
+
+fn config(cases: u32) -> ProptestConfig {
+    let persistence = FileFailurePersistence::WithSource("proptest-regressions");
+    ProptestConfig { cases, failure_persistence: Some(Box::new(persistence)), ..ProptestConfig::default() }
+}
+
+/// What was taken from each machine, but for what its guest had free.
+fn taken_in_use(plan: &Plan) -> BTreeMap<MachineId, u64> {
+    let mut sums = BTreeMap::new();
+    for action in &plan.actions {
+        if let Step::Take { rung, frees, .. } = action.step
+            && rung != Rung::GuestFree
+        {
+            *sums.entry(action.machine).or_default() += frees.0;
+        }
+    }
+    sums
+}
+
+proptest! {
+    #![proptest_config(config(600))]
+
+    #[test]
+    fn guarantees_limits_and_the_budget_are_kept(tree in tree(), moments in prop::collection::vec(moment(), 1..5)) {
+        let mut state = PolicyState::new(tree);
+        for view in moments {
+            let plan = decide(&view, &mut state);
+            let budget = pages(plan.budget);
+            let terms = |id| state.tree().terms(id).unwrap();
+            let floors: u64 = plan.machines.iter().map(|one| terms(one.machine).floor.0).sum();
+            let entitled: u64 = plan.machines.iter().map(|one| pages(one.entitlement)).sum();
+            let targets: u64 = plan.machines.iter().map(|one| pages(one.target)).sum();
+            prop_assert!(entitled <= budget.max(floors), "{entitled} entitled of {budget}, {floors} guaranteed");
+            prop_assert!(targets <= budget.max(floors), "{targets} targeted of {budget}, {floors} guaranteed");
+            for one in &plan.machines {
+                let (terms, shown) = (terms(one.machine), first(&view, one.machine));
+                prop_assert!(pages(one.entitlement) >= terms.floor.0 && pages(one.entitlement) <= terms.cap.0);
+                prop_assert!(pages(one.target) <= terms.cap.0);
+                // What the guest uses of its guarantee stays, whatever is taken.
+                let in_use = shown.consumed.saturating_sub(shown.reported_free);
+                let taken = taken_in_use(&plan).get(&one.machine).copied().unwrap_or_default();
+                let left = shown.consumed.saturating_sub(ByteCount(taken));
+                prop_assert!(left >= terms.floor.bytes().min(in_use), "{} was left {left}", one.machine);
+                prop_assert!(taken == 0 || left >= one.target);
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_is_paged_who_must_not_be(tree in tree(), moments in prop::collection::vec(moment(), 1..5)) {
+        let mut state = PolicyState::new(tree);
+        for view in moments {
+            let plan = decide(&view, &mut state);
+            let mut paged: BTreeMap<MachineId, u64> = BTreeMap::new();
+            for action in &plan.actions {
+                let (terms, shown) = (state.tree().terms(action.machine).unwrap(), first(&view, action.machine));
+                let Step::Take { rung, pages, frees } = action.step else { continue };
+                prop_assert!(rung <= terms.highest && shown.rungs.has(rung) && terms.hold != Hold::Dedicated);
+                prop_assert!(plan.state.deepest().is_some_and(|deepest| rung <= deepest));
+                prop_assert!(rung != Rung::Sharing || state.tree().domain(action.machine).is_some());
+                prop_assert!(frees > ByteCount(0) && frees <= pages.bytes());
+                if rung.pages_out() {
+                    *paged.entry(action.machine).or_default() += frees.0;
+                }
+            }
+            for (id, frees) in paged {
+                let shown = first(&view, id);
+                prop_assert!(frees <= shown.consumed.saturating_sub(shown.reported_free + shown.pinned).0);
+            }
+        }
+    }
+
+    #[test]
+    fn entitlements_are_the_budget_to_the_page_where_no_group_is_at_its_limit(
+        tree in tree(), view in moment(),
+    ) {
+        let mut settings = tree.settings().clone();
+        settings.groups.iter_mut().for_each(|group| group.limit = None);
+        let mut state = PolicyState::new(Tree::new(settings).unwrap());
+        let plan = decide(&view, &mut state);
+        let terms = |id| state.tree().terms(id).unwrap();
+        let (floors, caps) = plan.machines.iter().fold((0, 0), |(floors, caps), one| {
+            (floors + terms(one.machine).floor.0, caps + terms(one.machine).cap.0)
+        });
+        let entitled: u64 = plan.machines.iter().map(|one| pages(one.entitlement)).sum();
+        prop_assert_eq!(entitled, pages(plan.budget).clamp(floors, caps));
+    }
+
+    #[test]
+    fn a_decision_replays_to_the_bit(tree in tree(), moments in prop::collection::vec(moment(), 1..5)) {
+        let mut state = PolicyState::new(tree);
+        for view in moments {
+            let recorded = serde_json::to_string(&(&view, &state)).unwrap();
+            let plan = decide(&view, &mut state);
+            let (view, mut replayed): (HostView, PolicyState) = serde_json::from_str(&recorded).unwrap();
+            let again = decide(&view, &mut replayed);
+            prop_assert_eq!(&plan, &again);
+            prop_assert_eq!(&state, &replayed);
+            let written = serde_json::to_string(&plan).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Plan>(&written).unwrap(), plan);
+        }
+    }
+
+    #[test]
+    fn the_order_in_which_machines_are_shown_is_no_matter(tree in tree(), view in moment(), by in 0..20usize) {
+        let mut seen = std::collections::BTreeSet::new();
+        let mut machines = view.machines.clone();
+        machines.retain(|machine| seen.insert(machine.id));
+        let view = HostView { machines, ..view };
+        let mut turned = view.clone();
+        let by = by.min(turned.machines.len());
+        turned.machines.rotate_left(by);
+        let mut state = PolicyState::new(tree);
+        prop_assert_eq!(decide(&turned, &mut state.clone()), decide(&view, &mut state));
+    }
+
+    #[test]
+    fn a_bad_sample_changes_nothing_for_the_others(
+        tree in tree(), views in (moment(), moment()), bytes in prop_oneof![i64::MIN..0, 1i64 << 40..i64::MAX],
+    ) {
+        let (before, mut after) = views;
+        let mut state = PolicyState::new(tree);
+        decide(&before, &mut state);
+        let Some(machine) = after.machines.first_mut() else { return Ok(()) };
+        let id = machine.id;
+        machine.active = None;
+        let missing = decide(&after, &mut state.clone());
+        after.machines[0].active = Some(Reading { bytes, age_ms: 0 });
+        let bad = decide(&after, &mut state);
+        prop_assert_eq!(&missing.machines, &bad.machines);
+        prop_assert_eq!(&missing.actions, &bad.actions);
+        let is_named = bad.reasons.iter().any(|note| {
+            note.machine == Some(id) && matches!(note.reason, Reason::BadSample { .. })
+        });
+        prop_assert!(is_named || state.tree().terms(id).is_none() || missing.machines.iter().all(|one| one.machine != id));
+    }
+
+    #[test]
+    fn what_happens_inside_a_group_is_no_matter_of_another(
+        tree in tree(), view in moment(), shares in 1..1_000_000u32, stalled in 0..1_000_000u32,
+    ) {
+        let Some(group) = tree.settings().groups.first().map(|group| group.id) else { return Ok(()) };
+        let parents: BTreeMap<GroupId, Option<GroupId>> =
+            tree.settings().groups.iter().map(|group| (group.id, group.parent)).collect();
+        let is_inside = |machine: &MachineSettings| {
+            let mut at = machine.parent;
+            while let Some(here) = at {
+                if here == group {
+                    return true;
+                }
+                at = parents[&here];
+            }
+            false
+        };
+        let mut settings = tree.settings().clone();
+        let mut other = view.clone();
+        let inside: Vec<MachineId> =
+            settings.machines.iter().filter(|one| is_inside(one)).map(|one| one.id).collect();
+        for machine in settings.machines.iter_mut().filter(|one| inside.contains(&one.id)) {
+            if let Face::Guarantee { shares: own, .. } = &mut machine.face {
+                *own = Shares(shares);
+            }
+        }
+        for machine in other.machines.iter_mut().filter(|one| inside.contains(&one.id)) {
+            machine.stalled = Ppm(stalled);
+        }
+        let before = decide(&view, &mut PolicyState::new(tree));
+        let after = decide(&other, &mut PolicyState::new(Tree::new(settings).unwrap()));
+        let sum = |plan: &Plan| -> u64 {
+            plan.machines.iter().filter(|one| inside.contains(&one.machine)).map(|one| pages(one.entitlement)).sum()
+        };
+        prop_assert_eq!(sum(&before), sum(&after), "the group itself");
+        for (one, other) in before.machines.iter().zip(&after.machines) {
+            prop_assert!(inside.contains(&one.machine) || one == other, "{one:?} became {other:?}");
+        }
+    }
+
+    #[test]
+    fn more_shares_never_bring_a_lower_entitlement(tree in tree(), view in moment(), more in 1..1_000_000u32) {
+        let mut settings = tree.settings().clone();
+        let id = settings.machines[0].id;
+        let Face::Guarantee { shares, .. } = &mut settings.machines[0].face else { return Ok(()) };
+        *shares = Shares((shares.0 + more).min(1_000_000));
+        let entitlement = |tree| {
+            let plan = decide(&view, &mut PolicyState::new(tree));
+            plan.machines.iter().find(|one| one.machine == id).map(|one| one.entitlement)
+        };
+        prop_assert!(entitlement(Tree::new(settings).unwrap()) >= entitlement(tree));
+    }
+}
+
+/// A group whose machines are at its limit, and one that has a reservation its machines do not have each.
+#[test]
+fn groups_keep_within_their_limits_and_have_their_reservations() {
+    let mib = |count| ByteCount(count * MIB);
+    let mut settings = Settings::new(mib(4096));
+    let limit = Some(mib(600));
+    let reservation = Some(mib(900));
+    settings.groups = vec![
+        GroupSettings { limit, shares: Shares(1_000_000), ..GroupSettings::new(GroupId(1)) },
+        GroupSettings { reservation, shares: Shares(1), ..GroupSettings::new(GroupId(2)) },
+    ];
+    for (id, group) in [(1, Some(1)), (2, Some(1)), (3, Some(2)), (4, Some(2)), (5, None)] {
+        let (size, reservation, shares) = (mib(1024), mib(0), Shares(5000));
+        let face = Face::Guarantee { size, reservation, limit: size, shares };
+        let parent = group.map(GroupId);
+        settings.machines.push(MachineSettings { parent, ..MachineSettings::new(MachineId(id), face) });
+    }
+    let machines: Vec<MachineView> = (1..=5)
+        .map(|id| MachineView {
+            active: Some(Reading { bytes: 500 << 20, age_ms: 0 }),
+            ..MachineView::new(MachineId(id), mib(500))
+        })
+        .collect();
+    let view = HostView { now_ms: 0, total: mib(3000), free: mib(180), machines };
+    let plan = decide(&view, &mut PolicyState::new(Tree::new(settings).unwrap()));
+    let of = |ids: &[u32]| -> u64 {
+        let is_of = |id: &MachineId| ids.contains(&id.0);
+        plan.machines.iter().filter(|one| is_of(&one.machine)).map(|one| one.entitlement.0).sum::<u64>() / MIB
+    };
+    assert_eq!((of(&[1, 2]), of(&[3, 4])), (600, 900));
+    assert_eq!(of(&[1, 2, 3, 4, 5]), plan.budget.0 / MIB);
+    assert_eq!(plan.state, HostState::High);
+}

@@ -1,0 +1,14 @@
+//! The policy as its users see it: views in, plans out.
+//!
+//! * `world`: a host that does what it is told, to close the loop.
+//! * `invariants`: what holds of every plan, over random hosts with hostile numbers.
+//! * `loops`: what comes of many decisions.
+//! * `manual`: one machine or two, and the decision a manual would describe.
+//! * `refusals`: contradictions in settings.
+//! * `cost`: how long a decision takes.
+mod cost;
+mod invariants;
+mod loops;
+mod manual;
+mod refusals;
+mod world;
