@@ -1,8 +1,8 @@
 //! Admission: whether one machine more can be kept to its word.
 //!
-//! Enters: the settings in force, a newcomer's, and what the host has. Leaves: the settings with the newcomer, or a refusal that
-//! carries the arithmetic. Only guarantees count: what lies above them is earned from decision to decision, and may be earned by
-//! any number of machines.
+//! Enters: the settings in force, a newcomer's, and what the host has. Leaves: the settings with the newcomer, or a
+//! refusal that carries the arithmetic. Only guarantees count: what lies above them is earned from decision to
+//! decision, and may be earned by any number of machines.
 //!
 //! ```text
 //! needed    = what is reserved, and what the newcomer starts with beyond its reservation
@@ -38,8 +38,8 @@ impl Overheads {
     /// * our tables: 4.9 MiB for 2 GiB of guests, 0.24 % (the demo, README): 8 bytes of a page word and 2 of the rest;
     /// * page tables: an entry of 8 bytes in the VMM's and one in the second stage's, and a 512th of that above them;
     /// * the store's: 23.0 bytes a stored page (the demo, README);
-    /// * a VMM: QEMU 7.2 with a balloon and a disk, not yet running, has 22 MiB resident, with 512 MiB as with 4 GiB of guest
-    ///   memory; half as much again for the buffers of a running one. A host that knows its own VMMs says so.
+    /// * a VMM: QEMU 7.2 with a balloon and a disk, not yet running, has 22 MiB resident, with 512 MiB as with 4 GiB
+    ///   of guest memory; half as much again for the buffers of a running one. A host that knows its own VMMs says so.
     pub const MEASURED: Self =
         Self { tables_per_page: 10, page_tables_per_page: 17, store_per_page: 23, vmm: ByteCount::mib(33) };
 

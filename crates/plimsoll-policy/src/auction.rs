@@ -1,32 +1,35 @@
 //! Who gets how many of a number of pages: an auction of one page at a time, computed at once.
 //!
-//! Enters: pages to hand out, and for each bidder its floor, its cap, how much of what it holds it uses, and its shares.
-//! Leaves: a grant for each, and what the floors exceed the pages by, if they do. Nothing here knows machines from groups.
+//! Enters: pages to hand out, and for each bidder its floor, its cap, how much of what it holds it uses, and its
+//! shares. Leaves: a grant for each, and what the floors exceed the pages by, if they do. Nothing here knows machines
+//! from groups.
 //!
-//! Everybody first has its floor. Each further page goes to whoever would pay the *lowest cost per share* for holding it,
-//! until the pages are gone or all are at their caps. A page in use costs 1; an idle one costs k = 1 / (1 - tax), so that a
-//! bidder pays taxes on what it does not use (Waldspurger, OSDI '02, section 5.2):
+//! Everybody first has its floor. Each further page goes to whoever would pay the *lowest cost per share* for holding
+//! it, until the pages are gone or all are at their caps. A page in use costs 1; an idle one costs k = 1 / (1 - tax),
+//! so that a bidder pays taxes on what it does not use (Waldspurger, OSDI '02, section 5.2):
 //!
 //! ```text
 //! cost(P) = P                      while P <= A, the pages in use
 //!           A + k (P - A)          beyond
-//! price   = S / cost(P) = S / (P (f + k (1 - f)))      f = the used fraction of P: the paper's adjusted shares per page
+//! price   = S / cost(P) = S / (P (f + k (1 - f)))      f: the used part of P
 //! ```
 //!
-//! Pages therefore go where the price is highest, and a page taken comes from where it is lowest: min-funding revocation.
-//! The outcome is a level of water: a cost per share that all reach who are neither at their floor nor at their cap.
+//! Pages therefore go where the price is highest, and a page taken comes from where it is lowest: min-funding
+//! revocation. The outcome is a level of water: a cost per share that all reach who are neither at their floor nor at
+//! their cap.
 //!
-//! The level is found exactly. A bidder's pages, as a function of the level, bend at three places at most (where it leaves
-//! its floor, where its use ends, where its cap is). All bends are sorted, a sweep finds the two between which the sum
-//! crosses the pages, and there the level is one division. Rounding down leaves fewer pages than there are bidders; those
-//! are auctioned one by one with a heap. So n bidders cost O(n log n), and the sum is exact:
+//! The level is found exactly. A bidder's pages, as a function of the level, bend at three places at most (where it
+//! leaves its floor, where its use ends, where its cap is). All bends are sorted, a sweep finds the two between which
+//! the sum crosses the pages, and there the level is one division. Rounding down leaves fewer pages than there are
+//! bidders; those are auctioned one by one with a heap. So n bidders cost O(n log n), and the sum is exact:
 //!
-//! * the grants sum to the pages, or everyone is at its cap, or the floors alone exceed them and everyone is at its floor;
+//! * the grants sum to the pages, or everyone is at its cap, or the floors alone exceed them and everyone is at its
+//!   floor;
 //! * a bidder with more shares, or an auction of more pages, never leaves that bidder with less;
 //! * between equal offers the earlier bidder wins.
 //!
-//! Costs are multiplied by `1 - tax` in millionths, which keeps them whole. With at most 2^40 pages a bidder, 2^20 bidders
-//! and 2^20 shares each, no product exceeds 2^121.
+//! Costs are multiplied by `1 - tax` in millionths, which keeps them whole. With at most 2^40 pages a bidder, 2^20
+//! bidders and 2^20 shares each, no product exceeds 2^121.
 use crate::part::Ppm;
 use alloc::collections::BinaryHeap;
 use alloc::vec::Vec;
@@ -54,7 +57,8 @@ impl IdleTax {
     pub const NONE: Self = Self(Ppm::ZERO);
     /// 75 %, ESX's default: an idle page costs four times a used one.
     pub const USUAL: Self = Self(Ppm::percent(75));
-    /// The highest: an idle page costs a hundred times a used one. A tax of everything would leave idle memory no price.
+    /// The highest: an idle page costs a hundred times a used one. A tax of everything would leave idle memory no
+    /// price.
     pub const MOST: Self = Self(Ppm::percent(99));
 
     /// A tax of that rate.
@@ -104,7 +108,8 @@ impl fmt::Display for TaxTooHigh {
 
 impl core::error::Error for TaxTooHigh {}
 
-/// Somebody who wants pages. `floor <= cap <= PAGES_MAX` and `1 <= shares <= SHARES_MAX`, which settings are checked for.
+/// Somebody who wants pages. `floor <= cap <= PAGES_MAX` and `1 <= shares <= SHARES_MAX`, which settings are checked
+/// for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bidder {
     /// Pages it has whatever the others want.
@@ -301,15 +306,15 @@ pub fn auction(pages: PageCount, bidders: &[Bidder], tax: IdleTax) -> Outcome {
     Outcome { grants, short: PageCount(0) }
 }
 
-/// The level at which the bidders, were pages divisible, would hold exactly `pages`, which lie between the sums of floors
-/// and of caps.
+/// The level at which the bidders, were pages divisible, would hold exactly `pages`, which lie between the sums of
+/// floors and of caps.
 fn sweep(pages: PageCount, floors: PageCount, bidders: &[Bidder], tax: IdleTax) -> Level {
     let mut bends: Vec<(Level, &Bidder, Bend)> = Vec::with_capacity(bidders.len() * 3);
     for bidder in bidders {
         bends.extend(bidder.bends(tax).map(|(level, bend)| (level, bidder, bend)));
     }
     // Stable, so that of one bidder's bends at one level the first comes first.
-    bends.sort_by(|one, other| one.0.cmp(&other.0));
+    bends.sort_by_key(|(level, ..)| *level);
     let mut line = Line { fixed: u128::from(floors.0), ..Line::default() };
     let pages = u128::from(pages.0);
     for (level, bidder, bend) in bends {

@@ -1,9 +1,9 @@
 //! Whether a machine's balloon does what it is asked.
 //!
-//! Enters: what the balloon holds, and what it was asked to. Leaves: whether to count on it. The guest is not trusted to say:
-//! only the balloon's size is looked at. One that is asked and has not come nearer by a sixteenth for 5 s is *inactive*: it may
-//! go on, but what it owes is taken on the next rung. After 20 s it is *uncooperative* and no longer asked, until a minute
-//! later it is tried again. The times are those of Xen's squeezed.
+//! Enters: what the balloon holds, and what it was asked to. Leaves: whether to count on it. The guest is not trusted
+//! to say: only the balloon's size is looked at. One that is asked and has not come nearer by a sixteenth for 5 s is
+//! *inactive*: it may go on, but what it owes is taken on the next rung. After 20 s it is *uncooperative* and no
+//! longer asked, until a minute later it is tried again. The times are those of Xen's squeezed.
 use core::fmt;
 use plimsoll_types::ByteCount;
 
@@ -13,8 +13,8 @@ pub const INACTIVE_MS: u64 = 5_000;
 pub const UNCOOPERATIVE_MS: u64 = 20_000;
 /// How long until it is tried again.
 pub const RETRY_MS: u64 = 60_000;
-/// The part of what it owes that it has to come nearer by for that to count. A page at a time would do for ever; an honest
-/// balloon brings 4 GiB in 5 s (0.951 GiB/s: HyperAlloc, EuroSys '25).
+/// The part of what it owes that it has to come nearer by for that to count. A page at a time would do for ever; an
+/// honest balloon brings 4 GiB in 5 s (0.951 GiB/s: HyperAlloc, EuroSys '25).
 const PROGRESS_PART: u64 = 16;
 
 /// What a balloon is worth.

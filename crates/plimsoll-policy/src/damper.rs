@@ -1,7 +1,7 @@
 //! Targets that do not flutter.
 //!
-//! Enters: the target a machine should have by the numbers of this moment. Leaves: the one it has. Samples are random, so what
-//! should be changes all the time by a little; moving memory costs, so what is does not.
+//! Enters: the target a machine should have by the numbers of this moment. Leaves: the one it has. Samples are random,
+//! so what should be changes all the time by a little; moving memory costs, so what is does not.
 //!
 //! * A change of at most 5 % of the target is not made.
 //! * A target that moved one way does not move back within a minute.

@@ -1,18 +1,18 @@
 //! How much memory a machine needs.
 //!
-//! Enters: what the host sampled, what came back, what the guest claims. Leaves: a [`Demand`], and a [`SampleFault`] for each
-//! number that could not be believed. A bad number costs its own machine at most the benefit of the doubt; it stops nothing,
-//! and changes nothing for the others.
+//! Enters: what the host sampled, what came back, what the guest claims. Leaves: a [`Demand`], and a [`SampleFault`]
+//! for each number that could not be believed. A bad number costs its own machine at most the benefit of the doubt; it
+//! stops nothing, and changes nothing for the others.
 //!
 //! ```text
 //! active   = sampled                         the host's own estimate: a guest cannot forge it
-//!          + what came back lately           pages that were taken and touched again are used, and were not sampled as such
+//!          + what came back lately           what is taken and touched again is in use, and was not sampled
 //!          at most what the guest keeps anything in: its total less its free memory
 //! wanted   = the larger of: active and its buffer; what it consumes and has not reported free
 //! ```
 //!
-//! A guest's claims only ever lower its own demand, so a guest that lies hurts itself, and one that is silent loses nothing.
-//! Without a sample the last good one stands. A machine that never had one is believed to use all it consumes
+//! A guest's claims only ever lower its own demand, so a guest that lies hurts itself, and one that is silent loses
+//! nothing. Without a sample the last good one stands. A machine that never had one is believed to use all it consumes
 //! for its first minute, when all of it is newly touched, and after that no more than it is guaranteed.
 use crate::part::Ppm;
 use crate::settings::Terms;
@@ -252,7 +252,8 @@ fn check_bytes(number: Number, found: i64, most: PageCount) -> Result<PageCount,
     Ok(ByteCount(bytes).pages_ceil())
 }
 
-/// Whether what is counted of a machine can be: a machine of which it cannot is left alone, since no budget can be made with it.
+/// Whether what is counted of a machine can be: a machine of which it cannot is left alone, since no budget can be
+/// made with it.
 pub(crate) fn check_consumed(machine: &MachineView, terms: &Terms) -> Result<(), SampleFault> {
     // What is being taken or brought back may be counted twice for a moment.
     let most = terms.size.bytes().0 + terms.size.bytes().0 / 16;

@@ -1,9 +1,9 @@
 //! An auction at every group of the tree, from the host inward.
 //!
-//! Enters: what each machine may bid, and what the host has. Leaves: pages for each machine. A group bids for what is nested in it:
-//! with its own shares, its own reservation and limit, and the sum of what is used inside. What it wins it
-//! auctions among its own. So a machine competes with its siblings only, and what happens inside a group is no matter of
-//! another group's: not its machines' shares, not their number, not their stalls.
+//! Enters: what each machine may bid, and what the host has. Leaves: pages for each machine. A group bids for what is
+//! nested in it: with its own shares, its own reservation and limit, and the sum of what is used inside. What it wins
+//! it auctions among its own. So a machine competes with its siblings only, and what happens inside a group is no
+//! matter of another group's: not its machines' shares, not their number, not their stalls.
 //!
 //! Every node is sorted once, among its siblings: the whole is O(n log n) as one auction is.
 use crate::auction::{Bidder, IdleTax, auction};

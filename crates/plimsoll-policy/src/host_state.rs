@@ -2,19 +2,19 @@
 //!
 //! Enters: the host's memory and what of it is free. Leaves: a state, which says how far up the ladder reclaim may go.
 //!
-//! The measure is *minFree*, which grows ever slower with the host: 6 % of its first 4 GiB, 4 % of what lies between 4 and
-//! 12, 2 % of what lies between 12 and 28, and 1 % beyond. Each state has a line, a part of it:
+//! The measure is *minFree*, which grows ever slower with the host: 6 % of its first 4 GiB, 4 % of what lies between 4
+//! and 12, 2 % of what lies between 12 and 28, and 1 % beyond. Each state has a line, a part of it:
 //!
 //! ```text
 //! high   400 %   nothing is taken
 //! clear  100 %   what the guest does not use, its balloon, twins: nobody waits for a page
-//! soft    64 %   and pages are compressed: ESXi waits for hard, but a page costs 8-11 us to bring back from zram (FACTS)
+//! soft    64 %   and pages are compressed: ESXi waits for hard, but a page is back from zram in 8-11 us
 //! hard    32 %   and pages go to disk
 //! low     16 %   and machines above their target are stalled
 //! ```
 //!
-//! A state is entered when less than its own line is free, and left when as much as the line above it is free. Between the two
-//! it stays as it was, so that a host at a line does not flutter.
+//! A state is entered when less than its own line is free, and left when as much as the line above it is free. Between
+//! the two it stays as it was, so that a host at a line does not flutter.
 use crate::ladder::Rung;
 use crate::part::Ppm;
 use core::fmt;

@@ -1,16 +1,16 @@
 //! The ways to take memory from a machine, and which of them to go.
 //!
-//! Enters: how much is to be freed, what could be had on each rung, what of the machine came back lately. Leaves: how much to
-//! take on which rungs, and what could not be covered.
+//! Enters: how much is to be freed, what could be had on each rung, what of the machine came back lately. Leaves: how
+//! much to take on which rungs, and what could not be covered.
 //!
-//! Rungs are taken by price, cheapest first, up to the last that the machine, the host's state and the machine's settings
-//! allow. The price is what a page *freed* costs, in processor time of the host and waiting of the guest:
+//! Rungs are taken by price, cheapest first, up to the last that the machine, the host's state and the machine's
+//! settings allow. The price is what a page *freed* costs, in processor time of the host and waiting of the guest:
 //!
 //! ```text
 //! price = (take + back * returns) / (1 - keeps)
 //!         take, back   ns to take a page, and that the guest waits when it touches it again
 //!         returns      the part of the machine's pages that came back in the last minute or so
-//!         keeps        the part of a page that stays in RAM on this rung: compressing four pages to free one costs four
+//!         keeps        the part of a page that stays in RAM: where four are compressed to free one, four are paid
 //! ```
 //!
 //! So a machine whose pages keep coming back finds compressing dear, and twins or a balloon cheap.
@@ -113,8 +113,8 @@ pub struct Cost {
 pub struct Costs(pub [Cost; Rung::ALL.len()]);
 
 impl Costs {
-    /// What was measured on a 2-core x86-64 machine with KVM over software paging (FACTS); a host that has measured its own
-    /// replaces them. In the order of the rungs:
+    /// What was measured on a 2-core x86-64 machine with KVM over software paging (FACTS); a host that has measured
+    /// its own replaces them. In the order of the rungs:
     ///
     /// * discarding costs the zap, 0.2 us, and a demand-zero fault of the guest, 5.5 us;
     /// * virtio-balloon, 4 KiB pages: 0.951 GiB/s in, 2.34 GiB/s out (HyperAlloc, EuroSys '25, on a Xeon Gold 6252);
@@ -151,7 +151,8 @@ pub(crate) struct Offers {
     pub(crate) guest_free: ByteCount,
     /// Pages with twins. Zero where the machine shares with nobody.
     pub(crate) mergeable: ByteCount,
-    /// Pages in guest RAM that may move: neither pinned nor reported free. The balloon, too, gets its pages out of these.
+    /// Pages in guest RAM that may move: neither pinned nor reported free. The balloon, too, gets its pages out of
+    /// these.
     pub(crate) movable: ByteCount,
     /// What its compressed pages take up.
     pub(crate) stored: ByteCount,

@@ -1,9 +1,9 @@
 //! Who is entitled to how much memory, what to do about it, and why.
 //!
-//! A host that runs more virtual machines than it has memory for has to decide, about once a second, who has too much, who
-//! has too little, and how to move memory from the one to the other so that nobody waits for it longer than was promised. This
-//! crate is that decision and nothing else: no I/O, no clock, no chance, no float. A host (Linux, bare metal, a simulator) shows
-//! what it sees and does what it is told:
+//! A host that runs more virtual machines than it has memory for has to decide, about once a second, who has too much,
+//! who has too little, and how to move memory from the one to the other so that nobody waits for it longer than was
+//! promised. This crate is that decision and nothing else: no I/O, no clock, no chance, no float. A host (Linux, bare
+//! metal, a simulator) shows what it sees and does what it is told:
 //!
 //! ```text
 //! settings --> Tree ----.
@@ -13,28 +13,34 @@
 //!                        '---'  PolicyState: what was remembered
 //! ```
 //!
-//! * [`settings`]: what an operator says, in ESX's words (reservation, limit, shares) or Hyper-V's (startup, minimum, maximum,
-//!   buffer, weight). [`tree`]: host, groups and machines, checked whole. [`admission`]: whether one more fits.
+//! * [`settings`]: what an operator says, in ESX's words (reservation, limit, shares) or Hyper-V's (startup, minimum,
+//!   maximum, buffer, weight). [`tree`]: host, groups and machines, checked whole. [`admission`]: whether one more
+//!   fits.
 //! * [`demand`]: what a machine needs, by what the host sampled; what guests claim only lowers it.
 //! * [`auction`]: who gets what of it, by shares, with idle memory taxed.
-//! * [`host_state`]: how short the host is. [`ladder`]: the ways to take memory, by price. [`balloon`]: when not to wait for one.
+//! * [`host_state`]: how short the host is. [`ladder`]: the ways to take memory, by price. [`balloon`]: when not to
+//!   wait for one.
 //! * [`damper`]: why targets do not flutter. [`reason`]: each decision as a value that prints as a sentence.
 //!
 //! # What holds
 //!
 //! Each is a test over random hosts, most of them also against a slow computation that is plainly right:
 //!
-//! 1. **A guarantee is kept.** Nobody's entitlement is below its reservation or minimum, and nothing is taken from a machine
-//!    that would be left with less, what its guest has free apart.
-//! 2. **Memory is neither invented nor left lying.** Entitlements sum to the budget to the page, or everyone has all it may have. Targets
-//!    never exceed the budget, unless more is guaranteed than there is: then that is said, and guarantees are kept.
-//! 3. **The auction is what it says:** page by page to the highest price. More shares, or more memory, never bring less.
+//! 1. **A guarantee is kept.** Nobody's entitlement is below its reservation or minimum, and nothing is taken from a
+//!    machine that would be left with less, what its guest has free apart.
+//! 2. **Memory is neither invented nor left lying.** Entitlements sum to the budget to the page, or everyone has all
+//!    it may have. Targets never exceed the budget, unless more is guaranteed than there is: then that is said, and
+//!    guarantees are kept.
+//! 3. **The auction is what it says:** page by page to the highest price. More shares, or more memory, never bring
+//!    less.
 //! 4. **Idle memory is taxed:** at equal shares it moves from who does not use it to who does.
-//! 5. **A group is an island.** What is inside a group (shares, stalls, number of machines) changes nothing outside, as long as the sum
-//!    of what it uses and may have is the same; no group is below its reservation or above its limit.
+//! 5. **A group is an island.** What is inside a group (shares, stalls, number of machines) changes nothing outside,
+//!    as long as the sum of what it uses and may have is the same; no group is below its reservation or above its
+//!    limit.
 //! 6. **What does not change is left alone.** On constant input a fixed point is reached and kept; on steady input with
 //!    5 % of noise no target moves more than 5 % back and forth within a minute.
-//! 7. **Bad numbers harm nobody else.** Missing, stale, negative or absurd samples are named, and the others' targets stay the same.
+//! 7. **Bad numbers harm nobody else.** Missing, stale, negative or absurd samples are named, and the others' targets
+//!    stay the same.
 //! 8. **A recorded decision replays** to the bit, from JSON.
 //! 9. **It is O(n log n):** comparisons are counted for 10, 1,000 and 100,000 machines.
 //!
@@ -51,20 +57,22 @@
 //! let (web, batch, db) = (machine(0, 1500, 1000), machine(0, 100, 1000), machine(1024, 200, 1000));
 //! let grants = auction(mib(3072), &[web, batch, db], IdleTax::USUAL).grants;
 //! // db keeps its 1024 although it uses 200 of them. Of the 2048 that are left, an idle page of batch's costs
-//! // four times what a page of web's costs that is used: web has its 1500 and goes on into idle memory, batch ...
-//! let mib_of = |grant: PageCount| grant.bytes().0 >> 20;
-//! assert_eq!(grants.iter().map(|grant| mib_of(*grant)).collect::<Vec<_>>(), [1500, 547, 1024]);
+//! // four times what a page costs that web uses. Both come to a cost of 1696 and a bit: web has its 1500 and 49 idle
+//! // ones, batch has its 100 and 399 idle ones.
+//! let mib_of = |grant: &PageCount| grant.bytes().0 >> 20;
+//! assert_eq!(grants.iter().map(mib_of).collect::<Vec<_>>(), [1549, 499, 1024]);
 //! ```
 //!
 //! # Known holes
 //!
 //! * Memory is one pool: no NUMA nodes. A host with several decides for each.
 //! * A guest that touches memory for no purpose is active. Shares and limits are what bounds it, as in ESX.
-//! * What is guaranteed and not wanted is lent to the others. A machine that grows into its guarantee faster than memory can be taken back
-//!   from them lives on minFree meanwhile, and stalls if that is not enough.
-//! * A stalling machine takes from siblings above their guarantees until they stall too: stalls are evened out inside a group, whatever the
-//!   shares, until all stall.
-//! * The cost of a disk was not measured, nor which part of the pages comes back before it is known (10 % are supposed).
+//! * What is guaranteed and not wanted is lent to the others. A machine that grows into its guarantee faster than
+//!   memory can be taken back from them lives on minFree meanwhile, and stalls if that is not enough.
+//! * A stalling machine takes from siblings above their guarantees until they stall too: stalls are evened out inside
+//!   a group, whatever the shares, until all stall.
+//! * The cost of a disk was not measured, nor which part of the pages comes back before it is known (10 % are
+//!   supposed).
 #![no_std]
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
 //! Parts of a whole, in millionths.
 //!
-//! Enters: a percentage, or a part and its whole. Leaves: a number that multiplies exactly, rounded down. Nothing here is a
-//! float: a decision that is replayed on another machine must come out the same to the bit.
+//! Enters: a percentage, or a part and its whole. Leaves: a number that multiplies exactly, rounded down. Nothing here
+//! is a float: a decision that is replayed on another machine must come out the same to the bit.
 use core::fmt;
 
 /// A share of something in parts per million. More than the whole can be said: a buffer of 200 %.

@@ -1,7 +1,7 @@
 //! Why: every decision with the numbers it was made from, and as a sentence.
 //!
-//! Enters: what [`decide`](crate::decide()) saw and concluded. Leaves: values, to be kept, sent, compared and printed. A reason
-//! holds what is needed to check the decision by hand; it never holds text.
+//! Enters: what [`decide`](crate::decide()) saw and concluded. Leaves: values, to be kept, sent, compared and printed.
+//! A reason holds what is needed to check the decision by hand; it never holds text.
 use crate::balloon::Standing;
 use crate::damper::Hold;
 use crate::demand::{Basis, SampleFault};
@@ -71,8 +71,8 @@ impl fmt::Display for Need {
 #[non_exhaustive]
 #[expect(missing_docs, reason = "each variant says what its fields are, or they have the types that do")]
 pub enum Reason {
-    /// A machine's target moved. `due` is what the numbers of the moment give; `budget` what all machines share; `tax` what
-    /// idle memory is taxed.
+    /// A machine's target moved. `due` is what the numbers of the moment give; `budget` what all machines share; `tax`
+    /// what idle memory is taxed.
     TargetMoved {
         from: ByteCount,
         to: ByteCount,
@@ -86,8 +86,8 @@ pub enum Reason {
     TargetHeld { target: ByteCount, due: ByteCount, hold: Hold },
     /// Memory is taken: the machine has more than its target, and this rung costs `price_ns` a freed page.
     Taken { need: Need, target: ByteCount, rung: Rung, price_ns: u64, returns: Ppm, room: Room },
-    /// The balloon is to hold more, so that the machine comes down to its target. Of what it has above the target only a part,
-    /// `appetite`, is taken at once.
+    /// The balloon is to hold more, so that the machine comes down to its target. Of what it has above the target only
+    /// a part, `appetite`, is taken at once.
     BalloonGrows { from: ByteCount, to: ByteCount, target: ByteCount, appetite: Ppm, room: Room },
     /// The balloon gives back, so that the machine may have its target.
     BalloonShrinks { from: ByteCount, to: ByteCount, target: ByteCount, room: Room },
@@ -95,14 +95,15 @@ pub enum Reason {
     WaitsForFree { waits: ByteCount, target: ByteCount, room: Room },
     /// The balloon stands still, so it is not counted on. `still_ms` is how long.
     BalloonStuck { standing: Standing, asked: ByteCount, held: ByteCount, still_ms: u64 },
-    /// The machine has more than its target, and nothing it is allowed to lose covers `left` of it. `highest` is the last rung it
-    /// and the host's state allow.
+    /// The machine has more than its target, and nothing it is allowed to lose covers `left` of it. `highest` is the
+    /// last rung it and the host's state allow.
     Uncovered { left: ByteCount, target: ByteCount, highest: Option<Rung> },
     /// The machine is stalled: the host cannot go on otherwise, and it has more than it is due.
     Stalled { consumed: ByteCount, target: ByteCount, room: Room },
     /// The machine may run again.
     Resumed { consumed: ByteCount, target: ByteCount, room: Room },
-    /// Its processors wait longer than promised: its floor rises by `lift` in all, and only `appetite` of what could be is taken.
+    /// Its processors wait longer than promised: its floor rises by `lift` in all, and only `appetite` of what could
+    /// be is taken.
     OverObjective { stalled: Ppm, objective: Ppm, lift: ByteCount, appetite: Ppm },
     /// A number could not be believed.
     BadSample { fault: SampleFault },
@@ -144,13 +145,14 @@ impl fmt::Display for Reason {
             }
             Self::Taken { need, target, rung, price_ns, returns, room } => write!(
                 f,
-                "it is taken from by {rung}: its target is {target}, {need}; this costs {} us a freed page where {returns} \
-                 come back; {room}",
+                "it is taken from by {rung}: its target is {target}, {need}; this costs {} us a freed page where \
+                 {returns} come back; {room}",
                 price_ns / 1000
             ),
             Self::BalloonGrows { from, to, target, appetite, room } => write!(
                 f,
-                "its balloon goes from {from} to {to}: its target is {target}, of what is above it {appetite} are taken; {room}"
+                "its balloon goes from {from} to {to}: its target is {target}, of what is above it {appetite} are \
+                 taken; {room}"
             ),
             Self::BalloonShrinks { from, to, target, room } => {
                 write!(f, "its balloon goes from {from} down to {to}: its target is {target}; {room}")
@@ -178,15 +180,15 @@ impl fmt::Display for Reason {
             }
             Self::OverObjective { stalled, objective, lift, appetite } => write!(
                 f,
-                "its processors wait {stalled} of the time, more than the {objective} promised: its floor is raised by {lift} \
-                 in all, and of what could be taken {appetite} are"
+                "its processors wait {stalled} of the time, more than the {objective} promised: its floor is raised \
+                 by {lift} in all, and of what could be taken {appetite} are"
             ),
             Self::BadSample { fault } => write!(f, "{fault}: it is not used"),
             Self::StateChanged { from, room } => write!(f, "no longer {from}: {room}"),
             Self::Short { floors, budget, short } => write!(
                 f,
-                "{floors} are guaranteed, but machines have {budget} between them: {short} are missing; free memory elsewhere \
-                 or move a machine away"
+                "{floors} are guaranteed, but machines have {budget} between them: {short} are missing; free memory \
+                 elsewhere or move a machine away"
             ),
             Self::UnknownMachine => {
                 f.write_str("nothing is known about it: it is left alone until it has settings")

@@ -1,15 +1,15 @@
 //! The stall objective: a machine's processors wait for memory no longer than it was promised.
 //!
-//! Enters: the share of time they waited since the last decision. Leaves: a floor above the guarantee, and how much of what could
-//! be taken is.
+//! Enters: the share of time they waited since the last decision. Leaves: a floor above the guarantee, and how much of
+//! what could be taken is.
 //!
-//! Above the objective the floor grows by steps, from what the machine has, and what is taken from it is halved. Below half of
-//! the objective the floor sinks by a small part and the whole is taken again bit by bit. In between both stay: that is where
-//! the machine is to be. Adding slowly and backing off fast is what makes many such loops share one resource without a
-//! leader (Chiu and Jain, 1989).
+//! Above the objective the floor grows by steps, from what the machine has, and what is taken from it is halved. Below
+//! half of the objective the floor sinks by a small part and the whole is taken again bit by bit. In between both
+//! stay: that is where the machine is to be. Adding slowly and backing off fast is what makes many such loops share
+//! one resource without a leader (Chiu and Jain, 1989).
 //!
-//! A raised floor is no guarantee. It is met out of what the siblings have above their guarantees, and where all raise theirs it
-//! is divided by shares; it never reaches past the group.
+//! A raised floor is no guarantee. It is met out of what the siblings have above their guarantees, and where all raise
+//! theirs it is divided by shares; it never reaches past the group.
 use crate::part::Ppm;
 use crate::settings::Terms;
 use plimsoll_types::PageCount;

@@ -1,10 +1,11 @@
 //! Host, groups and machines as one tree, checked whole.
 //!
-//! Enters: settings in any order. Leaves: a [`Tree`], in which parents come before their children and every guarantee fits
-//! into the one above it, or the first contradiction. A tree cannot be changed: a new one is made from new settings, so no
-//! change can get past the checks.
+//! Enters: settings in any order. Leaves: a [`Tree`], in which parents come before their children and every guarantee
+//! fits into the one above it, or the first contradiction. A tree cannot be changed: a new one is made from new
+//! settings, so no change can get past the checks.
 //!
-//! Where a group has no reservation of its own it reserves what is nested in it; where it has one, what is nested must fit.
+//! Where a group has no reservation of its own it reserves what is nested in it; where it has one, what is nested must
+//! fit.
 use crate::settings::{
     GroupSettings, Owner, Setting, Settings, SettingsError, Shares, Terms, checked_shares, whole_pages,
 };
@@ -81,8 +82,8 @@ impl Tree {
     /// ```
     ///
     /// # Errors
-    /// The first contradiction: in the nesting of groups, in a machine's own settings, in guarantees from the innermost group
-    /// outward.
+    /// The first contradiction: in the nesting of groups, in a machine's own settings, in guarantees from the
+    /// innermost group outward.
     pub fn new(settings: Settings) -> Result<Self, SettingsError> {
         let found = settings.groups.len() + settings.machines.len();
         if found > NODES_MAX {

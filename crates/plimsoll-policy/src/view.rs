@@ -1,8 +1,8 @@
 //! What a host shows of itself at one moment.
 //!
-//! Enters: nothing; the host fills these in. Leaves: plain values, which are all that a decision depends on besides what was
-//! remembered from earlier ones, so that a recorded view is a recorded decision. Numbers that guests or samplers give are
-//! [`Reading`]s, which [`demand`](crate::demand) checks before it believes them.
+//! Enters: nothing; the host fills these in. Leaves: plain values, which are all that a decision depends on besides
+//! what was remembered from earlier ones, so that a recorded view is a recorded decision. Numbers that guests or
+//! samplers give are [`Reading`]s, which [`demand`](crate::demand) checks before it believes them.
 use crate::ladder::Rungs;
 use crate::part::Ppm;
 use alloc::vec::Vec;
@@ -63,7 +63,8 @@ pub struct MachineView {
     pub id: MachineId,
     /// How far its guest has come.
     pub phase: Phase,
-    /// Host memory its guest's pages take up, wherever they are: in guest RAM, in limbo, compressed. Without its VMM's own.
+    /// Host memory its guest's pages take up, wherever they are: in guest RAM, in limbo, compressed. Without its VMM's
+    /// own.
     pub consumed: ByteCount,
     /// Of that, what its compressed pages take up.
     pub stored: ByteCount,

@@ -1,8 +1,8 @@
 //! Looking: what the host shows, checked and held against what is remembered.
 //!
-//! Enters: a view. Leaves: the host and the machines that can be decided about, by id, and a note for each thing that could
-//! not be believed. A machine that cannot be believed at all is left out: its memory is then no part of any sum, and nobody
-//! gains or loses by it.
+//! Enters: a view. Leaves: the host and the machines that can be decided about, by id, and a note for each thing that
+//! could not be believed. A machine that cannot be believed at all is left out: its memory is then no part of any sum,
+//! and nobody gains or loses by it.
 use super::{Findings, Host, PolicyState, Remembered};
 use crate::balloon::{Balloon, Standing};
 use crate::demand::{Demand, Number, SampleFault, Use, check_consumed, startup};

@@ -1,14 +1,14 @@
 //! The decision: from what a host shows and what is remembered to what is to be done.
 //!
-//! Enters: a [`HostView`] and a [`PolicyState`]. Leaves: a [`Plan`], and the state changed. There is no clock here, no chance and no
-//! float: the same state and view give the same plan, to the bit, wherever they are replayed.
+//! Enters: a [`HostView`] and a [`PolicyState`]. Leaves: a [`Plan`], and the state changed. There is no clock here, no
+//! chance and no float: the same state and view give the same plan, to the bit, wherever they are replayed.
 //!
 //! In this order, each step from the results of those before it:
 //!
 //! 1. [`look`]: the host's state; of each machine what it needs, whether it stalls, whether its balloon works.
-//! 2. [`targets`]: what all machines share is what they have and what is free, less minFree. It is shared out twice. Once
-//!    as if all wanted all they may have: *entitlement*, a machine's right. Once up to what each wants:
-//!    the *target*, which is damped. So memory nobody wants stays where it is, and a machine loses memory only when
+//! 2. [`targets`]: what all machines share is what they have and what is free, less minFree. It is shared out twice.
+//!    Once as if all wanted all they may have: *entitlement*, a machine's right. Once up to what each wants: the
+//!    *target*, which is damped. So memory nobody wants stays where it is, and a machine loses memory only when
 //!    another one that is due it wants it, or the host is short.
 //! 3. [`moves`]: who has more than its target gives, up the ladder; then who has less is granted what is free.
 pub(crate) mod look;
@@ -99,8 +99,8 @@ pub(crate) struct Host {
     pub(crate) state: HostState,
 }
 
-/// Decides what to do now. Call it about once a second, or when a machine comes or goes; the time between two calls is read
-/// from the views.
+/// Decides what to do now. Call it about once a second, or when a machine comes or goes; the time between two calls is
+/// read from the views.
 ///
 /// ```
 /// use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
@@ -149,7 +149,7 @@ pub fn decide(view: &HostView, state: &mut PolicyState) -> Plan {
     let host = look::at_host(view, state, &mut findings);
     let seen = look::at_machines(view, &host, state, &mut findings);
     let budget = targets::budget(&host, &seen);
-    let entitled = targets::entitle(&host, budget, &seen, &state.tree, &mut findings);
+    let entitled = targets::entitle(budget, &seen, &state.tree, &mut findings);
     let aims = targets::aim(&host, budget, &seen, state, &mut findings);
     moves::take(&host, &seen, &aims, state, &mut findings);
     moves::give(&host, &seen, &aims, state, &mut findings);

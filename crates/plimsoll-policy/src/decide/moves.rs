@@ -1,7 +1,7 @@
 //! Moving: memory is freed first and granted second.
 //!
-//! Enters: machines and what they are to come to. Leaves: actions. What is taken never brings a machine below the larger of its due
-//! and its target; what is granted is free already, down to a line that is not touched.
+//! Enters: machines and what they are to come to. Leaves: actions. What is taken never brings a machine below the
+//! larger of its due and its target; what is granted is free already, down to a line that is not touched.
 use super::look::Seen;
 use super::targets::Aim;
 use super::{Findings, Host, PolicyState, Remembered};
@@ -60,8 +60,8 @@ pub(crate) fn take(
     }
 }
 
-/// What of the excess is asked for now. What the guest has free goes whole; of the rest a machine that stalls gives a part,
-/// unless the host itself is at its end.
+/// What of the excess is asked for now. What the guest has free goes whole; of the rest a machine that stalls gives a
+/// part, unless the host itself is at its end.
 fn bite(host: &Host, machine: &Seen<'_>, excess: ByteCount, known: &Remembered) -> ByteCount {
     let appetite = if host.state == HostState::Low { Ppm::WHOLE } else { known.stall.appetite() };
     let free = excess.min(machine.view.reported_free);
@@ -109,8 +109,8 @@ fn take_on(
     findings.actions.push(Action { machine: machine.id(), step: Step::Take { rung, pages, frees }, reason });
 }
 
-/// Asks the balloon for what brings the machine down by `frees`. What its guest has never touched it would bring first, and
-/// that frees nothing: so it is asked to leave the guest no more than the machine is to have.
+/// Asks the balloon for what brings the machine down by `frees`. What its guest has never touched it would bring
+/// first, and that frees nothing: so it is asked to leave the guest no more than the machine is to have.
 fn grow_balloon(
     host: &Host,
     machine: &Seen<'_>,
@@ -146,8 +146,8 @@ fn withdraw_from(machine: &Seen<'_>, known: &mut Remembered, host: &Host, findin
     findings.actions.push(Action { machine: machine.id(), step: Step::Balloon(held), reason });
 }
 
-/// A balloon that is still on its way to more than it is to hold now is stopped where that is. It holds nothing it has to give
-/// back, so nothing has to be free for it.
+/// A balloon that is still on its way to more than it is to hold now is stopped where that is. It holds nothing it has
+/// to give back, so nothing has to be free for it.
 fn ease(host: &Host, machine: &Seen<'_>, aim: &Aim, known: &mut Remembered, findings: &mut Findings) {
     let (Some(held), Some(balloon)) = (machine.view.balloon, &mut known.balloon) else { return };
     let kept = aim.line().max(machine.kept());

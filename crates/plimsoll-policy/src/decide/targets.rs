@@ -1,7 +1,7 @@
 //! Aiming: what each machine is to come to.
 //!
-//! Enters: the machines that were seen. Leaves: entitlements and targets. Both sums are within the budget, unless more is guaranteed
-//! than there is.
+//! Enters: the machines that were seen. Leaves: entitlements and targets. Both sums are within the budget, unless more
+//! is guaranteed than there is.
 use super::look::Seen;
 use super::{Findings, Host, PolicyState};
 use crate::damper::{DEAD_BAND, Damper, Hold as Held, Urgent, Verdict, Way};
@@ -31,8 +31,8 @@ impl Aim {
     }
 }
 
-/// What all machines share: what they have and what is free, less what has to stay free. Measured, so that whatever else uses
-/// the host's memory needs no estimate.
+/// What all machines share: what they have and what is free, less what has to stay free. Measured, so that whatever
+/// else uses the host's memory needs no estimate.
 pub(crate) fn budget(host: &Host, seen: &[Seen<'_>]) -> PageCount {
     let used: PageCount = seen.iter().map(|machine| machine.view.consumed.pages_ceil()).sum();
     (used + host.free.pages_floor()).saturating_sub(min_free(host.total).pages_ceil())
@@ -40,7 +40,6 @@ pub(crate) fn budget(host: &Host, seen: &[Seen<'_>]) -> PageCount {
 
 /// What each machine would have a right to if all wanted all they may have, in the order of `seen`.
 pub(crate) fn entitle(
-    host: &Host,
     budget: PageCount,
     seen: &[Seen<'_>],
     tree: &Tree,
@@ -53,7 +52,7 @@ pub(crate) fn entitle(
         active: machine.demand.active,
     };
     let shared = share_among(seen, tree, budget, rights);
-    if shared.short > PageCount(0) && host.total.0 > 0 {
+    if shared.short > PageCount(0) {
         let (floors, budget, short) = (shared.floors.bytes(), budget.bytes(), shared.short.bytes());
         findings.note_host(Reason::Short { floors, budget, short });
     }
@@ -106,8 +105,8 @@ fn share_among(seen: &[Seen<'_>], tree: &Tree, pages: PageCount, bid: impl Fn(&S
     share_out(tree, pages, &bids)
 }
 
-/// Up to what it wants. What it is guaranteed and does not want is lent to the others; a quarter more than it wants is not,
-/// so that it can grow into its guarantee without waiting for a decision.
+/// Up to what it wants. What it is guaranteed and does not want is lent to the others; a quarter more than it wants is
+/// not, so that it can grow into its guarantee without waiting for a decision.
 fn wants(machine: &Seen<'_>) -> Bid {
     let (terms, demand) = (&machine.terms, &machine.demand);
     let floor = match terms.hold {

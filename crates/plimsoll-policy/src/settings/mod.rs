@@ -1,18 +1,18 @@
 //! What an operator says about a machine or a group, and what it means.
 //!
-//! Enters: settings in one of two faces. Leaves: [`Terms`], the one form everything else in this room knows, or the first
-//! contradiction as a [`SettingsError`] that names both values. Settings that contradict each other never become terms.
+//! Enters: settings in one of two faces. Leaves: [`Terms`], the one form everything else in this room knows, or the
+//! first contradiction as a [`SettingsError`] that names both values. Settings that contradict each other never become
+//! terms.
 //!
-//! ESX's face is reservation, limit and shares. Hyper-V's is startup, minimum, maximum, buffer and weight; it is translated
-//! here and nowhere else:
+//! ESX's face is reservation, limit and shares. Hyper-V's is startup, minimum, maximum, buffer and weight; it is
+//! translated here and nowhere else:
 //!
-//! | Hyper-V | becomes | because |
-//! |---|---|---|
-//! | maximum | size and limit | it is what the guest can grow to without being restarted |
-//! | minimum | reservation | it is what a running guest keeps whatever the others want |
-//! | startup | wanted, and a floor raised above the reservation, until the machine has [started](crate::view::Phase) | a guest boots in it; it is admitted only if that fits, and may lose it to others' reservations |
-//! | buffer | wanted on top of demand, as idle memory | it is granted while there is memory, and being taxed is the first to go |
-//! | weight | as many shares; 0 becomes 1 | both are proportions; [`Shares::NORMAL`] is Hyper-V's usual weight, so the faces mix |
+//! * *maximum* becomes size and limit: what the guest can grow to without being restarted.
+//! * *minimum* becomes the reservation: what a running guest keeps whatever the others want.
+//! * *startup*: until the machine has [started](crate::view::Phase) it wants that much, and its floor is raised to it. It is
+//!   admitted only if that fits; after that, others' reservations come first.
+//! * *buffer* is wanted on top of demand, and counts as idle: granted while there is memory, and being taxed the first to go.
+//! * *weight* becomes as many shares, 0 becomes 1. [`Shares::NORMAL`] is Hyper-V's usual weight, so the faces mix.
 mod error;
 
 pub use error::{Owner, Setting, SettingsError};
@@ -143,8 +143,8 @@ pub struct GroupSettings {
     pub limit: Option<ByteCount>,
     /// Its weight against its siblings.
     pub shares: Shares,
-    /// The sharing domain of its machines, unless a group nested in it has one of its own. Without any, each machine is its
-    /// own domain and shares with nobody.
+    /// The sharing domain of its machines, unless a group nested in it has one of its own. Without any, each machine
+    /// is its own domain and shares with nobody.
     pub domain: Option<DomainId>,
 }
 
@@ -319,8 +319,8 @@ pub(crate) fn checked_shares(owner: Owner, shares: Shares) -> Result<Shares, Set
     }
 }
 
-/// A size in pages. Sizes that are no whole number of pages are refused rather than rounded: rounding one up and another
-/// down could make a contradiction of two settings that agree.
+/// A size in pages. Sizes that are no whole number of pages are refused rather than rounded: rounding one up and
+/// another down could make a contradiction of two settings that agree.
 pub(crate) fn whole_pages(
     owner: Owner,
     setting: Setting,

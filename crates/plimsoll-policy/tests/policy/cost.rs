@@ -1,8 +1,8 @@
 //! How long a decision takes.
 //!
-//! What has to be small is the time of a host that is full and short, where everything there is to compute is computed: nested
-//! groups, machines that give, machines that are given to. `cargo test --release -p plimsoll-policy cost -- --nocapture`
-//! prints it; the goal is for a release build, and holds in the tests' own as well.
+//! What has to be small is the time of a host that is full and short, where everything there is to compute is
+//! computed: nested groups, machines that give, machines that are given to. `cargo test --release -p plimsoll-policy
+//! cost -- --nocapture` prints it; the goal is for a release build, and holds in the tests' own as well.
 use crate::world::{MIB, machine, view};
 use plimsoll_policy::settings::{GroupSettings, MachineSettings, Settings};
 use plimsoll_policy::tree::Tree;

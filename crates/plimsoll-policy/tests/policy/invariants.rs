@@ -1,6 +1,7 @@
 //! What holds of every plan, over random hosts that show hostile numbers.
 //!
-//! A failing case is shrunk and kept in `tests/policy/invariants.proptest-regressions`, from where it is run again first.
+//! A failing case is shrunk and kept in `tests/policy/invariants.proptest-regressions`, from where it is run again
+//! first.
 use plimsoll_policy::auction::IdleTax;
 use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::settings::{Face, GroupSettings, Hold, MachineSettings, Settings, Shares};
@@ -54,8 +55,9 @@ fn tree() -> impl Strategy<Value = Tree> {
         tax,
     );
     nested.prop_map(|(groups, machines, tax)| {
-        let parent =
-            |at_most: usize, wanted: u32| (wanted > 0 && wanted as usize <= at_most).then(|| GroupId(wanted));
+        let parent = |at_most: usize, wanted: u32| {
+            (wanted > 0 && wanted as usize <= at_most).then_some(GroupId(wanted))
+        };
         let count = groups.len();
         let mut settings =
             Settings { tax: IdleTax::new(Ppm::percent(tax)).unwrap(), ..Settings::new(ByteCount(1 << 50)) };
@@ -144,7 +146,7 @@ fn pages(bytes: ByteCount) -> u64 {
 }
 
 /// The view of a machine that was decided about: the first of its id.
-fn first<'a>(view: &'a HostView, id: MachineId) -> &'a MachineView {
+fn first(view: &HostView, id: MachineId) -> &MachineView {
     view.machines.iter().find(|machine| machine.id == id).unwrap()
 }
 
