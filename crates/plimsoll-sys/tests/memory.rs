@@ -1,5 +1,6 @@
 //! Mappings, page maps and reading of process memory against the running kernel.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
+#![expect(unsafe_code, reason = "vouches for files that nobody else has")]
 
 use plimsoll_sys::mapping::{
     AnonymousMapping, ExclusiveMapping, HugePages, MapError, Memfd, MemfdError, Merging, RangeError,
@@ -200,21 +201,32 @@ fn a_memfd_cannot_change_its_size_and_an_unsealed_one_is_not_adopted() {
 }
 
 #[test]
-fn an_exclusive_mapping_is_bytes_and_keeps_them_in_its_memfd() {
-    let mut memory = ExclusiveMapping::create("plimsoll-test", ByteCount(2 * PAGE)).unwrap();
-    assert_eq!(memory.len(), 2 * PAGE_SIZE);
+fn an_exclusive_mapping_is_bytes_and_keeps_them_in_its_file() {
+    let limit = ByteCount(4 * PAGE);
+    let mut memory = ExclusiveMapping::create("plimsoll-test", limit).unwrap();
+    assert!(memory.is_empty());
+    memory.grow(ByteCount(2 * PAGE)).unwrap();
+    memory.grow(ByteCount(PAGE)).unwrap();
+    assert_eq!(memory.len(), 2 * PAGE_SIZE, "it does not shrink");
     memory.fill(7);
     memory.punch_hole(ByteCount(0), ByteCount(PAGE)).unwrap();
     assert!(memory[..PAGE_SIZE].iter().all(|byte| *byte == 0));
-    let again = SharedMapping::new(&memory.into_memfd()).unwrap();
-    assert_eq!(again.as_atomic_u64s()[1023].load(Ordering::Relaxed), 0x0707_0707_0707_0707);
+    // SAFETY: the file is one of a mapping, which ended when it was given up, and nobody else has it.
+    let again = unsafe { ExclusiveMapping::assume(memory.into_file(), limit) }.unwrap();
+    assert_eq!(again.len(), 2 * PAGE_SIZE);
+    assert!(again[PAGE_SIZE..].iter().all(|byte| *byte == 7));
+    // SAFETY: as above.
+    let short = unsafe { ExclusiveMapping::assume(again.into_file(), ByteCount(PAGE)) };
+    assert!(matches!(short, Err(MemfdError::Size { size: ByteCount(8192) })), "{short:?}");
 }
 
 #[test]
 fn populating_an_exclusive_mapping_takes_memory_and_changes_no_byte() {
     let mut memory = ExclusiveMapping::create("plimsoll-test", ByteCount(4 * PAGE)).unwrap();
+    memory.grow(ByteCount(2 * PAGE)).unwrap();
     memory[PAGE_SIZE] = 7;
-    memory.populate_write(ByteCount(PAGE), ByteCount(2 * PAGE)).unwrap();
+    memory.populate(ByteCount(PAGE), ByteCount(2 * PAGE)).unwrap();
+    assert_eq!(memory.len(), 3 * PAGE_SIZE, "it grew to the end of what was populated");
     let start = Hva(memory.as_ptr().addr() as u64);
     let (range, mut entries) = (HvaRange::new(start, ByteCount(4 * PAGE)).unwrap(), Vec::new());
     Pagemap::open(ProcessId::own()).unwrap().read(range, &mut entries).unwrap();
@@ -222,7 +234,7 @@ fn populating_an_exclusive_mapping_takes_memory_and_changes_no_byte() {
     assert_eq!(present, [false, true, true, false]);
     assert_eq!((memory[PAGE_SIZE], memory[2 * PAGE_SIZE]), (7, 0));
     for (offset, len) in [(0, 0), (1, PAGE), (PAGE, 1), (PAGE, 4 * PAGE), (u64::MAX - PAGE + 1, PAGE)] {
-        let refused = memory.populate_write(ByteCount(offset), ByteCount(len));
+        let refused = memory.populate(ByteCount(offset), ByteCount(len));
         assert!(matches!(refused, Err(MemfdError::Range { .. })), "{offset} {len}: {refused:?}");
     }
 }

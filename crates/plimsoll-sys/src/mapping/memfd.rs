@@ -91,24 +91,24 @@ impl Memfd {
 
     /// Gives the memory of whole pages back to the host; they read as zeros afterwards, in every mapping.
     pub fn punch_hole(&self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
-        self.check_pages(offset, len)?;
+        check_pages(offset, len, self.size)?;
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.fd, mode, offset.0, len.0).map_err(MemfdError::kernel("fallocate", self.size))
-    }
-
-    /// An error where that is not a positive number of whole pages inside the memfd.
-    pub(super) fn check_pages(&self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
-        let inside = HvaRange::new(Hva(offset.0), len).is_some_and(|range| range.end().0 <= self.size.0);
-        if !inside || len.0 == 0 || !offset.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
-            return Err(MemfdError::Range { offset: offset.0, len, size: self.size });
-        }
-        Ok(())
     }
 
     /// Another descriptor of the same memory.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self { fd: self.fd.try_clone()?, size: self.size })
     }
+}
+
+/// An error where that is not a positive number of whole pages inside of `size`.
+pub(super) fn check_pages(offset: ByteCount, len: ByteCount, size: ByteCount) -> Result<(), MemfdError> {
+    let inside = HvaRange::new(Hva(offset.0), len).is_some_and(|range| range.end().0 <= size.0);
+    if !inside || len.0 == 0 || !offset.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
+        return Err(MemfdError::Range { offset: offset.0, len, size });
+    }
+    Ok(())
 }
 
 impl TryFrom<OwnedFd> for Memfd {

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`AnonymousMapping`]: guest RAM, the airlock | guest, kernel, userfaultfd | copies, [`UnborrowedRange`](crate::UnborrowedRange)s |
 //! | [`SharedMapping`]: memory of a memfd shared with another process | that process | atomics |
-//! | [`ExclusiveMapping`]: memory of a memfd that only this process maps | this process | slices |
+//! | [`ExclusiveMapping`]: a file in memory that only this process maps | this process | slices |
 //!
 //! What must never happen here: a reference into memory of the first kind, a plain one into the second, or a mapping
 //! that shrinks under its user.

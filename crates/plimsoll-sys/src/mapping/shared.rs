@@ -1,31 +1,38 @@
-//! Mappings of a [`Memfd`]: as atomics where another process may write too, as bytes where none does.
+//! Mappings of files in memory: of a [`Memfd`] as atomics where another process may write too, as bytes where none does.
 //!
-//! # Why slices of a memfd can be sound
+//! # Why slices of a file in memory can be sound
 //!
 //! `&[u8]` promises the compiler that nobody writes the bytes, `&mut [u8]` that nobody else touches them, and both
-//! that the memory stays. A memfd breaks these in four ways, each closed here:
+//! that the memory stays. A mapped file breaks these in four ways, each closed here:
 //!
-//! 1. *Another process maps or writes it.* [`ExclusiveMapping::create`] makes the memfd itself and never shows its
-//!    descriptor, so nobody can. For a memfd that came from elsewhere (a keeper held it while the manager was
+//! 1. *Another process maps or writes it.* [`ExclusiveMapping::create`] makes the file itself and never shows its
+//!    descriptor, so nobody can. For a file that came from elsewhere (a keeper held it while the manager was
 //!    restarted) somebody has to vouch: [`ExclusiveMapping::assume`] is unsafe.
-//! 2. *This process maps it twice.* The mapping owns the memfd, and only `into_memfd` gives it back, after unmapping.
+//! 2. *This process maps it twice.* The mapping owns the file, and only `into_file` gives it back, after unmapping.
 //! 3. *A child inherits the mapping.* MADV_DONTFORK, set before the mapping is handed out.
-//! 4. *It shrinks, or a hole is punched.* A `Memfd` is sealed against the first by construction. Punching needs the
-//!    descriptor, or `&mut` here, during which no slice is alive.
+//! 4. *It shrinks, or a hole is punched.* Both need the descriptor, and nothing here shrinks. Punching needs `&mut`,
+//!    during which no slice is alive. Slices end where the file does, however far the mapping reaches.
 //!
 //! What /proc/PID/mem, /proc/PID/fd and ptrace can do is out of scope, as it is for all memory of Rust programs.
 #![expect(unsafe_code, reason = "maps memory and makes references to it")]
 
-use super::memfd::{Memfd, MemfdError};
+use super::memfd::{Memfd, MemfdError, check_pages};
 use crate::to_usize;
 use plimsoll_types::{ByteCount, Hva};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, fstat, ftruncate, memfd_create, openat,
+};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+};
 use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::atomic::AtomicU64;
 
-/// The addresses of a whole mapped memfd. Makes no references itself.
+/// The addresses of a mapped file. Makes no references itself.
 #[derive(Debug)]
 struct Mapped {
     base: NonNull<u64>,
@@ -38,12 +45,12 @@ unsafe impl Send for Mapped {}
 unsafe impl Sync for Mapped {}
 
 impl Mapped {
-    fn new(memfd: &Memfd) -> Result<Self, MemfdError> {
-        let size = memfd.size();
+    /// Maps `size` bytes from the file's beginning, which may be more than it has.
+    fn new(file: impl AsFd, size: ByteCount) -> Result<Self, MemfdError> {
         let len = to_usize(size.0);
         // SAFETY: no address is asked for, so the kernel picks one where nothing is mapped.
         let base = unsafe {
-            mmap(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, memfd, 0)
+            mmap(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, file, 0)
         }
         .map_err(MemfdError::kernel("mmap", size))?;
         let base = NonNull::new(base.cast()).ok_or(MemfdError::Size { size })?;
@@ -69,7 +76,7 @@ pub struct SharedMapping(Mapped);
 impl SharedMapping {
     /// Maps all of it.
     pub fn new(memfd: &Memfd) -> Result<Self, MemfdError> {
-        Mapped::new(memfd).map(Self)
+        Mapped::new(memfd, memfd.size()).map(Self)
     }
 
     /// The first address.
@@ -91,71 +98,131 @@ impl SharedMapping {
     }
 }
 
-/// A memfd that nobody but this value maps or writes: plain bytes. The module documentation argues why.
+/// A file in memory that nobody but this value maps or writes: plain bytes, of which there can come to be more. The module
+/// documentation argues why.
 #[derive(Debug)]
 pub struct ExclusiveMapping {
     mapped: Mapped,
-    memfd: Memfd,
+    file: OwnedFd,
+    /// The file's length: what there is of the mapping.
+    len: usize,
 }
 
 impl ExclusiveMapping {
-    /// Makes a memfd of zeros and maps it.
-    pub fn create(name: &str, size: ByteCount) -> Result<Self, MemfdError> {
-        let memfd = Memfd::create(name, size)?;
-        Ok(Self { mapped: Mapped::new(&memfd)?, memfd })
+    /// Makes an empty file and maps room for it to grow to `limit`, whole pages. The name is for /proc only.
+    ///
+    /// # Errors
+    /// [`MemfdError`] when the kernel gives no such file or no address space of that size.
+    pub fn create(name: &str, limit: ByteCount) -> Result<Self, MemfdError> {
+        // Without the right to mount, or on a kernel without the option, it is an ordinary memfd.
+        let file =
+            large_folio_file().or_else(|_| memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL));
+        let file = file.map_err(MemfdError::kernel("memfd_create", limit))?;
+        Ok(Self { mapped: Mapped::new(&file, limit)?, file, len: 0 })
     }
 
-    /// Maps a memfd that somebody vouches for.
+    /// Maps a file that somebody vouches for, with room to grow to `limit`.
+    ///
+    /// # Errors
+    /// [`MemfdError`] when it cannot be mapped, or is longer than that.
     ///
     /// # Safety
     ///
-    /// While the value lives nobody else (no other mapping, no holder of another descriptor, in this process or any
-    /// other) writes the memory or punches holes in it. A copy of the descriptor may exist if its holder only keeps
-    /// it.
-    pub unsafe fn assume(memfd: Memfd) -> Result<Self, MemfdError> {
-        Ok(Self { mapped: Mapped::new(&memfd)?, memfd })
+    /// It is a file of tmpfs. While the value lives nobody else (no other mapping, no holder of another descriptor, in this
+    /// process or any other) writes the memory, punches holes in it or changes its length. A copy of the descriptor may
+    /// exist if its holder only keeps it.
+    pub unsafe fn assume(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
+        let stat = fstat(&file).map_err(MemfdError::kernel("fstat", limit))?;
+        let len = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+        if len > limit.0 {
+            return Err(MemfdError::Size { size: ByteCount(len) });
+        }
+        Ok(Self { mapped: Mapped::new(&file, limit)?, file, len: to_usize(len) })
     }
 
-    /// Unmaps it and gives the memfd, with its contents, to whoever wants it.
-    pub fn into_memfd(self) -> Memfd {
-        self.memfd
+    /// Unmaps it and gives the file, with its contents, to whoever wants it.
+    pub fn into_file(self) -> OwnedFd {
+        self.file
+    }
+
+    /// Lets it be `len` bytes long, whole pages, if it is shorter. What is added are zeros and takes no memory yet.
+    ///
+    /// # Errors
+    /// [`MemfdError::Range`] where the mapping has no room for that, [`MemfdError::Kernel`].
+    pub fn grow(&mut self, len: ByteCount) -> Result<(), MemfdError> {
+        check_pages(ByteCount(0), len, self.mapped.size)?;
+        if self.len < to_usize(len.0) {
+            ftruncate(&self.file, len.0).map_err(MemfdError::kernel("ftruncate", len))?;
+            self.len = to_usize(len.0);
+        }
+        Ok(())
     }
 
     /// Gives the memory of whole pages back to the host; they are zeros afterwards.
+    ///
+    /// # Errors
+    /// [`MemfdError::Range`] where that is not whole pages of what there is, [`MemfdError::Kernel`].
     pub fn punch_hole(&mut self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
-        self.memfd.punch_hole(offset, len)
+        check_pages(offset, len, ByteCount(self.len as u64))?;
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.allocate(mode, offset, len)
     }
 
-    /// Takes memory for whole pages in one call, where writing them would fault page by page. Their bytes stay as they
-    /// are.
+    /// Takes memory for whole pages at once, where writing them would fault page by page, and lets the file grow to the end
+    /// of them. Bytes that were there stay as they are; the others are zeros.
+    ///
+    /// What is allocated in one call at the file's end comes in folios of about that size if the kernel has them: 64 KiB
+    /// in one call cost 0.3 us a page instead of 2.5 (kernel 6.18).
     ///
     /// # Errors
     /// [`MemfdError::Range`] where that is not whole pages of the mapping, [`MemfdError::Kernel`] where the host has no
     /// memory or no such call; some pages may be populated then.
-    pub fn populate_write(&mut self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
-        self.memfd.check_pages(offset, len)?;
-        // SAFETY: the range lies in the mapping, as just checked, and populating changes no byte of it.
+    pub fn populate(&mut self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
+        check_pages(offset, len, self.mapped.size)?;
+        self.allocate(FallocateFlags::empty(), offset, len)?;
+        self.len = self.len.max(to_usize(offset.0 + len.0));
+        // SAFETY: the range lies in the mapping and in the file, as just checked and seen to, and populating changes no
+        // byte of it.
         unsafe {
             let start = self.mapped.base.as_ptr().wrapping_byte_add(to_usize(offset.0));
             madvise(start.cast(), to_usize(len.0), Advice::LinuxPopulateWrite)
         }
         .map_err(MemfdError::kernel("madvise", self.mapped.size))
     }
+
+    fn allocate(&self, mode: FallocateFlags, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
+        fallocate(&self.file, mode, offset.0, len.0)
+            .map_err(MemfdError::kernel("fallocate", self.mapped.size))
+    }
+}
+
+/// A file without a name in a tmpfs of its own, which nobody can reach and which goes with the file. Other than a memfd's,
+/// its memory may come in folios of many pages, as long as they end before the file does: so what is allocated at its end
+/// takes no more memory than was asked for.
+fn large_folio_file() -> rustix::io::Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "huge", "within_size")?;
+    // A memfd is not limited to half of the host's memory either.
+    fsconfig_set_string(&context, "size", "0")?;
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NOSUID;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    openat(&mount, ".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
 }
 
 impl Deref for ExclusiveMapping {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: mapped and that long for the life of `self`; every bit pattern is a byte; nobody writes while this
-        // borrow lasts, for the four reasons in the module documentation.
-        unsafe { slice::from_raw_parts(self.mapped.base.as_ptr().cast(), to_usize(self.mapped.size.0)) }
+        // SAFETY: mapped and at least that long for the life of `self`; every bit pattern is a byte; nobody writes while
+        // this borrow lasts, for the four reasons in the module documentation.
+        unsafe { slice::from_raw_parts(self.mapped.base.as_ptr().cast(), self.len) }
     }
 }
 
 impl DerefMut for ExclusiveMapping {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `&mut self` excludes every other borrow.
-        unsafe { slice::from_raw_parts_mut(self.mapped.base.as_ptr().cast(), to_usize(self.mapped.size.0)) }
+        unsafe { slice::from_raw_parts_mut(self.mapped.base.as_ptr().cast(), self.len) }
     }
 }
