@@ -3,10 +3,9 @@
 //! A page enters and bytes leave, and back. Nothing is allocated per page, and no bytes, however bad, do more
 //! than fail to decode. What a dense codec makes of pages that grew cold is `dense`'s business; here its bytes are
 //! one more kind.
-use crate::{class::COMPRESSED_MAX, dense::DenseCodec, digest::Digest, similar::Sketch};
-use alloc::boxed::Box;
+use crate::{dense::DenseCodec, digest::Digest, lz4::Lz4, similar::Sketch};
 use core::fmt;
-use lz4_flex::block::{CompressTable, compress_into_with_table, decompress_into, get_maximum_output_size};
+use lz4_flex::block::decompress_into;
 use plimsoll_types::{PAGE_SIZE, PageBytes};
 
 /// How an object's page is kept. Two bits of its record.
@@ -43,13 +42,8 @@ impl Codec {
     }
 }
 
-const SCRATCH_SIZE: usize = get_maximum_output_size(PAGE_SIZE);
-
 /// Compresses pages, one thread's worth: the hash table and the output buffer are made once.
-pub struct Encoder {
-    table: Box<CompressTable>,
-    scratch: Box<[u8; SCRATCH_SIZE]>,
-}
+pub struct Encoder(Lz4);
 
 /// A page ready for [`Store::insert`](crate::Store::insert).
 #[derive(Clone, Copy)]
@@ -62,7 +56,7 @@ pub struct Encoded<'a> {
 impl Encoder {
     /// An encoder with its buffers.
     pub fn new() -> Self {
-        Self { table: Box::new(CompressTable::small()), scratch: Box::new([0; SCRATCH_SIZE]) }
+        Self(Lz4::new())
     }
 
     /// Compresses `page`, or gives it back raw where that is not worth it. Of pages that are one word repeated
@@ -72,11 +66,7 @@ impl Encoder {
             return Encoded { codec: Codec::Same, bytes: &[], sketch: Sketch::default() };
         }
         let sketch = Sketch::of(page);
-        // The scratch has the size lz4 asks for; were it to fail all the same, raw is always right.
-        let length = compress_into_with_table(page, self.scratch.as_mut_slice(), &mut self.table).ok();
-        let compressed =
-            length.filter(|length| *length <= COMPRESSED_MAX).and_then(|length| self.scratch.get(..length));
-        match compressed {
+        match self.0.encode(page) {
             Some(bytes) => Encoded { codec: Codec::Lz4, bytes, sketch },
             None => Encoded { codec: Codec::Raw, bytes: page, sketch },
         }

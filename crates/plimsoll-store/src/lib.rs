@@ -13,7 +13,7 @@
 //! | `class`, `slots` | size classes, and which slots of which data slab are taken |
 //! | `records` | which records of which record slab are taken |
 //! | `index` | from a page's hash to the records that may hold it |
-//! | `digest`, `codec` | the work on bytes, done outside the store's lock |
+//! | `digest`, `codec`, `lz4` | the work on bytes, done outside the store's lock |
 //! | `store`, `recover` | the store, and the store rebuilt after a crash |
 //! | `fetch` | reading: bytes are copied under the lock, decoded and checked outside of it |
 //! | `dense` | the caller's denser codec, and the proof that it loses no page |
@@ -86,6 +86,7 @@ mod error;
 mod fetch;
 mod heap;
 mod index;
+mod lz4;
 mod memory;
 mod record;
 mod records;
