@@ -6,7 +6,7 @@
 //!
 //! A hostile VMM can make a call fail, answer nonsense or not at all. Each of these ends the management of that one
 //! machine, on the thread that serves nobody else. Before the airlock is read it is checked to be filled; a VMM that
-//! empties it in that very instant makes that one thread wait in the kernel, from which [`Custody::release_readers`]
+//! empties it after that makes that one thread wait in the kernel, from which [`Custody::release_readers`]
 //! frees it.
 use super::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
 use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket};
@@ -18,7 +18,9 @@ use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::process_memory::{self, Advice, Refusal};
 use plimsoll_sys::uffd::{self, Event, EventBuffer, Stop, Userfaultfd, Wake};
 use plimsoll_sys::{HvaRange, ProcessId};
-use plimsoll_types::{ByteCount, Hva, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount, PageIndex, SlotPage};
+use plimsoll_types::{
+    BLOCK_SIZE, ByteCount, Hva, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount, PageIndex, SlotPage,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -215,6 +217,8 @@ pub struct LinuxSpace {
     datagram: Vec<u8>,
     /// Opened when first needed, and the process's for good: the file stays with the memory it was opened on.
     pagemap: Option<Pagemap>,
+    /// Slot pages that were seen to hold bytes since the agent was asked for anything last.
+    filled: Option<HvaRange>,
     /// Whether what an earlier manager left unapplied has been read again.
     has_replayed: bool,
 }
@@ -230,6 +234,7 @@ impl LinuxSpace {
             events,
             datagram: Vec::with_capacity(DATAGRAM_MAX),
             pagemap: None,
+            filled: None,
             has_replayed: false,
         }
     }
@@ -241,6 +246,7 @@ impl LinuxSpace {
 
     /// Asks the agent and waits for its answer. Answers to an earlier manager's requests are passed over.
     fn ask(&mut self, op: Op, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.filled = None;
         self.sequence = self.sequence.wrapping_add(1);
         let ticket = Ticket { epoch: self.epoch, sequence: self.sequence, op };
         wire::encode_request(&mut self.datagram, ticket, items);
@@ -299,10 +305,20 @@ impl LinuxSpace {
         })
     }
 
-    /// Whether all of a run of slot pages holds bytes.
+    /// Whether all of a run of slot pages holds bytes. What else its slot holds is seen at the same time: one look costs about
+    /// as much as reading five pages, and the next run is mostly the next one of the slot.
     fn is_filled(&mut self, run: HvaRange) -> Result<bool, SpaceError> {
-        let bytes = self.pagemap()?.populated_bytes(run);
-        Ok(bytes.map_err(|error| looked(&self.custody, error))? == run.len())
+        if self.filled.is_none_or(|filled| !filled.contains(run)) {
+            let rest = BLOCK_SIZE as u64 - run.start().0 % BLOCK_SIZE as u64;
+            let look = HvaRange::new(run.start(), ByteCount(rest.max(run.len().0))).unwrap_or(run);
+            let mut filled = None;
+            let looked_at = self.pagemap()?.populated(look, |found| {
+                filled.get_or_insert(found);
+            });
+            looked_at.map_err(|error| looked(&self.custody, error))?;
+            self.filled = filled;
+        }
+        Ok(self.filled.is_some_and(|filled| filled.contains(run)))
     }
 
     fn address(&self, first: PageIndex, pages: u32, call: &'static str) -> Result<Hva, SpaceError> {

@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 const _: () = assert!(HANDLE_BITS <= PAYLOAD_BITS, "a page word has room for every handle");
 
-/// Slot pages read in one go. A fault need not wait for all of them to be stored: it is looked for after every other
-/// page that had to be compressed, which takes about 10 us.
+/// Slot pages read in one go, about 1 us each. A fault need not wait for all of them to be stored: it is looked for after
+/// every other page that had to be compressed, which takes about 6 us.
 pub(super) const AGE_BATCH: usize = 32;
 /// Pages of residue worth a message to the agent while faults keep coming and memory is short.
 const ZAP_BATCH: u64 = 64;
