@@ -42,7 +42,7 @@ pub trait Reclaimer {
 /// Where a machine's pages are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// In RAM, mapped by the machine's process.
+    /// In RAM, mapped by the machine's process. Pages that were read and never written take none.
     pub resident: PageCount,
     /// Anywhere else: in swap, or in a store.
     pub elsewhere: PageCount,

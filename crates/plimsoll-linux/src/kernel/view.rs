@@ -78,6 +78,10 @@ impl View {
         let count = last.map_or(0, |(block, _)| block.0 - first.0 + 1);
         let mut found = vec![Presence::default(); count as usize];
         self.pagemap.scan(window, filter, |run| {
+            // Read and never written: the one page of zeros all processes share. It takes no memory and cannot be taken.
+            if run.categories.contains(Categories::ZERO_PAGE) {
+                return;
+            }
             let Some((block, place)) = self.layout.place(run.range.start()) else { return };
             let pages = run.range.len().0 / PAGE_SIZE as u64;
             let Ok(pages) = u32::try_from(pages) else { return };
@@ -88,11 +92,6 @@ impl View {
                 let set = PageSet::from_range(place.saturating_sub(base)..end - base);
                 let at = (block.0 - first.0 + part) as usize;
                 let Some(presence) = found.get_mut(at) else { return };
-                // Memory that was read and never written maps the kernel's one page of zeros: it takes no RAM, has no
-                // contents to keep, and does not leave when asked to. An idle guest under QEMU has tens of MiB of it.
-                if run.categories.contains(Categories::ZERO_PAGE) {
-                    continue;
-                }
                 // A page is never both, unless a mark stands for it; then it is there.
                 if run.categories.contains(Categories::PRESENT) {
                     presence.present = presence.present | set;
@@ -108,25 +107,23 @@ impl View {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plimsoll_sys::ProcessId;
     use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
-    use plimsoll_sys::{HvaRange, ProcessId};
     use plimsoll_types::ByteCount;
 
     #[test]
-    fn pages_that_were_only_read_take_no_ram_and_are_not_there() {
-        let memory = AnonymousMapping::new(ByteCount(BLOCK_BYTES), HugePages::Never).unwrap();
-        for page in 0..u64::from(BLOCK_PAGES) {
-            assert_eq!(memory.read_u64(ByteCount(page * PAGE_SIZE as u64)).unwrap(), 0);
+    fn pages_that_were_only_read_are_not_in_ram_and_those_written_are() {
+        let memory = AnonymousMapping::new(ByteCount::mib(4), HugePages::Never).unwrap();
+        let offset = |page: u64| ByteCount(page * PAGE_SIZE as u64);
+        (0..1024).for_each(|page| assert_eq!(memory.read_u64(offset(page)).unwrap(), 0));
+        let written = [3..4, 500..512, 0..7];
+        for page in (3..4).chain(500..519) {
+            memory.write_u64(offset(page), 1).unwrap();
         }
-        for page in [3, 4, 100] {
-            memory.write_u64(ByteCount(page * PAGE_SIZE as u64), 7).unwrap();
-        }
-        let range = HvaRange::new(memory.base(), ByteCount(BLOCK_BYTES)).unwrap();
-        let pagemap = Pagemap::open(ProcessId::own()).unwrap();
-        let mut view = View::new(pagemap, Layout::new(vec![range]).unwrap());
-        let seen: u32 = (0..2).map(|block| view.look(BlockIndex(block), 1).unwrap().present.len()).sum();
-        assert_eq!(seen, 3);
+        let layout = Layout::new(vec![memory.range()]).unwrap();
+        let mut view = View::new(Pagemap::open(ProcessId::own()).unwrap(), layout);
+        let runs = (0..2).map(BlockIndex).flat_map(|block| view.look(block, 2).unwrap().present.runs());
+        assert_eq!(runs.collect::<Vec<_>>(), written);
+        assert_eq!(view.look(BlockIndex(2), 2).unwrap(), Presence::default(), "past the machine's end");
     }
-
-    const BLOCK_BYTES: u64 = BLOCK_PAGES as u64 * PAGE_SIZE as u64;
 }
