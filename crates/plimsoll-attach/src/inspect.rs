@@ -323,12 +323,11 @@ fn of_surroundings(process: ProcessId) -> Vec<Hazard> {
 }
 
 fn of_counters(dossier: &Dossier, locked: ByteCount, pinned: ByteCount) -> Vec<Note> {
-    let ram_is_locked = dossier
-        .ram
-        .iter()
-        .flat_map(|range| &range.hazards)
-        .any(|hazard| matches!(hazard, Hazard::Locked { .. }));
-    let elsewhere = (locked > ByteCount(0) && !ram_is_locked).then_some(Note::LockedElsewhere { locked });
+    let own = dossier.ram.iter().flat_map(|range| &range.hazards);
+    // What VFIO pins is counted as locked, too.
+    let explains = |hazard: &Hazard| matches!(hazard, Hazard::Locked { .. } | Hazard::DirectDevice { .. });
+    let is_explained = own.chain(&dossier.hazards).any(explains);
+    let elsewhere = (locked > ByteCount(0) && !is_explained).then_some(Note::LockedElsewhere { locked });
     let pinned = (pinned > ByteCount(0)).then_some(Note::Pinned { pinned });
     let private = dossier.ram.iter().filter_map(|range| match &range.backing {
         crate::ram::RamBacking::PrivateFile { path } => Some(Note::PrivateFile { path: path.clone() }),
