@@ -7,8 +7,8 @@
 //!
 //! How the parts relate:
 //!
-//! * [`discover`] lists the machines of a host by program and arguments; [`find`] picks one.
-//! * [`Held`] is a hold on one process; [`inspect`] looks at it. The table of VMMs (`vmm`) reads its command line,
+//! * [`discover()`] lists the machines of a host by program and arguments; [`find`] picks one.
+//! * [`Held`] is a hold on one process; [`inspect()`] looks at it. The table of VMMs (`vmm`) reads its command line,
 //!   `ram` matches what that claims against mappings, [`Rungs`] says what is allowed and why not the rest.
 //! * [`Follower`] keeps up with a machine: RAM that comes and goes, exec, exit.
 //! * [`AttachLock`] keeps two managers from one machine.

@@ -1,5 +1,5 @@
 //! The VMMs that are recognised: a program's path and arguments enter; what they say about the machine leaves as a
-//! [`Claim`]. A claim is what somebody typed, not what is: sizes are checked against mappings, acceleration against open
+//! claim. A claim is what somebody typed, not what is: sizes are checked against mappings, acceleration against open
 //! files. The name of a process (comm) is never looked at: anybody can set it.
 //!
 //! A VMM is one line of the table `KINDS` and one file here.
