@@ -106,7 +106,7 @@ pub struct Libvirt {
     // Ended in reverse order, then the lock is given back.
     daemons: Vec<Daemon>,
     _kvm: Option<OpenedKvm>,
-    _lock: File,
+    lock: File,
 }
 
 #[derive(Debug)]
@@ -127,10 +127,10 @@ impl Libvirt {
         let user = id("/etc/passwd", USER).ok_or(LibvirtError::NotInstalled)?;
         let lock = lock()?;
         let kvm = OpenedKvm::open().map_err(failed(format!("change who may use {KVM}")))?;
-        let mut libvirt = Self { user, daemons: Vec::new(), _kvm: kvm, _lock: lock };
+        let mut libvirt = Self { user, daemons: Vec::new(), _kvm: kvm, lock };
         for (program, socket) in DAEMONS {
             if UnixStream::connect(socket).is_err() {
-                libvirt.daemons.push(Daemon::start(program, socket)?);
+                libvirt.daemons.push(Daemon::start(program, socket, &libvirt.lock)?);
             }
         }
         libvirt.sweep()?;
@@ -238,12 +238,16 @@ fn id(file: &str, name: &str) -> Option<u32> {
 
 impl Daemon {
     /// Starts a daemon in the foreground, as a child, and waits until it listens.
-    fn start(program: &'static str, socket: &'static str) -> Result<Self, LibvirtError> {
+    ///
+    /// The lock is its standard input, an empty file. So a daemon that outlives us for a moment, because we were killed, keeps
+    /// the lock for that moment, and nobody takes it for one that will go on running.
+    fn start(program: &'static str, socket: &'static str, lock: &File) -> Result<Self, LibvirtError> {
+        let lock = lock.try_clone().map_err(failed("share the lock"))?;
         let log = tempfile::Builder::new().prefix("plimsoll-libvirt-").tempdir();
         let log = log.map_err(failed("make a folder for logs"))?;
         let file = File::create(log.path().join("log")).map_err(failed("make a log"))?;
         let mut command = Command::new(program);
-        command.stdin(Stdio::null()).stdout(file.try_clone().map_err(failed("share a log"))?).stderr(file);
+        command.stdin(lock).stdout(file.try_clone().map_err(failed("share a log"))?).stderr(file);
         end_with_parent(&mut command, Signal::TERM);
         let mut child = command.spawn().map_err(failed(format!("start {program}")))?;
         let pidfd = hold(&child).inspect_err(|_| drop(child.kill().and_then(|()| child.wait())));
