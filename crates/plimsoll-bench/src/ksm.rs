@@ -12,10 +12,9 @@ mod sharer;
 use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
 use crate::session::{BenchError, Interrupt, timed};
 use anyhow::{Context, anyhow};
-use plimsoll_core::twins::Limits;
 use plimsoll_linux::ksm::control::{ControlError, Counters, Ksm, Rate, Takeover};
 use plimsoll_linux::ksm::domains::{self, Domain, DomainError, Party};
-use plimsoll_linux::ksm::pace::{Order, Policy};
+use plimsoll_linux::ksm::pace::Order;
 use plimsoll_linux::ksm::{Guide, KsmError, Marker, Member, Merged, Options};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::mapping::Merging;
@@ -202,13 +201,7 @@ fn blanket(interrupt: &Interrupt) -> Result<Outcome, BenchError> {
 fn guided(interrupt: &Interrupt) -> Result<Outcome, BenchError> {
     let sharers: Vec<_> = start(interrupt)?.into_iter().map(|sharer| Arc::new(Mutex::new(sharer))).collect();
     let members = (0..).zip(&sharers).map(|(number, sharer)| member(number, sharer)).collect();
-    let options = Options {
-        limits: Limits::default(),
-        policy: Policy::default(),
-        takeover: Takeover::IfIdle,
-        seed: 0x5eed,
-    };
-    let mut guide = Guide::start(members, options).map_err(not_here_or_failed)?;
+    let mut guide = Guide::start(members, Options::default()).map_err(not_here_or_failed)?;
     let mut own = Duration::ZERO;
     let mut marks = Vec::new();
     for round in 0..ROUNDS {

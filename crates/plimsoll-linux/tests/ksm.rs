@@ -3,11 +3,10 @@
 //! KSM is one for the whole host, so these tests take turns, and do not run where somebody else has mergeable memory.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
-use plimsoll_core::twins::Limits;
 use plimsoll_linux::explain;
 use plimsoll_linux::ksm::control::{self, ControlError, Ksm, Rate, Takeover};
 use plimsoll_linux::ksm::domains::{self, Domain, DomainError};
-use plimsoll_linux::ksm::pace::{Order, Policy, Reason};
+use plimsoll_linux::ksm::pace::{Order, Reason};
 use plimsoll_linux::ksm::{Guide, KsmError, Marker, Member, Merged, Options};
 use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Merging};
 use plimsoll_sys::pagemap::{Entry, Pagemap};
@@ -144,10 +143,6 @@ impl TestMachine {
     }
 }
 
-fn options() -> Options {
-    Options { limits: Limits::default(), policy: Policy::default(), takeover: Takeover::IfIdle, seed: 7 }
-}
-
 fn in_one_domain(machines: &[TestMachine]) -> Vec<Member> {
     machines.iter().map(|machine| machine.member(Some(DomainId(1)))).collect()
 }
@@ -177,7 +172,7 @@ fn blocks_with_twins_are_marked_merged_and_left_and_nothing_else_is_touched() {
     with_ksm(|| {
         let before = settings();
         let machines = [TestMachine::new(0), TestMachine::new(1)];
-        let mut guide = Guide::start(in_one_domain(&machines), options())?;
+        let mut guide = Guide::start(in_one_domain(&machines), Options::default())?;
         assert_eq!(settings()[0].trim(), "0", "nothing is marked, so KSM rests");
         until_marked(&mut guide, &machines)?;
         assert_eq!(settings()[0].trim(), "1");
@@ -215,7 +210,7 @@ fn blocks_with_twins_are_marked_merged_and_left_and_nothing_else_is_touched() {
 fn blocks_whose_twins_went_away_are_unmarked() {
     with_ksm(|| {
         let machines = [TestMachine::new(0), TestMachine::new(1)];
-        let mut guide = Guide::start(in_one_domain(&machines), options())?;
+        let mut guide = Guide::start(in_one_domain(&machines), Options::default())?;
         until_marked(&mut guide, &machines)?;
         until_at_rest(&mut guide)?;
         (0..u64::from(BLOCK_PAGES)).for_each(|page| machines[1].fill(page, 7 << 40 | page));
@@ -234,7 +229,7 @@ fn machines_come_and_go_and_one_of_another_domain_is_refused_without_harm() {
     with_ksm(|| {
         let machines = [TestMachine::new(0), TestMachine::new(1)];
         let late = TestMachine::new(2);
-        let mut guide = Guide::start(in_one_domain(&machines), options())?;
+        let mut guide = Guide::start(in_one_domain(&machines), Options::default())?;
         until_marked(&mut guide, &machines)?;
         until_at_rest(&mut guide)?;
         let refused = guide.add(late.member(Some(DomainId(2)))).unwrap_err();
@@ -266,7 +261,7 @@ fn machines_that_marked_everything_by_themselves_are_paced() {
             machine.memory.advise_merging(machine.memory.range(), Merging::Offered).unwrap();
             Member { marker: None, ..machine.member(Some(DomainId(1))) }
         });
-        let mut guide = Guide::start(members.collect(), options())?;
+        let mut guide = Guide::start(members.collect(), Options::default())?;
         guide.round()?;
         until_at_rest(&mut guide)?;
         assert_eq!(guide.reason(), Reason::DoesNotPay);
@@ -296,7 +291,9 @@ fn machines_of_different_domains_are_refused_by_name_and_nothing_is_changed() {
         for domains in [[None, None], [Some(DomainId(1)), None], [Some(DomainId(1)), Some(DomainId(2))]] {
             let members =
                 machines.iter().zip(domains).map(|(machine, domain)| machine.member(domain)).collect();
-            let Err(error) = Guide::start(members, options()) else { panic!("{domains:?} was accepted") };
+            let Err(error) = Guide::start(members, Options::default()) else {
+                panic!("{domains:?} was accepted")
+            };
             let text = explain(&error);
             assert!(
                 text.contains("\"vm0\"") && text.contains("\"vm1\"") && text.contains("one sharing domain"),
@@ -354,7 +351,7 @@ fn a_strangers_mergeable_memory_suspends_sharing_and_unmerges_everything() {
     with_ksm(|| {
         let before = settings();
         let machines = [TestMachine::new(0), TestMachine::new(1)];
-        let mut guide = Guide::start(in_one_domain(&machines), options())?;
+        let mut guide = Guide::start(in_one_domain(&machines), Options::default())?;
         until_marked(&mut guide, &machines)?;
         until_at_rest(&mut guide)?;
         assert!(merging() > 1000);
@@ -390,7 +387,7 @@ fn a_machine_that_ends_is_forgotten() {
             process: other.id(),
             ..machines[0].member(Some(DomainId(1)))
         });
-        let mut guide = Guide::start(members, options())?;
+        let mut guide = Guide::start(members, Options::default())?;
         assert_eq!(guide.round()?.left, []);
         drop(other);
         assert_eq!(guide.round()?.left, [MachineId(9)]);
@@ -457,7 +454,7 @@ fn looking_for_twins_brings_nothing_back() {
         let machines = [TestMachine::new(0), TestMachine::new(1)];
         let away = HvaRange::new(machines[0].memory.base(), ByteCount(4 * BLOCK_SIZE as u64)).unwrap();
         machines[0].memory.discard(away).unwrap();
-        let mut guide = Guide::start(in_one_domain(&machines), options())?;
+        let mut guide = Guide::start(in_one_domain(&machines), Options::default())?;
         for _ in 0..70 {
             assert_eq!(guide.round()?.marked, 0);
         }

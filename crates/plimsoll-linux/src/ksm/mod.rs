@@ -7,7 +7,7 @@
 //! The kernel's samepage merging finds equal pages by looking at everything that is mergeable, over and over; what does not
 //! merge costs as much as what does, and it never stops. So:
 //!
-//! * [`scout`] looks at few pages of each block, and [`plimsoll_core::twins`] says which blocks are worth it.
+//! * `scout` looks at few pages of each block, and [`plimsoll_core::twins`] says which blocks are worth it.
 //! * A [`Marker`] has the machine's own process mark those blocks. Nobody else can: `process_madvise` refuses
 //!   MADV_MERGEABLE (EINVAL, Linux 6.18), and `PR_SET_MEMORY_MERGE` is the process's own, too. A machine that marked all its
 //!   memory when it started (QEMU's mem-merge=on) has none; KSM looks at all of that, and only the pace helps.
@@ -84,6 +84,14 @@ pub struct Options {
     pub takeover: Takeover,
     /// Makes the order of looking repeatable.
     pub seed: u64,
+}
+
+impl Default for Options {
+    /// KSM is taken from nobody.
+    fn default() -> Self {
+        let (limits, policy) = (Limits::default(), Policy::default());
+        Self { limits, policy, takeover: Takeover::IfIdle, seed: 0x5eed }
+    }
 }
 
 /// Why there is no sharing, or none any more.

@@ -4,11 +4,8 @@
 //! behind for good, or comes back with other bytes.
 use crate::evict::audit;
 use crate::fleet::{DOMAIN, Fleet, Guest, PLENTY, explain, machine, until, zipf};
-use plimsoll_core::twins::Limits;
 use plimsoll_core::word::StateKind;
 use plimsoll_guest::spec::WorkloadSpec;
-use plimsoll_linux::ksm::control::Takeover;
-use plimsoll_linux::ksm::pace::Policy;
 use plimsoll_linux::ksm::{Guide, Marker, Member, Merged, Options};
 use plimsoll_linux::uffd::probe::NoProbe;
 use plimsoll_sys::mapping::Merging;
@@ -68,9 +65,7 @@ pub(crate) fn are_captured() {
     let guests = ["merged1", "merged2"].map(|name| Arc::new(fleet.add(&alike(name))));
     let plain = Arc::new(fleet.add(&alike("plain")));
     guests.iter().chain([&plain]).for_each(|guest| guest.until_running());
-    let options =
-        Options { limits: Limits::default(), policy: Policy::default(), takeover: Takeover::IfIdle, seed: 1 };
-    let mut guide = match Guide::start(guests.iter().map(member).collect(), options) {
+    let mut guide = match Guide::start(guests.iter().map(member).collect(), Options::default()) {
         Ok(guide) => guide,
         Err(error) => {
             let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
