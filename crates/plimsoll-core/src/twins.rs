@@ -2,8 +2,8 @@
 //!
 //! Enters: hashes of pages that were drawn here and looked at by the host, and how many pages of a marked block did
 //! merge. Leaves: pages to look at, blocks worth marking for the kernel's samepage merging with the pages that saves at
-//! least, and blocks to unmark. What must never happen: a block marked on hearsay, that is on fewer than [`TWINS_MIN`]
-//! pages that were seen twice, or while its pages change.
+//! least, and blocks to unmark. What must never happen: a block marked on hearsay, that is on few pages that were
+//! seen twice, or while its pages change.
 //!
 //! **Drawing.** A round looks at the same few places of every block, in an order drawn at random. Twins that lie alike in
 //! their blocks (clones, images) are so met at the first look; others once enough of both blocks has been seen. A block
