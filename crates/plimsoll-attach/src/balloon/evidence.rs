@@ -18,13 +18,18 @@ const INTERVAL_MIN: Duration = Duration::from_millis(100);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Evidence {
     sample: Option<Sample>,
+    /// What the balloon held at the last look.
+    held: Option<ByteCount>,
     refaulted: Option<(Duration, ByteCount)>,
     ceiling: Option<ByteCount>,
 }
 
+/// What a guest said, and what we saw when we first heard of it.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     at: Duration,
+    actual: ByteCount,
+    told_at: Option<Duration>,
     said: GuestStatistics,
 }
 
@@ -36,51 +41,89 @@ pub(super) struct Findings {
     pub(super) strain: Option<Strain>,
 }
 
+/// What statistics are worth.
+enum Word {
+    /// Told before, or at no one knows which balloon.
+    Old,
+    /// Told since the last look.
+    New,
+    /// The same as before, told again of the balloon it was first heard with.
+    Confirmed(Sample),
+}
+
 impl Evidence {
     pub(super) const fn new() -> Self {
-        Self { sample: None, refaulted: None, ceiling: None }
+        Self { sample: None, held: None, refaulted: None, ceiling: None }
     }
 
     /// Takes an observation in.
     pub(super) fn look(&mut self, seen: &Observation, scale: &Scale) -> Findings {
-        let new = seen.statistics.filter(|said| self.is_new(said, seen.now)).map(believable);
-        let guest = new.and_then(|said| {
-            let strain = self.guest_strain(&said, seen, scale);
-            self.sample = Some(Sample { at: seen.now, said });
-            strain
+        // What was not there at the last look was told since, of a balloon between that one's size and this one's.
+        let held = self.held.replace(seen.actual).unwrap_or(seen.actual).min(seen.actual);
+        let said = seen.statistics.map(believable);
+        let guest = said.and_then(|said| match self.word(&said, seen) {
+            Word::Old => None,
+            Word::Confirmed(sample) => self.bear(&sample.said, sample.actual, seen, scale),
+            Word::New => {
+                let strain = self.guest_strain(&said, held, seen, scale);
+                let told_at = told_at(&said, seen.now);
+                self.sample = Some(Sample { at: seen.now, actual: seen.actual, told_at, said });
+                strain
+            }
         });
         let strain = guest.or_else(|| self.host_strain(seen, scale));
         Findings { ceiling: self.ceiling, strain }
     }
 
-    /// True if this was not told before. A guest whose balloon changes cannot have the very same numbers again.
-    fn is_new(&self, said: &GuestStatistics, now: Duration) -> bool {
-        let Some(last) = &self.sample else { return said.age.is_none_or(|age| age <= AGE_MAX) };
-        let age_before = last.said.age.unwrap_or_default().saturating_add(now.saturating_sub(last.at));
-        let is_later = said.age.is_none_or(|age| age < age_before);
+    /// A guest whose balloon changes cannot have the very same numbers again: then they are old, whatever age they claim.
+    fn word(&self, said: &GuestStatistics, seen: &Observation) -> Word {
+        let told_at = told_at(said, seen.now);
+        let Some(last) = self.sample else {
+            let is_recent = said.age.is_none_or(|age| age <= AGE_MAX);
+            return if is_recent { Word::New } else { Word::Old };
+        };
         let ageless = |said: &GuestStatistics| GuestStatistics { age: None, ..*said };
-        is_later && ageless(&believable(*said)) != ageless(&last.said)
+        if ageless(said) != ageless(&last.said) {
+            let is_later = told_at.zip(last.told_at).is_none_or(|(now, before)| now > before);
+            return if is_later { Word::New } else { Word::Old };
+        }
+        // Without an age, what stays the same for long is likely to have been told again.
+        let is_again =
+            told_at.map_or(seen.now.saturating_sub(last.at) >= AGE_MAX, |told_at| told_at > last.at);
+        if is_again && seen.actual == last.actual { Word::Confirmed(last) } else { Word::Old }
     }
 
-    fn guest_strain(&mut self, said: &GuestStatistics, seen: &Observation, scale: &Scale) -> Option<Strain> {
-        // What is neither in the balloon nor there at all cannot be available. A little more is a look at two moments.
+    /// Takes in how large a balloon the guest could bear, by what it has available beside one of `held`.
+    fn bear(
+        &mut self,
+        said: &GuestStatistics,
+        held: ByteCount,
+        seen: &Observation,
+        scale: &Scale,
+    ) -> Option<Strain> {
+        // What is in the balloon cannot be available. A little more is a look at two moments.
         let possible = scale.memory.saturating_sub(seen.actual) + scale.band;
-        let available = available(said).filter(|available| *available <= possible);
-        if let Some(available) = available {
-            self.ceiling = Some((seen.actual + available).saturating_sub(scale.reserve));
+        let available = available(said).filter(|available| *available <= possible + (seen.actual - held))?;
+        self.ceiling = Some((held + available).saturating_sub(scale.reserve));
+        (available.0 < scale.reserve.0 / 2).then_some(Strain::Low)
+    }
+
+    fn guest_strain(
+        &mut self,
+        said: &GuestStatistics,
+        held: ByteCount,
+        seen: &Observation,
+        scale: &Scale,
+    ) -> Option<Strain> {
+        let low = self.bear(said, held, seen, scale);
+        let Some(Sample { at, said: before, .. }) = self.sample else { return low };
+        if risen(before.oom_kills, said.oom_kills) > 0 {
+            return Some(Strain::OutOfMemory);
         }
-        let is_low = available.is_some_and(|available| available.0 < scale.reserve.0 / 2);
-        let Some(Sample { at, said: before }) = self.sample else { return is_low.then_some(Strain::Low) };
-        let kills = risen(before.oom_kills, said.oom_kills);
         let swapped = risen(bytes(before.swapped_in), bytes(said.swapped_in));
         let faults = risen(before.major_faults, said.major_faults).saturating_mul(PAGE_SIZE as u64);
-        if kills > 0 {
-            Some(Strain::OutOfMemory)
-        } else if is_low {
-            Some(Strain::Low)
-        } else {
-            is_paging(swapped.max(faults), seen.now.saturating_sub(at), scale).then_some(Strain::GuestPages)
-        }
+        let pages = is_paging(swapped.max(faults), seen.now.saturating_sub(at), scale);
+        low.or(pages.then_some(Strain::GuestPages))
     }
 
     fn host_strain(&mut self, seen: &Observation, scale: &Scale) -> Option<Strain> {
@@ -113,6 +156,11 @@ fn available(said: &GuestStatistics) -> Option<ByteCount> {
         let caches = said.caches.unwrap_or_default();
         said.free.map(|free| ByteCount(free.0.saturating_add(caches.0 / 2)))
     })
+}
+
+/// When it was said, if it has an age.
+fn told_at(said: &GuestStatistics, now: Duration) -> Option<Duration> {
+    said.age.map(|age| now.saturating_sub(age))
 }
 
 fn bytes(size: Option<ByteCount>) -> Option<u64> {

@@ -30,6 +30,9 @@ pub(crate) struct Guest {
     pub(crate) asked: ByteCount,
     pub(crate) now: Duration,
     swapped_in: ByteCount,
+    /// How often it tells of itself, and what it told last, and when.
+    pub(crate) period: Duration,
+    told: (Duration, GuestStatistics),
     /// Whether it tells anything of itself.
     pub(crate) tells: bool,
 }
@@ -39,12 +42,34 @@ impl Guest {
         let zero = ByteCount(0);
         let speed = ByteCount(memory.0 / 4);
         let now = Duration::from_secs(1000);
-        Self { kind, memory, used, speed, balloon: zero, asked: zero, now, swapped_in: zero, tells: true }
+        let told = (now, GuestStatistics::default());
+        let period = Duration::ZERO;
+        Self {
+            kind,
+            memory,
+            used,
+            speed,
+            balloon: zero,
+            asked: zero,
+            now,
+            swapped_in: zero,
+            tells: true,
+            period,
+            told,
+        }
     }
 
     /// Lets time pass.
     pub(crate) fn run(&mut self, time: Duration) {
         self.now += time;
+        self.drive(time);
+        if self.now >= self.told.0 + self.period {
+            self.told = (self.now, self.statistics());
+        }
+    }
+
+    /// What its driver does in that time.
+    fn drive(&mut self, time: Duration) {
         let moved = u64::try_from(u128::from(self.speed.0) * time.as_millis() / 1000).unwrap_or(u64::MAX);
         if self.kind == Kind::Stuck {
             return;
@@ -61,6 +86,7 @@ impl Guest {
         self.swapped_in += ByteCount(squeezed.0.min(moved));
     }
 
+    /// What it would say now.
     pub(crate) fn statistics(&self) -> GuestStatistics {
         let left = self.memory.saturating_sub(self.balloon);
         GuestStatistics {
@@ -77,7 +103,9 @@ impl Guest {
             now: self.now,
             memory: self.memory,
             actual: self.balloon,
-            statistics: self.tells.then(|| self.statistics()),
+            statistics: self
+                .tells
+                .then(|| GuestStatistics { age: Some(self.now - self.told.0), ..self.told.1 }),
             refaulted: ByteCount(0),
         }
     }

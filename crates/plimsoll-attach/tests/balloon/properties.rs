@@ -62,9 +62,10 @@ proptest! {
     /// all moves no further than it has to.
     #[test]
     fn an_honest_guest_is_brought_to_its_target_or_its_floor_and_stays(
-        mut guest in guests(), granularity in granularities(), share in 0u64..=100, tells: bool,
+        mut guest in guests(), granularity in granularities(), share in 0u64..=100, tells: bool, period in 0u64..6,
     ) {
         guest.tells = tells;
+        guest.period = Duration::from_secs(period);
         let target = ByteCount(guest.memory.0 / 100 * share);
         let floor = guest.memory.saturating_sub(if tells { guest.used } else { ByteCount(0) });
         let goal = target.min(floor.saturating_sub(guest.reserve()));
