@@ -4,7 +4,9 @@ use crate::{DRIVERS, PATIENCE};
 use plimsoll_attach::control::{Control, ControlError, Fault, Firecracker, RunState};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 /// For tests in which no answer comes.
@@ -205,6 +207,33 @@ fn an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one() {
     for _ in 0..20 {
         assert_eq!(driver.run_state().unwrap(), RunState::Running);
     }
+}
+
+#[test]
+fn an_answer_that_comes_between_two_requests_is_not_taken_for_the_next_one() {
+    let folder = Folder::new();
+    let listener = UnixListener::bind(folder.join("api.sock")).unwrap();
+    let (go, told_to_go) = std::sync::mpsc::channel::<()>();
+    let (done, was_done) = std::sync::mpsc::channel::<()>();
+    let server = std::thread::spawn(move || {
+        let paused = json!({ "app_name": "", "id": "", "vmm_version": "", "state": "Paused" });
+        let (mut first, _) = listener.accept().unwrap();
+        let mut request = [0; 4096];
+        assert!(first.read(&mut request).unwrap() > 0);
+        first.write_all(&json_answer(200, &running())).unwrap();
+        told_to_go.recv().unwrap();
+        first.write_all(&json_answer(200, &paused)).unwrap();
+        done.send(()).unwrap();
+        let (mut second, _) = listener.accept().unwrap();
+        assert!(second.read(&mut request).unwrap() > 0);
+        second.write_all(&json_answer(200, &running())).unwrap();
+    });
+    let mut driver = Firecracker::new(folder.join("api.sock"), PATIENCE);
+    assert_eq!(driver.run_state().unwrap(), RunState::Running);
+    go.send(()).unwrap();
+    was_done.recv().unwrap();
+    assert_eq!(driver.run_state().unwrap(), RunState::Running);
+    server.join().unwrap();
 }
 
 #[test]

@@ -42,9 +42,8 @@ impl Guest {
         let zero = ByteCount(0);
         let speed = ByteCount(memory.0 / 4);
         let now = Duration::from_secs(1000);
-        let told = (now, GuestStatistics::default());
-        let period = Duration::ZERO;
-        Self {
+        let (told, period) = ((now, GuestStatistics::default()), Duration::ZERO);
+        let mut guest = Self {
             kind,
             memory,
             used,
@@ -53,10 +52,12 @@ impl Guest {
             asked: zero,
             now,
             swapped_in: zero,
-            tells: true,
             period,
             told,
-        }
+            tells: true,
+        };
+        guest.told.1 = guest.statistics();
+        guest
     }
 
     /// Lets time pass.
