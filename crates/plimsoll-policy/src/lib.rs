@@ -24,7 +24,8 @@
 //!
 //! # What holds
 //!
-//! Each is a test over random hosts, most of them also against a slow computation that is plainly right:
+//! Each is a test over random hosts; entitlements also against auctions that are held page by page, which is slow and
+//! plainly right:
 //!
 //! 1. **A guarantee is kept.** Nobody's entitlement is below its reservation or minimum, and nothing is taken from a
 //!    machine that would be left with less, what its guest has free apart.

@@ -11,7 +11,8 @@ use plimsoll_types::{ByteCount, MachineId, PageCount};
 pub enum Step {
     /// What it is to come to: whoever keeps its budget takes this as its line.
     Target(ByteCount),
-    /// Take memory on a rung other than the balloon.
+    /// Take memory on a rung other than the balloon. It replaces what an earlier plan asked for and was not done yet:
+    /// a plan is made from what the host shows, not from what it was told.
     Take {
         /// Which one.
         rung: Rung,

@@ -30,10 +30,10 @@ impl fmt::Display for Room {
     }
 }
 
-/// How a machine bids.
+/// What a machine's share lies between, and by what it is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct Terms {
+pub struct Bounds {
     /// What it keeps whatever the others want.
     pub floor: ByteCount,
     /// What its floor is raised by, because it stalls or starts.
@@ -78,7 +78,7 @@ pub enum Reason {
         to: ByteCount,
         due: ByteCount,
         need: Need,
-        terms: Terms,
+        bounds: Bounds,
         budget: ByteCount,
         tax: Ppm,
     },
@@ -124,7 +124,7 @@ pub enum Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TargetMoved { from, to, due, need, terms, budget, tax } => {
+            Self::TargetMoved { from, to, due, need, bounds, budget, tax } => {
                 write!(f, "its target goes from {from} to {to}")?;
                 if to != due {
                     write!(f, " ({due} is due)")?;
@@ -132,13 +132,13 @@ impl fmt::Display for Reason {
                 write!(
                     f,
                     ": {need}; of {budget} for all machines {} shares earn it that much, ",
-                    terms.shares.0
+                    bounds.shares.0
                 )?;
-                write!(f, "idle memory taxed by {tax}, between {}", terms.floor)?;
-                if terms.lift > ByteCount(0) {
-                    write!(f, " raised by {}", terms.lift)?;
+                write!(f, "idle memory taxed by {tax}, between {}", bounds.floor)?;
+                if bounds.lift > ByteCount(0) {
+                    write!(f, " raised by {}", bounds.lift)?;
                 }
-                write!(f, " and {}", terms.cap)
+                write!(f, " and {}", bounds.cap)
             }
             Self::TargetHeld { target, due, hold } => {
                 write!(f, "its target stays at {target} although {due} is due: {hold}")

@@ -79,3 +79,71 @@ impl Stall {
         false
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::{Face, MachineSettings, Shares};
+    use plimsoll_types::{ByteCount, MachineId};
+
+    const CALM: Ppm = Ppm::ZERO;
+    const WAITS: Ppm = Ppm::percent(1);
+
+    /// Of 1000 MiB, 100 guaranteed; it may wait 0.1 % of the time.
+    fn terms() -> Terms {
+        let (size, reservation) = (ByteCount::mib(1000), ByteCount::mib(100));
+        let face = Face::Guarantee { size, reservation, limit: size, shares: Shares::NORMAL };
+        Terms::of(&MachineSettings::new(MachineId(1), face)).unwrap()
+    }
+
+    fn mib(count: u64) -> PageCount {
+        ByteCount::mib(count).pages_floor()
+    }
+
+    fn look(stall: &mut Stall, stalled: Ppm) -> PageCount {
+        stall.look(stalled, mib(500), mib(900), &terms(), 1000);
+        terms().floor + stall.lift(terms().floor)
+    }
+
+    #[test]
+    fn the_floor_rises_by_steps_from_what_it_has_up_to_what_it_wants() {
+        let mut stall = Stall::new();
+        assert_eq!([1, 2, 3].map(|_| look(&mut stall, WAITS)), [mib(510), mib(520), mib(530)]);
+        assert_eq!((0..100).map(|_| look(&mut stall, WAITS)).last(), Some(mib(900)));
+    }
+
+    #[test]
+    fn what_is_taken_is_halved_while_it_stalls_and_grows_bit_by_bit_when_it_does_not() {
+        let mut stall = Stall::new();
+        let mut appetite = |stalled| {
+            look(&mut stall, stalled);
+            stall.appetite()
+        };
+        assert_eq!([WAITS, WAITS].map(&mut appetite), [Ppm::percent(50), Ppm::percent(25)]);
+        assert_eq!([CALM, CALM].map(&mut appetite), [Ppm(312_500), Ppm(375_000)]);
+        assert_eq!((0..100).map(|_| appetite(WAITS)).last(), Some(APPETITE_MIN));
+        assert_eq!((0..100).map(|_| appetite(CALM)).last(), Some(Ppm::WHOLE));
+    }
+
+    #[test]
+    fn between_half_the_objective_and_all_of_it_everything_stays() {
+        let mut stall = Stall::new();
+        look(&mut stall, WAITS);
+        let before = stall.clone();
+        for near in [Ppm(501), Ppm(1000)] {
+            look(&mut stall, near);
+            assert_eq!(stall, before);
+        }
+        look(&mut stall, Ppm(500));
+        assert_ne!(stall, before);
+    }
+
+    #[test]
+    fn a_raised_floor_sinks_to_the_guarantee() {
+        let mut stall = Stall::new();
+        look(&mut stall, WAITS);
+        let floors: [PageCount; 600] = core::array::from_fn(|_| look(&mut stall, CALM));
+        assert!(floors.is_sorted_by(|one, next| one >= next));
+        assert_eq!(stall.raised, None);
+    }
+}

@@ -212,7 +212,7 @@ fn move_target(
         Some(damper) => damper.move_to(aim.target, host.now_ms),
         new => *new = Some(Damper::new(aim.target)),
     }
-    let terms = reason::Terms {
+    let bounds = reason::Bounds {
         floor: machine.terms.floor.bytes(),
         lift: machine.lift.bytes(),
         cap: machine.terms.cap.bytes(),
@@ -220,6 +220,6 @@ fn move_target(
     };
     let (to, due, budget) = (aim.target.bytes(), aim.due.bytes(), budget.bytes());
     let from = from.map_or(machine.view.consumed, PageCount::bytes);
-    let reason = Reason::TargetMoved { from, to, due, need: machine.need(), terms, budget, tax };
+    let reason = Reason::TargetMoved { from, to, due, need: machine.need(), bounds, budget, tax };
     findings.actions.push(Action { machine: machine.id(), step: Step::Target(to), reason });
 }

@@ -9,9 +9,10 @@
 //!
 //! * *maximum* becomes size and limit: what the guest can grow to without being restarted.
 //! * *minimum* becomes the reservation: what a running guest keeps whatever the others want.
-//! * *startup*: until the machine has [started](crate::view::Phase) it wants that much, and its floor is raised to it. It is
-//!   admitted only if that fits; after that, others' reservations come first.
-//! * *buffer* is wanted on top of demand, and counts as idle: granted while there is memory, and being taxed the first to go.
+//! * *startup*: until the machine has [started](crate::view::Phase) it wants that much, and its floor is raised to it.
+//!   It is admitted only if that fits; after that, others' reservations come first.
+//! * *buffer* is wanted on top of demand, and counts as idle: granted while there is memory, and being taxed the first
+//!   to go.
 //! * *weight* becomes as many shares, 0 becomes 1. [`Shares::NORMAL`] is Hyper-V's usual weight, so the faces mix.
 mod error;
 

@@ -340,6 +340,132 @@ proptest! {
     }
 }
 
+/// Settings of machines so small that their pages can be auctioned one by one.
+fn small(tree: &Tree) -> Tree {
+    let less = |bytes: &mut ByteCount| bytes.0 /= 64;
+    let mut settings = tree.settings().clone();
+    for group in &mut settings.groups {
+        group.limit.iter_mut().for_each(less);
+    }
+    for machine in &mut settings.machines {
+        match &mut machine.face {
+            Face::Guarantee { size, reservation, limit, .. } => {
+                [size, reservation, limit].into_iter().for_each(less)
+            }
+            Face::Dynamic { startup, minimum, maximum, .. } => {
+                [startup, minimum, maximum].into_iter().for_each(less)
+            }
+            Face::Static { size } | Face::Dedicated { size } => less(size),
+        }
+    }
+    Tree::new(settings).unwrap()
+}
+
+/// What a machine or a group bids.
+#[derive(Clone, Copy)]
+struct Bid {
+    floor: u64,
+    cap: u64,
+    active: u64,
+    shares: u64,
+}
+
+/// A page at a time, to the lowest cost per share; the first of equals. In the paper's terms: `100 - tax` for a page
+/// in use, 100 for an idle one.
+fn page_by_page(pages: u64, bids: &[Bid], tax: u64) -> Vec<u64> {
+    let mut held: Vec<u64> = bids.iter().map(|bid| bid.floor).collect();
+    let cost =
+        |bid: &Bid, held: u64| held.min(bid.active) * (100 - tax) + held.saturating_sub(bid.active) * 100;
+    for _ in held.iter().sum()..pages {
+        let open = (0..bids.len()).filter(|index| held[*index] < bids[*index].cap);
+        let next =
+            |index: usize| (u128::from(cost(&bids[index], held[index] + 1)), u128::from(bids[index].shares));
+        let cheapest = open.min_by(|one, other| {
+            let ((cost, shares), (others, of)) = (next(*one), next(*other));
+            (cost * of).cmp(&(others * shares))
+        });
+        let Some(winner) = cheapest else { break };
+        held[winner] += 1;
+    }
+    held
+}
+
+/// Auctions at each group from the host inward, written down anew. `parent` is whose auction it is.
+fn by_hand(
+    settings: &Settings,
+    parent: Option<GroupId>,
+    pages: u64,
+    machines: &BTreeMap<MachineId, Bid>,
+    tax: u64,
+    grants: &mut BTreeMap<MachineId, u64>,
+) {
+    // The room lists groups in the order of their level and number, and machines by number.
+    let groups: Vec<&GroupSettings> = settings.groups.iter().filter(|group| group.parent == parent).collect();
+    let members: Vec<MachineId> = settings
+        .machines
+        .iter()
+        .filter(|machine| machine.parent == parent && machines.contains_key(&machine.id))
+        .map(|machine| machine.id)
+        .collect();
+    let bids: Vec<Bid> = groups
+        .iter()
+        .map(|group| bid_of(settings, group, machines))
+        .chain(members.iter().map(|id| machines[id]))
+        .collect();
+    let held = page_by_page(pages, &bids, tax);
+    for (group, won) in groups.iter().zip(&held) {
+        by_hand(settings, Some(group.id), *won, machines, tax, grants);
+    }
+    grants.extend(members.into_iter().zip(held[groups.len()..].iter().copied()));
+}
+
+/// The sum of what is nested in a group, within its limit.
+fn bid_of(settings: &Settings, group: &GroupSettings, machines: &BTreeMap<MachineId, Bid>) -> Bid {
+    let nested = settings.groups.iter().filter(|nested| nested.parent == Some(group.id));
+    let members = settings.machines.iter().filter(|machine| machine.parent == Some(group.id));
+    let inside: Vec<Bid> = nested
+        .map(|nested| bid_of(settings, nested, machines))
+        .chain(members.filter_map(|machine| machines.get(&machine.id).copied()))
+        .collect();
+    let sum = |of: fn(&Bid) -> u64| inside.iter().map(of).sum::<u64>();
+    Bid {
+        floor: sum(|bid| bid.floor),
+        cap: group.limit.map_or(u64::MAX, pages).min(sum(|bid| bid.cap)),
+        active: sum(|bid| bid.active.min(bid.cap)),
+        shares: u64::from(group.shares.0),
+    }
+}
+
+proptest! {
+    #![proptest_config(config(150))]
+
+    #[test]
+    fn entitlements_are_those_of_auctions_held_page_by_page(tree in tree(), view in moment()) {
+        let tree = small(&tree);
+        let mut view = view;
+        view.total.0 /= 64;
+        view.free.0 /= 64;
+        for machine in &mut view.machines {
+            machine.consumed.0 /= 64;
+            machine.active = machine.active.map(|reading| Reading { bytes: reading.bytes / 64, ..reading });
+            // Floors are not raised here.
+            (machine.phase, machine.stalled) = (Phase::Running, Ppm::ZERO);
+        }
+        let plan = decide(&view, &mut PolicyState::new(tree.clone()));
+        let machines: BTreeMap<MachineId, Bid> = plan.machines.iter().map(|one| {
+            let terms = tree.terms(one.machine).unwrap();
+            let (floor, cap, shares) = (terms.floor.0, terms.cap.0, u64::from(terms.shares.0));
+            (one.machine, Bid { floor, cap, active: pages(one.active), shares })
+        }).collect();
+        let mut grants = BTreeMap::new();
+        let tax = u64::from(tree.settings().tax.rate().0 / 10_000);
+        by_hand(tree.settings(), None, pages(plan.budget), &machines, tax, &mut grants);
+        let entitled: BTreeMap<MachineId, u64> =
+            plan.machines.iter().map(|one| (one.machine, pages(one.entitlement))).collect();
+        prop_assert_eq!(entitled, grants);
+    }
+}
+
 /// A group whose machines are at its limit, and one that has a reservation its machines do not have each.
 #[test]
 fn groups_keep_within_their_limits_and_have_their_reservations() {
