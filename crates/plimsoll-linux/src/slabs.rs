@@ -153,4 +153,20 @@ mod tests {
         let (first, second) = entries.split_at(SLAB_SIZE / PAGE_SIZE);
         assert!(first.iter().all(is_present) && !second.iter().any(is_present));
     }
+
+    #[test]
+    fn slabs_take_no_more_memory_than_they_have_bytes() {
+        let mut slabs = MemfdSlabs::create("test-slabs", ByteCount::mib(64)).unwrap();
+        let tag = SlabTag::new(SlabKind::Records { sequence: 0 });
+        let held: Vec<SlabId> = (0..70).map(|_| slabs.acquire(tag).unwrap()).collect();
+        let tags = ByteCount(PAGE_SIZE as u64);
+        let of = |count: u64| ByteCount(count * SLAB_SIZE as u64) + tags;
+        assert_eq!(slabs.memory.allocated().unwrap(), of(70));
+        held.iter().step_by(2).for_each(|slab| slabs.release(*slab));
+        assert_eq!(slabs.memory.allocated().unwrap(), of(35));
+        for _ in 0..35 {
+            slabs.acquire(tag).unwrap();
+        }
+        assert_eq!(slabs.memory.allocated().unwrap(), of(70), "what was released is taken again");
+    }
 }

@@ -190,6 +190,16 @@ impl ExclusiveMapping {
         .map_err(MemfdError::kernel("madvise", self.mapped.size))
     }
 
+    /// The memory it takes, mapped or not.
+    ///
+    /// # Errors
+    /// [`MemfdError::Kernel`].
+    pub fn allocated(&self) -> Result<ByteCount, MemfdError> {
+        let stat = fstat(&self.file).map_err(MemfdError::kernel("fstat", self.mapped.size))?;
+        // Blocks are of 512 bytes, whatever the file system's are.
+        Ok(ByteCount(u64::try_from(stat.st_blocks).unwrap_or(0) * 512))
+    }
+
     fn allocate(&self, mode: FallocateFlags, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
         fallocate(&self.file, mode, offset.0, len.0)
             .map_err(MemfdError::kernel("fallocate", self.mapped.size))
