@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 /// How QEMU names its threads that send a machine away, from 2.x to 10.
 const THREADS: [&str; 6] =
     ["live_migration", "migration", "mig/src/main", "multifdsend", "mig/src/send", "bg_snapshot"];
-/// Before a lost connection is tried again: the monitor has one client at a time, and it may be somebody else's turn.
+/// Before a monitor that did not answer is asked again: it has one client at a time, and it may be somebody else's turn.
 const RETRY: Duration = Duration::from_secs(10);
 
 /// What is known of a migration.
@@ -31,7 +31,7 @@ pub(super) enum Phase {
 pub(super) struct Watch {
     process: ProcessId,
     socket: Option<PathBuf>,
-    qmp: Option<Qmp>,
+    /// Set while the monitor does not answer.
     retry_at: Option<Instant>,
 }
 
@@ -43,7 +43,7 @@ pub(super) struct Seen {
 
 impl Watch {
     pub(super) const fn new(process: ProcessId, socket: Option<PathBuf>) -> Self {
-        Self { process, socket, qmp: None, retry_at: None }
+        Self { process, socket, retry_at: None }
     }
 
     /// True when somebody has to look often: nothing wakes this program when a migration begins.
@@ -55,12 +55,14 @@ impl Watch {
     pub(super) fn look(&mut self, now: Instant) -> Seen {
         let mut trouble = None;
         match self.ask(now) {
-            Ok(Some(phase)) => return Seen { phase, trouble },
+            Ok(Some(phase)) => {
+                self.retry_at = None;
+                return Seen { phase, trouble };
+            }
             Ok(None) => {}
             Err(error) => {
-                let was_connected = self.qmp.take().is_some();
                 // Said once per loss, not with every vain attempt.
-                trouble = (was_connected || self.retry_at.is_none()).then_some(error);
+                trouble = self.retry_at.is_none().then_some(error);
                 self.retry_at = Some(now + RETRY);
             }
         }
@@ -68,16 +70,13 @@ impl Watch {
         Seen { phase, trouble }
     }
 
-    /// What QEMU says, if it can be asked now.
-    fn ask(&mut self, now: Instant) -> Result<Option<Phase>, QmpError> {
-        let Some(socket) = &self.socket else { return Ok(None) };
-        if self.qmp.is_none() && self.retry_at.is_some_and(|at| now < at) {
+    /// What QEMU says, if it can be asked now. The monitor is let go each time: whoever looks for plugged memory needs it,
+    /// and so may others.
+    fn ask(&self, now: Instant) -> Result<Option<Phase>, QmpError> {
+        let Some(socket) = self.socket.as_ref().filter(|_| self.retry_at.is_none_or(|at| now >= at)) else {
             return Ok(None);
-        }
-        let qmp = match &mut self.qmp {
-            Some(qmp) => qmp,
-            none => none.insert(Qmp::connect(socket, Limits::default())?),
         };
+        let mut qmp = Qmp::connect(socket, Limits::default())?;
         let state = qmp.run_state()?;
         let migration = qmp.migration()?;
         Ok(Some(match (state.status.as_str(), migration) {

@@ -3,7 +3,19 @@ use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, bytes, can, swap, swe
 use plimsoll_stock::{Command, Guest, Options};
 use plimsoll_types::ByteCount;
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Instant;
+
+/// Waits until the migration is so far.
+fn wait_for(source: &mut Guest, status: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = source.monitor().unwrap().call("query-migrate", &json!({})).unwrap();
+        if answer["status"] == status {
+            return;
+        }
+        assert!(Instant::now() < deadline, "it never came to {status}: {answer}");
+    }
+}
 
 #[test]
 fn nothing_is_taken_while_a_machine_moves_and_taking_goes_on_where_it_arrives() {
@@ -24,18 +36,18 @@ fn nothing_is_taken_while_a_machine_moves_and_taking_goes_on_where_it_arrives() 
     });
 
     let mut target = Guest::await_migration(options).unwrap();
-    // Slow enough to be seen: 8 MiB a second.
-    let slow = json!({ "max-bandwidth": 8 << 20 });
-    source.monitor().unwrap().call("migrate-set-parameters", &slow).unwrap();
+    // It waits, copied and stopped, until it is told to go on.
+    let monitor = source.monitor().unwrap();
+    let waits = json!({ "capabilities": [{ "capability": "pause-before-switchover", "state": true }] });
+    monitor.call("migrate-set-capabilities", &waits).unwrap();
     source.migrate_to(&target).unwrap();
-    let is_note = |line: &serde_json::Value| {
+    manager.until("the migration to be noticed", |line| {
         line["event"] == "note" && line["text"].as_str().is_some_and(|text| text.contains("migrated"))
-    };
-    manager.until("the migration to be noticed", is_note);
-    let start = Instant::now();
-    while !source.has_migrated(Duration::from_millis(100)).unwrap() {
-        assert!(start.elapsed() < PATIENCE, "it is still moving");
-    }
+    });
+    wait_for(&mut source, "pre-switchover");
+    let go_on = json!({ "state": "pre-switchover" });
+    source.monitor().unwrap().call("migrate-continue", &go_on).unwrap();
+    assert!(source.has_migrated(PATIENCE).unwrap());
     // Not a period in between: nothing was looked at, so nothing was taken.
     let next = manager.until("what comes next", |_| true);
     assert_eq!((&next["event"], &next["how"]), (&"ended".into(), &"migrated".into()), "{next}");
