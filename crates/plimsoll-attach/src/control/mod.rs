@@ -1,6 +1,6 @@
 //! Machines' own management interfaces behind one trait: what a guest's drivers and its VMM do when asked.
 //!
-//! A socket or a domain's name enters; capabilities, sizes and statistics leave as [values](values) that mean the same for
+//! A socket or a domain's name enters; capabilities, sizes and statistics leave as [values] that mean the same for
 //! every VMM. What must never happen here:
 //!
 //! * a request without an end: each has the driver's *patience*, however the other side behaves, and afterwards the
@@ -10,7 +10,7 @@
 //!
 //! | driver | speaks | to |
 //! |---|---|---|
-//! | [`CloudHypervisor`] | REST on a Unix socket ([`http`]) | Cloud Hypervisor |
+//! | [`CloudHypervisor`] | REST on a Unix socket (`http`) | Cloud Hypervisor |
 //! | [`Firecracker`] | REST on a Unix socket | Firecracker |
 //! | [`Qemu`] | QMP, through anything that is [`Qmp`] | QEMU; through [`Virsh`] also QEMU whose monitor libvirt owns |
 //! | [`Libvirt`] | `virsh` | libvirt, where the monitor is refused: balloon, statistics, pause only |

@@ -55,7 +55,7 @@ pub fn swap_cost() -> Result<SwapCost, ZramError> {
             memory += stat.memory_used.0;
         }
     }
-    let permille = if held == 0 { 0 } else { memory.saturating_mul(1000) / held };
+    let permille = memory.saturating_mul(1000).checked_div(held).unwrap_or(0);
     Ok(SwapCost(u32::try_from(permille).unwrap_or(u32::MAX)))
 }
 
