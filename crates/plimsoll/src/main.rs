@@ -5,6 +5,7 @@
 mod attach;
 mod demo;
 mod host;
+mod share;
 mod soak;
 mod vmm;
 
@@ -24,6 +25,8 @@ enum Verb {
     Demo(demo::DemoArgs),
     /// Manage the memory of a running machine from outside: QEMU, Cloud Hypervisor, Firecracker, crosvm.
     Attach(attach::AttachArgs),
+    /// Keep equal pages of machines of one sharing domain once, while that pays (KSM).
+    Share(share::ShareArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
     Soak(soak::SoakArgs),
     /// See what this host offers for taking guests' memory, and set up swap for it.
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
     match Cli::parse().verb {
         Verb::Demo(args) => demo::main(&args),
         Verb::Attach(args) => attach::main(&args),
+        Verb::Share(args) => share::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),
         Verb::Vmm(args) => vmm::main(&args),

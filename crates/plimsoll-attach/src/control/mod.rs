@@ -1,6 +1,6 @@
 //! Machines' own management interfaces behind one trait: what a guest's drivers and its VMM do when asked.
 //!
-//! A socket or a domain's name enters; capabilities, sizes and statistics leave as [values] that mean the same for
+//! A socket or a domain's name enters; capabilities, sizes and statistics leave as values that mean the same for
 //! every VMM. What must never happen here:
 //!
 //! * a request without an end: each has the driver's *patience*, however the other side behaves, and afterwards the

@@ -7,6 +7,7 @@
 //! against KSM before it has been over everything twice after there was something new; the pass that was under way
 //! then counts for nothing.
 use super::control::{Counters, Rate};
+use core::fmt;
 use plimsoll_types::PageCount;
 use std::time::Duration;
 
@@ -62,6 +63,18 @@ pub enum Reason {
     Pays,
     /// It saves too little, and all has been looked at twice.
     DoesNotPay,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Idle => "KSM rests: there is nothing new to merge",
+            Self::Learning => "KSM runs: what is new has not been looked at twice yet",
+            Self::PaysWell => "KSM runs: it saves at least twice what it must",
+            Self::Pays => "KSM runs: it saves what it must",
+            Self::DoesNotPay => "KSM rests: it saves too little for its time",
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 //!
 //! Enters: which machine, and how much it may take. Leaves: a machine that takes no more, as long as this runs, and lines
 //! that say how. The machine is neither stopped nor entered, so detaching is ending: nothing of ours remains in it or
-//! beside it. What must never happen: a page asked for where [`Dossier`] says the rung is off.
+//! beside it. What must never happen: a page asked for where the dossier says the rung is off.
 //!
 //! [`budget`]: what "no more" means. [`session`]: one machine over time. [`migration`]: standing back while it moves.
 //! [`view`]: what is shown.

@@ -5,3 +5,4 @@ mod demo;
 mod manager;
 mod migration;
 mod plug;
+mod share;

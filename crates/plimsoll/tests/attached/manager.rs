@@ -33,6 +33,9 @@ pub(crate) fn can(capabilities: &[&str]) -> bool {
                 let control = Path::new("/sys/class/zram-control/hot_add");
                 (!control.exists()).then(|| "no zram module".to_owned())
             }
+            "ksm" => {
+                (!Path::new("/sys/kernel/mm/ksm/run").exists()).then(|| "no KSM in this kernel".to_owned())
+            }
             other => panic!("no test knows of {other}"),
         };
         let Some(missing) = missing else { continue };
