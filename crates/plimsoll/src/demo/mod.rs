@@ -35,7 +35,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, default_value = "256M")]
     size: ByteCount,
     /// What all of it together may use: guests, their VMMs and the manager. Default: the guests' memory / 2.5, or what they
-    /// need at least.
+    /// need at least; with --linux half of it, for the guests' RAM alone.
     #[arg(long)]
     budget: Option<ByteCount>,
     /// How long the guests work, each time.

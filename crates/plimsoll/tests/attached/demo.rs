@@ -12,7 +12,19 @@ fn the_demo_with_stock_guests_passes_and_leaves_nothing() {
     let report = folder.path().join("report.json");
     let swaps = || std::fs::read_to_string("/proc/swaps").unwrap().lines().count();
     let before = swaps();
-    let words = ["demo", "--linux", "--guests", "2", "--size", "192M", "--seconds", "20", "--json"];
+    let words = [
+        "demo",
+        "--linux",
+        "--guests",
+        "2",
+        "--size",
+        "192M",
+        "--budget",
+        "240M",
+        "--seconds",
+        "20",
+        "--json",
+    ];
     let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
     let output = command.args(words).arg(&report).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
