@@ -25,9 +25,10 @@ const KERNEL: u8 = 1;
 /// Tests that need QEMU, libvirt and a stock Linux for guests.
 const STOCK: u8 = 2;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 13] = [
+const LEVELS: [(&str, u8); 14] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
+    ("plimsoll-inside", PURE),
     ("plimsoll-core", PURE),
     ("plimsoll-policy", PURE),
     ("plimsoll-store", PURE),

@@ -11,8 +11,9 @@ use anyhow::{Context, Result};
 use std::fs;
 
 /// Each room and the rooms it may know, lowest first. A new room, or a new arrow, is a decision about the architecture.
-const ARROWS: [(&str, &[&str]); 13] = [
+const ARROWS: [(&str, &[&str]); 14] = [
     ("plimsoll-types", &[]),
+    ("plimsoll-inside", &[]),
     ("plimsoll-guest", &["plimsoll-types"]),
     ("plimsoll-store", &["plimsoll-types"]),
     ("plimsoll-core", &["plimsoll-types"]),
@@ -21,11 +22,21 @@ const ARROWS: [(&str, &[&str]); 13] = [
     ("plimsoll-linux", &["plimsoll-types", "plimsoll-store", "plimsoll-core", "plimsoll-sys"]),
     (
         "plimsoll-vmm",
-        &["plimsoll-types", "plimsoll-guest", "plimsoll-core", "plimsoll-sys", "plimsoll-linux"],
+        &[
+            "plimsoll-types",
+            "plimsoll-inside",
+            "plimsoll-guest",
+            "plimsoll-core",
+            "plimsoll-sys",
+            "plimsoll-linux",
+        ],
     ),
     ("plimsoll-attach", &["plimsoll-types", "plimsoll-core", "plimsoll-sys", "plimsoll-linux"]),
     // plimsoll-linux for its tests alone: they need swap.
-    ("plimsoll-stock", &["plimsoll-types", "plimsoll-guest", "plimsoll-sys", "plimsoll-linux"]),
+    (
+        "plimsoll-stock",
+        &["plimsoll-types", "plimsoll-inside", "plimsoll-guest", "plimsoll-sys", "plimsoll-linux"],
+    ),
     (
         "plimsoll",
         &[
