@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn what_is_elsewhere_costs_its_share() {
-        assert_eq!(SwapCost(550).of(ByteCount::mib(1000)).0 >> 20, 549);
+        assert_eq!(SwapCost(550).of(ByteCount::mib(1000)).0 >> 20, 550);
         assert_eq!(SwapCost(0).of(ByteCount::mib(1000)), ByteCount(0));
     }
 }
