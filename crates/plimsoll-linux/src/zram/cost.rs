@@ -1,6 +1,7 @@
 //! What a page taken really frees: swap in compressed memory takes RAM, too.
 //!
-//! Enters: the host's swap areas and what zram says of its devices. Leaves: an average over all that is in swap. What must
+//! Enters: the host's swap areas, what zram says of its devices, and the kernel of zswap. Leaves: an average over all that is
+//! in swap. What must
 //! never happen: a budget that is met on paper, with the compressed pages beside it.
 use super::{SwapKind, ZramError, host_swap, malformed, parse_mm_stat, read};
 use plimsoll_types::{ByteCount, PageCount};
@@ -26,7 +27,7 @@ impl SwapCost {
 
     /// What that much of a machine's memory costs in swap.
     pub const fn of(self, elsewhere: ByteCount) -> ByteCount {
-        ByteCount(elsewhere.0 / 1000 * self.permille())
+        ByteCount((elsewhere.0 / 1000).saturating_mul(self.permille()))
     }
 
     /// Pages that have to leave for `bytes` of RAM to be freed: more than those bytes, because each leaves its compressed
@@ -37,13 +38,13 @@ impl SwapCost {
     }
 }
 
-/// What pages in this host's swap cost: zram's memory over all that is in swap. Which machine's pages compress well cannot
-/// be told from outside. Nothing where swap is empty or on disks.
+/// What pages in this host's swap cost: the memory of zram and zswap over all that is in swap. Which machine's pages compress
+/// well cannot be told from outside. Nothing where swap is empty, or on disks alone.
 ///
 /// # Errors
 /// When swap areas or a device's statistics cannot be read.
 pub fn swap_cost() -> Result<SwapCost, ZramError> {
-    let (mut held, mut memory) = (0_u64, 0_u64);
+    let (mut held, mut memory) = (0_u64, zswap_pool(&read("/proc/meminfo".as_ref())?).0);
     for area in host_swap()? {
         held += area.used.0;
         let name = area.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -57,6 +58,12 @@ pub fn swap_cost() -> Result<SwapCost, ZramError> {
     }
     let permille = memory.saturating_mul(1000).checked_div(held).unwrap_or(0);
     Ok(SwapCost(u32::try_from(permille).unwrap_or(u32::MAX)))
+}
+
+/// What zswap's pool takes, from the text of /proc/meminfo; nothing where the kernel has no zswap.
+fn zswap_pool(meminfo: &str) -> ByteCount {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("Zswap:")?.trim().strip_suffix(" kB"));
+    ByteCount(line.and_then(|kib| kib.parse::<u64>().ok()).map_or(0, |kib| kib.saturating_mul(1024)))
 }
 
 #[cfg(test)]
@@ -74,7 +81,17 @@ mod tests {
     }
 
     #[test]
+    fn the_pool_of_zswap_is_memory_too() {
+        let meminfo =
+            "SwapFree:        8388604 kB\nZswap:              2048 kB\nZswapped:           7000 kB\n";
+        assert_eq!(zswap_pool(meminfo), ByteCount::mib(2));
+        assert_eq!(zswap_pool("SwapFree:        8388604 kB\n"), ByteCount(0));
+    }
+
+    #[test]
     fn what_is_elsewhere_costs_its_share() {
+        // One page in swap, and a pool that has not shrunk yet: a number, not an overflow.
+        assert!(SwapCost(u32::MAX).of(ByteCount(16 << 40)) > ByteCount(16 << 40));
         assert_eq!(SwapCost(550).of(ByteCount::mib(1000)).0 >> 20, 550);
         assert_eq!(SwapCost(0).of(ByteCount::mib(1000)), ByteCount(0));
     }
