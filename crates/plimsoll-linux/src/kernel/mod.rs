@@ -8,6 +8,7 @@
 //! taken the machine's place.
 //!
 //! * [`KernelMachine`] is one machine: `tick` once a period, `reclaim` when memory is wanted. Start there.
+//! * [`Counter`] looks at memory that may not be managed.
 //! * What is chosen, and what a machine uses, is decided in [`plimsoll_core::outside`]; here is only looked and asked.
 //! * [`source`]: ways to see which pages are used, to compare them.
 //!
@@ -31,6 +32,7 @@
 //!   another program; pages of that could then be paged out, and come back unharmed.
 
 mod collapse;
+mod counter;
 mod error;
 mod gate;
 mod layout;
@@ -40,6 +42,7 @@ pub mod source;
 mod take;
 mod view;
 
+pub use counter::Counter;
 pub use error::KernelError;
 pub use layout::Layout;
 pub use machine::{KernelMachine, PERIOD, PERIOD_MAX, Tick, Totals};
