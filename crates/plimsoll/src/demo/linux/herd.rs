@@ -3,6 +3,7 @@
 //! Enters: machines as they boot. Leaves: what each takes. The thread looks at each machine when it is due, and while
 //! together they take more than the budget asks those for pages first that have most beside what they use. What must
 //! never happen: a machine that fails keeping the others from being managed.
+use plimsoll_attach::{AttachLock, Held};
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{KernelError, KernelMachine};
 use plimsoll_linux::reclaimer::Reclaimer;
@@ -18,27 +19,25 @@ use std::time::{Duration, Instant};
 /// Between two looks at the sum while it is above the budget.
 const STEP: Duration = Duration::from_millis(200);
 
-/// What is aimed at.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Target {
-    pub(super) budget: ByteCount,
-}
-
 /// A machine for the herd.
 pub(super) struct Member {
     name: String,
     machine: KernelMachine,
+    /// Nobody else attaches to it meanwhile.
+    _lock: AttachLock,
 }
 
 impl Member {
     pub(super) fn new(name: String, guest: &Guest) -> Result<Self, String> {
         let failed = |error: &dyn std::error::Error| format!("{name}: {}", explain(error));
+        let held = Held::open(guest.process()).map_err(|error| failed(&error))?;
+        let lock = AttachLock::acquire(&held).map_err(|error| failed(&error))?;
         let process = Pidfd::open(guest.process()).map_err(|error| failed(&error))?;
         let ram = guest.ram().map_err(|error| failed(&error))?;
         let seed = u64::from(guest.process().get());
         let machine =
             KernelMachine::attach(process, ram, seed, Instant::now()).map_err(|error| failed(&error))?;
-        Ok(Self { name, machine })
+        Ok(Self { name, machine, _lock: lock })
     }
 }
 
@@ -81,13 +80,13 @@ pub(super) struct Herd {
 }
 
 impl Herd {
-    pub(super) fn start(target: Target) -> Result<Self, String> {
+    pub(super) fn start(budget: ByteCount) -> Result<Self, String> {
         let (arrivals, receiver) = channel();
         let shared: Arc<Mutex<Vec<Known>>> = Arc::default();
         let kept = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("herd".to_owned())
-            .spawn(move || manage(target, &receiver, &kept))
+            .spawn(move || manage(budget, &receiver, &kept))
             .map_err(|error| explain(&error))?;
         Ok(Self { arrivals, shared, thread })
     }
@@ -123,7 +122,7 @@ fn sum(machines: &[Known], cost: SwapCost) -> Host {
     Host { resident, elsewhere, compressed: cost.of(elsewhere) }
 }
 
-fn manage(target: Target, arrivals: &Receiver<Member>, shared: &Mutex<Vec<Known>>) {
+fn manage(budget: ByteCount, arrivals: &Receiver<Member>, shared: &Mutex<Vec<Known>>) {
     let mut members: Vec<Member> = Vec::new();
     loop {
         match arrivals.recv_timeout(STEP) {
@@ -139,7 +138,7 @@ fn manage(target: Target, arrivals: &Receiver<Member>, shared: &Mutex<Vec<Known>
             let seen = look(&mut member.machine);
             note(shared, place, &member.machine, seen);
         }
-        squeeze(target, &mut members, shared);
+        squeeze(budget, &mut members, shared);
     }
 }
 
@@ -173,7 +172,7 @@ fn note(
 
 /// Asks the machines for pages until what all take is within the budget: first for what they have beside what they use,
 /// whoever has most of it first; then, if that is not enough, for more, whoever has most in RAM first.
-fn squeeze(target: Target, members: &mut [Member], shared: &Mutex<Vec<Known>>) {
+fn squeeze(budget: ByteCount, members: &mut [Member], shared: &Mutex<Vec<Known>>) {
     let beside_use = |known: &Known| known.resident.saturating_sub(known.working_set.unwrap_or_default());
     let all = |known: &Known| known.resident;
     let cost = zram::swap_cost().unwrap_or_default();
@@ -182,7 +181,7 @@ fn squeeze(target: Target, members: &mut [Member], shared: &Mutex<Vec<Known>>) {
             locked(shared).iter().enumerate().map(|(place, known)| (spare(known), place)).collect();
         order.sort_unstable_by(|one, other| other.cmp(one));
         for (spare, place) in order {
-            let over = sum(&locked(shared), cost).total().saturating_sub(target.budget);
+            let over = sum(&locked(shared), cost).total().saturating_sub(budget);
             let Some(member) = members.get_mut(place).filter(|_| over.0 > 0) else { return };
             let want = cost.to_free(over).min(spare.pages_ceil());
             let got = member.machine.reclaim(want, Instant::now()).map(drop);

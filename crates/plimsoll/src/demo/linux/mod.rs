@@ -11,7 +11,7 @@ mod report;
 use super::meter::Accounting;
 use super::swap::Swap;
 use super::{DemoArgs, Interrupt, limits};
-use herd::{Herd, Member, Target};
+use herd::{Herd, Member};
 use plimsoll_linux::explain;
 use plimsoll_stock::{Command, Console, Disk, Guest, Kernel, Options};
 use plimsoll_types::ByteCount;
@@ -61,7 +61,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<ExitCode, String> {
     let interrupt = Interrupt::install()?;
     let accounting = Accounting::start()?;
     let swap = Swap::prepare(asked)?;
-    let herd = Herd::start(Target { budget })?;
+    let herd = Herd::start(budget)?;
     let mut guests = Vec::new();
     let outcome = boot(args, mix, &herd, &accounting, &interrupt, &mut guests)
         .and_then(|()| work(args, budget, &herd, &accounting, &interrupt, &mut guests));
