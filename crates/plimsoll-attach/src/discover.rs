@@ -90,6 +90,10 @@ fn choose(wanted: &str, machines: Vec<Sighting>) -> Result<Sighting, Refusal> {
 
 /// Looks at one process's command line.
 fn sight(process: ProcessId) -> Result<Sighting, Refusal> {
+    // Said before what it runs is looked at: that this is no virtual machine would be no help.
+    if process == ProcessId::own() {
+        return Err(Refusal::Ourselves(process));
+    }
     let held = Held::open(process)?;
     let program = held.program()?;
     let kind = recognise(&held, &program)?;

@@ -4,9 +4,10 @@
 //! that say how. The machine is neither stopped nor entered, so detaching is ending: nothing of ours remains in it or
 //! beside it. What must never happen: a page asked for where the dossier says the rung is off.
 //!
-//! [`budget`]: what "no more" means. [`session`]: one machine over time. [`migration`]: standing back while it moves.
+//! [`budget`]: what "no more" means. [`memory`]: what of a machine may be taken. [`session`]: one machine over time. [`migration`]: standing back while it moves.
 //! [`view`]: what is shown.
 mod budget;
+mod memory;
 mod migration;
 mod session;
 mod view;
@@ -16,7 +17,8 @@ use plimsoll_attach::{AttachLock, Discovery, Follower, Held, Refusal, Request, d
 use plimsoll_linux::explain;
 use plimsoll_sys::HvaRange;
 use plimsoll_types::ByteCount;
-use session::{End, Session, Settings};
+use session::{Session, Settings};
+use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,7 +32,8 @@ pub(crate) struct AttachArgs {
     /// it is watched, and nothing is taken but samples.
     #[arg(long, value_name = "SIZE|auto")]
     budget: Option<Budget>,
-    /// Take that much once, say what came of it, and end.
+    /// Take that much once, say what came of it, and end: with status 1 if it was less. Gives up after a minute, or after
+    /// --seconds.
     #[arg(long, value_name = "SIZE", conflicts_with_all = ["budget", "dry_run"])]
     reclaim: Option<ByteCount>,
     /// Say what would be managed and why, which rungs are off, and end.
@@ -70,7 +73,7 @@ fn run(args: &AttachArgs) -> Result<ExitCode, String> {
     let request = Request { ranges: args.ranges.clone(), qmp: args.qmp.clone(), api: args.api.clone() };
     if args.dry_run {
         let dossier = plimsoll_attach::inspect(&held, &request).map_err(refused)?;
-        return Ok(shown(args, &dossier.to_string(), &dossier));
+        return shown(args, &dossier.to_string(), &dossier);
     }
     // The lock comes first: a second manager is refused before it asks the machine anything.
     let lock = AttachLock::acquire(&held).map_err(refused)?;
@@ -82,23 +85,20 @@ fn run(args: &AttachArgs) -> Result<ExitCode, String> {
         qmp: args.qmp.clone(),
     };
     let mut view = View::new(args.json);
-    let end = Session::begin(follower, lock, &settings, &mut view)?.run(&settings, &mut view)?;
+    let end = Session::begin(follower, lock, &settings, &mut view)?.run(&settings, &mut view);
     view.end(&end);
-    Ok(match end {
-        End::Interrupted | End::Over | End::Once { .. } => ExitCode::SUCCESS,
-        End::Gone(_) | End::Migrated => ExitCode::SUCCESS,
-    })
+    Ok(end.status())
 }
 
 /// Lists the machines of this host.
 fn list(args: &AttachArgs) -> Result<ExitCode, String> {
-    let asks_more =
-        args.budget.is_some() || args.reclaim.is_some() || args.dry_run || !args.ranges.is_empty();
+    let AttachArgs { machine: _, budget, reclaim, dry_run, qmp, api, ranges, seconds, json: _ } = args;
+    let asks_more = budget.is_some() || reclaim.is_some() || seconds.is_some() || *dry_run;
     let found = discover().map_err(refused)?;
-    if asks_more {
+    if asks_more || qmp.is_some() || api.is_some() || !ranges.is_empty() {
         return Err(format!("name the machine: {}", view::names(&found)));
     }
-    Ok(shown(args, &table(&found), &found))
+    shown(args, &table(&found), &found)
 }
 
 fn table(found: &Discovery) -> String {
@@ -122,12 +122,14 @@ fn table(found: &Discovery) -> String {
     text
 }
 
-fn shown(args: &AttachArgs, text: &str, value: &impl serde::Serialize) -> ExitCode {
-    match serde_json::to_string(value) {
-        Ok(json) if args.json => println!("{json}"),
-        _ => print!("{text}"),
-    }
-    ExitCode::SUCCESS
+fn shown(args: &AttachArgs, text: &str, value: &impl serde::Serialize) -> Result<ExitCode, String> {
+    let said = match args.json {
+        true => serde_json::to_string(value).map_err(|error| explain(&error))? + "\n",
+        false => text.to_owned(),
+    };
+    // A reader that wants no more is not in the wrong.
+    let _ = stdout().write_all(said.as_bytes());
+    Ok(ExitCode::SUCCESS)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "it is what map_err gives")]

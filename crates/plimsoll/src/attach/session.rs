@@ -4,18 +4,20 @@
 //! waits for whichever comes first: the next period, a signal, the end of the process. What must never happen: anything
 //! asked of memory that the machine no longer has, or while it is migrated.
 use super::budget::{Budget, Taken};
+use super::memory::{Memory, reopen, why_counted_only};
 use super::migration::{Phase, Watch};
 use super::view::{Line, View};
-use plimsoll_attach::{AttachLock, Change, Dossier, Follower, Held, Rung};
-use plimsoll_linux::kernel::{KernelError, KernelMachine};
+use plimsoll_attach::{AttachLock, Change, Follower};
+use plimsoll_linux::explain;
+use plimsoll_linux::kernel::{KernelError, PERIOD};
 use plimsoll_linux::reclaimer::{Reclaimed, Reclaimer, Short};
-use plimsoll_linux::{explain, zram};
-use plimsoll_sys::HvaRange;
+use plimsoll_linux::zram::{self, SwapCost};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, PageCount};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// Between two requests for memory while the machine is above its budget: the pace allows so much a second.
@@ -24,7 +26,7 @@ const STEP: Duration = Duration::from_millis(200);
 const ASK_EVERY: Duration = Duration::from_millis(500);
 /// Hot blocks made huge again in a period: 7 ms each (FACTS.md).
 const COLLAPSED_MAX: u32 = 4;
-/// How long a single request may take altogether, when it is slowed down.
+/// How long a single request may take altogether when nothing else was said.
 const ONCE_MAX: Duration = Duration::from_secs(60);
 
 /// What is wanted.
@@ -41,22 +43,51 @@ pub(super) enum End {
     Interrupted,
     /// The time is up.
     Over,
-    /// What was asked for once was done.
+    /// What was asked for once was tried.
     Once { wanted: PageCount, got: Reclaimed },
     /// The process ended, or runs something else.
     Gone(String),
     /// The machine runs elsewhere now.
     Migrated,
+    /// Something went wrong.
+    Failed(String),
+}
+
+impl End {
+    /// Failure also for a single request that got less than it asked for.
+    pub(super) fn status(&self) -> ExitCode {
+        match self {
+            Self::Once { wanted, got } if got.taken < *wanted => ExitCode::FAILURE,
+            Self::Failed(_) => ExitCode::FAILURE,
+            Self::Interrupted | Self::Over | Self::Once { .. } | Self::Gone(_) | Self::Migrated => {
+                ExitCode::SUCCESS
+            }
+        }
+    }
+}
+
+impl From<KernelError> for End {
+    fn from(error: KernelError) -> Self {
+        match error {
+            KernelError::ProcessGone(process) => {
+                Self::Gone(format!("{process} has ended, or executed another program"))
+            }
+            error => Self::Failed(explain(&error)),
+        }
+    }
 }
 
 pub(super) struct Session {
     follower: Follower,
-    /// `None` where nothing may be taken from the machine: it is counted only.
-    machine: Option<KernelMachine>,
+    memory: Memory,
     migration: Watch,
     process: Pidfd,
     signals: UnixStream,
     started: Instant,
+    /// When the machine is to be looked at next.
+    look_at: Instant,
+    /// As last seen: a budget does not become wider because a counter could not be read.
+    cost: SwapCost,
     /// Said when it changes.
     told: Option<String>,
     _lock: AttachLock,
@@ -70,25 +101,22 @@ impl Session {
         settings: &Settings,
         view: &mut View,
     ) -> Result<Self, String> {
-        let dossier = follower.dossier();
-        let process = reopen(follower.held())?;
-        let ranges = manageable(dossier);
-        let machine = if ranges.is_empty() {
-            None
-        } else {
-            let process = reopen(follower.held())?;
-            Some(KernelMachine::attach(process, ranges, seed(dossier), Instant::now()).map_err(said)?)
-        };
-        if let (None, Some(_)) = (&machine, settings.budget.map(drop).or(settings.once.map(drop))) {
-            return Err(format!("nothing can be taken from {}: {}", dossier.name, why_off(dossier)));
+        let (dossier, held) = (follower.dossier(), follower.held());
+        let why = why_counted_only(dossier);
+        if let (Some(why), true) = (&why, settings.budget.is_some() || settings.once.is_some()) {
+            return Err(format!("nothing can be taken from {}: {why}", dossier.name));
         }
-        view.begin(dossier, machine.is_none().then(|| why_off(dossier)));
+        let (process, memory, signals) = (reopen(held)?, Memory::open(held, dossier)?, signals()?);
+        let started = Instant::now();
+        view.begin(dossier, why);
         Ok(Self {
             migration: Watch::new(process.process(), settings.qmp.clone()),
-            machine,
+            memory,
             process,
-            signals: signals()?,
-            started: Instant::now(),
+            signals,
+            started,
+            look_at: started,
+            cost: SwapCost::default(),
             told: None,
             follower,
             _lock: lock,
@@ -96,135 +124,145 @@ impl Session {
     }
 
     /// Manages it until something ends that.
-    pub(super) fn run(mut self, settings: &Settings, view: &mut View) -> Result<End, String> {
+    pub(super) fn run(mut self, settings: &Settings, view: &mut View) -> End {
+        let lasting = settings.lasting.or(settings.once.map(|_| ONCE_MAX));
+        let over = lasting.map(|lasting| self.started + lasting);
         if let Some(wanted) = settings.once {
-            return self.take_once(wanted.pages_ceil());
+            let mut got = Reclaimed { taken: PageCount(0), short: None };
+            let wanted = wanted.pages_ceil();
+            return match self.take_once(wanted, over, view, &mut got) {
+                // What was taken is not forgotten because nobody waits for the rest.
+                Ok(()) | Err(End::Interrupted | End::Over) => End::Once { wanted, got },
+                Err(end) => end,
+            };
         }
-        let over = settings.lasting.map(|lasting| self.started + lasting);
-        let mut look_at = Instant::now();
         loop {
-            let now = Instant::now();
-            if over.is_some_and(|over| now >= over) {
-                return Ok(End::Over);
-            }
-            if now >= look_at {
-                match self.period(settings, view, now) {
-                    Ok(next) => look_at = next,
-                    Err(Step::Ended(end)) => return Ok(end),
-                    Err(Step::Failed(KernelError::ProcessGone(_))) => return Ok(End::Gone(self.gone())),
-                    Err(Step::Failed(error)) => return Err(said(error)),
-                }
-            }
-            let until = over.map_or(look_at, |over| over.min(look_at));
-            match self.wait(until)? {
-                Woken::Time => {}
-                Woken::Signal => return Ok(End::Interrupted),
-                Woken::Exit => return Ok(End::Gone(self.gone())),
+            if let Err(end) = self.turn(settings, view).and_then(|until| self.wait(until, over)) {
+                return end;
             }
         }
     }
 
-    /// Looks, takes, and says when to look again.
-    fn period(&mut self, settings: &Settings, view: &mut View, now: Instant) -> Result<Instant, Step> {
+    /// Does what is to be done now, and says when to come again.
+    fn turn(&mut self, settings: &Settings, view: &mut View) -> Result<Instant, End> {
+        let now = Instant::now();
+        if self.keep_up(view, now)? == Phase::Running {
+            return Ok(now + ASK_EVERY);
+        }
+        if now >= self.look_at {
+            self.look_at = self.period(settings, view, now)?;
+        }
+        Ok(if self.migration.is_asking() { self.look_at.min(now + ASK_EVERY) } else { self.look_at })
+    }
+
+    /// Follows the machine's memory and its migration. While one is under way nothing may be taken.
+    fn keep_up(&mut self, view: &mut View, now: Instant) -> Result<Phase, End> {
+        if let Some(error) = view.broken() {
+            return Err(End::Failed(format!("nobody reads what is said: {error}")));
+        }
         let unseen = self.follow(view)?;
         let seen = self.migration.look(now);
         if let Some(trouble) = seen.trouble {
             view.note(&format!("QMP is of no use at the moment: {}", explain(&trouble)));
         }
         match seen.phase {
-            Phase::Completed => return Err(Step::Ended(End::Migrated)),
+            Phase::Completed => return Err(End::Migrated),
             Phase::Running => {
-                self.tell(
-                    view,
-                    Some("it is being migrated: nothing is taken until that has ended".to_owned()),
-                );
-                return Ok(now + ASK_EVERY);
+                let what = "it is being migrated: nothing is taken until that has ended";
+                self.tell(view, Some(what.to_owned()));
             }
             Phase::None => self.tell(view, unseen),
         }
-        let Some(machine) = &mut self.machine else { return Ok(now + plimsoll_linux::kernel::PERIOD_MAX) };
-        let tick = if now >= machine.due() { Some(machine.tick(now)?) } else { None };
-        let cost = zram::swap_cost().unwrap_or_default();
-        let limit = settings.budget.and_then(|budget| budget.limit(machine.working_set()));
-        let mut taken = Taken::new(machine.usage()?, cost);
-        let (mut short, mut next) = (tick.as_ref().and_then(|tick| tick.short.clone()), machine.due());
-        if let Some(limit) = limit {
-            let excess = taken.excess(limit, cost);
-            if excess.0 > 0 {
-                let got = machine.reclaim(excess, now)?;
-                taken = Taken::new(machine.usage()?, cost);
-                if got.taken.0 > 0 || matches!(got.short, Some(Short::Paced { .. } | Short::Unseen)) {
-                    next = now + STEP;
-                }
-                short = got.short;
-            }
+        Ok(seen.phase)
+    }
+
+    /// Looks, takes, and says when to look again.
+    fn period(&mut self, settings: &Settings, view: &mut View, now: Instant) -> Result<Instant, End> {
+        let Self { memory, .. } = self;
+        self.cost = zram::swap_cost().unwrap_or(self.cost);
+        let (mut next, mut short) = (now + PERIOD, None);
+        let mut is_new = false;
+        if let Some(machine) = &mut memory.managed {
+            is_new = now >= machine.due();
+            short = if is_new { machine.tick(now)?.short } else { None };
+            next = machine.due();
         }
-        if tick.is_some() {
+        let mut taken = Taken::new(memory.usage()?, self.cost);
+        let limit = settings.budget.and_then(|budget| budget.limit(memory.working_set()));
+        let excess = limit.map_or(PageCount(0), |limit| taken.excess(limit, self.cost));
+        if let Some(machine) = memory.managed.as_mut().filter(|_| excess.0 > 0) {
+            let got = machine.reclaim(excess, now)?;
+            next = if goes_on(&got) { now + STEP } else { machine.due() };
+            short = got.short;
+            taken = Taken::new(memory.usage()?, self.cost);
+        }
+        if let Some(machine) = memory.managed.as_mut().filter(|_| is_new) {
             machine.collapse_hot(COLLAPSED_MAX)?;
         }
+        let dossier = self.follower.dossier();
+        let short = short.filter(is_worth_saying).map(|short| explain(&short));
         let line = Line {
             seconds: self.started.elapsed().as_secs_f64(),
             taken,
+            budget: settings.budget,
             limit,
-            working_set: machine.working_set(),
-            totals: machine.totals(),
-            short: short.as_ref().filter(|short| is_worth_saying(short)).map(|short| explain(short)),
+            working_set: memory.working_set(),
+            totals: memory.totals(),
+            short: short.or_else(|| why_counted_only(dossier)),
         };
-        view.show(self.follower.dossier(), &line);
-        let next = next.min(machine.due()).max(now + STEP);
-        Ok(if self.migration.is_asking() { next.min(now + ASK_EVERY) } else { next })
+        view.show(dossier, &line);
+        // Looking at a large machine takes longer than a step: it is not looked at all the time for that.
+        Ok(next.max(Instant::now() + STEP))
     }
 
     /// Keeps up with the machine's memory. Gives the reason why that cannot be done just now, if so.
-    fn follow(&mut self, view: &mut View) -> Result<Option<String>, Step> {
+    fn follow(&mut self, view: &mut View) -> Result<Option<String>, End> {
         let changes = match self.follower.poll() {
             Ok(changes) => changes,
             Err(refusal) => {
                 return Ok(Some(format!("it cannot be looked at just now: {}", explain(&refusal))));
             }
         };
-        let mut is_changed = false;
         for change in changes {
             match change {
-                Change::Exited => return Err(Step::Ended(End::Gone(self.gone()))),
+                Change::Exited => return Err(self.gone()),
                 Change::Execed { program } => {
-                    let what = format!("its process runs {} now", program.display());
-                    return Err(Step::Ended(End::Gone(what)));
+                    return Err(End::Gone(format!("its process runs {} now", program.display())));
                 }
                 Change::Came(range) => {
                     view.note(&format!("guest RAM came: {} of {}", range.hva.len(), range.block));
-                    is_changed = true;
                 }
                 Change::Went(range) => {
                     view.note(&format!("guest RAM went: {} of {}", range.hva.len(), range.block));
-                    is_changed = true;
                 }
                 _ => {}
             }
         }
-        if let (true, Some(machine)) = (is_changed, &mut self.machine) {
-            machine.set_ranges(manageable(self.follower.dossier()))?;
-        }
+        self.memory.follow(self.follower.held(), self.follower.dossier()).map_err(End::Failed)?;
         Ok(None)
     }
 
-    /// Takes that much, in as many requests as its pace asks for.
-    fn take_once(&mut self, wanted: PageCount) -> Result<End, String> {
-        let Some(machine) = &mut self.machine else { return Err("nothing can be taken from it".to_owned()) };
-        let mut all = Reclaimed { taken: PageCount(0), short: None };
-        while all.taken < wanted && self.started.elapsed() < ONCE_MAX {
-            let got = machine.reclaim(wanted.saturating_sub(all.taken), Instant::now()).map_err(said)?;
-            all = Reclaimed { taken: all.taken + got.taken, short: got.short };
-            if !matches!(all.short, Some(Short::Paced { .. } | Short::Unseen)) {
-                break;
+    /// Takes that much, in as many requests as its pace asks for, until one of them gets nothing.
+    fn take_once(
+        &mut self,
+        wanted: PageCount,
+        over: Option<Instant>,
+        view: &mut View,
+        got: &mut Reclaimed,
+    ) -> Result<(), End> {
+        loop {
+            let now = Instant::now();
+            if self.keep_up(view, now)? != Phase::Running {
+                let Some(machine) = &mut self.memory.managed else { return Ok(()) };
+                let more = machine.reclaim(wanted.saturating_sub(got.taken), now)?;
+                let may_go_on = goes_on(&more);
+                *got = Reclaimed { taken: got.taken + more.taken, short: more.short };
+                if got.taken >= wanted || !may_go_on {
+                    return Ok(());
+                }
             }
-            match wait(&self.process, &self.signals, Instant::now() + STEP)? {
-                Woken::Time => {}
-                Woken::Signal => return Ok(End::Interrupted),
-                Woken::Exit => return Ok(End::Gone(self.gone())),
-            }
+            self.wait(Instant::now() + STEP, over)?;
         }
-        Ok(End::Once { wanted, got: all })
     }
 
     /// Says something that holds for a while, when it begins.
@@ -235,47 +273,36 @@ impl Session {
         }
     }
 
-    fn gone(&self) -> String {
-        format!("{} has ended", self.process.process())
+    fn gone(&self) -> End {
+        KernelError::ProcessGone(self.process.process()).into()
     }
 
-    fn wait(&self, until: Instant) -> Result<Woken, String> {
-        wait(&self.process, &self.signals, until)
+    /// Waits until then, unless something ends the session before.
+    fn wait(&self, until: Instant, over: Option<Instant>) -> Result<(), End> {
+        let until = over.map_or(until, |over| over.min(until));
+        let left = until.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).map_err(|error| End::Failed(explain(&error)))?;
+        let mut watched =
+            [PollFd::new(&self.process, PollFlags::IN), PollFd::new(&self.signals, PollFlags::IN)];
+        match poll(&mut watched, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => {
+                return Err(End::Failed(format!("cannot wait for {}: {errno}", self.process.process())));
+            }
+        }
+        let [has_ended, is_told] = watched.map(|one| !one.revents().is_empty());
+        match (is_told, has_ended) {
+            (true, _) => Err(End::Interrupted),
+            (false, true) => Err(self.gone()),
+            (false, false) if over.is_some_and(|over| Instant::now() >= over) => Err(End::Over),
+            (false, false) => Ok(()),
+        }
     }
 }
 
-/// Why a period gave no time for the next.
-enum Step {
-    Ended(End),
-    Failed(KernelError),
-}
-
-impl From<KernelError> for Step {
-    fn from(error: KernelError) -> Self {
-        Self::Failed(error)
-    }
-}
-
-enum Woken {
-    Time,
-    Signal,
-    Exit,
-}
-
-fn wait(process: &Pidfd, signals: &UnixStream, until: Instant) -> Result<Woken, String> {
-    let left = until.saturating_duration_since(Instant::now());
-    let timeout = Timespec::try_from(left).map_err(|error| explain(&error))?;
-    let mut watched = [PollFd::new(process, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
-    match poll(&mut watched, Some(&timeout)) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
-        Err(errno) => return Err(format!("cannot wait for {}: {errno}", process.process())),
-    }
-    let [process, signals] = watched.map(|one| !one.revents().is_empty());
-    Ok(match (signals, process) {
-        (true, _) => Woken::Signal,
-        (false, true) => Woken::Exit,
-        (false, false) => Woken::Time,
-    })
+/// Whether another request soon gets more.
+const fn goes_on(got: &Reclaimed) -> bool {
+    got.taken.0 > 0 || matches!(got.short, Some(Short::Paced { .. } | Short::Unseen))
 }
 
 /// Readable once a signal has asked for the end.
@@ -288,35 +315,7 @@ fn signals() -> Result<UnixStream, String> {
     Ok(ours)
 }
 
-/// A pidfd of the same process: as long as the first is alive, the number is its own.
-fn reopen(held: &Held) -> Result<Pidfd, String> {
-    let process = Pidfd::open(held.process()).map_err(|error| explain(&error))?;
-    held.confirm().map_err(|refusal| explain(&refusal))?;
-    Ok(process)
-}
-
-/// The parts of guest RAM from which pages may be taken.
-fn manageable(dossier: &Dossier) -> Vec<HvaRange> {
-    let allowed = dossier.ram.iter().filter(|range| dossier.rungs_of(range).allows(Rung::KernelPaging));
-    allowed.map(|range| range.hva).collect()
-}
-
-fn why_off(dossier: &Dossier) -> String {
-    let rungs = dossier.rungs();
-    rungs.off(Rung::KernelPaging).map_or_else(|| "it has no RAM".to_owned(), ToString::to_string)
-}
-
-/// Another one for each machine, the same each time it is attached to.
-const fn seed(dossier: &Dossier) -> u64 {
-    dossier.identity.start.0 ^ (dossier.identity.process.get() as u64) << 40
-}
-
 /// What an operator can do something about. That a machine uses what it has is no news.
 const fn is_worth_saying(short: &Short) -> bool {
     !matches!(short, Short::Paced { .. } | Short::Unseen | Short::InUse | Short::NothingLeft)
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "it is what map_err gives")]
-fn said(error: KernelError) -> String {
-    explain(&error)
 }

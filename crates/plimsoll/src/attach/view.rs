@@ -1,5 +1,5 @@
 //! What `attach` shows: one live line on a terminal, a line every few seconds otherwise, JSON lines when asked for.
-use super::budget::Taken;
+use super::budget::{Budget, Taken};
 use super::session::End;
 use indicatif::{ProgressBar, ProgressStyle};
 use plimsoll_attach::{Discovery, Dossier};
@@ -7,7 +7,8 @@ use plimsoll_linux::explain;
 use plimsoll_linux::kernel::Totals;
 use plimsoll_types::{ByteCount, PageCount};
 use serde_json::{Value, json};
-use std::io::{IsTerminal, Write, stdout};
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write, stdout};
 use std::time::{Duration, Instant};
 
 /// Without a terminal, how often a line is printed.
@@ -17,6 +18,8 @@ const PLAIN_PERIOD: Duration = Duration::from_secs(5);
 pub(super) struct Line {
     pub(super) seconds: f64,
     pub(super) taken: Taken,
+    pub(super) budget: Option<Budget>,
+    /// What the budget comes to, when that is known.
     pub(super) limit: Option<ByteCount>,
     pub(super) working_set: Option<PageCount>,
     pub(super) totals: Totals,
@@ -29,46 +32,52 @@ enum Surface {
     Json,
 }
 
-pub(super) struct View(Surface);
+pub(super) struct View {
+    surface: Surface,
+    /// Why nothing more can be said, if so.
+    broken: Option<io::Error>,
+}
 
 impl View {
     pub(super) fn new(json: bool) -> Self {
-        if json {
-            return Self(Surface::Json);
-        }
-        if !std::io::stderr().is_terminal() {
-            return Self(Surface::Plain { printed: None });
-        }
         let style =
-            ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
-        Self(Surface::Live(ProgressBar::new_spinner().with_style(style)))
+            || ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+        let surface = match (json, std::io::stderr().is_terminal()) {
+            (true, _) => Surface::Json,
+            (false, false) => Surface::Plain { printed: None },
+            (false, true) => Surface::Live(ProgressBar::new_spinner().with_style(style())),
+        };
+        Self { surface, broken: None }
+    }
+
+    /// Why nobody can be told anything any more, if so.
+    pub(super) const fn broken(&self) -> Option<&io::Error> {
+        self.broken.as_ref()
     }
 
     /// The machine was attached to; `counted_only` says why nothing is taken from it.
     pub(super) fn begin(&mut self, dossier: &Dossier, counted_only: Option<String>) {
-        if let Surface::Json = self.0 {
-            return print_json(
-                &json!({ "event": "attached", "machine": dossier, "counted_only": counted_only }),
-            );
+        if let Surface::Json = self.surface {
+            return self
+                .say(json!({ "event": "attached", "machine": dossier, "counted_only": counted_only }));
         }
-        print!("{dossier}");
+        self.say(dossier.to_string().trim_end());
         if let Some(why) = counted_only {
-            println!("it is counted and nothing is taken from it: {why}");
+            self.say(format!("it is counted and nothing is taken from it: {why}"));
         }
     }
 
     /// Something happened.
     pub(super) fn note(&mut self, text: &str) {
-        match &self.0 {
-            Surface::Live(bar) => bar.suspend(|| println!("{text}")),
-            Surface::Plain { .. } => println!("{text}"),
-            Surface::Json => print_json(&json!({ "event": "note", "text": text })),
+        match self.surface {
+            Surface::Json => self.say(json!({ "event": "note", "text": text })),
+            Surface::Live(_) | Surface::Plain { .. } => self.say(text),
         }
     }
 
     /// A period has passed.
     pub(super) fn show(&mut self, dossier: &Dossier, line: &Line) {
-        match &mut self.0 {
+        match &mut self.surface {
             Surface::Live(bar) => {
                 bar.set_message(format!("{} {}", drawn(line, dossier.size()), text(dossier, line)));
                 bar.tick();
@@ -76,16 +85,16 @@ impl View {
             Surface::Plain { printed } => {
                 if printed.is_none_or(|printed| printed.elapsed() >= PLAIN_PERIOD) {
                     *printed = Some(Instant::now());
-                    println!("{:>5.0} s  {}", line.seconds, text(dossier, line));
+                    self.say(format!("{:>5.0} s  {}", line.seconds, text(dossier, line)));
                 }
             }
-            Surface::Json => print_json(&values(line)),
+            Surface::Json => self.say(values(line)),
         }
     }
 
     /// It is over.
     pub(super) fn end(&mut self, end: &End) {
-        if let Surface::Live(bar) = &self.0 {
+        if let Surface::Live(bar) = &self.surface {
             bar.finish();
         }
         let (word, said) = match end {
@@ -96,18 +105,29 @@ impl View {
             End::Once { wanted, got } => ("once", once(*wanted, got)),
             End::Gone(why) => ("gone", format!("the machine is gone: {why}")),
             End::Migrated => ("migrated", "the machine has moved away and runs elsewhere now".to_owned()),
+            End::Failed(why) => ("failed", format!("detached; the machine goes on: {why}")),
         };
-        if let Surface::Json = self.0 {
-            let (wanted, taken) = match end {
-                End::Once { wanted, got } => (Some(wanted.bytes().0), Some(got.taken.bytes().0)),
-                _ => (None, None),
-            };
-            print_json(
-                &json!({ "event": "ended", "how": word, "text": said, "wanted": wanted, "taken": taken }),
-            );
-        } else {
-            println!("{said}");
+        match (&self.surface, end) {
+            (Surface::Json, End::Once { wanted, got }) => {
+                let (wanted, taken) = (wanted.bytes().0, got.taken.bytes().0);
+                self.say(
+                    json!({ "event": "ended", "how": word, "text": said, "wanted": wanted, "taken": taken }),
+                );
+            }
+            (Surface::Json, _) => self.say(json!({ "event": "ended", "how": word, "text": said })),
+            (_, End::Failed(_)) => eprintln!("plimsoll attach: {said}"),
+            _ => self.say(said),
         }
+    }
+
+    /// A line on standard output.
+    fn say(&mut self, what: impl Display) {
+        let print = || writeln!(stdout(), "{what}");
+        let printed = match &self.surface {
+            Surface::Live(bar) => bar.suspend(print),
+            Surface::Plain { .. } | Surface::Json => print(),
+        };
+        self.broken = self.broken.take().or(printed.err());
     }
 }
 
@@ -122,7 +142,11 @@ fn once(wanted: PageCount, got: &plimsoll_linux::reclaimer::Reclaimed) -> String
 fn text(dossier: &Dossier, line: &Line) -> String {
     let Line { taken, working_set, totals, .. } = line;
     let used = working_set.map_or_else(|| "not known yet".to_owned(), |pages| pages.bytes().to_string());
-    let limit = line.limit.map_or_else(String::new, |limit| format!(" of {limit}"));
+    let limit = match (line.budget, line.limit) {
+        (None, _) => String::new(),
+        (Some(_), Some(limit)) => format!(" of {limit}"),
+        (Some(_), None) => " (its budget waits for what it uses)".to_owned(),
+    };
     let short = line.short.as_ref().map_or_else(String::new, |short| format!("; {short}"));
     format!(
         "{}: takes {}{limit} ({} in RAM, {} in swap as {}), uses {used}; taken {}, came back {}{short}",
@@ -161,11 +185,6 @@ fn drawn(line: &Line, size: ByteCount) -> String {
     (0..width(line.taken.resident)).for_each(|_| bar.push('#'));
     (0..width(line.taken.compressed)).for_each(|_| bar.push(':'));
     format!("{bar:<33}]")
-}
-
-fn print_json(value: &Value) {
-    // A reader that has gone ends this with the next signal, not with a panic.
-    let _ = writeln!(stdout(), "{value}");
 }
 
 /// For the operator who named none.

@@ -1,6 +1,7 @@
 //! `plimsoll demo --linux`, small.
-use crate::manager::{STOCK, alone, can};
-use std::process::Command;
+use crate::manager::{Manager, STOCK, alone, can};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 
 #[test]
 fn the_demo_with_stock_guests_passes_and_leaves_nothing() {
@@ -26,8 +27,26 @@ fn the_demo_with_stock_guests_passes_and_leaves_nothing() {
         "--json",
     ];
     let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
-    let output = command.args(words).arg(&report).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
+    let mut demo =
+        command.args(words).arg(&report).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut text = String::new();
+    let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
+    let mut until = |part: &str| loop {
+        let line = lines.next().unwrap_or_else(|| panic!("it ended before it said {part:?}")).unwrap();
+        text.push_str(&line);
+        if line.contains(part) {
+            return line;
+        }
+    };
+    // Its machines are its own meanwhile.
+    let booted = until("linux1 booted");
+    let process = booted.rsplit("pid ").next().unwrap();
+    let (status, _, said) = Manager::attach(&[process]).end();
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert!(said.contains("is attached already"), "{said}");
+    until("wrong words");
+    lines.map_while(Result::ok).for_each(|line| text.push_str(&line));
+    let output = demo.wait_with_output().unwrap();
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.contains("0 wrong words"), "{text}");
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();

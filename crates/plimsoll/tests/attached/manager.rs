@@ -89,6 +89,15 @@ pub(crate) struct Manager {
 impl Manager {
     /// `plimsoll attach --json` with these words.
     pub(crate) fn attach(words: &[&str]) -> Self {
+        Self::start(words, usize::MAX)
+    }
+
+    /// The same, of which the first line is read and then no more.
+    pub(crate) fn attach_unheard(words: &[&str]) -> Self {
+        Self::start(words, 1)
+    }
+
+    fn start(words: &[&str], lines_max: usize) -> Self {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_plimsoll"));
         command.arg("attach").args(words).arg("--json");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -96,7 +105,7 @@ impl Manager {
         let (sender, lines) = channel();
         let stdout: ChildStdout = child.stdout.take().unwrap();
         let reader = std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok).take(lines_max) {
                 let value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line}: {error}"));
                 if sender.send(value).is_err() {
                     break;
