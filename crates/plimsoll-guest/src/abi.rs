@@ -1,6 +1,6 @@
 //! The contract between a guest program and whatever runs it: addresses, ports, and two kinds of page.
 //!
-//! What enters: a [`Params`] page that the VMM writes before the first vCPU starts, the `stop` and `window`
+//! What enters: a [`Params`] page that the VMM writes before the first vCPU starts, the `stop`, `window` and `balloon`
 //! words of each [`Channel`] page, which it may write at any time, and the `command` in it. What leaves: the rest of
 //! the channel page, which the guest writes and the VMM reads while that vCPU waits in a port exit. What must never happen: the
 //! VMM believing a number found here. Everything a guest writes is an allegation of the guest.
@@ -11,6 +11,7 @@
 //! |----------------------------|---------------------------------------------------------------|
 //! | `0x1000`                   | [`Params`]                                                    |
 //! | `0x2000 + vcpu * 0x1000`   | the vCPU's [`Channel`], at most [`MAX_VCPUS`] of them          |
+//! | `0x4_0000`                 | the [`Listing`] of the balloon, which vCPU 0 serves           |
 //! | `0x10_0000 .. 0x20_0000`   | page tables; the VMM's business, the guest never looks        |
 //! | `0x20_0000 .. 0x40_0000`   | the image, `.bss` included                                    |
 //! | `0x40_0000 + vcpu * 64 KiB`| the vCPU's stack, growing down from the end of its 64 KiB     |
@@ -37,6 +38,8 @@
 //! | 0x513 | [`PORT_PANIC`]  | `message_len`, `message`          | does not resume the vCPU                         |
 //! | 0x514 | [`PORT_IDLE`]   | `request_ns`                      | sleeps that long at most, then resumes           |
 //! | 0x515 | [`PORT_COMMAND`]| `probed`, of the command before   | writes `command` when there is one, then resumes |
+//! | 0x516 | [`PORT_BALLOON`]| nothing; the [`Listing`] counts   | drops the memory it lists, or stops counting it  |
+//! | 0x517 | [`PORT_INSTALL`]| `request_gpa`, of a frame         | says in the frame's word that it may be touched  |
 //!
 //! All integers are little-endian. `usize` appears nowhere.
 use crate::content::Mix;
@@ -51,6 +54,8 @@ pub const PAGE_SIZE: u64 = 4096;
 pub const PARAMS_GPA: u64 = 0x1000;
 /// Where the first vCPU's [`Channel`] page lies; the others follow, a page each.
 pub const CHANNEL_GPA: u64 = 0x2000;
+/// Where the [`Listing`] of the balloon lies.
+pub const LISTING_GPA: u64 = 0x4_0000;
 /// Where the VMM keeps page tables.
 pub const PAGE_TABLES_GPA: u64 = 0x10_0000;
 /// The first byte behind the room for page tables.
@@ -83,11 +88,16 @@ pub const PORT_PANIC: u16 = 0x513;
 pub const PORT_IDLE: u16 = 0x514;
 /// The guest has done what it was asked and waits to be asked for more.
 pub const PORT_COMMAND: u16 = 0x515;
+/// The balloon's listing is to be read.
+pub const PORT_BALLOON: u16 = 0x516;
+/// The guest wants to touch a frame that the host has the memory of.
+pub const PORT_INSTALL: u16 = 0x517;
 
 /// `"PLIMGST\0"` read as a little-endian number: the first word of a [`Params`] page.
 pub const PARAMS_MAGIC: u64 = u64::from_le_bytes(*b"PLIMGST\0");
-/// Changes whenever anything in this file, in [`crate::spec`], in [`crate::probe`] or in [`Mix`] changes its meaning.
-pub const ABI_VERSION: u32 = 2;
+/// Changes whenever anything in this file, in [`crate::spec`], in [`crate::probe`], in
+/// [`crate::frames`] or in [`Mix`] changes its meaning.
+pub const ABI_VERSION: u32 = 3;
 
 /// The guest goes on.
 pub const STOP_NO: u64 = 0;
@@ -320,8 +330,9 @@ pub const COMMAND_OFFSET: u64 = 2048;
 /// ```text
 ///    0  stop          VMM: STOP_NO, STOP_FINISH or STOP_NOW
 ///    8  window        VMM: number of the window that runs now; a change ends the one before
-///   16  reserved      0
-///   64  request_gpa   guest: DISCARD, first byte, page aligned
+///   16  balloon       VMM: BalloonTarget; vCPU 0's alone is looked at
+///   24  reserved      0
+///   64  request_gpa   guest: DISCARD, first byte, page aligned; INSTALL, first byte of the frame
 ///   72  request_len   guest: DISCARD, bytes, a multiple of the page size
 ///   80  request_ns    guest: IDLE, how long
 ///   88  message_len   guest: PANIC, bytes of `message` that count
@@ -333,7 +344,7 @@ pub const COMMAND_OFFSET: u64 = 2048;
 /// 4096  end
 /// ```
 ///
-/// `command` is written while the vCPU waits in its port exit. The two words that the VMM may write at any time lie in a
+/// `command` is written while the vCPU waits in its port exit. The three words that the VMM may write at any time lie in a
 /// cache line of their own. Each is one aligned 8-byte store and one
 /// aligned 8-byte load: neither side ever sees half a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -343,8 +354,10 @@ pub struct Channel {
     pub stop: u64,
     /// Number of the window that runs now.
     pub window: u64,
+    /// [`BalloonTarget`].
+    pub balloon: u64,
     /// Zero.
-    pub reserved_vmm: [u64; 6],
+    pub reserved_vmm: [u64; 5],
     /// First byte of what the guest gives back.
     pub request_gpa: u64,
     /// Bytes the guest gives back.
@@ -363,6 +376,144 @@ pub struct Channel {
     pub command: ProbeCommand,
     /// What became of what it did last.
     pub probed: Probed,
+}
+
+/// Where in a channel page the balloon's target lies.
+pub const BALLOON_OFFSET: u64 = 16;
+
+/// How much memory the balloon shall have, and in what pieces it is to be taken.
+///
+/// ```text
+///  0..47  pages of 4 KiB
+///     47  0: page by page, 1: frame by frame
+/// 48..64  counts the targets from 1, so that each is answered, the same one too; 0: there was none yet
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BalloonTarget(pub u64);
+
+/// The pieces in which a balloon takes memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Piece {
+    /// Pages of 4 KiB.
+    Page = 0,
+    /// Frames of 2 MiB.
+    Frame = 1,
+}
+
+impl Piece {
+    /// The piece of this number, or `None` if there is none.
+    pub const fn from_wire(piece: u32) -> Option<Self> {
+        match piece {
+            0 => Some(Self::Page),
+            1 => Some(Self::Frame),
+            _ => None,
+        }
+    }
+
+    /// Its size in pages.
+    pub const fn pages(self) -> u64 {
+        match self {
+            Self::Page => 1,
+            Self::Frame => crate::frames::FRAME_PAGES,
+        }
+    }
+}
+
+impl BalloonTarget {
+    /// The most pages a target can name.
+    pub const PAGES_MAX: u64 = (1 << 47) - 1;
+
+    /// The target after this one; more pages than there can be are all of them.
+    #[must_use]
+    pub const fn next(self, pages: u64, piece: Piece) -> Self {
+        // 0 stays the number of no target.
+        let number = if self.0 >> 48 == 0xffff { 1 } else { (self.0 >> 48) + 1 };
+        let pages = if pages > Self::PAGES_MAX { Self::PAGES_MAX } else { pages };
+        Self(pages | (piece as u64) << 47 | number << 48)
+    }
+
+    /// Pages that the balloon shall have.
+    pub const fn pages(self) -> u64 {
+        self.0 & Self::PAGES_MAX
+    }
+
+    /// In what pieces it takes more.
+    pub const fn piece(self) -> Piece {
+        if self.0 >> 47 & 1 == 0 { Piece::Page } else { Piece::Frame }
+    }
+}
+
+/// How many pieces a listing has room for: as many pages as virtio-balloon's driver lists at once.
+pub const LISTED_MAX: usize = 256;
+
+/// What a listing is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Listed {
+    /// Pieces that the guest gives and will not touch.
+    Given = 1,
+    /// Pieces that it is about to use again. Told before they are.
+    WantedBack = 2,
+    /// Nothing: the target is reached, or the guest has no more to give.
+    Settled = 3,
+}
+
+impl Listed {
+    /// What has this number, or `None` if nothing has.
+    pub const fn from_wire(what: u32) -> Option<Self> {
+        match what {
+            1 => Some(Self::Given),
+            2 => Some(Self::WantedBack),
+            3 => Some(Self::Settled),
+            _ => None,
+        }
+    }
+}
+
+/// What the balloon gives or wants back, listed by vCPU 0 as virtio-balloon lists it.
+///
+/// ```text
+///    0  what      Listed
+///    4  piece     Piece
+///    8  count     entries of `pages` that count, at most 256
+///   12  reserved  0
+///   16  pages     256 x u32, each piece's first page: guest physical address / 4096
+/// 1040  end
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Listing {
+    /// [`Listed`].
+    pub what: u32,
+    /// [`Piece`].
+    pub piece: u32,
+    /// Entries that count.
+    pub count: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The first page of each piece.
+    pub pages: [u32; LISTED_MAX],
+}
+
+impl Listing {
+    /// A listing of nothing yet.
+    pub const fn new(what: Listed, piece: Piece) -> Self {
+        Self { what: what as u32, piece: piece as u32, count: 0, reserved: 0, pages: [0; LISTED_MAX] }
+    }
+
+    /// Lists a piece; what does not fit is not listed.
+    pub fn push(&mut self, page: u32) {
+        if let Some(place) = self.pages.get_mut(self.count as usize) {
+            *place = page;
+            self.count += 1;
+        }
+    }
+
+    /// Whether there is no room for more.
+    pub const fn is_full(&self) -> bool {
+        self.count as usize == LISTED_MAX
+    }
 }
 
 /// The bucket of the latency histogram for an operation that took `ticks`.
@@ -408,7 +559,9 @@ const _: () = {
     assert!(offset_of!(Channel, command) as u64 == COMMAND_OFFSET);
     assert!(size_of::<ProbeCommand>() == 64 && offset_of!(Probed, latency) == 64);
     assert!(size_of::<Channel>() as u64 == PAGE_SIZE);
-    assert!(channel_gpa(MAX_VCPUS) <= PAGE_TABLES_GPA);
+    assert!(offset_of!(Channel, balloon) as u64 == BALLOON_OFFSET);
+    assert!(offset_of!(Listing, pages) == 16 && size_of::<Listing>() == 1040);
+    assert!(channel_gpa(MAX_VCPUS) <= LISTING_GPA && LISTING_GPA + PAGE_SIZE <= PAGE_TABLES_GPA);
     assert!(PAGE_TABLES_END <= IMAGE_GPA && IMAGE_END <= STACKS_GPA);
     assert!(stack_top(MAX_VCPUS - 1) == WORKLOAD_GPA);
     assert!(latency_bucket(u64::MAX) == LATENCY_BUCKETS - 1);

@@ -4,6 +4,8 @@
 //! * [`layout`]: where everything lies in guest memory. [`content`]: what every page must contain.
 //!   [`versions`]: which version of it.
 //! * [`probe`]: what a host may ask of the guest whose program is to do as it is told.
+//! * [`frames`]: an allocator whose free memory the host sees and takes without asking; `heap`: the program over it, and its
+//!   balloon.
 //! * [`Guest`]: the programs themselves, over the trait [`Machine`]. The freestanding image in `image/` runs
 //!   them in a virtual machine with volatile accesses and port I/O; where there is no KVM, a VMM runs the
 //!   very same code over the same managed memory in its own process.
@@ -20,6 +22,8 @@
 
 pub mod abi;
 pub mod content;
+pub mod frames;
+mod heap;
 pub mod layout;
 mod machine;
 pub mod probe;

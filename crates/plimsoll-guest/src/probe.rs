@@ -18,7 +18,8 @@ const SUBDIVISIONS: usize = 16;
 /// The power of two at which the first bucket starts; what is faster is counted in it.
 const FIRST_EXPONENT: u32 = 5;
 
-/// What is done with each page.
+/// What is done with each page. The last three are for a guest that keeps [frames](crate::frames), the first three for one that
+/// does not; [`Task::Verify`] compares whatever there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Task {
@@ -30,6 +31,13 @@ pub enum Task {
     Write = 3,
     /// All of it is compared with what it must hold.
     Verify = 4,
+    /// `pages` pages are allocated and written whole, in pieces of `stride` pages, 1 or 512; fewer if there are no more.
+    Allocate = 5,
+    /// What was allocated last is freed until `pages` pages are, or nothing is left.
+    Free = 6,
+    /// Pieces are allocated, compared and freed in random order, `passes` times or until the window changes; at most `pages`
+    /// pages are kept at once.
+    Churn = 7,
 }
 
 /// In which order pages come.
@@ -110,6 +118,9 @@ impl ProbeCommand {
             2 => Task::Read,
             3 => Task::Write,
             4 => Task::Verify,
+            5 => Task::Allocate,
+            6 => Task::Free,
+            7 => Task::Churn,
             found => return Err(ProbeError::UnknownTask { found }),
         };
         let order = match self.order {
@@ -145,7 +156,7 @@ pub enum ProbeError {
 impl fmt::Display for ProbeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownTask { found } => write!(f, "no probe task has number {found}: use 1 to 4"),
+            Self::UnknownTask { found } => write!(f, "no probe task has number {found}: use 1 to 7"),
             Self::UnknownOrder { found } => write!(f, "no probe order has number {found}: use 1 to 4"),
             Self::NoStride => f.write_str("a strided or scattered order needs a stride: use at least 1"),
         }

@@ -69,8 +69,8 @@ impl Program {
                 let start = moves * self.hot_groups % self.groups;
                 (start + rng.below(self.hot_groups)) % self.groups
             }
-            // A probing guest has no rule of its own; nobody asks for it.
-            WorkloadKind::Idle | WorkloadKind::Probe => rng.below(self.hot_groups),
+            // A guest that does as it is told has no rule of its own; nobody asks for it.
+            WorkloadKind::Idle | WorkloadKind::Probe | WorkloadKind::Frames => rng.below(self.hot_groups),
         };
         let local = self.places.apply(rank) * GROUP_PAGES + rng.below(GROUP_PAGES);
         // The last group may be shorter than the others.

@@ -1,5 +1,5 @@
 //! A guest's life: write every page once, run the program, read every page once more, and report all along. Or, for a
-//! probing guest: do what is asked, and answer.
+//! probing guest: do what is asked, and answer. What a guest that keeps frames does is in `heap`.
 //!
 //! What enters is a parameter page and a [`Machine`]; what leaves are reports. Each operation compares the
 //! *whole* page it touches with what that page must contain. What must never happen: a wrong word passing
@@ -8,6 +8,7 @@ use crate::abi::{
     PAGE_SIZE, Params, Phase, Report, STOP_NO, STOP_NOW, WRONG_KEPT, WrongWord, latency_bucket,
 };
 use crate::content::{Content, MixError};
+use crate::frames::Plan;
 use crate::layout::{Layout, LayoutError};
 use crate::machine::{Machine, PAGE_WORDS, PageWords};
 use crate::probe::{Order, ProbeCommand, Probed, Task, Walk};
@@ -33,7 +34,9 @@ const IDLE_OPS_PER_SECOND: u64 = 10;
 #[derive(Clone, Debug)]
 pub struct Guest {
     layout: Layout,
-    content: Content,
+    /// Where a guest that keeps frames has them.
+    plan: Option<Plan>,
+    pub(crate) content: Content,
     kind: WorkloadKind,
     spec: WorkloadSpec,
     seed: u64,
@@ -48,13 +51,22 @@ impl Guest {
         let kind = params.workload.check().map_err(GuestError::Workload)?;
         let content = Content::new(params.seed, params.pool_seed, params.pool_pages, params.mix)
             .map_err(GuestError::Mix)?;
+        let plan = match kind {
+            WorkloadKind::Frames => Some(Plan::new(params).ok_or(GuestError::NoFrames)?),
+            _ => None,
+        };
         let Params { workload: spec, seed, vcpus, tsc_hz, .. } = *params;
-        Ok(Self { layout, content, kind, spec, seed, vcpus, tsc_hz })
+        Ok(Self { layout, plan, content, kind, spec, seed, vcpus, tsc_hz })
     }
 
     /// Where everything lies.
     pub const fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Where its frames lie, if it is one that keeps frames.
+    pub const fn plan(&self) -> Option<&Plan> {
+        self.plan.as_ref()
     }
 
     /// What pages must contain.
@@ -80,7 +92,9 @@ impl Guest {
             found: [0; PAGE_WORDS],
             expected: [0; PAGE_WORDS],
         };
-        if self.kind == WorkloadKind::Probe {
+        if let Some(plan) = &self.plan {
+            runner.keep_frames(plan, self.spec.final_check == 1);
+        } else if self.kind == WorkloadKind::Probe {
             runner.obey();
         } else {
             runner.populate();
@@ -113,16 +127,16 @@ enum Operation {
 }
 
 /// One vCPU at work.
-struct Runner<'a, M> {
-    guest: &'a Guest,
-    machine: &'a mut M,
-    vcpu: u32,
+pub(crate) struct Runner<'a, M> {
+    pub(crate) guest: &'a Guest,
+    pub(crate) machine: &'a mut M,
+    pub(crate) vcpu: u32,
     owned_pages: u64,
     window: Window,
-    report: Report,
+    pub(crate) report: Report,
     next_report_ticks: u64,
-    found: PageWords,
-    expected: PageWords,
+    pub(crate) found: PageWords,
+    pub(crate) expected: PageWords,
 }
 
 impl<M: Machine> Runner<'_, M> {
@@ -245,6 +259,8 @@ impl<M: Machine> Runner<'_, M> {
             Task::Read => _ = self.machine.read_word(gpa),
             Task::Write => self.machine.write_word(gpa, self.expected[0]),
             Task::Verify => _ = self.verify(local),
+            // For a guest that keeps frames; this one has none.
+            Task::Allocate | Task::Free | Task::Churn => {}
         }
         self.report.operations += 1;
         self.machine.now_ticks().saturating_sub(start_ticks)
@@ -361,7 +377,7 @@ impl<M: Machine> Runner<'_, M> {
     }
 
     #[cold]
-    fn note_wrong_page(&mut self, gpa: u64) {
+    pub(crate) fn note_wrong_page(&mut self, gpa: u64) {
         self.report.wrong_pages += 1;
         for (index, (&found, &expected)) in (0..).zip(self.found.iter().zip(&self.expected)) {
             if found != expected {
@@ -398,7 +414,7 @@ impl<M: Machine> Runner<'_, M> {
 
     /// Does what the VMM waits for: ends a window, reports in time. Returns whether to stop.
     #[inline]
-    fn attend(&mut self) -> u64 {
+    pub(crate) fn attend(&mut self) -> u64 {
         let number = self.machine.window();
         if number != self.window.number {
             self.close_window(number);
@@ -427,7 +443,7 @@ impl<M: Machine> Runner<'_, M> {
     }
 
     /// Starts a phase, which is reported at once.
-    fn enter(&mut self, phase: Phase) {
+    pub(crate) fn enter(&mut self, phase: Phase) {
         self.report.phase = phase as u32;
         self.next_report_ticks = 0;
     }
@@ -447,7 +463,7 @@ impl<M: Machine> Runner<'_, M> {
 }
 
 /// Counts a wrong word and keeps it if there is room.
-fn note_wrong(report: &mut Report, wrong: WrongWord) {
+pub(crate) fn note_wrong(report: &mut Report, wrong: WrongWord) {
     let count = usize::try_from(report.wrong_words).unwrap_or(WRONG_KEPT);
     if let Some(place) = report.wrong.get_mut(count) {
         *place = wrong;
@@ -465,6 +481,8 @@ pub enum GuestError {
     Workload(SpecError),
     /// The mix is none.
     Mix(MixError),
+    /// The memory is too small to keep frames in.
+    NoFrames,
     /// The vCPU is none of this guest's.
     Vcpu {
         /// Its index.
@@ -480,6 +498,9 @@ impl fmt::Display for GuestError {
             Self::Layout(error) => error.fmt(f),
             Self::Workload(error) => error.fmt(f),
             Self::Mix(error) => error.fmt(f),
+            Self::NoFrames => {
+                f.write_str("the first region has no room for frames behind their tables: give more memory")
+            }
             Self::Vcpu { vcpu, vcpus } => {
                 write!(f, "vCPU {vcpu} was started in a guest of {vcpus}: number them from 0")
             }

@@ -21,6 +21,8 @@ pub enum WorkloadKind {
     Idle = 5,
     /// Whatever the host asks, command by command, see [`crate::probe`]. Nothing by itself: not even population.
     Probe = 6,
+    /// As `Probe`, over an allocator whose free memory the host sees: see [`crate::frames`].
+    Frames = 7,
 }
 
 impl WorkloadKind {
@@ -36,6 +38,7 @@ impl WorkloadKind {
             4 => Some(Self::Bursts),
             5 => Some(Self::Idle),
             6 => Some(Self::Probe),
+            7 => Some(Self::Frames),
             _ => None,
         }
     }
@@ -49,6 +52,7 @@ impl WorkloadKind {
             Self::Bursts => "bursts",
             Self::Idle => "idle",
             Self::Probe => "probe",
+            Self::Frames => "frames",
         }
     }
 }
@@ -127,7 +131,11 @@ impl WorkloadSpec {
             write_permille: 200,
             hot_permille: match kind {
                 WorkloadKind::Phases | WorkloadKind::Bursts => 100,
-                WorkloadKind::Zipf | WorkloadKind::Sweep | WorkloadKind::Idle | WorkloadKind::Probe => 1000,
+                WorkloadKind::Zipf
+                | WorkloadKind::Sweep
+                | WorkloadKind::Idle
+                | WorkloadKind::Probe
+                | WorkloadKind::Frames => 1000,
             },
             final_check: 0,
             footprint_bytes: 0,

@@ -56,6 +56,29 @@ pub enum Event {
         /// Why it was not done, for the operator.
         refused: Option<String>,
     },
+    /// The balloon has what was asked, or what the guest could give.
+    Ballooned {
+        /// What was asked last.
+        target_bytes: u64,
+        /// What it has.
+        ballooned_bytes: u64,
+        /// From the command's arrival to the guest's word that it is done.
+        ns: u64,
+    },
+    /// An order about the guest's frames is done.
+    Frames {
+        /// The order.
+        #[serde(flatten)]
+        order: FrameOrder,
+        /// Bytes of the frames it took or gave back; fewer than asked where no more were free or held.
+        done_bytes: u64,
+        /// Bytes of them that were dropped; the others had no memory. A guest can lie about that, to its own harm.
+        dropped_bytes: u64,
+        /// From the command's arrival to its end.
+        ns: u64,
+        /// Why it ended early, for the operator.
+        refused: Option<String>,
+    },
     /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
     ManagerLost,
     /// A command made no sense.
@@ -100,6 +123,47 @@ pub enum Command {
     /// this process can tell the kernel. Whoever asks sees to it that no machine of another sharing domain may be merged.
     /// Answered with [`Event::Merging`].
     Merge(MergeRange),
+    /// The balloon of a guest that keeps frames shall have so much. Answered with [`Event::Ballooned`]; set one target at a time.
+    Balloon {
+        /// How much: whole pages, or frames, at most.
+        target_bytes: u64,
+        /// In what pieces it takes more.
+        piece: BalloonPiece,
+    },
+    /// Frames of such a guest shall be taken without asking it, or given back. Answered with [`Event::Frames`].
+    Frames(FrameOrder),
+}
+
+/// The pieces in which a balloon takes memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BalloonPiece {
+    /// 4 KiB, up to 256 of them with one exit.
+    Page,
+    /// 2 MiB, as many.
+    Frame,
+}
+
+/// What is to be done with a guest's frames, and with how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FrameOrder {
+    /// What.
+    pub order: FrameVerb,
+    /// How much; what is left after whole frames of 2 MiB is ignored.
+    pub bytes: u64,
+}
+
+/// What can be done with frames that the guest does not use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrameVerb {
+    /// Take the memory of those that have some; the guest gets it by asking.
+    TakeSoftly,
+    /// Take them out of circulation, those that have no memory too.
+    TakeForGood,
+    /// Give those back that were taken for good, the last first.
+    GiveBack,
 }
 
 /// Whole pages of one region of guest memory, and whether they may be merged.

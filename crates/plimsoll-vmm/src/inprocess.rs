@@ -6,6 +6,7 @@
 //! are checked all the same, and one outside ends the machine.
 use crate::machine::{Death, End, Going, Machine};
 use crate::memory::MemoryError;
+use plimsoll_guest::abi::{BalloonTarget, Listing};
 use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::{Guest, Machine as GuestMachine, PageWords, abi};
 use plimsoll_types::Gpa;
@@ -112,6 +113,29 @@ impl GuestMachine for Vcpu<'_> {
 
     fn next_command(&mut self, answer: &Probed) -> ProbeCommand {
         self.machine.next_command(self.index, answer)
+    }
+
+    fn exchange_word(&mut self, gpa: u64, old: u64, new: u64) -> Result<(), u64> {
+        let done = self.machine.memory.exchange_u64(Gpa(gpa), old, new);
+        // A failure ends the program; until it notices, the word counts as changed.
+        done.unwrap_or_else(|error| {
+            self.failure.get_or_insert(Death::Memory(error));
+            Ok(())
+        })
+    }
+
+    fn balloon(&mut self) -> BalloonTarget {
+        BalloonTarget(self.channel_word(abi::BALLOON_OFFSET))
+    }
+
+    fn list(&mut self, listing: &Listing) {
+        let done = self.machine.listed(listing);
+        self.failure = self.failure.take().or(done.err());
+    }
+
+    fn install(&mut self, gpa: u64) {
+        let done = self.machine.balloon.install(&self.machine.memory, gpa);
+        self.failure = self.failure.take().or(done.err());
     }
 
     fn discard(&mut self, gpa: u64, len: u64) {

@@ -335,7 +335,7 @@ mod tests {
         memory.write(Gpa(ENTRY), &bytes).unwrap();
         let mut vcpus = Parts::create(&host, 1, 2).unwrap().attach(&memory, Gpa(ENTRY)).unwrap();
         memory.pin_for_life(Gpa(abi::PARAMS_GPA), ByteCount(2 * abi::PAGE_SIZE)).unwrap();
-        Some((Arc::new(Machine::new(memory, 1, 1, EventFd::new().unwrap())), vcpus.remove(0)))
+        Some((Arc::new(Machine::new(memory, None, 1, 1, EventFd::new().unwrap())), vcpus.remove(0)))
     }
 
     fn death(code: &[u8]) -> Option<Death> {

@@ -8,6 +8,7 @@
 //! * `memory`: RAM, and for each of its `shards` an airlock and two userfaultfds. `elf`, `boot`: what memory holds at the start. [`pins`]: which pages must
 //!   not leave.
 //! * `kvm`, `inprocess`: the two ways to run a vCPU. `machine`: what both share. `signals`: how threads are interrupted.
+//! * `balloon`: memory that the guest gives, and frames that are taken from it.
 //! * `agent`: serves the manager, one for each shard. [`control`], [`report`]: talk to the starter. `sandbox`: gives up rights.
 //!   [`supervise`]: the main thread, once all that runs.
 //!
@@ -31,6 +32,7 @@ pub mod report;
 pub mod supervise;
 
 mod agent;
+mod balloon;
 mod boot;
 mod elf;
 mod inprocess;

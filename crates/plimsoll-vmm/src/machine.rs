@@ -2,11 +2,13 @@
 //!
 //! Enters: port exits of vCPUs, orders of the main thread. Leaves: reports, and how each vCPU ended. What must never
 //! happen: a number the guest wrote being used without a check, or a vCPU thread holding a lock while it touches or
-//! discards guest memory.
+//! discards guest memory; the balloon's gate apart, which only vCPUs and the frames' thread take.
+use crate::balloon::Balloon;
 use crate::memory::{DiscardError, Memory, MemoryError};
 use crate::report::{self, Summary, VcpuReports};
 use crate::signals;
-use plimsoll_guest::abi;
+use plimsoll_guest::abi::{self, BalloonTarget, Listing};
+use plimsoll_guest::frames::Plan;
 use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_linux::explain;
 use plimsoll_sys::eventfd::EventFd;
@@ -34,6 +36,22 @@ pub enum Death {
     /// It gave back what it must not.
     #[error(transparent)]
     Discard(DiscardError),
+    /// Its balloon listed nonsense.
+    #[error("its balloon listed {count} pieces of kind {piece} for purpose {what}, which means nothing")]
+    Listing {
+        /// The purpose.
+        what: u32,
+        /// The kind.
+        piece: u32,
+        /// How many.
+        count: u32,
+    },
+    /// It asked for a frame that it does not have.
+    #[error("it asked for the frame at {gpa}, where none starts")]
+    Install {
+        /// The address.
+        gpa: Gpa,
+    },
     /// It wrote to a port that is none, or not a dword.
     #[error("it wrote {bytes} bytes to port {port:#x}, which means nothing (rip {rip:#x})")]
     Port {
@@ -119,12 +137,15 @@ struct Desk {
     numbered: u64,
     /// Answers that wait for the starter.
     answers: VecDeque<(u32, Probed)>,
+    /// vCPU 0, if it waits for a command, is to look at the balloon's target.
+    has_target: bool,
 }
 
 /// One machine, as its threads see it.
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) memory: Memory,
+    pub(crate) balloon: Balloon,
     pub(crate) tsc_hz: u64,
     vcpus: Vec<Mutex<Vcpu>>,
     leaving: AtomicBool,
@@ -143,8 +164,16 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Machine {
-    pub(crate) fn new(memory: Memory, vcpus: u32, tsc_hz: u64, attention: EventFd) -> Self {
+    /// `plan` is where a guest that keeps frames has them.
+    pub(crate) fn new(
+        memory: Memory,
+        plan: Option<Plan>,
+        vcpus: u32,
+        tsc_hz: u64,
+        attention: EventFd,
+    ) -> Self {
         Self {
+            balloon: Balloon::new(plan, memory.layout().pages()),
             memory,
             tsc_hz,
             vcpus: (0..vcpus).map(|_| Mutex::default()).collect(),
@@ -186,6 +215,14 @@ impl Machine {
                 let discarded = self.memory.discard(Gpa(channel.request_gpa), channel.request_len);
                 return discarded.err().map(|error| End::Died(Death::Discard(error)));
             }
+            abi::PORT_BALLOON => {
+                let listed = self.listing().and_then(|listing| self.listed(&listing));
+                return listed.err().map(End::Died);
+            }
+            abi::PORT_INSTALL => {
+                let installed = self.balloon.install(&self.memory, channel.request_gpa);
+                return installed.err().map(End::Died);
+            }
             abi::PORT_COMMAND => {
                 let command = self.next_command(vcpu, &channel.probed);
                 let place = Gpa(abi::channel_gpa(vcpu) + abi::COMMAND_OFFSET);
@@ -207,6 +244,34 @@ impl Machine {
         None
     }
 
+    /// The balloon's listing.
+    fn listing(&self) -> Result<Listing, Death> {
+        let mut bytes = [0; size_of::<Listing>()];
+        self.memory.read(Gpa(abi::LISTING_GPA), &mut bytes)?;
+        // As in `channel`.
+        Listing::read_from_bytes(&bytes)
+            .map_err(|_| MemoryError::OutsideRam { gpa: Gpa(abi::LISTING_GPA), len: ByteCount(0) }.into())
+    }
+
+    /// Does what a listing says.
+    pub(crate) fn listed(&self, listing: &Listing) -> Result<(), Death> {
+        self.balloon.listed(&self.memory, listing)?;
+        if listing.what == abi::Listed::Settled as u32 {
+            // As in `ended`.
+            let _ = self.attention.signal();
+        }
+        Ok(())
+    }
+
+    /// Tells the guest how much its balloon shall have. False if it has none.
+    pub(crate) fn aim(&self, bytes: ByteCount, piece: abi::Piece) -> Result<bool, MemoryError> {
+        let Some(BalloonTarget(word)) = self.balloon.aim(bytes, piece) else { return Ok(false) };
+        self.channel_word(0, abi::BALLOON_OFFSET, word)?;
+        locked(&self.desk).has_target = true;
+        self.wake.notify_all();
+        Ok(true)
+    }
+
     /// Takes a report over.
     pub(crate) fn report(&self, vcpu: u32, report: &abi::Report) {
         if let Some(mut vcpu) = self.vcpu(vcpu) {
@@ -226,7 +291,7 @@ impl Machine {
     }
 
     /// Takes the answer of a probing guest over and waits until there is another command for it. None, with number 0,
-    /// when the machine is told to stop.
+    /// when the machine is told to stop or the balloon has a new target.
     pub(crate) fn next_command(&self, vcpu: u32, answer: &Probed) -> ProbeCommand {
         let mut desk = locked(&self.desk);
         if answer.number != 0 {
@@ -235,7 +300,7 @@ impl Machine {
             let _ = self.attention.signal();
         }
         loop {
-            if desk.is_stopping {
+            if desk.is_stopping || (vcpu == 0 && std::mem::take(&mut desk.has_target)) {
                 return ProbeCommand::default();
             }
             let place = desk.commands.iter().position(|(whose, _)| *whose == vcpu);
@@ -327,6 +392,7 @@ impl Machine {
     /// What all vCPUs say.
     pub(crate) fn summary(&self) -> Summary {
         let reports: Vec<_> = self.vcpus.iter().map(|vcpu| locked(vcpu).reports.clone()).collect();
-        report::summarise(&reports, self.tsc_hz)
+        let ballooned_bytes = self.balloon.ballooned().0;
+        Summary { ballooned_bytes, ..report::summarise(&reports, self.tsc_hz) }
     }
 }

@@ -368,6 +368,12 @@ impl Memory {
         Ok(mapping.read_u64(offset)?)
     }
 
+    /// Puts `new` in the place of `old` in an aligned word, or fails with what it holds, at once for vCPUs too.
+    pub(crate) fn exchange_u64(&self, gpa: Gpa, old: u64, new: u64) -> Result<Result<(), u64>, MemoryError> {
+        let (mapping, offset) = self.locate(gpa, ByteCount(8))?;
+        Ok(mapping.exchange_u64(offset, old, new)?)
+    }
+
     /// Offers pages to the kernel's samepage merging, or makes them this machine's own again. Touches none that is absent.
     ///
     /// # Errors

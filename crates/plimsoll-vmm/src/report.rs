@@ -1,7 +1,7 @@
 //! What all vCPUs of a machine say about themselves, as one summary.
 //!
 //! Enters: [`abi::Report`]s as guests allege them. Leaves: a [`Summary`], which goes to whoever started the machine.
-//! Everything in it is still an allegation of the guest: sums saturate, lengths are clamped, and no number decides
+//! Everything in it but `ballooned_bytes` is still an allegation of the guest: sums saturate, lengths are clamped, and no number decides
 //! anything in this process.
 use plimsoll_guest::abi::{self, Phase};
 use plimsoll_guest::probe::{Probed, probe_floor};
@@ -30,6 +30,10 @@ pub struct Summary {
     pub checked_pages: u64,
     /// Pages given back, each time counted.
     pub discarded_pages: u64,
+    /// Memory that the balloon has now and that is not among the pages given back: what was listed and not wanted back, and frames
+    /// held for good. Counted by this process.
+    #[serde(default)]
+    pub ballooned_bytes: u64,
     /// Whole pages compared with what they should contain.
     pub verified_pages: u64,
     /// Words found wrong.
@@ -180,6 +184,7 @@ pub(crate) fn summarise(vcpus: &[VcpuReports], tsc_hz: u64) -> Summary {
         populated_pages: sum(|report| report.populated_pages),
         checked_pages: sum(|report| report.checked_pages),
         discarded_pages: sum(|report| report.discarded_pages),
+        ballooned_bytes: 0,
         verified_pages: sum(|report| report.verified_pages),
         wrong_words: sum(|report| report.wrong_words),
         wrong_pages: sum(|report| report.wrong_pages),

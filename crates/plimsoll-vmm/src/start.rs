@@ -12,7 +12,8 @@ use crate::supervise::{ExitReport, ManagerEnd, Stop, Supervisor};
 use crate::wire::{self, Hello, Welcome};
 use crate::{VmmError, agent, boot, inprocess, sandbox, shards, signals};
 use plimsoll_core::layout::GuestLayout;
-use plimsoll_guest::abi;
+use plimsoll_guest::frames::Plan;
+use plimsoll_guest::{Guest, abi};
 use plimsoll_linux::explain;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::eventfd::EventFd;
@@ -66,7 +67,9 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
         Engine::InProcess => (Engine::InProcess, inprocess::TICKS_PER_SECOND),
     };
     let params = config.params(memory.layout(), tsc_hz);
-    let entry = load(config, &memory, &params)?;
+    // `check` has said that the program can run.
+    let plan = Guest::new(&params).ok().and_then(|guest| guest.plan().copied());
+    let entry = load(config, &memory, &params, plan.as_ref())?;
     let total_bytes = memory.layout().pages().bytes().0;
     let mut sent = Ok(());
     memory.prefault(config.prefault, |done| {
@@ -87,7 +90,7 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
 
     let attention = EventFd::new().map_err(VmmError::Threads)?;
     let ram = ram(&memory);
-    let machine = Arc::new(Machine::new(memory, config.vcpus, tsc_hz, attention));
+    let machine = Arc::new(Machine::new(memory, plan, config.vcpus, tsc_hz, attention));
     let threads = Threads::start(&machine, vcpus, accepted.as_ref())?;
     let confined = sandbox::restrict(config.sandbox, &accel);
     if confined.is_err() {
@@ -107,6 +110,7 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
         control,
         vcpus: threads.vcpus,
         agents: threads.agents,
+        frames: threads.frames,
         manager: ManagerEnd::Present,
         died: None,
         stop: Stop::No,
@@ -164,7 +168,12 @@ fn open_kvm(config: &VmmConfig, layout: &GuestLayout) -> Result<kvm::Parts, KvmE
 }
 
 /// Fills memory with what it must hold at the start, and pins what the VMM itself reads and writes.
-fn load(config: &VmmConfig, memory: &Memory, params: &abi::Params) -> Result<Gpa, VmmError> {
+fn load(
+    config: &VmmConfig,
+    memory: &Memory,
+    params: &abi::Params,
+    plan: Option<&Plan>,
+) -> Result<Gpa, VmmError> {
     let (entry, mut pieces) = boot::image()?;
     pieces.push(boot::page_tables(memory.layout())?);
     pieces.push(boot::params_piece(params));
@@ -176,6 +185,11 @@ fn load(config: &VmmConfig, memory: &Memory, params: &abi::Params) -> Result<Gpa
     }
     let pinned = abi::channel_gpa(config.vcpus) - abi::PARAMS_GPA;
     memory.pin_for_life(Gpa(abi::PARAMS_GPA), ByteCount(pinned))?;
+    if let Some(plan) = plan {
+        memory.pin_for_life(Gpa(abi::LISTING_GPA), ByteCount(abi::PAGE_SIZE))?;
+        // Whoever looks for free frames waits for no page.
+        memory.pin_for_life(Gpa(plan.word_gpa(0)), ByteCount(plan.words() * 8))?;
+    }
     Ok(entry)
 }
 
@@ -247,6 +261,7 @@ struct Threads {
     go: Arc<Barrier>,
     vcpus: Vec<JoinHandle<()>>,
     agents: Vec<JoinHandle<agent::Ended>>,
+    frames: Option<JoinHandle<()>>,
 }
 
 impl Threads {
@@ -257,9 +272,10 @@ impl Threads {
         accepted: Option<&Accepted>,
     ) -> Result<Self, VmmError> {
         let agents = accepted.map_or(0, |accepted| accepted.sockets.len());
-        let threads = vcpus.len() + agents + 1;
+        let frames = machine.balloon.has_frames();
+        let threads = vcpus.len() + agents + usize::from(frames) + 1;
         let (ready, go) = (Arc::new(Barrier::new(threads)), Arc::new(Barrier::new(threads)));
-        let mut started = Self { go: Arc::clone(&go), vcpus: Vec::new(), agents: Vec::new() };
+        let mut started = Self { go: Arc::clone(&go), vcpus: Vec::new(), agents: Vec::new(), frames: None };
         let gates = || {
             let (ready, go) = (Arc::clone(&ready), Arc::clone(&go));
             move || {
@@ -287,6 +303,16 @@ impl Threads {
                 ended
             });
             started.agents.push(thread.map_err(VmmError::Threads)?);
+        }
+        if frames {
+            let (machine, pass) = (Arc::clone(machine), gates());
+            let thread = thread::Builder::new().name("frames".to_owned()).spawn(move || {
+                pass();
+                machine.balloon.serve(&machine.memory, || {
+                    let _ = machine.attention.signal();
+                });
+            });
+            started.frames = Some(thread.map_err(VmmError::Threads)?);
         }
         ready.wait();
         Ok(started)

@@ -8,14 +8,16 @@
 //! leave and kicked until they answer. After another such time, those that still wait are abandoned: they wait in
 //! the kernel for a page or for a reader of an event, nobody will come, and only the end of the process frees them.
 use crate::agent;
+use crate::balloon::Notice;
 use crate::config::VmmConfig;
-use crate::control::{Command, Control, Event, MergeMode, MergeRange, StopMode};
+use crate::control::{BalloonPiece, Command, Control, Event, FrameOrder, MergeMode, MergeRange, StopMode};
 use crate::machine::Machine;
 use crate::report::{ProbeReport, Summary};
 use crate::{VmmError, signals};
+use plimsoll_guest::abi::Piece;
 use plimsoll_guest::probe::ProbeCommand;
 use plimsoll_sys::mapping::Merging;
-use plimsoll_types::{ByteCount, Gpa};
+use plimsoll_types::{ByteCount, Gpa, PageCount};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::io;
@@ -37,7 +39,7 @@ pub struct ExitReport {
     pub summary: Summary,
     /// Why it died, if it did.
     pub died: Option<String>,
-    /// vCPU threads that could not be stopped. If there are any, end the process: its memory is still in use.
+    /// Threads of vCPUs, and that of the frames, that could not be stopped. If there are any, end the process: its memory is still in use.
     pub abandoned: usize,
     /// Whether the manager left before the end.
     pub manager: ManagerEnd,
@@ -60,6 +62,8 @@ pub(crate) struct Supervisor {
     pub(crate) control: Control,
     pub(crate) vcpus: Vec<JoinHandle<()>>,
     pub(crate) agents: Vec<JoinHandle<agent::Ended>>,
+    /// The frames' thread, if the guest keeps frames.
+    pub(crate) frames: Option<JoinHandle<()>>,
     pub(crate) manager: ManagerEnd,
     pub(crate) died: Option<String>,
     pub(crate) stop: Stop,
@@ -105,11 +109,12 @@ impl Supervisor {
                 break;
             }
         }
+        let stuck = self.close_frames();
         self.look()?;
-        let abandoned = self.machine.running();
+        let abandoned = self.machine.running() + stuck;
         let summary = self.machine.summary();
         self.send(&Event::Done(summary.clone()))?;
-        if abandoned == 0 {
+        if self.machine.running() == 0 {
             // A vCPU's thread has nothing to do after it has said that it ended.
             self.vcpus.drain(..).for_each(|vcpu| drop(vcpu.join()));
         }
@@ -151,6 +156,8 @@ impl Supervisor {
                 Command::Stop { mode } => self.ask_to_stop(mode)?,
                 Command::Probe { vcpu, probe } => self.probe(vcpu, probe)?,
                 Command::Merge(range) => self.merge(range)?,
+                Command::Balloon { target_bytes, piece } => self.aim(ByteCount(target_bytes), piece)?,
+                Command::Frames(order) => self.order(order)?,
             }
         }
         if received.closed { self.ask_to_stop(StopMode::Now) } else { Ok(()) }
@@ -179,6 +186,41 @@ impl Supervisor {
         self.send(&Event::Merging { range, refused })
     }
 
+    fn aim(&self, bytes: ByteCount, piece: BalloonPiece) -> Result<(), VmmError> {
+        let piece = match piece {
+            BalloonPiece::Page => Piece::Page,
+            BalloonPiece::Frame => Piece::Frame,
+        };
+        if self.machine.aim(bytes, piece)? { Ok(()) } else { self.no_frames() }
+    }
+
+    fn order(&self, order: FrameOrder) -> Result<(), VmmError> {
+        if !self.machine.balloon.has_frames() {
+            return self.no_frames();
+        }
+        self.machine.balloon.order(order);
+        Ok(())
+    }
+
+    fn no_frames(&self) -> Result<(), VmmError> {
+        self.send(&Event::Error { message: "this guest keeps no frames and has no balloon".to_owned() })
+    }
+
+    /// Ends the frames' thread. 1 if it waits for a reader of an event and cannot.
+    fn close_frames(&mut self) -> usize {
+        let Some(frames) = self.frames.take() else { return 0 };
+        self.machine.balloon.close();
+        let start = Instant::now();
+        while !frames.is_finished() {
+            if start.elapsed() >= STOP_GRACE {
+                return 1;
+            }
+            std::thread::sleep(KICK_EVERY);
+        }
+        drop(frames.join());
+        0
+    }
+
     fn ask_to_stop(&mut self, mode: StopMode) -> Result<(), VmmError> {
         self.machine.stop(mode.word())?;
         if mode == StopMode::Now && self.stop == Stop::No {
@@ -199,6 +241,9 @@ impl Supervisor {
         }
         for (vcpu, answer) in self.machine.answers() {
             self.send(&Event::Probed(ProbeReport::new(vcpu, &answer, self.machine.tsc_hz)))?;
+        }
+        for notice in self.machine.balloon.notices() {
+            self.send(&told(notice))?;
         }
         if self.died.is_some() {
             return Ok(());
@@ -251,5 +296,19 @@ impl Supervisor {
             Err(_) => return Err(VmmError::Handover(io::Error::other("the agent's thread panicked"))),
         }
         Ok(())
+    }
+}
+
+fn told(notice: Notice) -> Event {
+    let ns = |took: Duration| u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+    match notice {
+        Notice::Settled { target, ballooned, took } => Event::Ballooned {
+            target_bytes: PageCount(target.pages()).bytes().0,
+            ballooned_bytes: ballooned.0,
+            ns: ns(took),
+        },
+        Notice::Done { order, done, dropped, took, refused } => {
+            Event::Frames { order, done_bytes: done.0, dropped_bytes: dropped.0, ns: ns(took), refused }
+        }
     }
 }

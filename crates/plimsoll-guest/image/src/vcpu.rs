@@ -6,9 +6,11 @@
 use core::arch::asm;
 use core::arch::x86_64::_rdtsc;
 use core::ptr::{read_volatile, with_exposed_provenance, with_exposed_provenance_mut, write_volatile};
+use core::sync::atomic::{AtomicU64, Ordering};
 use plimsoll_guest::abi::{
-    Channel, MESSAGE_SIZE, PAGE_SIZE, PARAMS_GPA, PORT_COMMAND, PORT_DISCARD, PORT_DONE, PORT_IDLE,
-    PORT_PANIC, PORT_REPORT, Params, Report, channel_gpa,
+    BalloonTarget, Channel, LISTING_GPA, Listing, MESSAGE_SIZE, PAGE_SIZE, PARAMS_GPA, PORT_BALLOON,
+    PORT_COMMAND, PORT_DISCARD, PORT_DONE, PORT_IDLE, PORT_INSTALL, PORT_PANIC, PORT_REPORT, Params, Report,
+    channel_gpa,
 };
 use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::{Machine, PAGE_WORDS, PageWords};
@@ -143,6 +145,34 @@ impl Machine for Vcpu {
         self.out(PORT_COMMAND);
         // SAFETY: as in `panicked`; the VMM wrote it while this vCPU waited, and any bytes are a `ProbeCommand`.
         unsafe { read_volatile(&raw const (*self.channel).command) }
+    }
+
+    #[inline]
+    fn exchange_word(&mut self, gpa: u64, old: u64, new: u64) -> Result<(), u64> {
+        // SAFETY: the trait's callers pass the aligned address of a word of the frames' tables, identity mapped for as long as
+        // the guest runs. vCPUs and host access it by whole words at once: this and `read_word`, which is a plain load of the
+        // hardware and tears nothing.
+        let word = unsafe { AtomicU64::from_ptr(with_exposed_provenance_mut(address(gpa))) };
+        word.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).map(|_| ())
+    }
+
+    #[inline]
+    fn balloon(&mut self) -> BalloonTarget {
+        // SAFETY: as in `stop`.
+        BalloonTarget(unsafe { read_volatile(&raw const (*self.channel).balloon) })
+    }
+
+    fn list(&mut self, listing: &Listing) {
+        // SAFETY: the listing's page is identity mapped and vCPU 0's alone (`Machine::list` is called for it only); the VMM
+        // reads it while this vCPU waits in the port exit.
+        unsafe { write_volatile(with_exposed_provenance_mut(address(LISTING_GPA)), *listing) };
+        self.out(PORT_BALLOON);
+    }
+
+    fn install(&mut self, gpa: u64) {
+        // SAFETY: as in `panicked`.
+        unsafe { write_volatile(&raw mut (*self.channel).request_gpa, gpa) };
+        self.out(PORT_INSTALL);
     }
 
     fn discard(&mut self, gpa: u64, len: u64) {

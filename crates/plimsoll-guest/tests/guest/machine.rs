@@ -1,9 +1,10 @@
 //! A machine made of vectors, with a clock that advances by a fixed step each time it is read.
 use plimsoll_guest::abi::{
-    ABI_VERSION, MAX_REGIONS, PAGE_SIZE, PARAMS_MAGIC, Params, Region, Report, STOP_FINISH, STOP_NO,
-    WORKLOAD_GPA,
+    ABI_VERSION, BalloonTarget, Listing, MAX_REGIONS, PAGE_SIZE, PARAMS_MAGIC, Params, Region, Report,
+    STOP_FINISH, STOP_NO, WORKLOAD_GPA,
 };
 use plimsoll_guest::content::Mix;
+use plimsoll_guest::frames::{Frames, Plan, Words};
 use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_guest::{Machine, PAGE_WORDS, PageWords};
@@ -49,6 +50,10 @@ pub(crate) struct VecMachine {
     /// Commands for a probing guest, which is told to stop when there are none left, and its answers.
     pub(crate) commands: VecDeque<ProbeCommand>,
     pub(crate) answers: Vec<Probed>,
+    plan: Option<Plan>,
+    pub(crate) balloon: BalloonTarget,
+    pub(crate) listings: Vec<Listing>,
+    pub(crate) installs: Vec<u64>,
     /// Pages read or written as whole pages since a test last cleared it.
     pub(crate) touched: BTreeSet<u64>,
     meddle: Option<Meddle>,
@@ -70,6 +75,10 @@ impl VecMachine {
             slept_ns: 0,
             commands: VecDeque::new(),
             answers: Vec::new(),
+            plan: Plan::new(params),
+            balloon: BalloonTarget::default(),
+            listings: Vec::new(),
+            installs: Vec::new(),
             touched: BTreeSet::new(),
             meddle: None,
         }
@@ -79,12 +88,33 @@ impl VecMachine {
         Self { meddle: Some(Box::new(meddle)), ..Self::new(params) }
     }
 
+    /// The allocator, as the host sees it.
+    pub(crate) fn allocator(&mut self) -> Frames<HostWords<'_>> {
+        let frames = self.plan.unwrap().frames();
+        Frames::new(HostWords(self), frames)
+    }
+
     /// The words from `gpa` on. Panics in a hole and below workload memory, where no program may go.
     pub(crate) fn words(&mut self, gpa: u64, count: usize) -> &mut [u64] {
         assert!(gpa >= WORKLOAD_GPA && gpa.is_multiple_of(8), "{gpa:#x}");
         let (start, words) = self.regions.iter_mut().rev().find(|(start, _)| *start <= gpa).unwrap();
         let first = usize::try_from((gpa - *start) / 8).unwrap();
         &mut words[first..first + count]
+    }
+}
+
+/// The host's view of the words.
+pub(crate) struct HostWords<'a>(&'a mut VecMachine);
+
+impl Words for HostWords<'_> {
+    fn load(&mut self, word: u64) -> u64 {
+        let gpa = self.0.plan.unwrap().word_gpa(word);
+        self.0.read_word(gpa)
+    }
+
+    fn exchange(&mut self, word: u64, old: u64, new: u64) -> Result<(), u64> {
+        let gpa = self.0.plan.unwrap().word_gpa(word);
+        self.0.exchange_word(gpa, old, new)
     }
 }
 
@@ -141,6 +171,31 @@ impl Machine for VecMachine {
             self.stop = STOP_FINISH;
             ProbeCommand::default()
         })
+    }
+
+    fn exchange_word(&mut self, gpa: u64, old: u64, new: u64) -> Result<(), u64> {
+        match self.words(gpa, 1) {
+            [word] if *word == old => {
+                *word = new;
+                Ok(())
+            }
+            words => Err(words[0]),
+        }
+    }
+
+    fn balloon(&mut self) -> BalloonTarget {
+        self.balloon
+    }
+
+    fn list(&mut self, listing: &Listing) {
+        self.listings.push(*listing);
+    }
+
+    fn install(&mut self, gpa: u64) {
+        self.installs.push(gpa);
+        let plan = self.plan.unwrap();
+        let frame = plan.frame_at(gpa).expect("a frame starts there");
+        self.allocator().install(frame);
     }
 
     fn discard(&mut self, gpa: u64, len: u64) {

@@ -2,6 +2,10 @@
 #[cfg(test)]
 mod content;
 #[cfg(test)]
+mod frames;
+#[cfg(test)]
+mod heap;
+#[cfg(test)]
 mod layout;
 #[cfg(test)]
 mod machine;

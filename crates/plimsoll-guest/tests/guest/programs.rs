@@ -1,7 +1,9 @@
 //! Every program over plain memory: nothing wrong is reported where nothing is, and everything where
 //! something is.
 use crate::machine::{SEED, TSC_HZ, VecMachine, params};
-use plimsoll_guest::abi::{PAGE_SIZE, Params, Phase, Report, STOP_FINISH, STOP_NOW, WORKLOAD_GPA};
+use plimsoll_guest::abi::{
+    BalloonTarget, Listing, PAGE_SIZE, Params, Phase, Report, STOP_FINISH, STOP_NOW, WORKLOAD_GPA,
+};
 use plimsoll_guest::content::{Mix, PageKind};
 use plimsoll_guest::probe::{ProbeCommand, Probed};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
@@ -191,6 +193,18 @@ fn what_is_given_back_reads_as_zero_and_is_missed_when_it_does_not() {
         }
         fn next_command(&mut self, answer: &Probed) -> ProbeCommand {
             self.0.next_command(answer)
+        }
+        fn exchange_word(&mut self, gpa: u64, old: u64, new: u64) -> Result<(), u64> {
+            self.0.exchange_word(gpa, old, new)
+        }
+        fn balloon(&mut self) -> BalloonTarget {
+            self.0.balloon()
+        }
+        fn list(&mut self, listing: &Listing) {
+            self.0.list(listing);
+        }
+        fn install(&mut self, gpa: u64) {
+            self.0.install(gpa);
         }
         fn discard(&mut self, _gpa: u64, _len: u64) {}
     }

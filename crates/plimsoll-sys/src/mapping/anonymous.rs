@@ -262,6 +262,15 @@ impl AnonymousMapping {
         Ok(())
     }
 
+    /// Puts `new` in the place of `old` in the word at `offset`, a multiple of 8, as one atomic operation that is ordered with all
+    /// others of its kind; or fails with what it holds. Waits if the page is absent from a registered range.
+    pub fn exchange_u64(&self, offset: ByteCount, old: u64, new: u64) -> Result<Result<(), u64>, RangeError> {
+        self.check_words(offset, WORD)?;
+        // SAFETY: checked above.
+        let word = unsafe { self.word(to_usize(offset.0) / WORD) };
+        Ok(word.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).map(|_| ()))
+    }
+
     /// Copies memory from `offset` on into `bytes`; both offset and length are multiples of 8. Each word is read
     /// once; if somebody writes meanwhile, words from before and after mix.
     pub fn copy_from(&self, offset: ByteCount, bytes: &mut [u8]) -> Result<(), RangeError> {

@@ -177,7 +177,7 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>) {
             Event::ManagerLost => state.died = Some("its manager is gone".to_owned()),
             Event::Error { message } => state.died = Some(message),
             // Nobody here asks a guest to probe.
-            Event::Probed(_) | Event::Merging { .. } => {}
+            Event::Probed(_) | Event::Merging { .. } | Event::Ballooned { .. } | Event::Frames { .. } => {}
         }
     }
     state.lock().closed = true;
