@@ -416,7 +416,8 @@ impl<M: Machine> Runner<'_, M> {
     #[inline]
     pub(crate) fn attend(&mut self) -> u64 {
         let number = self.machine.window();
-        if number != self.window.number {
+        // Where frames are kept, their tables lie in the place of the window's bitmap, and no working set is counted.
+        if number != self.window.number && self.guest.plan.is_none() {
             self.close_window(number);
         }
         let now = self.machine.now_ticks();

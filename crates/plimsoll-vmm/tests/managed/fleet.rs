@@ -134,6 +134,10 @@ pub(crate) struct State {
     pub(crate) ram: Vec<Ram>,
     /// Ranges that were offered to KSM or withdrawn from it.
     pub(crate) merging: usize,
+    /// Commands to a probing guest that were answered, settled targets of its balloon, and orders about its frames.
+    pub(crate) probed: usize,
+    pub(crate) ballooned: Vec<u64>,
+    pub(crate) ordered: Vec<u64>,
     /// Whether the machine was told that it has no manager any more.
     pub(crate) manager_lost: bool,
 }
@@ -245,7 +249,13 @@ fn collect(events: UnixStream, state: &Mutex<State>) {
                 state.merging += 1;
                 state.died = state.died.take().or(refused);
             }
-            Event::Prefault { .. } | Event::Probed(_) => {}
+            Event::Probed(_) => state.probed += 1,
+            Event::Ballooned { ballooned_bytes, .. } => state.ballooned.push(ballooned_bytes),
+            Event::Frames { done_bytes, refused, .. } => {
+                state.ordered.push(done_bytes);
+                state.died = state.died.take().or(refused);
+            }
+            Event::Prefault { .. } => {}
         }
     }
 }

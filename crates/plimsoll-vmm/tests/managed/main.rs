@@ -7,6 +7,7 @@
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails its test")]
 
 mod ahead;
+mod balloon;
 mod crash;
 mod evict;
 mod fleet;
@@ -28,7 +29,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 23] = [
+const TESTS: [Test; 25] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
     ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
@@ -51,6 +52,8 @@ const TESTS: [Test; 23] = [
     ("a_guest_that_touches_everything_does_not_starve_the_others", sharing::fairness),
     ("the_hard_line_holds_while_guests_populate_three_budgets", sharing::hard_line),
     ("pages_that_ksm_has_merged_are_captured_and_come_back_right", merged::are_captured),
+    ("what_the_balloon_has_is_neither_stored_nor_in_limbo", balloon::is_not_kept),
+    ("a_balloon_and_taken_frames_outlive_manager_crashes_without_a_wrong_word", balloon::outlives_managers),
     ("bookkeeping_stays_within_its_promise", sharing::bookkeeping),
 ];
 

@@ -1,0 +1,133 @@
+//! Guests that give memory, under the pager: what they gave is nowhere kept, whoever manages them.
+use crate::crash::{Random, seed};
+use crate::evict::audit;
+use crate::fleet::{Fleet, Guest, PLENTY, machine, until};
+use crate::probes::Crash;
+use plimsoll_core::word::StateKind;
+use plimsoll_guest::probe::{Order, ProbeCommand, Task};
+use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_vmm::control::{BalloonPiece, Command, FrameOrder, FrameVerb};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+const ALL: u64 = 64 * MIB;
+const MANAGERS: u64 = 10;
+/// How long a manager works whose step does not come.
+const LASTS: Duration = Duration::from_millis(700);
+
+fn keeps_frames(name: &str) -> plimsoll_vmm::config::VmmConfig {
+    machine(name, ALL / MIB, WorkloadSpec::new(WorkloadKind::Frames))
+}
+
+fn probe(guest: &Guest, task: Task, pages: u64, passes: u64) {
+    let probe = ProbeCommand { pages, passes, ..ProbeCommand::new(task, Order::Ascending) };
+    guest.command(&Command::Probe { vcpu: 0, probe });
+}
+
+/// Has it do something and waits until it is done.
+fn ask(guest: &Guest, task: Task, pages: u64) {
+    let before = guest.state().probed;
+    probe(guest, task, pages, 1);
+    until("an answer", || (guest.state().probed > before).then_some(()));
+}
+
+fn aim(guest: &Guest, target_bytes: u64, piece: BalloonPiece) {
+    guest.command(&Command::Balloon { target_bytes, piece });
+}
+
+/// Sets a target and returns what the balloon then has.
+fn balloon(guest: &Guest, target_bytes: u64, piece: BalloonPiece) -> u64 {
+    let before = guest.state().ballooned.len();
+    aim(guest, target_bytes, piece);
+    until("the balloon to settle", || guest.state().ballooned.get(before).copied())
+}
+
+fn order(guest: &Guest, order: FrameVerb) -> u64 {
+    let before = guest.state().ordered.len();
+    guest.command(&Command::Frames(FrameOrder { order, bytes: u64::MAX }));
+    until("an order to be done", || guest.state().ordered.get(before).copied())
+}
+
+/// Pages that take memory somewhere, by the machine's page words as last published.
+fn kept(fleet: &Fleet, guest: &Guest) -> u64 {
+    let census = fleet.view(guest.id).stats.census;
+    [StateKind::Resident, StateKind::Limbo, StateKind::Stored, StateKind::Capturing, StateKind::Pinned]
+        .into_iter()
+        .map(|kind| census.of(kind).0)
+        .sum()
+}
+
+pub(crate) fn is_not_kept() {
+    let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
+    for (name, give) in [
+        ("by pages", (|guest| balloon(guest, ALL, BalloonPiece::Page)) as fn(&Guest) -> u64),
+        ("by frames", |guest| balloon(guest, ALL, BalloonPiece::Frame)),
+        ("taken", |guest| order(guest, FrameVerb::TakeForGood)),
+    ] {
+        let mut guest = fleet.add(&keeps_frames(name));
+        let mine = 8 * MIB / 4096;
+        ask(&guest, Task::Allocate, mine);
+        ask(&guest, Task::Allocate, u64::MAX);
+        let touched = kept(&fleet, &guest);
+        ask(&guest, Task::Free, ALL / 4096 - mine - 6 * 512);
+        // Everything is taken, what the guest has freed too, and much of it is stored by now.
+        fleet.squeeze_until(guest.id, "free pages to be stored", || fleet.stored(guest.id) > 6000);
+        let gave = give(&guest);
+        assert!(gave >= 40 * MIB, "{name}: {gave} of {touched} pages");
+        assert!(gave.is_multiple_of(4096));
+        // Its own pages, the tables, and the image.
+        let left = ALL / 4096 - gave / 4096;
+        until("what it gave to be forgotten", || (kept(&fleet, &guest) <= left).then_some(()));
+        fleet.squeeze_until(guest.id, "what is left to be stored", || fleet.stored(guest.id) > mine / 2);
+        assert!(kept(&fleet, &guest) <= left, "{name}: {} of {left}", kept(&fleet, &guest));
+        audit(&fleet);
+        until("the report", || (guest.state().summary.ballooned_bytes == gave).then_some(()));
+        balloon(&guest, 0, BalloonPiece::Page);
+        order(&guest, FrameVerb::GiveBack);
+        until("the report", || (guest.state().summary.ballooned_bytes == 0).then_some(()));
+        ask(&guest, Task::Allocate, u64::MAX);
+        guest.finish();
+        fleet.until_gone(guest.id);
+    }
+    assert_eq!((fleet.incidents(), fleet.store_pages()), (vec![], 0));
+}
+
+pub(crate) fn outlives_managers() {
+    let mut random = Random(seed());
+    let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
+    let mut guest = fleet.add(&keeps_frames("gives"));
+    ask(&guest, Task::Allocate, 4096);
+    probe(&guest, Task::Churn, 8192, 0);
+    let mut crashes = 0;
+    for round in 0..MANAGERS {
+        let (step, nth) = random.crash();
+        println!("manager {round}: to crash at the {nth}. {step:?}");
+        let crash = Arc::new(Crash::new(step, nth, vec![guest.id]));
+        fleet.replace(Arc::clone(&crash) as _);
+        let start = Instant::now();
+        let piece = if round % 2 == 0 { BalloonPiece::Page } else { BalloonPiece::Frame };
+        aim(&guest, if round % 3 == 2 { 0 } else { 24 * MIB }, piece);
+        let verb = if round % 2 == 0 { FrameVerb::TakeSoftly } else { FrameVerb::TakeForGood };
+        guest.command(&Command::Frames(FrameOrder { order: verb, bytes: 8 * MIB }));
+        guest.command(&Command::Frames(FrameOrder { order: FrameVerb::GiveBack, bytes: u64::MAX }));
+        while !crash.happened() && start.elapsed() < LASTS {
+            fleet.squeeze(guest.id);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        crashes += u64::from(crash.happened());
+        assert_eq!(fleet.view(guest.id).stats.anomalies.lost, 0);
+        assert_eq!(fleet.incidents(), []);
+    }
+    fleet.replace(Arc::new(NoProbe));
+    assert!(crashes >= MANAGERS / 3, "{crashes} managers crashed");
+    let orders = usize::try_from(2 * MANAGERS).unwrap();
+    until("every order to be done", || (guest.state().ordered.len() == orders).then_some(()));
+    assert_eq!(balloon(&guest, 0, BalloonPiece::Page), 0);
+    guest.goes_on();
+    guest.command(&Command::Window { number: 1 });
+    guest.finish();
+    fleet.until_gone(guest.id);
+    assert_eq!((fleet.incidents(), fleet.store_pages()), (vec![], 0));
+}
