@@ -3,6 +3,12 @@
 //! Enters: measured numbers. Leaves: one number, or none where there is nothing to compute it from. What must never
 //! happen: a figure made up from no measurement, or from one that is not a positive finite number.
 
+/// A count as a number to divide.
+#[expect(clippy::cast_precision_loss, reason = "counts and times of one benchmark are below 2^53")]
+pub(crate) const fn float(count: u64) -> f64 {
+    count as f64
+}
+
 /// A measurement that can be divided by.
 fn is_sound(value: f64) -> bool {
     value.is_finite() && value > 0.0

@@ -3,23 +3,30 @@
 //! Enters: a configuration. Leaves: a guest that does what it is asked and says how long it took by its own clock. What
 //! must never happen: a process that outlives the benchmark; so whoever drops a [`Guest`] ends it, and it dies with the
 //! thread that started it.
+use crate::contents::{POOL_PAGES, SEED};
+use crate::figures::float;
+use crate::report::Sample;
 use crate::session::{BenchError, Interrupt, process_cpu_seconds};
 use anyhow::{Context, Result, anyhow};
+use plimsoll_guest::content::Mix;
 use plimsoll_guest::probe::ProbeCommand;
+use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_sys::fdpass::seqpacket_pair;
 use plimsoll_sys::pagemap::{Entry, Pagemap};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process::{adopt_inherited, make_inheritable};
 use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{ByteCount, Hva, PAGE_SIZE};
-use plimsoll_vmm::VmmConfig;
+use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Management, Workload};
 use plimsoll_vmm::control::{Command, Event, Ram, StopMode};
 use plimsoll_vmm::report::{ProbeReport, Summary};
+use plimsoll_vmm::{Accel, VmmConfig};
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -29,6 +36,39 @@ const ROLE: &str = "be-a-guest";
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How often a wait looks for signals.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A guest's memory; the lowest 6 MiB are hardly touched.
+pub(crate) const RAM: ByteCount = ByteCount::mib(134);
+/// How long a guest works before it counts, and how long it counts: two sampling periods.
+const WARM_NS: u64 = 500_000_000;
+const WORK_NS: u64 = 4_000_000_000;
+
+/// Whether guests can be run here.
+pub(crate) fn check_kvm() -> Result<(), BenchError> {
+    match plimsoll_vmm::probe() {
+        accel @ Accel::InProcess { .. } => Err(BenchError::NotHere(format!("guests need KVM: {accel}"))),
+        _ => Ok(()),
+    }
+}
+
+/// A guest of this kind with these contents and nothing written yet.
+pub(crate) fn config(kind: WorkloadKind, mix: Mix) -> VmmConfig {
+    let spec = WorkloadSpec { seed: SEED, ..WorkloadSpec::new(kind) };
+    let workload = Workload { spec, mix, seed: SEED, pool_seed: SEED, pool_pages: POOL_PAGES };
+    VmmConfig {
+        hole: Hole::None,
+        accel: AccelChoice::Kvm,
+        huge_pages: HugePages::Never,
+        report_ms: 100,
+        ..VmmConfig::new("bench", RAM.0, workload)
+    }
+}
+
+/// One that works on all its pages, the hot ones most, and compares each with what it must be.
+pub(crate) fn busy(mix: Mix) -> VmmConfig {
+    let mut config = VmmConfig { huge_pages: HugePages::Advise, ..config(WorkloadKind::Zipf, mix) };
+    config.workload.spec.final_check = 1;
+    config
+}
 
 /// Becomes a guest, if that is what this process was started for. Its control socket is the standard input.
 pub(crate) fn role() -> Option<ExitCode> {
@@ -73,17 +113,44 @@ impl Guest {
     /// [`until_started`](Self::until_started).
     pub(crate) fn launch(config: &VmmConfig, interrupt: &Interrupt) -> Result<(Self, OwnedFd), BenchError> {
         interrupt.check()?;
-        let launched = Self::try_launch(config, interrupt).context("cannot start a guest")?;
-        Ok(launched)
+        let own = std::env::current_exe().context("cannot find this program")?;
+        Ok(Self::try_launch(&own, &[], config, interrupt).context("cannot start a guest")?)
     }
 
-    fn try_launch(config: &VmmConfig, interrupt: &Interrupt) -> Result<(Self, OwnedFd)> {
+    /// One that no manager serves, once its vCPUs run.
+    pub(crate) fn unmanaged(config: VmmConfig, interrupt: &Interrupt) -> Result<Self, BenchError> {
+        let own = std::env::current_exe().context("cannot find this program")?;
+        Self::unmanaged_as(&own, &[], config, interrupt)
+    }
+
+    /// The same, its process being started from that file, which is this program, with more arguments.
+    pub(crate) fn unmanaged_as(
+        program: &Path,
+        arguments: &[&str],
+        config: VmmConfig,
+        interrupt: &Interrupt,
+    ) -> Result<Self, BenchError> {
+        interrupt.check()?;
+        let config = VmmConfig { management: Management::Unmanaged, ..config };
+        let launched = Self::try_launch(program, arguments, &config, interrupt);
+        let (mut guest, _) = launched.context("cannot start a guest")?;
+        guest.until_started()?;
+        Ok(guest)
+    }
+
+    fn try_launch(
+        program: &Path,
+        arguments: &[&str],
+        config: &VmmConfig,
+        interrupt: &Interrupt,
+    ) -> Result<(Self, OwnedFd)> {
         let (control, theirs) = UnixStream::pair()?;
         let (socket, handover) = seqpacket_pair()?;
         make_inheritable(&handover)?;
         control.set_read_timeout(Some(LOOK_EVERY))?;
-        let mut command = std::process::Command::new(std::env::current_exe()?);
+        let mut command = std::process::Command::new(program);
         command.args([ROLE, &serde_json::to_string(config)?, &handover.as_raw_fd().to_string()]);
+        command.args(arguments);
         // Signals of the terminal are for this process, which ends the guests itself.
         let mut child = command.process_group(0).stdin(OwnedFd::from(theirs)).spawn()?;
         let process = Pidfd::from_child(&mut child);
@@ -170,6 +237,27 @@ impl Guest {
     /// Begins a window, which ends what the guest does for as long as one lasts.
     pub(crate) fn window(&self, number: u64) -> Result<()> {
         self.tell(&Command::Window { number })
+    }
+
+    /// How many pages it touched in that window, which has ended.
+    pub(crate) fn window_pages(&mut self, number: u64) -> Result<u64, BenchError> {
+        self.until("to end a window", |event| match event {
+            Event::Report(Summary { window: Some(window), .. }) if window.number == number => {
+                Some(window.pages)
+            }
+            _ => None,
+        })
+    }
+
+    /// Operations a second, by its own clock; then it ends.
+    pub(crate) fn operations(&mut self) -> Result<Sample, BenchError> {
+        let begin = self.until_worked(WARM_NS)?;
+        let cpu = self.cpu_seconds()?;
+        let end = self.until_worked(begin.running_ns + WORK_NS)?;
+        let cpu = self.cpu_seconds()? - cpu;
+        let seconds = float(end.running_ns - begin.running_ns) / 1e9;
+        self.finish()?;
+        Ok(Sample { value: float(end.operations - begin.operations) / seconds, cpu_seconds: Some(cpu) })
     }
 
     /// Its first report after it has worked for so long.

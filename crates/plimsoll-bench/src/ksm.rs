@@ -9,6 +9,7 @@
 //! one pass costs and what it finds does not depend on how fast it is, so the peer's are made without sleeping.
 mod sharer;
 
+use crate::figures::float;
 use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
 use crate::session::{BenchError, Interrupt, timed};
 use anyhow::{Context, anyhow};
@@ -41,7 +42,7 @@ const TICK: Duration = Duration::from_millis(20);
 /// The share of what can be merged at which the first merging counts as done.
 const DONE: f64 = 0.95;
 
-const NOTES: [&str; 4] = [
+pub(crate) const NOTES: [&str; 4] = [
     "one pass of KSM over everything is set against one look of the guide at its samples; how often either happens is the \
      operator's choice, so a longer life without anything new moves the ratio of `lasting` further",
     "`once` ends when 95 % of what can be merged at first is merged, which the peer does in its second pass; KSM itself \
@@ -60,6 +61,16 @@ pub(crate) struct Settings {
     repeats: usize,
     peer: &'static str,
 }
+
+/// Those of this benchmark.
+pub(crate) const SETTINGS: Settings = Settings {
+    processes: PROCESSES,
+    bytes_each: BLOCKS * plimsoll_types::BLOCK_SIZE as u64,
+    rounds: ROUNDS,
+    wave: WAVE,
+    repeats: REPEATS,
+    peer: "KSM over all memory of the processes, smart_scan as the host has it",
+};
 
 /// How things stood at the end of a round.
 #[derive(Clone, Copy, Debug)]
@@ -91,11 +102,6 @@ fn pairs(round: u64) -> u64 {
     PROCESSES / 2 * sharer::shared_blocks(round) * u64::from(BLOCK_PAGES)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "counts of pages of one benchmark are below 2^53")]
-const fn float(count: u64) -> f64 {
-    count as f64
-}
-
 /// Measures the rows whose names begin so.
 pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
     let machine = Machine::here();
@@ -104,12 +110,22 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
     );
     println!("{machine}");
     NOTES.iter().for_each(|note| println!("note: {note}"));
+    let results = measure(prefix, interrupt)?;
+    Ok(Report { machine, settings: SETTINGS, notes: NOTES.to_vec(), results })
+}
+
+/// The rows whose names begin so, each printed.
+pub(crate) fn measure(prefix: &str, interrupt: &Interrupt) -> Result<Vec<Comparison>, BenchError> {
+    let rows: Vec<Row> = rows().into_iter().filter(|row| row.name.starts_with(prefix)).collect();
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
     let mut runs = Vec::new();
     for _ in 0..REPEATS {
         runs.push((blanket(interrupt)?, guided(interrupt)?, blanket(interrupt)?));
     }
     let mut results = Vec::new();
-    for row in rows().into_iter().filter(|row| row.name.starts_with(prefix)) {
+    for row in rows {
         let sample = |outcome: &Outcome| {
             let mark = (row.at)(outcome).context("too little was merged to tell what it cost")?;
             let cpu = mark.cpu.as_secs_f64();
@@ -127,15 +143,7 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         println!("  {comparison}");
         results.push(comparison);
     }
-    let settings = Settings {
-        processes: PROCESSES,
-        bytes_each: BLOCKS * plimsoll_types::BLOCK_SIZE as u64,
-        rounds: ROUNDS,
-        wave: WAVE,
-        repeats: REPEATS,
-        peer: "KSM over all memory of the processes, smart_scan as the host has it",
-    };
-    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+    Ok(results)
 }
 
 struct Row {

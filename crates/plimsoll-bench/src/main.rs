@@ -5,7 +5,9 @@
 //! message says why. What must never happen: a device, mapping or swap area left behind.
 //!
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
-//! program again in another role (`guest`). `ksm`: guided KSM against KSM over everything. `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+//! program again in another role (`guest`). `ksm`: guided KSM against KSM over everything. `attach`: machines
+//! managed from outside. `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+mod attach;
 mod contents;
 mod figures;
 mod guest;
@@ -45,6 +47,7 @@ enum Name {
     Store,
     Pager,
     Ksm,
+    Attach,
 }
 
 impl Name {
@@ -53,6 +56,7 @@ impl Name {
             Self::Store => "store",
             Self::Pager => "pager",
             Self::Ksm => "ksm",
+            Self::Attach => "attach",
         }
     }
 
@@ -62,6 +66,9 @@ impl Name {
                 "pages into the store and back, and what they cost, against MADV_PAGEOUT to zram (lz4)"
             }
             Self::Ksm => "a merged page's processor time, KSM guided to twins against KSM over everything",
+            Self::Attach => {
+                "machines managed from outside: attaching, taking, following, believing, against the least that could do it"
+            }
             Self::Pager => {
                 "KVM guests' pages out and back, against MADV_PAGEOUT to zram (lz4) and a bare userfaultfd loop"
             }
@@ -70,7 +77,7 @@ impl Name {
 }
 
 fn main() -> ExitCode {
-    if let Some(status) = guest::role().or_else(ksm::role) {
+    if let Some(status) = guest::role().or_else(ksm::role).or_else(attach::role) {
         return status;
     }
     let arguments = Arguments::parse();
@@ -97,6 +104,7 @@ fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
         let report = match name {
             Name::Store => serde_json::to_string_pretty(&store::run(rows, &interrupt)?),
             Name::Ksm => serde_json::to_string_pretty(&ksm::run(rows, &interrupt)?),
+            Name::Attach => serde_json::to_string_pretty(&attach::run(rows, &interrupt)?),
             Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
         };
         let path = folder.join(format!("{}.json", name.text()));

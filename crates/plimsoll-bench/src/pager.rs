@@ -12,23 +12,19 @@ mod measures;
 mod special;
 
 use crate::contents::{MIX, NO_DUPLICATE, NO_ZERO_NO_DUPLICATE, POOL_PAGES, RANDOM, SEED};
-use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
+use crate::guest::{self, RAM};
+use crate::report::{Machine, Report, Run, Sample, Subject, compare, higher, lower};
 use crate::session::{BenchError, Interrupt};
 use crate::swap::check_host;
-use anyhow::{Context, ensure};
 use keepers::{Bare, Ours, Zram};
 use measures::{capture, refault_random, refault_sequential, working_set_return};
 use plimsoll_guest::content::Mix;
-use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_linux::uffd::waiting::Waiting;
 use plimsoll_sys::uffd::{Mode, Userfaultfd};
-use plimsoll_types::ByteCount;
-use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Workload};
-use plimsoll_vmm::{Accel, VmmConfig};
+use plimsoll_vmm::VmmConfig;
 use serde::Serialize;
 
-/// A guest's memory; the lowest 6 MiB are hardly touched.
-const RAM: ByteCount = ByteCount::mib(134);
 /// Odd, so that the median of ours is a measurement.
 const ROUNDS: usize = 3;
 
@@ -52,15 +48,7 @@ pub(super) struct Scene<'a> {
 impl Scene<'_> {
     /// A guest of this kind with these contents and nothing written yet.
     fn config(&self, kind: WorkloadKind) -> VmmConfig {
-        let spec = WorkloadSpec { seed: SEED, ..WorkloadSpec::new(kind) };
-        let workload = Workload { spec, mix: self.mix, seed: SEED, pool_seed: SEED, pool_pages: POOL_PAGES };
-        VmmConfig {
-            hole: Hole::None,
-            accel: AccelChoice::Kvm,
-            huge_pages: HugePages::Never,
-            report_ms: 100,
-            ..VmmConfig::new("bench", RAM.0, workload)
-        }
+        guest::config(kind, self.mix)
     }
 }
 
@@ -85,14 +73,6 @@ impl Trial {
         let names: Vec<&str> = self.subjects.iter().map(|subject| subject.name.as_str()).collect();
         names.join(", ")
     }
-}
-
-fn higher(name: &str, unit: &'static str, goal: Option<f64>) -> Subject {
-    Subject { name: name.to_owned(), unit, better: Better::Higher, goal }
-}
-
-fn lower(name: &str, unit: &'static str, goal: Option<f64>) -> Subject {
-    Subject { better: Better::Lower, ..higher(name, unit, goal) }
 }
 
 /// The peer, ours, the peer again.
@@ -184,9 +164,7 @@ pub(crate) struct Settings {
 
 /// Whether guests can be run and managed here.
 fn check_guests() -> Result<(), BenchError> {
-    if let accel @ Accel::InProcess { .. } = plimsoll_vmm::probe() {
-        return Err(BenchError::NotHere(format!("guests need KVM: {accel}")));
-    }
+    guest::check_kvm()?;
     match Userfaultfd::open(Mode::KernelAndUser) {
         Ok(_) => Ok(()),
         Err(error) => Err(BenchError::NotHere(error.to_string())),
@@ -208,7 +186,8 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
     for trial in trials() {
         if trial.subjects.iter().any(|subject| is_wanted(&subject.name)) {
             eprintln!("measuring {}", trial.names());
-            for comparison in measure(trial, interrupt)? {
+            let scene = Scene { mix: trial.mix, waiting: trial.waiting, interrupt };
+            for comparison in compare(trial.subjects, ROUNDS, || (trial.round)(&scene))? {
                 if is_wanted(comparison.name()) {
                     println!("  {comparison}");
                     results.push(comparison);
@@ -224,23 +203,4 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         mix: MIX.to_string(),
     };
     Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
-}
-
-/// All rounds of one trial.
-fn measure(trial: Trial, interrupt: &Interrupt) -> Result<Vec<Comparison>, BenchError> {
-    let scene = Scene { mix: trial.mix, waiting: trial.waiting, interrupt };
-    let mut runs: Vec<Vec<Run>> = trial.subjects.iter().map(|_| Vec::new()).collect();
-    for _ in 0..ROUNDS {
-        let round = (trial.round)(&scene)?;
-        for (all, run) in runs.iter_mut().zip(round) {
-            all.push(run);
-        }
-    }
-    let compare = |(subject, runs): (Subject, Vec<Run>)| {
-        let name = subject.name.clone();
-        ensure!(runs.len() == ROUNDS, "{name}: measured {} times", runs.len());
-        Comparison::new(subject, runs)
-            .with_context(|| format!("{name}: a measured value is not a positive number"))
-    };
-    Ok(trial.subjects.into_iter().zip(runs).map(compare).collect::<anyhow::Result<_>>()?)
 }

@@ -3,6 +3,8 @@
 //! Enters: the runs of each comparison. Leaves: text and JSON, described in `docs/bench.md`. What must never happen: a
 //! ratio without the runs it came from.
 use crate::figures::{median, ratio, spread};
+use crate::session::BenchError;
+use anyhow::{Context, ensure};
 use plimsoll_types::ByteCount;
 use serde::Serialize;
 use std::fmt;
@@ -49,6 +51,16 @@ pub(crate) struct Subject {
     pub(crate) better: Better,
     /// What the ratio must reach; none where it is only reported.
     pub(crate) goal: Option<f64>,
+}
+
+/// More of it is better.
+pub(crate) fn higher(name: &str, unit: &'static str, goal: Option<f64>) -> Subject {
+    Subject { name: name.to_owned(), unit, better: Better::Higher, goal }
+}
+
+/// Less of it is better.
+pub(crate) fn lower(name: &str, unit: &'static str, goal: Option<f64>) -> Subject {
+    Subject { better: Better::Lower, ..higher(name, unit, goal) }
 }
 
 /// One named ratio.
@@ -114,6 +126,27 @@ impl fmt::Display for Comparison {
         }
         Ok(())
     }
+}
+
+/// Subjects that are measured together, in so many rounds, each of which gives a run for each of them.
+pub(crate) fn compare(
+    subjects: Vec<Subject>,
+    rounds: usize,
+    mut round: impl FnMut() -> Result<Vec<Run>, BenchError>,
+) -> Result<Vec<Comparison>, BenchError> {
+    let mut runs: Vec<Vec<Run>> = subjects.iter().map(|_| Vec::new()).collect();
+    for _ in 0..rounds {
+        for (all, run) in runs.iter_mut().zip(round()?) {
+            all.push(run);
+        }
+    }
+    let comparison = |(subject, runs): (Subject, Vec<Run>)| {
+        let name = subject.name.clone();
+        ensure!(runs.len() == rounds, "{name}: measured {} times", runs.len());
+        Comparison::new(subject, runs)
+            .with_context(|| format!("{name}: a measured value is not a positive number"))
+    };
+    Ok(subjects.into_iter().zip(runs).map(comparison).collect::<anyhow::Result<_>>()?)
 }
 
 /// Where it was measured.

@@ -11,6 +11,7 @@ mod ours;
 mod peer;
 
 use crate::contents::{MIX, NO_DUPLICATE, NO_ZERO_NO_DUPLICATE, POOL_PAGES, RANDOM, SEED};
+use crate::figures::float;
 use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
 use crate::session::{BenchError, Elapsed, Interrupt, OneProcessor};
 use crate::swap::check_host;
@@ -108,11 +109,6 @@ impl Outcome {
             get: per_second(get),
         }
     }
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts of pages and bytes of one benchmark are below 2^53")]
-const fn float(count: u64) -> f64 {
-    count as f64
 }
 
 /// Measures the rows whose names begin so.

@@ -1,6 +1,7 @@
 //! What is measured of a guest whose pages are kept by one of the [`keepers`](super::keepers).
 use super::Scene;
 use super::keepers::Keeper;
+use crate::figures::float;
 use crate::guest::Guest;
 use crate::report::Sample;
 use crate::session::{BenchError, OneProcessor};
@@ -15,11 +16,6 @@ use std::time::Duration;
 const STRETCH: u64 = 64;
 /// The guest does nothing for so long before its pages are taken.
 const REST: Duration = Duration::from_millis(300);
-
-#[expect(clippy::cast_precision_loss, reason = "counts and times of one benchmark are below 2^53")]
-pub(super) const fn float(count: u64) -> f64 {
-    count as f64
-}
 
 /// A guest that has written all its pages, and whose pages are kept by `K`.
 pub(super) fn populated<K: Keeper>(scene: &Scene<'_>) -> Result<K, BenchError> {

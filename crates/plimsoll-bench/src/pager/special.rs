@@ -4,19 +4,20 @@
 //! guest keeps, the work of a guest from which nobody needs to take anything, and what many guests get done at once.
 use super::Scene;
 use super::keepers::{Keeper, Ours};
-use super::measures::{float, populated, quantile, returned, touch_at_random, verify};
-use crate::guest::Guest;
+use super::measures::{populated, quantile, returned, touch_at_random, verify};
+use crate::figures::float;
+use crate::guest::{self, Guest};
 use crate::report::{Run, Sample};
 use crate::session::BenchError;
 use anyhow::{Context, Result, anyhow};
 use plimsoll_guest::Guest as Program;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
-use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::pagemap::{Categories, Entry, Filter, Pagemap};
 use plimsoll_types::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, PAGE_SIZE};
 use plimsoll_vmm::VmmConfig;
-use plimsoll_vmm::config::{HugePages, Management};
+use plimsoll_vmm::config::HugePages;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -166,52 +167,23 @@ pub(super) fn huge_kept(scene: &Scene<'_>) -> Result<Sample, BenchError> {
 
 /// The same of an unmanaged guest from which nothing was taken.
 pub(super) fn huge_untouched(scene: &Scene<'_>) -> Result<Sample, BenchError> {
-    let config = VmmConfig { management: Management::Unmanaged, ..huge_config(scene) };
+    let config = huge_config(scene);
     let blocks = Blocks::of(&config)?;
-    let mut guest = unmanaged(&config, scene)?;
+    let mut guest = Guest::unmanaged(config, scene.interrupt)?;
     guest.probe(ProbeCommand::new(Task::Populate, Order::Ascending))?;
     Ok(Sample { value: blocks.share_huge(&guest)?, cpu_seconds: None })
 }
 
-fn unmanaged(config: &VmmConfig, scene: &Scene<'_>) -> Result<Guest, BenchError> {
-    let (mut guest, _) = Guest::launch(config, scene.interrupt)?;
-    guest.until_started()?;
-    Ok(guest)
-}
-
-/// How long a guest works before it counts, and how long it counts: two sampling periods.
-const WARM_NS: u64 = 500_000_000;
-const WORK_NS: u64 = 4_000_000_000;
-
-/// A guest that works on all its pages, the hot ones most, and compares each with what it must be.
-fn fitting_config(scene: &Scene<'_>) -> VmmConfig {
-    let mut config = VmmConfig { huge_pages: HugePages::Advise, ..scene.config(WorkloadKind::Zipf) };
-    config.workload.spec = WorkloadSpec { final_check: 1, ..config.workload.spec };
-    config
-}
-
-/// Operations a second, by the guest's clock.
-fn operations(guest: &mut Guest) -> Result<Sample, BenchError> {
-    let begin = guest.until_worked(WARM_NS)?;
-    let cpu = guest.cpu_seconds()?;
-    let end = guest.until_worked(begin.running_ns + WORK_NS)?;
-    let cpu = guest.cpu_seconds()? - cpu;
-    let seconds = float(end.running_ns - begin.running_ns) / 1e9;
-    guest.finish()?;
-    Ok(Sample { value: float(end.operations - begin.operations) / seconds, cpu_seconds: Some(cpu) })
-}
-
 /// What a managed guest does while nobody is short of memory.
 pub(super) fn fitting_managed(scene: &Scene<'_>) -> Result<Sample, BenchError> {
-    let mut ours = Ours::start(&fitting_config(scene), scene)?;
+    let mut ours = Ours::start(&guest::busy(scene.mix), scene)?;
     ours.govern(SAMPLE_PERIOD)?;
-    operations(ours.guest())
+    ours.guest().operations()
 }
 
 /// What the same guest does unmanaged.
 pub(super) fn fitting_unmanaged(scene: &Scene<'_>) -> Result<Sample, BenchError> {
-    let config = VmmConfig { management: Management::Unmanaged, ..fitting_config(scene) };
-    operations(&mut unmanaged(&config, scene)?)
+    Guest::unmanaged(guest::busy(scene.mix), scene.interrupt)?.operations()
 }
 
 /// Guests that fault at once.

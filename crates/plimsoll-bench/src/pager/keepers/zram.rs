@@ -9,7 +9,6 @@ use plimsoll_linux::zram::ZramSwap;
 use plimsoll_sys::process_memory::{self, Advice};
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::VmmConfig;
-use plimsoll_vmm::config::Management;
 
 /// The device is made for twice the pages, so that the search for a free slot is never what takes the time.
 const ROOM: u64 = 2;
@@ -27,10 +26,8 @@ pub(crate) struct Zram {
 
 impl Keeper for Zram {
     fn start(config: &VmmConfig, scene: &Scene<'_>) -> Result<Self, BenchError> {
-        let config = VmmConfig { management: Management::Unmanaged, ..config.clone() };
         let device = device(ByteCount(config.ram_bytes * ROOM)).context("cannot make a zram device")?;
-        let (mut guest, _) = Guest::launch(&config, scene.interrupt)?;
-        guest.until_started()?;
+        let guest = Guest::unmanaged(config.clone(), scene.interrupt)?;
         Ok(Self { guest, _device: device })
     }
 

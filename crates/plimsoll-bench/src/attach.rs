@@ -1,0 +1,183 @@
+//! Machines that are managed from outside: what attaching, looking, taking and following cost, and whether the working set
+//! that is believed is the one there is.
+//!
+//! Enters: nothing but the machine. Leaves: a ratio for each row. Everything runs on the calling thread as the `attach`
+//! command runs it, on [synthetic machines](machine) that do nothing, or on KVM guests that no other manager serves. What
+//! must never happen: pages counted that did not go, or a working set held against anything but what the guest touched.
+//!
+//! `looks`: attaching and scanning. `taken`: taking. `guests`: what KVM guests notice of it, and what is believed of them.
+//! `fleet`: many machines at rest. The rows of KSM are [`ksm`]'s. The table of rows is here.
+mod fleet;
+mod guests;
+mod looks;
+mod machine;
+mod taken;
+
+use crate::contents::{MIX, POOL_PAGES, SEED};
+use crate::guest::{RAM, check_kvm};
+use crate::ksm;
+use crate::report::{self, Report, Run, Subject, compare, higher, lower};
+use crate::session::{BenchError, Interrupt};
+use crate::swap::check_host;
+use anyhow::{Context, Result};
+use machine::Disguise;
+use plimsoll_attach::{Follower, Held, Request};
+use plimsoll_linux::kernel::KernelMachine;
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::pidfd::Pidfd;
+use serde::Serialize;
+use std::time::Instant;
+
+pub(crate) use machine::role;
+
+/// Odd, so that the median of ours is a measurement.
+const ROUNDS: usize = 3;
+
+const NOTES: [&str; 5] = [
+    "CPU is of the thread that looks or takes, in which zram compresses too; of sampling-cost and unpressed, of this \
+     process and the guest's, all threads",
+    "taken: the machines' memory together is less than what their pace allows in the first second, so the pace is not \
+     in the way; while it is, a machine gives at most 64 MiB a second at first and 256 MiB later",
+    "working-set: low and high are the lowest and the highest estimate of the counted periods; the peer is what the guest \
+     says it touched in them, and A/A how far the first half of them lies from the second",
+    "fleet-200: the peer is one processor; measured once",
+    "the rows of ksm are those of the benchmark ksm, and its notes hold for them",
+];
+
+/// Everything a measurement needs to know.
+struct Stage<'a> {
+    disguise: Disguise,
+    interrupt: &'a Interrupt,
+}
+
+/// One or more ratios that are measured together.
+struct Trial {
+    subjects: Vec<Subject>,
+    rounds: usize,
+    /// A run for each subject.
+    round: fn(&Stage<'_>) -> Result<Vec<Run>, BenchError>,
+}
+
+fn trials() -> Vec<Trial> {
+    let trial = |subjects, round| Trial { subjects, rounds: ROUNDS, round };
+    let taken = |name, round| trial(vec![higher(name, "pages/s", None)], round);
+    vec![
+        trial(
+            vec![
+                lower("time-to-attach", "ms", None),
+                lower("scan-cost/whole", "ms/GiB", None),
+                lower("scan-cost/scattered", "ms/GiB", None),
+            ],
+            looks::round,
+        ),
+        taken("taken/1", |stage| taken::round(stage, 1)),
+        taken("taken/4", |stage| taken::round(stage, 4)),
+        taken("taken/16", |stage| taken::round(stage, 16)),
+        trial(
+            vec![higher("sampling-cost", "ops/s", Some(0.99)), higher("unpressed", "ops/s", Some(0.99))],
+            guests::unpressed,
+        ),
+        trial(
+            vec![
+                higher("working-set-low/zipf", "pages", Some(0.8)),
+                lower("working-set-high/zipf", "pages", Some(1.2)),
+                higher("working-set-low/sweep", "pages", Some(0.8)),
+                lower("working-set-high/sweep", "pages", Some(1.2)),
+            ],
+            guests::working_sets,
+        ),
+        Trial { subjects: vec![lower("fleet-200", "ms/s", Some(0.02))], rounds: 1, round: fleet::round },
+    ]
+}
+
+/// What to repeat the benchmark with.
+#[derive(Debug, Serialize)]
+pub(crate) struct Settings {
+    guest_ram_bytes: u64,
+    scanned_bytes: u64,
+    taken_bytes_each: u64,
+    fleet_bytes_each: u64,
+    rounds: usize,
+    seed: u64,
+    pool_pages: u64,
+    mix: String,
+    ksm: ksm::Settings,
+}
+
+/// Measures the rows whose names begin so.
+pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
+    check_host()?;
+    check_kvm()?;
+    let machine = report::Machine::here();
+    println!("machines managed from outside against the least that could do it: {ROUNDS} rounds");
+    println!("{machine}");
+    NOTES.iter().for_each(|note| println!("note: {note}"));
+    let is_wanted = |name: &str| name.starts_with(prefix);
+    let stage = Stage { disguise: Disguise::new()?, interrupt };
+    let mut results = Vec::new();
+    for trial in trials() {
+        if trial.subjects.iter().any(|subject| is_wanted(&subject.name)) {
+            let names: Vec<&str> = trial.subjects.iter().map(|subject| subject.name.as_str()).collect();
+            eprintln!("measuring {}", names.join(", "));
+            for comparison in compare(trial.subjects, trial.rounds, || (trial.round)(&stage))? {
+                if is_wanted(comparison.name()) {
+                    println!("  {comparison}");
+                    results.push(comparison);
+                }
+            }
+        }
+    }
+    match ksm::measure(prefix, interrupt) {
+        Ok(rows) => results.extend(rows),
+        // What was measured is worth more than what cannot be.
+        Err(BenchError::NotHere(why)) if !results.is_empty() => {
+            println!("  left out: the rows of ksm: {why}")
+        }
+        Err(error) => return Err(error),
+    }
+    let settings = Settings {
+        guest_ram_bytes: RAM.0,
+        scanned_bytes: looks::SIZE.0,
+        taken_bytes_each: taken::SIZE.0,
+        fleet_bytes_each: fleet::SIZE.0,
+        rounds: ROUNDS,
+        seed: SEED,
+        pool_pages: POOL_PAGES,
+        mix: MIX.to_string(),
+        ksm: ksm::SETTINGS,
+    };
+    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+}
+
+/// A machine as the `attach` command has it, of which nothing is wanted.
+struct Attached {
+    follower: Follower,
+    machine: KernelMachine,
+}
+
+impl Attached {
+    /// Attaches and follows. The guest's memory is looked for, unless it is named.
+    fn new(held: Held, ranges: Vec<HvaRange>) -> Result<Self> {
+        let request = Request { ranges, ..Request::default() };
+        let follower = Follower::new(held, request).context("cannot follow a machine")?;
+        let ranges = follower.dossier().ram.iter().map(|range| range.hva).collect();
+        let machine = attach(follower.held(), ranges)?;
+        Ok(Self { follower, machine })
+    }
+
+    /// Looks whether it is still the machine it was, and ends a period.
+    fn tick(&mut self) -> Result<()> {
+        let changes = self.follower.poll().context("cannot follow a machine")?;
+        anyhow::ensure!(changes.is_empty(), "a machine changed under the benchmark: {changes:?}");
+        self.machine.tick(Instant::now()).context("cannot look at a machine")?;
+        Ok(())
+    }
+}
+
+/// The machine of a process that is held.
+fn attach(held: &Held, ranges: Vec<HvaRange>) -> Result<KernelMachine> {
+    let process = Pidfd::open(held.process())?;
+    // As long as the first descriptor's process lives, the number is its own.
+    held.confirm()?;
+    KernelMachine::attach(process, ranges, SEED, Instant::now()).context("cannot attach to a machine")
+}
