@@ -36,8 +36,8 @@ const ROUNDS: usize = 3;
 const NOTES: [&str; 5] = [
     "CPU is of the thread that looks or takes, in which zram compresses too; of sampling-cost and unpressed, of this \
      process and the guest's, all threads",
-    "taken: the machines' memory together is less than what their pace allows in the first second, so the pace is not \
-     in the way; while it is, a machine gives at most 64 MiB a second at first and 256 MiB later",
+    "taken: a machine is no larger than what its pace allows at once, so the pace is not in the way; a larger one gives \
+     64 MiB a second at first and at most 256 MiB later",
     "working-set: low and high are the lowest and the highest estimate of the counted periods; the peer is what the guest \
      says it touched in them, and A/A how far the first half of them lies from the second",
     "fleet-200: the peer is one processor; measured once",

@@ -132,19 +132,26 @@ impl Observed {
         Ok(())
     }
 
-    /// The lowest and the highest estimate, against what was touched in the first and the second half.
-    fn runs(&mut self) -> Result<[Run; 2], BenchError> {
+    /// Compares what is believed with what there was, once the guest has read every page again.
+    fn finish(&mut self) -> Result<[Run; 2], BenchError> {
         self.guest.finish()?;
-        let sample = |value| Sample { value, cpu_seconds: None };
-        let (first, second) = self.seen.split_at(self.seen.len() / 2);
-        let mean = |part: &[(f64, f64)]| {
-            sample(part.iter().map(|(_, touched)| touched).sum::<f64>() / float(part.len() as u64))
-        };
-        let estimates = || self.seen.iter().map(|(believed, _)| *believed);
-        let ends = [estimates().min_by(f64::total_cmp), estimates().max_by(f64::total_cmp)];
-        let [Some(low), Some(high)] = ends else { return Err(anyhow!("no period was counted").into()) };
-        Ok([low, high].map(|value| Run { ours: sample(value), peer: mean(first), peer_again: mean(second) }))
+        Ok(against_touched(&self.seen).context("too few periods were counted")?)
     }
+}
+
+/// The lowest and the highest estimate, each against what was touched in the first and in the second half; of both in each
+/// period.
+fn against_touched(seen: &[(f64, f64)]) -> Option<[Run; 2]> {
+    let sample = |value| Sample { value, cpu_seconds: None };
+    let mean = |part: &[(f64, f64)]| {
+        let touched: f64 = part.iter().map(|(_, touched)| touched).sum();
+        (!part.is_empty()).then(|| sample(touched / float(part.len() as u64)))
+    };
+    let (first, second) = seen.split_at(seen.len() / 2);
+    let (peer, peer_again) = (mean(first)?, mean(second)?);
+    let estimates = || seen.iter().map(|(believed, _)| *believed);
+    let (low, high) = (estimates().min_by(f64::total_cmp)?, estimates().max_by(f64::total_cmp)?);
+    Some([low, high].map(|value| Run { ours: sample(value), peer, peer_again }))
 }
 
 /// Estimates of two guests that do the same all the time.
@@ -162,6 +169,47 @@ pub(super) fn working_sets(stage: &Stage<'_>) -> Result<Vec<Run>, BenchError> {
         at += PERIOD;
         observed.iter_mut().try_for_each(|guest| guest.end_period(period))?;
     }
-    let runs = observed.iter_mut().map(Observed::runs).collect::<Result<Vec<_>, _>>()?;
+    let runs = observed.iter_mut().map(Observed::finish).collect::<Result<Vec<_>, _>>()?;
     Ok(runs.into_flattened())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_estimates_of_either_side_count_against_what_each_half_touched() {
+        let seen = [(90.0, 100.0), (130.0, 110.0), (105.0, 80.0), (100.0, 90.0)];
+        let [low, high] = against_touched(&seen).unwrap();
+        for (run, ours) in [(low, 90.0), (high, 130.0)] {
+            let found = [run.ours, run.peer, run.peer_again].map(|sample| sample.value);
+            let expected = [ours, 105.0, 85.0];
+            assert!(
+                found.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-9),
+                "{found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_single_period_is_held_against_nothing() {
+        assert!(against_touched(&[(1.0, 1.0)]).is_none());
+        assert!(against_touched(&[]).is_none());
+    }
+
+    #[test]
+    fn looking_ends_with_the_work_that_it_goes_on_beside() {
+        let (end, ended) = channel();
+        let mut looks = 0;
+        let mut end = Some(end);
+        let look = Box::new(move || {
+            looks += 1;
+            if looks == 3 {
+                end.take();
+            }
+            assert!(looks <= 3, "looked after the end");
+            Ok(Instant::now())
+        });
+        look_until(&ended, look).unwrap();
+    }
 }

@@ -12,8 +12,8 @@ use plimsoll_sys::process_memory::{self, Advice};
 use plimsoll_types::{ByteCount, PageCount};
 use std::time::Instant;
 
-/// Memory of a machine: half of what its pace allows in the first second.
-pub(super) const SIZE: ByteCount = ByteCount::mib(32);
+/// Memory of a machine: what its pace allows at once.
+pub(super) const SIZE: ByteCount = ByteCount::mib(64);
 /// The share of the pages that must have gone for a time to stand for all of them.
 const PERCENT_MIN: u64 = 95;
 
