@@ -12,7 +12,7 @@
 //!   `ram` matches what that claims against mappings, [`Rungs`] says what is allowed and why not the rest.
 //! * [`Follower`] keeps up with a machine: RAM that comes and goes, exec, exit.
 //! * [`AttachLock`] keeps two managers from one machine.
-//! * [`control`] speaks to a machine's own management interface.
+//! * [`control`] speaks to a machine's own management interface; [`join`](join()) finds who speaks to a given one.
 //! * [`balloon`] decides what to ask of a machine's balloon.
 //! * [`qmp`] is a client of QEMU's machine protocol for whoever needs one.
 //!
@@ -40,6 +40,7 @@ mod follow;
 mod held;
 mod http;
 mod inspect;
+mod join;
 mod json;
 mod lock;
 pub mod qmp;
@@ -56,6 +57,7 @@ pub use follow::{Change, Follower};
 pub use held::Held;
 pub use http::HttpError;
 pub use inspect::{Request, inspect};
+pub use join::{NoInterface, join};
 pub use lock::{AttachLock, lock_folder};
 pub use ram::{ParseRangeError, RamBacking, RamError, RamRange, parse_range};
 pub use refusal::Refusal;

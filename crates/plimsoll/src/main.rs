@@ -4,6 +4,7 @@
 //! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
 mod attach;
 mod demo;
+mod guest;
 mod host;
 mod share;
 mod soak;
@@ -27,6 +28,8 @@ enum Verb {
     Attach(attach::AttachArgs),
     /// Keep equal pages of machines of one sharing domain once, while that pays (KSM).
     Share(share::ShareArgs),
+    /// See what a machine's balloon and hot memory offer, and bring them to where they are wanted.
+    Guest(guest::GuestArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
     Soak(soak::SoakArgs),
     /// See what this host offers for taking guests' memory, and set up swap for it.
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Verb::Demo(args) => demo::main(&args),
         Verb::Attach(args) => attach::main(&args),
         Verb::Share(args) => share::main(&args),
+        Verb::Guest(args) => guest::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),
         Verb::Vmm(args) => vmm::main(&args),

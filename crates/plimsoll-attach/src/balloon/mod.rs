@@ -188,11 +188,15 @@ struct Scale {
     memory: ByteCount,
 }
 
+/// What the controller leaves available to a guest of that size, whatever is wanted.
+pub fn reserve(memory: ByteCount) -> ByteCount {
+    ByteCount(memory.0 / RESERVE).clamp(RESERVE_MIN, RESERVE_MAX)
+}
+
 impl Scale {
     fn of(memory: ByteCount, granularity: ByteCount) -> Self {
         let memory = memory.min(MEMORY_MAX);
-        let reserve = ByteCount(memory.0 / RESERVE).clamp(RESERVE_MIN, RESERVE_MAX);
-        Self { band: ByteCount(memory.0 / BAND).max(granularity), reserve, memory }
+        Self { band: ByteCount(memory.0 / BAND).max(granularity), reserve: reserve(memory), memory }
     }
 }
 

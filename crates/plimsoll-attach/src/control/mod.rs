@@ -12,7 +12,7 @@
 //! |---|---|---|
 //! | [`CloudHypervisor`] | REST on a Unix socket (`http`) | Cloud Hypervisor |
 //! | [`Firecracker`] | REST on a Unix socket | Firecracker |
-//! | [`Qemu`] | QMP, through anything that is [`Qmp`] | QEMU; through [`Virsh`] also QEMU whose monitor libvirt owns |
+//! | [`Qemu`] | QMP, through anything that is [`Qmp`] | QEMU, by a [`QmpSocket`]; through [`Virsh`] also QEMU whose monitor libvirt owns |
 //! | [`Libvirt`] | `virsh` | libvirt, where the monitor is refused: balloon, statistics, pause only |
 //!
 //! A machine whose interface fails is managed without cooperation; [`Cooperation`] says when that begins and ends, once.
@@ -25,6 +25,7 @@ mod libvirt;
 mod qemu;
 mod qmp;
 mod rest;
+mod socket;
 mod values;
 mod virsh;
 
@@ -35,6 +36,7 @@ pub use firecracker::Firecracker;
 pub use libvirt::Libvirt;
 pub use qemu::Qemu;
 pub use qmp::{Qmp, QmpEvent};
+pub use socket::QmpSocket;
 pub use values::{
     Balloon, BalloonDevice, Capabilities, ControlEvent, Feature, GuestStatistics, Hinting, HintingCommand,
     HotMemory, HotMemoryId, HotplugMethod, Migration, RunState,
