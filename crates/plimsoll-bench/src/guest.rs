@@ -18,7 +18,7 @@ use plimsoll_sys::process::{adopt_inherited, make_inheritable};
 use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{ByteCount, Hva, PAGE_SIZE};
 use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Management, Workload};
-use plimsoll_vmm::control::{Command, Event, Ram, StopMode};
+use plimsoll_vmm::control::{BalloonPiece, Command, Event, FrameOrder, Ram, StopMode};
 use plimsoll_vmm::report::{ProbeReport, Summary};
 use plimsoll_vmm::{Accel, VmmConfig};
 use std::fs;
@@ -232,6 +232,32 @@ impl Guest {
     pub(crate) fn probe(&mut self, probe: ProbeCommand) -> Result<ProbeReport, BenchError> {
         self.ask(probe)?;
         self.answer()
+    }
+
+    /// Sets its balloon's target, and waits until it has that. Returns how long it took from the command's arrival on.
+    pub(crate) fn balloon(&mut self, bytes: u64, piece: BalloonPiece) -> Result<Duration, BenchError> {
+        self.tell(&Command::Balloon { target_bytes: bytes, piece })?;
+        let (has, ns) = self.until("to settle its balloon", |event| match event {
+            Event::Ballooned { ballooned_bytes, ns, .. } => Some((ballooned_bytes, ns)),
+            _ => None,
+        })?;
+        if has != bytes {
+            return Err(anyhow!("a guest's balloon has {has} bytes and should have {bytes}").into());
+        }
+        Ok(Duration::from_nanos(ns))
+    }
+
+    /// Takes frames of it or gives some back, all that was asked. Returns how long it took from the command's arrival on.
+    pub(crate) fn frames(&mut self, order: FrameOrder) -> Result<Duration, BenchError> {
+        self.tell(&Command::Frames(order))?;
+        let (done, ns, refused) = self.until("to give frames", |event| match event {
+            Event::Frames { done_bytes, ns, refused, .. } => Some((done_bytes, ns, refused)),
+            _ => None,
+        })?;
+        if done != order.bytes || refused.is_some() {
+            return Err(anyhow!("of {order:?} {done} bytes were done: {refused:?}").into());
+        }
+        Ok(Duration::from_nanos(ns))
     }
 
     /// Begins a window, which ends what the guest does for as long as one lasts.

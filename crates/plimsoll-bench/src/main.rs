@@ -4,10 +4,13 @@
 //! (`docs/bench.md`). Exit status 0: measured; 1: something went wrong; 2: it cannot be measured on this machine, and the
 //! message says why. What must never happen: a device, mapping or swap area left behind.
 //!
+//! `balloon`: three ways to take memory that a guest has free.
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
 //! program again in another role (`guest`). `ksm`: guided KSM against KSM over everything. `attach`: machines
 //! managed from outside. `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
 mod attach;
+//! program again in another role (`guest`). `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+mod balloon;
 mod contents;
 mod figures;
 mod guest;
@@ -48,6 +51,7 @@ enum Name {
     Pager,
     Ksm,
     Attach,
+    Balloon,
 }
 
 impl Name {
@@ -57,6 +61,7 @@ impl Name {
             Self::Pager => "pager",
             Self::Ksm => "ksm",
             Self::Attach => "attach",
+            Self::Balloon => "balloon",
         }
     }
 
@@ -71,6 +76,9 @@ impl Name {
             }
             Self::Pager => {
                 "KVM guests' pages out and back, against MADV_PAGEOUT to zram (lz4) and a bare userfaultfd loop"
+            }
+            Self::Balloon => {
+                "a guest's free memory by a balloon of 2 MiB and by the allocator it shares, against a balloon of 4 KiB"
             }
         }
     }
@@ -106,6 +114,7 @@ fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
             Name::Ksm => serde_json::to_string_pretty(&ksm::run(rows, &interrupt)?),
             Name::Attach => serde_json::to_string_pretty(&attach::run(rows, &interrupt)?),
             Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
+            Name::Balloon => serde_json::to_string_pretty(&balloon::run(rows, &interrupt)?),
         };
         let path = folder.join(format!("{}.json", name.text()));
         let text = report.context("cannot write the report as JSON")?;

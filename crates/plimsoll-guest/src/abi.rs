@@ -384,12 +384,22 @@ pub const BALLOON_OFFSET: u64 = 16;
 /// How much memory the balloon shall have, and in what pieces it is to be taken.
 ///
 /// ```text
-///  0..47  pages of 4 KiB
+///  0..46  pages of 4 KiB
+///     46  scattered: each page from another frame than the one before
 ///     47  0: page by page, 1: frame by frame
 /// 48..64  counts the targets from 1, so that each is answered, the same one too; 0: there was none yet
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BalloonTarget(pub u64);
+
+/// The order in which a balloon finds free pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finds {
+    /// One after the other, as in a guest whose free memory is not fragmented.
+    InOrder,
+    /// Each in another frame than the one before, as in one whose free memory is.
+    Scattered,
+}
 
 /// The pieces in which a balloon takes memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -422,20 +432,25 @@ impl Piece {
 
 impl BalloonTarget {
     /// The most pages a target can name.
-    pub const PAGES_MAX: u64 = (1 << 47) - 1;
+    pub const PAGES_MAX: u64 = (1 << 46) - 1;
 
     /// The target after this one; more pages than there can be are all of them.
     #[must_use]
-    pub const fn next(self, pages: u64, piece: Piece) -> Self {
+    pub const fn next(self, pages: u64, piece: Piece, finds: Finds) -> Self {
         // 0 stays the number of no target.
         let number = if self.0 >> 48 == 0xffff { 1 } else { (self.0 >> 48) + 1 };
         let pages = if pages > Self::PAGES_MAX { Self::PAGES_MAX } else { pages };
-        Self(pages | (piece as u64) << 47 | number << 48)
+        Self(pages | (finds as u64) << 46 | (piece as u64) << 47 | number << 48)
     }
 
     /// Pages that the balloon shall have.
     pub const fn pages(self) -> u64 {
         self.0 & Self::PAGES_MAX
+    }
+
+    /// Where it finds more.
+    pub const fn finds(self) -> Finds {
+        if self.0 >> 46 & 1 == 0 { Finds::InOrder } else { Finds::Scattered }
     }
 
     /// In what pieces it takes more.

@@ -149,6 +149,12 @@ impl Cursor {
     pub const fn at(frame: u64) -> Self {
         Self { frame }
     }
+
+    /// A cursor that begins with the frame after this one's, around, of `count`.
+    #[must_use]
+    pub const fn next(self, count: u64) -> Self {
+        Self { frame: if self.frame + 1 < count { self.frame + 1 } else { 0 } }
+    }
 }
 
 /// The allocator, as one vCPU or the host sees it.

@@ -12,7 +12,9 @@
 //! ```
 //!
 //! An entry of the balloon's stack is the same with version 0.
-use crate::abi::{BalloonTarget, Listed, Listing, PAGE_SIZE, Phase, Piece, STOP_NO, STOP_NOW, WrongWord};
+use crate::abi::{
+    BalloonTarget, Finds, Listed, Listing, PAGE_SIZE, Phase, Piece, STOP_NO, STOP_NOW, WrongWord,
+};
 use crate::frames::{Claim, Cursor, FRAME_PAGES, Frames, Plan, Words};
 use crate::machine::Machine;
 use crate::probe::{ProbeCommand, Probed, Task};
@@ -306,6 +308,9 @@ impl<M: Machine> Runner<'_, M> {
         let piece = target.piece();
         let mut listing = Listing::new(Listed::Given, piece);
         while !listing.is_full() && heap.given_pages + piece.pages() <= target.pages() {
+            if target.finds() == Finds::Scattered {
+                heap.cursor = heap.cursor.next(heap.plan.frames());
+            }
             let Some((page, _)) = self.claim(heap, piece) else { break };
             let given = Kept { page, piece, version: 0 };
             self.machine.write_word(heap.plan.given_gpa(heap.given), given.encode());

@@ -14,7 +14,7 @@
 use crate::control::{FrameOrder, FrameVerb};
 use crate::machine::Death;
 use crate::memory::{DiscardError, Memory};
-use plimsoll_guest::abi::{self, BalloonTarget, Listed, Listing, Piece};
+use plimsoll_guest::abi::{self, BalloonTarget, Finds, Listed, Listing, Piece};
 use plimsoll_guest::frames::{FRAME_SIZE, Frames, Plan, Take, Taken, Words};
 use plimsoll_linux::explain;
 use plimsoll_types::{ByteCount, Gpa, PageCount, PageIndex};
@@ -144,11 +144,11 @@ impl Balloon {
     }
 
     /// The next target, if the guest has a balloon. Whoever sets it writes it where the guest looks.
-    pub(crate) fn aim(&self, bytes: ByteCount, piece: Piece) -> Option<BalloonTarget> {
+    pub(crate) fn aim(&self, bytes: ByteCount, piece: Piece, finds: Finds) -> Option<BalloonTarget> {
         self.plan?;
         let mut desk = locked(&self.desk);
         let before = desk.target.map_or(BalloonTarget::default(), |(target, _)| target);
-        let target = before.next(bytes.pages_floor().0, piece);
+        let target = before.next(bytes.pages_floor().0, piece, finds);
         desk.target = Some((target, Instant::now()));
         Some(target)
     }

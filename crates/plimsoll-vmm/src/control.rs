@@ -140,6 +140,8 @@ pub enum Command {
 pub enum BalloonPiece {
     /// 4 KiB, up to 256 of them with one exit.
     Page,
+    /// The same, each from another frame than the one before: what a guest lists whose free memory is fragmented.
+    ScatteredPage,
     /// 2 MiB, as many.
     Frame,
 }

@@ -264,8 +264,13 @@ impl Machine {
     }
 
     /// Tells the guest how much its balloon shall have. False if it has none.
-    pub(crate) fn aim(&self, bytes: ByteCount, piece: abi::Piece) -> Result<bool, MemoryError> {
-        let Some(BalloonTarget(word)) = self.balloon.aim(bytes, piece) else { return Ok(false) };
+    pub(crate) fn aim(
+        &self,
+        bytes: ByteCount,
+        piece: abi::Piece,
+        finds: abi::Finds,
+    ) -> Result<bool, MemoryError> {
+        let Some(BalloonTarget(word)) = self.balloon.aim(bytes, piece, finds) else { return Ok(false) };
         self.channel_word(0, abi::BALLOON_OFFSET, word)?;
         locked(&self.desk).has_target = true;
         self.wake.notify_all();

@@ -14,7 +14,7 @@ use crate::control::{BalloonPiece, Command, Control, Event, FrameOrder, MergeMod
 use crate::machine::Machine;
 use crate::report::{ProbeReport, Summary};
 use crate::{VmmError, signals};
-use plimsoll_guest::abi::Piece;
+use plimsoll_guest::abi::{Finds, Piece};
 use plimsoll_guest::probe::ProbeCommand;
 use plimsoll_sys::mapping::Merging;
 use plimsoll_types::{ByteCount, Gpa, PageCount};
@@ -187,11 +187,12 @@ impl Supervisor {
     }
 
     fn aim(&self, bytes: ByteCount, piece: BalloonPiece) -> Result<(), VmmError> {
-        let piece = match piece {
-            BalloonPiece::Page => Piece::Page,
-            BalloonPiece::Frame => Piece::Frame,
+        let (piece, finds) = match piece {
+            BalloonPiece::Page => (Piece::Page, Finds::InOrder),
+            BalloonPiece::ScatteredPage => (Piece::Page, Finds::Scattered),
+            BalloonPiece::Frame => (Piece::Frame, Finds::InOrder),
         };
-        if self.machine.aim(bytes, piece)? { Ok(()) } else { self.no_frames() }
+        if self.machine.aim(bytes, piece, finds)? { Ok(()) } else { self.no_frames() }
     }
 
     fn order(&self, order: FrameOrder) -> Result<(), VmmError> {

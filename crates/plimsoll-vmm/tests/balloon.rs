@@ -130,7 +130,9 @@ fn churn(most_pages: u64) -> ProbeCommand {
 #[test]
 fn the_balloon_rises_and_falls_in_either_piece_and_ram_falls_and_rises_with_it() {
     for accel in accels() {
-        for (piece, stride) in [(BalloonPiece::Page, 1), (BalloonPiece::Frame, 512)] {
+        for (piece, stride) in
+            [(BalloonPiece::Page, 1), (BalloonPiece::ScatteredPage, 1), (BalloonPiece::Frame, 512)]
+        {
             let mut guest = Guest::start(frames(accel));
             let all = guest.plan.pages();
             // 8 MiB are kept throughout; the rest is touched and freed.

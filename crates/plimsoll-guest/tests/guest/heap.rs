@@ -1,7 +1,7 @@
 //! The program that keeps frames, over plain memory, with a host that takes and inflates between its operations.
 use crate::machine::{VecMachine, params};
 use plimsoll_guest::Guest;
-use plimsoll_guest::abi::{LISTED_MAX, Listed, Piece};
+use plimsoll_guest::abi::{Finds, LISTED_MAX, Listed, Piece};
 use plimsoll_guest::frames::Take;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::WorkloadKind;
@@ -47,7 +47,9 @@ fn what_is_allocated_is_verified_and_freed_and_each_frame_is_asked_for_once() {
 
 #[test]
 fn the_balloon_is_filled_and_emptied_by_listings_of_either_piece() {
-    for piece in [Piece::Page, Piece::Frame] {
+    for (piece, finds) in
+        [(Piece::Page, Finds::InOrder), (Piece::Page, Finds::Scattered), (Piece::Frame, Finds::InOrder)]
+    {
         let params = params(WorkloadKind::Frames, 1, PAGES);
         let guest = Guest::new(&params).unwrap();
         let mut step = 0;
@@ -55,9 +57,9 @@ fn the_balloon_is_filled_and_emptied_by_listings_of_either_piece() {
         let mut machine = VecMachine::with_meddle(&params, move |machine| {
             step += 1;
             match step {
-                100 => machine.balloon = machine.balloon.next(2 * PAGES, piece),
-                2000 => machine.balloon = machine.balloon.next(1024, piece),
-                3000 => machine.balloon = machine.balloon.next(0, piece),
+                100 => machine.balloon = machine.balloon.next(2 * PAGES, piece, finds),
+                2000 => machine.balloon = machine.balloon.next(1024, piece, finds),
+                3000 => machine.balloon = machine.balloon.next(0, piece, finds),
                 _ => {}
             }
         });
@@ -75,6 +77,11 @@ fn the_balloon_is_filled_and_emptied_by_listings_of_either_piece() {
         let all = guest.plan().unwrap().pages();
         assert_eq!(gave, took, "{piece:?}");
         assert!(gave >= all / 2 && gave < all, "{piece:?}: {gave} of {all}");
+        if finds == Finds::Scattered {
+            let first = machine.listings.iter().find(|listing| listing.what == Listed::Given as u32).unwrap();
+            let pages = first.pages.windows(2).filter(|pair| pair[0].abs_diff(pair[1]) == 1).count();
+            assert_eq!(pages, 0, "neighbours in a scattered listing");
+        }
         let full = |listing: &&plimsoll_guest::abi::Listing| listing.count as usize == LISTED_MAX;
         assert_eq!(machine.listings.iter().any(|listing| full(&listing)), piece == Piece::Page);
     }
