@@ -1,8 +1,6 @@
 //! From a machine that was found to whoever speaks to it: a dossier and what the operator knows enter, a driver leaves, or the
 //! reason why there is none. What must never happen: a monitor taken that nobody offered, since it serves one client at a time.
-use crate::control::{
-    CloudHypervisor, Control, ControlError, Firecracker, Libvirt, Qemu, QmpSocket, Virsh,
-};
+use crate::control::{CloudHypervisor, Control, ControlError, Firecracker, Libvirt, Qemu, QmpSocket, Virsh};
 use crate::qmp::Limits;
 use crate::vmm::{Address, Protocol, Vmm};
 use crate::{Dossier, Held, Request};
@@ -17,7 +15,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[non_exhaustive]
 pub enum NoInterface {
     /// Its monitor may be somebody else's.
-    #[error("its QMP monitor at {0:?} serves one client at a time: if nobody else uses it, give it with --qmp")]
+    #[error(
+        "its QMP monitor at {0:?} serves one client at a time: if nobody else uses it, give it with --qmp"
+    )]
     MonitorNotOffered(PathBuf),
     /// It was started without a monitor.
     #[error("its QEMU has no QMP socket: start it with -qmp unix:PATH,server=on,wait=off")]
@@ -68,7 +68,8 @@ fn join_qemu(dossier: &Dossier, request: &Request) -> Result<Box<dyn Control>, N
         let limits = Limits { reply: PATIENCE, ..Limits::default() };
         return Ok(Box::new(Qemu::new(QmpSocket::connect(path, limits)?)));
     }
-    let is_libvirts = dossier.sockets.iter().any(|socket| matches!(socket.address, Address::Inherited { .. }));
+    let is_libvirts =
+        dossier.sockets.iter().any(|socket| matches!(socket.address, Address::Inherited { .. }));
     if is_libvirts {
         return Ok(Box::new(Libvirt::new(Virsh::new(&dossier.name, PATIENCE))));
     }

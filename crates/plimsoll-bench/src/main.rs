@@ -4,12 +4,11 @@
 //! (`docs/bench.md`). Exit status 0: measured; 1: something went wrong; 2: it cannot be measured on this machine, and the
 //! message says why. What must never happen: a device, mapping or swap area left behind.
 //!
-//! `balloon`: three ways to take memory that a guest has free.
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
-//! program again in another role (`guest`). `ksm`: guided KSM against KSM over everything. `attach`: machines
-//! managed from outside. `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+//! program again in another role (`guest`). `balloon`: three ways to take memory that a guest has free. `ksm`: guided KSM
+//! against KSM over everything. `attach`: machines managed from outside. `swap`: the peer's device. `session`: signals and
+//! clocks. `figures`: the arithmetic. `report`: what is said.
 mod attach;
-//! program again in another role (`guest`). `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
 mod balloon;
 mod contents;
 mod figures;

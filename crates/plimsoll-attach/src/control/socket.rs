@@ -41,9 +41,7 @@ impl Qmp for QmpSocket {
 
     fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ControlError> {
         let arguments = if arguments.is_null() { json!({}) } else { arguments };
-        self.client
-            .execute(command, arguments)
-            .map_err(|error| translated(error, &self.interface, command))
+        self.client.execute(command, arguments).map_err(|error| translated(error, &self.interface, command))
     }
 
     fn events(&mut self) -> Result<Vec<QmpEvent>, ControlError> {
@@ -66,9 +64,7 @@ fn translated(error: QmpError, interface: &str, request: &str) -> ControlError {
     match error {
         QmpError::Stalled { limit, .. } => ControlError::Stalled { interface, request, patience: limit },
         QmpError::Closed { .. } => ControlError::Lost { interface, request, source: None },
-        QmpError::Transfer { source, .. } => {
-            ControlError::Lost { interface, request, source: Some(source) }
-        }
+        QmpError::Transfer { source, .. } => ControlError::Lost { interface, request, source: Some(source) },
         QmpError::Command { command, description, .. } => {
             ControlError::Refused { interface, request: command, text: quote(&description) }
         }

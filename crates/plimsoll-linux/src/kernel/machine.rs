@@ -10,7 +10,7 @@ use plimsoll_sys::HvaRange;
 use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process_memory::may_advise;
-use plimsoll_types::{BlockIndex, PageCount};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount};
 use std::time::{Duration, Instant};
 
 /// How often a machine is looked at that does something.
@@ -18,9 +18,12 @@ pub const PERIOD: Duration = Duration::from_secs(2);
 /// How often at least: each look that shows an idle machine doubles the time to the next.
 pub const PERIOD_MAX: Duration = Duration::from_secs(32);
 
-/// Pages drawn for a period. Their cost, 21 us each where all are used, is half a percent of a processor; the error of what
-/// one period says of a working set of a quarter of the machine is 8 %.
-const SAMPLES: u32 = 512;
+/// Pages drawn for a period: of a machine of 64 MiB and more. Their cost, 21 us each where all are used, is half a percent of
+/// a processor; the error of what one period says of a working set of a quarter of the machine is 8 %.
+const SAMPLES_MAX: u32 = 512;
+/// Of a smaller machine, one page in so many: an error of the same share is fewer pages there, and hosts have many of them.
+const SAMPLED_ONE_IN: u32 = 32;
+const SAMPLES_MIN: u32 = 64;
 /// A machine is idle when no more than one sample in so many was used.
 const IDLE_SHARE: u32 = 64;
 /// Refaults a period of an idle machine: timers and clocks of its guest.
@@ -215,8 +218,9 @@ impl KernelMachine {
             self.cgroup = ProcessCgroup::of(self.process.process()).ok();
         }
         self.view.forget();
+        let count = (self.known.block_count().saturating_mul(BLOCK_PAGES / SAMPLED_ONE_IN).clamp(SAMPLES_MIN, SAMPLES_MAX);
         let (view, ahead) = (&mut self.view, sampling_ahead(&self.known));
-        let samples = self.known.end_period(SAMPLES, |page| {
+        let samples = self.known.end_period(count, |page| {
             Ok::<_, KernelError>(view.look(page.block(), ahead)?.present.contains(page))
         })?;
         let length = now.saturating_duration_since(std::mem::replace(&mut self.ticked, now));
