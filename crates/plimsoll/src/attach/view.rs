@@ -115,8 +115,12 @@ impl View {
                 );
             }
             (Surface::Json, _) => self.say(json!({ "event": "ended", "how": word, "text": said })),
-            (_, End::Failed(_)) => eprintln!("plimsoll attach: {said}"),
-            _ => self.say(said),
+            (_, End::Failed(_)) => {}
+            _ => self.say(&said),
+        }
+        // Also where lines are JSON: it may be that nobody reads those.
+        if let End::Failed(_) = end {
+            eprintln!("plimsoll attach: {said}");
         }
     }
 
