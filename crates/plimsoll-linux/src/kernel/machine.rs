@@ -218,7 +218,8 @@ impl KernelMachine {
             self.cgroup = ProcessCgroup::of(self.process.process()).ok();
         }
         self.view.forget();
-        let count = (self.known.block_count().saturating_mul(BLOCK_PAGES / SAMPLED_ONE_IN).clamp(SAMPLES_MIN, SAMPLES_MAX);
+        let drawn = self.known.block_count().saturating_mul(BLOCK_PAGES / SAMPLED_ONE_IN);
+        let count = drawn.clamp(SAMPLES_MIN, SAMPLES_MAX);
         let (view, ahead) = (&mut self.view, sampling_ahead(&self.known));
         let samples = self.known.end_period(count, |page| {
             Ok::<_, KernelError>(view.look(page.block(), ahead)?.present.contains(page))
