@@ -1,7 +1,9 @@
-//! `plimsoll attach` and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
+//! `plimsoll attach`, `plimsoll guest` and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
 #![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
 mod attach;
+mod cooperation;
 mod demo;
+mod liar;
 mod manager;
 mod migration;
 mod plug;

@@ -1,6 +1,8 @@
 //! What the tests need from this machine: guests, swap, and `plimsoll attach` as a process that is read line by line.
+use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::zram::ZramSwap;
 use plimsoll_stock::{Command, Counts, Guest, Kernel};
+use plimsoll_sys::ProcessId;
 use plimsoll_sys::swap::{SwapPriority, SwapRank};
 use plimsoll_types::ByteCount;
 use serde_json::Value;
@@ -35,6 +37,10 @@ pub(crate) fn can(capabilities: &[&str]) -> bool {
             }
             "ksm" => {
                 (!Path::new("/sys/kernel/mm/ksm/run").exists()).then(|| "no KSM in this kernel".to_owned())
+            }
+            "cgroup" => {
+                let made = MemoryCgroup::create("plimsoll-probe", ProcessId::own());
+                made.err().map(|error| error.to_string())
             }
             other => panic!("no test knows of {other}"),
         };
@@ -89,17 +95,22 @@ pub(crate) struct Manager {
 impl Manager {
     /// `plimsoll attach --json` with these words.
     pub(crate) fn attach(words: &[&str]) -> Self {
-        Self::start(words, usize::MAX)
+        Self::start("attach", words, usize::MAX)
     }
 
     /// The same, of which the first line is read and then no more.
     pub(crate) fn attach_unheard(words: &[&str]) -> Self {
-        Self::start(words, 1)
+        Self::start("attach", words, 1)
     }
 
-    fn start(words: &[&str], lines_max: usize) -> Self {
+    /// One of plimsoll's verbs with `--json` and these words.
+    pub(crate) fn run(verb: &str, words: &[&str]) -> Self {
+        Self::start(verb, words, usize::MAX)
+    }
+
+    fn start(verb: &str, words: &[&str], lines_max: usize) -> Self {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_plimsoll"));
-        command.arg("attach").args(words).arg("--json");
+        command.arg(verb).args(words).arg("--json");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let (sender, lines) = channel();

@@ -1,0 +1,304 @@
+//! Guests that give and take memory when they are asked, by the unmodified drivers of a stock kernel.
+use crate::liar::{Liar, Lie};
+use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, bytes, can, sweep};
+use plimsoll_linux::cgroup::MemoryCgroup;
+use plimsoll_stock::{Command, Guest, Libvirt, Options};
+use plimsoll_sys::ProcessId;
+use plimsoll_sys::pagemap::{Entry, Pagemap};
+use plimsoll_sys::procfs::smaps_rollup;
+use plimsoll_types::{ByteCount, PageCount};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// Between two looks at a condition that is waited for.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Guest RAM that is in the host's memory, and in its swap.
+fn backed(guest: &Guest) -> (ByteCount, ByteCount) {
+    let pagemap = Pagemap::open(guest.process()).unwrap();
+    let (mut entries, mut present, mut swapped) = (Vec::new(), PageCount(0), PageCount(0));
+    for range in guest.ram().unwrap() {
+        pagemap.read(range, &mut entries).unwrap();
+        let count = |flag: Entry| entries.iter().filter(|entry| entry.contains(flag)).count();
+        present += PageCount(count(Entry::PRESENT).try_into().unwrap());
+        swapped += PageCount(count(Entry::SWAPPED).try_into().unwrap());
+    }
+    (present.bytes(), swapped.bytes())
+}
+
+fn present(guest: &Guest) -> ByteCount {
+    backed(guest).0
+}
+
+/// What QEMU has of private memory: guest RAM, and what its translator needs.
+fn private(guest: &Guest) -> ByteCount {
+    smaps_rollup(guest.process()).unwrap().anonymous
+}
+
+/// What it says with these words, which it must end well with.
+fn guest_verb(guest: &Guest, words: &[&str]) -> Vec<Value> {
+    let (code, lines, said) = outcome(guest, words);
+    assert_eq!(code, Some(0), "{lines:?} {said}");
+    lines
+}
+
+/// How `plimsoll guest` ends with the guest's QMP socket and these words.
+fn outcome(guest: &Guest, words: &[&str]) -> (Option<i32>, Vec<Value>, String) {
+    let (process, qmp) = (guest.process().get().to_string(), guest.qmp());
+    let mut all = vec![process.as_str(), "--qmp", qmp.to_str().unwrap()];
+    all.extend(words);
+    let (status, lines, said) = Manager::run("guest", &all).end();
+    (status.code(), lines, said)
+}
+
+/// Waits until a size is as wanted, and says how long that took.
+fn wait_until(
+    what: &str,
+    within: Duration,
+    mut size: impl FnMut() -> ByteCount,
+    is_wanted: impl Fn(ByteCount) -> bool,
+) -> Duration {
+    let start = Instant::now();
+    loop {
+        let now = size();
+        if is_wanted(now) {
+            return start.elapsed();
+        }
+        assert!(start.elapsed() < within, "waited in vain for {what}: {now}");
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Has the guest touch nearly all of its 512 MiB, and then work on a part.
+fn fill(guest: &mut Guest) {
+    ask(guest, Command::Alloc { pages: 95_000 });
+    ask(guest, Command::Free);
+    ask(guest, Command::Alloc { pages: 8000 });
+    ask(guest, Command::Hot { pages: 1000, per_second: 200 });
+}
+
+/// What it says last, which must be that all is as wished.
+fn there(lines: &[Value]) -> &Value {
+    let ended = lines.last().unwrap();
+    assert_eq!((&ended["event"], &ended["how"]), (&"ended".into(), &"there".into()), "{ended}");
+    ended
+}
+
+/// The one line of a description.
+fn described(guest: &Guest, words: &[&str]) -> Value {
+    let lines = guest_verb(guest, words);
+    let [description] = lines.as_slice() else { panic!("{lines:?}") };
+    description.clone()
+}
+
+#[test]
+fn what_a_balloon_takes_from_one_guest_another_in_the_same_cgroup_can_have() {
+    const SIZE: ByteCount = ByteCount::mib(512);
+    /// One percent of both guests.
+    const TOLERANCE: u64 = 2 * SIZE.0 / 100;
+    /// What is left of the cgroup when the first guest is full: far less than the second one will take.
+    const SPARE: ByteCount = ByteCount::mib(32);
+    if !can(&STOCK) || !can(&["cgroup"]) {
+        return;
+    }
+    let _alone = alone();
+    let cgroup = MemoryCgroup::create("plimsoll-cooperation", ProcessId::own()).unwrap();
+    // They are inside from their first page: what is charged elsewhere would be missed here when it is given back.
+    cgroup.join_self().unwrap();
+    let [mut first, mut second] =
+        [61, 62].map(|seed| Guest::start(Options { seed, ..Options::new(SIZE) }).unwrap());
+    cgroup.leave_self().unwrap();
+    fill(&mut first);
+    let (charged, full) = (cgroup.used().unwrap(), private(&first));
+    let small = private(&second);
+    cgroup.set_limit(charged + SPARE).unwrap();
+
+    let lines = guest_verb(&first, &["--balloon", "192M"]);
+    there(&lines);
+    let given = full.saturating_sub(private(&first));
+    assert!(given >= ByteCount::mib(200), "only {given} came back to the host");
+    // What is in the balloon is in nobody's memory.
+    let most = ByteCount(ByteCount::mib(192).0 + SIZE.0 / 100);
+    assert!(present(&first) <= most, "{} of a guest that has 192M", present(&first));
+    sweep(&mut first);
+
+    ask(&mut second, Command::Alloc { pages: given.pages_floor().0.min(75_000) });
+    let gained = private(&second).saturating_sub(small);
+    assert!(gained.0 > SPARE.0 * 4, "{gained} would have fitted without what the first gave");
+    let now = cgroup.used().unwrap();
+    let lost = full.saturating_sub(private(&first));
+    let unaccounted = (now.0 + lost.0).abs_diff(charged.0 + gained.0);
+    println!(
+        "one guest gave {lost} in {} s, the other took {gained}; {charged} were charged before and {now} are now: {} unaccounted for",
+        lines[lines.len() - 2]["seconds"],
+        ByteCount(unaccounted)
+    );
+    assert!(unaccounted <= TOLERANCE, "{} came from or went to nobody", ByteCount(unaccounted));
+    assert_eq!(cgroup.oom_kills().unwrap(), 0);
+    sweep(&mut second);
+
+    // And back: what the first guest uses again is there again.
+    cgroup.set_limit(ByteCount(SIZE.0 * 4)).unwrap();
+    there(&guest_verb(&first, &["--balloon", "512M"]));
+    let without = present(&first);
+    ask(&mut first, Command::Alloc { pages: 60_000 });
+    let rise = present(&first).saturating_sub(without);
+    assert!(rise >= ByteCount::mib(200), "{rise}");
+    sweep(&mut first);
+}
+
+#[test]
+fn memory_is_plugged_into_a_guest_at_work_and_taken_out_again() {
+    const PLUGGED: ByteCount = ByteCount::mib(256);
+    const SEEN_WITHIN: Duration = Duration::from_secs(30);
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let mut options = Options::new(ByteCount::mib(256));
+    options.seed = 64;
+    options.work = vec![Command::Alloc { pages: 8000 }, Command::Hot { pages: 1000, per_second: 200 }];
+    let words = ["-m", "slots=2,maxmem=2G", "-object", "memory-backend-ram,id=pool,size=512M"];
+    options.arguments = words.map(str::to_owned).to_vec();
+    options.devices.push("virtio-mem-pci,id=vm0,memdev=pool,requested-size=0".to_owned());
+    let mut guest = Guest::start(options).unwrap();
+    let available = |guest: &mut Guest| guest.console().report(PATIENCE).unwrap().available;
+    let before = available(&mut guest);
+
+    // A size that is no multiple of its blocks is rounded down, and that is said.
+    let lines = guest_verb(&guest, &["--plug", "257M"]);
+    assert_eq!(
+        (&lines[0]["event"], there(&lines)["how"].as_str()),
+        (&"note".into(), Some("there")),
+        "{lines:?}"
+    );
+    let description = described(&guest, &[]);
+    let device = &description["virtio_mem"]["pieces"][0];
+    assert_eq!(device["id"], "vm0");
+    assert_eq!((bytes(device, "plugged_bytes"), bytes(device, "requested_bytes")), (PLUGGED.0, PLUGGED.0));
+    // The guest's kernel keeps some of it for itself: descriptions of pages, and a reserve for another zone.
+    let most = ByteCount(PLUGGED.0 / 4 * 3);
+    let what = format!("the guest to see the memory beside {before}");
+    wait_until(&what, SEEN_WITHIN, || available(&mut guest), |now| now >= before + most);
+    // More than it had room for before.
+    ask(&mut guest, Command::Alloc { pages: 60_000 });
+    sweep(&mut guest);
+    ask(&mut guest, Command::Free);
+    ask(&mut guest, Command::Alloc { pages: 8000 });
+
+    there(&guest_verb(&guest, &["--plug", "vm0=0"]));
+    let description = described(&guest, &[]);
+    assert_eq!(bytes(&description["virtio_mem"]["pieces"][0], "plugged_bytes"), 0, "{description}");
+    sweep(&mut guest);
+    let small = available(&mut guest);
+    assert!(small < before + ByteCount::mib(32), "{small} are available, {before} were at first");
+
+    // A memory module, for good.
+    there(&guest_verb(&guest, &["--plug", "memory modules=128M"]));
+    let what = format!("the guest to see the module beside {small}");
+    wait_until(&what, SEEN_WITHIN, || available(&mut guest), |now| now >= small + ByteCount::mib(100));
+    sweep(&mut guest);
+    let report = guest.console().report(PATIENCE).unwrap();
+    assert!(report.operations > 0 && report.wrong == 0, "{report:?}");
+}
+
+#[test]
+fn a_domain_of_libvirts_shows_its_balloon_and_moves_it() {
+    if !can(&["qemu", "libvirt", "cloud-kernel", "root"]) {
+        return;
+    }
+    let _alone = alone();
+    let libvirt = Libvirt::start().unwrap();
+    let mut options = Options::new(ByteCount::mib(256));
+    options.seed = 65;
+    options.work = vec![Command::Alloc { pages: 4000 }];
+    let mut guest = Guest::start_domain(&libvirt, options).unwrap();
+    let name = guest.domain().unwrap().to_owned();
+    let run = |words: &[&str]| {
+        let (status, lines, said) = Manager::run("guest", &[&[name.as_str()], words].concat()).end();
+        assert!(status.success(), "{lines:?} {said}");
+        lines
+    };
+    let before = &run(&["--statistics", "1"])[0];
+    assert_eq!((&before["name"], bytes(&before["balloon"], "actual_bytes")), (&name.as_str().into(), 0));
+    assert!(bytes(&before["statistics"], "available_bytes") > 50 << 20, "{before}");
+    assert!(before["virtio_mem"]["why_not"].is_string(), "{before}");
+    there(&run(&["--balloon", "192M"]));
+    let after = &run(&[])[0];
+    let actual = ByteCount(bytes(&after["balloon"], "actual_bytes"));
+    assert!(ByteCount::mib(64).0.abs_diff(actual.0) <= ByteCount::mib(256).0 / 100, "{after}");
+    sweep(&mut guest);
+}
+
+#[test]
+fn a_vmm_that_lies_about_its_balloon_gains_nothing() {
+    const SIZE: ByteCount = ByteCount::mib(256);
+    const WANTED: ByteCount = ByteCount::mib(192);
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let mut options = Options::new(SIZE);
+    options.seed = 66;
+    options.work = vec![Command::Alloc { pages: 8000 }, Command::Hot { pages: 1000, per_second: 200 }];
+    let mut guest = Guest::start(options).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut lied_to = |lie: Lie| {
+        let socket = folder.path().join(format!("{lie:?}"));
+        let liar = Liar::start(&socket, &guest.qmp(), SIZE.0, lie);
+        let (process, socket) = (guest.process().get().to_string(), socket.to_str().unwrap());
+        let words = [&process, "--qmp", socket, "--balloon", "192M"];
+        let (status, lines, said) = Manager::run("guest", &words).end();
+        let asked = liar.asked();
+        // Whatever was said, the guest was to keep what it was to have, and goes on with it.
+        assert!(asked.iter().all(|left| *left >= WANTED.0), "{lie:?}: {asked:?}");
+        sweep(&mut guest);
+        let answer = guest.monitor().unwrap().call("query-balloon", &json!({})).unwrap();
+        (
+            status.code(),
+            lines.last().map_or(said, |line| line["text"].to_string()),
+            asked,
+            bytes(&answer, "actual"),
+        )
+    };
+
+    let (code, text, asked, _) = lied_to(Lie::Absurd);
+    assert!(
+        code == Some(2) && text.contains("possible sizes") && asked.is_empty(),
+        "{code:?} {text} {asked:?}"
+    );
+
+    // The real guest followed what was asked before it was given up: it gets all of it back.
+    let (code, text, asked, _) = lied_to(Lie::Still);
+    assert!(code == Some(1) && text.contains("does not move its balloon"), "{code:?} {text}");
+    assert!(asked.len() >= 2 && asked.last() == Some(&SIZE.0), "{asked:?}");
+
+    let (code, text, asked, left) = lied_to(Lie::Eager);
+    assert_eq!(code, Some(0), "{text}");
+    assert!(asked.len() >= 3 && left >= WANTED.0, "{asked:?} {left}");
+}
+
+#[test]
+fn what_cannot_be_is_refused_in_a_sentence_before_the_guest_is_asked() {
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let mut guest = Guest::start(Options::new(ByteCount::mib(192))).unwrap();
+    for (words, reason) in [
+        (&["--balloon", "1G"][..], "without one it has 192M"),
+        (&["--balloon", "1M"], "leave it 16M at least"),
+        (&["--plug", "64M"], "no memory can be plugged into this machine"),
+        (&["--api", "/nowhere"], "QEMU does not speak HTTP: leave --api out"),
+    ] {
+        let (code, lines, said) = outcome(&guest, words);
+        assert_eq!((code, lines), (Some(2), Vec::new()), "{words:?}");
+        assert!(said.contains(reason) && said.lines().count() == 1, "{words:?}: {said}");
+    }
+    // Without a socket it is not guessed that the machine's own is free.
+    let (status, _, said) = Manager::run("guest", &[&guest.process().get().to_string()]).end();
+    assert!(status.code() == Some(2) && said.contains("give it with --qmp"), "{said}");
+    guest.monitor().unwrap().call("stop", &json!({})).unwrap();
+    let (code, _, said) = outcome(&guest, &["--balloon", "128M"]);
+    assert!(code == Some(2) && said.contains("resume it first"), "{said}");
+}
