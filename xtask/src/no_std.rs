@@ -16,8 +16,8 @@ use std::path::Path;
 use std::process::Command;
 
 /// Crates that DESIGN keeps free of std.
-pub(crate) const ROOMS: [&str; 5] =
-    ["plimsoll-types", "plimsoll-core", "plimsoll-policy", "plimsoll-store", "plimsoll-guest"];
+pub(crate) const ROOMS: [&str; 6] =
+    ["plimsoll-types", "plimsoll-mmu", "plimsoll-core", "plimsoll-policy", "plimsoll-store", "plimsoll-guest"];
 
 const SOURCE: &str = include_str!("no_std/library.rs.in");
 

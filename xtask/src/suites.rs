@@ -25,10 +25,11 @@ const KERNEL: u8 = 1;
 /// Tests that need QEMU, libvirt and a stock Linux for guests.
 const STOCK: u8 = 2;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 14] = [
+const LEVELS: [(&str, u8); 15] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-inside", PURE),
+    ("plimsoll-mmu", PURE),
     ("plimsoll-core", PURE),
     ("plimsoll-policy", PURE),
     ("plimsoll-store", PURE),

@@ -11,9 +11,10 @@ use anyhow::{Context, Result};
 use std::fs;
 
 /// Each room and the rooms it may know, lowest first. A new room, or a new arrow, is a decision about the architecture.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("plimsoll-types", &[]),
     ("plimsoll-inside", &[]),
+    ("plimsoll-mmu", &["plimsoll-types"]),
     ("plimsoll-guest", &["plimsoll-types"]),
     ("plimsoll-store", &["plimsoll-types"]),
     ("plimsoll-core", &["plimsoll-types"]),

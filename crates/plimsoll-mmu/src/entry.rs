@@ -1,0 +1,249 @@
+//! What an entry of a page table says, in words that every format shares.
+//!
+//! Enters: nothing. Leaves: the value that [`crate::Format::decode`] gives and [`crate::Format::encode`] takes. A format
+//! gives no value it would not take back, [`Malformed`] and leaves that nobody could use apart.
+use crate::address::Output;
+use core::fmt;
+
+bitflags::bitflags! {
+    /// What an entry lets be done through it. A walk ends up with the intersection over its entries where the format is
+    /// hierarchical.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Permissions: u8 {
+        /// Data may be read.
+        const READ = 1;
+        /// Data may be written.
+        const WRITE = 1 << 1;
+        /// Instructions may be fetched.
+        const EXECUTE = 1 << 2;
+        /// User code is concerned. Always there in formats that do not know users.
+        const USER = 1 << 3;
+    }
+}
+
+/// How a processor may cache memory: the types of the PAT (SDM vol. 3 "Page Attribute Table") and of EPT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Cache {
+    /// Not cached, strongly ordered (UC).
+    Uncacheable,
+    /// Not cached, writes combined (WC).
+    WriteCombining,
+    /// Cached, writes go through (WT).
+    WriteThrough,
+    /// Reads cached, writes not (WP).
+    WriteProtected,
+    /// Cached (WB).
+    WriteBack,
+    /// UC that a range register may weaken (UC-, in the PAT only).
+    UncacheableMinus,
+}
+
+impl Cache {
+    /// The type that a byte of the PAT or an EPT entry's field stands for; `None` for reserved numbers.
+    pub const fn from_number(number: u8) -> Option<Self> {
+        Some(match number {
+            0 => Self::Uncacheable,
+            1 => Self::WriteCombining,
+            4 => Self::WriteThrough,
+            5 => Self::WriteProtected,
+            6 => Self::WriteBack,
+            7 => Self::UncacheableMinus,
+            _ => return None,
+        })
+    }
+
+    /// Its number.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Uncacheable => 0,
+            Self::WriteCombining => 1,
+            Self::WriteThrough => 4,
+            Self::WriteProtected => 5,
+            Self::WriteBack => 6,
+            Self::UncacheableMinus => 7,
+        }
+    }
+}
+
+/// IA32_PAT: what the index in an x86-64 entry means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Pat(pub u64);
+
+impl Pat {
+    /// What processors begin with.
+    pub const RESET: Self = Self(0x0007_0406_0007_0406);
+
+    /// The type at `index`, 0 to 7; `None` for a reserved one, which the register does not take.
+    pub const fn cache(self, index: u8) -> Option<Cache> {
+        Cache::from_number(self.0.to_le_bytes()[(index & 7) as usize])
+    }
+}
+
+/// Whether the guest's PAT has a say in the type that EPT gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GuestPat {
+    /// Both are combined.
+    Combined,
+    /// EPT's alone counts ("ignore PAT").
+    Ignored,
+}
+
+/// How memory is accessed, as the format says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Memory {
+    /// The format's entry says nothing: physical memory's own attributes.
+    Physical,
+    /// x86-64: index into the [`Pat`], 0 to 7; of a table, 0 to 3.
+    Pat(u8),
+    /// Intel EPT.
+    Ept(Cache, GuestPat),
+    /// RISC-V Svpbmt NC: not cached, idempotent, weakly ordered.
+    NonCacheable,
+    /// RISC-V Svpbmt IO: not cached, not idempotent, strongly ordered.
+    Io,
+}
+
+/// An entry that names the next table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Where the next table is.
+    pub at: Output,
+    /// What may be done through it at most; everything in formats that say so only in leaves.
+    pub permissions: Permissions,
+    /// How the next table is read.
+    pub memory: Memory,
+    /// A walk went through it since this was cleared.
+    pub accessed: bool,
+    /// All below is in every address space (RISC-V only).
+    pub global: bool,
+    /// Bits the hardware ignores, where they are.
+    pub software: u64,
+}
+
+/// An entry that maps memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// Where the memory begins.
+    pub output: Output,
+    /// log2 of the bytes it maps: the level's, or more where neighbours map one naturally aligned run (Svnapot).
+    pub shift: u32,
+    /// What may be done.
+    pub permissions: Permissions,
+    /// How it is cached.
+    pub memory: Memory,
+    /// It was used since this was cleared.
+    pub accessed: bool,
+    /// It was written since this was cleared.
+    pub dirty: bool,
+    /// It is in every address space.
+    pub global: bool,
+    /// Protection key, 0 where there are none.
+    pub key: u8,
+    /// Bits the hardware ignores, where they are.
+    pub software: u64,
+}
+
+impl Leaf {
+    /// A leaf of `1 << shift` bytes with nothing set but what is given.
+    pub const fn new(output: Output, shift: u32, permissions: Permissions, memory: Memory) -> Self {
+        Self {
+            output,
+            shift,
+            permissions,
+            memory,
+            accessed: false,
+            dirty: false,
+            global: false,
+            key: 0,
+            software: 0,
+        }
+    }
+}
+
+/// What an entry says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Nothing is mapped; the word is software's.
+    Absent {
+        /// The whole word.
+        software: u64,
+    },
+    /// The next table.
+    Table(Table),
+    /// Memory.
+    Leaf(Leaf),
+    /// Something the hardware refuses.
+    Malformed(Malformed),
+}
+
+/// Why the hardware refuses an entry: a page fault with RSVD on x86-64, a misconfiguration in EPT, a page fault on RISC-V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Malformed {
+    /// These bits are set and must not be.
+    Reserved(u64),
+    /// It lets write but not read.
+    WriteWithoutRead,
+    /// It lets execute but not read, which this processor does not do.
+    ExecuteWithoutRead,
+    /// The memory type has a reserved number.
+    MemoryType(u8),
+    /// It names a table where the tables end.
+    TableAtLastLevel,
+}
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reserved(bits) => write!(f, "reserved bits {bits:#x} are set"),
+            Self::WriteWithoutRead => f.write_str("it lets write and not read"),
+            Self::ExecuteWithoutRead => {
+                f.write_str("it lets execute and not read, which this processor does not do")
+            }
+            Self::MemoryType(number) => write!(f, "memory type {number} is reserved"),
+            Self::TableAtLastLevel => f.write_str("it names a table below the last level"),
+        }
+    }
+}
+
+/// What of an entry a format, or this processor, has no bits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Unencodable {
+    /// An address that is not aligned to what it names, or beyond the processor's physical addresses.
+    Address(Output),
+    /// A combination of permissions.
+    Permissions(Permissions),
+    /// A memory type.
+    Memory(Memory),
+    /// A size at this level.
+    Size {
+        /// log2 of its bytes.
+        shift: u32,
+    },
+    /// A protection key.
+    Key(u8),
+    /// "Accessed", "dirty" or "global" where the format does not keep it.
+    Flag,
+    /// Software bits that are not software's, or a word that is not absent.
+    Software(u64),
+    /// A malformed entry, or a table at the last level.
+    Kind,
+}
+
+impl fmt::Display for Unencodable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(at) => write!(f, "{at} is not aligned, or beyond physical memory"),
+            Self::Permissions(permissions) => write!(f, "the format has no permissions {permissions:?}"),
+            Self::Memory(memory) => write!(f, "the format has no memory type {memory:?}"),
+            Self::Size { shift } => write!(f, "2^{shift} bytes cannot be mapped at this level"),
+            Self::Key(key) => write!(f, "there is no protection key {key}"),
+            Self::Flag => f.write_str("the format does not keep accessed, dirty or global here"),
+            Self::Software(bits) => write!(f, "bits {bits:#x} are not software's"),
+            Self::Kind => f.write_str("such an entry must not be written at this level"),
+        }
+    }
+}
+
+impl core::error::Error for Unencodable {}

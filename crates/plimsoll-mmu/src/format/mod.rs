@@ -1,0 +1,122 @@
+//! The formats: one zero-sized type each, and what a processor may lack as a value beside it.
+//!
+//! Enters: the word of an entry, its level, and the processor's capabilities. Leaves: an [`Entry`], or the word again.
+//! Nothing here reads memory, and nothing depends on the processor this is compiled for.
+pub mod ept;
+pub mod riscv;
+pub mod x86;
+
+use crate::address::{Input, Level, MAX_LEVELS, Span};
+use crate::entry::{Entry, Memory, Unencodable};
+use core::fmt;
+
+/// Whether a feature is there and switched on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
+/// What the bits of an input address above those that are translated must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extension {
+    /// Copies of the highest translated bit.
+    Sign,
+    /// Zero.
+    Zero,
+}
+
+/// A format of page tables, whose entries are words of eight bytes.
+///
+/// In every format zero is absent, and so is any word whose three lowest bits are clear: what a dropped table holds until
+/// nobody can walk it any more.
+pub trait Format: Copy + fmt::Debug + 'static {
+    /// What differs from processor to processor.
+    type Caps: Copy + fmt::Debug;
+    /// What people call it.
+    const NAME: &'static str;
+    /// Levels of tables.
+    const LEVELS: u8;
+    /// log2 of the bytes of a page.
+    const PAGE_SHIFT: u32 = 12;
+    /// log2 of a table's entries.
+    const INDEX_BITS: u32 = 9;
+    /// How many more index bits the root has.
+    const ROOT_EXTRA_BITS: u32 = 0;
+    /// What is above the translated bits.
+    const EXTENSION: Extension;
+    /// How tables are read, where the entry that names one says so.
+    const TABLE_MEMORY: Memory = Memory::Physical;
+    /// Bits of an input address that are translated.
+    const INPUT_BITS: u32 = {
+        let bits = Self::PAGE_SHIFT + Self::INDEX_BITS * Self::LEVELS as u32 + Self::ROOT_EXTRA_BITS;
+        assert!(bits < 64, "a format translates less than 64 bits");
+        assert!(Self::LEVELS >= 1 && Self::LEVELS as usize <= MAX_LEVELS, "one to five levels");
+        bits
+    };
+
+    /// What `raw` says in a table of `level`.
+    fn decode(raw: u64, level: Level, caps: &Self::Caps) -> Entry;
+
+    /// The word that says `entry` in a table of `level`.
+    ///
+    /// # Errors
+    /// What the format or the processor cannot say.
+    fn encode(entry: &Entry, level: Level, caps: &Self::Caps) -> Result<u64, Unencodable>;
+
+    /// The highest level whose entries may map memory.
+    fn largest_leaf(caps: &Self::Caps) -> Level;
+
+    /// The root's level.
+    fn root() -> Level {
+        Level(Self::LEVELS)
+    }
+
+    /// log2 of the bytes that an entry of `level` covers.
+    fn shift(level: Level) -> u32 {
+        Self::PAGE_SHIFT + Self::INDEX_BITS * u32::from(level.0.saturating_sub(1))
+    }
+
+    /// Entries of a table of `level`.
+    fn entries(level: Level) -> u64 {
+        let extra = if level == Self::root() { Self::ROOT_EXTRA_BITS } else { 0 };
+        1 << (Self::INDEX_BITS + extra)
+    }
+
+    /// Which entry of a table of `level` translates `input`.
+    fn index(input: Input, level: Level) -> u64 {
+        (Self::offset(input) >> Self::shift(level)) & (Self::entries(level) - 1)
+    }
+
+    /// The translated bits alone.
+    fn offset(input: Input) -> u64 {
+        input.0 & ((1 << Self::INPUT_BITS) - 1)
+    }
+
+    /// The input address with these translated bits.
+    fn extend(offset: u64) -> Input {
+        let negative = Self::EXTENSION == Extension::Sign && offset >> (Self::INPUT_BITS - 1) & 1 == 1;
+        Input(if negative { offset | (u64::MAX << Self::INPUT_BITS) } else { offset })
+    }
+
+    /// Whether the format translates `input` at all (x86-64: it is canonical).
+    fn accepts(input: Input) -> bool {
+        Self::extend(Self::offset(input)) == input
+    }
+
+    /// Whether every address of `span` is translated.
+    fn accepts_span(span: Span) -> bool {
+        let (first, last) = (span.first(), span.last());
+        Self::accepts(first)
+            && Self::accepts(last)
+            && last.0 - first.0 < 1 << Self::INPUT_BITS
+            && (Self::EXTENSION == Extension::Zero || first.0 >> 63 == last.0 >> 63)
+    }
+}
+
+/// A field of `bits` bits from bit `low` on.
+pub(crate) const fn field(low: u32, bits: u32) -> u64 {
+    ((1 << bits) - 1) << low
+}

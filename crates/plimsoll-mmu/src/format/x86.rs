@@ -1,0 +1,321 @@
+//! x86-64 with four and five levels, and AMD's nested tables, which have the same entries.
+//!
+//! Intel SDM vol. 3, "Paging" (4.5 "4-Level Paging and 5-Level Paging", 4.6.2 "Protection Keys"); AMD APM vol. 2, 5.3
+//! "Long-Mode Page Translation", 15.25 "Nested Paging".
+//!
+//! ```text
+//! bit  63  62..59  58..52  51..12   11..9  8     7    6    5    4    3    2    1    0
+//!      NX  key     ign.    address  ign.   G     PAT  D    A    PCD  PWT  U/S  R/W  P    level 1
+//!      NX  key     ign.    address  ign.   G     PS=1 D    A    PCD  PWT  U/S  R/W  P    levels 2 and 3; PAT is bit 12
+//!      NX  ign.    ign.    address  ign.   ign.  PS=0 ign. A    PCD  PWT  U/S  R/W  P    a table
+//! ```
+use crate::address::{Level, Output};
+use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
+use crate::format::{Extension, Feature, Format, field};
+
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const PWT_SHIFT: u32 = 3;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+/// PS above level 1, where level 1 has PAT.
+const SIZE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
+const PAT_SMALL_SHIFT: u32 = 7;
+const PAT_LARGE_SHIFT: u32 = 12;
+const KEY_SHIFT: u32 = 59;
+const KEY: u64 = field(KEY_SHIFT, 4);
+const NO_EXECUTE: u64 = 1 << 63;
+/// Where an address may be: 51:12. How much of it is reserved says MAXPHYADDR.
+const ADDRESS: u64 = field(12, 40);
+/// Ignored in leaves; the key too where keys are off.
+const LEAF_IGNORED: u64 = field(9, 3) | field(52, 7);
+/// Ignored in entries that name a table.
+const TABLE_IGNORED: u64 = DIRTY | GLOBAL | LEAF_IGNORED | KEY;
+
+/// Whose processor it is, where the manuals differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Maker {
+    /// Bit 8 of entries of levels 4 and 5 is ignored.
+    Intel,
+    /// Bit 8 of entries of levels 4 and 5 must be zero (APM figures "PML4E" and "PML5E, Long Mode").
+    Amd,
+}
+
+/// What a processor has, as set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caps {
+    /// MAXPHYADDR: bits of a physical address, 32 to 52. CPUID 8000_0008.EAX\[7:0\].
+    pub physical_bits: u32,
+    /// Pages of 1 GiB. CPUID 8000_0001.EDX\[26\].
+    pub gib_pages: Feature,
+    /// EFER.NXE.
+    pub no_execute: Feature,
+    /// CR4.PKE or CR4.PKS: bits 62:59 of a leaf are its key.
+    pub keys: Feature,
+    /// Whose it is.
+    pub maker: Maker,
+}
+
+impl Caps {
+    /// A processor with everything and 52 bits of physical addresses.
+    pub const FULL: Self = Self {
+        physical_bits: 52,
+        gib_pages: Feature::On,
+        no_execute: Feature::On,
+        keys: Feature::On,
+        maker: Maker::Intel,
+    };
+
+    /// Bits reserved in every present entry.
+    const fn reserved(&self) -> u64 {
+        let width = if self.physical_bits < 52 { self.physical_bits } else { 52 };
+        let high = ADDRESS & !(((1u64 << width) - 1) & ADDRESS);
+        if matches!(self.no_execute, Feature::On) { high } else { high | NO_EXECUTE }
+    }
+
+    const fn leaf_ignored(&self) -> u64 {
+        if matches!(self.keys, Feature::On) { LEAF_IGNORED } else { LEAF_IGNORED | KEY }
+    }
+
+    /// What else is reserved in an entry of `level` that names a table.
+    const fn table_reserved(&self, level: Level) -> u64 {
+        match (level.0, self.maker) {
+            (4.., Maker::Amd) => SIZE | GLOBAL,
+            (4.., Maker::Intel) => SIZE,
+            _ => 0,
+        }
+    }
+
+    fn largest_leaf(&self) -> Level {
+        Level(if self.gib_pages == Feature::On { 3 } else { 2 })
+    }
+}
+
+/// 48-bit linear addresses, four levels.
+#[derive(Clone, Copy, Debug)]
+pub struct Long4;
+
+/// 57-bit linear addresses, five levels (CR4.LA57).
+#[derive(Clone, Copy, Debug)]
+pub struct Long5;
+
+/// AMD nested tables: as [`Long4`], but every access is a user's, so that a leaf without [`Permissions::USER`] would
+/// serve nobody and is not written (APM vol. 2, 15.25.5).
+#[derive(Clone, Copy, Debug)]
+pub struct Npt;
+
+/// A format with x86-64's entries, which the walk of [`crate::x86`] understands.
+pub trait X86Format: Format<Caps = Caps> {}
+impl X86Format for Long4 {}
+impl X86Format for Long5 {}
+impl X86Format for Npt {}
+
+impl Format for Long4 {
+    type Caps = Caps;
+    const NAME: &'static str = "x86-64, four levels";
+    const LEVELS: u8 = 4;
+    const EXTENSION: Extension = Extension::Sign;
+    const TABLE_MEMORY: Memory = Memory::Pat(0);
+
+    fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
+        decode(raw, level, caps)
+    }
+
+    fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+        encode(entry, level, caps)
+    }
+
+    fn largest_leaf(caps: &Caps) -> Level {
+        caps.largest_leaf()
+    }
+}
+
+impl Format for Long5 {
+    type Caps = Caps;
+    const NAME: &'static str = "x86-64, five levels";
+    const LEVELS: u8 = 5;
+    const EXTENSION: Extension = Extension::Sign;
+    const TABLE_MEMORY: Memory = Memory::Pat(0);
+
+    fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
+        decode(raw, level, caps)
+    }
+
+    fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+        encode(entry, level, caps)
+    }
+
+    fn largest_leaf(caps: &Caps) -> Level {
+        caps.largest_leaf()
+    }
+}
+
+impl Format for Npt {
+    type Caps = Caps;
+    const NAME: &'static str = "AMD nested page tables";
+    const LEVELS: u8 = 4;
+    const EXTENSION: Extension = Extension::Zero;
+    const TABLE_MEMORY: Memory = Memory::Pat(0);
+
+    fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
+        decode(raw, level, caps)
+    }
+
+    fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+        if let Entry::Table(Table { permissions, .. }) | Entry::Leaf(Leaf { permissions, .. }) = entry
+            && !permissions.contains(Permissions::USER)
+        {
+            return Err(Unencodable::Permissions(*permissions));
+        }
+        encode(entry, level, caps)
+    }
+
+    fn largest_leaf(caps: &Caps) -> Level {
+        caps.largest_leaf()
+    }
+}
+
+fn permissions(raw: u64) -> Permissions {
+    let mut permissions = Permissions::READ;
+    permissions.set(Permissions::WRITE, raw & WRITABLE != 0);
+    permissions.set(Permissions::USER, raw & USER != 0);
+    permissions.set(Permissions::EXECUTE, raw & NO_EXECUTE == 0);
+    permissions
+}
+
+fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
+    if raw & PRESENT == 0 {
+        return Entry::Absent { software: raw };
+    }
+    let maps = level == Level::PAGES || (raw & SIZE != 0 && level <= Level(3));
+    if !maps {
+        let reserved = raw & (caps.reserved() | caps.table_reserved(level));
+        if reserved != 0 {
+            return Entry::Malformed(Malformed::Reserved(reserved));
+        }
+        return Entry::Table(Table {
+            at: Output(raw & ADDRESS),
+            permissions: permissions(raw),
+            memory: Memory::Pat(low_byte(raw >> PWT_SHIFT & 3)),
+            accessed: raw & ACCESSED != 0,
+            global: false,
+            software: raw & TABLE_IGNORED,
+        });
+    }
+    let shift = Long4::shift(level);
+    let large = level > Level::PAGES;
+    let (pat_shift, address) =
+        if large { (PAT_LARGE_SHIFT, ADDRESS & !field(12, shift - 12)) } else { (PAT_SMALL_SHIFT, ADDRESS) };
+    let mut reserved = caps.reserved();
+    if large {
+        // From bit 13 to where the address begins: SDM tables "PDPTE that maps a 1-GByte page", "PDE that maps a 2-MByte".
+        reserved |= field(13, shift - 13);
+    }
+    if level > caps.largest_leaf() {
+        reserved |= SIZE;
+    }
+    if raw & reserved != 0 {
+        return Entry::Malformed(Malformed::Reserved(raw & reserved));
+    }
+    Entry::Leaf(Leaf {
+        output: Output(raw & address),
+        shift,
+        permissions: permissions(raw),
+        memory: Memory::Pat(low_byte((raw >> PWT_SHIFT & 3) | (raw >> pat_shift & 1) << 2)),
+        accessed: raw & ACCESSED != 0,
+        dirty: raw & DIRTY != 0,
+        global: raw & GLOBAL != 0,
+        key: if caps.keys == Feature::On { low_byte((raw & KEY) >> KEY_SHIFT) } else { 0 },
+        software: raw & caps.leaf_ignored(),
+    })
+}
+
+/// A field of at most eight bits as a number.
+const fn low_byte(value: u64) -> u8 {
+    value.to_le_bytes()[0]
+}
+
+fn encode_permissions(permissions: Permissions, caps: &Caps) -> Result<u64, Unencodable> {
+    let executable = permissions.contains(Permissions::EXECUTE);
+    // Present is readable, and without NX everything can be executed.
+    if !permissions.contains(Permissions::READ) || (!executable && caps.no_execute == Feature::Off) {
+        return Err(Unencodable::Permissions(permissions));
+    }
+    let flag = |permission, bit| if permissions.contains(permission) { bit } else { 0 };
+    Ok(PRESENT
+        | flag(Permissions::WRITE, WRITABLE)
+        | flag(Permissions::USER, USER)
+        | if executable { 0 } else { NO_EXECUTE })
+}
+
+const fn set(condition: bool, bit: u64) -> u64 {
+    if condition { bit } else { 0 }
+}
+
+fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+    match *entry {
+        Entry::Absent { software } if software & PRESENT == 0 => Ok(software),
+        Entry::Absent { software } => Err(Unencodable::Software(software & PRESENT)),
+        Entry::Table(table) => encode_table(&table, level, caps),
+        Entry::Leaf(leaf) => encode_leaf(&leaf, level, caps),
+        Entry::Malformed(_) => Err(Unencodable::Kind),
+    }
+}
+
+fn encode_table(table: &Table, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+    if level == Level::PAGES {
+        return Err(Unencodable::Kind);
+    }
+    if table.at.0 & !(ADDRESS & !caps.reserved()) != 0 {
+        return Err(Unencodable::Address(table.at));
+    }
+    let Memory::Pat(pat @ 0..=3) = table.memory else {
+        return Err(Unencodable::Memory(table.memory));
+    };
+    if table.global {
+        return Err(Unencodable::Flag);
+    }
+    let foreign = table.software & !(TABLE_IGNORED & !caps.table_reserved(level));
+    if foreign != 0 {
+        return Err(Unencodable::Software(foreign));
+    }
+    Ok(encode_permissions(table.permissions, caps)?
+        | table.at.0
+        | u64::from(pat) << PWT_SHIFT
+        | set(table.accessed, ACCESSED)
+        | table.software)
+}
+
+fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+    let shift = Long4::shift(level);
+    if leaf.shift != shift || level > caps.largest_leaf() {
+        return Err(Unencodable::Size { shift: leaf.shift });
+    }
+    let large = level > Level::PAGES;
+    if leaf.output.0 & !(ADDRESS & !caps.reserved()) != 0 || leaf.output.0 & field(0, shift) != 0 {
+        return Err(Unencodable::Address(leaf.output));
+    }
+    let Memory::Pat(pat @ 0..=7) = leaf.memory else {
+        return Err(Unencodable::Memory(leaf.memory));
+    };
+    if leaf.key > 15 || (leaf.key > 0 && caps.keys == Feature::Off) {
+        return Err(Unencodable::Key(leaf.key));
+    }
+    let foreign = leaf.software & !caps.leaf_ignored();
+    if foreign != 0 {
+        return Err(Unencodable::Software(foreign));
+    }
+    let pat_shift = if large { PAT_LARGE_SHIFT } else { PAT_SMALL_SHIFT };
+    Ok(encode_permissions(leaf.permissions, caps)?
+        | leaf.output.0
+        | set(large, SIZE)
+        | u64::from(pat & 3) << PWT_SHIFT
+        | u64::from(pat >> 2) << pat_shift
+        | set(leaf.accessed, ACCESSED)
+        | set(leaf.dirty, DIRTY)
+        | set(leaf.global, GLOBAL)
+        | u64::from(leaf.key) << KEY_SHIFT
+        | leaf.software)
+}

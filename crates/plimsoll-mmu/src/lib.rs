@@ -1,0 +1,41 @@
+//! Address translation: what page tables say, how they are changed, and what a processor makes of them.
+//!
+//! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, RISC-V's Sv39 to Sv57, Sv39x4 and
+//!   Sv48x4. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
+//! * [`mapper`]: map, unmap, protect, split, merge, walk, iterate and harvest ranges of a tree of any format.
+//! * [`x86`], [`ept`]: a walk as the processor does it, down to error code and exit qualification.
+//! * [`nested`]: a guest's tables through a second stage.
+//!
+//! Tables are reached through [`TableMemory`], frames come from [`TableFrames`], and [`Invalidate`] has translations
+//! forgotten. The crate allocates nothing, runs on any processor, and treats what it reads as written by an enemy.
+//!
+//! # Known holes
+//!
+//! * No Arm, and no break-before-make, which it needs: the mapper replaces a leaf by a table in one write, as x86-64 and RISC-V
+//!   allow.
+//! * RISC-V has formats and mapper, but no walk with rights and faults (SUM, MXR, Svade, Svadu), so no two-stage walk.
+//! * x86-64: no 32-bit or PAE paging, no supervisor keys (PKS), no shadow stacks, no SMEP or SMAP exemption for enclaves.
+//!   A change of the tables between a walk and its marks is seen by their words only.
+//! * EPT: four levels; no mode-based execute control, sub-page writes, paging-write, supervisor shadow stacks or #VE.
+//! * NPT: no guest-mode execute trap, no SEV bits in addresses.
+//! * The mapper reads groups of pages (Svnapot) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
+//! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.
+#![no_std]
+#![forbid(unsafe_code)]
+
+mod address;
+mod entry;
+pub mod ept;
+pub mod format;
+pub mod mapper;
+mod memory;
+pub mod nested;
+mod walk;
+pub mod x86;
+
+pub use address::{Input, Level, MAX_LEVELS, Output, Span};
+pub use entry::{Cache, Entry, GuestPat, Leaf, Malformed, Memory, Pat, Permissions, Table, Unencodable};
+pub use format::{Extension, Feature, Format};
+pub use mapper::{MapError, Mapper};
+pub use memory::{Invalidate, NothingCached, Pools, TableFrames, TableMemory};
+pub use walk::{Access, Dead, End, Marks, Step, Walked};

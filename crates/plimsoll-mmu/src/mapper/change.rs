@@ -1,0 +1,254 @@
+//! Map, unmap and protect: what is mapped changes.
+use super::{Covered, Dropped, MapError, Mapper, Need, Slot, entry_at, slots};
+use crate::address::{Level, Output, Span};
+use crate::entry::{Entry, Leaf, Permissions, Unencodable};
+use crate::format::Format;
+use crate::memory::{Invalidate, TableFrames, TableMemory};
+
+/// What to map: the leaf of the range's first address, with which every other is in line.
+struct Request {
+    first: u64,
+    leaf: Leaf,
+}
+
+impl Request {
+    /// The leaf of `level` that maps all of `slot`, if one can.
+    fn leaf<F: Format>(&self, level: Level, slot: &Slot, caps: &F::Caps) -> Option<Leaf> {
+        let shift = F::shift(level);
+        let output = Output(self.leaf.output.0.checked_add(slot.first - self.first)?);
+        let fits = slot.covered == Covered::Wholly
+            && level <= F::largest_leaf(caps)
+            && (shift <= self.leaf.shift || level == Level::PAGES)
+            && output.0.is_multiple_of(1 << shift);
+        fits.then_some(Leaf { output, shift, ..self.leaf })
+    }
+}
+
+impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, P, I> {
+    /// Maps `span` to consecutive memory from `leaf.output` on, with leaves as large as alignment, the processor and
+    /// `leaf.shift` allow, which otherwise say what `leaf` says.
+    ///
+    /// # Errors
+    /// A page of the range is mapped, a frame is missing, the format cannot say it: then nothing was changed. Or the
+    /// tables' memory fails.
+    pub fn map(&mut self, span: Span, leaf: Leaf) -> Result<(), MapError<M::Error>> {
+        let (first, last) = Self::offsets(span)?;
+        let request = Request { first, leaf };
+        let mut need = Need::default();
+        self.check_map(Some(self.root), F::root(), (first, last), &request, &mut need)?;
+        self.afford(&need)?;
+        self.fill(self.root, F::root(), (first, last), &request)
+    }
+
+    /// Counts the tables that mapping takes; `None` stands for a table to be made.
+    fn check_map(
+        &self,
+        table: Option<Output>,
+        level: Level,
+        (first, last): (u64, u64),
+        request: &Request,
+        need: &mut Need,
+    ) -> Result<(), MapError<M::Error>> {
+        for slot in slots::<F>(level, first, last) {
+            let entry = match table {
+                Some(table) => self.entry(level, entry_at(table, slot.index))?.1,
+                None => Entry::Absent { software: 0 },
+            };
+            let range = (slot.first, slot.last);
+            match (entry, level.below()) {
+                (Entry::Table(next), Some(below)) => {
+                    self.check_map(Some(next.at), below, range, request, need)?;
+                }
+                (Entry::Absent { .. }, below) => {
+                    if let Some(leaf) = request.leaf::<F>(level, &slot, &self.caps) {
+                        self.encode(&Entry::Leaf(leaf), level)?;
+                    } else if let Some(below) = below {
+                        need[below.subscript()] += 1;
+                        self.check_map(None, below, range, request, need)?;
+                    } else {
+                        // Not even a page: the output is not aligned, or ends before the range does.
+                        let reason = Unencodable::Address(request.leaf.output);
+                        return Err(MapError::Unencodable { level, reason });
+                    }
+                }
+                _ => return Err(MapError::Mapped { input: F::extend(slot.first) }),
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(
+        &mut self,
+        table: Output,
+        level: Level,
+        (first, last): (u64, u64),
+        request: &Request,
+    ) -> Result<(), MapError<M::Error>> {
+        for slot in slots::<F>(level, first, last) {
+            let at = entry_at(table, slot.index);
+            let range = (slot.first, slot.last);
+            match (self.entry(level, at)?.1, level.below()) {
+                (Entry::Table(next), Some(below)) => self.fill(next.at, below, range, request)?,
+                (Entry::Absent { .. }, below) => {
+                    let word = match (request.leaf::<F>(level, &slot, &self.caps), below) {
+                        (Some(leaf), _) => self.encode(&Entry::Leaf(leaf), level)?,
+                        (None, Some(below)) => {
+                            let new = self.take(below)?;
+                            self.fill(new, below, range, request)?;
+                            self.table_word(new, level)?
+                        }
+                        (None, None) => return Err(MapError::Contended { level, at }),
+                    };
+                    self.write(level, at, word)?;
+                }
+                _ => return Err(MapError::Contended { level, at }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Unmaps what is mapped in `span`, splits larger leaves at its ends, and gives back tables that became empty. What
+    /// software kept in absent entries of the range is gone too. Returns how many leaves were removed.
+    ///
+    /// # Errors
+    /// A frame for splitting is missing: then nothing was changed. Or an entry is malformed, or the memory fails.
+    pub fn unmap(&mut self, span: Span) -> Result<u64, MapError<M::Error>> {
+        let (first, last) = Self::offsets(span)?;
+        self.check_edges(self.root, F::root(), (first, last))?;
+        let mut dropped = Dropped::default();
+        let removed = self.clear(self.root, F::root(), (first, last), &mut dropped);
+        // Also after an error: what was dropped until then must not be lost.
+        self.settle(span, &dropped)?;
+        removed
+    }
+
+    fn clear(
+        &mut self,
+        table: Output,
+        level: Level,
+        (first, last): (u64, u64),
+        dropped: &mut Dropped,
+    ) -> Result<u64, MapError<M::Error>> {
+        let mut removed = 0;
+        for slot in slots::<F>(level, first, last) {
+            let at = entry_at(table, slot.index);
+            let (raw, entry) = self.entry(level, at)?;
+            match (entry, level.below()) {
+                (Entry::Absent { .. }, _) if raw == 0 || slot.covered == Covered::Partly => {}
+                (Entry::Absent { .. }, _) => {
+                    self.write(level, at, 0)?;
+                }
+                (Entry::Leaf(_), _) if slot.covered == Covered::Wholly => {
+                    self.ungroup(table, level, &slot, (first, last))?;
+                    self.write(level, at, 0)?;
+                    removed += 1;
+                }
+                (Entry::Leaf(_), Some(below)) => {
+                    let next = self.split_entry(level, below, at)?;
+                    removed += self.clear(next, below, (slot.first, slot.last), dropped)?;
+                }
+                (Entry::Table(next), Some(below)) => {
+                    removed += self.clear(next.at, below, (slot.first, slot.last), dropped)?;
+                    if slot.covered == Covered::Wholly || self.is_empty(next.at, below)? {
+                        self.write(level, at, 0)?;
+                        self.drop_table(dropped, below, next.at)?;
+                    }
+                }
+                _ => return Err(MapError::Contended { level, at }),
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Whether every word of a table is zero.
+    fn is_empty(&self, table: Output, level: Level) -> Result<bool, MapError<M::Error>> {
+        for index in 0..F::entries(level) {
+            if self.read(level, entry_at(table, index))? != 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives what is mapped in `span` other permissions and splits larger leaves at its ends. Returns how many leaves
+    /// were changed.
+    ///
+    /// # Errors
+    /// As [`unmap`](Self::unmap), or the format cannot say these permissions.
+    pub fn protect(&mut self, span: Span, permissions: Permissions) -> Result<u64, MapError<M::Error>> {
+        let (first, last) = Self::offsets(span)?;
+        self.check_edges(self.root, F::root(), (first, last))?;
+        let changed = self.permit(self.root, F::root(), (first, last), permissions);
+        self.caches.invalidate(span);
+        changed
+    }
+
+    fn permit(
+        &mut self,
+        table: Output,
+        level: Level,
+        (first, last): (u64, u64),
+        permissions: Permissions,
+    ) -> Result<u64, MapError<M::Error>> {
+        let mut changed = 0;
+        for slot in slots::<F>(level, first, last) {
+            let at = entry_at(table, slot.index);
+            match (self.entry(level, at)?.1, level.below()) {
+                (Entry::Absent { .. }, _) => {}
+                (Entry::Leaf(_), _) if slot.covered == Covered::Wholly => {
+                    self.ungroup(table, level, &slot, (first, last))?;
+                    self.change_leaf(level, at, |leaf| Leaf { permissions, ..leaf })?;
+                    changed += 1;
+                }
+                (Entry::Leaf(leaf), Some(below)) => {
+                    // Before the split: permissions that cannot be said change nothing.
+                    self.encode(&Entry::Leaf(Leaf { permissions, ..leaf }), level)?;
+                    let next = self.split_entry(level, below, at)?;
+                    changed += self.permit(next, below, (slot.first, slot.last), permissions)?;
+                }
+                (Entry::Table(next), Some(below)) => {
+                    changed += self.permit(next.at, below, (slot.first, slot.last), permissions)?;
+                }
+                _ => return Err(MapError::Contended { level, at }),
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Makes sure that leaves across the ends of a range can be split.
+    fn check_edges(&self, table: Output, level: Level, range: (u64, u64)) -> Result<(), MapError<M::Error>> {
+        let mut need = Need::default();
+        self.count_edges(Some(table), level, range, &mut need)?;
+        self.afford(&need)
+    }
+
+    /// Counts the tables that splitting takes; `None` stands for one that a split makes.
+    fn count_edges(
+        &self,
+        table: Option<Output>,
+        level: Level,
+        (first, last): (u64, u64),
+        need: &mut Need,
+    ) -> Result<(), MapError<M::Error>> {
+        let Some(below) = level.below() else { return Ok(()) };
+        let shift = F::shift(level);
+        let ends = [first, last].map(|end| slots::<F>(level, first.max(end >> shift << shift), last).next());
+        let [Some(low), Some(high)] = ends else { return Ok(()) };
+        let both = if low.index == high.index { &[low][..] } else { &[low, high][..] };
+        for slot in both.iter().filter(|slot| slot.covered == Covered::Partly) {
+            let next = match table {
+                None => None,
+                Some(table) => match self.entry(level, entry_at(table, slot.index))?.1 {
+                    Entry::Table(next) => Some(next.at),
+                    Entry::Leaf(_) => None,
+                    _ => continue,
+                },
+            };
+            if next.is_none() {
+                need[below.subscript()] += 1;
+            }
+            self.count_edges(next, below, (slot.first, slot.last), need)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,229 @@
+//! Split and merge: what is mapped stays, the size of the leaves changes.
+use super::{Covered, MapError, Mapper, Need, Slot, entry_at, new_table, slots};
+use crate::address::{Level, Output, Span};
+use crate::entry::{Entry, Leaf, Table};
+use crate::format::Format;
+use crate::memory::{Invalidate, TableFrames, TableMemory};
+
+impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, P, I> {
+    /// Splits leaves of `span` until none is at a higher level than `to`. Returns how many were split.
+    ///
+    /// # Errors
+    /// A frame is missing: then nothing was changed. Or an entry is malformed, or the memory fails.
+    pub fn split(&mut self, span: Span, to: Level) -> Result<u64, MapError<M::Error>> {
+        let range = Self::offsets(span)?;
+        let mut need = Need::default();
+        self.count_splits(Some(self.root), F::root(), range, to, &mut need)?;
+        self.afford(&need)?;
+        let split = self.split_range(self.root, F::root(), range, to);
+        self.caches.invalidate(span);
+        split
+    }
+
+    fn count_splits(
+        &self,
+        table: Option<Output>,
+        level: Level,
+        (first, last): (u64, u64),
+        to: Level,
+        need: &mut Need,
+    ) -> Result<(), MapError<M::Error>> {
+        let Some(below) = level.below().filter(|_| level > to) else { return Ok(()) };
+        for slot in slots::<F>(level, first, last) {
+            let next = match table {
+                None => None,
+                Some(table) => match self.entry(level, entry_at(table, slot.index))?.1 {
+                    Entry::Table(next) => Some(next.at),
+                    Entry::Leaf(_) => None,
+                    _ => continue,
+                },
+            };
+            if next.is_none() {
+                need[below.subscript()] += 1;
+            }
+            self.count_splits(next, below, (slot.first, slot.last), to, need)?;
+        }
+        Ok(())
+    }
+
+    fn split_range(
+        &mut self,
+        table: Output,
+        level: Level,
+        (first, last): (u64, u64),
+        to: Level,
+    ) -> Result<u64, MapError<M::Error>> {
+        let Some(below) = level.below().filter(|_| level > to) else { return Ok(0) };
+        let mut split = 0;
+        for slot in slots::<F>(level, first, last) {
+            let at = entry_at(table, slot.index);
+            let next = match self.entry(level, at)?.1 {
+                Entry::Table(next) => next.at,
+                Entry::Leaf(_) => {
+                    split += 1;
+                    self.split_entry(level, below, at)?
+                }
+                _ => continue,
+            };
+            split += self.split_range(next, below, (slot.first, slot.last), to)?;
+        }
+        Ok(split)
+    }
+
+    /// Replaces the leaf at `at` by a table of leaves that say the same. The caller invalidates.
+    pub(super) fn split_entry(
+        &mut self,
+        level: Level,
+        below: Level,
+        at: Output,
+    ) -> Result<Output, MapError<M::Error>> {
+        let table = self.take(below)?;
+        let word = self.table_word(table, level)?;
+        // Anew from each word that is found: an accessed or dirty bit set meanwhile is in all the parts.
+        let result = self.change(level, at, |raw| {
+            let Entry::Leaf(leaf) = F::decode(raw, level, &self.caps) else {
+                return Err(MapError::Contended { level, at });
+            };
+            let shift = F::shift(below);
+            for index in 0..F::entries(below) {
+                let part = Leaf { output: Output(leaf.output.0 + (index << shift)), shift, ..leaf };
+                let part = self.encode(&Entry::Leaf(part), below)?;
+                self.write(below, entry_at(table, index), part)?;
+            }
+            Ok(word)
+        });
+        if let Err(error) = result {
+            self.zero(table, below)?;
+            self.frames.give(below, table);
+            return Err(error);
+        }
+        Ok(table)
+    }
+
+    fn zero(&self, table: Output, level: Level) -> Result<(), MapError<M::Error>> {
+        for index in 0..F::entries(level) {
+            self.write(level, entry_at(table, index), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Where `slot`'s entry is one of a naturally aligned group that maps one run (Svnapot) and the range does not cover
+    /// the group, makes each entry of the group speak for itself. The caller invalidates.
+    pub(super) fn ungroup(
+        &mut self,
+        table: Output,
+        level: Level,
+        slot: &Slot,
+        (first, last): (u64, u64),
+    ) -> Result<(), MapError<M::Error>> {
+        let shift = F::shift(level);
+        let Entry::Leaf(leaf) = self.entry(level, entry_at(table, slot.index))?.1 else { return Ok(()) };
+        let begin = slot.first >> leaf.shift << leaf.shift;
+        if leaf.shift == shift || (first <= begin && begin + ((1 << leaf.shift) - 1) <= last) {
+            return Ok(());
+        }
+        let size = 1 << (leaf.shift - shift);
+        let head = slot.index & !(size - 1);
+        for member in 0..size {
+            let at = entry_at(table, head + member);
+            if let Entry::Leaf(found) = self.entry(level, at)?.1
+                && found.shift == leaf.shift
+            {
+                self.change_leaf(level, at, |leaf| Leaf {
+                    output: Output(leaf.output.0 + (member << shift)),
+                    shift,
+                    ..leaf
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces each table wholly inside `span` whose leaves make up one larger leaf. A part that was accessed or dirty makes
+    /// the whole so. Returns how many were replaced.
+    ///
+    /// # Errors
+    /// An entry is malformed, or the memory fails.
+    pub fn merge(&mut self, span: Span) -> Result<u64, MapError<M::Error>> {
+        let range = Self::offsets(span)?;
+        self.merge_range(self.root, F::root(), range)
+    }
+
+    fn merge_range(
+        &mut self,
+        table: Output,
+        level: Level,
+        (first, last): (u64, u64),
+    ) -> Result<u64, MapError<M::Error>> {
+        let Some(below) = level.below() else { return Ok(0) };
+        let mut merged = 0;
+        for slot in slots::<F>(level, first, last) {
+            let at = entry_at(table, slot.index);
+            let Entry::Table(next) = self.entry(level, at)?.1 else { continue };
+            merged += self.merge_range(next.at, below, (slot.first, slot.last))?;
+            if slot.covered == Covered::Wholly && self.merge_entry(level, below, at, &next, &slot)? {
+                merged += 1;
+            }
+        }
+        Ok(merged)
+    }
+
+    /// The leaf that says what all the leaves of a table say, if there is one.
+    fn whole(&self, table: &Table, level: Level, below: Level) -> Result<Option<Leaf>, MapError<M::Error>> {
+        let (part, shift) = (F::shift(below), F::shift(level));
+        let plain = Table { accessed: false, ..*table } == new_table::<F>(table.at);
+        if !plain || level > F::largest_leaf(&self.caps) {
+            return Ok(None);
+        }
+        let mut whole: Option<Leaf> = None;
+        for index in 0..F::entries(below) {
+            let Entry::Leaf(leaf) = self.entry(below, entry_at(table.at, index))?.1 else { return Ok(None) };
+            let sum = whole.get_or_insert(Leaf { shift, ..leaf });
+            let expected = Leaf {
+                output: Output(sum.output.0 + (index << part)),
+                shift: part,
+                accessed: leaf.accessed,
+                dirty: leaf.dirty,
+                ..*sum
+            };
+            if leaf != expected {
+                return Ok(None);
+            }
+            sum.accessed |= leaf.accessed;
+            sum.dirty |= leaf.dirty;
+        }
+        Ok(whole.filter(|leaf| F::encode(&Entry::Leaf(*leaf), level, &self.caps).is_ok()))
+    }
+
+    fn merge_entry(
+        &mut self,
+        level: Level,
+        below: Level,
+        at: Output,
+        table: &Table,
+        slot: &Slot,
+    ) -> Result<bool, MapError<M::Error>> {
+        let Some(leaf) = self.whole(table, level, below)? else { return Ok(false) };
+        let word = self.encode(&Entry::Leaf(leaf), level)?;
+        self.write(level, at, word)?;
+        if let Some(span) = Span::new(F::extend(slot.first), slot.last - slot.first + 1) {
+            self.caches.invalidate(span);
+        }
+        // Until then a processor may have set bits in the parts.
+        let (mut accessed, mut dirty) = (false, false);
+        for index in 0..F::entries(below) {
+            let raw = self.write(below, entry_at(table.at, index), 0)?;
+            if let Entry::Leaf(part) = F::decode(raw, below, &self.caps) {
+                accessed |= part.accessed;
+                dirty |= part.dirty;
+            }
+        }
+        self.change_leaf(level, at, |leaf| Leaf {
+            accessed: leaf.accessed | accessed,
+            dirty: leaf.dirty | dirty,
+            ..leaf
+        })?;
+        self.frames.give(below, table.at);
+        Ok(true)
+    }
+}

@@ -1,0 +1,184 @@
+//! The way of an address through the tables, in any format, as a processor goes it.
+//!
+//! Enters: an address. Leaves: the leaf and the entries on the way to it, or the entry where the way ends. Each step goes
+//! one level down, so that tables that name themselves or each other end like any others. What may be done through the
+//! leaf, and what it is called when it may not, is for the architectures: [`crate::x86`], [`crate::ept`].
+use crate::address::{Input, Level, MAX_LEVELS, Output};
+use crate::entry::{Entry, Leaf, Malformed, Permissions};
+use crate::format::Format;
+use crate::memory::TableMemory;
+
+/// How often a walk begins again because an entry changed before its accessed bit was set.
+pub(crate) const TRIES: usize = 8;
+
+/// What an instruction does to memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// It reads data.
+    Read,
+    /// It writes data.
+    Write,
+    /// It is fetched.
+    Fetch,
+}
+
+impl Access {
+    /// What an entry must permit for it.
+    pub const fn needs(self) -> Permissions {
+        match self {
+            Self::Read => Permissions::READ,
+            Self::Write => Permissions::WRITE,
+            Self::Fetch => Permissions::EXECUTE,
+        }
+    }
+}
+
+/// Whether a walk leaves accessed and dirty bits behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Marks {
+    /// As a processor does.
+    Set,
+    /// For an observer.
+    Leave,
+}
+
+/// An entry on the way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// Where it is.
+    pub at: Output,
+    /// Its word.
+    pub raw: u64,
+}
+
+/// Where an address goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Walked {
+    /// The address after this stage.
+    pub output: Output,
+    /// The leaf, as it was found.
+    pub leaf: Leaf,
+    /// The leaf's level.
+    pub level: Level,
+    /// What all entries on the way permit together.
+    pub permissions: Permissions,
+    steps: [Step; MAX_LEVELS],
+}
+
+impl Walked {
+    /// The entry of `level` on the way; nothing useful below the leaf's level or above the root's.
+    pub fn step(&self, level: Level) -> Step {
+        self.steps.get(level.subscript()).copied().unwrap_or_default()
+    }
+}
+
+/// Why a walk did not reach a leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dead<E> {
+    /// The entry is absent.
+    Absent,
+    /// The entry is malformed.
+    Malformed(Malformed),
+    /// The entry cannot be read.
+    Memory(E),
+}
+
+/// Where a walk ended before it reached a leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End<E> {
+    /// The table's level.
+    pub level: Level,
+    /// The entry and its word; 0 where it could not be read.
+    pub step: Step,
+    /// What the entries before it permit together.
+    pub permissions: Permissions,
+    /// Why.
+    pub dead: Dead<E>,
+}
+
+/// Goes the way of `input`, which the format translates, from the table at `root`, which is aligned to its size.
+pub(crate) fn descend<F: Format, M: TableMemory>(
+    memory: &M,
+    root: Output,
+    caps: &F::Caps,
+    input: Input,
+) -> Result<Walked, End<M::Error>> {
+    let (mut table, mut level) = (root, F::root());
+    let mut permissions = Permissions::all();
+    let mut steps = [Step::default(); MAX_LEVELS];
+    loop {
+        let mut step = Step { at: Output(table.0 | F::index(input, level) << 3), raw: 0 };
+        let end = |step, dead| End { level, step, permissions, dead };
+        step.raw = memory.read(step.at).map_err(|error| end(step, Dead::Memory(error)))?;
+        if let Some(place) = steps.get_mut(level.subscript()) {
+            *place = step;
+        }
+        match (F::decode(step.raw, level, caps), level.below()) {
+            (Entry::Absent { .. }, _) => return Err(end(step, Dead::Absent)),
+            (Entry::Malformed(reason), _) => return Err(end(step, Dead::Malformed(reason))),
+            (Entry::Table(_), None) => return Err(end(step, Dead::Malformed(Malformed::TableAtLastLevel))),
+            (Entry::Table(next), Some(below)) => {
+                permissions &= next.permissions;
+                (table, level) = (next.at, below);
+            }
+            (Entry::Leaf(leaf), _) => {
+                permissions &= leaf.permissions;
+                let inside = F::offset(input) & ((1 << leaf.shift) - 1);
+                return Ok(Walked {
+                    output: Output(leaf.output.0 | inside),
+                    leaf,
+                    level,
+                    permissions,
+                    steps,
+                });
+            }
+        }
+    }
+}
+
+/// Whether a mark could be set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Marked {
+    /// All are.
+    Done,
+    /// An entry is not what the walk read: walk again.
+    Changed,
+}
+
+/// Sets the accessed bit in every entry on the way that keeps one, from the root on, and the dirty bit in the leaf after a
+/// write.
+pub(crate) fn mark<F: Format, M: TableMemory>(
+    memory: &M,
+    caps: &F::Caps,
+    walked: &Walked,
+    access: Access,
+) -> Result<Marked, End<M::Error>> {
+    for level in (walked.level.0..=F::LEVELS).rev().map(Level) {
+        let step = walked.step(level);
+        let marked = match F::decode(step.raw, level, caps) {
+            Entry::Table(mut table) => {
+                table.accessed = true;
+                Entry::Table(table)
+            }
+            Entry::Leaf(leaf) => {
+                Entry::Leaf(Leaf { accessed: true, dirty: leaf.dirty || access == Access::Write, ..leaf })
+            }
+            _ => return Ok(Marked::Changed),
+        };
+        // A format that has no such bit in this entry says so, and there is nothing to set.
+        let Ok(new) = F::encode(&marked, level, caps) else { continue };
+        if new == step.raw {
+            continue;
+        }
+        let found = memory.compare_exchange(step.at, step.raw, new).map_err(|error| End {
+            level,
+            step,
+            permissions: walked.permissions,
+            dead: Dead::Memory(error),
+        })?;
+        if found != step.raw {
+            return Ok(Marked::Changed);
+        }
+    }
+    Ok(Marked::Done)
+}

@@ -1,0 +1,51 @@
+//! Memory for tables: words by address, up to a limit, all of which can be compared.
+use plimsoll_mmu::{Output, TableMemory};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+/// An address beyond the memory's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outside(pub Output);
+
+/// `limit` bytes of memory, zero at first.
+#[derive(Debug)]
+pub struct Ram {
+    pub words: RefCell<BTreeMap<u64, u64>>,
+    limit: u64,
+}
+
+impl Ram {
+    pub fn new(limit: u64) -> Self {
+        Self { words: RefCell::default(), limit }
+    }
+
+    pub fn set(&self, at: u64, word: u64) {
+        self.words.borrow_mut().insert(at, word);
+    }
+
+    pub fn get(&self, at: u64) -> u64 {
+        self.words.borrow().get(&at).copied().unwrap_or(0)
+    }
+
+    /// All words that are not zero.
+    pub fn image(&self) -> BTreeMap<u64, u64> {
+        self.words.borrow().iter().filter(|(_, word)| **word != 0).map(|(at, word)| (*at, *word)).collect()
+    }
+}
+
+impl TableMemory for Ram {
+    type Error = Outside;
+
+    fn read(&self, at: Output) -> Result<u64, Outside> {
+        assert_eq!(at.0 % 8, 0, "entries are aligned");
+        if at.0 < self.limit { Ok(self.get(at.0)) } else { Err(Outside(at)) }
+    }
+
+    fn compare_exchange(&self, at: Output, current: u64, new: u64) -> Result<u64, Outside> {
+        let found = self.read(at)?;
+        if found == current {
+            self.set(at.0, new);
+        }
+        Ok(found)
+    }
+}
