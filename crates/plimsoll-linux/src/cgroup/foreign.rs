@@ -4,8 +4,8 @@
 //! if it were set here.
 //!
 //! **Whether it may swap.** With v2, the lowest `memory.swap.max` from the cgroup up to the root says how much. With v1, who
-//! sets `memory.swappiness` to 0, or the limit on memory and swap (`memsw`) no higher than the one on memory, wants no
-//! swapping there. The kernel heeds both in its own reclaim only, not when it is advised to page out (checked on Linux
+//! sets `memory.swappiness` to 0, or a limit on memory and swap (`memsw`), there or above, no higher than the one on memory,
+//! wants no swapping there. The kernel heeds both in its own reclaim only, not when it is advised to page out (checked on Linux
 //! 6.18): so it is up to us.
 use super::{CgroupError, Home, Version, parse_count, read};
 use plimsoll_sys::ProcessId;
@@ -94,8 +94,12 @@ impl ProcessCgroup {
     pub fn swap_right(&self) -> Result<SwapRight, CgroupError> {
         match self.home.version {
             Version::V1 => {
-                let both = self.optional("memory.memsw.limit_in_bytes", parse_limit)?.flatten();
-                let limit = self.required("memory.limit_in_bytes", parse_limit)?;
+                // The kernel has done the walk to the root.
+                let stat = self.home.path.join("memory.stat");
+                let text = read(&stat)?;
+                let lowest = |name| Ok::<_, CgroupError>(parse_field(&stat, &text, name)?.filter(is_limit));
+                let (limit, both) =
+                    (lowest("hierarchical_memory_limit")?, lowest("hierarchical_memsw_limit")?);
                 let swappiness = self.required("memory.swappiness", parse_plain)?;
                 Ok(swap_right_v1(limit, both, swappiness.0))
             }
@@ -118,7 +122,7 @@ impl ProcessCgroup {
         Ok(CgroupNumbers {
             used: self.required("memory.usage_in_bytes", parse_plain)?,
             // The kernel has done the walk to the root.
-            limit: field("hierarchical_memory_limit")?.filter(|limit| limit.0 < V1_UNLIMITED),
+            limit: field("hierarchical_memory_limit")?.filter(is_limit),
             swapped: field("total_swap")?,
             swap: self.swap_right()?,
             limit_hits: self.required("memory.failcnt", parse_plain)?.0,
@@ -182,7 +186,11 @@ fn parse_limit(path: &Path, text: &str) -> Result<Option<ByteCount>, CgroupError
     if text.trim() == "max" {
         return Ok(None);
     }
-    Ok(Some(parse_count(path, "a limit", text)?).filter(|limit| limit.0 < V1_UNLIMITED))
+    Ok(Some(parse_count(path, "a limit", text)?).filter(is_limit))
+}
+
+const fn is_limit(limit: &ByteCount) -> bool {
+    limit.0 < V1_UNLIMITED
 }
 
 fn parse_field(path: &Path, text: &str, name: &str) -> Result<Option<ByteCount>, CgroupError> {
