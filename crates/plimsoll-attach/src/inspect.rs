@@ -1,16 +1,18 @@
 //! Looking at one process: a hold on it and what the operator knows enter, a [`Dossier`] or the reason why there is none
 //! leaves. The process is neither stopped nor entered, and nothing is sent to it but questions, to sockets it listens on.
 
+use crate::Refusal;
 use crate::argv::Options;
+use crate::control::http::Client;
+use crate::control::rest;
 use crate::dossier::{Acceleration, Dossier, Identity};
 use crate::held::{Held, Program, Snapshot};
 use crate::qmp::{Limits, MemoryBackend, Qmp};
 use crate::ram::{FileKind, Finder, Located};
 use crate::rungs::Hazard;
-use crate::swap_limit::swap_forbidden_by;
 use crate::vmm::firecracker::{ConfigFile, MachineConfig};
 use crate::vmm::{self, Address, Backing, Block, Claim, Kind, Note, Origin, Protocol, Vmm};
-use crate::{Refusal, http};
+use plimsoll_linux::cgroup::foreign::{ProcessCgroup, SwapRight};
 use plimsoll_sys::process::{CapabilitySet, effective_capabilities};
 use plimsoll_sys::procfs::maps::Mapping;
 use plimsoll_sys::procfs::program;
@@ -19,9 +21,12 @@ use plimsoll_types::ByteCount;
 use rustix::fs::{major, minor, stat, statfs};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// `f_type` of tmpfs (linux/magic.h).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// How long an API may take to tell a machine's memory.
+const API_PATIENCE: Duration = Duration::from_secs(3);
 /// How open files look that give a device access to guest RAM by physical address.
 const DIRECT_DEVICES: [&str; 6] = [
     "/dev/vfio/",
@@ -182,12 +187,15 @@ struct VmZone {
 
 /// Asks for the machine's memory over HTTP.
 fn ask_api(claim: &mut Claim, vmm: Vmm, socket: &Path) -> Result<Option<String>, Refusal> {
+    let interface = format!("the {vmm} API at {}", socket.display());
+    let mut client = Client::new(socket.to_owned(), interface, API_PATIENCE);
     if vmm == Vmm::Firecracker {
-        let size = http::get::<MachineConfig>(socket, "/machine-config")?.size();
+        let config: MachineConfig = rest::ask(&mut client, rest::Request::get("/machine-config"))?;
+        let size = config.size();
         claim.blocks.iter_mut().for_each(|block| block.size = size);
         return Ok(None);
     }
-    let info: VmInfo = http::get(socket, "/api/v1/vm.info")?;
+    let info: VmInfo = rest::ask(&mut client, rest::Request::get("/api/v1/vm.info"))?;
     let memory = info.config.memory;
     let whole = VmZone {
         id: "mem0".to_owned(),
@@ -315,8 +323,10 @@ pub(crate) fn of_files(files: &[String]) -> Vec<Hazard> {
 
 /// What its cgroup and this process's rights turn off.
 fn of_surroundings(process: ProcessId) -> Vec<Hazard> {
-    let cgroup =
-        swap_forbidden_by(process).map(|path| Hazard::SwapForbidden { cgroup: path.display().to_string() });
+    // What cannot be found out forbids nothing: paging then fails harmlessly and is seen to.
+    let forbids = |cgroup: &ProcessCgroup| matches!(cgroup.swap_right(), Ok(SwapRight::Forbidden));
+    let cgroup = ProcessCgroup::of(process).ok().filter(forbids);
+    let cgroup = cgroup.map(|cgroup| Hazard::SwapForbidden { cgroup: cgroup.path().display().to_string() });
     let may_advise = effective_capabilities().is_ok_and(|held| held.contains(CapabilitySet::SYS_NICE));
     let right = (!may_advise).then_some(Hazard::MissingCapability { capability: "CAP_SYS_NICE" });
     cgroup.into_iter().chain(right).collect()

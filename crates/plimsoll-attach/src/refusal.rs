@@ -1,6 +1,6 @@
 //! Why a machine is not attached: one enum, a sentence each with what was found and what to do.
 
-use crate::http::HttpError;
+use crate::control::ControlError;
 use crate::qmp::QmpError;
 use crate::ram::RamError;
 use plimsoll_sys::procfs::ProcfsError;
@@ -115,7 +115,7 @@ pub enum Refusal {
     Qmp(#[from] QmpError),
     /// The API failed.
     #[error(transparent)]
-    Http(#[from] HttpError),
+    Control(#[from] ControlError),
     /// The control socket is of another machine.
     #[error(
         "{socket:?} belongs to another machine: its {what} is {found}, and that of {process} is {expected}"

@@ -70,7 +70,8 @@ pub enum Hazard {
     },
     /// Its cgroup leaves it no swap.
     #[error(
-        "its cgroup {cgroup} forbids swap: raise memory.swap.max (v1: memory.memsw.limit_in_bytes) there"
+        "its cgroup {cgroup} forbids swap: raise memory.swap.max (v1: memory.swappiness and memory.memsw.limit_in_bytes) \
+         there, or above it"
     )]
     SwapForbidden {
         /// The cgroup's directory.

@@ -4,14 +4,13 @@
 //! beyond the deadline, an answer that outgrows its bound, or bytes of one answer taken for the next. So a connection is used
 //! again only if its last answer was read to the last byte, it said that it stays, and nothing has arrived since.
 use super::error::{ControlError, quote};
+use crate::unix::connect_within;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::Value;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The largest head. These servers send four or five short header lines.
@@ -20,8 +19,6 @@ const HEAD_MAX: usize = 16 << 10;
 const HEADERS_MAX: usize = 64;
 /// The largest body. A description of a machine with all its devices takes some tens of KiB.
 const BODY_MAX: usize = 1 << 20;
-/// How often a full queue of a listener is tried again: the kernel tells nobody when it drains.
-const CONNECT_PAUSE: Duration = Duration::from_millis(2);
 
 /// What is to be done with a resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,30 +134,11 @@ fn is_quiet(stream: &UnixStream) -> bool {
 }
 
 impl Exchange<'_> {
-    /// Connects. A listener whose queue is full lets a blocking caller wait without limit, so this does not block.
-    fn connect(&self, socket: &PathBuf) -> Result<UnixStream, ControlError> {
-        let unreachable = |errno: Errno| ControlError::Unreachable {
-            interface: self.interface.to_owned(),
-            source: errno.into(),
-        };
-        let address = SocketAddrUnix::new(socket).map_err(unreachable)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        loop {
-            let descriptor = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-            let descriptor = descriptor.map_err(unreachable)?;
-            match net::connect(&descriptor, &address) {
-                Ok(()) => {
-                    let stream = UnixStream::from(descriptor);
-                    stream.set_nonblocking(false).map_err(|source| self.lost(Some(source)))?;
-                    return Ok(stream);
-                }
-                Err(Errno::AGAIN | Errno::INTR) => {
-                    let left = self.left()?;
-                    std::thread::sleep(CONNECT_PAUSE.min(left));
-                }
-                Err(errno) => return Err(unreachable(errno)),
-            }
-        }
+    fn connect(&self, socket: &Path) -> Result<UnixStream, ControlError> {
+        connect_within(socket, self.left()?).map_err(|source| match source.kind() {
+            io::ErrorKind::TimedOut => self.stalled(),
+            _ => ControlError::Unreachable { interface: self.interface.to_owned(), source },
+        })
     }
 
     fn send(&self, stream: &mut UnixStream, mut message: &[u8]) -> Result<(), ControlError> {
@@ -322,14 +300,15 @@ impl Exchange<'_> {
     /// The time that is left, never zero.
     fn left(&self) -> Result<Duration, ControlError> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ControlError::Stalled {
-                interface: self.interface.to_owned(),
-                request: self.request.clone(),
-                patience: self.patience,
-            });
+        if left.is_zero() { Err(self.stalled()) } else { Ok(left) }
+    }
+
+    fn stalled(&self) -> ControlError {
+        ControlError::Stalled {
+            interface: self.interface.to_owned(),
+            request: self.request.clone(),
+            patience: self.patience,
         }
-        Ok(left)
     }
 
     fn lost(&self, source: Option<io::Error>) -> ControlError {

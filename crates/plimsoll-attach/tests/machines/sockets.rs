@@ -2,9 +2,10 @@
 
 use crate::fake::Fake;
 use crate::{MIB_64, nothing_known, unique};
+use plimsoll_attach::control::ControlError;
 use plimsoll_attach::qmp::{Limits, Qmp, QmpError};
 use plimsoll_attach::vmm::Note;
-use plimsoll_attach::{Change, Follower, Hazard, HttpError, Refusal, Request, Rung, inspect};
+use plimsoll_attach::{Change, Follower, Hazard, Refusal, Request, Rung, inspect};
 use plimsoll_types::ByteCount;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
@@ -401,8 +402,10 @@ fn an_api_that_does_not_answer_is_noted_when_nobody_asked_for_it_and_refused_whe
         assert!(
             matches!(
                 error,
-                Refusal::Http(
-                    HttpError::Status { .. } | HttpError::Garbage { .. } | HttpError::Stalled { .. }
+                Refusal::Control(
+                    ControlError::Refused { .. }
+                        | ControlError::Garbage { .. }
+                        | ControlError::Stalled { .. }
                 )
             ),
             "{error}"
