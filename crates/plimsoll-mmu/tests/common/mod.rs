@@ -5,30 +5,30 @@ use std::collections::BTreeMap;
 
 /// An address beyond the memory's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outside(pub Output);
+pub(crate) struct Outside(pub(crate) Output);
 
 /// `limit` bytes of memory, zero at first.
 #[derive(Debug)]
-pub struct Ram {
-    pub words: RefCell<BTreeMap<u64, u64>>,
+pub(crate) struct Ram {
+    pub(crate) words: RefCell<BTreeMap<u64, u64>>,
     limit: u64,
 }
 
 impl Ram {
-    pub fn new(limit: u64) -> Self {
+    pub(crate) fn new(limit: u64) -> Self {
         Self { words: RefCell::default(), limit }
     }
 
-    pub fn set(&self, at: u64, word: u64) {
+    pub(crate) fn set(&self, at: u64, word: u64) {
         self.words.borrow_mut().insert(at, word);
     }
 
-    pub fn get(&self, at: u64) -> u64 {
+    pub(crate) fn get(&self, at: u64) -> u64 {
         self.words.borrow().get(&at).copied().unwrap_or(0)
     }
 
     /// All words that are not zero.
-    pub fn image(&self) -> BTreeMap<u64, u64> {
+    pub(crate) fn image(&self) -> BTreeMap<u64, u64> {
         self.words.borrow().iter().filter(|(_, word)| **word != 0).map(|(at, word)| (*at, *word)).collect()
     }
 }

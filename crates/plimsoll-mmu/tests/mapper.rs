@@ -1,0 +1,301 @@
+//! The mapper against a map of pages, in real formats and in one that nobody builds.
+mod common;
+
+use common::{Outside, Ram};
+use plimsoll_mmu::format::ept::{self, Ept};
+use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4};
+use plimsoll_mmu::format::x86::{self, Long4};
+use plimsoll_mmu::mapper::{Clear, Translation};
+use plimsoll_mmu::nested::Counted;
+use plimsoll_mmu::{
+    Cache, Entry, Extension, Format, GuestPat, Input, Leaf, Level, MapError, Mapper, Memory, NothingCached,
+    Output, Permissions, Pools, Span, Table, TableFrames, Unencodable,
+};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+/// Pages of 256 bytes, tables of 8 entries, a root of 16, three levels. Bit 0: present; bit 1: a table; bit 2: writable;
+/// bit 3: accessed; bit 4: dirty; from bit 8 on the address.
+#[derive(Clone, Copy, Debug)]
+struct Odd;
+
+impl Format for Odd {
+    type Caps = ();
+    const NAME: &'static str = "odd";
+    const LEVELS: u8 = 3;
+    const PAGE_SHIFT: u32 = 8;
+    const INDEX_BITS: u32 = 3;
+    const ROOT_EXTRA_BITS: u32 = 1;
+    const EXTENSION: Extension = Extension::Zero;
+
+    fn decode(raw: u64, level: Level, (): &()) -> Entry {
+        let mut permissions = Permissions::all();
+        permissions.set(Permissions::WRITE, raw & 4 != 0);
+        let (at, memory) = (Output(raw & !0xff), Memory::Physical);
+        match raw & 3 {
+            1 => Entry::Leaf(Leaf {
+                accessed: raw & 8 != 0,
+                dirty: raw & 16 != 0,
+                ..Leaf::new(at, Self::shift(level), permissions, memory)
+            }),
+            3 => Entry::Table(Table { at, permissions, memory, accessed: false, global: false, software: 0 }),
+            _ => Entry::Absent { software: raw },
+        }
+    }
+
+    fn encode(entry: &Entry, level: Level, (): &()) -> Result<u64, Unencodable> {
+        let writable =
+            |permissions: Permissions| if permissions.contains(Permissions::WRITE) { 4 } else { 0 };
+        match entry {
+            Entry::Leaf(leaf) if leaf.output.0.is_multiple_of(1 << Self::shift(level)) => Ok(leaf.output.0
+                | 1
+                | writable(leaf.permissions)
+                | u64::from(leaf.accessed) << 3
+                | u64::from(leaf.dirty) << 4),
+            Entry::Leaf(leaf) => Err(Unencodable::Address(leaf.output)),
+            Entry::Table(table) => Ok(table.at.0 | 3 | writable(table.permissions)),
+            Entry::Absent { software } => Ok(*software),
+            Entry::Malformed(_) => Err(Unencodable::Kind),
+        }
+    }
+
+    fn largest_leaf((): &()) -> Level {
+        Level(2)
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Map { first: u64, pages: u64, output: u64 },
+    Unmap { first: u64, pages: u64 },
+    Protect { first: u64, pages: u64 },
+    Split { first: u64, pages: u64 },
+    Merge { first: u64, pages: u64 },
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    // Around the sizes of tables, so that ends fall on both sides of every boundary.
+    let number = || prop_oneof![0..1100u64, Just(512), Just(511), Just(64), (0..3u64).prop_map(|n| n * 512)];
+    let op = (0..8u8, number(), number(), number()).prop_map(|(kind, first, pages, output)| {
+        let pages = pages + 1;
+        match kind {
+            0..=2 => Op::Map { first, pages, output },
+            3 | 4 => Op::Unmap { first, pages },
+            5 => Op::Protect { first, pages },
+            6 => Op::Split { first, pages },
+            _ => Op::Merge { first, pages },
+        }
+    });
+    proptest::collection::vec(op, 1..12)
+}
+
+const ROOT: u64 = 0x40_0000;
+const FRAMES: u64 = 0x80_0000;
+const BASE: u64 = 0x1000_0000;
+const OPEN: Permissions = Permissions::all();
+const CLOSED: Permissions = Permissions::all().difference(Permissions::WRITE);
+
+fn pools<const N: usize>() -> Pools<N> {
+    let mut pools = Pools::default();
+    let mut next = FRAMES;
+    for level in (1..=4).map(Level) {
+        while pools.add(level, Output(next)) {
+            next += 0x1000;
+        }
+    }
+    pools
+}
+
+/// Runs `ops` from the page at `start` on, with `N` frames a level, and compares with a map of pages after each.
+fn against_a_map<F: Format, const N: usize>(
+    caps: F::Caps,
+    memory: Memory,
+    start: u64,
+    pages: u64,
+    ops: &[Op],
+) {
+    let page = 1u64 << F::PAGE_SHIFT;
+    let span = |first: u64, count: u64| {
+        let first = first.min(pages - 1);
+        let count = count.min(pages - first);
+        (first, count, Span::new(Input(start + first * page), count * page).expect("fits"))
+    };
+    let (ram, mut frames, mut caches) = (Ram::new(1 << 40), pools::<N>(), NothingCached);
+    let mut model: BTreeMap<u64, (u64, Permissions)> = BTreeMap::new();
+    for op in ops {
+        let before = ram.image();
+        let mut mapper =
+            Mapper::<F, _, _, _>::new(Output(ROOT), caps, &ram, &mut frames, &mut caches).expect("aligned");
+        let result = match *op {
+            Op::Map { first, pages, output } => {
+                let (first, count, span) = span(first, pages);
+                let output = BASE + output * page;
+                let result = mapper.map(span, Leaf::new(Output(output), 30, OPEN, memory));
+                if result.is_ok() {
+                    for number in 0..count {
+                        let old = model.insert(first + number, (output + number * page, OPEN));
+                        assert_eq!(old, None, "nothing is mapped over");
+                    }
+                } else if let Err(MapError::Mapped { input }) = result {
+                    let (number, _) = model.range(first..first + count).next().expect("something is mapped");
+                    assert_eq!(input, Input(start + number * page), "the first such page");
+                }
+                result
+            }
+            Op::Unmap { first, pages } => {
+                let (first, count, span) = span(first, pages);
+                mapper.unmap(span).map(|_| model.retain(|number, _| !(first..first + count).contains(number)))
+            }
+            Op::Protect { first, pages } => {
+                let (first, count, span) = span(first, pages);
+                mapper.protect(span, CLOSED).map(|_| {
+                    model.range_mut(first..first + count).for_each(|(_, mapped)| mapped.1 = CLOSED);
+                })
+            }
+            Op::Split { first, pages } => mapper.split(span(first, pages).2, Level::PAGES).map(|_| ()),
+            Op::Merge { first, pages } => mapper.merge(span(first, pages).2).map(|_| ()),
+        };
+        match result {
+            Ok(()) => {}
+            Err(MapError::Exhausted { .. } | MapError::Mapped { .. }) => {
+                assert_eq!(ram.image(), before, "{op:?}")
+            }
+            Err(error) => panic!("{op:?}: {error}"),
+        }
+        let mut found = BTreeMap::new();
+        mapper
+            .for_each(span(0, pages).2, |mapping| {
+                let first = (mapping.input.0 - start) / page;
+                for number in 0..1 << (F::shift(mapping.level) - F::PAGE_SHIFT) {
+                    found
+                        .insert(first + number, (mapping.leaf.output.0 + number * page, mapping.permissions));
+                }
+            })
+            .expect("well-formed");
+        assert_eq!(found, model, "{} after {op:?}", F::NAME);
+        for number in [0, 1, 63, 511, 512, 1099].map(|number: u64| number.min(pages - 1)) {
+            let walked = mapper.walk(Input(start + number * page + 5)).expect("well-formed");
+            let output = if let Translation::Mapped(output, _) = walked { Some(output.0 - 5) } else { None };
+            assert_eq!(output, model.get(&number).map(|mapped| mapped.0));
+        }
+    }
+    let mut mapper =
+        Mapper::<F, _, _, _>::new(Output(ROOT), caps, &ram, &mut frames, &mut caches).expect("aligned");
+    if mapper.unmap(span(0, pages).2).is_ok() {
+        assert_eq!(ram.image(), BTreeMap::new(), "every table is zero again");
+        for level in (1..=3).map(Level) {
+            assert_eq!(frames.left(level), N, "every frame is back, {level}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn every_format_does_what_a_map_of_pages_does(ops in ops()) {
+        let high = 0xffff_ffff_c000_0000;
+        let wb = Memory::Ept(Cache::WriteBack, GuestPat::Combined);
+        against_a_map::<Long4, 16>(x86::Caps::FULL, Memory::Pat(0), high, 1500, &ops);
+        against_a_map::<Ept, 16>(ept::Caps::FULL, wb, 0x7f_ffe0_0000, 1500, &ops);
+        against_a_map::<Sv39, 16>(riscv::Caps::FULL, Memory::Physical, 0x3fe0_0000, 1500, &ops);
+        against_a_map::<Odd, 200>((), Memory::Physical, 0, 1024, &ops);
+    }
+
+    #[test]
+    fn what_lacks_a_frame_changes_nothing(ops in ops()) {
+        against_a_map::<Long4, 2>(x86::Caps::FULL, Memory::Pat(0), 0x7fff_ffe0_0000, 512, &ops);
+        against_a_map::<Sv39x4, 1>(riscv::Caps::FULL, Memory::Physical, 0x3fe0_0000, 1500, &ops);
+        against_a_map::<Odd, 5>((), Memory::Physical, 0, 1024, &ops);
+    }
+}
+
+#[test]
+fn a_merge_and_a_split_keep_accessed_and_dirty_and_a_harvest_clears_them_once() {
+    let (ram, mut frames, mut caches) = (Ram::new(1 << 40), pools::<8>(), NothingCached);
+    let mut mapper =
+        Mapper::<Long4, _, _, _>::new(Output(ROOT), x86::Caps::FULL, &ram, &mut frames, &mut caches)
+            .expect("aligned");
+    let block = Span::new(Input(0x20_0000), 0x20_0000).expect("fits");
+    mapper.map(block, Leaf::new(Output(0x4000_0000), 12, OPEN, Memory::Pat(0))).expect("free");
+    // One page of 512 was written.
+    let Translation::Mapped(_, page) = mapper.walk(Input(0x20_5000)).expect("mapped") else {
+        panic!("mapped")
+    };
+    assert_eq!(page.level, Level(1));
+    let at = ram
+        .image()
+        .into_iter()
+        .find(|(_, word)| word & 0xf_ffff_ffff_f000 == 0x4000_5000)
+        .expect("its entry")
+        .0;
+    ram.set(at, ram.get(at) | 3 << 5);
+    assert_eq!(mapper.merge(block), Ok(1));
+    let mut seen = Vec::new();
+    mapper
+        .harvest(block, Clear::Accessed, |touched| seen.push((touched.leaf.shift, touched.leaf.dirty)))
+        .expect("fine");
+    assert_eq!(seen, [(21, true)]);
+    assert_eq!(mapper.split(block, Level::PAGES), Ok(1));
+    let (mut dirty, mut accessed) = (0, 0);
+    mapper.harvest(block, Clear::Accessed, |_| accessed += 1).expect("fine");
+    mapper.harvest(block, Clear::Dirty, |_| dirty += 1).expect("fine");
+    mapper.harvest(block, Clear::Both, |_| dirty += 1).expect("fine");
+    assert_eq!((accessed, dirty), (0, 512), "each part of a dirty page is dirty, once");
+}
+
+#[test]
+fn a_range_is_mapped_with_two_reads_an_entry_and_not_by_a_walk_for_each_page() {
+    let ram = Ram::new(1 << 40);
+    let counted = Counted::new(&ram);
+    let (mut frames, mut caches) = (pools::<8>(), NothingCached);
+    let mut mapper =
+        Mapper::<Long4, _, _, _>::new(Output(ROOT), x86::Caps::FULL, &counted, &mut frames, &mut caches)
+            .expect("aligned");
+    let span = Span::new(Input(0), 0x20_0000).expect("fits");
+    mapper.map(span, Leaf::new(Output(0x4000_0000), 12, OPEN, Memory::Pat(0))).expect("free");
+    assert_eq!(counted.exchanges(), 512 + 3);
+    // The check reads the root's entry; each entry is then read once to see what it is and once to be exchanged.
+    assert_eq!(counted.reads(), 1 + 2 * (512 + 3));
+}
+
+#[test]
+fn sixteen_pages_as_one_come_apart_when_a_part_is_changed() {
+    let (ram, mut frames, mut caches) = (Ram::new(1 << 40), pools::<8>(), NothingCached);
+    let leaf = Leaf::new(Output(0x4001_0000), 16, OPEN, Memory::Physical);
+    let word = Sv39::encode(&Entry::Leaf(leaf), Level(1), &riscv::Caps::FULL).expect("Svnapot");
+    ram.set(ROOT, 0x50_0000 >> 2 | 1);
+    ram.set(0x50_0000, 0x60_0000 >> 2 | 1);
+    (16..32).for_each(|index| ram.set(0x60_0000 + index * 8, word));
+    let mut mapper =
+        Mapper::<Sv39, _, _, _>::new(Output(ROOT), riscv::Caps::FULL, &ram, &mut frames, &mut caches)
+            .expect("aligned");
+    let walk = |mapper: &Mapper<'_, Sv39, _, _, _>, at| match mapper.walk(Input(at)) {
+        Ok(Translation::Mapped(output, mapping)) => Some((output.0, mapping.leaf.shift)),
+        _ => None,
+    };
+    assert_eq!(walk(&mapper, 0x1_3456), Some((0x4001_3456, 16)));
+    assert_eq!(mapper.unmap(Span::new(Input(0x1_4000), 0x1000).expect("fits")), Ok(1));
+    assert_eq!(walk(&mapper, 0x1_3456), Some((0x4001_3456, 12)));
+    assert_eq!(walk(&mapper, 0x1_4000), None);
+    assert_eq!(walk(&mapper, 0x1_5000), Some((0x4001_5000, 12)));
+}
+
+#[test]
+fn ranges_that_are_not_translated_and_tables_that_are_not_there_are_errors() {
+    let (ram, mut frames, mut caches) = (Ram::new(1 << 24), pools::<8>(), NothingCached);
+    ram.set(ROOT, 0x1_0000_0000 | 7);
+    assert!(
+        Mapper::<Long4, _, _, _>::new(Output(8), x86::Caps::FULL, &ram, &mut frames, &mut caches).is_err()
+    );
+    let mut mapper =
+        Mapper::<Long4, _, _, _>::new(Output(ROOT), x86::Caps::FULL, &ram, &mut frames, &mut caches)
+            .expect("aligned");
+    for (first, bytes) in [(1, 0x1000), (0, 0x1001), (1 << 47, 0x1000)] {
+        let span = Span::new(Input(first), bytes).expect("fits");
+        assert_eq!(mapper.unmap(span), Err(MapError::Span(span)));
+    }
+    let error = mapper.unmap(Span::new(Input(0), 0x1000).expect("fits"));
+    let at = Output(0x1_0000_0000);
+    assert_eq!(error, Err(MapError::Memory { level: Level(3), at, error: Outside(at) }));
+}
