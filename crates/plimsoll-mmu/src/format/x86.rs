@@ -52,7 +52,7 @@ pub struct Caps {
     pub gib_pages: Feature,
     /// EFER.NXE.
     pub no_execute: Feature,
-    /// CR4.PKE or CR4.PKS: bits 62:59 of a leaf are its key.
+    /// CR4.PKE: bits 62:59 of a leaf are its key.
     pub keys: Feature,
     /// Whose it is.
     pub maker: Maker,
