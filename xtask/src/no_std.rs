@@ -16,8 +16,14 @@ use std::path::Path;
 use std::process::Command;
 
 /// Crates that DESIGN keeps free of std.
-pub(crate) const ROOMS: [&str; 6] =
-    ["plimsoll-types", "plimsoll-mmu", "plimsoll-core", "plimsoll-policy", "plimsoll-store", "plimsoll-guest"];
+pub(crate) const ROOMS: [&str; 6] = [
+    "plimsoll-types",
+    "plimsoll-mmu",
+    "plimsoll-core",
+    "plimsoll-policy",
+    "plimsoll-store",
+    "plimsoll-guest",
+];
 
 const SOURCE: &str = include_str!("no_std/library.rs.in");
 
