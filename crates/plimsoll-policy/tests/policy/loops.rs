@@ -123,7 +123,10 @@ proptest! {
     fn the_host_is_never_left_short_while_anybody_can_give(kinds in kinds(), free in 0..300u64) {
         let mut world = world(&kinds, free);
         let plan = (0..100).map(|_| world.step()).last().unwrap();
-        prop_assert!(plan.state <= HostState::Clear, "{plan:?}");
+        // Where more is guaranteed than there is, all come down to their guarantees and the rest is said.
+        let mut all = kinds.iter().zip(&world.view.machines);
+        let can_anybody_give = all.any(|(kind, shown)| shown.consumed > MIB(kind.reservation));
+        prop_assert!(plan.state <= HostState::Clear || !can_anybody_give, "{plan:?}");
         for (kind, shown) in kinds.iter().zip(&world.view.machines) {
             prop_assert!(shown.consumed >= MIB(kind.reservation.min(kind.consumed)));
         }
