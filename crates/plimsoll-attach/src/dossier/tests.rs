@@ -75,7 +75,7 @@ web1: QEMU, pid 4242, KVM
     node0  0x7f0000000000-0x7f0020000000  512M, 24M in memory: private anonymous memory
     n1     0x7f1000000000-0x7f1020000000  512M, 24M in memory: huge pages of /dev/hugepages/x (deleted)
   allowed  guest-free, balloon, resident-sharing
-  off      kernel-paging, disk: its cgroup /sys/fs/cgroup/machine.slice forbids swap: raise memory.swap.max (v1: memory.memsw.limit_in_bytes) there
+  off      kernel-paging, disk: its cgroup /sys/fs/cgroup/machine.slice forbids swap: raise memory.swap.max (v1: memory.swappiness and memory.memsw.limit_in_bytes) there, or above it
   off for n1  balloon, resident-sharing: guest RAM lies in hugetlbfs pages, which cannot be swapped: use transparent huge pages instead
   note     vhost-user back ends share guest RAM: pages leave when the kernel has unmapped them everywhere, which is safe
 "

@@ -1,6 +1,7 @@
 //! Pages brought before they are touched, and huge pages made again, over real machines.
 use crate::fleet::{Fleet, Guest, PLENTY, machine, sweep, until, zipf};
 use plimsoll_core::word::StateKind;
+use plimsoll_guest::spec::WorkloadSpec;
 use plimsoll_linux::uffd::manager::Meter;
 use plimsoll_linux::uffd::probe::NoProbe;
 use plimsoll_types::ByteCount;
@@ -10,6 +11,8 @@ use std::time::Duration;
 
 /// Odd ones end by themselves, the others are killed.
 const ROUNDS: u32 = 8;
+/// Slow enough that a machine that is parked while it sweeps has most of its pages in the store at some moment.
+const PACE: u64 = 4000;
 const SAMPLE_PERIOD: Duration = Duration::from_millis(100);
 
 /// Nobody is ever short.
@@ -29,7 +32,7 @@ fn stored(fleet: &Fleet, guest: &Guest) -> u64 {
 pub(crate) fn vanishes_meanwhile() {
     for round in 0..ROUNDS {
         let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
-        let mut guest = fleet.add(&machine("sweeps", 64, sweep()));
+        let mut guest = fleet.add(&machine("sweeps", 64, WorkloadSpec { ops_per_second: PACE, ..sweep() }));
         guest.until_running();
         fleet.see().park(guest.id);
         until("pages to be stored", || (stored(&fleet, &guest) > 4000).then_some(()));

@@ -15,7 +15,8 @@ fn unshared(mut config: VmmConfig) -> VmmConfig {
 
 pub(crate) fn a_damaged_page() {
     let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
-    let reader = WorkloadSpec { write_permille: 0, ..sweep() };
+    // Slow enough that most of its pages are away at some moment, fast enough to come to all of them in seconds.
+    let reader = WorkloadSpec { write_permille: 0, ops_per_second: 4000, ..sweep() };
     let mut victim = fleet.add(&unshared(machine("victim", 48, reader)));
     let mut other =
         fleet.add(&unshared(machine("other", 48, WorkloadSpec { ops_per_second: 2000, ..zipf() })));
