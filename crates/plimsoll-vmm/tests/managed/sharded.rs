@@ -157,7 +157,7 @@ pub(crate) fn is_damaged() {
         assert!(attempt < 12, "it was always the first shard");
         let witness = Arc::new(Witness::default());
         let mut fleet = Fleet::new(PLENTY, Arc::clone(&witness) as _);
-        let reader = WorkloadSpec { write_permille: 0, ..sweep() };
+        let reader = WorkloadSpec { write_permille: 0, ops_per_second: 8000, ..sweep() };
         let config = VmmConfig { shards: Some(SHARDS), ..machine("damaged", 48, reader) };
         let mut victim = fleet.add(&config);
         victim.until_running();
