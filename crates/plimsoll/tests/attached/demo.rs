@@ -21,7 +21,7 @@ fn the_demo_with_stock_guests_passes_and_leaves_nothing() {
         "--size",
         "192M",
         "--budget",
-        "240M",
+        "220M",
         "--seconds",
         "20",
         "--json",
@@ -51,12 +51,13 @@ fn the_demo_with_stock_guests_passes_and_leaves_nothing() {
     assert!(text.contains("0 wrong words"), "{text}");
     let report: serde_json::Value = serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap();
     assert_eq!((&report["wrong_words"], report["guests"].as_array().unwrap().len()), (&0.into(), 2));
-    for guest in report["guests"].as_array().unwrap() {
-        assert!(
-            guest["operations"].as_u64().unwrap() > 100 && guest["taken_pages"].as_u64().unwrap() > 0,
-            "{guest}"
-        );
-    }
+    let guests = report["guests"].as_array().unwrap();
+    assert!(guests.iter().all(|guest| guest["operations"].as_u64().unwrap() > 100), "{report}");
+    // From whom is the choice of the herd.
+    assert!(
+        guests.iter().map(|guest| guest["taken_pages"].as_u64().unwrap()).sum::<u64>() > 1000,
+        "{report}"
+    );
     assert!(report["taken_bytes"].as_u64() <= report["budget_bytes"].as_u64().map(|budget| budget / 20 * 21));
     assert_eq!(swaps(), before, "swap is left");
 }
