@@ -1,50 +1,13 @@
 //! What the tests need from this machine, and the guests they start.
-use plimsoll_linux::zram::ZramSwap;
-use plimsoll_stock::{Command, Counts, Disk, Guest, Kernel, Options};
+pub(crate) use crate::machine::{alone, can, swap};
+use plimsoll_stock::{Command, Counts, Disk, Guest, Options};
 use plimsoll_sys::process_memory::{Advice, advise};
-use plimsoll_sys::swap::{SwapPriority, SwapRank};
 use plimsoll_types::ByteCount;
-use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long anything may take: much where nothing else runs, enough where much does.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Held while a test runs guests: emulated ones at once would only make each other slow.
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Whether this machine can run the test. One that lacks what `PLIMSOLL_REQUIRE` says it has is at fault.
-pub(crate) fn can(capabilities: &[&str]) -> bool {
-    for &capability in capabilities {
-        let missing = match capability {
-            "qemu" => absent("qemu-system-x86_64"),
-            "libvirt" => absent("libvirtd").or_else(|| absent("virtlogd")).or_else(|| absent("virsh")),
-            "cloud-kernel" => Kernel::find().err().map(|error| error.to_string()),
-            "root" => (!rustix::process::geteuid().is_root()).then(|| "not root".to_owned()),
-            "zram" => {
-                let control = Path::new("/sys/class/zram-control/hot_add");
-                (!control.exists()).then(|| "no zram module".to_owned())
-            }
-            other => panic!("no test knows of {other}"),
-        };
-        let Some(missing) = missing else { continue };
-        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-        assert!(!required.split(',').any(|name| name == capability), "{capability} is required: {missing}");
-        println!("SKIPPED: {missing}");
-        return false;
-    }
-    true
-}
-
-fn absent(program: &str) -> Option<String> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let is_there = std::env::split_paths(&path).any(|folder| folder.join(program).exists());
-    (!is_there).then(|| format!("{program} is not installed"))
-}
 
 /// A guest of 192 MiB, with pages and a disk of contents of its own.
 pub(crate) fn options(seed: u64) -> Options {
@@ -65,12 +28,6 @@ pub(crate) fn ask(guest: &mut Guest, command: Command) -> Counts {
 /// Verifies everything once and counts the wrong words.
 pub(crate) fn sweep(guest: &mut Guest) -> u64 {
     ask(guest, Command::Sweep).get("wrong").unwrap()
-}
-
-/// Swap of this test's own. The kernel may use any other there is as well.
-pub(crate) fn swap(size: ByteCount) -> ZramSwap {
-    let priority = SwapRank::new(1).map_or(SwapPriority::Lowest, SwapPriority::Fixed);
-    ZramSwap::create(size, &["lz4", "lzo-rle", "lzo"], priority).unwrap()
 }
 
 /// Has the kernel take all of the guest's RAM that nothing holds.

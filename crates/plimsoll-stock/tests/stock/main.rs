@@ -3,5 +3,6 @@
 mod boot;
 mod common;
 mod damage;
+mod machine;
 mod migrate;
 mod pageout;

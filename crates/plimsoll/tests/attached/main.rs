@@ -4,6 +4,8 @@ mod attach;
 mod cooperation;
 mod demo;
 mod liar;
+#[path = "../../../plimsoll-stock/tests/stock/machine.rs"]
+mod machine;
 mod manager;
 mod migration;
 mod plug;

@@ -1,72 +1,19 @@
 //! What the tests need from this machine: guests, swap, and `plimsoll attach` as a process that is read line by line.
-use plimsoll_linux::cgroup::MemoryCgroup;
-use plimsoll_linux::zram::ZramSwap;
-use plimsoll_stock::{Command, Counts, Guest, Kernel};
-use plimsoll_sys::ProcessId;
-use plimsoll_sys::swap::{SwapPriority, SwapRank};
+pub(crate) use crate::machine::{alone, can, swap};
+use plimsoll_stock::{Command, Counts, Guest};
 use plimsoll_types::ByteCount;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
 use std::process::{Child, ChildStdout, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long anything may take: much where nothing else runs, enough where much does.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Held while a test runs guests: emulated ones at once would only make each other slow.
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Whether this machine can run the test. One that lacks what `PLIMSOLL_REQUIRE` says it has is at fault.
-pub(crate) fn can(capabilities: &[&str]) -> bool {
-    for &capability in capabilities {
-        let missing = match capability {
-            "qemu" => absent("qemu-system-x86_64"),
-            "libvirt" => absent("libvirtd").or_else(|| absent("virtlogd")).or_else(|| absent("virsh")),
-            "cloud-kernel" => Kernel::find().err().map(|error| error.to_string()),
-            "root" => (!rustix::process::geteuid().is_root()).then(|| "not root".to_owned()),
-            "zram" => {
-                let control = Path::new("/sys/class/zram-control/hot_add");
-                (!control.exists()).then(|| "no zram module".to_owned())
-            }
-            "ksm" => {
-                (!Path::new("/sys/kernel/mm/ksm/run").exists()).then(|| "no KSM in this kernel".to_owned())
-            }
-            "cgroup" => {
-                let made = MemoryCgroup::create("plimsoll-probe", ProcessId::own());
-                made.err().map(|error| error.to_string())
-            }
-            other => panic!("no test knows of {other}"),
-        };
-        let Some(missing) = missing else { continue };
-        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-        assert!(!required.split(',').any(|name| name == capability), "{capability} is required: {missing}");
-        println!("SKIPPED: {missing}");
-        return false;
-    }
-    true
-}
-
-fn absent(program: &str) -> Option<String> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let is_there = std::env::split_paths(&path).any(|folder| folder.join(program).exists());
-    (!is_there).then(|| format!("{program} is not installed"))
-}
-
 /// What every test here needs but those of libvirt's.
 pub(crate) const STOCK: [&str; 4] = ["qemu", "cloud-kernel", "root", "zram"];
-
-/// Swap of this test's own.
-pub(crate) fn swap(size: ByteCount) -> ZramSwap {
-    let priority = SwapRank::new(1).map_or(SwapPriority::Lowest, SwapPriority::Fixed);
-    ZramSwap::create(size, &["lz4", "lzo-rle", "lzo"], priority).unwrap()
-}
 
 /// Asks, and insists on an answer.
 pub(crate) fn ask(guest: &mut Guest, command: Command) -> Counts {
