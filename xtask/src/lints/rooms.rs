@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use std::fs;
 
 /// Each room and the rooms it may know, lowest first. A new room, or a new arrow, is a decision about the architecture.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
     ("plimsoll-types", &[]),
     ("plimsoll-inside", &[]),
     ("plimsoll-mmu", &["plimsoll-types"]),
@@ -39,6 +39,20 @@ const ARROWS: [(&str, &[&str]); 15] = [
         &["plimsoll-types", "plimsoll-inside", "plimsoll-guest", "plimsoll-sys", "plimsoll-linux"],
     ),
     (
+        "plimsoll-host",
+        &[
+            "plimsoll-types",
+            "plimsoll-guest",
+            "plimsoll-store",
+            "plimsoll-core",
+            "plimsoll-policy",
+            "plimsoll-sys",
+            "plimsoll-linux",
+            "plimsoll-vmm",
+            "plimsoll-attach",
+        ],
+    ),
+    (
         "plimsoll",
         &[
             "plimsoll-types",
@@ -49,6 +63,8 @@ const ARROWS: [(&str, &[&str]); 15] = [
             "plimsoll-linux",
             "plimsoll-vmm",
             "plimsoll-attach",
+            "plimsoll-host",
+            "plimsoll-policy",
             "plimsoll-stock",
         ],
     ),
@@ -63,6 +79,8 @@ const ARROWS: [(&str, &[&str]); 15] = [
             "plimsoll-linux",
             "plimsoll-vmm",
             "plimsoll-attach",
+            "plimsoll-host",
+            "plimsoll-policy",
             "plimsoll-stock",
         ],
     ),
