@@ -1,9 +1,9 @@
 //! Address translation: what page tables say, how they are changed, and what a processor makes of them.
 //!
-//! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, RISC-V's Sv39 to Sv57, Sv39x4 and
-//!   Sv48x4. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
+//! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, RISC-V's Sv39 to Sv57 and
+//!   Sv39x4 to Sv57x4. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
 //! * [`mapper`]: map, unmap, protect, split, merge, walk, iterate and harvest ranges of a tree of any format.
-//! * [`x86`], [`ept`]: a walk as the processor does it, down to error code and exit qualification.
+//! * [`x86`], [`ept`], [`riscv`]: a walk as the processor does it, down to error code, exit qualification and cause.
 //! * [`nested`]: a guest's tables through a second stage.
 //!
 //! Tables are reached through [`TableMemory`], frames come from [`TableFrames`], and [`Invalidate`] has translations
@@ -13,7 +13,7 @@
 //!
 //! * No Arm, and no break-before-make, which it needs: the mapper replaces a leaf by a table in one write, as x86-64 and RISC-V
 //!   allow.
-//! * RISC-V has formats and mapper, but no walk with rights and faults (SUM, MXR, Svade, Svadu), so no two-stage walk.
+//! * RISC-V: no shadow stacks (Zicfiss), and neither stage may be bare.
 //! * x86-64: no 32-bit or PAE paging, no supervisor keys (PKS), no shadow stacks, no SMEP or SMAP exemption for enclaves.
 //!   A change of the tables between a walk and its marks is seen by their words only.
 //! * EPT: four levels; no mode-based execute control, sub-page writes, paging-write, supervisor shadow stacks or #VE.
@@ -30,6 +30,7 @@ pub mod format;
 pub mod mapper;
 mod memory;
 pub mod nested;
+pub mod riscv;
 mod walk;
 pub mod x86;
 

@@ -8,7 +8,7 @@
 //! Nothing the guest writes can make a walk endless, leave its memory or fail otherwise than by an error: its tables are
 //! read one level at a time through the second stage, and what they name is an address like any other.
 use crate::address::{Input, Output};
-use crate::format::x86::{Npt, X86Format};
+use crate::format::x86::Npt;
 use crate::memory::TableMemory;
 use crate::walk::{Access, Marks, Walked};
 use crate::x86::{self, Mode, Registers};
@@ -133,29 +133,28 @@ pub struct Nested {
 
 /// Why a guest virtual address was not translated, by the stage that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault<S, E> {
-    /// The guest's stage: a page fault is the guest's own; [`x86::Fault::Memory`] says at which of its entries the second
-    /// stage refused.
-    First(x86::Fault<GuestMemoryFault<S, E>>),
+pub enum Fault<F, S> {
+    /// The guest's stage: a page fault is the guest's own; where its tables could not be reached, the fault says at which
+    /// of its entries the second stage refused.
+    First(F),
     /// The second stage refused what the guest accesses.
     Second(S),
 }
 
-/// The fault of a walk over the second stage `S` in memory `M`.
-pub type FaultOf<S, M> = Fault<<S as SecondStage>::Fault, <M as TableMemory>::Error>;
+/// What the guest's stage says, its tables being read through the second stage `S` from `M`.
+pub type GuestFault<S, M> = GuestMemoryFault<<S as SecondStage>::Fault, <M as TableMemory>::Error>;
 
-/// Translates a guest virtual address for an access through both stages. The guest's own rights are judged first.
+/// Translates a guest virtual address for an access through both stages: `first` walks the guest's tables, as
+/// [`x86::walk`] and [`crate::riscv::walk`] do, in the memory it is given. The guest's own rights are judged first.
 ///
 /// # Errors
 /// The fault, by stage.
-pub fn walk<F: X86Format, S: SecondStage, M: TableMemory>(
+pub fn walk<S: SecondStage, M: TableMemory, F>(
     guest: &GuestMemory<'_, S, M>,
-    registers: &Registers,
-    input: Input,
-    (access, mode): (Access, Mode),
-) -> Result<Nested, FaultOf<S, M>> {
-    let first =
-        x86::walk::<F, _>(guest, registers, input, (access, mode), Marks::Set).map_err(Fault::First)?;
+    access: Access,
+    first: impl FnOnce(&GuestMemory<'_, S, M>) -> Result<Walked, F>,
+) -> Result<Nested, Fault<F, S::Fault>> {
+    let first = first(guest).map_err(Fault::First)?;
     let second = guest.second.translate(first.output.as_input(), access, Purpose::Final);
     Ok(Nested { first, second: second.map_err(Fault::Second)? })
 }

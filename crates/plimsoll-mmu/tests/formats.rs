@@ -1,6 +1,6 @@
 //! Words and what they say: back and forth without loss, each bit by itself, and against another's reading of them.
 use plimsoll_mmu::format::ept::{self, Ept};
-use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4, Sv48, Sv48x4, Sv57};
+use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4, Sv48, Sv48x4, Sv57, Sv57x4};
 use plimsoll_mmu::format::x86::{self, Long4, Long5, Maker, Npt};
 use plimsoll_mmu::{
     Cache, Entry, Feature, Format, GuestPat, Input, Leaf, Level, Malformed, Memory, Output, Pat, Permissions,
@@ -52,6 +52,7 @@ fn round_trip_everywhere(raw: u64) {
         }
         for caps in [riscv::Caps::FULL, WEAK_RISCV] {
             round_trip::<Sv57>(raw, level, &caps);
+            round_trip::<Sv57x4>(raw, level, &caps);
             if level.0 < 5 {
                 round_trip::<Sv48>(raw, level, &caps);
                 round_trip::<Sv48x4>(raw, level, &caps);

@@ -6,7 +6,7 @@ use plimsoll_mmu::format::ept::{self, Ept};
 use plimsoll_mmu::format::x86::{Caps, Long4, Npt};
 use plimsoll_mmu::nested::{self, Counted, GuestMemory, GuestMemoryFault, NptStage, Purpose, SecondStage};
 use plimsoll_mmu::x86::{self, Control, ErrorCode, Fault, Mode, Registers};
-use plimsoll_mmu::{Access, Feature, Format, Input, Level, Marks, Output, ept as walk};
+use plimsoll_mmu::{Access, Feature, Format, Input, Level, Marks, Output, TableMemory, Walked, ept as walk};
 
 const P: u64 = 1;
 const RW: u64 = 2;
@@ -165,13 +165,18 @@ fn ept_leaf(page: u64) -> u64 {
     (0x20_0000 + page * 0x1000) | 7 | 6 << 3 | 3 << 8
 }
 
-type Answer<S> = Result<u64, nested::Fault<S, Outside>>;
+/// The guest's own walk, for a user.
+fn guests<M: TableMemory>(memory: &M, input: Input, access: Access) -> Result<Walked, Fault<M::Error>> {
+    x86::walk::<Long4, _>(memory, &registers(0x1000), input, (access, Mode::User), Marks::Set)
+}
+
+type Answer<S> = Result<u64, nested::Fault<Fault<GuestMemoryFault<S, Outside>>, S>>;
 
 fn through_npt(ram: &Ram, access: Access) -> (Answer<nested::NestedPageFault<Outside>>, u64) {
     let counted = Counted::new(ram);
     let second = NptStage { memory: &counted, registers: registers(0x10_0000) };
     let guest = GuestMemory { second, memory: &counted };
-    let result = nested::walk::<Long4, _, _>(&guest, &registers(0x1000), Input(0x7010), (access, Mode::User));
+    let result = nested::walk(&guest, access, |memory| guests(memory, Input(0x7010), access));
     (result.map(|nested| nested.second.output.0), counted.reads())
 }
 
@@ -179,7 +184,7 @@ fn through_ept(ram: &Ram, caps: ept::Caps, access: Access) -> (Answer<walk::Faul
     let counted = Counted::new(ram);
     let second = walk::Stage { memory: &counted, root: Output(0x10_0000), caps };
     let guest = GuestMemory { second, memory: &counted };
-    let result = nested::walk::<Long4, _, _>(&guest, &registers(0x1000), Input(0x7010), (access, Mode::User));
+    let result = nested::walk(&guest, access, |memory| guests(memory, Input(0x7010), access));
     (result.map(|nested| nested.second.output.0), counted.reads())
 }
 
@@ -266,8 +271,8 @@ fn hostile_tables_end_in_an_answer_or_an_error() {
         let counted = Counted::new(&ram);
         let second = NptStage { memory: &counted, registers: registers(0x10_0000) };
         let guest = GuestMemory { second, memory: &counted };
-        let result =
-            nested::walk::<Long4, _, _>(&guest, &registers(0x1000), Input(0), (Access::Write, Mode::User));
+        let access = Access::Write;
+        let result = nested::walk(&guest, access, |memory| guests(memory, Input(0), access));
         match result {
             Ok(nested) => {
                 answers += 1;

@@ -1,4 +1,4 @@
-//! RISC-V Sv39, Sv48 and Sv57, and the second stages Sv39x4 and Sv48x4.
+//! RISC-V Sv39, Sv48 and Sv57, and the second stages Sv39x4, Sv48x4 and Sv57x4.
 //!
 //! The RISC-V Instruction Set Manual, volume II: "Sv39: Page-Based 39-bit Virtual-Memory System" (format), "Virtual
 //! Address Translation Process" (what faults), "Svnapot", "Svpbmt", and "Two-Stage Address Translation" of the H extension.
@@ -107,6 +107,10 @@ sv!(
 sv!(
     /// The second stage with four levels: 50-bit guest physical addresses, a root of 16 KiB.
     Sv48x4, "RISC-V Sv48x4", 4, 2, Zero, Second
+);
+sv!(
+    /// The second stage with five levels: 59-bit guest physical addresses, a root of 16 KiB.
+    Sv57x4, "RISC-V Sv57x4", 5, 2, Zero, Second
 );
 
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {

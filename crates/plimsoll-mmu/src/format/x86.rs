@@ -93,89 +93,60 @@ impl Caps {
     }
 }
 
-/// 48-bit linear addresses, four levels.
-#[derive(Clone, Copy, Debug)]
-pub struct Long4;
-
-/// 57-bit linear addresses, five levels (CR4.LA57).
-#[derive(Clone, Copy, Debug)]
-pub struct Long5;
-
-/// AMD nested tables: as [`Long4`], but every access is a user's, so that a leaf without [`Permissions::USER`] would
-/// serve nobody and is not written (APM vol. 2, 15.25.5).
-#[derive(Clone, Copy, Debug)]
-pub struct Npt;
-
 /// A format with x86-64's entries, which the walk of [`crate::x86`] understands.
 pub trait X86Format: Format<Caps = Caps> {}
-impl X86Format for Long4 {}
-impl X86Format for Long5 {}
-impl X86Format for Npt {}
 
-impl Format for Long4 {
-    type Caps = Caps;
-    const NAME: &'static str = "x86-64, four levels";
-    const LEVELS: u8 = 4;
-    const EXTENSION: Extension = Extension::Sign;
-    const TABLE_MEMORY: Memory = Memory::Pat(0);
-
-    fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
-        decode(raw, level, caps)
-    }
-
-    fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-        encode(entry, level, caps)
-    }
-
-    fn largest_leaf(caps: &Caps) -> Level {
-        caps.largest_leaf()
-    }
+/// Whose accesses a format translates.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    First,
+    /// Every access is a user's: a leaf without U/S would serve nobody, and is not written.
+    Second,
 }
 
-impl Format for Long5 {
-    type Caps = Caps;
-    const NAME: &'static str = "x86-64, five levels";
-    const LEVELS: u8 = 5;
-    const EXTENSION: Extension = Extension::Sign;
-    const TABLE_MEMORY: Memory = Memory::Pat(0);
+macro_rules! x86 {
+    ($(#[$doc:meta])* $name:ident, $text:literal, $levels:literal, $extension:ident, $stage:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        pub struct $name;
 
-    fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
-        decode(raw, level, caps)
-    }
+        impl X86Format for $name {}
 
-    fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-        encode(entry, level, caps)
-    }
+        impl Format for $name {
+            type Caps = Caps;
+            const NAME: &'static str = $text;
+            const LEVELS: u8 = $levels;
+            const EXTENSION: Extension = Extension::$extension;
+            const TABLE_MEMORY: Memory = Memory::Pat(0);
 
-    fn largest_leaf(caps: &Caps) -> Level {
-        caps.largest_leaf()
-    }
-}
+            fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
+                decode(raw, level, caps)
+            }
 
-impl Format for Npt {
-    type Caps = Caps;
-    const NAME: &'static str = "AMD nested page tables";
-    const LEVELS: u8 = 4;
-    const EXTENSION: Extension = Extension::Zero;
-    const TABLE_MEMORY: Memory = Memory::Pat(0);
+            fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+                encode(entry, level, caps, Stage::$stage)
+            }
 
-    fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
-        decode(raw, level, caps)
-    }
-
-    fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-        if let Entry::Table(Table { permissions, .. }) | Entry::Leaf(Leaf { permissions, .. }) = entry
-            && !permissions.contains(Permissions::USER)
-        {
-            return Err(Unencodable::Permissions(*permissions));
+            fn largest_leaf(caps: &Caps) -> Level {
+                caps.largest_leaf()
+            }
         }
-        encode(entry, level, caps)
-    }
-
-    fn largest_leaf(caps: &Caps) -> Level {
-        caps.largest_leaf()
-    }
+    };
 }
+
+x86!(
+    /// 48-bit linear addresses, four levels.
+    Long4, "x86-64, four levels", 4, Sign, First
+);
+x86!(
+    /// 57-bit linear addresses, five levels (CR4.LA57).
+    Long5, "x86-64, five levels", 5, Sign, First
+);
+x86!(
+    /// AMD nested tables: as [`Long4`], but every access is a user's, so that a leaf without [`Permissions::USER`] would
+    /// serve nobody and is not written (APM vol. 2, 15.25.5).
+    Npt, "AMD nested page tables", 4, Zero, Second
+);
 
 fn permissions(raw: u64) -> Permissions {
     let mut permissions = Permissions::READ;
@@ -254,8 +225,13 @@ const fn set(condition: bool, bit: u64) -> u64 {
     if condition { bit } else { 0 }
 }
 
-fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+fn encode(entry: &Entry, level: Level, caps: &Caps, stage: Stage) -> Result<u64, Unencodable> {
     match *entry {
+        Entry::Table(Table { permissions, .. }) | Entry::Leaf(Leaf { permissions, .. })
+            if stage == Stage::Second && !permissions.contains(Permissions::USER) =>
+        {
+            Err(Unencodable::Permissions(permissions))
+        }
         Entry::Absent { software } if software & PRESENT == 0 => Ok(software),
         Entry::Absent { software } => Err(Unencodable::Software(software & PRESENT)),
         Entry::Table(table) => encode_table(&table, level, caps),
