@@ -14,10 +14,21 @@ bitflags::bitflags! {
         const READ = 1;
         /// Data may be written.
         const WRITE = 1 << 1;
-        /// Instructions may be fetched.
-        const EXECUTE = 1 << 2;
+        /// Users may fetch instructions.
+        const EXECUTE_USER = 1 << 2;
         /// User code is concerned. Always there in formats that do not know users.
         const USER = 1 << 3;
+        /// Privileged code may fetch instructions.
+        const EXECUTE_PRIVILEGED = 1 << 4;
+        /// Instructions may be fetched, by whom else the page is for. Formats other than Arm's know no half of it.
+        const EXECUTE = Self::EXECUTE_USER.bits() | Self::EXECUTE_PRIVILEGED.bits();
+    }
+}
+
+impl Permissions {
+    /// Whether users and privileged code differ in what they may execute.
+    pub const fn execute_differs(self) -> bool {
+        self.intersects(Self::EXECUTE) && !self.contains(Self::EXECUTE)
     }
 }
 
@@ -101,6 +112,23 @@ pub enum Memory {
     NonCacheable,
     /// RISC-V Svpbmt IO: not cached, not idempotent, strongly ordered.
     Io,
+    /// Arm, first stage: index into MAIR_ELx, 0 to 7, and who else is to see what is cached.
+    Mair(u8, Shareability),
+    /// Arm, second stage: MemAttr, 0 to 15, whose meaning depends on HCR_EL2.FWB.
+    MemAttr(u8, Shareability),
+}
+
+/// Arm's SH field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Shareability {
+    /// This processor alone.
+    Non,
+    /// A value that must not be written.
+    Reserved,
+    /// All observers.
+    Outer,
+    /// The processors of one operating system.
+    Inner,
 }
 
 /// An entry that names the next table.
@@ -123,9 +151,10 @@ pub struct Table {
 /// An entry that maps memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leaf {
-    /// Where the memory begins.
+    /// Where the memory begins; of one in a group, where it or the group begins, as the format writes it.
     pub output: Output,
-    /// log2 of the bytes it maps: the level's, or more where neighbours map one naturally aligned run (Svnapot).
+    /// log2 of the bytes it maps: the level's, or more where a group of neighbours maps one naturally aligned run (Svnapot,
+    /// Arm's contiguous hint).
     pub shift: u32,
     /// What may be done.
     pub permissions: Permissions,
@@ -144,6 +173,11 @@ pub struct Leaf {
 }
 
 impl Leaf {
+    /// Where the memory begins that it maps, by itself or in a group.
+    pub const fn base(&self) -> Output {
+        Output(self.output.0 >> self.shift << self.shift)
+    }
+
     /// A leaf of `1 << shift` bytes with nothing set but what is given.
     pub const fn new(output: Output, shift: u32, permissions: Permissions, memory: Memory) -> Self {
         Self {
@@ -176,7 +210,8 @@ pub enum Entry {
     Malformed(Malformed),
 }
 
-/// Why the hardware refuses an entry: a page fault with RSVD on x86-64, a misconfiguration in EPT, a page fault on RISC-V.
+/// Why the hardware refuses an entry: a page fault with RSVD on x86-64, a misconfiguration in EPT, a page fault on RISC-V, a
+/// translation or address size fault on Arm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Malformed {
@@ -190,6 +225,10 @@ pub enum Malformed {
     MemoryType(u8),
     /// It names a table where the tables end.
     TableAtLastLevel,
+    /// It maps memory at a level that maps none.
+    LeafAtThisLevel,
+    /// It leads beyond physical memory, which on Arm is a fault of its own.
+    Beyond(Output),
 }
 
 impl fmt::Display for Malformed {
@@ -202,6 +241,8 @@ impl fmt::Display for Malformed {
             }
             Self::MemoryType(number) => write!(f, "memory type {number} is reserved"),
             Self::TableAtLastLevel => f.write_str("it names a table below the last level"),
+            Self::LeafAtThisLevel => f.write_str("nothing can be mapped at this level"),
+            Self::Beyond(at) => write!(f, "{at} is beyond physical memory"),
         }
     }
 }

@@ -168,7 +168,7 @@ impl Qualification {
 // The exit qualification has read, write and execute in the order of `Permissions`.
 const _: () = assert!(Qualification::READ.bits() == Permissions::READ.bits() as u64);
 const _: () = assert!(Qualification::WRITE.bits() == Permissions::WRITE.bits() as u64);
-const _: () = assert!(Qualification::FETCH.bits() == Permissions::EXECUTE.bits() as u64);
+const _: () = assert!(Qualification::FETCH.bits() == Permissions::EXECUTE_USER.bits() as u64);
 
 fn ended<E>(input: Input, base: Qualification, end: End<E>) -> Fault<E> {
     let End { level, step, .. } = end;

@@ -1,9 +1,10 @@
 //! Address translation: what page tables say, how they are changed, and what a processor makes of them.
 //!
-//! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, RISC-V's Sv39 to Sv57 and
-//!   Sv39x4 to Sv57x4. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
+//! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, Arm's VMSAv8-64 in both stages,
+//!   RISC-V's Sv39 to Sv57 and Sv39x4 to Sv57x4. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
 //! * [`mapper`]: map, unmap, protect, split, merge, walk, iterate and harvest ranges of a tree of any format.
-//! * [`x86`], [`ept`], [`riscv`]: a walk as the processor does it, down to error code, exit qualification and cause.
+//! * [`x86`], [`ept`], [`arm`], [`riscv`]: a walk as the processor does it, down to error code, exit qualification, fault
+//!   status and cause.
 //! * [`nested`]: a guest's tables through a second stage.
 //!
 //! Tables are reached through [`TableMemory`], frames come from [`TableFrames`], and [`Invalidate`] has translations
@@ -11,19 +12,20 @@
 //!
 //! # Known holes
 //!
-//! * No Arm, and no break-before-make, which it needs: the mapper replaces a leaf by a table in one write, as x86-64 and RISC-V
-//!   allow.
+//! * Arm: addresses of up to 48 bits, the EL1&0 regime, no realms, no permission indirection (S1PIE, S2PIE) or overlays, no
+//!   guarded pages (BTI) or tags (MTE), and FEAT_HAFT's accessed bits in tables are not kept.
 //! * RISC-V: no shadow stacks (Zicfiss), and neither stage may be bare.
 //! * x86-64: no 32-bit or PAE paging, no supervisor keys (PKS), no shadow stacks, no SMEP or SMAP exemption for enclaves.
 //!   A change of the tables between a walk and its marks is seen by their words only.
 //! * EPT: four levels; no mode-based execute control, sub-page writes, paging-write, supervisor shadow stacks or #VE.
 //! * NPT: no guest-mode execute trap, no SEV bits in addresses.
-//! * The mapper reads groups of pages (Svnapot) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
+//! * The mapper reads groups of pages (Svnapot, Arm's contiguous hint) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
 //! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.
 #![no_std]
 #![forbid(unsafe_code)]
 
 mod address;
+pub mod arm;
 mod entry;
 pub mod ept;
 pub mod format;
@@ -35,7 +37,9 @@ mod walk;
 pub mod x86;
 
 pub use address::{Input, Level, MAX_LEVELS, Output, Span};
-pub use entry::{Cache, Entry, GuestPat, Leaf, Malformed, Memory, Pat, Permissions, Table, Unencodable};
+pub use entry::{
+    Cache, Entry, GuestPat, Leaf, Malformed, Memory, Pat, Permissions, Shareability, Table, Unencodable,
+};
 pub use format::{Extension, Feature, Format};
 pub use mapper::{MapError, Mapper};
 pub use memory::{Invalidate, NothingCached, Pools, TableFrames, TableMemory};

@@ -125,7 +125,7 @@ pub(crate) fn descend<F: Format, M: TableMemory>(
                 permissions &= leaf.permissions;
                 let inside = F::offset(input) & ((1 << leaf.shift) - 1);
                 return Ok(Walked {
-                    output: Output(leaf.output.0 | inside),
+                    output: Output(leaf.base().0 | inside),
                     leaf,
                     level,
                     permissions,

@@ -2,17 +2,20 @@
 mod common;
 
 use common::{Outside, Ram};
+use plimsoll_mmu::format::arm::{self, Lower, Second, Upper};
 use plimsoll_mmu::format::ept::{self, Ept};
 use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4};
 use plimsoll_mmu::format::x86::{self, Long4};
 use plimsoll_mmu::mapper::{Clear, Translation};
 use plimsoll_mmu::nested::Counted;
 use plimsoll_mmu::{
-    Cache, Entry, Extension, Format, GuestPat, Input, Leaf, Level, MapError, Mapper, Memory, NothingCached,
-    Output, Permissions, Pools, Span, Table, TableFrames, Unencodable,
+    Cache, Entry, Extension, Feature, Format, GuestPat, Input, Invalidate, Leaf, Level, MapError, Mapper,
+    Memory, NothingCached, Output, Permissions, Pools, Shareability, Span, Table, TableFrames, TableMemory,
+    Unencodable,
 };
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Pages of 256 bytes, tables of 8 entries, a root of 16, three levels. Bit 0: present; bit 1: a table; bit 2: writable;
 /// bit 3: accessed; bit 4: dirty; from bit 8 on the address.
@@ -25,7 +28,7 @@ impl Format for Odd {
     const LEVELS: u8 = 3;
     const PAGE_SHIFT: u32 = 8;
     const INDEX_BITS: u32 = 3;
-    const ROOT_EXTRA_BITS: u32 = 1;
+    const ROOT_BITS: u32 = 4;
     const EXTENSION: Extension = Extension::Zero;
 
     fn decode(raw: u64, level: Level, (): &()) -> Entry {
@@ -100,7 +103,7 @@ fn pools<const N: usize>() -> Pools<N> {
     let mut next = FRAMES;
     for level in (1..=4).map(Level) {
         while pools.add(level, Output(next)) {
-            next += 0x1000;
+            next += 0x4000;
         }
     }
     pools
@@ -199,6 +202,10 @@ proptest! {
         against_a_map::<Long4, 16>(x86::Caps::FULL, Memory::Pat(0), high, 1500, &ops);
         against_a_map::<Ept, 16>(ept::Caps::FULL, wb, 0x7f_ffe0_0000, 1500, &ops);
         against_a_map::<Sv39, 16>(riscv::Caps::FULL, Memory::Physical, 0x3fe0_0000, 1500, &ops);
+        let (first, second) = (Memory::Mair(0, Shareability::Inner), Memory::MemAttr(15, Shareability::Inner));
+        against_a_map::<Upper<12, 48>, 16>(arm::Caps::FULL, first, 0xffff_ffff_c000_0000, 1500, &ops);
+        against_a_map::<Lower<14, 47>, 16>(arm::Caps::FULL, first, 0x1e00_0000, 3000, &ops);
+        against_a_map::<Second<12, 40>, 16>(arm::Caps::FULL, second, 0x3fe0_0000, 1500, &ops);
         against_a_map::<Odd, 200>((), Memory::Physical, 0, 1024, &ops);
     }
 
@@ -298,4 +305,94 @@ fn ranges_that_are_not_translated_and_tables_that_are_not_there_are_errors() {
     let error = mapper.unmap(Span::new(Input(0), 0x1000).expect("fits"));
     let at = Output(0x1_0000_0000);
     assert_eq!(error, Err(MapError::Memory { level: Level(3), at, error: Outside(at) }));
+}
+
+/// Memory and caches of a processor that must see an entry absent, and forget it, before it says another thing.
+#[derive(Default)]
+struct Broken {
+    /// Entries that became absent and are not forgotten yet.
+    since: RefCell<BTreeSet<u64>>,
+    breaks: Cell<usize>,
+}
+
+struct Watched<'a> {
+    ram: &'a Ram,
+    broken: &'a Broken,
+}
+
+impl TableMemory for Watched<'_> {
+    type Error = Outside;
+
+    fn read(&self, at: Output) -> Result<u64, Outside> {
+        self.ram.read(at)
+    }
+
+    fn compare_exchange(&self, at: Output, current: u64, new: u64) -> Result<u64, Outside> {
+        // What may change in a valid entry: AP, AF, DBM, XN and software's bits (DDI 0487, D8.16.1).
+        let free = 3 << 6 | 1 << 10 | 1 << 51 | 3 << 53 | 0xf << 55;
+        let mut since = self.broken.since.borrow_mut();
+        match (current & 1, new & 1) {
+            (1, 1) => assert_eq!((current ^ new) & !free, 0, "{current:#x} to {new:#x} at {at}"),
+            (1, 0) => {
+                since.insert(at.0);
+                self.broken.breaks.set(self.broken.breaks.get() + 1);
+            }
+            (0, 1) => assert!(!since.contains(&at.0), "{at} was not forgotten"),
+            _ => {}
+        }
+        self.ram.compare_exchange(at, current, new)
+    }
+}
+
+impl Invalidate for &Broken {
+    fn invalidate(&mut self, _: Span) {
+        self.since.borrow_mut().clear();
+    }
+}
+
+#[test]
+fn arm_breaks_an_entry_before_it_makes_another_of_it() {
+    let (ram, broken) = (Ram::new(1 << 40), Broken::default());
+    let (watched, mut caches, mut frames) = (Watched { ram: &ram, broken: &broken }, &broken, pools::<8>());
+    let mut mapper = Mapper::<Second<12, 40>, _, _, _>::new(
+        Output(ROOT),
+        arm::Caps::FULL,
+        &watched,
+        &mut frames,
+        &mut caches,
+    )
+    .expect("aligned");
+    let leaf = Leaf::new(Output(0x4000_0000), 21, OPEN, Memory::MemAttr(15, Shareability::Inner));
+    let span = |first: u64, bytes: u64| Span::new(Input(first), bytes).expect("fits");
+    let block = span(0x20_0000, 0x20_0000);
+    mapper.map(span(0x20_0000, 0x40_0000), leaf).expect("free");
+    assert_eq!(mapper.protect(span(0x20_0000, 0x1000), CLOSED), Ok(1));
+    assert_eq!(broken.breaks.get(), 1, "the block was broken for a table");
+    assert_eq!(mapper.protect(block, OPEN), Ok(512));
+    assert_eq!(mapper.merge(block), Ok(1));
+    assert_eq!(broken.breaks.get(), 2 + 512, "the table was broken for a block, and its entries are gone");
+    // The table is nobody's now: what was in it was forgotten with the entry that named it.
+    broken.since.borrow_mut().clear();
+    // Sixteen pages as one, as another's tables may have them: one of them is changed, all are broken.
+    assert_eq!(mapper.split(block, Level::PAGES), Ok(1));
+    let at = |page: u64| {
+        let wanted = 0x4000_0000 + page * 0x1000;
+        let mut words = ram.image().into_iter();
+        words.find(|(_, word)| word & 0xffff_ffff_f003 == wanted | 3).expect("its entry").0
+    };
+    for page in 16..32 {
+        ram.set(at(page), ram.get(at(page)) | 1 << 52);
+    }
+    let before = broken.breaks.get();
+    assert_eq!(mapper.protect(span(0x20_0000 + 20 * 0x1000, 0x1000), CLOSED), Ok(1));
+    assert_eq!(broken.breaks.get() - before, 16);
+    for page in 16..32 {
+        let walked = mapper.walk(Input(0x20_0000 + page * 0x1000)).expect("well-formed");
+        let Translation::Mapped(output, mapping) = walked else { panic!("page {page}") };
+        assert_eq!((output.0, mapping.leaf.shift), (0x4000_0000 + page * 0x1000, 12));
+        assert_eq!(mapping.permissions == CLOSED, page == 20);
+    }
+    // With FEAT_BBM nothing is absent in between.
+    let direct = arm::Caps { direct_resize: Feature::On, ..arm::Caps::FULL };
+    assert!(!<Second<12, 40> as Format>::break_before_make(&direct));
 }

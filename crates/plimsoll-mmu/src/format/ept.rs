@@ -157,7 +157,7 @@ fn encode_permissions(permissions: Permissions, caps: &Caps) -> Result<u64, Unen
     let can = |permission| permissions.contains(permission);
     let (read, write, execute) = (can(Permissions::READ), can(Permissions::WRITE), can(Permissions::EXECUTE));
     let possible = read || (execute && !write && caps.execute_only == Feature::On);
-    if !possible || !can(Permissions::USER) {
+    if !possible || permissions.execute_differs() || !can(Permissions::USER) {
         return Err(Unencodable::Permissions(permissions));
     }
     Ok(set(read, READ) | set(write, WRITE) | set(execute, EXECUTE))

@@ -2,6 +2,7 @@
 //!
 //! Enters: the word of an entry, its level, and the processor's capabilities. Leaves: an [`Entry`], or the word again.
 //! Nothing here reads memory, and nothing depends on the processor this is compiled for.
+pub mod arm;
 pub mod ept;
 pub mod riscv;
 pub mod x86;
@@ -26,6 +27,8 @@ pub enum Extension {
     Sign,
     /// Zero.
     Zero,
+    /// One.
+    Ones,
 }
 
 /// A format of page tables, whose entries are words of eight bytes.
@@ -43,15 +46,15 @@ pub trait Format: Copy + fmt::Debug + 'static {
     const PAGE_SHIFT: u32 = 12;
     /// log2 of a table's entries.
     const INDEX_BITS: u32 = 9;
-    /// How many more index bits the root has.
-    const ROOT_EXTRA_BITS: u32 = 0;
+    /// log2 of the root's entries: more than of other tables where roots are joined, fewer where addresses end.
+    const ROOT_BITS: u32 = Self::INDEX_BITS;
     /// What is above the translated bits.
     const EXTENSION: Extension;
     /// How tables are read, where the entry that names one says so.
     const TABLE_MEMORY: Memory = Memory::Physical;
     /// Bits of an input address that are translated.
     const INPUT_BITS: u32 = {
-        let bits = Self::PAGE_SHIFT + Self::INDEX_BITS * Self::LEVELS as u32 + Self::ROOT_EXTRA_BITS;
+        let bits = Self::PAGE_SHIFT + Self::INDEX_BITS * (Self::LEVELS as u32 - 1) + Self::ROOT_BITS;
         assert!(bits < 64, "a format translates less than 64 bits");
         assert!(Self::LEVELS >= 1 && Self::LEVELS as usize <= MAX_LEVELS, "one to five levels");
         bits
@@ -69,6 +72,11 @@ pub trait Format: Copy + fmt::Debug + 'static {
     /// The highest level whose entries may map memory.
     fn largest_leaf(caps: &Self::Caps) -> Level;
 
+    /// Whether an entry that is mapped by other sizes, or to other memory, has to be absent and forgotten in between (Arm).
+    fn break_before_make(_: &Self::Caps) -> bool {
+        false
+    }
+
     /// The root's level.
     fn root() -> Level {
         Level(Self::LEVELS)
@@ -81,8 +89,7 @@ pub trait Format: Copy + fmt::Debug + 'static {
 
     /// Entries of a table of `level`.
     fn entries(level: Level) -> u64 {
-        let extra = if level == Self::root() { Self::ROOT_EXTRA_BITS } else { 0 };
-        1 << (Self::INDEX_BITS + extra)
+        1 << if level == Self::root() { Self::ROOT_BITS } else { Self::INDEX_BITS }
     }
 
     /// Which entry of a table of `level` translates `input`.
@@ -97,8 +104,12 @@ pub trait Format: Copy + fmt::Debug + 'static {
 
     /// The input address with these translated bits.
     fn extend(offset: u64) -> Input {
-        let negative = Self::EXTENSION == Extension::Sign && offset >> (Self::INPUT_BITS - 1) & 1 == 1;
-        Input(if negative { offset | (u64::MAX << Self::INPUT_BITS) } else { offset })
+        let ones = match Self::EXTENSION {
+            Extension::Sign => offset >> (Self::INPUT_BITS - 1) & 1 == 1,
+            Extension::Zero => false,
+            Extension::Ones => true,
+        };
+        Input(if ones { offset | (u64::MAX << Self::INPUT_BITS) } else { offset })
     }
 
     /// Whether the format translates `input` at all (x86-64: it is canonical).
@@ -112,7 +123,7 @@ pub trait Format: Copy + fmt::Debug + 'static {
         Self::accepts(first)
             && Self::accepts(last)
             && last.0 - first.0 < 1 << Self::INPUT_BITS
-            && (Self::EXTENSION == Extension::Zero || first.0 >> 63 == last.0 >> 63)
+            && first.0 >> 63 == last.0 >> 63
     }
 }
 

@@ -61,7 +61,7 @@ enum Stage {
 }
 
 macro_rules! sv {
-    ($(#[$doc:meta])* $name:ident, $text:literal, $levels:literal, $extra:literal, $extension:ident, $stage:ident) => {
+    ($(#[$doc:meta])* $name:ident, $text:literal, $levels:literal, $root:literal, $extension:ident, $stage:ident) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
         pub struct $name;
@@ -70,7 +70,7 @@ macro_rules! sv {
             type Caps = Caps;
             const NAME: &'static str = $text;
             const LEVELS: u8 = $levels;
-            const ROOT_EXTRA_BITS: u32 = $extra;
+            const ROOT_BITS: u32 = $root;
             const EXTENSION: Extension = Extension::$extension;
 
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
@@ -90,27 +90,27 @@ macro_rules! sv {
 
 sv!(
     /// Three levels, 39-bit virtual addresses.
-    Sv39, "RISC-V Sv39", 3, 0, Sign, First
+    Sv39, "RISC-V Sv39", 3, 9, Sign, First
 );
 sv!(
     /// Four levels, 48-bit virtual addresses.
-    Sv48, "RISC-V Sv48", 4, 0, Sign, First
+    Sv48, "RISC-V Sv48", 4, 9, Sign, First
 );
 sv!(
     /// Five levels, 57-bit virtual addresses.
-    Sv57, "RISC-V Sv57", 5, 0, Sign, First
+    Sv57, "RISC-V Sv57", 5, 9, Sign, First
 );
 sv!(
     /// The second stage with three levels: 41-bit guest physical addresses, a root of 16 KiB.
-    Sv39x4, "RISC-V Sv39x4", 3, 2, Zero, Second
+    Sv39x4, "RISC-V Sv39x4", 3, 11, Zero, Second
 );
 sv!(
     /// The second stage with four levels: 50-bit guest physical addresses, a root of 16 KiB.
-    Sv48x4, "RISC-V Sv48x4", 4, 2, Zero, Second
+    Sv48x4, "RISC-V Sv48x4", 4, 11, Zero, Second
 );
 sv!(
     /// The second stage with five levels: 59-bit guest physical addresses, a root of 16 KiB.
-    Sv57x4, "RISC-V Sv57x4", 5, 2, Zero, Second
+    Sv57x4, "RISC-V Sv57x4", 5, 11, Zero, Second
 );
 
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
@@ -223,7 +223,8 @@ fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps, stage: Stage) -> Result<u
     };
     let can = |permission| leaf.permissions.contains(permission);
     let possible = can(Permissions::READ) || (can(Permissions::EXECUTE) && !can(Permissions::WRITE));
-    if !possible || (stage == Stage::Second && !can(Permissions::USER)) {
+    if !possible || leaf.permissions.execute_differs() || (stage == Stage::Second && !can(Permissions::USER))
+    {
         return Err(Unencodable::Permissions(leaf.permissions));
     }
     let pbmt = match leaf.memory {

@@ -211,7 +211,10 @@ const fn low_byte(value: u64) -> u8 {
 fn encode_permissions(permissions: Permissions, caps: &Caps) -> Result<u64, Unencodable> {
     let executable = permissions.contains(Permissions::EXECUTE);
     // Present is readable, and without NX everything can be executed.
-    if !permissions.contains(Permissions::READ) || (!executable && caps.no_execute == Feature::Off) {
+    if !permissions.contains(Permissions::READ)
+        || permissions.execute_differs()
+        || (!executable && caps.no_execute == Feature::Off)
+    {
         return Err(Unencodable::Permissions(permissions));
     }
     let flag = |permission, bit| if permissions.contains(permission) { bit } else { 0 };

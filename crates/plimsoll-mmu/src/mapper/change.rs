@@ -144,7 +144,7 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                     removed += 1;
                 }
                 (Entry::Leaf(_), Some(below)) => {
-                    let next = self.split_entry(level, below, at)?;
+                    let next = self.split_entry(table, level, below, &slot)?;
                     removed += self.clear(next, below, (slot.first, slot.last), dropped)?;
                 }
                 (Entry::Table(next), Some(below)) => {
@@ -203,7 +203,7 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 (Entry::Leaf(leaf), Some(below)) => {
                     // Before the split: permissions that cannot be said change nothing.
                     self.encode(&Entry::Leaf(Leaf { permissions, ..leaf }), level)?;
-                    let next = self.split_entry(level, below, at)?;
+                    let next = self.split_entry(table, level, below, &slot)?;
                     changed += self.permit(next, below, (slot.first, slot.last), permissions)?;
                 }
                 (Entry::Table(next), Some(below)) => {

@@ -10,7 +10,10 @@
 //!
 //! 1. a new table is filled before an entry names it;
 //! 2. an entry is changed by compare-exchange, and once more from what it has become when a processor set a bit in it;
-//! 3. a table that is dropped is kept on a list, linked through its own first word (which reads as absent), until the range
+//! 3. where the format asks for it ([`Format::break_before_make`]), an entry whose sizes change is absent, and its
+//!    translations are forgotten, before it says the new thing: a processor that comes by in between faults, and finds
+//!    everything in place when it tries again;
+//! 4. a table that is dropped is kept on a list, linked through its own first word (which reads as absent), until the range
 //!    has been invalidated; only then its frame is given back.
 mod change;
 mod look;
@@ -140,6 +143,14 @@ struct Slot {
     first: u64,
     last: u64,
     covered: Covered,
+}
+
+impl Slot {
+    /// All that the entry of `level` translates.
+    fn span<F: Format>(&self, level: Level) -> Option<Span> {
+        let shift = F::shift(level);
+        Span::new(F::extend(self.first >> shift << shift), 1 << shift)
+    }
 }
 
 /// Whether a range covers all that an entry translates.
@@ -283,6 +294,12 @@ impl<'a, F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'a, F,
 
     fn take(&mut self, level: Level) -> Result<Output, MapError<M::Error>> {
         self.frames.take(level).ok_or(MapError::Exhausted { level, needed: 1, left: 0 })
+    }
+
+    fn forget(&mut self, span: Option<Span>) {
+        if let Some(span) = span {
+            self.caches.invalidate(span);
+        }
     }
 
     /// Puts a table whose words are all zero on the list.

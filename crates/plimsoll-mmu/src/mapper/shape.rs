@@ -5,6 +5,9 @@ use crate::entry::{Entry, Leaf, Table};
 use crate::format::Format;
 use crate::memory::{Invalidate, TableFrames, TableMemory};
 
+/// The most entries a group has: 128 pages of 16 KiB (Arm).
+const MAX_GROUP: usize = 128;
+
 impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, P, I> {
     /// Splits leaves of `span` until none is at a higher level than `to`. Returns how many were split.
     ///
@@ -61,7 +64,7 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 Entry::Table(next) => next.at,
                 Entry::Leaf(_) => {
                     split += 1;
-                    self.split_entry(level, below, at)?
+                    self.split_entry(table, level, below, &slot)?
                 }
                 _ => continue,
             };
@@ -70,15 +73,19 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         Ok(split)
     }
 
-    /// Replaces the leaf at `at` by a table of leaves that say the same. The caller invalidates.
+    /// Replaces the leaf of `slot` in `table` by a table of leaves that say the same. The caller invalidates.
     pub(super) fn split_entry(
         &mut self,
+        table: Output,
         level: Level,
         below: Level,
-        at: Output,
+        slot: &Slot,
     ) -> Result<Output, MapError<M::Error>> {
+        let at = entry_at(table, slot.index);
+        self.ungroup(table, level, slot, (slot.first, slot.last))?;
         let table = self.take(below)?;
         let word = self.table_word(table, level)?;
+        let breaks = F::break_before_make(&self.caps);
         // Anew from each word that is found: an accessed or dirty bit set meanwhile is in all the parts.
         let result = self.change(level, at, |raw| {
             let Entry::Leaf(leaf) = F::decode(raw, level, &self.caps) else {
@@ -90,12 +97,16 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 let part = self.encode(&Entry::Leaf(part), below)?;
                 self.write(below, entry_at(table, index), part)?;
             }
-            Ok(word)
+            Ok(if breaks { 0 } else { word })
         });
         if let Err(error) = result {
             self.zero(table, below)?;
             self.frames.give(below, table);
             return Err(error);
+        }
+        if breaks {
+            self.forget(slot.span::<F>(level));
+            self.write(level, at, word)?;
         }
         Ok(table)
     }
@@ -107,8 +118,8 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         Ok(())
     }
 
-    /// Where `slot`'s entry is one of a naturally aligned group that maps one run (Svnapot) and the range does not cover
-    /// the group, makes each entry of the group speak for itself. The caller invalidates.
+    /// Where `slot`'s entry is one of a naturally aligned group that maps one run (Svnapot, Arm's contiguous hint) and the
+    /// range does not cover the group, makes each entry of the group speak for itself. The caller invalidates.
     pub(super) fn ungroup(
         &mut self,
         table: Output,
@@ -124,16 +135,44 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         }
         let size = 1 << (leaf.shift - shift);
         let head = slot.index & !(size - 1);
-        for member in 0..size {
+        let alone = |member: u64, found: Leaf| Leaf {
+            output: Output(found.base().0 + (member << shift)),
+            shift,
+            ..found
+        };
+        let mut broken = [0; MAX_GROUP];
+        if F::break_before_make(&self.caps) {
+            for (member, word) in (0..size).zip(&mut broken) {
+                let at = entry_at(table, head + member);
+                if let Entry::Leaf(found) = self.entry(level, at)?.1
+                    && found.shift == leaf.shift
+                {
+                    // Before anything is broken: what cannot be said alone stays as it is.
+                    self.encode(&Entry::Leaf(alone(member, found)), level)?;
+                    *word = 1;
+                }
+            }
+            for (member, word) in (0..size).zip(&mut broken).filter(|(_, word)| **word != 0) {
+                *word = self.write(level, entry_at(table, head + member), 0)?;
+            }
+            self.forget(Span::new(F::extend(begin), 1 << leaf.shift));
+        }
+        for (member, word) in (0..size).zip(broken) {
             let at = entry_at(table, head + member);
-            if let Entry::Leaf(found) = self.entry(level, at)?.1
-                && found.shift == leaf.shift
-            {
-                self.change_leaf(level, at, |leaf| Leaf {
-                    output: Output(leaf.output.0 + (member << shift)),
-                    shift,
-                    ..leaf
-                })?;
+            match word {
+                0 => {
+                    if let Entry::Leaf(found) = self.entry(level, at)?.1
+                        && found.shift == leaf.shift
+                    {
+                        self.change_leaf(level, at, |found| alone(member, found))?;
+                    }
+                }
+                raw => {
+                    if let Entry::Leaf(found) = F::decode(raw, level, &self.caps) {
+                        let word = self.encode(&Entry::Leaf(alone(member, found)), level)?;
+                        self.write(level, at, word)?;
+                    }
+                }
             }
         }
         Ok(())
@@ -205,10 +244,9 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
     ) -> Result<bool, MapError<M::Error>> {
         let Some(leaf) = self.whole(table, level, below)? else { return Ok(false) };
         let word = self.encode(&Entry::Leaf(leaf), level)?;
-        self.write(level, at, word)?;
-        if let Some(span) = Span::new(F::extend(slot.first), slot.last - slot.first + 1) {
-            self.caches.invalidate(span);
-        }
+        let breaks = F::break_before_make(&self.caps);
+        self.write(level, at, if breaks { 0 } else { word })?;
+        self.forget(slot.span::<F>(level));
         // Until then a processor may have set bits in the parts.
         let (mut accessed, mut dirty) = (false, false);
         for index in 0..F::entries(below) {
@@ -217,6 +255,9 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 accessed |= part.accessed;
                 dirty |= part.dirty;
             }
+        }
+        if breaks {
+            self.write(level, at, word)?;
         }
         self.change_leaf(level, at, |leaf| Leaf {
             accessed: leaf.accessed | accessed,
