@@ -63,6 +63,22 @@ impl Cache {
         })
     }
 
+    /// What an access is whose page has the type `page` by the PAT, where physical memory has this type by range registers
+    /// or by EPT (SDM vol. 3, table "Effective Page-Level Memory Types for Pentium III and More Recent Processor
+    /// Families"). UC- is a page's type only: memory that claims it is taken as UC.
+    #[must_use]
+    pub const fn with_page(self, page: Self) -> Self {
+        use Cache::{Uncacheable, UncacheableMinus, WriteBack, WriteCombining, WriteProtected, WriteThrough};
+        match (self, page) {
+            (_, WriteCombining) => WriteCombining,
+            (WriteCombining | WriteProtected, UncacheableMinus) => WriteCombining,
+            (_, Uncacheable | UncacheableMinus) | (Uncacheable | UncacheableMinus, _) => Uncacheable,
+            (memory, WriteBack) => memory,
+            (WriteCombining, _) => Uncacheable,
+            (_, WriteThrough | WriteProtected) => page,
+        }
+    }
+
     /// Its number.
     pub const fn number(self) -> u8 {
         match self {

@@ -4,11 +4,11 @@
 //! Intel SDM vol. 3, "EPT Misconfigurations", "EPT Violations", "Accessed and Dirty Flags for EPT", and table "Exit
 //! Qualification for EPT Violations". Misconfigurations come first, entry by entry; rights are judged over the whole way.
 use crate::address::{Input, Level, Output};
-use crate::entry::{Malformed, Permissions};
+use crate::entry::{Cache, GuestPat, Malformed, Memory, Pat, Permissions};
 use crate::format::ept::{Caps, Ept};
 use crate::format::{Feature, Format};
 use crate::memory::TableMemory;
-use crate::nested::{Purpose, SecondStage};
+use crate::nested::{Nested, Purpose, SecondStage};
 use crate::walk::{Access, Dead, End, Marked, Step, TRIES, Walked, descend, mark};
 use core::fmt;
 
@@ -150,6 +150,21 @@ impl<M: TableMemory> SecondStage for Stage<'_, M> {
             }
         }
         Err(Fault::Contended { input })
+    }
+}
+
+/// The type of an access through both stages, CR0.CD being clear: EPT's stands for that of the range registers, which
+/// have no say, and is combined with the guest's page or is all that counts ("EPT and Memory Typing"). `None` where one of
+/// the leaves is not of its stage, or the PAT has a reserved number.
+pub fn memory_type(nested: &Nested, guest_pat: Pat) -> Option<Cache> {
+    let (Memory::Pat(index), Memory::Ept(memory, combined)) =
+        (nested.first.leaf.memory, nested.second.leaf.memory)
+    else {
+        return None;
+    };
+    match combined {
+        GuestPat::Ignored => Some(memory),
+        GuestPat::Combined => Some(memory.with_page(guest_pat.cache(index)?)),
     }
 }
 

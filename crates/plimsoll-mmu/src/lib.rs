@@ -18,7 +18,7 @@
 //! * x86-64: no 32-bit or PAE paging, no supervisor keys (PKS), no shadow stacks, no SMEP or SMAP exemption for enclaves.
 //!   A change of the tables between a walk and its marks is seen by their words only.
 //! * EPT: four levels; no mode-based execute control, sub-page writes, paging-write, supervisor shadow stacks or #VE.
-//! * NPT: no guest-mode execute trap, no SEV bits in addresses.
+//! * NPT: no guest-mode execute trap, no SEV bits in addresses; the memory types of both stages are not combined.
 //! * The mapper reads groups of pages (Svnapot, Arm's contiguous hint) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
 //! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.
 #![no_std]

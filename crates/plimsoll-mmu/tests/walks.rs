@@ -6,7 +6,9 @@ use plimsoll_mmu::format::ept::{self, Ept};
 use plimsoll_mmu::format::x86::{Caps, Long4, Npt};
 use plimsoll_mmu::nested::{self, Counted, GuestMemory, GuestMemoryFault, NptStage, Purpose, SecondStage};
 use plimsoll_mmu::x86::{self, Control, ErrorCode, Fault, Mode, Registers};
-use plimsoll_mmu::{Access, Feature, Format, Input, Level, Marks, Output, TableMemory, Walked, ept as walk};
+use plimsoll_mmu::{
+    Access, Feature, Format, Input, Level, Marks, Output, Pat, TableMemory, Walked, ept as walk,
+};
 
 const P: u64 = 1;
 const RW: u64 = 2;
@@ -194,6 +196,41 @@ fn four_levels_over_four_take_24_reads() {
     assert_eq!(npt, (Ok(0x20_9010), 24));
     let ept = through_ept(&host(ept_leaf, 7 | 1 << 8), ept::Caps::FULL, Access::Write);
     assert_eq!(ept, (Ok(0x20_9010), 24));
+}
+
+#[test]
+fn memory_types_of_guest_and_ept_combine_as_the_manual_tabulates() {
+    // Columns: the page's type by the PAT, UC, WC, WT, WP, WB, UC-. Rows: EPT's UC, WC, WT, WP, WB.
+    let expected = [
+        (0, [0, 1, 0, 0, 0, 0]),
+        (1, [0, 1, 0, 0, 1, 1]),
+        (4, [0, 1, 4, 5, 4, 0]),
+        (5, [0, 1, 4, 5, 5, 1]),
+        (6, [0, 1, 4, 5, 6, 0]),
+    ];
+    let types = [0u64, 1, 4, 5, 6, 7];
+    for (memory, row) in expected {
+        for (page, effective) in types.into_iter().zip(row) {
+            for ignored in [false, true] {
+                let bits = memory << 3 | u64::from(ignored) << 6;
+                let ram = host(|number| (0x20_0000 + number * 0x1000) | 7 | bits | 3 << 8, 7 | 1 << 8);
+                // The guest's page has index 5: PAT and PWT are set.
+                ram.set(0x20_4000 + 7 * 8, 0x9000 | P | RW | US | A | D | 1 << 7 | 1 << 3);
+                let second = walk::Stage { memory: &ram, root: Output(0x10_0000), caps: ept::Caps::FULL };
+                let guest = GuestMemory { second, memory: &ram };
+                let access = Access::Read;
+                let nested = nested::walk(&guest, access, |memory| guests(memory, Input(0x7010), access));
+                let pat = Pat(Pat::RESET.0 & !(0xff << 40) | page << 40);
+                let found = nested.ok().and_then(|nested| walk::memory_type(&nested, pat));
+                let wanted = if ignored { memory } else { effective };
+                assert_eq!(
+                    found.map(|cache| u64::from(cache.number())),
+                    Some(wanted),
+                    "{memory} {page} {ignored}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
