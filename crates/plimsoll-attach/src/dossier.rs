@@ -76,6 +76,12 @@ impl Dossier {
         self.ram.iter().map(|range| range.hva.len()).sum()
     }
 
+    /// True when something turns rungs off that ends of itself.
+    pub(crate) fn is_passing(&self) -> bool {
+        let of_ranges = self.ram.iter().flat_map(|range| &range.hazards);
+        self.hazards.iter().chain(of_ranges).any(Hazard::is_passing)
+    }
+
     /// The rungs that are allowed for a range of this machine.
     pub fn rungs_of(&self, range: &RamRange) -> Rungs {
         Rungs::under(self.hazards.iter().chain(&range.hazards))

@@ -1,5 +1,6 @@
 //! Keeping up with a machine: its dossier enters, what changed leaves, each time somebody asks. A look at a machine that
-//! did not change costs one read of maps.
+//! did not change costs one read of maps. One that is migrated or served by a userfaultfd is inspected again and again until
+//! that has ended.
 //!
 //! What must never happen: a range that is not the machine's any more goes on being managed. After an exec the same
 //! process with the same start time runs another program over new mappings; that ends the machine as its exit does.
@@ -11,9 +12,12 @@ use crate::inspect::{Request, inspect};
 use crate::ram::RamRange;
 use plimsoll_types::ByteCount;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 /// Smaller mappings are not watched: thread stacks and arenas come and go, RAM blocks are not that small.
 const WATCHED_MIN: ByteCount = ByteCount::mib(16);
+/// Between two inspections of a machine that is in a passing state: each walks its page tables, 10 ms for a GiB or so.
+const PASSING_EVERY: Duration = Duration::from_secs(2);
 
 /// Something that happened to a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +43,7 @@ pub struct Follower {
     request: Request,
     dossier: Dossier,
     fingerprint: u64,
+    inspected: Instant,
     ended: bool,
 }
 
@@ -48,7 +53,7 @@ impl Follower {
         // In this order: what changes in between is seen by the first look.
         let fingerprint = held.fingerprint(WATCHED_MIN)?;
         let dossier = inspect(&held, &request)?;
-        Ok(Self { held, request, dossier, fingerprint, ended: false })
+        Ok(Self { held, request, dossier, fingerprint, inspected: Instant::now(), ended: false })
     }
 
     /// What is known now.
@@ -75,7 +80,8 @@ impl Follower {
 
     fn look(&mut self) -> Result<Vec<Change>, Refusal> {
         let fingerprint = self.held.fingerprint(WATCHED_MIN)?;
-        if fingerprint == self.fingerprint {
+        let may_have_passed = self.dossier.is_passing() && self.inspected.elapsed() >= PASSING_EVERY;
+        if fingerprint == self.fingerprint && !may_have_passed {
             return Ok(Vec::new());
         }
         let program = self.held.program()?.path;
@@ -93,6 +99,7 @@ impl Follower {
             // The same program again, or one that has thrown its machine away.
             return Ok(self.end(Change::Execed { program }));
         }
+        self.inspected = Instant::now();
         let now = match inspect(&self.held, &self.request_without(&gone)) {
             Ok(now) => now,
             Err(_) if !gone.is_empty() => {

@@ -3,6 +3,7 @@
 
 use crate::Refusal;
 use crate::argv::Options;
+use crate::control::ControlError;
 use crate::control::http::Client;
 use crate::control::rest;
 use crate::dossier::{Acceleration, Dossier, Identity};
@@ -10,7 +11,7 @@ use crate::held::{Held, Program, Snapshot};
 use crate::qmp::{Limits, MemoryBackend, Qmp};
 use crate::ram::{FileKind, Finder, Located};
 use crate::rungs::Hazard;
-use crate::vmm::firecracker::{ConfigFile, MachineConfig};
+use crate::vmm::firecracker::{ConfigFile, HotMemory, MachineConfig};
 use crate::vmm::{self, Address, Backing, Block, Claim, Kind, Note, Origin, Protocol, Vmm};
 use plimsoll_linux::cgroup::foreign::{ProcessCgroup, SwapRight};
 use plimsoll_sys::process::{CapabilitySet, effective_capabilities};
@@ -25,6 +26,8 @@ use std::time::Duration;
 
 /// `f_type` of tmpfs (linux/magic.h).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// Where Firecracker tells of memory that can be plugged in.
+const HOTPLUG: &str = "/hotplug/memory";
 /// How long an API may take to tell a machine's memory.
 const API_PATIENCE: Duration = Duration::from_secs(3);
 /// How open files look that give a device access to guest RAM by physical address.
@@ -127,11 +130,12 @@ fn complete(
         (Vmm::Firecracker | Vmm::CloudHypervisor, _) => {}
         _ => return Ok(None),
     }
-    if request.api.is_none() && claim.blocks.iter().all(|block| block.size.is_some()) {
+    let is_told = |block: &Block| block.size.is_some() && block.grows_to.is_none();
+    if request.api.is_none() && claim.blocks.iter().all(is_told) {
         return Ok(None);
     }
-    if let Some(size) = claim.config.as_ref().and_then(|path| configured_size(&held.reach(path))) {
-        claim.blocks.iter_mut().for_each(|block| block.size = Some(size));
+    if let Some(block) = claim.config.as_ref().and_then(|path| configured(&held.reach(path))) {
+        claim.blocks = vec![block];
         return Ok(None);
     }
     let own = claim.sockets.iter().find_map(|socket| match (socket.protocol, &socket.address) {
@@ -150,9 +154,9 @@ fn complete(
     }
 }
 
-fn configured_size(path: &Path) -> Option<ByteCount> {
+fn configured(path: &Path) -> Option<Block> {
     let text = std::fs::read(path).ok()?;
-    serde_json::from_slice::<ConfigFile>(&text).ok()?.machine.size()
+    serde_json::from_slice::<ConfigFile>(&text).ok()?.block()
 }
 
 /// The parts of Cloud Hypervisor's vm.info that matter here.
@@ -170,6 +174,8 @@ struct VmConfig {
 #[derive(Deserialize)]
 struct VmMemory {
     size: u64,
+    hotplug_size: Option<u64>,
+    hotplug_method: Option<String>,
     #[serde(default)]
     shared: bool,
     zones: Option<Vec<VmZone>>,
@@ -179,6 +185,7 @@ struct VmMemory {
 struct VmZone {
     id: String,
     size: u64,
+    hotplug_size: Option<u64>,
     #[serde(default)]
     shared: bool,
     file: Option<PathBuf>,
@@ -190,34 +197,54 @@ fn ask_api(claim: &mut Claim, vmm: Vmm, socket: &Path) -> Result<Option<String>,
     let interface = format!("the {vmm} API at {}", socket.display());
     let mut client = Client::new(socket.to_owned(), interface, API_PATIENCE);
     if vmm == Vmm::Firecracker {
-        let config: MachineConfig = rest::ask(&mut client, rest::Request::get("/machine-config"))?;
-        let size = config.size();
-        claim.blocks.iter_mut().for_each(|block| block.size = size);
+        let machine: MachineConfig = rest::ask(&mut client, rest::Request::get("/machine-config"))?;
+        let hot = match rest::ask::<HotMemory>(&mut client, rest::Request::get(HOTPLUG)) {
+            // It was not configured, or this version does not have it.
+            Err(ControlError::Refused { .. }) => None,
+            told => Some(told?),
+        };
+        let block = ConfigFile::of(machine, hot).block();
+        let absurd = || rest::garbage(&client, rest::Request::get(HOTPLUG), "possible sizes", b"other sizes");
+        claim.blocks = vec![block.ok_or_else(absurd)?];
         return Ok(None);
     }
     let info: VmInfo = rest::ask(&mut client, rest::Request::get("/api/v1/vm.info"))?;
-    let memory = info.config.memory;
-    let whole = VmZone {
-        id: "mem0".to_owned(),
-        size: memory.size,
-        shared: memory.shared,
-        file: None,
-        host_numa_node: None,
-    };
-    let zones = memory.zones.into_iter().flatten().chain([whole]).filter(|zone| zone.size > 0);
-    claim.blocks = zones
-        .map(|zone| Block {
-            size: Some(ByteCount(zone.size)),
-            node: zone.host_numa_node,
-            backing: match zone.file {
-                Some(path) => Backing::File(path),
-                None if zone.shared => Backing::Memfd,
-                None => Backing::Unsaid,
-            },
-            ..Block::unsaid(&zone.id)
-        })
-        .collect();
+    claim.blocks = info.config.memory.blocks();
     Ok(Some(info.state))
+}
+
+impl VmMemory {
+    /// What was plugged in as modules is in the size; what virtio-mem devices may have is mapped from the start.
+    fn blocks(self) -> Vec<Block> {
+        let zones = self.zones.into_iter().flatten().flat_map(|zone| {
+            let hot = zone.hotplug_size.map(ByteCount);
+            let block = Block {
+                size: Some(ByteCount(zone.size)),
+                node: zone.host_numa_node,
+                backing: backing(zone.file, zone.shared),
+                ..Block::unsaid(&zone.id)
+            };
+            let hot = hot.map(|size| block.hot(size));
+            [Some(block), hot].into_iter().flatten()
+        });
+        let size = ByteCount(self.size);
+        let whole = Block { backing: backing(None, self.shared), ..Block::unsaid("mem0") };
+        let whole = match (self.hotplug_size, self.hotplug_method.as_deref().unwrap_or("acpi")) {
+            (None, _) => Block { size: Some(size), ..whole },
+            (Some(_), method) if method.eq_ignore_ascii_case("acpi") => whole.growing(size, ByteCount(0)),
+            (Some(hot), method) => whole.pluggable(size, ByteCount(hot), method),
+        };
+        zones.chain([whole]).filter(|block| block.size != Some(ByteCount(0))).collect()
+    }
+}
+
+/// Private memory is anonymous in newer versions and a private memfd in older ones: unsaid.
+fn backing(file: Option<PathBuf>, is_shared: bool) -> Backing {
+    match file {
+        Some(path) => Backing::File(path),
+        None if is_shared => Backing::Memfd,
+        None => Backing::Unsaid,
+    }
 }
 
 /// Asks QEMU: first whether it is the right one, then for what was plugged in, then whether it migrates.

@@ -25,7 +25,8 @@
 //!   [`Follower`] looks at maps, where flags do not show: memory that is locked later, or registered with a userfaultfd by
 //!   a migration, is seen at the next inspection.
 //! * Memory that was plugged into a QEMU is found only with its QMP socket: from outside a new mapping has no name. What
-//!   was plugged into a Cloud Hypervisor or a Firecracker is not found at all; only `--range` adds it.
+//!   was plugged into a Cloud Hypervisor or a Firecracker is found if all that looks like RAM adds up to what command line
+//!   and API say the machine may have; zones of a Cloud Hypervisor's are found by their sizes only.
 //! * Two blocks of the same size and kind cannot be told apart from outside; both are guest RAM, but their names, and so
 //!   their nodes, are taken from the order of addresses. A [`vmm::Note`] says so.
 //! * Other process-id namespaces are not looked into: processes of containers are seen under this namespace's numbers.

@@ -217,11 +217,14 @@ impl<'a> Finder<'a> {
     pub(crate) fn locate(&self, blocks: &[Block]) -> Result<Located, RamError> {
         let mut found = Located { ranges: Vec::new(), notes: Vec::new() };
         let mut done = vec![false; blocks.len()];
-        for place in 0..blocks.len() {
+        // One that grows gets all that is left.
+        let growing = |place: &usize| blocks[*place].grows_to.is_some();
+        let (last, first): (Vec<usize>, Vec<usize>) = (0..blocks.len()).partition(growing);
+        for place in first.into_iter().chain(last) {
             if done[place] {
                 continue;
             }
-            let key = |block: &Block| (block.size, block.at, block.backing.clone());
+            let key = |block: &Block| (block.size, block.grows_to, block.at, block.backing.clone());
             let alike = |other: &Block| key(other) == key(&blocks[place]);
             let places: Vec<usize> = (place..blocks.len()).filter(|&other| alike(&blocks[other])).collect();
             places.iter().for_each(|&other| done[other] = true);
@@ -288,6 +291,9 @@ impl<'a> Finder<'a> {
             let runs = self.by_looks().into_iter().filter(is_free).collect::<Vec<_>>();
             return if runs.is_empty() { Err(self.not_found(group)) } else { Ok(runs) };
         };
+        if let Some(grown) = block.grows_to.and_then(|most| self.grown(size, most, &is_free)) {
+            return Ok(grown);
+        }
         let fits = |size| {
             let runs = self.exact(size).into_iter().filter(|run| is_free(run) && self.matches(block, run));
             self.prefer_marked(runs.collect())
@@ -383,6 +389,18 @@ impl<'a> Finder<'a> {
             let distinct = above.range().is_some_and(|range| !below.overlaps(range));
             distinct.then(|| vec![below, above])
         })
+    }
+
+    /// All that looks like RAM, if together it has a size from the one to the other.
+    fn grown(
+        &self,
+        least: ByteCount,
+        most: ByteCount,
+        is_free: &dyn Fn(&Run<'_>) -> bool,
+    ) -> Option<Vec<Run<'a>>> {
+        let runs: Vec<Run<'a>> = self.by_looks().into_iter().filter(|run| is_free(run)).collect();
+        let size: ByteCount = runs.iter().map(Run::len).sum();
+        (least <= size && size <= most && !runs.is_empty()).then_some(runs)
     }
 
     /// What looks like RAM: shared memory, or private memory with the layout's mark, in whole MiB.

@@ -113,6 +113,11 @@ pub enum Hazard {
 }
 
 impl Hazard {
+    /// True for one that ends of itself, and shows in no mapping when it does: whoever follows the machine looks again.
+    pub const fn is_passing(&self) -> bool {
+        matches!(self, Self::Migrating { .. } | Self::Userfaultfd)
+    }
+
     /// The rungs that it turns off.
     pub const fn rungs_off(&self) -> &'static [Rung] {
         use Rung::{Balloon, Disk, KernelPaging, ResidentSharing};

@@ -113,6 +113,25 @@ impl Guest {
         Ok(guest)
     }
 
+    /// Starts a QEMU that goes on with the guest that [was saved](Self::save_to) in a file, and waits until it has it.
+    ///
+    /// # Errors
+    /// Nothing is left behind. What QEMU said is in the error.
+    pub fn restore(options: Options, file: &Path) -> Result<Self, GuestError> {
+        let deadline = Instant::now() + options.patience;
+        let mut guest = Self::start_qemu(options, Birth::Migration)?;
+        let uri = format!("exec:cat {}", file.display());
+        guest.monitor()?.call("migrate-incoming", &json!({ "uri": uri }))?;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match guest.monitor()?.event(left)? {
+                Some(event) if event.name == "RESUME" => return Ok(guest),
+                Some(_) => {}
+                None => return Err(GuestError::NotMigrated("unfinished in time".to_owned())),
+            }
+        }
+    }
+
     /// Starts a guest as a domain of libvirt's and waits until it answers.
     ///
     /// # Errors
@@ -235,6 +254,21 @@ impl Guest {
         let fast = json!({ "max-bandwidth": 1_u64 << 30, "downtime-limit": 5000 });
         monitor.call("migrate-set-parameters", &fast)?;
         monitor.call("migrate", &json!({ "uri": uri }))?;
+        Ok(())
+    }
+
+    /// Begins to save the guest to a file, as it is now, while it goes on: QEMU's background snapshot, which ends as a
+    /// [migration](Self::has_migrated) does. At most so many bytes a second are written.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn save_to(&mut self, file: &Path, bytes_per_second: ByteCount) -> Result<(), GuestError> {
+        let monitor = self.monitor()?;
+        let on = |capability| json!({ "capability": capability, "state": true });
+        let capabilities = json!({ "capabilities": [on("events"), on("background-snapshot")] });
+        monitor.call("migrate-set-capabilities", &capabilities)?;
+        monitor.call("migrate-set-parameters", &json!({ "max-bandwidth": bytes_per_second.0 }))?;
+        monitor.call("migrate", &json!({ "uri": format!("exec:cat > {}", file.display()) }))?;
         Ok(())
     }
 

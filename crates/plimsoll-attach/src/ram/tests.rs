@@ -213,6 +213,32 @@ fn a_snapshots_file_under_ram_is_told_by_its_looks() {
 }
 
 #[test]
+fn a_growing_block_has_all_that_looks_like_ram_if_it_adds_up() {
+    let growing =
+        |least, most| Block::unsaid("mem0").growing(ByteCount::mib(least), ByteCount::mib(most - least));
+    let found = |pieces: &[(&str, u64, &str)], blocks: &[Block]| {
+        let found = locate(&laid_out(pieces), RUST_VMM, blocks);
+        found.map(|found| found.ranges.iter().map(|range| range.hva.len().0 >> 20).collect::<Vec<_>>())
+    };
+    let hole = ("_", 1, "");
+    // Not grown, grown by two modules, one of them joined with the first piece; slots that are not accessible yet.
+    assert_eq!(found(&[("anon", 64, "nr")], &[growing(64, 256)]).unwrap(), [64]);
+    assert_eq!(
+        found(&[("anon", 96, "nr"), hole, ("anon", 32, "nr")], &[growing(64, 256)]).unwrap(),
+        [96, 32]
+    );
+    let slots = [("anon", 64, "nr"), ("none", 32, "nr"), ("anon", 32, "nr"), ("none", 32, "nr")];
+    assert_eq!(found(&slots, &[growing(96, 160)]).unwrap(), [64, 32]);
+    // What belongs to another block is not its.
+    let blocks = [growing(64, 96), block("zone, virtio-mem", 48, Backing::Unsaid)];
+    let pieces = [("anon", 64, "nr"), hole, ("anon", 48, "nr"), hole, ("anon", 32, "nr")];
+    assert_eq!(found(&pieces, &blocks).unwrap(), [48, 64, 32]);
+    // Too much: the piece that was there from the start is still known by its size. Too little is not.
+    assert_eq!(found(&[("anon", 64, "nr"), hole, ("anon", 512, "nr")], &[growing(64, 128)]).unwrap(), [64]);
+    assert!(matches!(found(&[("anon", 32, "nr")], &[growing(64, 128)]), Err(RamError::NotFound { .. })));
+}
+
+#[test]
 fn memory_that_cannot_be_swapped_or_is_watched_is_noticed() {
     let hazards = |kind: &str, flags: &str| {
         let text = laid_out(&[(kind, 64, flags)]);

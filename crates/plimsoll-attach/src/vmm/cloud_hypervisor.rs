@@ -1,7 +1,10 @@
 //! Cloud Hypervisor's command line. A machine that was made over its API has only `--api-socket` there; its memory is
 //! told by `GET /api/v1/vm.info`, or by looks.
+//!
+//! What can be plugged in over virtio-mem is mapped from the start, as a piece of its own; what is plugged in as modules
+//! (`hotplug_method=acpi`, the default) is mapped then. The kernel may join private pieces with their neighbours.
 
-use super::{Address, Backing, Block, Claim, ControlSocket, Note, Protocol, name_from_socket};
+use super::{Address, Backing, Block, Claim, ControlSocket, Note, Origin, Protocol, name_from_socket};
 use crate::argv::{Options, Properties};
 use crate::rungs::Hazard;
 use plimsoll_types::ByteCount;
@@ -26,9 +29,6 @@ pub(super) fn claim(options: &Options<'_>) -> Claim {
     {
         notes.push(Note::VhostUser);
     }
-    if options.properties(&["memory"]).any(|memory| memory.get("hotplug_size").is_some()) {
-        notes.push(Note::HotPlug);
-    }
     Claim {
         name,
         uuid: platform.iter().find_map(|one| one.get("uuid").map(str::to_owned)),
@@ -42,14 +42,50 @@ pub(super) fn claim(options: &Options<'_>) -> Claim {
 
 /// `--memory size=0` goes with `--memory-zone`, which then has all.
 fn blocks(options: &Options<'_>) -> Vec<Block> {
-    let memory = options.properties(&["memory"]).map(|memory| block(&memory, DEFAULT_ZONE));
+    let memory = options.properties(&["memory"]).map(|memory| whole(&memory));
     let zones = options.lists(&["memory-zone"]).map(Properties::new);
-    let zones = zones.map(|zone| block(&zone, zone.get("id").unwrap_or("zone")));
+    let zones = zones.flat_map(|zone| {
+        let block = block(&zone, zone.get("id").unwrap_or("zone"));
+        let hot = zone.size("hotplug_size", BYTE).map(|size| block.hot(size));
+        [Some(block), hot].into_iter().flatten()
+    });
     let blocks: Vec<Block> = memory.chain(zones).filter(|block| block.size != Some(ByteCount(0))).collect();
     if !blocks.is_empty() {
         return blocks;
     }
     vec![Block::unsaid(DEFAULT_ZONE)]
+}
+
+/// Memory that is not in zones.
+fn whole(properties: &Properties) -> Block {
+    let block = block(properties, DEFAULT_ZONE);
+    match (block.size, properties.size("hotplug_size", BYTE)) {
+        (Some(size), Some(hot)) => {
+            let method = properties.get("hotplug_method").unwrap_or("acpi");
+            block.pluggable(size, hot, method)
+        }
+        _ => block,
+    }
+}
+
+impl Block {
+    /// The same with what can be plugged in: mapped already, or not yet.
+    pub(crate) fn pluggable(self, size: ByteCount, hot: ByteCount, method: &str) -> Self {
+        match method.eq_ignore_ascii_case("acpi") {
+            true => self.growing(size, hot),
+            false => self.growing(ByteCount(size.0.saturating_add(hot.0)), ByteCount(0)),
+        }
+    }
+
+    /// The virtio-mem device of a zone. It is not in the zone's file.
+    pub(crate) fn hot(&self, size: ByteCount) -> Self {
+        let backing = match &self.backing {
+            Backing::File(_) => Backing::Unsaid,
+            backing => backing.clone(),
+        };
+        let name = format!("{}, virtio-mem", self.name);
+        Self { name, size: Some(size), backing, origin: Origin::Device, ..self.clone() }
+    }
 }
 
 /// Private memory is anonymous in newer versions and a private memfd in older ones: unsaid.
@@ -88,6 +124,30 @@ mod tests {
     }
 
     #[test]
+    fn what_can_be_plugged_in_is_mapped_at_once_or_later() {
+        let bounds = |line: &str| {
+            let blocks = of(line).blocks;
+            let mib = |size: Option<ByteCount>| size.map(|size| size.0 >> 20);
+            blocks
+                .iter()
+                .map(|block| (block.name.clone(), mib(block.size), mib(block.grows_to)))
+                .collect::<Vec<_>>()
+        };
+        let mem0 = |least, most| [("mem0".to_owned(), Some(least), Some(most))];
+        assert_eq!(bounds("ch --memory size=512M,hotplug_size=1G"), mem0(512, 1536));
+        assert_eq!(
+            bounds("ch --memory size=512M,hotplug_size=1G,hotplug_method=virtio-mem"),
+            mem0(1536, 1536)
+        );
+        assert_eq!(
+            bounds(
+                "ch --memory size=0,hotplug_method=virtio-mem --memory-zone id=a,size=64M,hotplug_size=1G"
+            ),
+            [("a".to_owned(), Some(64), None), ("a, virtio-mem".to_owned(), Some(1024), None)]
+        );
+    }
+
+    #[test]
     fn a_machine_made_over_the_api_says_no_size() {
         let claim = of("cloud-hypervisor --api-socket /run/vc/vm/5ab/clh-api.sock");
         assert_eq!((claim.name.as_deref(), claim.blocks[0].size), (Some("5ab"), None));
@@ -99,7 +159,7 @@ mod tests {
             "ch --platform sev_snp=on,uuid=1-2 --memory size=1G,hotplug_size=1G --disk path=/x vhost_user=true,socket=/y",
         );
         assert_eq!(claim.hazards, [Hazard::Confidential { evidence: "--platform sev_snp=on".to_owned() }]);
-        assert_eq!(claim.notes, [Note::VhostUser, Note::HotPlug]);
+        assert_eq!(claim.notes, [Note::VhostUser]);
         assert_eq!(claim.uuid.as_deref(), Some("1-2"));
     }
 }

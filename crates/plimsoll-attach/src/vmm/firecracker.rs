@@ -1,5 +1,8 @@
 //! Firecracker's command line and configuration. The machine's size stands in neither, but in its API
 //! (`GET /machine-config`) or in the file of `--config-file`.
+//!
+//! Memory that can be plugged in (virtio-mem) has its place mapped from the start, of which newer versions make accessible
+//! only the slots that the guest uses.
 
 use super::{Address, Block, Claim, ControlSocket, Protocol, name_from_socket};
 use crate::argv::Options;
@@ -9,6 +12,8 @@ use std::path::Path;
 
 /// Where it listens unless told otherwise.
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
+/// The name of its memory.
+const RAM: &str = "dram";
 /// What it calls itself unless told otherwise.
 const DEFAULT_ID: &str = "anonymous-instance";
 
@@ -23,7 +28,7 @@ pub(super) fn claim(options: &Options<'_>) -> Claim {
     Claim {
         name: id.or_else(|| socket.and_then(|socket| name_from_socket(Path::new(socket)))),
         sockets: socket.map(address).into_iter().collect(),
-        blocks: vec![Block::unsaid("dram")],
+        blocks: vec![Block::unsaid(RAM)],
         config: options.last(&["config-file"]).map(Into::into),
         ..Claim::default()
     }
@@ -41,11 +46,37 @@ impl MachineConfig {
     }
 }
 
+/// Memory that can be plugged in: its configuration, and the answer to `GET /hotplug/memory`.
+#[derive(Deserialize)]
+pub(crate) struct HotMemory {
+    total_size_mib: u64,
+    #[serde(default)]
+    plugged_size_mib: u64,
+}
+
 /// The configuration file.
 #[derive(Deserialize)]
 pub(crate) struct ConfigFile {
     #[serde(rename = "machine-config")]
-    pub(crate) machine: MachineConfig,
+    machine: MachineConfig,
+    #[serde(rename = "memory-hotplug")]
+    hot: Option<HotMemory>,
+}
+
+impl ConfigFile {
+    pub(crate) fn of(machine: MachineConfig, hot: Option<HotMemory>) -> Self {
+        Self { machine, hot }
+    }
+
+    /// The machine's RAM. `None` for sizes that cannot be.
+    pub(crate) fn block(&self) -> Option<Block> {
+        let (block, size) = (Block::unsaid(RAM), self.machine.size()?);
+        let Some(hot) = &self.hot else { return Some(Block { size: Some(size), ..block }) };
+        let bytes = |mib: u64| mib.checked_mul(1 << 20);
+        let (total, plugged) = (bytes(hot.total_size_mib)?, bytes(hot.plugged_size_mib)?);
+        let unplugged = ByteCount(total.checked_sub(plugged)?);
+        Some(block.growing(ByteCount(size.0.checked_add(plugged)?), unplugged))
+    }
 }
 
 #[cfg(test)]
@@ -73,6 +104,22 @@ mod tests {
         let file: ConfigFile =
             serde_json::from_str(r#"{"drives":[],"machine-config":{"vcpu_count":2,"mem_size_mib":1024}}"#)
                 .unwrap();
-        assert_eq!(file.machine.size(), Some(ByteCount(1 << 30)));
+        let block = file.block().unwrap();
+        assert_eq!((block.size, block.grows_to), (Some(ByteCount(1 << 30)), None));
+    }
+
+    #[test]
+    fn memory_that_can_be_plugged_in_grows_the_machine_from_what_is_plugged() {
+        let of = |hot: &str| {
+            let text = format!(r#"{{"machine-config":{{"mem_size_mib":1024}},"memory-hotplug":{hot}}}"#);
+            serde_json::from_str::<ConfigFile>(&text).unwrap().block()
+        };
+        let bounds =
+            |hot| of(hot).map(|block| (block.size.unwrap().0 >> 20, block.grows_to.unwrap().0 >> 20));
+        assert_eq!(bounds(r#"{"total_size_mib":2048}"#), Some((1024, 3072)));
+        assert_eq!(bounds(r#"{"total_size_mib":2048,"plugged_size_mib":128}"#), Some((1152, 3072)));
+        // More than there can be, in the one sense or the other.
+        assert_eq!(bounds(r#"{"total_size_mib":64,"plugged_size_mib":128}"#), None);
+        assert_eq!(bounds(r#"{"total_size_mib":18446744073709551615}"#), None);
     }
 }

@@ -122,6 +122,9 @@ pub(crate) struct Block {
     pub(crate) name: String,
     /// `None`: it has to be told from the mappings.
     pub(crate) size: Option<ByteCount>,
+    /// Memory may have been plugged into it, up to this size, in mappings of their own or joined with others: all that looks
+    /// like RAM is its then, if together it is of a size from the one to the other.
+    pub(crate) grows_to: Option<ByteCount>,
     /// The host's NUMA node that it is bound to.
     pub(crate) node: Option<u32>,
     pub(crate) backing: Backing,
@@ -131,10 +134,24 @@ pub(crate) struct Block {
 }
 
 impl Block {
+    /// The same with a size, and so much that can be plugged into it.
+    pub(crate) fn growing(self, size: ByteCount, pluggable: ByteCount) -> Self {
+        let most = ByteCount(size.0.saturating_add(pluggable.0));
+        Self { size: Some(size), grows_to: Some(most), ..self }
+    }
+
     /// A block that is there from the start, of a size and a kind that are not said.
     pub(crate) fn unsaid(name: &str) -> Self {
-        let (size, node, at) = (None, None, None);
-        Self { name: name.to_owned(), size, node, backing: Backing::Unsaid, origin: Origin::Base, at }
+        let (size, grows_to, node, at) = (None, None, None, None);
+        Self {
+            name: name.to_owned(),
+            size,
+            grows_to,
+            node,
+            backing: Backing::Unsaid,
+            origin: Origin::Base,
+            at,
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use plimsoll_attach::control::ControlError;
 use plimsoll_attach::qmp::{Limits, Qmp, QmpError};
 use plimsoll_attach::vmm::Note;
 use plimsoll_attach::{Change, Follower, Hazard, Refusal, Request, Rung, inspect};
+use plimsoll_sys::HvaRange;
 use plimsoll_types::ByteCount;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde_json::{Value, json};
@@ -330,9 +331,13 @@ fn a_device_that_the_process_has_no_memory_for_is_a_lie() {
     assert!(error.contains("looked for m1 of 32M"), "{error}");
 }
 
-/// Answers one request with that text.
-fn http(answer: String) -> Server {
-    Server::start(1, move |mut stream| {
+/// Answers requests with those texts, one after the other on each connection, and the last again and again.
+fn http(answers: impl Fn(&str) -> String + Send + 'static) -> Server {
+    Server::start(1, move |stream| serve_http(stream, &answers))
+}
+
+fn serve_http(mut stream: UnixStream, answer: &dyn Fn(&str) -> String) {
+    loop {
         let mut request = Vec::new();
         let mut bytes = [0; 512];
         while !request.ends_with(b"\r\n\r\n") {
@@ -341,19 +346,29 @@ fn http(answer: String) -> Server {
                 Ok(count) => request.extend_from_slice(&bytes[..count]),
             }
         }
-        stream.write_all(answer.as_bytes()).unwrap();
-        // The connection stays open, as the VMMs' do.
-        drop(stream.read(&mut bytes));
-    })
+        let text = String::from_utf8(request).unwrap();
+        let path = text.split(' ').nth(1).unwrap();
+        // The connection stays open, as the VMMs' do; the client may have hung up.
+        if stream.write_all(answer(path).as_bytes()).is_err() {
+            return;
+        }
+    }
 }
 
 fn ok(body: &str) -> String {
     format!("HTTP/1.1 200 \r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }
 
+fn bad() -> String {
+    "HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n".to_owned()
+}
+
 #[test]
 fn a_firecracker_tells_its_size_over_its_own_socket_unasked() {
-    let server = http(ok(r#"{"vcpu_count": 1, "mem_size_mib": 64, "smt": false}"#));
+    let server = http(|path| match path {
+        "/machine-config" => ok(r#"{"vcpu_count": 1, "mem_size_mib": 64, "smt": false}"#),
+        _ => bad(),
+    });
     let mut fake = Fake::start("firecracker", &format!("--id fc --api-sock {}", server.socket.display()));
     let place = fake.map(&format!("anonymous {MIB_64}"));
     fake.tell(&format!("memfd other {}", 32 << 20));
@@ -368,7 +383,7 @@ fn a_cloud_hypervisor_made_over_its_api_tells_its_memory() {
         { "id": "z0", "size": MIB_64, "shared": true, "host_numa_node": 0 },
         { "id": "z1", "size": 32 << 20, "shared": true },
     ] } } });
-    let server = http(ok(&info.to_string()));
+    let server = http(move |_| ok(&info.to_string()));
     let mut fake = Fake::start("cloud-hypervisor", &format!("--api-socket {}", server.socket.display()));
     let first = fake.map(&format!("memfd ch_ram {MIB_64}"));
     let second = fake.map(&format!("memfd ch_ram {}", 32 << 20));
@@ -379,14 +394,13 @@ fn a_cloud_hypervisor_made_over_its_api_tells_its_memory() {
 
 #[test]
 fn an_api_that_does_not_answer_is_noted_when_nobody_asked_for_it_and_refused_when_somebody_did() {
-    for answer in [
-        "HTTP/1.1 400 Bad\r\nContent-Length: 0\r\n\r\n".to_owned(),
-        ok("{\"mem_size_mib\": \"many\"}"),
-        "garbage\r\n\r\n".to_owned(),
-        String::new(),
-    ] {
+    for answer in [bad(), ok("{\"mem_size_mib\": \"many\"}"), "garbage\r\n\r\n".to_owned(), String::new()] {
         // With an empty answer the client gives up waiting.
-        let server = http(answer.clone());
+        let served = |answer: &String| {
+            let answer = answer.clone();
+            http(move |_| answer.clone())
+        };
+        let server = served(&answer);
         let mut fake = Fake::start("firecracker", &format!("--api-sock {}", server.socket.display()));
         fake.tell(&format!("anonymous {MIB_64}"));
         let dossier = inspect(&fake.held(), &nothing_known()).unwrap();
@@ -396,7 +410,7 @@ fn an_api_that_does_not_answer_is_noted_when_nobody_asked_for_it_and_refused_whe
             dossier.notes
         );
 
-        let server = http(answer.clone());
+        let server = served(&answer);
         let request = Request { api: Some(server.socket.clone()), ..Request::default() };
         let error = inspect(&fake.held(), &request).unwrap_err();
         assert!(
@@ -411,4 +425,96 @@ fn an_api_that_does_not_answer_is_noted_when_nobody_asked_for_it_and_refused_whe
             "{error}"
         );
     }
+}
+
+/// The ranges of RAM that a machine has now, as the dossier says.
+fn ram(follower: &Follower) -> Vec<HvaRange> {
+    let mut ram: Vec<HvaRange> = follower.dossier().ram.iter().map(|range| range.hva).collect();
+    ram.sort_by_key(|range| range.start());
+    ram
+}
+
+fn sorted<const N: usize>(mut ranges: [HvaRange; N]) -> [HvaRange; N] {
+    ranges.sort_by_key(|range| range.start());
+    ranges
+}
+
+#[test]
+fn memory_that_is_plugged_into_a_cloud_hypervisor_is_found_by_what_its_api_says() {
+    let size = Arc::new(Mutex::new(MIB_64));
+    let told = Arc::clone(&size);
+    let server = Server::start(3, move |stream| {
+        serve_http(stream, &|_| {
+            let memory = json!({ "size": *told.lock().unwrap(), "shared": true, "hotplug_size": 1 << 30,
+                "hotplug_method": "Acpi" });
+            ok(&json!({ "state": "Running", "config": { "memory": memory } }).to_string())
+        });
+    });
+    let socket = server.socket.display();
+    let line = format!("--api-socket {socket} --memory size=64M,shared=on,hotplug_size=1G");
+    let mut fake = Fake::start("cloud-hypervisor", &line);
+    let base = fake.map(&format!("memfd ch_ram {MIB_64}"));
+    let mut follower = Follower::new(fake.held(), nothing_known()).unwrap();
+    assert_eq!(ram(&follower), [base]);
+
+    let plugged = fake.map(&format!("memfd ch_ram {}", 32 << 20));
+    *size.lock().unwrap() += 32 << 20;
+    let changes = follower.poll().unwrap();
+    assert!(matches!(&changes[..], [Change::Came(range)] if range.hva == plugged), "{changes:?}");
+    assert_eq!(ram(&follower), sorted([base, plugged]));
+
+    // A mapping that the machine's size leaves no room for is none of its RAM.
+    fake.tell(&format!("memfd other {}", 16 << 20));
+    let error = follower.poll().unwrap_err().to_string();
+    assert!(error.contains("mem0 of 96M"), "{error}");
+    assert_eq!(ram(&follower), sorted([base, plugged]));
+}
+
+#[test]
+fn memory_that_is_plugged_into_a_cloud_hypervisor_that_does_not_answer_is_found_by_its_mapping() {
+    let mut fake = Fake::start("cloud-hypervisor", "--memory size=64M,shared=on,hotplug_size=48M");
+    let base = fake.map(&format!("memfd ch_ram {MIB_64}"));
+    let mut follower = Follower::new(fake.held(), nothing_known()).unwrap();
+    assert_eq!(ram(&follower), [base]);
+    let plugged = fake.map(&format!("memfd ch_ram {}", 32 << 20));
+    follower.poll().unwrap();
+    assert_eq!(ram(&follower), sorted([base, plugged]));
+    // More than it may have: what else there is cannot be told from its RAM, which is kept as it was.
+    fake.tell(&format!("memfd other {}", 32 << 20));
+    follower.poll().unwrap();
+    assert!(ram(&follower).contains(&base));
+}
+
+#[test]
+fn slots_that_are_plugged_into_a_firecracker_are_found_and_those_unplugged_are_not() {
+    const SLOT: u64 = 32 << 20;
+    let plugged = Arc::new(Mutex::new(0));
+    let told = Arc::clone(&plugged);
+    let server = Server::start(3, move |stream| {
+        serve_http(stream, &|path| match path {
+            "/machine-config" => ok(r#"{"vcpu_count": 1, "mem_size_mib": 64}"#),
+            "/hotplug/memory" => {
+                ok(&json!({ "total_size_mib": 128, "slot_size_mib": 32, "block_size_mib": 2,
+                "plugged_size_mib": *told.lock().unwrap(), "requested_size_mib": 128 })
+                .to_string())
+            }
+            _ => bad(),
+        });
+    });
+    let mut fake = Fake::start("firecracker", &format!("--id fc --api-sock {}", server.socket.display()));
+    let base = fake.map(&format!("anonymous {MIB_64}"));
+    let mut follower = Follower::new(fake.held(), nothing_known()).unwrap();
+    assert_eq!(ram(&follower), [base]);
+
+    // The guest uses two blocks of a slot, which is accessible as a whole.
+    let slot = fake.map(&format!("anonymous {SLOT}"));
+    *plugged.lock().unwrap() = 4;
+    follower.poll().unwrap();
+    assert_eq!(ram(&follower), sorted([base, slot]));
+
+    fake.tell("unmap");
+    *plugged.lock().unwrap() = 0;
+    let changes = follower.poll().unwrap();
+    assert!(matches!(&changes[..], [Change::Went(range)] if range.hva == slot), "{changes:?}");
+    assert_eq!(ram(&follower), [base]);
 }

@@ -65,6 +65,19 @@ pub struct Totals {
     pub refaults: PageCount,
 }
 
+impl std::ops::Add for Totals {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            periods: self.periods + other.periods,
+            taken: self.taken + other.taken,
+            sampled: self.sampled + other.sampled,
+            refaults: self.refaults + other.refaults,
+        }
+    }
+}
+
 /// One machine. One thread drives it; different machines may have different threads.
 ///
 /// ```no_run

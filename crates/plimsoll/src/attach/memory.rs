@@ -14,6 +14,8 @@ use std::time::Instant;
 pub(super) struct Memory {
     /// `None` where nothing may be taken.
     pub(super) managed: Option<KernelMachine>,
+    /// What was done before the last time nothing could be taken.
+    past: Totals,
     rest: Counter,
     /// What was last seen of the rest.
     counted: Usage,
@@ -22,7 +24,7 @@ pub(super) struct Memory {
 impl Memory {
     pub(super) fn open(held: &Held, dossier: &Dossier) -> Result<Self, String> {
         let rest = Counter::open(held.pidfd(), unmanageable(dossier)).map_err(|error| explain(&error))?;
-        let mut memory = Self { managed: None, rest, counted: Usage::default() };
+        let mut memory = Self { managed: None, past: Totals::default(), rest, counted: Usage::default() };
         memory.follow(held, dossier)?;
         Ok(memory)
     }
@@ -32,7 +34,10 @@ impl Memory {
         let failed = |error: KernelError| explain(&error);
         let ranges = manageable(dossier);
         match &mut self.managed {
-            _ if ranges.is_empty() => self.managed = None,
+            _ if ranges.is_empty() => {
+                self.past = self.totals();
+                self.managed = None;
+            }
             Some(machine) if machine.ranges().eq(ranges.iter().copied()) => {}
             Some(machine) => machine.set_ranges(ranges).map_err(failed)?,
             none => {
@@ -60,7 +65,7 @@ impl Memory {
     }
 
     pub(super) fn totals(&self) -> Totals {
-        self.managed.as_ref().map(KernelMachine::totals).unwrap_or_default()
+        self.past + self.managed.as_ref().map(KernelMachine::totals).unwrap_or_default()
     }
 }
 

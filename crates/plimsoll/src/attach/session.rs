@@ -146,7 +146,7 @@ impl Session {
     /// Does what is to be done now, and says when to come again.
     fn turn(&mut self, settings: &Settings, view: &mut View) -> Result<Instant, End> {
         let now = Instant::now();
-        if self.keep_up(view, now)? == Phase::Running {
+        if self.keep_up(view, now)? != Phase::None {
             return Ok(now + ASK_EVERY);
         }
         if now >= self.look_at {
@@ -155,7 +155,7 @@ impl Session {
         Ok(if self.migration.is_asking() { self.look_at.min(now + ASK_EVERY) } else { self.look_at })
     }
 
-    /// Follows the machine's memory and its migration. While one is under way nothing may be taken.
+    /// Follows the machine's memory and its migration. While one is, or may be, under way nothing may be taken.
     fn keep_up(&mut self, view: &mut View, now: Instant) -> Result<Phase, End> {
         if let Some(error) = view.broken() {
             return Err(End::Failed(format!("nobody reads what is said: {error}")));
@@ -169,6 +169,11 @@ impl Session {
             Phase::Completed => return Err(End::Migrated),
             Phase::Running => {
                 let what = "it is being migrated: nothing is taken until that has ended";
+                self.tell(view, Some(what.to_owned()));
+            }
+            Phase::Unknown => {
+                let what = "nothing is taken until its monitor answers: it may be saving or loading a snapshot, or \
+                            another client has the monitor";
                 self.tell(view, Some(what.to_owned()));
             }
             Phase::None => self.tell(view, unseen),
@@ -252,7 +257,7 @@ impl Session {
     ) -> Result<(), End> {
         loop {
             let now = Instant::now();
-            if self.keep_up(view, now)? != Phase::Running {
+            if self.keep_up(view, now)? == Phase::None {
                 let Some(machine) = &mut self.memory.managed else { return Ok(()) };
                 let more = machine.reclaim(wanted.saturating_sub(got.taken), now)?;
                 let may_go_on = goes_on(&more);

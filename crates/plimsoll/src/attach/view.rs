@@ -139,6 +139,7 @@ fn once(wanted: PageCount, got: &plimsoll_linux::reclaimer::Reclaimed) -> String
     let (wanted, taken) = (wanted.bytes(), got.taken.bytes());
     match &got.short {
         Some(short) if taken < wanted => format!("took {taken} of {wanted}: {}", explain(short)),
+        None if taken < wanted => format!("took {taken} of {wanted}"),
         _ => format!("took {taken}"),
     }
 }

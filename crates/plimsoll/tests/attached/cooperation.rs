@@ -1,30 +1,16 @@
 //! Guests that give and take memory when they are asked, by the unmodified drivers of a stock kernel.
 use crate::liar::{Liar, Lie};
-use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, bytes, can, sweep};
+use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, backed, bytes, can, sweep};
 use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_stock::{Command, Guest, Libvirt, Options};
 use plimsoll_sys::ProcessId;
-use plimsoll_sys::pagemap::{Entry, Pagemap};
 use plimsoll_sys::procfs::smaps_rollup;
-use plimsoll_types::{ByteCount, PageCount};
+use plimsoll_types::ByteCount;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 /// Between two looks at a condition that is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-
-/// Guest RAM that is in the host's memory, and in its swap.
-fn backed(guest: &Guest) -> (ByteCount, ByteCount) {
-    let pagemap = Pagemap::open(guest.process()).unwrap();
-    let (mut entries, mut present, mut swapped) = (Vec::new(), PageCount(0), PageCount(0));
-    for range in guest.ram().unwrap() {
-        pagemap.read(range, &mut entries).unwrap();
-        let count = |flag: Entry| entries.iter().filter(|entry| entry.contains(flag)).count();
-        present += PageCount(count(Entry::PRESENT).try_into().unwrap());
-        swapped += PageCount(count(Entry::SWAPPED).try_into().unwrap());
-    }
-    (present.bytes(), swapped.bytes())
-}
 
 fn present(guest: &Guest) -> ByteCount {
     backed(guest).0

@@ -10,3 +10,4 @@ mod manager;
 mod migration;
 mod plug;
 mod share;
+mod snapshot;

@@ -1,7 +1,8 @@
 //! What the tests need from this machine: guests, swap, and `plimsoll attach` as a process that is read line by line.
 pub(crate) use crate::machine::{alone, can, swap};
 use plimsoll_stock::{Command, Counts, Guest};
-use plimsoll_types::ByteCount;
+use plimsoll_sys::pagemap::{Entry, Pagemap};
+use plimsoll_types::{ByteCount, PageCount};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, ExitStatus, Stdio};
@@ -29,6 +30,19 @@ pub(crate) fn sweep(guest: &mut Guest) {
     assert_eq!(wrong, 0, "{:?}", guest.console().wrongs());
     let report = guest.console().report(PATIENCE).unwrap();
     assert_eq!(report.wrong, 0, "{:?}", guest.console().wrongs());
+}
+
+/// Guest RAM that is in the host's memory, and in its swap.
+pub(crate) fn backed(guest: &Guest) -> (ByteCount, ByteCount) {
+    let pagemap = Pagemap::open(guest.process()).unwrap();
+    let (mut entries, mut present, mut swapped) = (Vec::new(), PageCount(0), PageCount(0));
+    for range in guest.ram().unwrap() {
+        pagemap.read(range, &mut entries).unwrap();
+        let count = |flag: Entry| entries.iter().filter(|entry| entry.contains(flag)).count();
+        present += PageCount(count(Entry::PRESENT).try_into().unwrap());
+        swapped += PageCount(count(Entry::SWAPPED).try_into().unwrap());
+    }
+    (present.bytes(), swapped.bytes())
 }
 
 /// A run of `plimsoll`, whose lines of JSON are read.
