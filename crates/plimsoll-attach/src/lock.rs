@@ -1,11 +1,13 @@
 //! One manager for one machine: a process that is held enters, a lock that lasts as long as this process at most leaves.
 //!
 //! The lock is flock(2) on `PID-START.lock`, so it goes with its holder however that ends, and a file that is left over
-//! holds nobody. The file's text, the holder's number, is for the message only.
+//! holds nobody; those of machines that have ended are removed by the next manager. The file's text, the holder's number, is
+//! for the message only.
 
 use crate::Refusal;
 use crate::held::Held;
 use plimsoll_sys::ProcessId;
+use plimsoll_sys::procfs::{self, StartTime};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, mkdir, open, openat};
 use rustix::io::Errno;
 use std::fs::{self, File};
@@ -39,7 +41,10 @@ impl AttachLock {
         let path = folder.join(&name);
         for _ in 0..TRIES {
             match try_lock(&directory, &name) {
-                Ok(Locked::Ours(file)) => return Ok(Self { path, _file: file }),
+                Ok(Locked::Ours(file)) => {
+                    sweep(folder, &directory);
+                    return Ok(Self { path, _file: file });
+                }
                 Ok(Locked::Theirs(holder)) => {
                     return Err(Refusal::AlreadyAttached { process: held.process(), holder });
                 }
@@ -85,6 +90,28 @@ fn try_lock(directory: &OwnedFd, name: &str) -> io::Result<Locked> {
     file.rewind()?;
     write!(file, "{}", ProcessId::own().get())?;
     Ok(Locked::Ours(file))
+}
+
+/// Removes what killed managers have left of machines that have ended.
+fn sweep(folder: &Path, directory: &OwnedFd) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some((name, (process, start))) = name.to_str().and_then(|name| Some((name, machine_of(name)?)))
+        else {
+            continue;
+        };
+        let has_ended = procfs::start_time(process).map_or(true, |now| now != start);
+        // One that is held is its holder's to remove.
+        if has_ended && let Ok(Locked::Ours(_held)) = try_lock(directory, name) {
+            drop(fs::remove_file(entry.path()));
+        }
+    }
+}
+
+/// Whose lock a file of that name is.
+fn machine_of(name: &str) -> Option<(ProcessId, StartTime)> {
+    let (process, start) = name.strip_suffix(".lock")?.split_once('-')?;
+    Some((ProcessId::new(process.parse().ok()?)?, StartTime(start.parse().ok()?)))
 }
 
 /// Who holds the lock, as far as the file says: it may just be written.

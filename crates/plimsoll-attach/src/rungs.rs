@@ -77,6 +77,9 @@ pub enum Hazard {
         /// The cgroup's directory.
         cgroup: String,
     },
+    /// There is nowhere to page to. Nothing of the machine's: it is for whoever shows a dossier.
+    #[error("this host has no swap: set it up with `plimsoll host prepare`, or add some of your own")]
+    NoSwap,
     /// Somebody serves the faults of guest RAM.
     #[error(
         "a userfaultfd is registered on guest RAM: a postcopy migration, a background snapshot, a lazy restore or a \
@@ -132,7 +135,9 @@ impl Hazard {
             Self::HugeTlb => &[Balloon, ResidentSharing, KernelPaging, Disk],
             Self::DiskFile { .. } => &[ResidentSharing, KernelPaging, Disk],
             Self::SharedPages => &[ResidentSharing],
-            Self::SwapForbidden { .. } | Self::MissingCapability { .. } => &[KernelPaging, Disk],
+            Self::SwapForbidden { .. } | Self::NoSwap | Self::MissingCapability { .. } => {
+                &[KernelPaging, Disk]
+            }
         }
     }
 }

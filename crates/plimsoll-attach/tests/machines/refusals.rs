@@ -191,6 +191,24 @@ fn a_machine_has_one_manager_at_a_time() {
 }
 
 #[test]
+fn locks_of_machines_that_have_ended_are_removed_and_no_others() {
+    let fake = Fake::start("qemu-system-x86_64", "-m 64");
+    let folder = fake.folder.path().join("attach");
+    let (process, start) = (fake.process().get(), fake.held().start().0);
+    let other = Fake::start("qemu-system-x86_64", "-m 64");
+    let running = AttachLock::acquire_in(&folder, &other.held()).unwrap();
+    // Of a number that has another process now, of one that nobody has, and of none.
+    let stale = [format!("{process}-{}.lock", start - 1), "4194304-7.lock".to_owned()];
+    for name in stale.iter().map(String::as_str).chain(["notes.txt", "x-1.lock"]) {
+        fs::write(folder.join(name), "1").unwrap();
+    }
+    let held = AttachLock::acquire_in(&folder, &fake.held()).unwrap();
+    assert!(stale.iter().all(|name| !folder.join(name).exists()));
+    assert!(folder.join("notes.txt").exists() && folder.join("x-1.lock").exists());
+    assert!(held.path().exists() && running.path().exists());
+}
+
+#[test]
 fn a_lock_goes_with_the_process_that_held_it() {
     let fake = Fake::start("qemu-system-x86_64", "-m 64");
     let folder = fake.folder.path().join("attach");

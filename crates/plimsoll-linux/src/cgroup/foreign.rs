@@ -66,6 +66,12 @@ impl ProcessCgroup {
         Ok(Self { home: Home::parse(&cgroups, &read("/proc/self/mountinfo".as_ref())?)? })
     }
 
+    /// One of v2 in that directory, without looking.
+    #[cfg(test)]
+    pub(crate) fn v2_at(path: &Path) -> Self {
+        Self { home: Home { version: Version::V2, mount: path.to_owned(), path: path.to_owned() } }
+    }
+
     /// Its directory.
     pub fn path(&self) -> &Path {
         &self.home.path

@@ -10,7 +10,7 @@ use plimsoll_sys::HvaRange;
 use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process_memory::may_advise;
-use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount, PageIndex};
 use std::time::{Duration, Instant};
 
 /// How often a machine is looked at that does something.
@@ -32,6 +32,8 @@ const IDLE_REFAULTS: u64 = 64;
 pub(super) const AHEAD: u32 = 32;
 /// Blocks looked at in a period, after faults, for pages that came back.
 const RETURN_LOOKS: u32 = 512;
+/// Pages that one fault of the machine may bring: the kernel reads no more ahead.
+const READ_AHEAD_MAX: u64 = 32;
 /// Periods after which the machine's cgroup is looked up anew.
 const CGROUP_PERIODS: u64 = 16;
 
@@ -114,6 +116,8 @@ pub struct KernelMachine {
     period: Duration,
     ticked: Instant,
     due: Instant,
+    /// Pages drawn for the period.
+    drawn: Vec<PageIndex>,
     /// Whether memory was wanted since the last tick.
     is_pressed: bool,
     /// The next block to look at for pages that came back, and for collapsing.
@@ -149,6 +153,7 @@ impl KernelMachine {
             period: PERIOD,
             ticked: now,
             due: now,
+            drawn: Vec::new(),
             is_pressed: false,
             returning: 0,
             collapsing: 0,
@@ -228,9 +233,15 @@ impl KernelMachine {
         self.check_alive()?;
         self.totals.periods += 1;
         if self.totals.periods.is_multiple_of(CGROUP_PERIODS) {
-            self.cgroup = ProcessCgroup::of(self.process.process()).ok();
+            let cgroup = ProcessCgroup::of(self.process.process()).ok();
+            if cgroup != self.cgroup {
+                self.watch.follow(cgroup.as_ref());
+                self.cgroup = cgroup;
+            }
         }
         self.view.forget();
+        let came_back = self.watch.came_back()?;
+        self.leave_out_what_was_read_back(came_back)?;
         let drawn = self.known.block_count().saturating_mul(BLOCK_PAGES / SAMPLED_ONE_IN);
         let count = drawn.clamp(SAMPLES_MIN, SAMPLES_MAX);
         let (view, ahead) = (&mut self.view, sampling_ahead(&self.known));
@@ -238,7 +249,8 @@ impl KernelMachine {
             Ok::<_, KernelError>(view.look(page.block(), ahead)?.present.contains(page))
         })?;
         let length = now.saturating_duration_since(std::mem::replace(&mut self.ticked, now));
-        let signs = self.watch.read(length, samples.used)?;
+        let refaults = came_back.saturating_sub(PageCount(u64::from(samples.used)));
+        let signs = self.watch.signs(length, refaults);
         let verdict = self.pace.judge(signs);
         if signs.refaults.0 > 0 {
             self.look_for_returned()?;
@@ -246,10 +258,27 @@ impl KernelMachine {
         let (sampled, short) = self.take_samples(&samples.drawn, ahead)?;
         self.totals.sampled += sampled;
         self.totals.refaults += signs.refaults;
-        let Samples { judged, used, .. } = samples;
+        let Samples { judged, used, drawn } = samples;
+        self.drawn = drawn;
         let is_idle = used * IDLE_SHARE <= judged && signs.refaults.0 <= IDLE_REFAULTS;
         self.set_rhythm(is_idle, now);
         Ok(Tick { judged, used, refaults: signs.refaults, verdict, sampled, short })
+    }
+
+    /// Somebody who takes swap away has the kernel read back all that is in it: samples are in RAM then that the machine did
+    /// not touch. More of them than its faults can have brought tell nothing, and nor do those that are still away.
+    fn leave_out_what_was_read_back(&mut self, came_back: PageCount) -> Result<(), KernelError> {
+        let ahead = sampling_ahead(&self.known);
+        let mut back = 0;
+        for page in &self.drawn {
+            // Those that were never taken, since something holds them, came back from nowhere.
+            let was_away = self.known.away(page.block()).contains(*page);
+            back += u64::from(was_away && self.view.look(page.block(), ahead)?.present.contains(*page));
+        }
+        if back > (came_back.0 + 1) * READ_AHEAD_MAX {
+            self.drawn.iter().for_each(|page| self.known.stayed(*page));
+        }
+        Ok(())
     }
 
     /// The first period shows nothing, for nothing was taken before it.

@@ -2,9 +2,12 @@
 use crate::guest::Started;
 use crate::steady::attach;
 use crate::{Outcome, outcome, swap};
+use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::kernel::{KernelMachine, PERIOD};
 use plimsoll_linux::reclaimer::Reclaimer;
-use plimsoll_sys::HvaRange;
+use plimsoll_sys::pagemap::{Entry, Pagemap};
+use plimsoll_sys::process_memory::{Advice, advise};
+use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{ByteCount, Hva, PageCount};
 use rustix::time::{ClockId, clock_gettime};
 use std::time::{Duration, Instant};
@@ -46,6 +49,59 @@ pub(crate) fn throughput() -> Outcome {
         assert!(ratio > 0.85, "sampling costs the guest {:.1} %", (1.0 - ratio) * 100.0);
         assert_eq!(guest.number("verify"), 0);
         drop(guest);
+        swap.remove().unwrap();
+        Ok(())
+    })
+}
+
+/// What MADV_COLD does that MADV_PAGEOUT does not: nothing leaves by it, and what the kernel itself takes later it takes from
+/// there first. Both halves of a guest that was touched from beginning to end; the younger half is advised.
+pub(crate) fn cold() -> Outcome {
+    const SIZE: ByteCount = ByteCount::mib(64);
+    outcome(|| {
+        let swap = swap(ByteCount::mib(256))?;
+        let cgroup = match MemoryCgroup::create("plimsoll-cold", ProcessId::own()) {
+            Err(error) => return Err(Outcome::Skipped("cgroup", error.to_string())),
+            made => made.unwrap(),
+        };
+        let taken_from = |is_advised: bool| {
+            cgroup.join_self().unwrap();
+            let mut guest = Started::new("private", 64);
+            cgroup.leave_self().unwrap();
+            assert_eq!(guest.number("verify"), 0);
+            let half = ByteCount(SIZE.0 / 2);
+            let younger = HvaRange::new(Hva(guest.ram.start().0 + half.0), half).unwrap();
+            let pagemap = Pagemap::open(guest.id()).unwrap();
+            let present = |range| {
+                let mut entries = Vec::new();
+                pagemap.read(range, &mut entries).unwrap();
+                entries.iter().filter(|entry| entry.contains(Entry::PRESENT)).count()
+            };
+            let start = Instant::now();
+            if is_advised {
+                assert_eq!(advise(&guest.process(), &[younger], Advice::Cold).stop, None);
+            }
+            let each = start.elapsed().as_nanos() / u128::from(half.pages_floor().0);
+            assert_eq!(
+                present(guest.ram),
+                usize::try_from(SIZE.pages_floor().0).unwrap(),
+                "nothing has left"
+            );
+            // The kernel's own reclaim takes a quarter of the guest.
+            cgroup.set_limit(ByteCount(cgroup.used().unwrap().0 - SIZE.0 / 4)).unwrap();
+            let gone =
+                |range: HvaRange| usize::try_from(range.len().pages_floor().0).unwrap() - present(range);
+            let (of_all, of_younger) = (gone(guest.ram), gone(younger));
+            println!(
+                "advised: {is_advised}, {each} ns a page; {of_younger} of the {of_all} taken are younger"
+            );
+            cgroup.set_limit(ByteCount(SIZE.0 * 4)).unwrap();
+            assert_eq!(guest.number("verify"), 0);
+            (of_all, of_younger)
+        };
+        let (_, without) = taken_from(false);
+        let (all, with) = taken_from(true);
+        assert!(with > without && with * 10 > all * 8, "{with} of {all}, {without} without advice");
         swap.remove().unwrap();
         Ok(())
     })

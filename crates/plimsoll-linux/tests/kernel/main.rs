@@ -28,7 +28,7 @@ pub(crate) enum Outcome {
 
 type Test = (&'static str, fn() -> Outcome);
 
-const TESTS: [Test; 16] = [
+const TESTS: [Test; 18] = [
     ("private_memory_is_taken_again_and_again_and_the_hot_set_stays", steady::private),
     ("memfd_memory_is_taken_again_and_again_and_the_hot_set_stays", steady::memfd),
     ("hot_blocks_become_huge_again", steady::collapse),
@@ -38,12 +38,14 @@ const TESTS: [Test; 16] = [
     ("a_stopped_process_is_managed_like_any_other", trouble::stopped),
     ("locked_memory_is_reported_as_held", trouble::locked),
     ("without_swap_nothing_is_taken_and_the_reason_is_given", trouble::no_swap),
+    ("what_is_read_back_because_swap_is_withdrawn_counts_as_used_by_nobody", trouble::withdrawn),
     ("full_swap_is_the_reason_given", trouble::full_swap),
     ("a_cgroup_that_forbids_swap_is_heeded", trouble::forbidden),
     ("without_the_right_attaching_is_refused_and_the_capabilities_are_named", trouble::unprivileged),
     ("taking_is_paced", trouble::paced),
     ("every_source_of_this_kernel_sees_the_hot_set", sources::compare),
     ("sampling_costs_a_busy_guest_little", cost::throughput),
+    ("cold_advice_takes_nothing_and_says_what_the_kernel_takes_first", cost::cold),
     ("two_hundred_idle_machines_cost_little", cost::idle_fleet),
 ];
 

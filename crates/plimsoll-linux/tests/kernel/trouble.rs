@@ -123,6 +123,35 @@ pub(crate) fn no_swap() -> Outcome {
     })
 }
 
+/// Somebody takes the swap away in which the machine's pages are: all of them are read back, and none was touched.
+pub(crate) fn withdrawn() -> Outcome {
+    outcome(|| {
+        let swap = swap(ByteCount::mib(256))?;
+        let mut guest = Started::new("private", 64);
+        let mut machine = attach(&mut guest);
+        for _ in 0..4 {
+            machine.tick(Instant::now()).unwrap();
+        }
+        let used = machine.working_set();
+        let all = guest.ram.len().pages_floor();
+        assert!(used.is_some_and(|used| used.0 < all.0 / 8), "{used:?} of an idle guest");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while machine.usage().unwrap().resident.0 > 64 {
+            assert!(Instant::now() < deadline, "{:?}", machine.usage());
+            machine.reclaim(ALL, Instant::now()).unwrap();
+        }
+        machine.tick(Instant::now()).unwrap();
+        swap.remove().unwrap();
+        assert_eq!(machine.usage().unwrap().resident, all);
+        let tick = machine.tick(Instant::now()).unwrap();
+        println!("{tick:?}; uses {:?} of {all}, {used:?} before", machine.working_set());
+        assert_eq!((tick.judged, tick.used), (0, 0));
+        assert!(machine.working_set() <= used);
+        assert_eq!(guest.number("verify"), 0);
+        Ok(())
+    })
+}
+
 pub(crate) fn full_swap() -> Outcome {
     outcome(|| {
         no_other_swap()?;

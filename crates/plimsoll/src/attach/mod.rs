@@ -13,7 +13,9 @@ mod session;
 mod view;
 
 use budget::Budget;
-use plimsoll_attach::{AttachLock, Discovery, Follower, Held, Refusal, Request, discover, find, parse_range};
+use plimsoll_attach::{
+    AttachLock, Discovery, Follower, Hazard, Held, Refusal, Request, discover, find, parse_range,
+};
 use plimsoll_linux::explain;
 use plimsoll_sys::HvaRange;
 use plimsoll_types::ByteCount;
@@ -72,7 +74,11 @@ fn run(args: &AttachArgs) -> Result<ExitCode, String> {
     let held = Held::reopen(machine.process, machine.start).map_err(refused)?;
     let request = Request { ranges: args.ranges.clone(), qmp: args.qmp.clone(), api: args.api.clone() };
     if args.dry_run {
-        let dossier = plimsoll_attach::inspect(&held, &request).map_err(refused)?;
+        let mut dossier = plimsoll_attach::inspect(&held, &request).map_err(refused)?;
+        if plimsoll_linux::zram::host_swap().is_ok_and(|areas| areas.is_empty()) {
+            // A manager would ask again each time it takes something: swap may be added meanwhile.
+            dossier.hazards.push(Hazard::NoSwap);
+        }
         return shown(args, &dossier.to_string(), &dossier);
     }
     // The lock comes first: a second manager is refused before it asks the machine anything.

@@ -154,6 +154,12 @@ fn without_swap_nothing_is_taken_and_the_reason_is_said() {
         return;
     }
     let mut guest = Guest::start(Options::new(ByteCount::mib(192))).unwrap();
+    let (status, lines, words) = Manager::attach(&[&process(&guest), "--dry-run"]).end();
+    assert!(status.success(), "{words}");
+    for rung in ["kernel-paging", "disk"] {
+        assert!(lines[0]["rungs"][rung].as_str().unwrap().contains("plimsoll host prepare"), "{}", lines[0]);
+    }
+    assert!(lines[0]["rungs"]["resident-sharing"].is_null());
     let (status, lines, words) = Manager::attach(&[&process(&guest), "--reclaim", "16M"]).end();
     assert_eq!(status.code(), Some(1), "less than was asked for is no success: {words}");
     let ended = lines.last().unwrap();
