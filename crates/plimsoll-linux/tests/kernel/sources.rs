@@ -3,8 +3,9 @@ use crate::guest::Started;
 use crate::steady::attach;
 use crate::{Outcome, outcome, swap};
 use plimsoll_linux::kernel::Layout;
-use plimsoll_linux::kernel::source::{IdleBitmap, Source, SourceError};
+use plimsoll_linux::kernel::source::{Damon, IdleBitmap, Source, SourceError};
 use plimsoll_linux::reclaimer::Reclaimer;
+use plimsoll_linux::system::Linux;
 use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_types::{ByteCount, PageCount};
 use std::time::{Duration, Instant};
@@ -27,6 +28,15 @@ pub(crate) fn compare() -> Outcome {
                 println!("the source of idle flags is not compared: {error}")
             }
             Err(error) => panic!("{error}"),
+        }
+        // Its settings are the whole kernel's, so somebody has to say that they may be changed; regions tell no single pages.
+        if std::env::var_os("PLIMSOLL_DAMON").is_none() {
+            println!("DAMON is not compared: PLIMSOLL_DAMON is not set");
+        } else {
+            match Damon::open(&Linux, guest.id(), &layout) {
+                Ok(damon) => sources.push((Box::new(damon), 400)),
+                Err(error) => println!("DAMON is not compared: {error}"),
+            }
         }
         for (source, tolerance) in &mut sources {
             let mut sum = 0;

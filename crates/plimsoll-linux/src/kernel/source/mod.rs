@@ -7,13 +7,21 @@
 //! |---|---|---|---|
 //! | [`KernelMachine`] | pages taken at random, which of them came back | a fault for each sample used | swap |
 //! | [`IdleBitmap`] | the kernel's idle flags, cleared by the accessed bits of page tables | two reads and a write for each 64 frames; no fault | CONFIG_IDLE_PAGE_TRACKING, CAP_SYS_ADMIN |
+//! | [`Damon`] | regions of the address space, each by a page of it that is sampled again and again | a kernel thread, by regions and not by size; no fault | CONFIG_DAMON_VADDR and CONFIG_DAMON_SYSFS, nobody else who uses them |
 //!
-//! **DAMON is not among them.** It judges *regions*, each by one page sampled in it, and tells how often, not which pages:
-//! used pages that lie scattered make their whole region look used. By physical address, the only way kernels without
-//! CONFIG_DAMON_VADDR have, a guest would be as many regions as its frames lie in runs: a guest of 64 MiB had some 10,000 runs
-//! of 16,384 frames after it was taken and came back once (measured in `tests/kernel`), DAMON's default is at most 1,000
-//! regions. And its interface in sysfs has one owner: `nr_kdamonds` cannot be changed while somebody else's runs, as one
-//! does on the machine this was written on.
+//! **What DAMON says is another thing.** It judges *regions*, each by one page sampled in it: used pages that lie scattered
+//! make their whole region look used. By physical address, the only way kernels without CONFIG_DAMON_VADDR have, a guest would
+//! be as many regions as its frames lie in runs: a guest of 64 MiB had some 10,000 runs of 16,384 frames after it was taken and
+//! came back once (measured in `tests/kernel`), DAMON's default is at most 1,000 regions. So there is no source by physical
+//! address, and nothing decides by DAMON.
+//!
+//! On the machine this was written on DAMON was somebody else's and without CONFIG_DAMON_VADDR, and there were no idle flags;
+//! Debian's cloud kernel 6.1 has neither. Both sources are tested against what the kernel's documentation says of its files; on a
+//! kernel that has them, `tests/kernel` compares them with the samples.
+mod damon;
+
+pub use damon::{Damon, KDAMONDS};
+
 use super::layout::Layout;
 use super::{KernelError, KernelMachine};
 use plimsoll_sys::pagemap::{Pagemap, PagemapError};
@@ -23,7 +31,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 /// The kernel's file of idle flags: one bit a frame, in words of 64 in the machine's byte order.
@@ -45,6 +53,27 @@ pub enum SourceError {
     /// The page map cannot be read.
     #[error("cannot see in which frames the machine's pages are")]
     Frames(#[source] PagemapError),
+    /// The kernel has no DAMON, or its files are not mounted.
+    #[error("this kernel has no DAMON that can be set up in sysfs: it needs CONFIG_DAMON_SYSFS")]
+    NoDamon,
+    /// DAMON has an owner.
+    #[error("DAMON is in use, nr_kdamonds is {monitors}: end what uses it")]
+    DamonTaken {
+        /// How many monitors there are.
+        monitors: String,
+    },
+    /// DAMON monitors other things.
+    #[error("this kernel's DAMON does not monitor address spaces of processes: it needs CONFIG_DAMON_VADDR")]
+    NoVirtualAddresses,
+    /// DAMON's files cannot be used.
+    #[error("cannot use DAMON's file {path:?}")]
+    Damon {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// The machine cannot be sampled.
     #[error("cannot sample the machine")]
     Machine(#[source] KernelError),
