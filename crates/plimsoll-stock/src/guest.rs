@@ -113,7 +113,7 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Starts a QEMU that goes on with the guest that [was saved](Self::save_to) in a file, and waits until it has it.
+    /// Starts a QEMU that goes on with the guest that was [saved](Self::save_to), and is in a file now, and waits until it has it.
     ///
     /// # Errors
     /// Nothing is left behind. What QEMU said is in the error.
@@ -257,18 +257,17 @@ impl Guest {
         Ok(())
     }
 
-    /// Begins to save the guest to a file, as it is now, while it goes on: QEMU's background snapshot, which ends as a
-    /// [migration](Self::has_migrated) does. At most so many bytes a second are written.
+    /// Begins to save the guest, as it is now, while it goes on: QEMU's background snapshot, which ends as a
+    /// [migration](Self::has_migrated) does. What is saved goes to whoever listens at `socket`.
     ///
     /// # Errors
     /// When QEMU refuses.
-    pub fn save_to(&mut self, file: &Path, bytes_per_second: ByteCount) -> Result<(), GuestError> {
+    pub fn save_to(&mut self, socket: &Path) -> Result<(), GuestError> {
         let monitor = self.monitor()?;
         let on = |capability| json!({ "capability": capability, "state": true });
         let capabilities = json!({ "capabilities": [on("events"), on("background-snapshot")] });
         monitor.call("migrate-set-capabilities", &capabilities)?;
-        monitor.call("migrate-set-parameters", &json!({ "max-bandwidth": bytes_per_second.0 }))?;
-        monitor.call("migrate", &json!({ "uri": format!("exec:cat > {}", file.display()) }))?;
+        monitor.call("migrate", &json!({ "uri": format!("unix:{}", socket.display()) }))?;
         Ok(())
     }
 

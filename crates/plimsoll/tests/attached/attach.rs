@@ -1,5 +1,6 @@
 //! One machine, attached to, squeezed, and left again.
 use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, bytes, can, swap, sweep, taken};
+use plimsoll_guest::random::Rng;
 use plimsoll_stock::{Backing, Command, Disk, Guest, Libvirt, Options};
 use plimsoll_types::ByteCount;
 use std::sync::Arc;
@@ -96,32 +97,72 @@ fn an_idle_guest_of_libvirts_ends_small_and_answers_at_once_when_touched() {
     ends_small(&mut guest, &name);
 }
 
+/// Managers are killed at random instants while the guest works and is taken from: it goes on, and nothing in it is wrong.
+fn survives_kills(guest: &mut Guest, name: &str, seed: u64) {
+    const KILLS: u32 = 12;
+    /// A manager samples, takes, looks and waits within this.
+    const LIVES_MS_MAX: u64 = 3000;
+    let mut rng = Rng::new(seed);
+    let (mut all, mut before) = (0, guest.console().report(PATIENCE).unwrap());
+    for _ in 0..KILLS {
+        let mut manager = Manager::attach(&[name, "--budget", "48M"]);
+        manager.until("to be attached", |line| line["event"] == "attached");
+        std::thread::sleep(Duration::from_millis(rng.below(LIVES_MS_MAX)));
+        let lines = manager.kill();
+        all += lines
+            .iter()
+            .rev()
+            .find(|line| line["event"] == "period")
+            .map_or(0, |line| bytes(line, "taken_pages"));
+        let now = guest.console().report(PATIENCE).unwrap();
+        assert!(now.operations > before.operations && now.wrong == 0, "seed {seed}: {before:?} {now:?}");
+        before = now;
+    }
+    println!(
+        "seed {seed}: {KILLS} managers killed; {all} pages taken by them; {} operations",
+        before.operations
+    );
+    assert!(all > 4000, "seed {seed}: only {all} pages were taken");
+    sweep(guest);
+}
+
 #[test]
-fn a_machine_notices_nothing_when_its_manager_is_killed() {
-    const KILLS: u64 = 8;
+fn a_machine_notices_nothing_when_its_managers_are_killed() {
     if !can(&STOCK) {
         return;
     }
     let _alone = alone();
     let _swap = swap(ByteCount::mib(512));
     let mut guest = Guest::start(working(41)).unwrap();
-    let (mut all, mut before) = (0, guest.console().report(PATIENCE).unwrap());
-    for round in 0..KILLS {
-        let mut manager = Manager::attach(&[&process(&guest), "--budget", "48M"]);
-        // Killed after another number of steps each time: while it samples, takes, or waits.
-        let mut last = manager.period();
-        for _ in 0..round % 4 * 3 {
-            last = manager.period();
-        }
-        manager.kill();
-        all += bytes(&last, "taken_pages");
-        let now = guest.console().report(PATIENCE).unwrap();
-        assert!(now.operations > before.operations && now.wrong == 0, "{before:?} {now:?}");
-        before = now;
+    let name = process(&guest);
+    survives_kills(&mut guest, &name, 41);
+}
+
+#[test]
+fn a_machine_in_a_memfd_notices_nothing_when_its_managers_are_killed() {
+    if !can(&STOCK) {
+        return;
     }
-    println!("{KILLS} managers killed; {all} pages taken by them");
-    assert!(all > 4000, "only {all} pages were taken");
-    sweep(&mut guest);
+    let _alone = alone();
+    let _swap = swap(ByteCount::mib(512));
+    let mut options = working(44);
+    options.nodes.iter_mut().for_each(|node| node.backing = Backing::Memfd);
+    let mut guest = Guest::start(options).unwrap();
+    let name = process(&guest);
+    survives_kills(&mut guest, &name, 44);
+}
+
+#[test]
+fn a_domain_of_libvirts_notices_nothing_when_its_managers_are_killed() {
+    if !can(&["qemu", "libvirt", "cloud-kernel", "root", "zram"]) {
+        return;
+    }
+    let _alone = alone();
+    let libvirt = Libvirt::start().unwrap();
+    let _swap = swap(ByteCount::mib(512));
+    let mut guest = Guest::start_domain(&libvirt, working(45)).unwrap();
+    let name = guest.domain().unwrap().to_owned();
+    survives_kills(&mut guest, &name, 45);
 }
 
 #[test]

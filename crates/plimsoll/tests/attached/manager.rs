@@ -115,11 +115,15 @@ impl Manager {
         self.until("a period", |line| line["event"] == "period")
     }
 
-    /// Ends it without a word.
-    pub(crate) fn kill(mut self) {
+    /// Ends it without a word, and gives all it has said.
+    pub(crate) fn kill(mut self) -> Vec<Value> {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.reader.take().unwrap().join().unwrap();
+        // Of its last line there may be a part only.
+        let _ = self.reader.take().unwrap().join();
+        let mut lines = std::mem::take(&mut self.seen);
+        lines.extend(self.lines.try_iter());
+        lines
     }
 
     /// Asks it to end, as a terminal does, and reads its last word.

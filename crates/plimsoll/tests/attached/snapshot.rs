@@ -3,15 +3,17 @@ use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, backed, bytes, can, s
 use plimsoll_stock::{Command, Guest, Options};
 use plimsoll_types::ByteCount;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader};
-use std::os::unix::net::UnixStream;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Between two looks at what the machine has in swap.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// What is written of it a second to a file: seconds in all.
-const WRITTEN: ByteCount = ByteCount::mib(4);
+/// What is read of a snapshot between two pauses: it takes seconds in all.
+const PIECE: u64 = 256 << 10;
+const PAUSE: Duration = Duration::from_millis(20);
 
 fn options(seed: u64) -> Options {
     let mut options = Options::new(ByteCount::mib(192));
@@ -177,13 +179,25 @@ fn nothing_is_taken_during_a_background_snapshot_and_it_is_right_when_it_is_rest
     let mut manager = squeezed(&guest);
 
     let before = guest.console().report(PATIENCE).unwrap();
-    guest.save_to(&file, WRITTEN).unwrap();
+    let socket = folder.path().join("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let reader = {
+        let mut file = File::create(&file).unwrap();
+        std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            while std::io::copy(&mut (&stream).take(PIECE), &mut file).unwrap() > 0 {
+                std::thread::sleep(PAUSE);
+            }
+        })
+    };
+    guest.save_to(&socket).unwrap();
     takes_nothing(&mut guest, &mut manager, "is being migrated", |guest| {
         guest.has_migrated(LOOK_EVERY).unwrap()
     });
     takes_more(&mut manager, 1000);
     manager.interrupt();
     sweep(&mut guest);
+    reader.join().unwrap();
     let after = guest.console().report(PATIENCE).unwrap();
     drop(guest);
 
