@@ -357,4 +357,26 @@ mod tests {
             assert_eq!(page, text(number));
         }
     }
+
+    #[test]
+    fn with_work_for_long_it_takes_its_share_of_a_processor_and_no_more() {
+        let (host, domain, _handles) = filled(4000);
+        let domain = Arc::new(domain);
+        let domains = Arc::new(Mutex::new(vec![Arc::downgrade(&domain)]));
+        let (governed, stop, start) = (Governed::default(), AtomicBool::new(false), Instant::now());
+        let how = Housekeeping { cpu_permille: 100, ..WARM };
+        std::thread::scope(|threads| {
+            let keeper =
+                threads.spawn(|| keep(&host, &governed, &domains, how, Zstd::new().unwrap(), &stop));
+            while host.tidied(|tidied| tidied.packed) < 2000 && start.elapsed() < Duration::from_secs(60) {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            stop.store(true, Ordering::Relaxed);
+            keeper.thread().unpark();
+        });
+        let (tidied, elapsed) = (host.tidied(|tidied| *tidied), start.elapsed());
+        assert!(tidied.packed >= 2000, "{tidied:?}");
+        // The last slice has not been rested for, and a slice ends with the step that it is in.
+        assert!(tidied.cpu <= elapsed / 10 + 3 * SLICE, "{:?} of {elapsed:?}", tidied.cpu);
+    }
 }
