@@ -27,6 +27,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+const PAGE_BYTES: u64 = PAGE_SIZE as u64;
 /// Events taken in one read.
 const EVENTS_PER_READ: usize = 64;
 /// How long an agent may take to answer. A block is moved in under a millisecond; a VMM whose cgroup is frozen or
@@ -305,12 +306,16 @@ impl LinuxSpace {
         })
     }
 
-    /// Whether all of a run of slot pages holds bytes. What else its slot holds is seen at the same time: one look costs about
-    /// as much as reading five pages, and the next run is mostly the next one of the slot.
+    /// Whether all of a run of slot pages holds bytes. What else its slot holds is seen at the same time: one look at that costs
+    /// about as much as reading five pages, and the next run is mostly the next one of the slot. A single page is mostly
+    /// one that a guest waits for, and the next such page lies elsewhere.
     fn is_filled(&mut self, run: HvaRange) -> Result<bool, SpaceError> {
         if self.filled.is_none_or(|filled| !filled.contains(run)) {
-            let rest = BLOCK_SIZE as u64 - run.start().0 % BLOCK_SIZE as u64;
-            let look = HvaRange::new(run.start(), ByteCount(rest.max(run.len().0))).unwrap_or(run);
+            let rest = match run.len() {
+                ByteCount(PAGE_BYTES) => PAGE_BYTES,
+                ByteCount(bytes) => bytes.max(BLOCK_SIZE as u64 - run.start().0 % BLOCK_SIZE as u64),
+            };
+            let look = HvaRange::new(run.start(), ByteCount(rest)).unwrap_or(run);
             let mut filled = None;
             let looked_at = self.pagemap()?.populated(look, |found| {
                 filled.get_or_insert(found);
