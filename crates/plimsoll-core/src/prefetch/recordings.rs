@@ -29,9 +29,9 @@ const RECENT_IN_SET: u64 = 6;
 const RECENT_IN_SET_WHOLE: u64 = 4;
 /// A set is worth a replay when this share of it, and at least [`PAGES_MIN`] / 2 pages, is in the store.
 const GONE_SHARE: u32 = 8;
-/// One replayed page in so many is examined: at 62 us a fault and 1.4 us a page in a batch (FACTS) one in 64 costs less
-/// than the batch, which is right for a set that is used whole; one that drifts is examined more.
-const EXAMINE_EVERY: Range<u32> = 16..64;
+/// One replayed page in so many is examined: at 62 us a fault and 1.4 us a page in a batch (FACTS) one in 128 costs a third of
+/// the batch, which is right for a set that is used whole; one that drifts is examined more.
+const EXAMINE_EVERY: Range<u32> = 16..128;
 /// Pages examined of a small set, if one in eight are as many.
 const EXAMINED_MIN: u32 = 16;
 /// A set of which more than this share of the examined was not touched is examined more next time.

@@ -44,6 +44,18 @@ impl Queue {
         soon.or_else(|| self.later.pop_front().map(|run| (run, Evidence::Used)))
     }
 
+    /// The guest has reached a page of a working set before its turn came: what follows it there is next. When its turn
+    /// comes it is not away any more, and passed over.
+    fn hurry(&mut self, page: PageIndex) {
+        // Sets are asked for in the order of their pages. Where two are mixed the page may not be found.
+        let after = self.later.partition_point(|run| run.first <= page);
+        let run = after.checked_sub(1).and_then(|place| self.later.get(place));
+        let rest = run.map_or(0, |run| (run.first.0 + run.pages).saturating_sub(page.0 + 1));
+        if rest > 0 {
+            self.soon.push_front(Run { first: PageIndex(page.0 + 1), pages: rest.min(PIECE) });
+        }
+    }
+
     fn put_back(&mut self, run: Run, evidence: Evidence) {
         match evidence {
             Evidence::Expected => self.soon.push_front(run),
@@ -86,6 +98,7 @@ fn bytes_of<W: Words>(machine: &Machine<W>, page: PageIndex) -> Option<Bytes> {
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// A touch brought the page back: decides what else to bring.
     pub(super) fn look_ahead(&mut self, page: PageIndex) {
+        self.ahead.hurry(page);
         let mut wanted = Vec::new();
         self.prefetch.faulted(page, |page| bytes_of(&self.machine, page).is_some(), &mut wanted);
         self.ahead.add(wanted);
@@ -183,5 +196,29 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.release(object);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(first: u32, pages: u32) -> Run {
+        Run { first: PageIndex(first), pages }
+    }
+
+    #[test]
+    fn what_follows_a_page_that_was_touched_before_its_turn_is_brought_next() {
+        let mut queue = Queue::default();
+        queue.later.extend([run(10, 4), run(100, 900), run(2000, 8)]);
+        for (touched, hurried) in [(2003, run(2004, 4)), (100, run(101, PIECE)), (12, run(13, 1))] {
+            queue.hurry(PageIndex(touched));
+            assert_eq!(queue.next(), Some((hurried, Evidence::Expected)), "page {touched}");
+        }
+        for alone in [9, 13, 14, 1000, 2007] {
+            queue.hurry(PageIndex(alone));
+            assert!(queue.soon.is_empty(), "page {alone}");
+        }
+        assert_eq!(queue.next(), Some((run(10, 4), Evidence::Used)), "a set stays in its order");
     }
 }
