@@ -33,7 +33,8 @@ const NOTES: [&str; 4] = [
      that asks",
     "the bare loop reads one event, copies one page that lies ready in a buffer, and waits as the pager does: awake for up \
      to 100 us after a fault, then in poll; in the row called asleep, in poll only",
-    "in huge-kept the peer is the same guest unmanaged, from which nothing is taken",
+    "in huge-kept the peer is the same guest unmanaged, from which nothing is taken; in sampling-cost it is managed, too, but \
+     never sampled",
     "sixteen-guests compares plimsoll with itself: the peer is one guest, and of the tail the median",
 ];
 
@@ -141,6 +142,9 @@ fn trials() -> Vec<Trial> {
         }),
         Trial::new(vec![higher("fitting-guest", "ops/s", Some(0.95))], |scene| {
             against(scene, special::fitting_unmanaged, special::fitting_managed)
+        }),
+        Trial::new(vec![higher("sampling-cost", "ops/s", Some(0.99))], |scene| {
+            against(scene, special::fitting_unsampled, special::fitting_managed)
         }),
         Trial::new(
             vec![

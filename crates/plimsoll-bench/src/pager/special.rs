@@ -176,8 +176,17 @@ pub(super) fn huge_untouched(scene: &Scene<'_>) -> Result<Sample, BenchError> {
 
 /// What a managed guest does while nobody is short of memory.
 pub(super) fn fitting_managed(scene: &Scene<'_>) -> Result<Sample, BenchError> {
+    fitting(scene, SAMPLE_PERIOD)
+}
+
+/// The same, but no sampling period ends.
+pub(super) fn fitting_unsampled(scene: &Scene<'_>) -> Result<Sample, BenchError> {
+    fitting(scene, Duration::MAX)
+}
+
+fn fitting(scene: &Scene<'_>, sample_period: Duration) -> Result<Sample, BenchError> {
     let mut ours = Ours::start(&guest::busy(scene.mix), scene)?;
-    ours.govern(SAMPLE_PERIOD)?;
+    ours.govern(sample_period)?;
     ours.guest().operations()
 }
 
