@@ -366,8 +366,7 @@ mod tests {
         let (governed, stop, start) = (Governed::default(), AtomicBool::new(false), Instant::now());
         let how = Housekeeping { cpu_permille: 100, ..WARM };
         std::thread::scope(|threads| {
-            let keeper =
-                threads.spawn(|| keep(&host, &governed, &domains, how, Zstd::new().unwrap(), &stop));
+            let keeper = threads.spawn(|| keep(&host, &governed, &domains, how, Zstd::new().unwrap(), &stop));
             while host.tidied(|tidied| tidied.packed) < 2000 && start.elapsed() < Duration::from_secs(60) {
                 std::thread::park_timeout(Duration::from_millis(1));
             }

@@ -115,6 +115,8 @@
 //! # Known holes
 //!
 //! * One thread serves a shard, so its faults are served one after the other. A machine's shards are cut once, by its VMM.
+//! * A host of several NUMA nodes gets as many shards at least, but which node a shard's memory and its threads are on is left to
+//!   the kernel, whose balancing puts a thread near the memory it touches.
 //! * Pages are compressed by the thread that serves their machine, between faults: a fault waits for one page at most.
 //! * A discard that was read and not applied when its manager died, of a block that was left to the kernel in that very turn,
 //!   can make a page that the guest has written since count as absent: it stays in RAM uncharged until it is given back
