@@ -1,4 +1,5 @@
 //! What a soak counted and what it found, for people and (`--json`) for programs.
+use plimsoll_linux::uffd::host::Host;
 use plimsoll_linux::uffd::probe::Step;
 use plimsoll_types::ByteCount;
 use serde::Serialize;
@@ -9,6 +10,8 @@ use std::fmt::Write;
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct Pages {
     pub(super) captured: u64,
+    /// Brought back before they were touched.
+    pub(super) brought_ahead: u64,
     /// Moves that the kernel refused twice.
     pub(super) refused: u64,
     /// Given back by guests.
@@ -24,6 +27,7 @@ pub(super) struct Pages {
 impl std::ops::AddAssign for Pages {
     fn add_assign(&mut self, other: Self) {
         self.captured += other.captured;
+        self.brought_ahead += other.brought_ahead;
         self.refused += other.refused;
         self.discarded += other.discarded;
         self.verified += other.verified;
@@ -55,6 +59,10 @@ pub(super) struct SoakReport {
     pub(super) crashes_not_struck: u64,
     pub(super) guests_killed: u64,
     pub(super) pages: Pages,
+    /// Stored pages that were packed densely.
+    pub(super) packed: u64,
+    /// Stored pages that were moved to empty slabs.
+    pub(super) moved: u64,
     pub(super) wrong_words: u64,
     /// Everything that went wrong; empty when the run passed.
     pub(super) failures: Vec<String>,
@@ -63,6 +71,13 @@ pub(super) struct SoakReport {
 impl SoakReport {
     pub(super) fn crashed(&mut self, step: Step) {
         *self.crashes.entry(format!("{step:?}")).or_default() += 1;
+    }
+
+    /// Adds what the housekeeper of a manager that is gone has done.
+    pub(super) fn tidied(&mut self, host: &Host) {
+        let tidied = host.tidied(|tidied| *tidied);
+        self.packed += tidied.packed;
+        self.moved += tidied.moved;
     }
 
     /// One line while it runs.
@@ -90,7 +105,8 @@ impl SoakReport {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        let Pages { captured, refused, discarded, verified, read_from_outside, anomalies } = self.pages;
+        let Pages { captured, brought_ahead, refused, discarded, verified, read_from_outside, anomalies } =
+            self.pages;
         writeln!(
             out,
             "{} actions: {} takeovers, {} guests killed",
@@ -104,9 +120,10 @@ impl SoakReport {
         }
         writeln!(
             out,
-            "pages: {captured} captured, {refused} refused, {discarded} discarded ({anomalies} of them while in use), \
-             {verified} verified, {read_from_outside} read from outside"
+            "pages: {captured} captured, {brought_ahead} brought ahead, {refused} refused, {discarded} discarded ({anomalies} of \
+             them while in use), {verified} verified, {read_from_outside} read from outside"
         )?;
+        writeln!(out, "in the store: {} packed, {} moved", self.packed, self.moved)?;
         let (budget, peak) = (ByteCount(self.budget_bytes), ByteCount(self.peak_bytes));
         writeln!(out, "budget {budget}, peak {peak} ({})", self.peak_source)?;
         for failure in &self.failures {

@@ -17,6 +17,8 @@ use plimsoll_vmm::config::{AccelChoice, Workload};
 const FOOTPRINT_PERCENT: u64 = 50;
 /// Pages in the pool of pages that guests have in common.
 const POOL_PAGES: u64 = 512;
+/// Machines are cut into so many shards at most.
+const SHARDS: u64 = 2;
 /// The least compressible contents that [`machine`] gives a guest: the budget has to hold them.
 pub(super) const WORST_MIX: Mix = Mix { zero: 10, duplicate: 10, text: 70, random: 10 };
 
@@ -29,6 +31,8 @@ pub(super) enum Action {
     SqueezeOne { guest: usize, ms: u64 },
     /// All guests are.
     SqueezeAll { ms: u64 },
+    /// A guest is put to sleep, goes on all the same, and is woken: what it used last is brought back while it runs.
+    Park { guest: usize, ms: u64 },
     /// Somebody else seems to use that share of the budget: everything is evicted, and faults have to wait.
     Famine { percent: u64, ms: u64 },
     /// All pagers die as soon as one has passed a step that often, and a new manager takes over.
@@ -80,7 +84,8 @@ impl Iterator for Schedule {
 
     fn next(&mut self) -> Option<Action> {
         Some(match self.rng.below(100) {
-            0..10 => Action::Rest { ms: self.between(20, 300) },
+            0..5 => Action::Rest { ms: self.between(20, 300) },
+            5..10 => Action::Park { guest: self.guest(), ms: self.between(20, 400) },
             10..25 => Action::SqueezeOne { guest: self.guest(), ms: self.between(20, 400) },
             25..40 => Action::SqueezeAll { ms: self.between(20, 600) },
             40..50 => Action::Famine { percent: self.between(20, 100), ms: self.between(20, 400) },
@@ -136,6 +141,7 @@ pub(super) fn machine(seed: u64, nth: u64, size: ByteCount, accel: AccelChoice) 
     let workload = Workload { spec, mix, seed: rng.word(), pool_seed: seed, pool_pages: POOL_PAGES };
     let mut config = VmmConfig::new(format!("{kind}{nth}"), size.0, workload);
     config.vcpus = narrow(1 + rng.below(3));
+    config.shards = Some(narrow(1 + rng.below(SHARDS)));
     config.accel = accel;
     // Few slots run out, many do not: both happen.
     config.airlock_slots = narrow(4 + rng.below(size.0 / BLOCK_SIZE as u64 / 4));
@@ -182,7 +188,7 @@ mod tests {
                 steps.push(*step);
             }
         }
-        assert_eq!((kinds.len(), steps.len()), (10, Step::ALL.len()));
+        assert_eq!((kinds.len(), steps.len()), (11, Step::ALL.len()));
     }
 
     #[test]

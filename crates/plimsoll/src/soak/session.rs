@@ -126,6 +126,8 @@ impl<'a> Session<'a> {
             crashes_not_struck: 0,
             guests_killed: 0,
             pages: Pages::default(),
+            packed: 0,
+            moved: 0,
             wrong_words: 0,
             failures: Vec::new(),
         };
@@ -166,6 +168,12 @@ impl<'a> Session<'a> {
             Action::Rest { ms } => self.pass(&manager, ms, Squeeze::Nobody),
             Action::SqueezeOne { guest, ms } => self.pass(&manager, ms, Squeeze::One(guest)),
             Action::SqueezeAll { ms } => self.pass(&manager, ms, Squeeze::All),
+            Action::Park { guest, ms } => {
+                let id = self.seats[guest].id;
+                manager.park(id);
+                self.pass(&manager, ms, Squeeze::Nobody);
+                manager.wake(id);
+            }
             Action::Famine { percent, ms } => {
                 self.phantom_bytes.store(self.plan.budget.0 / 100 * percent, Ordering::Relaxed);
                 self.pass(&manager, ms, Squeeze::Nobody);
@@ -248,13 +256,18 @@ impl<'a> Session<'a> {
         self.look_now(&manager);
         for view in manager.machines() {
             // A manager counts these from its own start.
-            let missing = view.stats.anomalies.missing;
+            let (missing, brought_ahead) = (view.stats.anomalies.missing, view.stats.ahead.brought);
             self.retired.anomalies += missing;
-            self.seats.iter_mut().filter(|seat| seat.id == view.id).for_each(|seat| seat.missing += missing);
+            self.retired.brought_ahead += brought_ahead;
+            for seat in self.seats.iter_mut().filter(|seat| seat.id == view.id) {
+                seat.missing += missing;
+                seat.counts.brought_ahead = 0;
+            }
         }
         let host = Arc::clone(manager.host());
         let vault = manager.stop();
         self.take_incidents(&host);
+        self.report.tidied(&host);
         let alive = self.seats.iter().filter(|seat| !self.killed.contains(&seat.id)).count();
         if vault.machines() < alive {
             self.fail(format!("{} machines were left by a manager of {alive}", vault.machines()));
@@ -501,6 +514,7 @@ impl<'a> Session<'a> {
         // Nobody is left, so nothing is left to hand on.
         drop(manager.stop());
         self.take_incidents(&host);
+        self.report.tidied(&host);
         let Self { plan, accounting, seats, retired, retired_wrong_words, mut report, .. } = self;
         drop(seats);
         report.pages = retired;
@@ -520,5 +534,11 @@ impl<'a> Session<'a> {
 
 /// What is counted from a machine's first manager on.
 fn counts(stats: &MachineStats) -> Pages {
-    Pages { captured: stats.captured, refused: stats.refused, discarded: stats.discarded, ..Pages::default() }
+    Pages {
+        captured: stats.captured,
+        brought_ahead: stats.ahead.brought,
+        refused: stats.refused,
+        discarded: stats.discarded,
+        ..Pages::default()
+    }
 }

@@ -31,9 +31,10 @@ fn soak(seed: Option<u64>, seconds: u64, accel: &str) {
     assert_eq!(number("wrong_words"), 0);
     assert!(number("takeovers") > 0 && number("actions") > 0, "{report}");
     let pages = &report["pages"];
-    for kind in ["captured", "verified"] {
+    for kind in ["captured", "verified", "brought_ahead"] {
         assert!(pages[kind].as_u64().is_some_and(|count| count > 1000), "{kind}: {report}");
     }
+    assert!(number("packed") > 100 && number("moved") > 100, "{report}");
     ended.remove("soak.json");
     ended.expect_nothing_left();
 }
