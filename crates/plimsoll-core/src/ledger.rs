@@ -105,6 +105,9 @@ pub enum Purpose {
     Block,
 }
 
+/// Levels of reclaim are in this many parts of a machine's share: finer than a page of 1 TiB.
+const SHARE: u128 = 1 << 30;
+
 /// What a machine was promised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Terms {
@@ -178,6 +181,8 @@ struct MachineEntry {
     usage: Usage,
     /// What it has been found unable to go below, for now.
     floor: ByteCount,
+    /// What it is to come to; `None` is an equal share.
+    target: Option<ByteCount>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -230,7 +235,8 @@ impl Ledger {
                 hard: self.budget.hard,
             });
         }
-        self.machines.push(MachineEntry { id, group, terms, usage: Usage::default(), floor: ByteCount(0) });
+        let (usage, floor) = (Usage::default(), ByteCount(0));
+        self.machines.push(MachineEntry { id, group, terms, usage, floor, target: None });
         Ok(())
     }
 
@@ -312,11 +318,16 @@ impl Ledger {
         })
     }
 
-    /// True when the machine has more RAM than its reservation and than an equal share of the host's.
+    /// True when the machine has more RAM than its reservation and than its share of the host's.
     fn is_above_share(&self, id: MachineId) -> Result<bool, LedgerError> {
         let machine = &self.machines[self.place_of(id)?];
-        let equal = self.budget.install.0 / self.machines.len().max(1) as u64;
-        Ok(self.ram(id)?.0 > equal.max(machine.terms.reservation.0))
+        Ok(self.ram(id)?.0 > self.share(machine).max(machine.terms.reservation.0))
+    }
+
+    /// What the machine is to come to, if that was said; else an equal share. At least a page, to be divided by.
+    fn share(&self, machine: &MachineEntry) -> u64 {
+        let equal = || self.budget.install.0 / self.machines.len().max(1) as u64;
+        machine.target.map_or_else(equal, |target| target.0).max(PAGE_SIZE as u64)
     }
 
     /// States what a machine holds of a kind now: memory in use already, so there is nothing to refuse. Less than was
@@ -390,10 +401,21 @@ impl Ledger {
         Ok(())
     }
 
+    /// States what a machine is to come to in RAM: what [`reclaim`](Self::reclaim) measures it by. `None` is an equal share.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoSuchMachine`].
+    pub fn set_target(&mut self, id: MachineId, target: Option<ByteCount>) -> Result<(), LedgerError> {
+        let place = self.place_of(id)?;
+        self.machines[place].target = target;
+        Ok(())
+    }
+
     /// How many pages each machine should give up, if the host is above its high mark: enough to come down to `target`,
-    /// which is the low mark unless the machines only trade pages among each other. The machines that use most give
-    /// first, down to a common level, and nobody goes below its reservation; so a machine that grows at full speed is the
-    /// one that pays for it. A machine that is `spared` gives nothing.
+    /// which is the low mark unless the machines only trade pages among each other. The machines that use most of their
+    /// share, which is their target if they have one, give first, down to a common part of it, and nobody goes below its
+    /// reservation; so a machine that grows at full speed is the one that pays for it. A machine that is `spared` gives
+    /// nothing.
     pub fn reclaim(
         &self,
         target: ByteCount,
@@ -405,16 +427,19 @@ impl Ledger {
         let excess = self.used().saturating_sub(target).0;
         let ram =
             |machine: &MachineEntry| machine.usage.of(Kind::Resident).0 + machine.usage.of(Kind::Limbo).0;
-        let above = |machine: &MachineEntry, level: u64| {
+        let above = |machine: &MachineEntry, level: u128| {
             if spared(machine.id) {
                 return 0;
             }
+            let level = u64::try_from(u128::from(self.share(machine)) * level / SHARE).unwrap_or(u64::MAX);
             ram(machine).saturating_sub(level.max(machine.terms.reservation.0).max(machine.floor.0))
         };
-        // The highest level at which what is above it suffices, by bisection to the page. Level 0 may not suffice:
-        // then everybody gives all but its reservation, and stalls will follow.
-        let (mut low, mut high) = (0, self.machines.iter().map(ram).max().unwrap_or(0));
-        while high - low > PAGE_SIZE as u64 {
+        let level_of =
+            |machine: &MachineEntry| u128::from(ram(machine)) * SHARE / u128::from(self.share(machine)) + 1;
+        // The highest level at which what is above it suffices, by bisection. Level 0 may not suffice: then everybody
+        // gives all but its reservation, and stalls will follow.
+        let (mut low, mut high) = (0, self.machines.iter().map(level_of).max().unwrap_or(0));
+        while high - low > 1 {
             let middle = low.midpoint(high);
             if self.machines.iter().map(|machine| above(machine, middle)).sum::<u64>() >= excess {
                 low = middle;
@@ -543,6 +568,33 @@ mod tests {
         let asked = ledger.reclaim(ledger.budget().low, |id| id == MachineId(0));
         assert_eq!(asked.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [MachineId(1)]);
         assert!(ledger.reclaim(ledger.budget().low, |_| true).is_empty());
+    }
+
+    #[test]
+    fn machines_with_targets_give_down_to_a_common_part_of_them() {
+        let mut ledger = ledger(160, &[0, 0, 0]);
+        let mib = ByteCount::mib;
+        for (id, used, target) in [(0, 100, 110), (1, 60, 20), (2, 10, 20)] {
+            ledger.settle(MachineId(id), Kind::Resident, mib(used)).unwrap();
+            ledger.set_target(MachineId(id), Some(mib(target))).unwrap();
+        }
+        // 170 used, low mark 150: the one above its target gives all, although another one has more.
+        let asked = ledger.reclaim(ledger.budget().low, |_| false);
+        assert_eq!(asked.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [MachineId(1)]);
+        let pages = mib(20).pages_floor().0;
+        assert!((pages..=pages + 1).contains(&asked[0].1.0), "{asked:?}");
+        // 70 to give: 1 comes down to the part of its target at which 0 gives the rest of it.
+        ledger.set_overhead(mib(50));
+        let asked = ledger.reclaim(ledger.budget().low, |_| false);
+        let given = |id| asked.iter().find(|(one, _)| *one == MachineId(id)).map_or(0, |(_, pages)| pages.0);
+        let left = |id, used: u64| mib(used).pages_floor().0 - given(id);
+        assert_eq!(given(2), 0);
+        assert!((left(0, 100) * 20).abs_diff(left(1, 60) * 110) <= 110 * 2, "{asked:?}");
+        // Without a target it is measured by an equal share of 53: then it has more of its own than 0 has, and gives more.
+        ledger.set_target(MachineId(1), None).unwrap();
+        ledger.set_overhead(mib(0));
+        let asked = ledger.reclaim(ledger.budget().low, |_| false);
+        assert!(asked[0].1 < asked[1].1 && asked[1].0 == MachineId(1), "{asked:?}");
     }
 
     #[test]

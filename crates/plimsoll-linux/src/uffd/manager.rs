@@ -31,6 +31,7 @@ use plimsoll_core::airlock::Shape;
 use plimsoll_core::ledger::{Budget, Kind, LedgerError};
 use plimsoll_core::machine::Machine;
 use plimsoll_core::map::MapError;
+use plimsoll_core::word::StateKind;
 use plimsoll_store::{Handle, Store};
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::MemfdError;
@@ -477,13 +478,34 @@ impl Manager {
 
     /// The machines that are managed, or were until their VMM ended and nobody has [`forgotten`](Self::forget) them.
     pub fn machines(&self) -> Vec<MachineView> {
-        let view = |(id, running): (&MachineId, &Running)| MachineView {
-            id: *id,
-            name: running.name(),
-            size: running.size(),
-            stats: running.totals(),
-        };
-        self.machines.iter().map(view).collect()
+        self.machines.keys().filter_map(|id| self.machine(*id)).collect()
+    }
+
+    /// One of them.
+    pub fn machine(&self, id: MachineId) -> Option<MachineView> {
+        let running = self.machines.get(&id)?;
+        Some(MachineView { id, name: running.name(), size: running.size(), stats: running.totals() })
+    }
+
+    /// What the machine's pages take up in the store of its domain: its part of it, by the number of pages.
+    pub fn stored(&self, id: MachineId) -> ByteCount {
+        let Some(running) = self.machines.get(&id) else { return ByteCount(0) };
+        let Some(domain) = self.domain(running.membership.domain) else { return ByteCount(0) };
+        let stats = domain.store(|store| store.stats());
+        let held = u128::from((stats.data_slabs + stats.metadata).0);
+        let pages = running.totals().census.of(StateKind::Stored);
+        let part = held * u128::from(pages.0) / u128::from(stats.pages.0.max(pages.0).max(1));
+        ByteCount(u64::try_from(part).unwrap_or(u64::MAX))
+    }
+
+    /// States what the machine is to come to in RAM. When the host is short, machines give down to a common part of their
+    /// targets, and who has more than its own waits for the others. `None` is an equal share.
+    pub fn set_target(&self, id: MachineId, target: Option<ByteCount>) {
+        let Some(running) = self.machines.get(&id) else { return };
+        for (shard, target) in running.divided(target) {
+            // A shard whose VMM has ended is in the ledger no more.
+            let _ = self.host.ledger(|ledger| ledger.set_target(shard, target));
+        }
     }
 
     /// True once the machine's VMM has ended and everything of it has been freed.

@@ -208,6 +208,17 @@ impl Running {
         }
     }
 
+    /// Each shard with its part of a size, by its own.
+    pub(super) fn divided(
+        &self,
+        size: Option<ByteCount>,
+    ) -> impl Iterator<Item = (MachineId, Option<ByteCount>)> {
+        let parts = size.map(|size| divide(size.0, &self.sizes()));
+        let part =
+            move |place: usize| parts.as_ref().and_then(|parts| parts.get(place)).copied().map(ByteCount);
+        self.shards.iter().enumerate().map(move |(place, shard)| (shard.id, part(place)))
+    }
+
     /// Waits for the pagers, which were `asked` to stop then. `None` if the VMM has ended: whatever of it a pager has left
     /// is nobody's.
     pub(super) fn stopped(self, id: MachineId, asked: Instant) -> Option<MachineVault> {
