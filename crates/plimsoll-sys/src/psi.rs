@@ -1,9 +1,11 @@
 //! Pressure stall information: text enters, shares of time leave. A kernel that does not measure it (`psi=0`, or built
 //! without) is told apart from one that measured none.
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The whole host's file.
 pub const HOST_MEMORY: &str = "/proc/pressure/memory";
@@ -72,6 +74,32 @@ impl PressureFile {
         let length = self.file.read_at(&mut text, 0).map_err(|source| PsiError::new(&self.path, source))?;
         let text = String::from_utf8_lossy(text.get(..length).unwrap_or_default());
         parse(&text).ok_or_else(|| PsiError::Malformed { path: self.path.clone(), found: text.into_owned() })
+    }
+}
+
+/// A descriptor that poll(2) finds ready (`PRI`) when tasks have waited for memory so long within a window.
+#[derive(Debug)]
+pub struct PressureTrigger(File);
+
+impl PressureTrigger {
+    /// Sets a trigger on a pressure file: some task has waited for `stall` within `window`, which is 500 ms to 10 s; without
+    /// CAP_SYS_RESOURCE, a multiple of 2 s. It fires once a window at most.
+    ///
+    /// # Errors
+    /// [`PsiError::Off`], or what the kernel says to the window.
+    pub fn open(path: &Path, stall: Duration, window: Duration) -> Result<Self, PsiError> {
+        let opened = File::options().read(true).write(true).open(path);
+        let mut file = opened.map_err(|source| PsiError::new(path, source))?;
+        // The kernel wants the terminating zero in the same write.
+        let text = format!("some {} {}\0", stall.as_micros(), window.as_micros());
+        file.write_all(text.as_bytes()).map_err(|source| PsiError::new(path, source))?;
+        Ok(Self(file))
+    }
+}
+
+impl AsFd for PressureTrigger {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

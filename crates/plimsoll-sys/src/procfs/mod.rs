@@ -103,6 +103,8 @@ pub struct Status {
     pub locked: ByteCount,
     /// Memory that the kernel holds for devices (VmPin).
     pub pinned: ByteCount,
+    /// Its page tables (VmPTE).
+    pub page_tables: ByteCount,
     /// User ids: real, effective, saved, file system.
     pub uids: [u32; 4],
     /// Group ids: real, effective, saved, file system.
@@ -236,6 +238,7 @@ pub fn parse_status(text: &str) -> Result<Status, ProcfsError> {
         swap: lines.kib("VmSwap")?,
         locked: lines.kib("VmLck")?,
         pinned: lines.kib("VmPin")?,
+        page_tables: lines.kib("VmPTE")?,
         uids: lines.ids("Uid")?,
         gids: lines.ids("Gid")?,
         threads: lines.parsed("Threads")?,
@@ -392,7 +395,7 @@ mod tests {
 
     #[test]
     fn status_gives_ids_and_memory() {
-        let text = "Name:\tx: y\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nVmHWM:\t 10 kB\nVmLck:\t 2 kB\nVmPin:\t 1 kB\nVmRSS:\t 9 kB\nVmSwap:\t0 kB\nThreads:\t3\n";
+        let text = "Name:\tx: y\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nVmHWM:\t 10 kB\nVmLck:\t 2 kB\nVmPin:\t 1 kB\nVmPTE:\t 4 kB\nVmRSS:\t 9 kB\nVmSwap:\t0 kB\nThreads:\t3\n";
         let status = parse_status(text).unwrap();
         assert_eq!((status.uids, status.gids, status.threads), ([1, 2, 3, 4], [5, 6, 7, 8], 3));
         assert_eq!(status.peak_rss, ByteCount(10 << 10));
