@@ -25,7 +25,7 @@ const KERNEL: u8 = 1;
 /// Tests that need QEMU, libvirt and a stock Linux for guests.
 const STOCK: u8 = 2;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 15] = [
+const LEVELS: [(&str, u8); 16] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-inside", PURE),
@@ -38,6 +38,7 @@ const LEVELS: [(&str, u8); 15] = [
     ("plimsoll-linux", KERNEL),
     ("plimsoll-vmm", KERNEL),
     ("plimsoll-attach", KERNEL),
+    ("plimsoll-host", KERNEL),
     ("plimsoll", KERNEL),
     ("plimsoll-bench", KERNEL),
     ("plimsoll-stock", STOCK),

@@ -1,1 +1,11 @@
 //! The host's memory manager as a service: what joins the policy to the back ends, and keeps both alive.
+//!
+//! What enters: machines, whoever keeps their memory, and what an operator says about them. What leaves: decisions that are
+//! carried out, recorded and explained. What must never happen: one machine's bad data or dead process stopping the others'
+//! decisions.
+//!
+//! * [`backend`]: one machine as the control loop sees it. [`control`]: the loop.
+//! * [`trace`]: decisions on record, and the same decisions made again.
+pub mod backend;
+pub mod control;
+pub mod trace;

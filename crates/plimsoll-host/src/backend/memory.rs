@@ -11,9 +11,11 @@ use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::PageCount;
 use std::time::Instant;
 
-pub(super) struct Memory {
+/// A machine's RAM, from outside.
+#[derive(Debug)]
+pub struct Memory {
     /// `None` where nothing may be taken.
-    pub(super) managed: Option<KernelMachine>,
+    pub managed: Option<KernelMachine>,
     /// What was done before the last time nothing could be taken.
     past: Totals,
     rest: Counter,
@@ -22,7 +24,11 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    pub(super) fn open(held: &Held, dossier: &Dossier) -> Result<Self, String> {
+    /// Opens it. Nothing is taken.
+    ///
+    /// # Errors
+    /// When its process may not be looked at, in words.
+    pub fn open(held: &Held, dossier: &Dossier) -> Result<Self, String> {
         let rest = Counter::open(held.pidfd(), unmanageable(dossier)).map_err(|error| explain(&error))?;
         let mut memory = Self { managed: None, past: Totals::default(), rest, counted: Usage::default() };
         memory.follow(held, dossier)?;
@@ -30,7 +36,10 @@ impl Memory {
     }
 
     /// Keeps to what may be managed now.
-    pub(super) fn follow(&mut self, held: &Held, dossier: &Dossier) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn follow(&mut self, held: &Held, dossier: &Dossier) -> Result<(), String> {
         let failed = |error: KernelError| explain(&error);
         let ranges = manageable(dossier);
         match &mut self.managed {
@@ -49,7 +58,11 @@ impl Memory {
         self.rest.set_ranges(unmanageable(dossier)).map_err(failed)
     }
 
-    pub(super) fn usage(&mut self) -> Result<Usage, KernelError> {
+    /// Where its pages are, managed or not. Reads the whole page map: about 2 ms for a GiB.
+    ///
+    /// # Errors
+    /// [`KernelError::ProcessGone`], for example.
+    pub fn usage(&mut self) -> Result<Usage, KernelError> {
         self.counted = self.rest.usage()?;
         let managed = self.managed.as_mut().map(Reclaimer::usage).transpose()?.unwrap_or_default();
         Ok(Usage {
@@ -60,24 +73,28 @@ impl Memory {
 
     /// What the machine uses, when that is known: all there is in RAM of what nothing may be taken from, since nothing tells
     /// which of it.
-    pub(super) fn working_set(&self) -> Option<PageCount> {
+    pub fn working_set(&self) -> Option<PageCount> {
         Some(self.managed.as_ref()?.working_set()? + self.counted.resident)
     }
 
-    pub(super) fn totals(&self) -> Totals {
+    /// What was done to it so far.
+    pub fn totals(&self) -> Totals {
         self.past + self.managed.as_ref().map(KernelMachine::totals).unwrap_or_default()
     }
 }
 
 /// Why nothing may be taken from the machine, if so.
-pub(super) fn why_counted_only(dossier: &Dossier) -> Option<String> {
+pub fn why_counted_only(dossier: &Dossier) -> Option<String> {
     let why =
         || dossier.rungs().off(Rung::KernelPaging).map_or("it has no RAM".to_owned(), ToString::to_string);
     manageable(dossier).is_empty().then(why)
 }
 
 /// A pidfd of the same process: as long as the first is alive, the number is its own.
-pub(super) fn reopen(held: &Held) -> Result<Pidfd, String> {
+///
+/// # Errors
+/// When the process has ended, in words.
+pub fn reopen(held: &Held) -> Result<Pidfd, String> {
     let process = Pidfd::open(held.process()).map_err(|error| explain(&error))?;
     held.confirm().map_err(|refusal| explain(&refusal))?;
     Ok(process)

@@ -24,7 +24,7 @@ const RETRY_SILENT: Duration = Duration::from_secs(1);
 
 /// What is known of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
+pub enum Phase {
     /// None that is known of.
     None,
     /// Its monitor does not answer.
@@ -36,7 +36,8 @@ pub(super) enum Phase {
 }
 
 /// Watches one machine.
-pub(super) struct Watch {
+#[derive(Debug)]
+pub struct Watch {
     process: ProcessId,
     socket: Option<PathBuf>,
     /// Set while the monitor is of no use.
@@ -51,23 +52,27 @@ struct Trouble {
 }
 
 /// What a look found, and what went wrong, once.
-pub(super) struct Seen {
-    pub(super) phase: Phase,
-    pub(super) trouble: Option<QmpError>,
+#[derive(Debug)]
+pub struct Seen {
+    /// How far it is.
+    pub phase: Phase,
+    /// Why QMP could not be asked.
+    pub trouble: Option<QmpError>,
 }
 
 impl Watch {
-    pub(super) const fn new(process: ProcessId, socket: Option<PathBuf>) -> Self {
+    /// Watches a process, through that QMP socket if there is one.
+    pub const fn new(process: ProcessId, socket: Option<PathBuf>) -> Self {
         Self { process, socket, trouble: None }
     }
 
     /// True when somebody has to look often: nothing wakes this program when a migration begins.
-    pub(super) const fn is_asking(&self) -> bool {
+    pub const fn is_asking(&self) -> bool {
         self.socket.is_some()
     }
 
     /// Looks.
-    pub(super) fn look(&mut self, now: Instant) -> Seen {
+    pub fn look(&mut self, now: Instant) -> Seen {
         let mut trouble = None;
         match self.ask(now) {
             Ok(Some(phase)) => {

@@ -4,11 +4,9 @@
 //! that say how. The machine is neither stopped nor entered, so detaching is ending: nothing of ours remains in it or
 //! beside it. What must never happen: a page asked for where the dossier says the rung is off.
 //!
-//! [`budget`]: what "no more" means. [`memory`]: what of a machine may be taken. [`session`]: one machine over time. [`migration`]: standing back while it moves.
-//! [`view`]: what is shown.
+//! [`budget`]: what "no more" means. [`session`]: one machine over time. [`view`]: what is shown. What of a machine may be taken,
+//! and when not, is told by [`plimsoll_host::backend`].
 mod budget;
-mod memory;
-mod migration;
 mod session;
 mod view;
 

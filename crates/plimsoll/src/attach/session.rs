@@ -4,10 +4,11 @@
 //! waits for whichever comes first: the next period, a signal, the end of the process. What must never happen: anything
 //! asked of memory that the machine no longer has, or while it is migrated.
 use super::budget::{Budget, Taken};
-use super::memory::{Memory, reopen, why_counted_only};
-use super::migration::{Phase, Watch};
 use super::view::{Line, View};
 use plimsoll_attach::{AttachLock, Change, Follower};
+use plimsoll_host::backend::{
+    Memory, MigrationPhase as Phase, MigrationWatch as Watch, reopen, why_counted_only,
+};
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{KernelError, PERIOD};
 use plimsoll_linux::reclaimer::{Reclaimed, Reclaimer, Short};

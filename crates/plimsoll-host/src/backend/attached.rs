@@ -1,0 +1,275 @@
+//! A running machine, managed from outside.
+//!
+//! Enters: a machine that is followed, its lock, perhaps a balloon. Leaves: what is seen of it, and pages the kernel was asked
+//! to take. Pages are asked for in bites between two decisions, because each bite costs processor time and the pace allows so
+//! many a second. What must never happen: a page asked for where the dossier says the rung is off, or while the machine
+//! migrates.
+use super::balloon::{Balloon, Seen};
+use super::memory::Memory;
+use super::migration::{Phase as Migration, Watch};
+use super::overhead::{Overhead, measure};
+use super::{Backend, Done, Refused, Trouble};
+use plimsoll_attach::{AttachLock, Change, Follower, Rung as Offered};
+use plimsoll_linux::explain;
+use plimsoll_linux::kernel::{KernelError, Totals};
+use plimsoll_linux::reclaimer::{Reclaimer, Short, Usage};
+use plimsoll_linux::zram::{self, SwapCost};
+use plimsoll_policy::ladder::Costs;
+use plimsoll_policy::view::{MachineView, Phase, Reading};
+use plimsoll_policy::{Ppm, Rung, Rungs, Step};
+use plimsoll_types::{ByteCount, MachineId, PageCount};
+use std::time::{Duration, Instant};
+
+/// Pages asked for at a time: 13.5 us each (FACTS.md), so 55 ms, after which another machine has its turn.
+const BITE: PageCount = PageCount(4096);
+/// Between two bites.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Looking at all pages of a machine may take this part of the time: a large one is looked at less often.
+const LOOKING: u32 = 20;
+/// How long a machine is taken to be starting, when no balloon driver is heard before: Hyper-V's guests report within a minute.
+const STARTING: Duration = Duration::from_secs(60);
+/// Hot blocks made huge again in a period: 7 ms each (FACTS.md).
+const COLLAPSED_MAX: u32 = 4;
+
+/// A machine managed from outside.
+pub struct Attached {
+    follower: Follower,
+    memory: Memory,
+    migration: Watch,
+    balloon: Option<Balloon>,
+    began: Instant,
+    /// When the machine was last seen whole, what that showed, and when it is worth while again.
+    usage: Usage,
+    look_at: Instant,
+    cost: SwapCost,
+    /// Pages the last plan asked for that were not asked of the kernel yet, and when to go on.
+    wanted: PageCount,
+    go_on_at: Option<Instant>,
+    is_migrating: bool,
+    short: Option<Short>,
+    last: (Instant, Totals),
+    /// When the sampler's estimate was made.
+    sampled: Instant,
+    _lock: AttachLock,
+}
+
+impl Attached {
+    /// Takes a machine over from outside. Nothing is taken from it yet.
+    ///
+    /// # Errors
+    /// When its process may not be looked at, in words.
+    pub fn new(
+        follower: Follower,
+        lock: AttachLock,
+        balloon: Option<Balloon>,
+        now: Instant,
+    ) -> Result<Self, String> {
+        let memory = Memory::open(follower.held(), follower.dossier())?;
+        Ok(Self {
+            migration: Watch::new(follower.held().process(), None),
+            memory,
+            balloon,
+            began: now,
+            usage: Usage::default(),
+            look_at: now,
+            cost: SwapCost::default(),
+            wanted: PageCount(0),
+            go_on_at: None,
+            is_migrating: false,
+            short: None,
+            last: (now, Totals::default()),
+            sampled: now,
+            follower,
+            _lock: lock,
+        })
+    }
+
+    /// The RAM its guest owns.
+    pub fn size(&self) -> ByteCount {
+        self.follower.dossier().size()
+    }
+
+    /// Keeps up with the machine's memory and with its migration.
+    fn follow(&mut self, now: Instant) -> Result<(), Trouble> {
+        let changes = self.follower.poll().map_err(|refusal| Trouble::Unseen(explain(&refusal)))?;
+        for change in &changes {
+            match change {
+                Change::Exited => return Err(Trouble::Gone("its process has ended".to_owned())),
+                Change::Execed { program } => {
+                    return Err(Trouble::Gone(format!("its process runs {} now", program.display())));
+                }
+                _ => self.look_at = now,
+            }
+        }
+        self.memory.follow(self.follower.held(), self.follower.dossier()).map_err(Trouble::Unseen)?;
+        let is_told = self.seen().is_some_and(|seen| seen.is_migrating);
+        match self.migration.look(now).phase {
+            Migration::Completed => return Err(Trouble::Gone("it runs on another host now".to_owned())),
+            phase => self.is_migrating = is_told || phase == Migration::Running,
+        }
+        Ok(())
+    }
+
+    fn seen(&self) -> Option<Seen> {
+        self.balloon.as_ref().and_then(Balloon::seen)
+    }
+
+    /// Ends a period of the sampler when it is due.
+    fn sample(&mut self, now: Instant) -> Result<(), KernelError> {
+        if let Some(machine) = self.memory.managed.as_mut().filter(|machine| now >= machine.due()) {
+            self.short = machine.tick(now)?.short;
+            machine.collapse_hot(COLLAPSED_MAX)?;
+            self.sampled = now;
+        }
+        Ok(())
+    }
+
+    fn look(&mut self, now: Instant) -> Result<(), KernelError> {
+        if now >= self.look_at {
+            let began = Instant::now();
+            self.usage = self.memory.usage()?;
+            self.look_at = now + began.elapsed() * LOOKING;
+            self.cost = zram::swap_cost().unwrap_or(self.cost);
+        }
+        Ok(())
+    }
+
+    fn rungs(&self) -> Rungs {
+        let dossier = self.follower.dossier().rungs();
+        let is_managed = self.memory.managed.is_some() && !self.is_migrating;
+        let has_balloon = self.seen().is_some_and(|seen| seen.is_cooperating && !seen.is_migrating);
+        let mut rungs = Rungs::NONE;
+        // Where no swap is to be had the kernel has nothing to do with pages.
+        if is_managed && !self.short.as_ref().is_some_and(is_lasting) {
+            rungs = rungs.with(Rung::Compress);
+        }
+        if has_balloon && dossier.allows(Offered::Balloon) {
+            rungs = rungs.with(Rung::Balloon);
+        }
+        rungs
+    }
+
+    /// The time processors of its own waited for what came back. From outside it is not known how many of them there are, nor
+    /// which waits overlap: one, and none.
+    fn stalled(returned: PageCount, elapsed: Duration) -> Ppm {
+        let back_ns = Costs::MEASURED.of(Rung::Compress).back_ns;
+        let elapsed_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+        Ppm::of(returned.0.saturating_mul(back_ns), elapsed_ns).min(Ppm::WHOLE)
+    }
+
+    fn step(&self, step: Step) -> Done {
+        match step {
+            // What is above it is asked for by the steps that follow.
+            Step::Target(_) | Step::Resume => Done::Begun,
+            Step::Stall => Done::Refused(Refused::CannotStall),
+            Step::Balloon(holds) => match &self.balloon {
+                Some(balloon) => balloon.ask(holds),
+                None => Done::Refused(Refused::NoBalloon),
+            },
+            Step::Take { .. } if self.is_migrating => Done::Refused(Refused::Migrating),
+            Step::Take { rung: Rung::Compress, .. } => match &self.short {
+                Some(short) if is_lasting(short) => Done::Refused(Refused::Short(explain(short))),
+                _ => Done::Begun,
+            },
+            Step::Take { rung, .. } => Done::Refused(Refused::NoSuchRung(rung)),
+        }
+    }
+
+    fn trouble(error: KernelError) -> Trouble {
+        match error {
+            KernelError::ProcessGone(_) => Trouble::Gone("its process has ended".to_owned()),
+            error => Trouble::Unseen(explain(&error)),
+        }
+    }
+}
+
+impl Backend for Attached {
+    fn observe(&mut self, id: MachineId, now: Instant) -> Result<MachineView, Trouble> {
+        self.follow(now)?;
+        if !self.is_migrating {
+            self.sample(now).map_err(Self::trouble)?;
+        }
+        self.look(now).map_err(Self::trouble)?;
+        let totals = self.memory.totals();
+        let (then, before) = std::mem::replace(&mut self.last, (now, totals));
+        let stored = self.cost.of(self.usage.elsewhere.bytes());
+        let returned = totals.refaults.saturating_sub(before.refaults);
+        let seen = self.seen();
+        let is_starting = seen.is_none() && now.saturating_duration_since(self.began) < STARTING;
+        let age = now.saturating_duration_since(self.sampled);
+        let active = self.memory.working_set().map(|pages| Reading {
+            bytes: i64::try_from(pages.bytes().0).unwrap_or(i64::MAX),
+            age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+        });
+        Ok(MachineView {
+            phase: if is_starting { Phase::Starting } else { Phase::Running },
+            stored,
+            active,
+            guest: seen.and_then(|seen| seen.statistics(now)),
+            taken: totals.taken.saturating_sub(before.taken),
+            returned,
+            stalled: Self::stalled(returned, now.saturating_duration_since(then)),
+            balloon: seen.map(|seen| seen.held),
+            rungs: self.rungs(),
+            ..MachineView::new(id, self.usage.resident.bytes() + stored)
+        })
+    }
+
+    fn apply(&mut self, steps: &[Step], now: Instant) -> Vec<Done> {
+        let outcomes: Vec<Done> = steps.iter().map(|step| self.step(*step)).collect();
+        let taken = steps.iter().zip(&outcomes).find_map(|(step, done)| match (step, done) {
+            (Step::Take { rung: Rung::Compress, pages, .. }, Done::Begun) => Some(*pages),
+            _ => None,
+        });
+        self.wanted = taken.unwrap_or_default();
+        self.go_on_at = (self.wanted.0 > 0).then_some(now);
+        outcomes
+    }
+
+    fn work(&mut self, now: Instant) -> Result<Option<Instant>, Trouble> {
+        if self.go_on_at.is_none_or(|at| now < at) {
+            return Ok(self.go_on_at);
+        }
+        self.go_on_at = None;
+        let Some(machine) = self.memory.managed.as_mut().filter(|_| !self.is_migrating) else {
+            return Ok(None);
+        };
+        let got = machine.reclaim(self.wanted.min(BITE), now).map_err(Self::trouble)?;
+        self.wanted = self.wanted.saturating_sub(got.taken);
+        // What left is no longer where the last look saw it.
+        self.usage.resident = self.usage.resident.saturating_sub(got.taken);
+        self.usage.elsewhere += got.taken;
+        let goes_on = got.taken.0 > 0 || matches!(got.short, Some(Short::Paced { .. } | Short::Unseen));
+        self.go_on_at = (goes_on && self.wanted.0 > 0).then(|| now + PAUSE);
+        self.short = got.short;
+        Ok(self.go_on_at)
+    }
+
+    fn is_gone(&self) -> bool {
+        self.follower.held().pidfd().is_alive().is_ok_and(|is_alive| !is_alive)
+    }
+
+    fn overhead(&mut self) -> Option<Overhead> {
+        let measured = measure(self.follower.held().process()).ok()?;
+        let (ram, tables) = (self.usage.resident.bytes(), self.memory.managed.as_ref()?.table_bytes());
+        Some(Overhead { vmm: measured.vmm.saturating_sub(ram), tables: ByteCount(tables as u64), ..measured })
+    }
+}
+
+/// Whether asking again soon would be in vain.
+const fn is_lasting(short: &Short) -> bool {
+    matches!(
+        short,
+        Short::NoSwap
+            | Short::SwapFull { .. }
+            | Short::CgroupForbidsSwap { .. }
+            | Short::CgroupSwapFull { .. }
+            | Short::Refused(_)
+    )
+}
+
+impl std::fmt::Debug for Attached {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Attached").field("machine", &self.follower.dossier().name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,278 @@
+//! A machine's balloon, asked by a thread of its own.
+//!
+//! Enters: what the balloon is to hold. Leaves: what was last seen of it and of the guest's own word. The loop reads and
+//! writes numbers only; whoever answers slowly, or never, keeps this thread waiting and nobody else. The
+//! [controller](plimsoll_attach::balloon) decides how fast the balloon goes there, and when it rests. What must never
+//! happen: an ask that stays behind when the machine is let go in good order.
+use super::Done;
+use parking_lot::{Condvar, Mutex};
+use plimsoll_attach::balloon::{Controller, Observation, State};
+use plimsoll_attach::control::{self, Control, ControlError, Cooperation, Migration};
+use plimsoll_policy::view;
+use plimsoll_sys::{ProcessId, procfs};
+use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
+use plimsoll_vmm::config::VmmConfig;
+use plimsoll_vmm::control::{BalloonPiece, Command};
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often a balloon is looked at, and its guest asked for statistics: as often as the policy decides.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// Whoever speaks to a balloon. Its calls may wait.
+pub trait Driver: Send {
+    /// The balloon now.
+    ///
+    /// # Errors
+    /// Why it cannot be told.
+    fn look(&mut self) -> Result<control::Balloon, ControlError>;
+
+    /// What the guest last said of its memory, if it says anything.
+    fn statistics(&mut self) -> Option<control::GuestStatistics> {
+        None
+    }
+
+    /// Asks the guest to hold so much.
+    ///
+    /// # Errors
+    /// Why it cannot be asked.
+    fn ask(&mut self, size: ByteCount) -> Result<(), ControlError>;
+
+    /// The balloon's size can be asked for in multiples of this.
+    fn granularity(&self) -> ByteCount {
+        ByteCount(PAGE_SIZE as u64)
+    }
+
+    /// True while the machine is on its way to another host.
+    fn is_migrating(&mut self) -> bool {
+        false
+    }
+}
+
+/// A VMM's own interface.
+struct Interface {
+    control: Box<dyn Control>,
+    granularity: ByteCount,
+}
+
+/// Whoever speaks to the balloon of a running VMM, if it has one.
+///
+/// # Errors
+/// When its interface cannot be asked.
+pub fn of_interface(mut control: Box<dyn Control>) -> Result<Option<Box<dyn Driver>>, ControlError> {
+    let Some(device) = control.probe()?.balloon else { return Ok(None) };
+    match control.poll_statistics(PERIOD) {
+        // Then it is driven without.
+        Ok(()) | Err(ControlError::Unsupported { .. } | ControlError::Refused { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(Some(Box::new(Interface { control, granularity: device.granularity })))
+}
+
+impl Driver for Interface {
+    fn look(&mut self) -> Result<control::Balloon, ControlError> {
+        self.control.balloon()
+    }
+
+    fn statistics(&mut self) -> Option<control::GuestStatistics> {
+        self.control.statistics().ok()
+    }
+
+    fn ask(&mut self, size: ByteCount) -> Result<(), ControlError> {
+        self.control.set_balloon(size)
+    }
+
+    fn granularity(&self) -> ByteCount {
+        self.granularity
+    }
+
+    fn is_migrating(&mut self) -> bool {
+        matches!(self.control.migration(), Ok(Migration::Active | Migration::Completed))
+    }
+}
+
+/// The balloon of a guest of our own VMM that keeps frames.
+#[derive(Debug)]
+pub struct OwnBalloon {
+    control: UnixStream,
+    held: Arc<AtomicU64>,
+    memory: ByteCount,
+    asked: Option<ByteCount>,
+}
+
+impl OwnBalloon {
+    /// Speaks on the machine's control socket. Whoever reads its events keeps in `held` what the last
+    /// [`Ballooned`](plimsoll_vmm::control::Event::Ballooned) said.
+    pub fn new(control: UnixStream, held: Arc<AtomicU64>, config: &VmmConfig) -> Self {
+        Self { control, held, memory: ByteCount(config.ram_bytes), asked: None }
+    }
+}
+
+impl Driver for OwnBalloon {
+    fn look(&mut self) -> Result<control::Balloon, ControlError> {
+        let held = ByteCount(self.held.load(Ordering::Acquire));
+        Ok(control::Balloon { memory: self.memory, target: self.asked, actual: Some(held) })
+    }
+
+    fn ask(&mut self, size: ByteCount) -> Result<(), ControlError> {
+        let command = Command::Balloon { target_bytes: size.0, piece: BalloonPiece::Page };
+        let lost = |source| ControlError::Lost {
+            interface: "the machine's control socket".to_owned(),
+            request: format!("{command:?}"),
+            source: Some(source),
+        };
+        let mut line = serde_json::to_vec(&command).map_err(|error| lost(error.into()))?;
+        line.push(b'\n');
+        self.control.write_all(&line).map_err(lost)?;
+        self.asked = Some(size);
+        Ok(())
+    }
+}
+
+/// What was last seen of a balloon.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen {
+    /// What it holds.
+    pub held: ByteCount,
+    /// How it is doing.
+    pub state: State,
+    /// Whether whoever speaks to it can be spoken to.
+    pub is_cooperating: bool,
+    /// Whether the machine is on its way to another host.
+    pub is_migrating: bool,
+    said: Option<(control::GuestStatistics, Instant)>,
+}
+
+impl Seen {
+    /// What the guest said, as the policy takes it.
+    pub fn statistics(&self, now: Instant) -> Option<view::GuestStatistics> {
+        let (said, heard) = self.said?;
+        let age = said.age.unwrap_or_default() + now.saturating_duration_since(heard);
+        let signed = |bytes: ByteCount| i64::try_from(bytes.0).unwrap_or(i64::MAX);
+        Some(view::GuestStatistics {
+            total: signed(said.total?),
+            free: signed(said.free?),
+            age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+        })
+    }
+}
+
+#[derive(Default)]
+struct Board {
+    wanted: Option<ByteCount>,
+    seen: Option<Seen>,
+    is_over: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    board: Mutex<Board>,
+    changed: Condvar,
+}
+
+/// A balloon and the thread that speaks to it.
+pub struct Balloon {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Balloon {
+    /// Starts the thread. `process` is the machine's, for what the host had to bring back of it.
+    ///
+    /// # Errors
+    /// When no thread is to be had.
+    pub fn start(driver: Box<dyn Driver>, process: ProcessId) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let theirs = Arc::clone(&shared);
+        let drive = move || Worker { driver, process, shared: &theirs, started: Instant::now() }.run();
+        let thread = std::thread::Builder::new().name(format!("balloon-{process}")).spawn(drive)?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// What was last seen, if anything was.
+    pub fn seen(&self) -> Option<Seen> {
+        self.shared.board.lock().seen
+    }
+
+    /// What it is to hold from now on.
+    pub(super) fn ask(&self, holds: ByteCount) -> Done {
+        self.shared.board.lock().wanted = Some(holds);
+        self.shared.changed.notify_one();
+        Done::Begun
+    }
+}
+
+impl Drop for Balloon {
+    /// Gives back what was asked for. Waits for an answer that is under way, within the driver's patience.
+    fn drop(&mut self) {
+        self.shared.board.lock().is_over = true;
+        self.shared.changed.notify_one();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread works with.
+struct Worker<'a> {
+    driver: Box<dyn Driver>,
+    process: ProcessId,
+    shared: &'a Shared,
+    started: Instant,
+}
+
+impl Worker<'_> {
+    fn run(mut self) {
+        let mut cooperation = Cooperation::default();
+        let mut controller: Option<(Controller, ByteCount)> = None;
+        while !self.shared.board.lock().is_over {
+            let now = self.started.elapsed();
+            if cooperation.may_try(now) {
+                let outcome = self.turn(&mut controller, now);
+                cooperation.note(&outcome, now);
+                if let (Err(_), Some(seen)) = (outcome, &mut self.shared.board.lock().seen) {
+                    seen.is_cooperating = cooperation.is_there();
+                }
+            }
+            let mut board = self.shared.board.lock();
+            if !board.is_over {
+                let _ = self.shared.changed.wait_for(&mut board, PERIOD);
+            }
+        }
+        if let Some((_, inherited)) = controller {
+            // A guest that does not listen keeps what it has.
+            let _ = self.driver.ask(inherited);
+        }
+    }
+
+    /// Looks, and asks for what the controller says.
+    fn turn(
+        &mut self,
+        controller: &mut Option<(Controller, ByteCount)>,
+        now: Duration,
+    ) -> Result<(), ControlError> {
+        let control::Balloon { memory, actual, target } = self.driver.look()?;
+        let is_migrating = self.driver.is_migrating();
+        let (controller, inherited) = controller.get_or_insert_with(|| {
+            let inherited = target.or(actual).unwrap_or_default();
+            (Controller::new(self.driver.granularity(), inherited), inherited)
+        });
+        let held = actual.unwrap_or(*inherited);
+        let statistics = self.driver.statistics();
+        let said = statistics.map(|said| (said, Instant::now()));
+        let refaulted = PageCount(procfs::major_faults(self.process).unwrap_or_default()).bytes();
+        let wanted = self.shared.board.lock().wanted.unwrap_or(*inherited);
+        let seen = Observation { now, memory, actual: held, statistics, refaulted };
+        let step = controller.step(&seen, wanted);
+        if let Some(ask) = step.ask.filter(|_| !is_migrating) {
+            self.driver.ask(ask)?;
+        }
+        let seen = Seen { held, state: step.state, is_cooperating: true, is_migrating, said };
+        self.shared.board.lock().seen = Some(seen);
+        Ok(())
+    }
+}

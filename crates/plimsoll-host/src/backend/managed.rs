@@ -1,0 +1,182 @@
+//! A machine under our own pager.
+//!
+//! Enters: steps. Leaves: a target in the ledger, which the governor works towards whenever the host is short, and orders
+//! to its pager. The pager's statistics say what came of them. Nothing here waits: the manager's lock is held for reading
+//! counters and writing numbers.
+use super::balloon::Balloon;
+use super::overhead::{Overhead, measure};
+use super::{Backend, Done, Refused, Trouble};
+use parking_lot::Mutex;
+use plimsoll_linux::uffd::manager::Manager;
+use plimsoll_linux::uffd::stats::MachineStats;
+use plimsoll_policy::admission::Overheads;
+use plimsoll_policy::view::{MachineView, Phase, Reading};
+use plimsoll_policy::{Ppm, Rung, Rungs, Step};
+use plimsoll_sys::ProcessId;
+use plimsoll_types::{ByteCount, MachineId, PageCount};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a machine is taken to be starting: our guests run within a second, those with a kernel within about ten.
+const STARTING: Duration = Duration::from_secs(10);
+
+/// A machine under our own pager.
+pub struct Managed {
+    manager: Arc<Mutex<Manager>>,
+    /// The manager's name for it.
+    id: MachineId,
+    process: Option<ProcessId>,
+    processors: u32,
+    born: Instant,
+    balloon: Option<Balloon>,
+    /// What the policy last wanted it to come to.
+    target: Option<ByteCount>,
+    last: Option<(Instant, Counters)>,
+}
+
+/// Counts that only grow.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counters {
+    taken: u64,
+    returned: u64,
+    waited: Duration,
+}
+
+impl Counters {
+    fn of(stats: &MachineStats) -> Self {
+        // Pages on their way through limbo have not been taken yet. Those of zeros come back as if never touched.
+        let stored = stats.stored;
+        let taken = stored.same + stored.duplicate + stored.compressed + stored.raw;
+        Self { taken, returned: stats.faults.stored, waited: stats.waited }
+    }
+}
+
+impl Managed {
+    /// A machine that the manager has admitted under `id` just `now`, with so many virtual processors.
+    pub fn new(manager: Arc<Mutex<Manager>>, id: MachineId, processors: u32, now: Instant) -> Self {
+        let processors = processors.max(1);
+        Self { manager, id, process: None, processors, born: now, balloon: None, target: None, last: None }
+    }
+
+    /// Its VMM is that process: what it costs can be measured.
+    #[must_use]
+    pub fn in_process(mut self, process: ProcessId) -> Self {
+        self.process = Some(process);
+        self
+    }
+
+    /// It has a balloon.
+    #[must_use]
+    pub fn with_balloon(mut self, balloon: Balloon) -> Self {
+        self.balloon = Some(balloon);
+        self
+    }
+
+    fn step(&mut self, step: Step) -> Done {
+        match step {
+            Step::Target(target) => {
+                self.target = Some(target);
+                self.aim(&self.manager.lock());
+                Done::Begun
+            }
+            // The ledger already has whoever is above its target wait for the others.
+            Step::Stall | Step::Resume => Done::Begun,
+            Step::Balloon(holds) => match &self.balloon {
+                Some(balloon) => balloon.ask(holds),
+                None => Done::Refused(Refused::NoBalloon),
+            },
+            Step::Take { rung: Rung::Compress, .. } => Done::Begun,
+            Step::Take { rung, .. } => Done::Refused(Refused::NoSuchRung(rung)),
+        }
+    }
+
+    /// What a target leaves for pages in RAM: the rest of it is taken up by those in the store.
+    fn aim(&self, manager: &Manager) {
+        let Some(target) = self.target else { return };
+        manager.set_target(self.id, Some(target.saturating_sub(manager.stored(self.id))));
+    }
+}
+
+impl Backend for Managed {
+    fn observe(&mut self, id: MachineId, now: Instant) -> Result<MachineView, Trouble> {
+        let (machine, stored) = {
+            let manager = self.manager.lock();
+            let machine = manager.machine(self.id).filter(|_| !manager.is_gone(self.id));
+            let machine = machine.ok_or_else(|| Trouble::Gone("its VMM has ended".to_owned()))?;
+            self.aim(&manager);
+            (machine, manager.stored(self.id))
+        };
+        let stats = machine.stats;
+        let counters = Counters::of(&stats);
+        let (then, before) = self.last.replace((now, counters)).unwrap_or((now, counters));
+        let elapsed = now.saturating_duration_since(then) * self.processors;
+        let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        let waited = counters.waited.saturating_sub(before.waited).min(elapsed);
+        let seen = self.balloon.as_ref().and_then(Balloon::seen);
+        let has_balloon = seen.is_some_and(|seen| seen.is_cooperating);
+        let rungs = Rungs::NONE.with(Rung::Compress);
+        let is_starting = now.saturating_duration_since(self.born) < STARTING;
+        Ok(MachineView {
+            phase: if is_starting { Phase::Starting } else { Phase::Running },
+            stored,
+            active: stats.working_set.map(reading),
+            guest: seen.and_then(|seen| seen.statistics(now)),
+            taken: PageCount(counters.taken.saturating_sub(before.taken)),
+            returned: PageCount(counters.returned.saturating_sub(before.returned)),
+            stalled: Ppm::of(nanoseconds(waited), nanoseconds(elapsed)),
+            balloon: seen.map(|seen| seen.held),
+            rungs: if has_balloon { rungs.with(Rung::Balloon) } else { rungs },
+            ..MachineView::new(id, stats.ram.bytes() + stored)
+        })
+    }
+
+    fn apply(&mut self, steps: &[Step], _now: Instant) -> Vec<Done> {
+        let pages = steps.iter().find_map(|step| match step {
+            Step::Take { rung: Rung::Compress, pages, .. } => Some(*pages),
+            _ => None,
+        });
+        // No pages are an order, too: what an earlier plan asked for is not wanted any more.
+        let pages = u32::try_from(pages.unwrap_or_default().0).unwrap_or(u32::MAX);
+        self.manager.lock().squeeze(self.id, pages);
+        steps.iter().map(|step| self.step(*step)).collect()
+    }
+
+    fn is_gone(&self) -> bool {
+        self.manager.lock().is_gone(self.id)
+    }
+
+    fn predicted(&self) -> Overheads {
+        super::overhead::OWN_VMM
+    }
+
+    fn overhead(&mut self) -> Option<Overhead> {
+        let tables = {
+            let manager = self.manager.lock();
+            let machine = manager.machine(self.id)?;
+            // A page word of 8 bytes for each page, and what is beside them.
+            ByteCount(machine.size.pages_floor().0 * 8) + ByteCount(machine.stats.table_bytes as u64)
+        };
+        let measured = measure(self.process?).ok()?;
+        let ram = self.manager.lock().machine(self.id)?.stats.ram.bytes();
+        Some(Overhead { tables, vmm: measured.vmm.saturating_sub(ram), ..measured })
+    }
+}
+
+impl Drop for Managed {
+    /// Whoever governs next starts from equal shares.
+    fn drop(&mut self) {
+        let manager = self.manager.lock();
+        manager.set_target(self.id, None);
+        manager.squeeze(self.id, 0);
+    }
+}
+
+fn reading(pages: PageCount) -> Reading {
+    Reading { bytes: i64::try_from(pages.bytes().0).unwrap_or(i64::MAX), age_ms: 0 }
+}
+
+impl std::fmt::Debug for Managed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Managed").field("id", &self.id).field("target", &self.target).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,117 @@
+//! One machine as the control loop sees it, whoever keeps its memory.
+//!
+//! Enters: what a plan says about the machine. Leaves: what is seen of it, and what became of what was asked. What must
+//! never happen: a call that waits for a guest or for a VMM, since one thread asks all machines; whoever has to wait for
+//! somebody does so on a thread of its own and shows here what it saw last ([`balloon`]).
+//!
+//! | back end | whose memory | takes pages by |
+//! |---|---|---|
+//! | [`Managed`] | machines born under our own pager | a target in the ledger, which the governor keeps every 2 ms |
+//! | [`Attached`] | running VMMs, from outside | asking the kernel (`process_madvise`), paced |
+//!
+//! Both may have a [`Balloon`](balloon::Balloon) beside them.
+mod attached;
+pub mod balloon;
+mod managed;
+mod memory;
+mod migration;
+mod overhead;
+
+pub use attached::Attached;
+pub use managed::Managed;
+pub use memory::{Memory, reopen, why_counted_only};
+pub use migration::{Phase as MigrationPhase, Watch as MigrationWatch};
+pub use overhead::{Overhead, OverheadError, measure};
+
+use plimsoll_policy::admission::Overheads;
+use plimsoll_policy::view::MachineView;
+use plimsoll_policy::{Rung, Step};
+use plimsoll_types::MachineId;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::Instant;
+
+/// One machine's memory.
+pub trait Backend: Send {
+    /// What the policy wants to know of the machine, counted from the last call where it counts. Quick: what takes long is
+    /// looked at less often.
+    ///
+    /// # Errors
+    /// [`Trouble`], which is this machine's alone.
+    fn observe(&mut self, id: MachineId, now: Instant) -> Result<MachineView, Trouble>;
+
+    /// Takes over what a plan says about the machine, in its order; nothing said is also an order: what an earlier plan
+    /// asked for and was not done yet is not to be done any more, except for targets and balloons, which stand.
+    /// Says of each step what became of it.
+    fn apply(&mut self, steps: &[Step], now: Instant) -> Vec<Done>;
+
+    /// Goes on with what was asked for and takes longer. Says when it wants to go on, if so.
+    ///
+    /// # Errors
+    /// As [`observe`](Self::observe).
+    fn work(&mut self, _now: Instant) -> Result<Option<Instant>, Trouble> {
+        Ok(None)
+    }
+
+    /// Whether it has ended, as far as that is told without looking further. One system call at most.
+    fn is_gone(&self) -> bool {
+        false
+    }
+
+    /// What a machine of its kind costs besides its guest's pages, as it is predicted.
+    fn predicted(&self) -> Overheads {
+        Overheads::MEASURED
+    }
+
+    /// What the machine costs besides its guest's pages, measured. May take some milliseconds.
+    fn overhead(&mut self) -> Option<Overhead> {
+        None
+    }
+}
+
+/// A machine cannot be looked at.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Trouble {
+    /// It has ended, or has moved away: it will not be asked again.
+    #[error("it is gone: {0}")]
+    Gone(String),
+    /// Not now. It is left out of this decision, and asked again for the next.
+    #[error("it cannot be looked at: {0}")]
+    Unseen(String),
+}
+
+/// What became of a step.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Done {
+    /// It is in force, or was begun: what came of it shows in what is observed.
+    Begun,
+    /// Nothing was done, and will not be.
+    Refused(Refused),
+}
+
+/// Why a step is not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refused {
+    /// This back end has no such way to take memory. The policy was not offered it, so this is a bug.
+    NoSuchRung(Rung),
+    /// The machine has no balloon that could be asked.
+    NoBalloon,
+    /// A machine that is not ours cannot be made to wait.
+    CannotStall,
+    /// It is being migrated: nothing may be taken.
+    Migrating,
+    /// What whoever takes the pages says.
+    Short(String),
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoSuchRung(rung) => write!(f, "{rung} is not to be had of it"),
+            Self::NoBalloon => f.write_str("it has no balloon that could be asked"),
+            Self::CannotStall => f.write_str("a machine managed from outside cannot be made to wait"),
+            Self::Migrating => f.write_str("it is being migrated"),
+            Self::Short(why) => f.write_str(why),
+        }
+    }
+}

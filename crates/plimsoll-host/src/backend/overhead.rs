@@ -1,0 +1,66 @@
+//! What a machine costs besides its guest's pages, as the kernel counts it.
+//!
+//! Enters: a process. Leaves: bytes by kind. What must never happen: guest memory counted as overhead; who knows how much
+//! of the process that is takes it off.
+use plimsoll_policy::admission::Overheads;
+use plimsoll_sys::ProcessId;
+use plimsoll_sys::procfs::{ProcfsError, smaps_rollup, status};
+use plimsoll_types::ByteCount;
+use serde::{Deserialize, Serialize};
+use std::iter::Sum;
+use std::ops::Add;
+use thiserror::Error;
+
+/// What a machine of our own VMM costs.
+pub(super) const OWN_VMM: Overheads =
+    Overheads { tables_per_page: 10, page_tables_per_page: 8, store_per_page: 0, vmm: ByteCount::mib(4) };
+
+/// What a machine costs, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overhead {
+    /// The VMM's own memory: its heap, stacks and its part of shared libraries.
+    pub vmm: ByteCount,
+    /// The kernel's page tables of its process. Those of the second stage are counted by nobody.
+    pub page_tables: ByteCount,
+    /// Our page words and what is beside them.
+    pub tables: ByteCount,
+}
+
+impl Overhead {
+    /// All of it.
+    pub fn total(&self) -> ByteCount {
+        self.vmm + self.page_tables + self.tables
+    }
+}
+
+impl Add for Overhead {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self {
+            vmm: self.vmm + other.vmm,
+            page_tables: self.page_tables + other.page_tables,
+            tables: self.tables + other.tables,
+        }
+    }
+}
+
+impl Sum for Overhead {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), Add::add)
+    }
+}
+
+/// A process could not be measured.
+#[derive(Debug, Error)]
+#[error("its memory cannot be measured")]
+pub struct OverheadError(#[from] ProcfsError);
+
+/// Measures a process, guest memory in it included: all of it is in `vmm`, and nothing in `tables`. Walks its page tables,
+/// about a millisecond for 100 MiB.
+///
+/// # Errors
+/// When it has ended, or may not be looked at.
+pub fn measure(process: ProcessId) -> Result<Overhead, OverheadError> {
+    let (sizes, status) = (smaps_rollup(process)?, status(process)?);
+    Ok(Overhead { vmm: sizes.pss, page_tables: status.page_tables, tables: ByteCount(0) })
+}

@@ -1,0 +1,399 @@
+//! The control loop: observe, decide, apply; about once a second, and at once when something hard happens.
+//!
+//! Enters: machines behind [`Backend`]s, the memory they share, settings, and the time, which whoever runs the loop brings.
+//! Leaves: [`Turn`]s, which say what was seen, decided and done. All of it runs on the caller's thread. What must never happen:
+//!
+//! * a machine that cannot be looked at, or shows nonsense, keeping the others from their decision: it is left out, and that
+//!   is said once;
+//! * a step applied to a machine that the decision did not see;
+//! * a clock that jumps making the loop wait for it, or hurry.
+//!
+//! [`run`] is the loop itself over a real clock; tests call [`Control::turn`] with whatever time they like.
+mod pool;
+mod run;
+
+pub use pool::Pool;
+pub use run::{RunError, Wakers, run};
+
+use crate::backend::{Backend, Done, Overhead, Refused, Trouble};
+use crate::trace::{Recorder, Tick, TraceError};
+use plimsoll_policy::admission::{AdmissionError, Capacity, Overheads, admit};
+use plimsoll_policy::host_state::HostState;
+use plimsoll_policy::settings::{MachineSettings, Settings, SettingsError};
+use plimsoll_policy::tree::Tree;
+use plimsoll_policy::view::{HostView, MachineView};
+use plimsoll_policy::{Plan, PolicyState, Step, decide};
+use plimsoll_types::{ByteCount, MachineId};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// How often is decided when nothing happens.
+pub const PERIOD: Duration = Duration::from_secs(1);
+/// How often overheads are measured: walking the page tables of a machine takes milliseconds.
+const MEASURED_EVERY: Duration = Duration::from_secs(10);
+
+/// What became of one step of a plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Whose.
+    pub machine: MachineId,
+    /// What was to be done.
+    pub step: Step,
+    /// What became of it.
+    pub done: Done,
+}
+
+/// Something an operator should hear, once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A machine is no longer managed.
+    Left {
+        /// Its name.
+        name: String,
+        /// Why.
+        why: Trouble,
+    },
+    /// A machine is left out for now.
+    LeftOut {
+        /// Its name.
+        name: String,
+        /// Why.
+        why: Trouble,
+    },
+    /// It is looked at again.
+    Back {
+        /// Its name.
+        name: String,
+    },
+    /// What was to be done to a machine is not done.
+    Refused {
+        /// Its name.
+        name: String,
+        /// Why.
+        why: Refused,
+    },
+    /// Nothing is recorded any more.
+    NotRecorded(String),
+}
+
+impl std::fmt::Display for Event {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Left { name, why } => write!(f, "{name} is no longer managed: {why}"),
+            Self::LeftOut { name, why } => write!(f, "{name} is left out for now: {why}"),
+            Self::Back { name } => write!(f, "{name} is managed again"),
+            Self::Refused { name, why } => write!(f, "{name} does not do what it is asked: {why}"),
+            Self::NotRecorded(why) => write!(f, "nothing is recorded any more: {why}"),
+        }
+    }
+}
+
+/// One turn of the loop.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    /// What was seen.
+    pub view: HostView,
+    /// What was decided.
+    pub plan: Plan,
+    /// What became of it.
+    pub outcomes: Vec<Outcome>,
+    /// What an operator should hear.
+    pub events: Vec<Event>,
+    /// Whether this was the first turn since something hard happened, and what.
+    pub hurry: Option<Hurry>,
+}
+
+/// Why a turn does not wait for the second to pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hurry {
+    /// The memory that machines share is nearly used up.
+    Short,
+    /// Tasks of this host wait for memory, says the kernel.
+    Pressure,
+    /// A machine came.
+    Came,
+    /// A machine went.
+    Went,
+}
+
+/// A machine and what was said about it.
+struct Member {
+    name: String,
+    backend: Box<dyn Backend>,
+    trouble: Option<Trouble>,
+    refused: Option<Refused>,
+    /// As last measured.
+    overhead: Option<Overhead>,
+}
+
+/// The control loop of one host.
+pub struct Control {
+    policy: PolicyState,
+    pool: Pool,
+    /// What the host and its manager use themselves, for admission.
+    own: ByteCount,
+    members: BTreeMap<MachineId, Member>,
+    next_id: u32,
+    epoch: Instant,
+    due: Instant,
+    measure_at: Instant,
+    hurry: Option<Hurry>,
+    recorder: Option<Recorder>,
+    /// Whether names or settings have changed since they were recorded.
+    is_changed: bool,
+}
+
+impl Control {
+    /// A host with its groups. Machines come later, one by one; those in `settings` are not taken over.
+    ///
+    /// # Errors
+    /// Contradictions among the groups.
+    pub fn new(settings: Settings, pool: Pool, own: ByteCount, now: Instant) -> Result<Self, SettingsError> {
+        let policy = PolicyState::new(Tree::new(Settings { machines: Vec::new(), ..settings })?);
+        let (members, recorder) = (BTreeMap::new(), None);
+        Ok(Self {
+            policy,
+            pool,
+            own,
+            members,
+            next_id: 1,
+            epoch: now,
+            due: now,
+            measure_at: now,
+            hurry: None,
+            recorder,
+            is_changed: true,
+        })
+    }
+
+    /// Has every turn from now on recorded.
+    pub fn record(&mut self, recorder: Recorder) {
+        self.recorder = Some(recorder);
+        self.is_changed = true;
+    }
+
+    /// Closes the record in good order.
+    ///
+    /// # Errors
+    /// When what was written last cannot be brought to the file.
+    pub fn finish(mut self) -> Result<(), TraceError> {
+        self.recorder.take().map_or(Ok(()), Recorder::finish)
+    }
+
+    /// Takes a machine in, if the host can keep its word to all. The id in `settings` is replaced by the next free one.
+    ///
+    /// # Errors
+    /// The contradiction, or the arithmetic. The back end is given up then.
+    pub fn admit(
+        &mut self,
+        name: &str,
+        settings: MachineSettings,
+        backend: Box<dyn Backend>,
+    ) -> Result<MachineId, AdmissionError> {
+        let id = MachineId(self.next_id);
+        let (total, own, overheads) = (self.pool.total(), self.own, backend.predicted());
+        let host = Capacity { total, own, overheads };
+        let tree = admit(self.policy.tree(), MachineSettings { id, ..settings }, &host)?;
+        self.policy.set_tree(tree);
+        self.next_id += 1;
+        let (trouble, refused, overhead) = (None, None, None);
+        let name = name.to_owned();
+        self.members.insert(id, Member { name, backend, trouble, refused, overhead });
+        self.is_changed = true;
+        self.hurry = self.hurry.or(Some(Hurry::Came));
+        Ok(id)
+    }
+
+    /// Lets a machine go. Nothing of ours remains with it.
+    pub fn release(&mut self, id: MachineId) {
+        if self.members.remove(&id).is_none() {
+            return;
+        }
+        let mut settings = self.policy.tree().settings().clone();
+        settings.machines.retain(|machine| machine.id != id);
+        // Less is promised than before, so nothing can contradict it.
+        if let Ok(tree) = Tree::new(settings) {
+            self.policy.set_tree(tree);
+        }
+        self.is_changed = true;
+        self.hurry = self.hurry.or(Some(Hurry::Went));
+    }
+
+    /// The settings in force.
+    pub const fn tree(&self) -> &Tree {
+        self.policy.tree()
+    }
+
+    /// The machines by id, with their names.
+    pub fn names(&self) -> impl Iterator<Item = (MachineId, &str)> {
+        self.members.iter().map(|(id, member)| (*id, &*member.name))
+    }
+
+    /// What machines of the kind of each cost, as predicted, and what it was last measured to cost.
+    pub fn overheads(&self) -> impl Iterator<Item = (MachineId, Overheads, Option<Overhead>)> {
+        self.members.iter().map(|(id, member)| (*id, member.backend.predicted(), member.overhead))
+    }
+
+    /// When the next regular turn is due, or something that was begun wants to go on.
+    pub const fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// Whether something hard has happened since the last turn, which the next should not wait for. A few system calls.
+    pub fn hurry(&mut self) -> Option<Hurry> {
+        let consumed = ByteCount(0);
+        let is_gone = |member: &Member| member.trouble.is_none() && member.backend.is_gone();
+        if self.hurry.is_none() && self.members.values().any(is_gone) {
+            self.hurry = Some(Hurry::Went);
+        }
+        let before = self.policy.host_state();
+        if self.hurry.is_none() && before < HostState::Hard {
+            let (total, free) = (self.pool.total(), self.pool.free(consumed));
+            self.hurry = (before.next(free, total) >= HostState::Hard).then_some(Hurry::Short);
+        }
+        self.hurry
+    }
+
+    /// The kernel says that tasks wait for memory.
+    pub fn pressed(&mut self) {
+        self.hurry = self.hurry.or(Some(Hurry::Pressure));
+    }
+
+    /// Goes on with what was begun. Says when to come again for that.
+    pub fn work(&mut self, now: Instant) -> Option<Instant> {
+        let mut next = None;
+        for member in self.members.values_mut().filter(|member| member.trouble.is_none()) {
+            // What is wrong with it shows when it is looked at.
+            let at = member.backend.work(now).ok().flatten();
+            next = [next, at].into_iter().flatten().min();
+        }
+        next
+    }
+
+    /// Observes, decides and applies.
+    pub fn turn(&mut self, now: Instant) -> Turn {
+        let mut events = Vec::new();
+        let machines = self.observe(now, &mut events);
+        let consumed = machines.iter().map(|machine| machine.consumed.0).fold(0, u64::saturating_add);
+        let now_ms = u64::try_from(now.saturating_duration_since(self.epoch).as_millis()).unwrap_or(u64::MAX);
+        let (total, free) = (self.pool.total(), self.pool.free(ByteCount(consumed)));
+        let view = HostView { now_ms, total, free, machines };
+        self.begin_record(&mut events);
+        let plan = decide(&view, &mut self.policy);
+        let outcomes = self.apply(&view, &plan, now, &mut events);
+        let hurry = self.hurry.take();
+        self.due = now + PERIOD;
+        let mut turn = Turn { view, plan, outcomes, events, hurry };
+        self.measure(now);
+        self.record_turn(&mut turn);
+        turn
+    }
+
+    /// Looks at all machines. Those that are gone are let go.
+    fn observe(&mut self, now: Instant, events: &mut Vec<Event>) -> Vec<MachineView> {
+        let (mut views, mut gone) = (Vec::with_capacity(self.members.len()), Vec::new());
+        for (id, member) in &mut self.members {
+            match member.backend.observe(*id, now) {
+                Ok(view) => {
+                    if member.trouble.take().is_some() {
+                        events.push(Event::Back { name: member.name.clone() });
+                    }
+                    views.push(view);
+                }
+                Err(why @ Trouble::Gone(_)) => {
+                    events.push(Event::Left { name: member.name.clone(), why });
+                    gone.push(*id);
+                }
+                Err(why) => {
+                    if member.trouble.as_ref() != Some(&why) {
+                        events.push(Event::LeftOut { name: member.name.clone(), why: why.clone() });
+                    }
+                    member.trouble = Some(why);
+                }
+            }
+        }
+        gone.into_iter().for_each(|id| self.release(id));
+        views
+    }
+
+    /// Has each machine that was seen do what the plan says, in the plan's order: whoever gives comes before whoever gets.
+    fn apply(&mut self, view: &HostView, plan: &Plan, now: Instant, events: &mut Vec<Event>) -> Vec<Outcome> {
+        let mut steps: BTreeMap<MachineId, Vec<Step>> =
+            view.machines.iter().map(|machine| (machine.id, Vec::new())).collect();
+        let mut order = Vec::with_capacity(steps.len());
+        for action in &plan.actions {
+            if let Some(steps) = steps.get_mut(&action.machine) {
+                if steps.is_empty() {
+                    order.push(action.machine);
+                }
+                steps.push(action.step);
+            }
+        }
+        let busy: BTreeSet<MachineId> = order.iter().copied().collect();
+        order.extend(steps.keys().filter(|id| !busy.contains(id)));
+        let mut outcomes = Vec::new();
+        for id in order {
+            let (Some(member), Some(steps)) = (self.members.get_mut(&id), steps.get(&id)) else { continue };
+            let done = member.backend.apply(steps, now);
+            let refused = done.iter().find_map(|done| match done {
+                Done::Refused(why) => Some(why.clone()),
+                Done::Begun => None,
+            });
+            if let (Some(why), true) = (&refused, refused != member.refused) {
+                events.push(Event::Refused { name: member.name.clone(), why: why.clone() });
+            }
+            // Asked for nothing, it has refused nothing, but may be about to again.
+            if refused.is_some() || !steps.is_empty() {
+                member.refused = refused;
+            }
+            let done = steps.iter().copied().zip(done);
+            outcomes.extend(done.map(|(step, done)| Outcome { machine: id, step, done }));
+        }
+        outcomes
+    }
+
+    fn measure(&mut self, now: Instant) {
+        if now >= self.measure_at {
+            self.measure_at = now + MEASURED_EVERY;
+            self.members.values_mut().for_each(|member| member.overhead = member.backend.overhead());
+        }
+    }
+
+    /// Before a decision: what it rests on, where that has changed.
+    fn begin_record(&mut self, events: &mut Vec<Event>) {
+        let Some(recorder) = self.recorder.as_mut().filter(|_| self.is_changed) else { return };
+        let name = |(id, member): (&MachineId, &Member)| (*id, member.name.clone());
+        let names = self.members.iter().map(name).collect();
+        self.is_changed = false;
+        if let Err(error) = recorder.settings(&self.policy, names) {
+            self.recorder = None;
+            events.push(Event::NotRecorded(plimsoll_linux::explain(&error)));
+        }
+    }
+
+    fn record_turn(&mut self, turn: &mut Turn) {
+        let Some(recorder) = &mut self.recorder else { return };
+        let overheads = self.members.iter();
+        let overheads = overheads.filter_map(|(id, member)| {
+            let predicted = member.backend.predicted().of(self.policy.tree().terms(*id)?);
+            Some((*id, (predicted, member.overhead?)))
+        });
+        let tick = Tick {
+            view: turn.view.clone(),
+            plan: turn.plan.clone(),
+            outcomes: turn.outcomes.clone(),
+            overheads: overheads.collect(),
+        };
+        if let Err(error) = recorder.tick(&tick) {
+            self.recorder = None;
+            turn.events.push(Event::NotRecorded(plimsoll_linux::explain(&error)));
+        }
+    }
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
