@@ -4,8 +4,11 @@
 //! carried out, recorded and explained. What must never happen: one machine's bad data or dead process stopping the others'
 //! decisions.
 //!
-//! * [`backend`]: one machine as the control loop sees it. [`control`]: the loop.
-//! * [`trace`]: decisions on record, and the same decisions made again.
+//! * [`backend`]: one machine as the control loop sees it. [`control`]: the loop. [`config`]: what an operator says, as a file.
+//! * [`trace`]: decisions on record, and the same decisions made again. [`line`](mod@line) and [`advise`]: what follows from them.
+pub mod advise;
 pub mod backend;
+pub mod config;
 pub mod control;
+pub mod line;
 pub mod trace;

@@ -8,7 +8,7 @@
 //! file    = one zstd frame of lines, flushed after each decision; a recorder that is killed leaves it without its end
 //! line    = a JSON object of one member
 //!   {"begin":    {"version": 1, "by": "plimsoll 0.1.0"}}                         the first line
-//!   {"settings": {"state": PolicyState, "names": [[id, name], ...]}}             the second line, and before each decision
+//!   {"settings": {"state": PolicyState, "names": [[id, name], ...], "own": bytes}}  the second line, and before each decision
 //!                                                                                that rests on other machines or settings
 //!   {"tick":     {"view": HostView, "plan": Plan, "outcomes": [...],
 //!                 "overheads": [[id, [predicted, measured]], ...]}}              each decision
@@ -56,6 +56,8 @@ pub struct Basis {
     pub state: PolicyState,
     /// The machines' names.
     pub names: Vec<(MachineId, String)>,
+    /// What of the host's memory is not for machines.
+    pub own: ByteCount,
 }
 
 /// The first line.
@@ -160,12 +162,8 @@ impl Recorder {
     ///
     /// # Errors
     /// [`TraceError::File`].
-    pub fn settings(
-        &mut self,
-        state: &PolicyState,
-        names: Vec<(MachineId, String)>,
-    ) -> Result<(), TraceError> {
-        self.write(&Written::Settings(&Basis { state: state.clone(), names }))
+    pub fn settings(&mut self, basis: &Basis) -> Result<(), TraceError> {
+        self.write(&Written::Settings(basis))
     }
 
     /// A decision.

@@ -16,7 +16,7 @@ pub use pool::Pool;
 pub use run::{RunError, Wakers, run};
 
 use crate::backend::{Backend, Done, Overhead, Refused, Trouble};
-use crate::trace::{Recorder, Tick, TraceError};
+use crate::trace::{Basis, Recorder, Tick, TraceError};
 use plimsoll_policy::admission::{AdmissionError, Capacity, Overheads, admit};
 use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::settings::{MachineSettings, Settings, SettingsError};
@@ -364,9 +364,9 @@ impl Control {
     fn begin_record(&mut self, events: &mut Vec<Event>) {
         let Some(recorder) = self.recorder.as_mut().filter(|_| self.is_changed) else { return };
         let name = |(id, member): (&MachineId, &Member)| (*id, member.name.clone());
-        let names = self.members.iter().map(name).collect();
+        let (state, names) = (self.policy.clone(), self.members.iter().map(name).collect());
         self.is_changed = false;
-        if let Err(error) = recorder.settings(&self.policy, names) {
+        if let Err(error) = recorder.settings(&Basis { state, names, own: self.own }) {
             self.recorder = None;
             events.push(Event::NotRecorded(plimsoll_linux::explain(&error)));
         }
