@@ -25,12 +25,14 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Cursor, Read, Write};
 use std::path::Path;
 use thiserror::Error;
 
 /// The version written, and the newest that is read.
 pub const VERSION: u32 = 1;
+/// How a zstd frame begins (RFC 8878, 3.1.1).
+const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// zstd's level: records are alike, so the fastest one leaves a tenth.
 const LEVEL: i32 = 1;
 /// No decision about 100,000 machines takes more; a longer line is none of ours.
@@ -214,31 +216,34 @@ impl Reader {
     pub fn open(path: &Path) -> Result<Self, TraceError> {
         let shown = path.display().to_string();
         let failed = |source| TraceError::File { path: shown.clone(), source };
-        let file = File::open(path).map_err(failed)?;
-        let plain = zstd::Decoder::new(file).map_err(failed)?;
-        Self::read(shown, Box::new(plain))
+        let mut file = File::open(path).map_err(failed)?;
+        let mut magic = Vec::with_capacity(MAGIC.len());
+        (&mut file).take(MAGIC.len() as u64).read_to_end(&mut magic).map_err(failed)?;
+        if magic != MAGIC {
+            return Err(TraceError::Foreign { path: shown });
+        }
+        let plain = zstd::Decoder::new(Cursor::new(magic).chain(file)).map_err(failed)?;
+        let mut reader =
+            Self { path: shown, lines: BufReader::new(Box::new(plain)), ticks: 0, is_over: false };
+        reader.check_first()?;
+        Ok(reader)
     }
 
-    fn read(path: String, plain: Box<dyn Read + Send>) -> Result<Self, TraceError> {
+    fn check_first(&mut self) -> Result<(), TraceError> {
         #[derive(Deserialize)]
         struct First {
             begin: Begin,
         }
-        let mut reader = Self { path, lines: BufReader::new(plain), ticks: 0, is_over: false };
-        let foreign = || TraceError::Foreign { path: reader.path.clone() };
-        let line = match next_line(&mut reader.lines) {
-            Ok(Some(line)) => line,
-            // A directory, for one, can be opened.
-            Err(source) if source.raw_os_error().is_some() => {
-                return Err(TraceError::File { path: reader.path, source });
-            }
-            Ok(None) | Err(_) => return Err(foreign()),
+        let foreign = || TraceError::Foreign { path: self.path.clone() };
+        let line = match next_line(&mut self.lines) {
+            Ok(line) => line.ok_or_else(foreign)?,
+            Err(error) => return Err(self.damage(error.kind() == io::ErrorKind::UnexpectedEof)),
         };
         let First { begin } = serde_json::from_slice(&line).map_err(|_| foreign())?;
         if begin.version > VERSION {
-            return Err(TraceError::Newer { path: reader.path, found: begin.version });
+            return Err(TraceError::Newer { path: self.path.clone(), found: begin.version });
         }
-        Ok(reader)
+        Ok(())
     }
 
     fn damage(&mut self, is_cut: bool) -> TraceError {

@@ -1,0 +1,190 @@
+//! Records: what was decided is decided again, and what is not a whole record is said to be none.
+use super::fake::Host;
+use plimsoll_host::advise::advise;
+use plimsoll_host::backend::Trouble;
+use plimsoll_host::line::Line;
+use plimsoll_host::trace::{Basis, Reader, Record, Recorder, Tick, TraceError, replay};
+use plimsoll_types::ByteCount;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// Thirty decisions about two machines, the second of which goes after twenty.
+fn recorded(folder: &Path) -> PathBuf {
+    let path = folder.join("trace");
+    let mut host = Host::new(1536, &[(1024, 128, 900, 100), (1024, 128, 300, 1000)]);
+    host.control.record(Recorder::create(&path).unwrap());
+    (0..20).for_each(|_| drop(host.turn()));
+    host.set(1, |body| body.trouble = Some(Trouble::Gone("it ended".to_owned())));
+    (0..10).for_each(|_| drop(host.turn()));
+    host.control.finish().unwrap();
+    path
+}
+
+fn read(path: &Path) -> (Basis, Vec<Tick>) {
+    let (mut basis, mut ticks) = (None, Vec::new());
+    for record in Reader::open(path).unwrap() {
+        match record.unwrap() {
+            Record::Settings(last) => basis = Some(*last),
+            Record::Tick(tick) => ticks.push(*tick),
+        }
+    }
+    (basis.unwrap(), ticks)
+}
+
+#[test]
+fn a_record_replays_through_machines_that_come_and_go() {
+    let folder = folder();
+    let replayed = replay(Reader::open(&recorded(folder.path())).unwrap());
+    assert_eq!(replayed.identical, 30);
+    assert!(replayed.difference.is_none() && replayed.damage.is_none(), "{replayed:?}");
+}
+
+#[test]
+fn a_view_that_was_changed_afterwards_shows_as_the_first_difference() {
+    let folder = folder();
+    let path = recorded(folder.path());
+    let records: Vec<Record> = Reader::open(&path).unwrap().map(Result::unwrap).collect();
+    let mut recorder = Recorder::create(&path).unwrap();
+    let mut number = 0;
+    for record in records {
+        match record {
+            Record::Settings(basis) => recorder.settings(&basis).unwrap(),
+            Record::Tick(mut tick) => {
+                number += 1;
+                if number == 7 {
+                    tick.view.machines[1].consumed += ByteCount::mib(64);
+                }
+                recorder.tick(&tick).unwrap();
+            }
+        }
+    }
+    recorder.finish().unwrap();
+    let replayed = replay(Reader::open(&path).unwrap());
+    let difference = replayed.difference.unwrap();
+    assert_eq!((replayed.identical, difference.tick, difference.at_ms), (6, 7, 7000));
+    assert!(difference.recorded != difference.decided, "{difference:?}");
+}
+
+#[test]
+fn a_record_whose_recorder_was_killed_can_be_read_up_to_there() {
+    let folder = folder();
+    let path = recorded(folder.path());
+    let whole = fs::read(&path).unwrap();
+    let mut seen = Vec::new();
+    for part in [4, 3, 2] {
+        fs::write(&path, &whole[..whole.len() * (part - 1) / part]).unwrap();
+        let replayed = replay(Reader::open(&path).unwrap());
+        assert!(replayed.difference.is_none());
+        match replayed.damage {
+            Some(TraceError::Truncated { ticks, .. }) => assert_eq!(ticks, replayed.identical),
+            other => panic!("{other:?}"),
+        }
+        seen.push(replayed.identical);
+    }
+    assert!(seen[0] >= seen[1] && seen[1] >= seen[2] && seen[0] > 0, "{seen:?}");
+    // It was flushed, and never ended: what a kill leaves.
+    let mut host = Host::new(1536, &[(1024, 128, 900, 100)]);
+    host.control.record(Recorder::create(&path).unwrap());
+    (0..5).for_each(|_| drop(host.turn()));
+    let replayed = replay(Reader::open(&path).unwrap());
+    assert!(matches!(replayed.damage, Some(TraceError::Truncated { ticks: 5, .. })), "{replayed:?}");
+    let text = replayed.damage.unwrap().to_string();
+    assert!(text.contains("cut off after 5 whole decisions"), "{text}");
+}
+
+#[test]
+fn damage_foreign_files_and_newer_records_get_one_sentence_each() {
+    let folder = folder();
+    let path = recorded(folder.path());
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 40].fill(0xff);
+    fs::write(&path, bytes).unwrap();
+    let damage = match Reader::open(&path) {
+        Ok(reader) => replay(reader).damage.unwrap(),
+        Err(error) => error,
+    };
+    assert!(matches!(damage, TraceError::Corrupt { .. }), "{damage:?}");
+    assert!(damage.to_string().ends_with("use a copy that is not"), "{damage}");
+    for foreign in [&b"hello\n"[..], b"", &zstd_of("{\"hello\": 1}\n"), &zstd_of("")] {
+        fs::write(&path, foreign).unwrap();
+        let text = Reader::open(&path).unwrap_err().to_string();
+        assert!(text.contains("is no record of decisions"), "{text}");
+    }
+    fs::write(&path, zstd_of("{\"begin\":{\"version\":2,\"by\":\"plimsoll 9\",\"more\":1}}\n")).unwrap();
+    let text = Reader::open(&path).unwrap_err().to_string();
+    assert!(
+        text.ends_with("is a record of version 2, and this plimsoll reads up to 1: use a newer one"),
+        "{text}"
+    );
+    let text = Reader::open("/no/such/trace".as_ref()).unwrap_err().to_string();
+    assert_eq!(text, "the record \"/no/such/trace\" cannot be used");
+}
+
+fn zstd_of(text: &str) -> Vec<u8> {
+    zstd::encode_all(text.as_bytes(), 1).unwrap()
+}
+
+#[test]
+fn the_line_says_what_is_promised_and_what_breaks_first() {
+    let folder = folder();
+    let (basis, ticks) = read(&recorded(folder.path()));
+    let line = Line::of(ticks.last().unwrap(), &basis);
+    assert_eq!((line.machines, line.reserved, line.owned), (1, ByteCount::mib(128), ByteCount::mib(1024)));
+    assert_eq!(line.saved + line.consumed, line.owned);
+    assert!(line.breaks.is_sorted() && line.breaks.len() == 3, "{line:?}");
+    assert!(line.to_string().lines().all(|line| line.chars().count() <= 100), "{line}");
+}
+
+#[test]
+fn advice_gives_the_idle_machine_less_and_is_checked_on_the_same_demand() {
+    let folder = folder();
+    let path = folder.path().join("trace");
+    let mut host = Host::new(4096, &[(2048, 1024, 300, 200), (1024, 128, 900, 800)]);
+    host.control.record(Recorder::create(&path).unwrap());
+    (0..600).for_each(|_| drop(host.turn()));
+    host.control.finish().unwrap();
+    let report = advise(Reader::open(&path).unwrap()).unwrap();
+    let [idle, busy] = &report.machines[..] else { panic!("{report:?}") };
+    assert_eq!(idle.used.high, ByteCount::mib(200));
+    assert_eq!((idle.advised.low, idle.advised.high), (ByteCount::mib(208), ByteCount::mib(240)));
+    assert_eq!(busy.advised.low, ByteCount::mib(800));
+    assert!(report.limits.1 < report.limits.0);
+    assert_eq!(report.after.as_ref().unwrap().violations, 0);
+    // Ten minutes: 1 - 0.99^10.
+    assert_eq!(idle.certainty.0 / 10_000, 9, "{:?}", idle.certainty);
+    assert!(report.to_string().lines().all(|line| line.chars().count() <= 100), "{report}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    #[test]
+    fn whatever_happens_a_record_replays(
+        total in 512_u64..4096,
+        machines in vec((64_u64..2048, 0_u64..64, 0_u64..2048, 0_u64..2048), 1..6),
+        moments in vec((0_u64..5000, any::<prop::sample::Index>(), any::<i64>(), 0_u64..4096), 1..40),
+    ) {
+        let folder = folder();
+        let path = folder.path().join("trace");
+        let machines: Vec<_> = machines.into_iter().map(|(size, kept, has, uses)| (size, kept.min(size), has.min(size), uses)).collect();
+        let mut host = Host::new(total + 1024, &machines);
+        host.control.record(Recorder::create(&path).unwrap());
+        for (pause, which, active, consumed) in &moments {
+            let place = which.index(machines.len());
+            host.set(place, |body| (body.active, body.consumed) = (*active, ByteCount::mib(*consumed)));
+            host.now += Duration::from_millis(*pause);
+            host.control.turn(host.now);
+        }
+        host.control.finish().unwrap();
+        let replayed = replay(Reader::open(&path).unwrap());
+        prop_assert_eq!(replayed.identical, moments.len() as u64);
+        prop_assert!(replayed.difference.is_none() && replayed.damage.is_none());
+    }
+}
