@@ -2,13 +2,20 @@
 //!
 //! Enters: a command line. Leaves: exit status 0 when all went well, 1 when something went wrong that the output
 //! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
+mod advise;
 mod attach;
 mod demo;
 mod guest;
 mod host;
+mod line;
+mod manage;
+mod replay;
 mod share;
+mod signals;
 mod soak;
+mod trace;
 mod vmm;
+mod why;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -26,6 +33,16 @@ enum Verb {
     Demo(demo::DemoArgs),
     /// Manage the memory of a running machine from outside: QEMU, Cloud Hypervisor, Firecracker, crosvm.
     Attach(attach::AttachArgs),
+    /// Manage the memory of several running machines by their settings, as one host.
+    Manage(manage::ManageArgs),
+    /// Say why the last decisions about a machine were made, with the numbers behind them.
+    Why(why::WhyArgs),
+    /// Say how deep the host is loaded, how much more it may safely take, and what would break first.
+    Line(line::LineArgs),
+    /// Say what size each machine should have been, checked against what was recorded.
+    Advise(advise::AdviseArgs),
+    /// Make the decisions of a record again, and compare.
+    Replay(replay::ReplayArgs),
     /// Keep equal pages of machines of one sharing domain once, while that pays (KSM).
     Share(share::ShareArgs),
     /// See what a machine's balloon and hot memory offer, and bring them to where they are wanted.
@@ -43,6 +60,11 @@ fn main() -> ExitCode {
     match Cli::parse().verb {
         Verb::Demo(args) => demo::main(&args),
         Verb::Attach(args) => attach::main(&args),
+        Verb::Manage(args) => manage::main(&args),
+        Verb::Why(args) => why::main(&args),
+        Verb::Line(args) => line::main(&args),
+        Verb::Advise(args) => advise::main(&args),
+        Verb::Replay(args) => replay::main(&args),
         Verb::Share(args) => share::main(&args),
         Verb::Guest(args) => guest::main(&args),
         Verb::Soak(args) => soak::main(&args),

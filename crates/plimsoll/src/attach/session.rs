@@ -5,6 +5,7 @@
 //! asked of memory that the machine no longer has, or while it is migrated.
 use super::budget::{Budget, Taken};
 use super::view::{Line, View};
+use crate::signals::signals;
 use plimsoll_attach::{AttachLock, Change, Follower};
 use plimsoll_host::backend::{
     Memory, MigrationPhase as Phase, MigrationWatch as Watch, reopen, why_counted_only,
@@ -309,16 +310,6 @@ impl Session {
 /// Whether another request soon gets more.
 const fn goes_on(got: &Reclaimed) -> bool {
     got.taken.0 > 0 || matches!(got.short, Some(Short::Paced { .. } | Short::Unseen))
-}
-
-/// Readable once a signal has asked for the end.
-fn signals() -> Result<UnixStream, String> {
-    let (ours, theirs) = UnixStream::pair().map_err(|error| explain(&error))?;
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
-        let end = theirs.try_clone().map_err(|error| explain(&error))?;
-        signal_hook::low_level::pipe::register(signal, end).map_err(|error| explain(&error))?;
-    }
-    Ok(ours)
 }
 
 /// What an operator can do something about. That a machine uses what it has is no news.
