@@ -105,7 +105,7 @@ impl Attached {
         let is_told = self.seen().is_some_and(|seen| seen.is_migrating);
         match self.migration.look(now).phase {
             Migration::Completed => return Err(Trouble::Gone("it runs on another host now".to_owned())),
-            phase => self.is_migrating = is_told || phase == Migration::Running,
+            phase => self.is_migrating = is_told || phase != Migration::None,
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ pub struct Watch {
     trouble: Option<Trouble>,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Trouble {
     retry_at: Instant,
     /// What is known meanwhile.
