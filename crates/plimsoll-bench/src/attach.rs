@@ -5,18 +5,20 @@
 //! command runs it, on [synthetic machines](machine) that do nothing, or on KVM guests that no other manager serves. What
 //! must never happen: pages counted that did not go, or a working set held against anything but what the guest touched.
 //!
-//! `looks`: attaching and scanning. `taken`: taking. `guests`: what KVM guests notice of it, and what is believed of them.
-//! `fleet`: many machines at rest. The rows of KSM are [`ksm`]'s. The table of rows is here.
+//! `looks`: attaching and scanning. `taken`: taking. `slices`: what KVM guests notice of it; `guests`: what is believed of them.
+//! `fleet`: many machines at rest. `idle`: a stock Debian guest at rest. The rows of KSM are [`ksm`]'s. The table of rows is here.
 mod fleet;
 mod guests;
+mod idle;
 mod looks;
 mod machine;
+mod slices;
 mod taken;
 
 use crate::contents::{MIX, POOL_PAGES, SEED};
 use crate::guest::{RAM, check_kvm};
 use crate::ksm;
-use crate::report::{self, Report, Run, Subject, compare, higher, lower};
+use crate::report::{self, Comparison, Report, Run, Subject, compare, compare_slices, higher, lower};
 use crate::session::{BenchError, Interrupt};
 use crate::swap::check_host;
 use anyhow::{Context, Result};
@@ -53,13 +55,30 @@ struct Stage<'a> {
 /// One or more ratios that are measured together.
 struct Trial {
     subjects: Vec<Subject>,
-    rounds: usize,
-    /// A run for each subject.
-    round: fn(&Stage<'_>) -> Result<Vec<Run>, BenchError>,
+    way: Way,
+}
+
+/// How a trial is measured.
+#[derive(Clone, Copy)]
+enum Way {
+    /// So many rounds, each of which gives a run for each subject.
+    Rounds(usize, fn(&Stage<'_>) -> Result<Vec<Run>, BenchError>),
+    /// Once, with many short runs for each subject, which are this share of what is compared.
+    Slices(f64, fn(&Stage<'_>) -> Result<Vec<Vec<Run>>, BenchError>),
+}
+
+impl Trial {
+    fn measure(self, stage: &Stage<'_>) -> Result<Vec<Comparison>, BenchError> {
+        match self.way {
+            Way::Rounds(rounds, round) => compare(self.subjects, rounds, || round(stage)),
+            Way::Slices(share, measure) => compare_slices(self.subjects, measure(stage)?, share),
+        }
+    }
 }
 
 fn trials() -> Vec<Trial> {
-    let trial = |subjects, round| Trial { subjects, rounds: ROUNDS, round };
+    let trial = |subjects, round| Trial { subjects, way: Way::Rounds(ROUNDS, round) };
+    let slices = |subjects, share, measure| Trial { subjects, way: Way::Slices(share, measure) };
     let taken = |name, round| trial(vec![higher(name, "pages/s", None)], round);
     vec![
         trial(
@@ -73,10 +92,12 @@ fn trials() -> Vec<Trial> {
         taken("taken/1", |stage| taken::round(stage, 1)),
         taken("taken/4", |stage| taken::round(stage, 4)),
         taken("taken/16", |stage| taken::round(stage, 16)),
-        trial(
+        slices(
             vec![higher("sampling-cost", "ops/s", Some(0.99)), higher("unpressed", "ops/s", Some(0.99))],
-            guests::unpressed,
+            slices::SHARE,
+            slices::managed,
         ),
+        slices(vec![higher("split-cost", "ops/s", None)], 1.0, slices::split),
         trial(
             vec![
                 higher("working-set-low/zipf", "pages", Some(0.8)),
@@ -86,7 +107,14 @@ fn trials() -> Vec<Trial> {
             ],
             guests::working_sets,
         ),
-        Trial { subjects: vec![lower("fleet-200", "ms/s", Some(0.02))], rounds: 1, round: fleet::round },
+        Trial { subjects: vec![lower("fleet-200", "ms/s", Some(0.02))], way: Way::Rounds(1, fleet::round) },
+        Trial {
+            subjects: vec![
+                lower("idle-debian/size", "MiB", Some(1.0)),
+                lower("idle-debian/answer", "ms", Some(1.0)),
+            ],
+            way: Way::Rounds(1, idle::round),
+        },
     ]
 }
 
@@ -104,7 +132,7 @@ pub(crate) struct Settings {
     ksm: ksm::Settings,
 }
 
-/// Measures the rows whose names begin so.
+/// Measures the rows whose names begin so, and those that are measured with them.
 pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
     check_host()?;
     check_kvm()?;
@@ -119,11 +147,9 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         if trial.subjects.iter().any(|subject| is_wanted(&subject.name)) {
             let names: Vec<&str> = trial.subjects.iter().map(|subject| subject.name.as_str()).collect();
             eprintln!("measuring {}", names.join(", "));
-            for comparison in compare(trial.subjects, trial.rounds, || (trial.round)(&stage))? {
-                if is_wanted(comparison.name()) {
-                    println!("  {comparison}");
-                    results.push(comparison);
-                }
+            for comparison in trial.measure(&stage)? {
+                println!("  {comparison}");
+                results.push(comparison);
             }
         }
     }

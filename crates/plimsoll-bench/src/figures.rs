@@ -1,4 +1,4 @@
-//! The arithmetic of a comparison: median, spread of the peer against itself, ratio.
+//! The arithmetic of a comparison: median and where it may lie, spread of the peer against itself, ratio.
 //!
 //! Enters: measured numbers. Leaves: one number, or none where there is nothing to compute it from. What must never
 //! happen: a figure made up from no measurement, or from one that is not a positive finite number.
@@ -37,6 +37,27 @@ pub(crate) fn spread(pairs: &[(f64, f64)]) -> Option<f64> {
     apart.collect::<Option<Vec<f64>>>()?.into_iter().max_by(f64::total_cmp)
 }
 
+/// Where the median of what the values were drawn from lies, in 95 of 100 cases: between two of them that are equally far
+/// from the middle (the sign test; nothing is assumed of how they are spread). None for fewer than six.
+pub(crate) fn interval(values: &[f64]) -> Option<(f64, f64)> {
+    if !values.iter().copied().all(is_sound) {
+        return None;
+    }
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    // How likely it is that exactly so many of them lie below the median, and at most so many.
+    let count = sorted.len();
+    let mut exactly = 0.5_f64.powi(i32::try_from(count).ok()?);
+    let (mut at_most, mut left_out) = (exactly, 0);
+    while at_most <= 0.025 && left_out < count {
+        left_out += 1;
+        exactly *= float((count - left_out + 1) as u64) / float(left_out as u64);
+        at_most += exactly;
+    }
+    let low = left_out.checked_sub(1)?;
+    Some((*sorted.get(low)?, *sorted.get(count - 1 - low)?))
+}
+
 /// Ours for each one of the peer's.
 pub(crate) fn ratio(ours: f64, peer: f64) -> Option<f64> {
     (is_sound(ours) && is_sound(peer)).then(|| ours / peer)
@@ -62,6 +83,19 @@ mod tests {
     fn the_spread_is_that_of_the_worst_round_and_not_between_rounds() {
         assert!(is_near(spread(&[(100.0, 110.0), (250.0, 200.0), (90.0, 90.0)]), 0.25));
         assert!(is_near(spread(&[(100.0, 100.0), (500.0, 500.0)]), 0.0));
+    }
+
+    #[test]
+    fn an_interval_leaves_out_as_many_on_either_side_as_chance_would() {
+        let to = |count: u32| (1..=count).rev().map(f64::from).collect::<Vec<_>>();
+        // Tables of the sign test: 6 to 8 values leave out none, 20 five, 25 seven on either side.
+        for (count, ends) in
+            [(6, (1.0, 6.0)), (8, (1.0, 8.0)), (9, (2.0, 8.0)), (20, (6.0, 15.0)), (25, (8.0, 18.0))]
+        {
+            assert_eq!(interval(&to(count)), Some(ends), "{count}");
+        }
+        assert_eq!(interval(&to(5)), None);
+        assert_eq!(interval(&[1.0, 1.0, 1.0, 1.0, 1.0, f64::NAN]), None);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Enters: the runs of each comparison. Leaves: text and JSON, described in `docs/bench.md`. What must never happen: a
 //! ratio without the runs it came from.
-use crate::figures::{median, ratio, spread};
+use crate::figures::{interval, median, ratio, spread};
 use crate::session::BenchError;
 use anyhow::{Context, ensure};
 use plimsoll_types::ByteCount;
@@ -74,6 +74,8 @@ pub(crate) struct Comparison {
     goal: Option<f64>,
     better: Better,
     spread: f64,
+    /// Where the ratio lies in 95 of 100 cases; none where there are too few runs to say.
+    interval: Option<(f64, f64)>,
     runs: Vec<Run>,
 }
 
@@ -87,7 +89,21 @@ impl Comparison {
         let pairs: Vec<_> = runs.iter().map(|run| (run.peer.value, run.peer_again.value)).collect();
         let Subject { name, unit, better, goal } = subject;
         let (ratio, spread) = (ratio(ours, peer)?, spread(&pairs)?);
-        Some(Self { name, ours, peer, unit, ratio, goal, better, spread, runs })
+        Some(Self { name, ours, peer, unit, ratio, goal, better, spread, interval: None, runs })
+    }
+
+    /// Of many short runs, each of which has its own ratio, to the mean of the peer before and after it: what changes slowly
+    /// is in neither the median of them nor the spread, which is how far from 1 the peer's median against itself may lie. A
+    /// run is this share of what the ratio is of; in the rest of it both are alike.
+    pub(crate) fn paired(subject: Subject, runs: Vec<Run>, share: f64) -> Option<Self> {
+        let whole = |one, other| Some(1.0 + (ratio(one, other)? - 1.0) * share);
+        let of = |run: &Run| whole(run.ours.value, f64::midpoint(run.peer.value, run.peer_again.value));
+        let ratios = runs.iter().map(of).collect::<Option<Vec<_>>>()?;
+        let own = |run: &Run| whole(run.peer_again.value, run.peer.value);
+        let (low, high) = interval(&runs.iter().map(own).collect::<Option<Vec<_>>>()?)?;
+        let spread = (1.0 - low).max(high - 1.0);
+        let all = Self::new(subject, runs)?;
+        Some(Self { ratio: median(&ratios)?, interval: interval(&ratios), spread, ..all })
     }
 
     /// `what/content`.
@@ -115,8 +131,16 @@ impl fmt::Display for Comparison {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, ours, peer, unit, ratio, spread, .. } = self;
         let digits = if ours.min(*peer) < 100.0 { 2 } else { 0 };
-        write!(f, "{name:<36} ratio {ratio:>5.2}  ours {ours:>9.digits$} peer {peer:>9.digits$} {unit:<10}")?;
+        // A hundredth of a ratio is all that a few runs can tell.
+        let places = if self.interval.is_some() { 3 } else { 2 };
+        write!(
+            f,
+            "{name:<36} ratio {ratio:>5.places$}  ours {ours:>9.digits$} peer {peer:>9.digits$} {unit:<10}"
+        )?;
         write!(f, "  A/A {:>4.1} %", spread * 100.0)?;
+        if let Some((low, high)) = self.interval {
+            write!(f, "  95 % {low:.3} to {high:.3}")?;
+        }
         if let Some((ours, peer)) = self.cpu_seconds() {
             write!(f, "  CPU {ours:.3} s and {peer:.3} s")?;
         }
@@ -145,6 +169,20 @@ pub(crate) fn compare(
         ensure!(runs.len() == rounds, "{name}: measured {} times", runs.len());
         Comparison::new(subject, runs)
             .with_context(|| format!("{name}: a measured value is not a positive number"))
+    };
+    Ok(subjects.into_iter().zip(runs).map(comparison).collect::<anyhow::Result<_>>()?)
+}
+
+/// Subjects that are measured together, with the runs of each, which are this share of what is compared.
+pub(crate) fn compare_slices(
+    subjects: Vec<Subject>,
+    runs: Vec<Vec<Run>>,
+    share: f64,
+) -> Result<Vec<Comparison>, BenchError> {
+    let comparison = |(subject, runs): (Subject, Vec<Run>)| {
+        let name = subject.name.clone();
+        Comparison::paired(subject, runs, share)
+            .with_context(|| format!("{name}: too few runs, or a measured value is not a positive number"))
     };
     Ok(subjects.into_iter().zip(runs).map(comparison).collect::<anyhow::Result<_>>()?)
 }

@@ -1,9 +1,8 @@
-//! KVM guests that are managed from outside and of which nothing is wanted: what they notice, and what is believed of them.
+//! What is believed of KVM guests that are managed from outside and of which nothing is wanted.
 //!
-//! Enters: guests that say themselves how much they get done and which pages they touch. Leaves: operations a second with
-//! and without a manager, and estimates of working sets against the guests' own windows. What must never happen: an
+//! Enters: guests that say themselves which pages they touch. Leaves: estimates of working sets against the guests' own windows. What must never happen: an
 //! estimate held against another period than the one it was made of.
-use super::{Attached, Stage, attach};
+use super::{Stage, attach};
 use crate::contents::MIX;
 use crate::figures::float;
 use crate::guest::{self, Guest, RAM};
@@ -17,73 +16,21 @@ use plimsoll_linux::kernel::{KernelMachine, PERIOD};
 use plimsoll_linux::reclaimer::Reclaimer;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::VmmConfig;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Instant;
 
 /// Room for all of two guests.
-const SWAP: ByteCount = ByteCount(RAM.0 * 4);
+pub(super) const SWAP: ByteCount = ByteCount(RAM.0 * 4);
 
 /// A guest that looks like QEMU's from outside.
-fn start(stage: &Stage<'_>, config: VmmConfig) -> Result<Guest, BenchError> {
+pub(super) fn start(stage: &Stage<'_>, config: VmmConfig) -> Result<Guest, BenchError> {
     let mib = (config.ram_bytes / ByteCount::mib(1).0).to_string();
     Guest::unmanaged_as(&stage.disguise.program(), &["-m", &mib], config, stage.interrupt)
 }
 
-fn hold(guest: &Guest) -> Result<Held> {
+/// A hold on it.
+pub(super) fn hold(guest: &Guest) -> Result<Held> {
     Ok(Held::open(guest.process().process())?)
-}
-
-/// Operations a second: alone; sampled; sampled, followed and counted as the `attach` command does; alone again.
-pub(super) fn unpressed(stage: &Stage<'_>) -> Result<Vec<Run>, BenchError> {
-    let alone = || start(stage, guest::busy(MIX))?.operations();
-    let peer = alone()?;
-    let sampled = managed(stage, |guest| {
-        let mut machine = attach(&hold(guest)?, guest.ram())?;
-        Ok(Box::new(move || {
-            machine.tick(Instant::now())?;
-            Ok(machine.due())
-        }))
-    })?;
-    let followed = managed(stage, |guest| {
-        let mut attached = Attached::new(hold(guest)?, guest.ram())?;
-        Ok(Box::new(move || {
-            attached.tick()?;
-            attached.machine.usage()?;
-            Ok(attached.machine.due())
-        }))
-    })?;
-    let peer_again = alone()?;
-    Ok([sampled, followed].map(|ours| Run { peer, ours, peer_again }).to_vec())
-}
-
-/// One look at a machine, which says when the next is due.
-type Look = Box<dyn FnMut() -> Result<Instant> + Send>;
-
-/// Operations a second of a guest that is looked at from another thread.
-fn managed(stage: &Stage<'_>, look_at: fn(&Guest) -> Result<Look>) -> Result<Sample, BenchError> {
-    let _device = device(SWAP).context("cannot make a zram device")?;
-    let mut guest = start(stage, guest::busy(MIX))?;
-    let look = look_at(&guest)?;
-    let (end, ended) = channel();
-    thread::scope(|scope| {
-        let looking = scope.spawn(move || look_until(&ended, look));
-        let sample = guest.operations();
-        drop(end);
-        looking.join().map_err(|_| anyhow!("the manager's thread panicked"))??;
-        sample
-    })
-}
-
-/// Looks whenever it is due, until the other end of the channel is gone.
-fn look_until(ended: &Receiver<()>, mut look: Look) -> Result<()> {
-    loop {
-        let due = look()?;
-        match ended.recv_timeout(due.saturating_duration_since(Instant::now())) {
-            Err(RecvTimeoutError::Timeout) => {}
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        }
-    }
 }
 
 /// Periods before estimates are believed: what the fast average (6 sixteenths a period) still holds of the time before is
@@ -195,21 +142,5 @@ mod tests {
     fn a_single_period_is_held_against_nothing() {
         assert!(against_touched(&[(1.0, 1.0)]).is_none());
         assert!(against_touched(&[]).is_none());
-    }
-
-    #[test]
-    fn looking_ends_with_the_work_that_it_goes_on_beside() {
-        let (end, ended) = channel();
-        let mut looks = 0;
-        let mut end = Some(end);
-        let look = Box::new(move || {
-            looks += 1;
-            if looks == 3 {
-                end.take();
-            }
-            assert!(looks <= 3, "looked after the end");
-            Ok(Instant::now())
-        });
-        look_until(&ended, look).unwrap();
     }
 }
