@@ -92,9 +92,9 @@ impl Comparison {
         Some(Self { name, ours, peer, unit, ratio, goal, better, spread, interval: None, runs })
     }
 
-    /// Of many short runs, each of which has its own ratio, to the mean of the peer before and after it: what changes slowly
-    /// is in neither the median of them nor the spread, which is how far from 1 the peer's median against itself may lie. A
-    /// run is this share of what the ratio is of; in the rest of it both are alike.
+    /// Of many short runs, each of which has its own ratio, to the mean of the peer before and after it: what changes steadily
+    /// is not in the median of them. It is in the spread, which is how far from 1 the peer's median against itself may lie.
+    /// A run is this share of what the ratio is of; in the rest of it both are alike.
     pub(crate) fn paired(subject: Subject, runs: Vec<Run>, share: f64) -> Option<Self> {
         let whole = |one, other| Some(1.0 + (ratio(one, other)? - 1.0) * share);
         let of = |run: &Run| whole(run.ours.value, f64::midpoint(run.peer.value, run.peer_again.value));
@@ -254,6 +254,24 @@ mod tests {
             |ours, peer, again| Run { ours: sample(ours), peer: sample(peer), peer_again: sample(again) };
         let runs = vec![run(300.0, 100.0, 110.0), run(200.0, 100.0, 100.0), run(210.0, 90.0, 99.0)];
         Comparison::new(subject, runs).unwrap()
+    }
+
+    #[test]
+    fn what_drifts_is_not_in_the_ratio_of_a_run_to_its_neighbours_but_in_the_spread() {
+        // The machine loses a fifth from one run of the peer to the next, ours a tenth more.
+        let runs = (0..8).scan(1000.0, |pace, _| {
+            let (peer, peer_again) = (*pace, *pace * 0.8);
+            *pace = peer_again;
+            let ours = f64::midpoint(peer, peer_again) * 0.9;
+            Some(Run { ours: sample(ours), peer: sample(peer), peer_again: sample(peer_again) })
+        });
+        let found = Comparison::paired(higher("slow", "ops/s", Some(0.96)), runs.collect(), 0.5).unwrap();
+        assert!((found.ratio - 0.95).abs() < 1e-9, "{found}");
+        assert!((found.spread - 0.1).abs() < 1e-9, "half of what lies between two runs of the peer: {found}");
+        let text = found.to_string();
+        assert!(text.contains("95 % 0.950 to 0.950") && text.ends_with("MISSED"), "{text}");
+        let few = vec![Run { ours: sample(1.0), peer: sample(1.0), peer_again: sample(1.0) }; 5];
+        assert!(Comparison::paired(higher("few", "ops/s", None), few, 1.0).is_none());
     }
 
     #[test]

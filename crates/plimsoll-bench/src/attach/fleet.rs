@@ -27,7 +27,13 @@ pub(super) fn round(stage: &Stage<'_>) -> Result<Vec<Run>, BenchError> {
     let start = Instant::now();
     let attach = |machine: &Machine| Attached::new(machine.held()?, Vec::new());
     let mut fleet = machines.iter().map(attach).collect::<anyhow::Result<Vec<_>>>()?;
-    look_until(start + SETTLING, &mut fleet, stage)?;
+    let (done, settling) = timed(|| look_until(start + SETTLING, &mut fleet, stage));
+    done?;
+    println!(
+        "  {:.1} ms/s in the {} s before",
+        settling.cpu_seconds / settling.seconds * 1000.0,
+        SETTLING.as_secs()
+    );
     let periods = |fleet: &[Attached]| fleet.iter().map(|one| one.machine.totals().periods).sum::<u64>();
     let before = periods(&fleet);
     let (done, elapsed) = timed(|| look_until(start + SETTLING + COUNTED, &mut fleet, stage));

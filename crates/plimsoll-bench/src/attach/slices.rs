@@ -110,7 +110,7 @@ pub(super) fn managed(stage: &Stage<'_>) -> Result<Vec<Vec<Run>>, BenchError> {
     // What taking the first page of each huge one costs is another row's.
     manage(&mut watched.attached)?;
     watched.slice(SLICE, |_| Ok(()))?;
-    let mut runs = vec![Vec::with_capacity(RUNS); 2];
+    let mut runs = vec![Vec::new(); 2];
     let mut peer = watched.slice(SLICE, |_| Ok(()))?;
     let (mut late, mut all) = (0, 0);
     for turn in 0..2 * RUNS {
