@@ -22,8 +22,8 @@ pub(super) const SIZE: ByteCount = ByteCount::mib(512);
 /// What it may end at, and how long it may take to answer.
 const MIB_MAX: f64 = 64.0;
 const MILLISECONDS_MAX: f64 = 2000.0;
-/// Periods in which as much is taken as goes: those of a minute.
-const PERIODS: u32 = 30;
+/// Periods in which as much is taken as goes.
+const PERIODS: u32 = 20;
 /// Longer than any answer takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -24,10 +24,10 @@ use plimsoll_types::{BLOCK_SIZE, ByteCount, Hva, PAGE_SIZE};
 use plimsoll_vmm::VmmConfig;
 use std::time::{Duration, Instant};
 
-/// Runs of each row of a managed guest, and of the one that is split. The interval of a median leaves out ten and five of them on
+/// Runs of each row of a managed guest, and of the one that is split. The interval of a median leaves out nine and two of them on
 /// either side.
 const RUNS: usize = 32;
-const RUNS_SPLIT: usize = 20;
+const RUNS_SPLIT: usize = 14;
 /// A slice of a managed guest. What a period costs its guest falls into the beginning of it, which is counted; to look at the rest,
 /// too, would only add its noise.
 const SLICE: Duration = Duration::from_millis(500);
