@@ -141,7 +141,7 @@ impl fmt::Display for State {
             Self::Strained(Strain::Low) => "the balloon rests: the guest has hardly any memory available",
             Self::Strained(Strain::TookBack) => "the balloon rests: the guest took memory back from it",
             Self::Strained(Strain::OutOfMemory) => "the balloon rests: the guest ran out of memory",
-            Self::Inactive => "the guest has not moved its balloon for 5 s",
+            Self::Inactive => "the guest has not moved its balloon for 5 s: other means may be used",
             Self::Uncooperative => "the guest does not move its balloon; it will be asked again",
         })
     }

@@ -7,7 +7,7 @@ use super::http::{Client, Method};
 use super::rest::{self, Request};
 use super::{
     Balloon, BalloonDevice, Capabilities, Control, Feature, GuestStatistics, Hinting, HintingCommand,
-    HotMemory, HotMemoryId, HotplugMethod, RunState, checked_request,
+    HotMemory, HotMemoryId, HotplugMethod, RunState, checked_request, whole_seconds,
 };
 use plimsoll_types::ByteCount;
 use serde::Deserialize;
@@ -215,9 +215,13 @@ impl Control for Firecracker {
         })
     }
 
+    fn statistics_interval(&mut self) -> Result<Duration, ControlError> {
+        let balloon: BalloonConfiguration = self.get(BALLOON)?;
+        Ok(Duration::from_secs(balloon.stats_polling_interval_s))
+    }
+
     fn poll_statistics(&mut self, every: Duration) -> Result<(), ControlError> {
-        let seconds = every.as_secs().max(1);
-        self.patch(STATISTICS, Some(&json!({ "stats_polling_interval_s": seconds })))
+        self.patch(STATISTICS, Some(&json!({ "stats_polling_interval_s": whole_seconds(every) })))
     }
 
     fn hint(&mut self, command: HintingCommand) -> Result<(), ControlError> {

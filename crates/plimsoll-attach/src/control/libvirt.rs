@@ -3,7 +3,9 @@
 //! Enters: a domain, through [`Virsh`]. Leaves: its balloon, statistics and run state, which is what `virsh` offers for
 //! every hypervisor. Tables that people read are parsed here, so every number is looked up by its documented name.
 use super::error::ControlError;
-use super::{Balloon, BalloonDevice, Capabilities, Control, Feature, GuestStatistics, RunState, Virsh};
+use super::{
+    Balloon, BalloonDevice, Capabilities, Control, Feature, GuestStatistics, RunState, Virsh, whole_seconds,
+};
 use plimsoll_types::ByteCount;
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -135,8 +137,17 @@ impl Control for Libvirt {
         })
     }
 
+    /// `<stats period='N'/>` of the domain's balloon; without it there are none.
+    fn statistics_interval(&mut self) -> Result<Duration, ControlError> {
+        let described = self.virsh.run("dumpxml", &[])?;
+        let Some((_, row)) = described.split_once("<stats period='") else { return Ok(Duration::ZERO) };
+        let seconds = row.split_once('\'').and_then(|(seconds, _)| seconds.parse().ok());
+        let garbage = || self.virsh.garbage("dumpxml", "`<stats period='SECONDS'/>`", row);
+        seconds.map(Duration::from_secs).ok_or_else(garbage)
+    }
+
     fn poll_statistics(&mut self, every: Duration) -> Result<(), ControlError> {
-        let seconds = every.as_secs().max(1).to_string();
+        let seconds = whole_seconds(every).to_string();
         self.virsh.run("dommemstat", &["--period", &seconds, "--live"]).map(drop)
     }
 }

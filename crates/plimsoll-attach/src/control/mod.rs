@@ -78,7 +78,12 @@ pub trait Control: Send {
         Err(self.unsupported("guest statistics"))
     }
 
-    /// Has the guest say it this often, at least every second.
+    /// How often the guest says it; zero where it does not.
+    fn statistics_interval(&mut self) -> Result<Duration, ControlError> {
+        Err(self.unsupported("guest statistics"))
+    }
+
+    /// Has the guest say it this often, rounded up to whole seconds; zero: no longer.
     fn poll_statistics(&mut self, _every: Duration) -> Result<(), ControlError> {
         Err(self.unsupported("guest statistics"))
     }
@@ -117,6 +122,11 @@ pub trait Control: Send {
     fn unsupported(&self, what: &'static str) -> ControlError {
         ControlError::Unsupported { interface: self.interface().to_owned(), what }
     }
+}
+
+/// Whole seconds that are not less: the unit in which every interface has its interval.
+fn whole_seconds(every: Duration) -> u64 {
+    every.as_secs() + u64::from(every.subsec_nanos() > 0)
 }
 
 /// Finds a piece of hot memory and checks that `size` is one it can have.

@@ -9,7 +9,7 @@ use super::error::{ControlError, quote};
 use super::qmp::Qmp;
 use super::{
     Balloon, BalloonDevice, Capabilities, Control, ControlEvent, Feature, GuestStatistics, HotMemory,
-    HotMemoryId, HotplugMethod, Migration, RunState, checked_request,
+    HotMemoryId, HotplugMethod, Migration, RunState, checked_request, whole_seconds,
 };
 use plimsoll_types::{ByteCount, PAGE_SIZE};
 use serde::Deserialize;
@@ -27,6 +27,8 @@ const MODULE_BLOCK: ByteCount = ByteCount::mib(128);
 /// How our memory modules and their back ends are called, with a number behind.
 const MODULE_NAME: &str = "plimsoll-dimm";
 const PAGE: ByteCount = ByteCount(PAGE_SIZE as u64);
+/// The balloon's property that says how often its guest is asked for statistics, in seconds.
+const INTERVAL: &str = "guest-stats-polling-interval";
 
 /// What QEMU's states mean to us. A state that is not here will not run on.
 const RUN_STATES: [(&str, RunState); 12] = [
@@ -371,10 +373,14 @@ impl<Q: Qmp> Control for Qemu<Q> {
         })
     }
 
-    fn poll_statistics(&mut self, every: Duration) -> Result<(), ControlError> {
-        const INTERVAL: &str = "guest-stats-polling-interval";
+    fn statistics_interval(&mut self) -> Result<Duration, ControlError> {
         let balloon = self.balloon_with(INTERVAL, "guest statistics")?;
-        self.set(&balloon, INTERVAL, every.as_secs().max(1))
+        Ok(Duration::from_secs(self.get(&balloon, INTERVAL)?))
+    }
+
+    fn poll_statistics(&mut self, every: Duration) -> Result<(), ControlError> {
+        let balloon = self.balloon_with(INTERVAL, "guest statistics")?;
+        self.set(&balloon, INTERVAL, whole_seconds(every))
     }
 
     fn hot_memory(&mut self) -> Result<Vec<HotMemory>, ControlError> {

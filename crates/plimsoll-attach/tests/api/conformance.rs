@@ -56,6 +56,7 @@ fn firecrackers_requests_and_answers_are_those_of_its_description() {
         ask_everything(&mut driver).unwrap();
         driver.balloon().unwrap();
         driver.statistics().unwrap();
+        driver.statistics_interval().unwrap();
         driver.poll_statistics(Duration::from_millis(100)).unwrap();
         driver.hint(HintingCommand::Start).unwrap();
         driver.hinting().unwrap();

@@ -55,6 +55,9 @@ fn a_guest_without_a_driver_is_inactive_after_5_s_uncooperative_after_20_and_ask
     let rests: Vec<usize> =
         states.chunk_by(|a, b| a == b).filter(|run| run[0] == State::Uncooperative).map(<[_]>::len).collect();
     assert_eq!(rests[..5], [10, 20, 40, 80, 160], "{rests:?}");
+    // Others may take over as soon as it is inactive; what it was asked for is withdrawn only when it is uncooperative.
+    assert!(seen.iter().all(|(_, state)| state.falls_short() == !matches!(state, State::Inflating)));
+    assert!(seen.iter().any(|(asked, state)| *state == State::Inactive && asked.0 > 0));
     assert!(seen.iter().filter(|(_, state)| *state == State::Uncooperative).all(|(asked, _)| asked.0 == 0));
 }
 

@@ -113,7 +113,11 @@ fn a_real_qemu_does_what_the_recorded_one_did() {
     );
     assert_eq!(qemu.run_state().unwrap(), RunState::NotStarted);
     assert_eq!(qemu.migration().unwrap(), Migration::None);
-    qemu.poll_statistics(Duration::from_secs(2)).unwrap();
+    assert_eq!(qemu.statistics_interval().unwrap(), Duration::ZERO);
+    for every in [Duration::from_secs(2), Duration::ZERO] {
+        qemu.poll_statistics(every).unwrap();
+        assert_eq!(qemu.statistics_interval().unwrap(), every);
+    }
     assert_eq!(qemu.statistics().unwrap().available, None);
     qemu.set_balloon(ByteCount::mib(100)).unwrap();
     assert_eq!(qemu.balloon().unwrap().memory, ByteCount::mib(512));

@@ -68,6 +68,7 @@ fn without_the_monitor_there_are_balloon_statistics_and_pause() {
     );
     assert_eq!((said.swapped_in, said.major_faults, said.caches), (Some(ByteCount(16 << 10)), Some(9), None));
     assert!(said.age.is_some_and(|age| age > Duration::from_secs(1_000_000)));
+    assert_eq!(libvirt.statistics_interval().unwrap(), Duration::from_secs(5));
     libvirt.poll_statistics(Duration::from_secs(2)).unwrap();
     assert_eq!(libvirt.run_state().unwrap(), RunState::Paused);
     libvirt.resume().unwrap();
@@ -75,6 +76,7 @@ fn without_the_monitor_there_are_balloon_statistics_and_pause() {
     assert!(matches!(libvirt.hot_memory(), Err(ControlError::Unsupported { .. })));
     let error = libvirt.set_balloon(ByteCount::mib(1024)).unwrap_err();
     assert!(matches!(error, ControlError::OutOfRange { .. }), "{error}");
+    assert_eq!(Libvirt::new(domain("nonsense", PATIENCE)).statistics_interval().unwrap(), Duration::ZERO);
     let error = Libvirt::new(domain("nonsense", PATIENCE)).balloon().unwrap_err();
     assert!(matches!(error, ControlError::Garbage { .. }), "{error}");
 }

@@ -27,21 +27,39 @@ pub(super) struct Look {
 }
 
 /// Drives the balloon until the guest has `wanted`. Nothing has been asked of the guest if this fails.
+///
+/// With `every` the guest tells its statistics so often from now on. Without, it does so until this returns, and then as often
+/// as it did before.
 pub(super) fn bring(
     guest: &mut Guest,
     wanted: ByteCount,
-    every: Duration,
+    every: Option<Duration>,
     view: &View,
 ) -> Result<End, String> {
     let _lock = AttachLock::acquire(&guest.held).map_err(|error| explain(&error))?;
+    check_runs(&mut *guest.control)?;
+    let before = have_told(&mut *guest.control, every.unwrap_or(PERIOD)).map_err(|error| explain(&error))?;
+    let end = approach(guest, wanted, view);
+    if let (None, Some(before)) = (every, before) {
+        // An interface that was lost on the way has been told of.
+        let _ = guest.control.poll_statistics(before);
+    }
+    end
+}
+
+/// Has the guest tell its statistics so often. Returns how often it did, unless it is to be driven without.
+fn have_told(control: &mut dyn Control, every: Duration) -> Result<Option<Duration>, ControlError> {
+    let before = control.statistics_interval();
+    match before.and_then(|before| control.poll_statistics(every).map(|()| before)) {
+        Ok(before) => Ok(Some(before)),
+        Err(error) if error.fault() == Fault::Request => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn approach(guest: &mut Guest, wanted: ByteCount, view: &View) -> Result<End, String> {
     let control = &mut *guest.control;
     let failed = |error: ControlError| explain(&error);
-    check_runs(control)?;
-    match control.poll_statistics(every) {
-        // Then the guest is driven without.
-        Ok(()) | Err(ControlError::Unsupported { .. } | ControlError::Refused { .. }) => {}
-        Err(error) => return Err(failed(error)),
-    }
     let device = control.probe().map_err(failed)?.balloon;
     let device = device.ok_or_else(|| {
         format!("{} has no balloon: the machine would have to be started with one", control.interface())
@@ -108,7 +126,8 @@ fn drive(
             }
             // What is refused now will be refused again.
             Err(error) if error.fault() == Fault::Request => return End::Short(explain(&error)),
-            Err(error) => view.note(&explain(&error)),
+            // One failure may be a pause; when cooperation is lost, the last word says why.
+            Err(_) => {}
         }
         if let Err(why) = guest.wait_until(now + PERIOD) {
             return End::Short(why);

@@ -10,6 +10,7 @@ mod plug;
 mod show;
 mod view;
 
+use crate::demo::Interrupt;
 use plimsoll_attach::control::Control;
 use plimsoll_attach::{Held, Refusal, Request, find, inspect, join};
 use plimsoll_linux::explain;
@@ -40,7 +41,7 @@ pub(crate) struct GuestArgs {
     /// Plug or unplug hot memory until there is that much of it. ID names a piece where there are several.
     #[arg(long, value_name = "[ID=]SIZE")]
     plug: Option<Wish>,
-    /// Have the guest tell its statistics this often from now on. With --balloon it does so every second anyway.
+    /// Have the guest tell its statistics this often from now on. With --balloon it does so every second meanwhile anyway.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
     statistics: Option<u32>,
     /// JSON instead of text; with a wish, one object a line.
@@ -71,11 +72,11 @@ fn run(args: &GuestArgs) -> Result<ExitCode, String> {
     let control = join(&held, &dossier, &request);
     let control =
         control.map_err(|error| format!("{} cannot be asked: {}", dossier.name, explain(&error)))?;
-    let mut guest = Guest { held, control };
+    let mut guest = Guest { held, control, interrupt: Interrupt::install()? };
     let every = args.statistics.map(|seconds| Duration::from_secs(seconds.into()));
     let view = View::new(args.json);
     let end = match (args.balloon, &args.plug) {
-        (Some(size), _) => balloon::bring(&mut guest, size, every.unwrap_or(PERIOD), &view)?,
+        (Some(size), _) => balloon::bring(&mut guest, size, every, &view)?,
         (None, wish) => {
             if let Some(every) = every {
                 show::have_told(&mut guest, every)?;
@@ -98,13 +99,17 @@ fn run(args: &GuestArgs) -> Result<ExitCode, String> {
 struct Guest {
     held: Held,
     control: Box<dyn Control>,
+    interrupt: Interrupt,
 }
 
 impl Guest {
-    /// Waits until the moment, or fails when the machine ends before.
+    /// Waits until the moment, or fails when the machine ends before or a signal asks for the end.
     fn wait_until(&self, moment: Instant) -> Result<(), String> {
         let left = moment.saturating_duration_since(Instant::now());
         match self.held.pidfd().wait_exit(left) {
+            Ok(Liveness::Alive) if self.interrupt.is_set() => {
+                Err("a signal asked for the end; what the guest was asked for last stands".to_owned())
+            }
             Ok(Liveness::Alive) => Ok(()),
             Ok(Liveness::Exited) => Err("the machine has ended".to_owned()),
             Err(error) => Err(explain(&error)),

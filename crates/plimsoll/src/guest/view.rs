@@ -54,6 +54,7 @@ impl View {
                     "target_bytes": target.0,
                     "statistics": look.statistics.as_ref().map(statistics_json),
                     "state": state.to_string(),
+                    "falls_short": state.falls_short(),
                 })
             },
         );

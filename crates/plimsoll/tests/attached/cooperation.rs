@@ -1,6 +1,6 @@
 //! Guests that give and take memory when they are asked, by the unmodified drivers of a stock kernel.
 use crate::liar::{Liar, Lie};
-use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, backed, bytes, can, sweep};
+use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, backed, bytes, can, swap, sweep, taken};
 use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_stock::{Command, Guest, Libvirt, Options};
 use plimsoll_sys::ProcessId;
@@ -239,6 +239,8 @@ fn a_vmm_that_lies_about_its_balloon_gains_nothing() {
         // Whatever was said, the guest was to keep what it was to have, and goes on with it.
         assert!(asked.iter().all(|left| *left >= WANTED.0), "{lie:?}: {asked:?}");
         sweep(&mut guest);
+        let notes = lines.iter().filter(|line| line["event"] == "note").count();
+        assert_eq!(notes, 0, "{lie:?}: what went wrong is the last word, and no other: {lines:?}");
         let answer = guest.monitor().unwrap().call("query-balloon", &json!({})).unwrap();
         (
             status.code(),
@@ -262,6 +264,14 @@ fn a_vmm_that_lies_about_its_balloon_gains_nothing() {
     let (code, text, asked, left) = lied_to(Lie::Eager);
     assert_eq!(code, Some(0), "{text}");
     assert!(asked.len() >= 3 && left >= WANTED.0, "{asked:?} {left}");
+
+    let (code, text, asked, _) = lied_to(Lie::Refusing);
+    assert!(code == Some(2) && text.contains("refused query-status: not today"), "{code:?} {text} {asked:?}");
+    for (lie, reason) in [(Lie::HangingUp, "closed the connection"), (Lie::Ahead, "something else than QMP")]
+    {
+        let (code, text, ..) = lied_to(lie);
+        assert!(code == Some(1) && text.contains(reason), "{lie:?}: {code:?} {text}");
+    }
 }
 
 #[test]
@@ -287,4 +297,166 @@ fn what_cannot_be_is_refused_in_a_sentence_before_the_guest_is_asked() {
     guest.monitor().unwrap().call("stop", &json!({})).unwrap();
     let (code, _, said) = outcome(&guest, &["--balloon", "128M"]);
     assert!(code == Some(2) && said.contains("resume it first"), "{said}");
+}
+
+/// Free page reporting at its smallest: a guest of 6.1 reports whole free blocks of 2 MiB and 4 MiB, two seconds after the last
+/// one it heard of, and QEMU drops each.
+#[test]
+fn a_guest_that_reports_its_free_pages_gives_them_back_without_being_asked_and_their_swap_too() {
+    const USED: ByteCount = ByteCount::mib(300);
+    const WITHIN: Duration = Duration::from_secs(30);
+    /// What it may keep of it: blocks of which somebody else has a page.
+    const KEPT: ByteCount = ByteCount::mib(16);
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let _swap = swap(ByteCount::mib(512));
+    let mut options = Options::new(ByteCount::mib(512));
+    options.seed = 63;
+    options.devices = vec!["virtio-balloon-pci,id=balloon0,free-page-reporting=on".to_owned()];
+    let mut guest = Guest::start(options).unwrap();
+    let reporting = &described(&guest, &[])["free_page_reporting"];
+    assert!(reporting["why_not"].is_null(), "{reporting}");
+    let small = present(&guest);
+    for is_paged_out in [false, true] {
+        ask(&mut guest, Command::Alloc { pages: USED.pages_floor().0 });
+        let full = present(&guest);
+        assert!(full >= small + ByteCount::mib(200), "{full} of {small}");
+        if is_paged_out {
+            let pid = guest.process().get().to_string();
+            let (status, lines, said) = Manager::run("attach", &[&pid, "--reclaim", "200M"]).end();
+            assert!(status.success(), "{lines:?} {said}");
+        }
+        let (_, swapped) = backed(&guest);
+        assert_eq!(swapped >= ByteCount::mib(150), is_paged_out, "{swapped}");
+        ask(&mut guest, Command::Free);
+        let took = wait_until(
+            &format!("{USED} of {full} to be given back"),
+            WITHIN,
+            || {
+                let (present, swapped) = backed(&guest);
+                present + swapped
+            },
+            |left| left <= full.saturating_sub(USED) + KEPT,
+        );
+        let (left, swapped_left) = backed(&guest);
+        println!(
+            "{full}, {swapped} of them in swap, became {left}, {swapped_left} in swap, in {} ms after the guest had freed {USED}",
+            took.as_millis()
+        );
+        assert!(swapped_left <= KEPT, "{swapped_left} of what is free is in swap");
+    }
+    ask(&mut guest, Command::Alloc { pages: 20_000 });
+    sweep(&mut guest);
+}
+
+#[test]
+fn what_is_in_a_balloon_is_not_in_swap() {
+    const LEFT: ByteCount = ByteCount::mib(128);
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let _swap = swap(ByteCount::mib(512));
+    let mut options = Options::new(ByteCount::mib(320));
+    options.seed = 67;
+    let mut guest = Guest::start(options).unwrap();
+    ask(&mut guest, Command::Alloc { pages: 50_000 });
+    ask(&mut guest, Command::Free);
+    ask(&mut guest, Command::Alloc { pages: 6000 });
+    let pid = guest.process().get().to_string();
+    let (status, lines, said) = Manager::run("attach", &[&pid, "--reclaim", "180M"]).end();
+    assert!(status.success(), "{lines:?} {said}");
+    let (_, before) = backed(&guest);
+    there(&guest_verb(&guest, &["--balloon", "128M"]));
+    let (present, swapped) = backed(&guest);
+    println!("{before} in swap before and {swapped} after; {present} in RAM");
+    assert!(before >= ByteCount::mib(150), "{before}");
+    // In swap can be only what the guest still has.
+    assert!(present + swapped <= LEFT + ByteCount::mib(4), "{present} and {swapped} of {LEFT}");
+    sweep(&mut guest);
+}
+
+/// How often QEMU asks the guest for statistics, in seconds.
+fn statistics_interval(guest: &mut Guest) -> Value {
+    let property =
+        json!({ "path": "/machine/peripheral/balloon0", "property": "guest-stats-polling-interval" });
+    guest.monitor().unwrap().call("qom-get", &property).unwrap()
+}
+
+#[test]
+fn a_balloon_on_its_way_ends_with_a_signal_or_with_its_machine_and_statistics_are_told_as_before() {
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let mut options = Options::new(ByteCount::mib(256));
+    options.seed = 68;
+    options.work = vec![Command::Alloc { pages: 8000 }];
+    let mut guest = Guest::start(options).unwrap();
+    let every = json!({ "path": "/machine/peripheral/balloon0", "property": "guest-stats-polling-interval", "value": 7 });
+    guest.monitor().unwrap().call("qom-set", &every).unwrap();
+    let (pid, qmp) = (guest.process().get().to_string(), guest.qmp());
+    let words = [pid.as_str(), "--qmp", qmp.to_str().unwrap(), "--balloon", "128M"];
+    let begin = || {
+        let mut manager = Manager::run("guest", &words);
+        manager.until("the balloon to be asked for", |line| {
+            line["event"] == "balloon" && bytes(line, "asked_bytes") > 0
+        });
+        manager
+    };
+    let manager = begin();
+    assert_eq!(statistics_interval(&mut guest), 1);
+    manager.signal();
+    let (status, lines, said) = manager.end();
+    let last = lines.last().unwrap();
+    assert!(status.code() == Some(1) && last["text"].as_str().unwrap().contains("a signal"), "{last} {said}");
+    assert_eq!(statistics_interval(&mut guest), 7);
+    sweep(&mut guest);
+
+    // A wish for statistics is one, too.
+    there(&guest_verb(&guest, &["--balloon", "220M", "--statistics", "3"]));
+    assert_eq!(statistics_interval(&mut guest), 3);
+
+    let manager = begin();
+    drop(guest);
+    let (status, lines, said) = manager.end();
+    assert_eq!(status.code(), Some(1), "{lines:?} {said}");
+    let ended: Vec<&Value> = lines.iter().filter(|line| line["event"] != "balloon").collect();
+    let [last] = ended[..] else { panic!("{ended:?}") };
+    assert!(last["text"].as_str().unwrap().contains("the machine has ended"), "{last} {said}");
+}
+
+#[test]
+fn an_interface_that_fails_is_told_of_once_and_its_machine_is_managed_without() {
+    const BUDGET: ByteCount = ByteCount::mib(64);
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let _swap = swap(ByteCount::mib(512));
+    let mut options = Options::new(ByteCount::mib(256));
+    options.seed = 69;
+    options.work = vec![Command::Alloc { pages: 30_000 }, Command::Hot { pages: 500, per_second: 100 }];
+    let mut guest = Guest::start(options).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qmp");
+    let liar = Liar::start(&socket, &guest.qmp(), ByteCount::mib(256).0, Lie::Nothing);
+    let pid = guest.process().get().to_string();
+    let mut manager = Manager::attach(&[&pid, "--budget", "64M", "--qmp", socket.to_str().unwrap()]);
+    manager.until("to be attached", |line| line["event"] == "attached");
+    liar.turn_to(Lie::HangingUp);
+    let is_note = |line: &Value| line["event"] == "note";
+    let told = manager.until("a word about the socket", is_note);
+    assert!(told["text"].as_str().unwrap().contains(socket.to_str().unwrap()), "{told}");
+    let mut periods = 0;
+    let last = manager.until("the machine to be within its budget, told of nothing more", |line| {
+        assert!(!is_note(line), "{line}");
+        periods += u32::from(line["event"] == "period");
+        periods >= 5 && line["event"] == "period" && taken(line) <= BUDGET + ByteCount::mib(8)
+    });
+    assert!(bytes(&last, "taken_pages") > 1000, "{last}");
+    manager.interrupt();
+    sweep(&mut guest);
 }

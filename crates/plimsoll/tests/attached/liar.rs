@@ -16,19 +16,28 @@ pub(crate) enum Lie {
     Eager,
     /// The guest has more left than it owns.
     Absurd,
+    /// Every command is refused.
+    Refusing,
+    /// It hangs up instead of asking the guest for anything.
+    HangingUp,
+    /// Once the guest was asked for something, answers are to questions that were not put yet.
+    Ahead,
+    /// None: all that is said is the truth.
+    Nothing,
 }
 
 /// A lying server. Dropping it ends it.
 pub(crate) struct Liar {
     socket: PathBuf,
     asked: Arc<Mutex<Vec<u64>>>,
+    lie: Arc<Mutex<Lie>>,
     is_over: Arc<AtomicBool>,
     server: Option<JoinHandle<()>>,
 }
 
 /// One client's connection, to it and on to QEMU.
 struct Session<'a> {
-    lie: Lie,
+    lie: &'a Mutex<Lie>,
     /// The sizes the guest was to be left with, oldest first.
     asked: &'a Mutex<Vec<u64>>,
     memory: u64,
@@ -39,20 +48,27 @@ impl Liar {
     pub(crate) fn start(socket: &Path, truth: &Path, memory: u64, lie: Lie) -> Self {
         let listener = UnixListener::bind(socket).unwrap();
         let (asked, is_over) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
+        let lie = Arc::new(Mutex::new(lie));
         let server = {
             let (asked, is_over, truth) = (Arc::clone(&asked), Arc::clone(&is_over), truth.to_owned());
+            let lie = Arc::clone(&lie);
             std::thread::spawn(move || {
                 for client in listener.incoming().map_while(Result::ok) {
                     if is_over.load(Ordering::Acquire) {
                         break;
                     }
-                    let session = Session { lie, asked: &asked, memory };
+                    let session = Session { lie: &lie, asked: &asked, memory };
                     // Either side may hang up at any time: that ends the session and nothing else.
                     let _ = session.serve(&client, &truth);
                 }
             })
         };
-        Self { socket: socket.to_owned(), asked, is_over, server: Some(server) }
+        Self { socket: socket.to_owned(), asked, lie, is_over, server: Some(server) }
+    }
+
+    /// From the next command on it is another lie.
+    pub(crate) fn turn_to(&self, lie: Lie) {
+        *self.lie.lock().unwrap_or_else(PoisonError::into_inner) = lie;
     }
 
     /// The sizes the guest was to be left with, oldest first.
@@ -80,8 +96,19 @@ impl Session<'_> {
         writeln!(client, "{}", greeting?)?;
         for line in BufReader::new(client.try_clone()?).lines() {
             let line = line?;
-            writeln!(qemu, "{line}")?;
             let command: Value = serde_json::from_str(&line)?;
+            let lie = *self.lie.lock().unwrap_or_else(PoisonError::into_inner);
+            if lie == Lie::Refusing && command["execute"] != "qmp_capabilities" {
+                let error = json!({ "class": "GenericError", "desc": "not today" });
+                writeln!(client, "{}", json!({ "error": error, "id": command["id"] }))?;
+                continue;
+            }
+            if lie == Lie::HangingUp
+                && ["balloon", "query-migrate"].map(Value::from).contains(&command["execute"])
+            {
+                return Ok(());
+            }
+            writeln!(qemu, "{line}")?;
             if command["execute"] == "balloon" {
                 let left = command["arguments"]["value"].as_u64().unwrap();
                 self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(left);
@@ -90,7 +117,10 @@ impl Session<'_> {
                 let mut answer: Value = serde_json::from_str(&answer?)?;
                 let is_event = answer.get("event").is_some();
                 if answer.get("return").is_some() {
-                    self.lie(&command, &mut answer["return"]);
+                    self.lie(lie, &command, &mut answer["return"]);
+                }
+                if lie == Lie::Ahead && !is_event && !self.asked().is_empty() {
+                    answer["id"] = json!(answer["id"].as_u64().unwrap() + 1);
                 }
                 writeln!(client, "{answer}")?;
                 if !is_event {
@@ -101,9 +131,13 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn lie(&self, command: &Value, answer: &mut Value) {
-        let last = self.asked.lock().unwrap_or_else(PoisonError::into_inner).last().copied();
-        match (command["execute"].as_str(), self.lie) {
+    fn asked(&self) -> Vec<u64> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn lie(&self, lie: Lie, command: &Value, answer: &mut Value) {
+        let last = self.asked().last().copied();
+        match (command["execute"].as_str(), lie) {
             (Some("query-balloon"), Lie::Still) => answer["actual"] = json!(self.memory),
             (Some("query-balloon"), Lie::Eager) => answer["actual"] = json!(last.unwrap_or(self.memory)),
             (Some("query-balloon"), Lie::Absurd) => answer["actual"] = json!(self.memory * 2),

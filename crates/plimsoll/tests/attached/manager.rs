@@ -126,10 +126,15 @@ impl Manager {
         lines
     }
 
-    /// Asks it to end, as a terminal does, and reads its last word.
-    pub(crate) fn interrupt(mut self) -> Value {
+    /// Asks it to end, as a terminal does.
+    pub(crate) fn signal(&self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    }
+
+    /// Asks it to end and reads its last word.
+    pub(crate) fn interrupt(mut self) -> Value {
+        self.signal();
         let last = self.until("its last word", |line| line["event"] == "ended");
         assert!(self.child.wait().unwrap().success());
         last
