@@ -5,12 +5,13 @@
 //! message says why. What must never happen: a device, mapping or swap area left behind.
 //!
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
-//! program again in another role (`guest`). `balloon`: three ways to take memory that a guest has free. `ksm`: guided KSM
-//! against KSM over everything. `attach`: machines managed from outside. `swap`: the peer's device. `session`: signals and
-//! clocks. `figures`: the arithmetic. `report`: what is said.
+//! program again in another role (`guest`). `balloon`: three ways to take memory that a guest has free. `cost`: what a guest
+//! pays that any of its memory is taken. `ksm`: guided KSM against KSM over everything. `attach`: machines managed from outside.
+//! `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
 mod attach;
 mod balloon;
 mod contents;
+mod cost;
 mod figures;
 mod guest;
 mod ksm;
@@ -51,6 +52,7 @@ enum Name {
     Ksm,
     Attach,
     Balloon,
+    Cost,
 }
 
 impl Name {
@@ -61,6 +63,7 @@ impl Name {
             Self::Ksm => "ksm",
             Self::Attach => "attach",
             Self::Balloon => "balloon",
+            Self::Cost => "cost",
         }
     }
 
@@ -78,6 +81,9 @@ impl Name {
             }
             Self::Balloon => {
                 "a guest's free memory by a balloon of 2 MiB and by the allocator it shares, against a balloon of 4 KiB"
+            }
+            Self::Cost => {
+                "a guest's operations with 10 to 60 % of its memory taken, by balloon, kernel and pager, against all of it"
             }
         }
     }
@@ -114,6 +120,7 @@ fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
             Name::Attach => serde_json::to_string_pretty(&attach::run(rows, &interrupt)?),
             Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
             Name::Balloon => serde_json::to_string_pretty(&balloon::run(rows, &interrupt)?),
+            Name::Cost => serde_json::to_string_pretty(&cost::run(rows, &interrupt)?),
         };
         let path = folder.join(format!("{}.json", name.text()));
         let text = report.context("cannot write the report as JSON")?;

@@ -7,7 +7,7 @@
 //!
 //! `keepers`: the three ways to keep a guest's pages elsewhere. `measures`: what is done with any of them. `special`:
 //! what only the pager can be asked. The table of rows is here.
-mod keepers;
+pub(crate) mod keepers;
 mod measures;
 mod special;
 

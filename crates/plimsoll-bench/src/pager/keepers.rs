@@ -7,7 +7,7 @@ mod ours;
 mod zram;
 
 pub(super) use bare::Bare;
-pub(super) use ours::Ours;
+pub(crate) use ours::Ours;
 pub(super) use zram::Zram;
 
 use super::Scene;

@@ -8,6 +8,7 @@ use plimsoll_core::ledger::{Budget, Kind, Usage};
 use plimsoll_linux::uffd::host::Host;
 use plimsoll_linux::uffd::manager::{Manager, Membership, Meter, Vault};
 use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_linux::uffd::waiting::Waiting;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE, PageCount};
 use plimsoll_vmm::VmmConfig;
@@ -90,18 +91,32 @@ impl Ours {
         count: usize,
         scene: &Scene<'_>,
     ) -> Result<Self, BenchError> {
-        let vault = Vault::new(Budget::of(PLENTY), PLENTY);
-        let manager = Manager::start(vault, Arc::new(NoProbe)).context("cannot start a manager")?;
-        manager.host().set_waiting(scene.waiting);
-        let mut manager = Running(Some(manager));
-        let first = manager.admit(config, scene.interrupt)?;
-        let interrupt = scene.interrupt.clone();
-        let mut all = Self { first, others: Vec::new(), manager, interrupt };
+        let mut all = Self::within(Budget::of(PLENTY), config, scene.waiting, scene.interrupt)?;
         for _ in 1..count {
             let other = all.manager.admit(config, scene.interrupt)?;
             all.others.push(other);
         }
         Ok(all)
+    }
+
+    /// One guest, with a manager that has this budget once it [governs](Self::govern).
+    pub(crate) fn within(
+        budget: Budget,
+        config: &VmmConfig,
+        waiting: Waiting,
+        interrupt: &Interrupt,
+    ) -> Result<Self, BenchError> {
+        let vault = Vault::new(budget, PLENTY);
+        let manager = Manager::start(vault, Arc::new(NoProbe)).context("cannot start a manager")?;
+        manager.host().set_waiting(waiting);
+        let mut manager = Running(Some(manager));
+        let first = manager.admit(config, interrupt)?;
+        Ok(Self { first, others: Vec::new(), manager, interrupt: interrupt.clone() })
+    }
+
+    /// All that the ledger has charged: guests' pages, stored ones, tables.
+    pub(crate) fn charged(&mut self) -> Result<ByteCount> {
+        Ok(Charged(Arc::clone(self.manager.manager()?.host())).used())
     }
 
     fn machines(&mut self) -> impl Iterator<Item = &mut Managed> {
