@@ -103,9 +103,17 @@ impl Memory {
     }
 
     /// Makes room for so many pages more, which [`push`](Self::push) then writes.
+    ///
+    /// Versions get their memory at once. Grown together with the pages, every 2 MiB of these would have a page of versions among
+    /// them; as long as that is in use, or rests in a processor's list after it was freed, there is no free block of
+    /// 2 MiB, and a guest reports none smaller.
     pub(crate) fn reserve(&mut self, pages: usize) -> Result<(), String> {
         let room = self.pages.try_reserve_exact(pages).and_then(|()| self.versions.try_reserve_exact(pages));
-        room.map_err(|error| format!("no room for {pages} pages: {error}"))
+        room.map_err(|error| format!("no room for {pages} pages: {error}"))?;
+        let written = self.versions.len();
+        self.versions.resize(written + pages, 0);
+        black_box(&mut self.versions).truncate(written);
+        Ok(())
     }
 
     /// Writes one page more.
@@ -120,16 +128,10 @@ impl Memory {
         self.touch(index);
     }
 
-    /// Gives everything back, the pages last.
-    ///
-    /// Linux 6.1 keeps the last few hundred pages that were freed in a list of the processor's. Among those of `versions` is one from
-    /// every 2 MiB of `pages`, because both grew together: freed last, they would leave no free block of 2 MiB, and a guest
-    /// reports none smaller.
+    /// Gives everything back.
     pub(crate) fn free(&mut self) {
-        self.versions = Vec::new();
-        self.touched = Vec::new();
-        self.pages = Vec::new();
-        self.distinct = 0;
+        let (content, seed) = (self.content.clone(), self.seed);
+        *self = Self::new(content, seed);
     }
 
     /// Reads a page and compares all of it.

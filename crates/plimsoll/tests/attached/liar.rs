@@ -18,8 +18,8 @@ pub(crate) enum Lie {
     Absurd,
     /// Every command is refused.
     Refusing,
-    /// It hangs up instead of asking the guest for anything.
-    HangingUp,
+    /// It hangs up when it is asked this.
+    HangingUpAt(&'static str),
     /// Once the guest was asked for something, answers are to questions that were not put yet.
     Ahead,
     /// None: all that is said is the truth.
@@ -103,9 +103,7 @@ impl Session<'_> {
                 writeln!(client, "{}", json!({ "error": error, "id": command["id"] }))?;
                 continue;
             }
-            if lie == Lie::HangingUp
-                && ["balloon", "query-migrate"].map(Value::from).contains(&command["execute"])
-            {
+            if matches!(lie, Lie::HangingUpAt(asked) if command["execute"] == asked) {
                 return Ok(());
             }
             writeln!(qemu, "{line}")?;
