@@ -261,10 +261,6 @@ fn a_vmm_that_lies_about_its_balloon_gains_nothing() {
     assert!(code == Some(1) && text.contains("does not move its balloon"), "{code:?} {text}");
     assert!(asked.len() >= 2 && asked.last() == Some(&SIZE.0), "{asked:?}");
 
-    let (code, text, asked, left) = lied_to(Lie::Eager);
-    assert_eq!(code, Some(0), "{text}");
-    assert!(asked.len() >= 3 && left >= WANTED.0, "{asked:?} {left}");
-
     let (code, text, asked, _) = lied_to(Lie::Refusing);
     assert!(code == Some(2) && text.contains("not today") && asked.is_empty(), "{code:?} {text} {asked:?}");
     for (lie, reason) in
@@ -273,6 +269,10 @@ fn a_vmm_that_lies_about_its_balloon_gains_nothing() {
         let (code, text, ..) = lied_to(lie);
         assert!(code == Some(1) && text.contains(reason), "{lie:?}: {code:?} {text}");
     }
+
+    let (code, text, asked, left) = lied_to(Lie::Eager);
+    assert_eq!(code, Some(0), "{text}");
+    assert!(asked.len() >= 3 && left >= WANTED.0, "{asked:?} {left}");
 }
 
 #[test]
@@ -307,7 +307,7 @@ fn a_guest_that_reports_its_free_pages_gives_them_back_without_being_asked_and_t
     const USED: ByteCount = ByteCount::mib(300);
     const WITHIN: Duration = Duration::from_secs(30);
     /// What it may keep of it: blocks of which somebody else has a page.
-    const KEPT: ByteCount = ByteCount::mib(16);
+    const KEPT: ByteCount = ByteCount::mib(40);
     if !can(&STOCK) {
         return;
     }
