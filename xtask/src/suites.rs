@@ -32,6 +32,7 @@ const LEVELS: [(&str, u8); 16] = [
     ("plimsoll-mmu", PURE),
     ("plimsoll-core", PURE),
     ("plimsoll-policy", PURE),
+    ("plimsoll-sim", PURE),
     ("plimsoll-store", PURE),
     ("plimsoll-guest", PURE),
     ("plimsoll-sys", KERNEL),

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use std::fs;
 
 /// Each room and the rooms it may know, lowest first. A new room, or a new arrow, is a decision about the architecture.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("plimsoll-types", &[]),
     ("plimsoll-inside", &[]),
     ("plimsoll-mmu", &["plimsoll-types"]),
@@ -19,6 +19,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
     ("plimsoll-store", &["plimsoll-types"]),
     ("plimsoll-core", &["plimsoll-types"]),
     ("plimsoll-policy", &["plimsoll-types"]),
+    ("plimsoll-sim", &["plimsoll-types", "plimsoll-core", "plimsoll-policy"]),
     ("plimsoll-sys", &["plimsoll-types"]),
     ("plimsoll-linux", &["plimsoll-types", "plimsoll-store", "plimsoll-core", "plimsoll-sys"]),
     (
@@ -65,6 +66,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
             "plimsoll-attach",
             "plimsoll-host",
             "plimsoll-policy",
+            "plimsoll-sim",
             "plimsoll-stock",
         ],
     ),
