@@ -24,7 +24,9 @@ mod tests {
     #[test]
     fn draws_are_below_their_end_and_spread_over_it() {
         let draws: Vec<u64> = (0..10_000).map(|of| below(7, of, 10)).collect();
-        assert!((0..10).all(|value| (800..1200).contains(&draws.iter().filter(|draw| **draw == value).count())));
+        assert!(
+            (0..10).all(|value| (800..1200).contains(&draws.iter().filter(|draw| **draw == value).count()))
+        );
         assert_eq!(below(7, 1, 0), 0);
     }
 }

@@ -140,7 +140,9 @@ impl Part {
     /// How much of the whole a part is; all of it where the whole is nothing.
     pub(crate) fn of(part: PageCount, whole: PageCount) -> Self {
         let parts = (u128::from(part.0) << 30).checked_div(u128::from(whole.0));
-        parts.and_then(|parts| u32::try_from(parts).ok()).map_or(Self::WHOLE, |parts| Self(parts).min(Self::WHOLE))
+        parts
+            .and_then(|parts| u32::try_from(parts).ok())
+            .map_or(Self::WHOLE, |parts| Self(parts).min(Self::WHOLE))
     }
 
     /// This part of so many pages, rounded down.
@@ -168,7 +170,8 @@ impl Locality {
     /// Zipf's law with exponent `s` in millionths, below 1: `x^(1 - s)`. 0 is every page alike.
     pub fn zipf(s: Ppm) -> Self {
         let exponent = u64::from(s.rest().0);
-        let table = (0..=POINTS as u64).map(|point| power(Part::of(PageCount(point), PageCount(POINTS as u64)), exponent));
+        let table = (0..=POINTS as u64)
+            .map(|point| power(Part::of(PageCount(point), PageCount(POINTS as u64)), exponent));
         Self(table.collect())
     }
 
@@ -218,9 +221,13 @@ mod tests {
         assert_eq!(active(&curve, 8), 600);
         assert!((2..14).all(|hour| active(&curve, hour) < active(&curve, hour + 1)));
         let spread = Curve::Daily { low, high, peak: Millis(14 * HOUR), jitter: Millis(2 * HOUR) };
-        let peaks: Vec<u64> = (0..50).map(|seed| spread.at(Millis(14 * HOUR), Millis(0), seed).active.0).collect();
+        let peaks: Vec<u64> =
+            (0..50).map(|seed| spread.at(Millis(14 * HOUR), Millis(0), seed).active.0).collect();
         // Two hours from the peak are a sixth of the way down: 1100 - 1000 (1 - (3 (5/6)^2 - 2 (5/6)^3)).
-        assert!(peaks.iter().all(|pages| (1025..=1100).contains(pages)) && peaks.iter().any(|pages| *pages < 1090));
+        assert!(
+            peaks.iter().all(|pages| (1025..=1100).contains(pages))
+                && peaks.iter().any(|pages| *pages < 1090)
+        );
     }
 
     #[test]
@@ -263,7 +270,9 @@ mod tests {
 
     #[test]
     fn powers_are_what_they_are() {
-        for (x, exponent, power_of) in [(0.25, 0.5, 0.5), (0.5, 0.25, 0.840_896), (0.1, 0.1, 0.794_328), (0.3, 1.0, 0.3)] {
+        for (x, exponent, power_of) in
+            [(0.25, 0.5, 0.5), (0.5, 0.25, 0.840_896), (0.1, 0.1, 0.794_328), (0.3, 1.0, 0.3)]
+        {
             let found = power(Part((x * f64::from(1 << 30)) as u32), (exponent * 1e6) as u64);
             let found = f64::from(found.0) / f64::from(1 << 30);
             assert!((found - power_of).abs() < 1e-3, "{x}^{exponent} = {found}");

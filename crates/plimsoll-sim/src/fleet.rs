@@ -34,7 +34,11 @@ impl Default for Options {
 ///
 /// # Errors
 /// Settings that contradict each other, which a scenario that was read from a file has none of.
-pub fn run(scenario: &Scenario, options: Options, on_host: &(dyn Fn() + Sync)) -> Result<Report, SettingsError> {
+pub fn run(
+    scenario: &Scenario,
+    options: Options,
+    on_host: &(dyn Fn() + Sync),
+) -> Result<Report, SettingsError> {
     let placements = place(scenario)?;
     let todo = Mutex::new(placements.hosts.into_iter().enumerate());
     let next = || todo.lock().ok()?.next();
@@ -49,7 +53,10 @@ pub fn run(scenario: &Scenario, options: Options, on_host: &(dyn Fn() + Sync)) -
     let mut records: Vec<HostRecord> = thread::scope(|scope| {
         let threads: Vec<_> = (0..options.threads.get()).map(|_| scope.spawn(work)).collect();
         // A thread that panicked has said why: the panic goes on here.
-        threads.into_iter().flat_map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
     });
     records.sort_unstable_by_key(|record| record.host);
     Ok(Report::of(scenario, &records, &placements.unplaced))

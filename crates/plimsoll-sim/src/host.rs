@@ -6,7 +6,7 @@
 //! # How long a step is
 //!
 //! The daemon decides every second, and so does this, while anything moves: while something that was asked for is not
-//! done, a machine starts, a balloon leaves too little room. When nothing does, the policy is at a fixed point, which it
+//! done, or a balloon leaves too little room. When nothing does, the policy is at a fixed point, which it
 //! keeps on constant input, so deciding again brings nothing. Then the next decision is at the next event (a demand that
 //! jumps, a restart), at most five minutes away, in which no smooth curve moves by more than 2 %, and never so far away
 //! that on the way
@@ -17,7 +17,7 @@
 //! Half of the time is tried until that holds. For ten minutes after a machine has waited too long the steps are at most
 //! ten seconds: what the policy remembers of it fades by the second, and ten is the most it takes for one step.
 use crate::chance::below;
-use crate::machine::{Class, Machine, NS, Wants};
+use crate::machine::{Begin, Class, Machine, NS, Wants};
 use crate::record::{HostRecord, Stretch, Trouble, Watch};
 use crate::scenario::Scenario;
 use crate::time::Millis;
@@ -91,8 +91,12 @@ impl<'a> Host<'a> {
             let class = &scenario.classes[placed.class];
             record.classes[class.index].machines += 1;
             stops.extend(stops_of(scenario, placed));
-            let late = below(scenario.seed, placed.id.0.into(), scenario.placement.within.0 / 1000 + 1) * 1000;
-            Absent { id: placed.id, class, from: Millis(late), is_admitted: true }
+            let within = scenario.placement.within.0 / 1000 + 1;
+            let from = match class.begin {
+                Begin::Booting => Millis(below(scenario.seed, placed.id.0.into(), within) * 1000),
+                Begin::Running { at, .. } => at,
+            };
+            Absent { id: placed.id, class, from, is_admitted: true }
         });
         let absent: Vec<Absent<'_>> = absent.collect();
         record.sizes = tree.machines().map(|(_, terms)| terms.size.bytes()).sum();
@@ -182,14 +186,17 @@ impl<'a> Host<'a> {
                 Ok(tree) => self.state.set_tree(tree),
                 Err(refused) => {
                     self.record.refusals += 1;
-                    self.record.trouble(Trouble::Refused, self.now, Some((id, class)), || refused.to_string());
+                    self.record
+                        .trouble(Trouble::Refused, self.now, Some((id, class)), || refused.to_string());
                     let from = Millis(self.now.0 + ASK_AGAIN.0);
                     self.absent.push(Absent { from, ..absent });
                     return;
                 }
             }
         }
-        let (Some(terms), Err(place)) = (self.state.tree().terms(id).copied(), self.place_of(id)) else { return };
+        let (Some(terms), Err(place)) = (self.state.tree().terms(id).copied(), self.place_of(id)) else {
+            return;
+        };
         let machine = Machine::new(id, class, terms, self.scenario.seed, self.now);
         let shares_pages = self.state.tree().domain(id).is_some();
         self.overhead += self.capacity.overheads.of(&terms);
@@ -245,9 +252,8 @@ impl<'a> Host<'a> {
 
     /// When to decide next: see the head of this file.
     fn next_decision(&self, longest: Millis) -> Millis {
-        let is_moving = |guest: &Guest<'_>| guest.machine.is_busy() || guest.machine.is_starting(self.now);
         let second = Millis(self.now.0 + SECOND.0);
-        if self.guests.iter().any(is_moving) {
+        if self.guests.iter().any(|guest| guest.machine.is_busy()) {
             return second;
         }
         let events = self.guests.iter().filter_map(|guest| guest.machine.next_event(self.now));
@@ -355,7 +361,10 @@ impl Grants {
 }
 
 /// When a machine is stopped, and for how long.
-fn stops_of<'a>(scenario: &'a Scenario, placed: &'a Placed) -> impl Iterator<Item = (Millis, MachineId, Millis)> {
+fn stops_of<'a>(
+    scenario: &'a Scenario,
+    placed: &'a Placed,
+) -> impl Iterator<Item = (Millis, MachineId, Millis)> {
     let of_class = scenario.restarts.iter().filter(|restart| restart.class == placed.class);
     of_class.enumerate().filter_map(|(which, restart)| {
         let chance = |of: u64, end| below(scenario.seed ^ 0x5bd1, (u64::from(placed.id.0) << 8) + of, end);
@@ -365,4 +374,3 @@ fn stops_of<'a>(scenario: &'a Scenario, placed: &'a Placed) -> impl Iterator<Ite
         is_met.then_some((Millis(at), placed.id, restart.down))
     })
 }
-

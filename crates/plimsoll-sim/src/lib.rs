@@ -43,8 +43,10 @@ mod placement;
 mod record;
 pub mod report;
 pub mod scenario;
+mod svg;
 mod text;
 pub mod time;
+pub mod trace;
 
 pub use fleet::{Options, run};
 pub use html::html;

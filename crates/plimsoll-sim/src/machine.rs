@@ -20,10 +20,10 @@ use crate::chance::draw;
 use crate::demand::{Curve, Demand, Locality, Part};
 use crate::time::Millis;
 use plimsoll_core::sampler::Sampler;
+use plimsoll_policy::ladder::Costs;
 use plimsoll_policy::settings::{Face, Hold, MachineSettings, Terms};
 use plimsoll_policy::view::{GuestStatistics, MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs};
-use plimsoll_policy::ladder::Costs;
 use plimsoll_types::{ByteCount, GroupId, MachineId, PageCount, PageIndex};
 
 /// Nanoseconds of a millisecond.
@@ -93,6 +93,33 @@ pub struct Class {
     pub twins: Ppm,
     /// How they start.
     pub boot: Boot,
+    /// How they are met first.
+    pub begin: Begin,
+}
+
+/// How a machine is met first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// It boots, at the time its placement gives it.
+    Booting,
+    /// It runs already.
+    Running {
+        /// From when on it is seen.
+        at: Millis,
+        /// Where its pages are then.
+        places: Seen,
+    },
+}
+
+/// Where the pages of a machine are that was not watched from its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// In guest RAM.
+    pub resident: PageCount,
+    /// Compressed.
+    pub stored: PageCount,
+    /// Given to the balloon.
+    pub balloon: PageCount,
 }
 
 impl Class {
@@ -209,10 +236,12 @@ impl<'a> Machine<'a> {
     pub(crate) fn new(id: MachineId, class: &'a Class, terms: Terms, seed: u64, now: Millis) -> Self {
         let seed = draw(seed, id.0.into());
         let pages = u32::try_from(terms.size.0).unwrap_or(u32::MAX);
-        let places = match terms.hold {
-            Hold::Dedicated => Places { resident: terms.size, ..Places::default() },
-            Hold::Flexible | Hold::Static => Places::default(),
+        let seen = match (class.begin, terms.hold) {
+            (_, Hold::Dedicated) => Seen { resident: terms.size, ..Seen::default() },
+            (Begin::Running { at, places }, _) if at == now => places,
+            _ => Seen::default(),
         };
+        let places = Places { resident: seen.resident, stored: seen.stored, ..Places::default() };
         Self {
             id,
             class,
@@ -220,8 +249,8 @@ impl<'a> Machine<'a> {
             seed,
             started: now,
             places,
-            balloon: PageCount(0),
-            asked: PageCount(0),
+            balloon: seen.balloon,
+            asked: seen.balloon,
             orders: [PageCount(0); Rung::ALL.len()],
             is_stalled: false,
             astray: PageCount(0),
@@ -256,7 +285,7 @@ impl<'a> Machine<'a> {
         demand
     }
 
-    pub(crate) fn is_starting(&self, now: Millis) -> bool {
+    fn is_starting(&self, now: Millis) -> bool {
         now < self.starts_until()
     }
 
@@ -276,7 +305,13 @@ impl<'a> Machine<'a> {
     }
 
     /// What the host sees of it; what was counted starts anew.
-    pub(crate) fn view(&mut self, now: Millis, shares_pages: bool, estimator: &Estimator, physics: &Physics) -> MachineView {
+    pub(crate) fn view(
+        &mut self,
+        now: Millis,
+        shares_pages: bool,
+        estimator: &Estimator,
+        physics: &Physics,
+    ) -> MachineView {
         self.sample(now, estimator);
         let since = std::mem::take(&mut self.since);
         let Places { resident, freed, merged, .. } = self.places;
@@ -307,17 +342,14 @@ impl<'a> Machine<'a> {
         GuestStatistics { total: bytes(total), free: bytes(total.saturating_sub(kept)), age_ms: 0 }
     }
 
-    /// Draws samples, if the period is over. After a long step several periods are over, in which all was the same: as
-    /// many as the slow average needs to hear of it are made up for.
+    /// Draws samples, if the period is over. Of the periods of a long step, in which next to nothing changed, one is drawn:
+    /// sampling is most of what a step costs here.
     fn sample(&mut self, now: Millis, estimator: &Estimator) {
-        let periods = (now.0 - self.sampled.0) / estimator.period.0;
-        if periods == 0 {
+        if now.0 - self.sampled.0 < estimator.period.0 {
             return;
         }
         let active = self.demand(now).active;
-        for _ in 0..periods.min(CATCH_UP) {
-            self.sampler.turn(estimator.samples, |page: PageIndex| u64::from(page.0) < active.0);
-        }
+        self.sampler.turn(estimator.samples, |page: PageIndex| u64::from(page.0) < active.0);
         self.sampled = now;
     }
 
@@ -362,7 +394,8 @@ impl<'a> Machine<'a> {
             Rung::GuestFree => shift(&mut places.freed, most),
             Rung::Balloon => PageCount(0),
             Rung::Sharing => {
-                let twins = PageCount(self.class.twins.apply(places.resident.0)).saturating_sub(places.merged);
+                let twins =
+                    PageCount(self.class.twins.apply(places.resident.0)).saturating_sub(places.merged);
                 let merged = twins.min(most);
                 places.merged += merged;
                 merged
@@ -417,7 +450,8 @@ impl<'a> Machine<'a> {
         let demand = self.demand(now);
         let keeps = self.keeps(demand);
         let contents = self.places.contents();
-        let drops = if self.class.rungs.has(Rung::GuestFree) { contents.saturating_sub(keeps) } else { PageCount(0) };
+        let drops =
+            if self.class.rungs.has(Rung::GuestFree) { contents.saturating_sub(keeps) } else { PageCount(0) };
         let grows = PageCount(self.class.grows.0.saturating_mul(time.0) / 1000);
         let new = keeps.saturating_sub(contents).min(grows);
         let room = self.terms.size.saturating_sub(self.balloon + self.places.inside());
@@ -426,7 +460,8 @@ impl<'a> Machine<'a> {
         let squeezed = new.saturating_sub(reused + fresh);
         let mut wants = Wants { demand, drops, reused, fresh, squeezed, ..Wants::default() };
         self.want_back(&mut wants, keeps.min(contents + new), room.saturating_sub(fresh), time, physics);
-        wants.net = wants.fresh + wants.from_disk + wants.from_squeezed + self.grown(wants.from_store, physics);
+        wants.net =
+            wants.fresh + wants.from_disk + wants.from_squeezed + self.grown(wants.from_store, physics);
         wants
     }
 
@@ -442,7 +477,14 @@ impl<'a> Machine<'a> {
     }
 
     /// What of its working set, within `contents`, comes back: what was wrongly taken, and what it misses.
-    fn want_back(&self, wants: &mut Wants, contents: PageCount, room: PageCount, time: Millis, physics: &Physics) {
+    fn want_back(
+        &self,
+        wants: &mut Wants,
+        contents: PageCount,
+        room: PageCount,
+        time: Millis,
+        physics: &Physics,
+    ) {
         let out = self.places.out();
         if out == PageCount(0) {
             return;
@@ -488,7 +530,13 @@ impl<'a> Machine<'a> {
     }
 
     /// Lets the interval pass, with `granted` of what it wants.
-    pub(crate) fn pass(&mut self, wants: &Wants, granted: PageCount, time: Millis, physics: &Physics) -> Spent {
+    pub(crate) fn pass(
+        &mut self,
+        wants: &Wants,
+        granted: PageCount,
+        time: Millis,
+        physics: &Physics,
+    ) -> Spent {
         let part = Part::of(granted, wants.net);
         let places = &mut self.places;
         let dropped = shift(&mut places.resident, wants.drops);
@@ -537,9 +585,6 @@ impl<'a> Machine<'a> {
         self.take_on(Rung::Compress, pages, physics.mistakes).0 * cost.take_ns
     }
 }
-
-/// Periods that are made up for after a long step.
-const CATCH_UP: u64 = 3;
 
 fn reading(pages: PageCount, age_ms: u64) -> Reading {
     Reading { bytes: i64::try_from(pages.bytes().0).unwrap_or(i64::MAX), age_ms }

@@ -6,10 +6,10 @@
 use crate::host::Placed;
 use crate::machine::Class;
 use crate::scenario::{Order, Scenario};
+use plimsoll_policy::Ppm;
 use plimsoll_policy::admission::{Account, AdmissionError, Capacity, admit};
 use plimsoll_policy::settings::SettingsError;
 use plimsoll_policy::tree::Tree;
-use plimsoll_policy::Ppm;
 use plimsoll_types::{ByteCount, MachineId};
 use std::collections::BTreeSet;
 

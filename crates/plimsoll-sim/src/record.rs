@@ -144,7 +144,8 @@ impl Timeline {
             let end = ((index + 1) * self.each.0).min(to.0);
             let ms = end - at;
             at = end;
-            let Some(moment) = usize::try_from(index).ok().and_then(|index| self.moments.get_mut(index)) else {
+            let Some(moment) = usize::try_from(index).ok().and_then(|index| self.moments.get_mut(index))
+            else {
                 return;
             };
             let part = |ns: u64| u128::from(ns) * u128::from(ms) / u128::from(to.0 - from.0);
@@ -230,13 +231,21 @@ impl HostRecord {
     }
 
     /// A machine's target, as it was just decided.
-    pub(crate) fn target(&mut self, watch: &mut Watch, id: MachineId, class: &Class, now: Millis, target: PageCount) {
+    pub(crate) fn target(
+        &mut self,
+        watch: &mut Watch,
+        id: MachineId,
+        class: &Class,
+        now: Millis,
+        target: PageCount,
+    ) {
         let Some(before) = watch.target.replace(target).filter(|before| *before != target) else { return };
         watch.moves.push_back((now.0, target.saturating_sub(before).0, before.saturating_sub(target).0));
         while watch.moves.front().is_some_and(|(at, ..)| now.0 - at >= REVERSAL_MS) {
             watch.moves.pop_front();
         }
-        let (up, down) = watch.moves.iter().fold((0, 0), |(up, down), (_, rise, fall)| (up + rise, down + fall));
+        let (up, down) =
+            watch.moves.iter().fold((0, 0), |(up, down), (_, rise, fall)| (up + rise, down + fall));
         if up.min(down) > DEAD_BAND.apply(target.0.max(before.0)) {
             self.classes[class.index].oscillations += 1;
             watch.moves.clear();
@@ -248,7 +257,15 @@ impl HostRecord {
     }
 
     /// What an interval that ends `now` was like for a machine.
-    pub(crate) fn spent(&mut self, watch: &mut Watch, id: MachineId, class: &Class, now: Millis, time: Millis, spent: &Spent) {
+    pub(crate) fn spent(
+        &mut self,
+        watch: &mut Watch,
+        id: MachineId,
+        class: &Class,
+        now: Millis,
+        time: Millis,
+        spent: &Spent,
+    ) {
         let sums = &mut self.classes[class.index];
         sums.waited_ns += u128::from(spent.waited_ns);
         sums.ran_ns += u128::from(spent.ran_ns);
@@ -281,7 +298,14 @@ impl HostRecord {
     }
 
     /// What was so of a machine for a time.
-    pub(crate) fn held(&mut self, class: &Class, time: Millis, consumed: PageCount, contents: PageCount, active: PageCount) {
+    pub(crate) fn held(
+        &mut self,
+        class: &Class,
+        time: Millis,
+        consumed: PageCount,
+        contents: PageCount,
+        active: PageCount,
+    ) {
         let sums = &mut self.classes[class.index];
         let area = |pages: PageCount| u128::from(pages.0) * u128::from(time.0);
         sums.consumed += area(consumed);
@@ -298,8 +322,10 @@ impl HostRecord {
 
     /// What all machines of the host waited, of the time they ran.
     pub(crate) fn waited(&self) -> Ppm {
-        let (waited, ran) =
-            self.classes.iter().fold((0, 0), |(waited, ran), sums| (waited + sums.waited_ns, ran + sums.ran_ns));
+        let (waited, ran) = self
+            .classes
+            .iter()
+            .fold((0, 0), |(waited, ran), sums| (waited + sums.waited_ns, ran + sums.ran_ns));
         ppm(waited, ran)
     }
 }

@@ -252,11 +252,16 @@ impl Report {
             states: states(records),
             troubles: troubles(scenario, records),
             unplaced: unplaced.collect(),
-            classes: classes.iter().zip(&scenario.classes).map(|(sums, class)| class_report(sums, class)).collect(),
+            classes: classes
+                .iter()
+                .zip(&scenario.classes)
+                .map(|(sums, class)| class_report(sums, class))
+                .collect(),
             worst_hosts: worst(scenario, records),
             timeline: moments(&timeline, records),
         };
-        report.holds = report.violations.machines == 0 && report.unplaced.is_empty() && report.is_everyone_back();
+        report.holds =
+            report.violations.machines == 0 && report.unplaced.is_empty() && report.is_everyone_back();
         report.verdict = report.sentence(scenario.placement.order);
         report
     }
@@ -290,16 +295,22 @@ impl Report {
         );
         if self.violations.machines > 0 {
             let Violations { machines, milliseconds } = self.violations;
-            let broken = format!("{machines} {}, for {} s in all", plural(machines, "machine"), milliseconds / 1000);
+            let broken =
+                format!("{machines} {}, for {} s in all", plural(machines, "machine"), milliseconds / 1000);
             return format!("It does not hold: guarantees of {broken}, were broken. {loaded}; {waited}.");
         }
         let unplaced: u64 = self.unplaced.iter().map(|unplaced| u64::from(unplaced.machines)).sum();
         if unplaced > 0 {
-            return format!("It does not fit: {unplaced} {} found no host. {loaded}; {waited}.", plural(unplaced, "machine"));
+            return format!(
+                "It does not fit: {unplaced} {} found no host. {loaded}; {waited}.",
+                plural(unplaced, "machine")
+            );
         }
         if !self.is_everyone_back() {
             let refusals = self.restarts.refusals;
-            return format!("It does not hold: machines that restarted were refused {refusals} times. {loaded}; {waited}.");
+            return format!(
+                "It does not hold: machines that restarted were refused {refusals} times. {loaded}; {waited}."
+            );
         }
         format!("It holds: no guarantee was broken. {loaded}; {waited}.")
     }

@@ -64,15 +64,26 @@ fn write(report: &Report, out: &mut String) -> std::fmt::Result {
     if report.troubles.is_empty() {
         writeln!(out, "\nnothing broke")?;
     }
-    for (trouble, ordinal) in report.troubles.iter().zip(std::iter::once("first").chain(std::iter::repeat("then"))) {
+    for (trouble, ordinal) in
+        report.troubles.iter().zip(std::iter::once("first").chain(std::iter::repeat("then")))
+    {
         let at = Clock(Millis(trouble.at_seconds * 1000));
         let whose = trouble.machine.as_deref().map(|machine| format!(", {machine}")).unwrap_or_default();
-        write!(out, "\n{ordinal:5}  {at}  {}: host {}{whose}\n       {}\n", trouble.kind, trouble.host, trouble.what)?;
+        write!(
+            out,
+            "\n{ordinal:5}  {at}  {}: host {}{whose}\n       {}\n",
+            trouble.kind, trouble.host, trouble.what
+        )?;
     }
     for unplaced in &report.unplaced {
         let count = u64::from(unplaced.machines);
         let class = &unplaced.class;
-        writeln!(out, "\n{count} {} of {class} found no host: {}", plural(count, "machine"), unplaced.because)?;
+        writeln!(
+            out,
+            "\n{count} {} of {class} found no host: {}",
+            plural(count, "machine"),
+            unplaced.because
+        )?;
     }
     hosts(&report.worst_hosts, out)
 }

@@ -63,7 +63,9 @@ mod tests {
 
     #[test]
     fn times_read_as_people_write_them() {
-        for (text, ms) in [("250ms", 250), ("90s", 90_000), ("5 m", 300_000), ("24h", DAY.0), ("14:30", 52_200_000)] {
+        for (text, ms) in
+            [("250ms", 250), ("90s", 90_000), ("5 m", 300_000), ("24h", DAY.0), ("14:30", 52_200_000)]
+        {
             assert_eq!(text.parse(), Ok(Millis(ms)), "{text}");
         }
         for text in ["", "5", "-1s", "24:00", "1:5", "12:60", "1.5h", "99999999999999999999h", "nan", "h"] {

@@ -9,6 +9,7 @@ mod guest;
 mod host;
 mod line;
 mod manage;
+mod plan;
 mod replay;
 mod share;
 mod signals;
@@ -51,6 +52,8 @@ enum Verb {
     Soak(soak::SoakArgs),
     /// See what this host offers for taking guests' memory, and set up swap for it.
     Host(host::HostArgs),
+    /// Simulate hosts and machines with the policy of this program: what fits, who waits, what breaks first.
+    Plan(plan::PlanArgs),
     /// Run one machine: started by the other verbs, with its configuration on standard input.
     #[command(hide = true)]
     Vmm(vmm::VmmArgs),
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Verb::Guest(args) => guest::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),
+        Verb::Plan(args) => plan::main(&args),
         Verb::Vmm(args) => vmm::main(&args),
     }
 }

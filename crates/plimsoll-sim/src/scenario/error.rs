@@ -1,4 +1,5 @@
 //! What can be wrong with a scenario.
+use crate::trace::TraceError;
 use plimsoll_policy::settings::SettingsError;
 
 /// Why a scenario was refused. Nothing was simulated.
@@ -23,6 +24,17 @@ pub enum ScenarioError {
         line: usize,
         /// What is wrong and what would be right.
         what: String,
+    },
+    /// A record it names cannot be used.
+    #[error("{file}:{line}: there is no such demand")]
+    Trace {
+        /// The file.
+        file: String,
+        /// The line, from 1.
+        line: usize,
+        /// Why.
+        #[source]
+        source: TraceError,
     },
     /// Settings contradict themselves.
     #[error("{file}:{line}: {whose} cannot be")]

@@ -6,8 +6,9 @@
 use super::words::{As, Nanos, Times};
 use super::{Hosts, Order, Placement, Restart, Scenario, ScenarioError};
 use crate::demand::{Curve, Locality};
-use crate::machine::{Boot, Class, Estimator, Physics};
+use crate::machine::{Begin, Boot, Class, Estimator, Physics};
 use crate::time::Millis;
+use crate::trace::{Record, TraceError};
 use plimsoll_policy::admission::{Capacity, Overheads};
 use plimsoll_policy::auction::IdleTax;
 use plimsoll_policy::ladder::{Cost, Costs};
@@ -21,6 +22,7 @@ use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use toml::Spanned;
 
 /// The most machines of a scenario: their numbers, with room for a draw's index, fit into 64 bits.
@@ -185,10 +187,30 @@ struct MemoryTable {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 enum DemandTable {
     Idle {},
-    Constant { active: As<PageCount> },
-    Daily { low: As<PageCount>, high: As<PageCount>, peak: As<Millis>, jitter: Option<As<Millis>> },
-    Bursts { low: As<PageCount>, high: As<PageCount>, every: As<Millis>, lasts: As<Millis> },
-    Leak { active: As<PageCount>, hourly: As<PageCount> },
+    Constant {
+        active: As<PageCount>,
+    },
+    Daily {
+        low: As<PageCount>,
+        high: As<PageCount>,
+        peak: As<Millis>,
+        jitter: Option<As<Millis>>,
+    },
+    Bursts {
+        low: As<PageCount>,
+        high: As<PageCount>,
+        every: As<Millis>,
+        lasts: As<Millis>,
+    },
+    Leak {
+        active: As<PageCount>,
+        hourly: As<PageCount>,
+    },
+    /// Of a record that `plimsoll manage --record` has made; the file's place is seen from the scenario's.
+    Trace {
+        file: String,
+        machine: String,
+    },
 }
 
 /// Default: 60 s, 256M.
@@ -230,6 +252,10 @@ impl Source<'_> {
 
     fn wrong(&self, span: &Range<usize>, what: impl Into<String>) -> ScenarioError {
         ScenarioError::Written { file: self.file(), line: self.line(span), what: what.into() }
+    }
+
+    fn recorded(&self, span: &Range<usize>, source: TraceError) -> ScenarioError {
+        ScenarioError::Trace { file: self.file(), line: self.line(span), source }
     }
 
     fn contradiction(&self, span: &Range<usize>, whose: String, source: SettingsError) -> ScenarioError {
@@ -304,7 +330,8 @@ fn physics(table: &CostsTable, source: &Source<'_>) -> Result<Physics, ScenarioE
         let Some(table) = table else { continue };
         let keeps = table.keeps.as_ref().map_or(cost.keeps, |keeps| keeps.get_ref().0);
         if let Some(given) = table.keeps.as_ref().filter(|_| keeps >= Ppm::WHOLE) {
-            let what = format!("{keeps} of a page stay: a way that frees nothing is none, use less than 100%");
+            let what =
+                format!("{keeps} of a page stay: a way that frees nothing is none, use less than 100%");
             return Err(source.wrong(&given.span(), what));
         }
         *cost = Cost {
@@ -317,13 +344,18 @@ fn physics(table: &CostsTable, source: &Source<'_>) -> Result<Physics, ScenarioE
     if let Some(given) = table.threads.as_ref().filter(|_| !(1..=1024).contains(&takers)) {
         return Err(source.wrong(&given.span(), format!("{takers} threads: use 1 to 1024")));
     }
-    Ok(Physics { costs, mistakes: table.mistakes.map_or(Ppm::percent(5), |part| part.0.min(Ppm::WHOLE)), takers })
+    Ok(Physics {
+        costs,
+        mistakes: table.mistakes.map_or(Ppm::percent(5), |part| part.0.min(Ppm::WHOLE)),
+        takers,
+    })
 }
 
 fn estimator(table: &EstimatorTable, source: &Source<'_>) -> Result<Estimator, ScenarioError> {
     let period = table.period.as_ref().map_or(Millis(60_000), |period| period.get_ref().0);
     let samples = table.samples.as_ref().map_or(100, |samples| *samples.get_ref());
-    if let Some(given) = table.period.as_ref().filter(|_| !(Millis(1000)..=Millis(60_000)).contains(&period)) {
+    if let Some(given) = table.period.as_ref().filter(|_| !(Millis(1000)..=Millis(60_000)).contains(&period))
+    {
         return Err(source.wrong(&given.span(), format!("a sampling period of {period}: use 1s to 60s")));
     }
     if let Some(given) = table.samples.as_ref().filter(|_| !(1..=100_000).contains(&samples)) {
@@ -341,13 +373,19 @@ fn groups(tables: &[GroupTable], source: &Source<'_>) -> Result<Vec<(String, Gro
     let mut ids = BTreeMap::new();
     for (table, id) in tables.iter().zip(1..) {
         if ids.insert(table.name.get_ref(), GroupId(id)).is_some() {
-            let what = format!("a second group is called {}: give each a name of its own", table.name.get_ref());
+            let what =
+                format!("a second group is called {}: give each a name of its own", table.name.get_ref());
             return Err(source.wrong(&table.name.span(), what));
         }
     }
     let group = |(table, id): (&GroupTable, u32)| {
         let parent = table.parent.as_ref().map(|parent| {
-            let unknown = || source.wrong(&parent.span(), format!("there is no group {}: name one that there is", parent.get_ref()));
+            let unknown = || {
+                source.wrong(
+                    &parent.span(),
+                    format!("there is no group {}: name one that there is", parent.get_ref()),
+                )
+            };
             ids.get(parent.get_ref()).copied().ok_or_else(unknown)
         });
         let settings = GroupSettings {
@@ -373,7 +411,9 @@ fn classes(
     for table in tables {
         machines += u64::from(*table.count.get_ref());
         if machines > MACHINES_MAX {
-            return Err(source.wrong(&table.count.span(), format!("{machines} machines: use at most {MACHINES_MAX}")));
+            return Err(
+                source.wrong(&table.count.span(), format!("{machines} machines: use at most {MACHINES_MAX}"))
+            );
         }
         let name = table.name.get_ref();
         if classes.iter().any(|class| class.name == *name) {
@@ -395,7 +435,12 @@ fn class(
     source: &Source<'_>,
 ) -> Result<Class, ScenarioError> {
     let group = table.group.as_ref().map(|group| {
-        let unknown = || source.wrong(&group.span(), format!("there is no group {}: name one that there is", group.get_ref()));
+        let unknown = || {
+            source.wrong(
+                &group.span(),
+                format!("there is no group {}: name one that there is", group.get_ref()),
+            )
+        };
         let found = groups.iter().find(|(name, _)| name == group.get_ref());
         found.map(|(_, settings)| settings.id).ok_or_else(unknown)
     });
@@ -432,8 +477,11 @@ fn class(
         twins,
         boot: Boot {
             lasts: boot.and_then(|boot| boot.lasts).map_or(Millis(60_000), |lasts| lasts.0),
-            touches: boot.and_then(|boot| boot.touches).map_or(ByteCount::mib(256).pages_floor(), |pages| pages.0),
+            touches: boot
+                .and_then(|boot| boot.touches)
+                .map_or(ByteCount::mib(256).pages_floor(), |pages| pages.0),
         },
+        begin: Begin::Booting,
     };
     let whose = || format!("class {}", class.name);
     let terms = Terms::of(&class.settings(MachineId(1)))
@@ -442,7 +490,8 @@ fn class(
         return Err(source.wrong(&table.memory.span(), "a machine of 16T or more: use less"));
     }
     let fits = |what: &str, pages: PageCount, span: Range<usize>| {
-        let too_much = || format!("{what} of {}, more than the machine's size of {}", pages.bytes(), terms.size.bytes());
+        let too_much =
+            || format!("{what} of {}, more than the machine's size of {}", pages.bytes(), terms.size.bytes());
         if pages > terms.size { Err(source.wrong(&span, too_much())) } else { Ok(()) }
     };
     if let Some(keeps) = &table.keeps {
@@ -465,8 +514,19 @@ const fn most_active(curve: &Curve) -> Option<PageCount> {
 }
 
 fn face(given: &Spanned<MemoryTable>, source: &Source<'_>) -> Result<Face, ScenarioError> {
-    let MemoryTable { size, reservation, limit, shares, startup, minimum, maximum, buffer, weight, r#static, dedicated } =
-        given.get_ref();
+    let MemoryTable {
+        size,
+        reservation,
+        limit,
+        shares,
+        startup,
+        minimum,
+        maximum,
+        buffer,
+        weight,
+        r#static,
+        dedicated,
+    } = given.get_ref();
     let esx = size.is_some() || reservation.is_some() || limit.is_some() || shares.is_some();
     let hyper_v =
         startup.is_some() || minimum.is_some() || maximum.is_some() || buffer.is_some() || weight.is_some();
@@ -477,7 +537,9 @@ fn face(given: &Spanned<MemoryTable>, source: &Source<'_>) -> Result<Face, Scena
         return Err(source.wrong(&given.span(), what));
     }
     let needs = |value: Option<As<ByteCount>>, name: &str| {
-        value.map(|bytes| bytes.0).ok_or_else(|| source.wrong(&given.span(), format!("memory without {name}: add it")))
+        value
+            .map(|bytes| bytes.0)
+            .ok_or_else(|| source.wrong(&given.span(), format!("memory without {name}: add it")))
     };
     if let Some(size) = r#static {
         return Ok(Face::Static { size: size.0 });
@@ -503,11 +565,7 @@ fn face(given: &Spanned<MemoryTable>, source: &Source<'_>) -> Result<Face, Scena
     })
 }
 
-fn curve(
-    given: &Spanned<DemandTable>,
-    size: PageCount,
-    source: &Source<'_>,
-) -> Result<Curve, ScenarioError> {
+fn curve(given: &Spanned<DemandTable>, size: PageCount, source: &Source<'_>) -> Result<Curve, ScenarioError> {
     let crossed = |low: PageCount, high: PageCount| {
         let what = format!("a low of {} above a high of {}: exchange them", low.bytes(), high.bytes());
         if low > high { Err(source.wrong(&given.span(), what)) } else { Ok(()) }
@@ -526,22 +584,35 @@ fn curve(
         DemandTable::Bursts { low, high, every, lasts } => {
             crossed(low.0, high.0)?;
             if lasts.0 > every.0 || every.0 < Millis(1000) {
-                let what = format!("bursts of {} every {}: use a second or more, and shorter bursts", lasts.0, every.0);
+                let what = format!(
+                    "bursts of {} every {}: use a second or more, and shorter bursts",
+                    lasts.0, every.0
+                );
                 return Err(source.wrong(&given.span(), what));
             }
             Curve::Bursts { low: low.0, high: high.0, every: every.0, lasts: lasts.0 }
         }
         DemandTable::Leak { active, hourly } => Curve::Leak { active: active.0, hourly: hourly.0 },
+        DemandTable::Trace { file, machine } => {
+            let path = source.path.parent().unwrap_or(Path::new("")).join(file);
+            let track = Record::read(&path).and_then(|record| record.track(machine));
+            Curve::Trace(Arc::new(track.map_err(|error| source.recorded(&given.span(), error))?))
+        }
     })
 }
 
 /// An idle machine is active in this part of its memory: 5 of 512 MiB in README's example of an idle Debian.
 const IDLE_PART: u64 = 100;
 
-fn restarts(tables: &[RestartTable], classes: &[Class], source: &Source<'_>) -> Result<Vec<Restart>, ScenarioError> {
+fn restarts(
+    tables: &[RestartTable],
+    classes: &[Class],
+    source: &Source<'_>,
+) -> Result<Vec<Restart>, ScenarioError> {
     let restart = |table: &RestartTable| {
         let name = table.class.get_ref();
-        let unknown = || source.wrong(&table.class.span(), format!("there is no class {name}: name one that there is"));
+        let unknown =
+            || source.wrong(&table.class.span(), format!("there is no class {name}: name one that there is"));
         let class = classes.iter().find(|class| class.name == *name).ok_or_else(unknown)?;
         let share = table.share.as_ref().map_or(Ppm::WHOLE, |share| share.get_ref().0);
         if let Some(given) = table.share.as_ref().filter(|_| share > Ppm::WHOLE) {
@@ -559,7 +630,11 @@ fn restarts(tables: &[RestartTable], classes: &[Class], source: &Source<'_>) -> 
 }
 
 /// What groups contradict, alone and with one another.
-fn check_together(scenario: &Scenario, groups: &[GroupTable], source: &Source<'_>) -> Result<(), ScenarioError> {
+fn check_together(
+    scenario: &Scenario,
+    groups: &[GroupTable],
+    source: &Source<'_>,
+) -> Result<(), ScenarioError> {
     let Err(error) = Tree::new(scenario.empty_host()) else { return Ok(()) };
     let id = match error {
         SettingsError::Cycle { group, .. }
@@ -579,6 +654,7 @@ fn check_together(scenario: &Scenario, groups: &[GroupTable], source: &Source<'_
     let place = id.and_then(|id| usize::try_from(id.0).ok()?.checked_sub(1));
     let table = place.and_then(|place| groups.get(place));
     let span = table.map_or(0..0, |table| table.name.span());
-    let whose = table.map_or_else(|| "the host".to_owned(), |table| format!("group {}", table.name.get_ref()));
+    let whose =
+        table.map_or_else(|| "the host".to_owned(), |table| format!("group {}", table.name.get_ref()));
     Err(source.contradiction(&span, whose, error))
 }

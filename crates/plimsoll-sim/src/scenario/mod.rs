@@ -97,7 +97,8 @@ impl Scenario {
     /// The first thing that is wrong, with file and line.
     pub fn read(path: &Path) -> Result<Self, ScenarioError> {
         let file = path.display().to_string();
-        let text = std::fs::read_to_string(path).map_err(|source| ScenarioError::Unreadable { file, source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ScenarioError::Unreadable { file, source })?;
         Self::parse(&text, path)
     }
 

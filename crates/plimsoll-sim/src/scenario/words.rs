@@ -69,7 +69,10 @@ pub(super) struct Times(pub(super) Ppm);
 impl Word for Times {
     const EXPECTED: &str = "a factor such as \"1.5\" or \"2\"";
     fn read(text: &str) -> Option<Self> {
-        decimal(text, 6).and_then(|parts| u32::try_from(parts).ok()).filter(|parts| *parts > 0).map(|parts| Self(Ppm(parts)))
+        decimal(text, 6)
+            .and_then(|parts| u32::try_from(parts).ok())
+            .filter(|parts| *parts > 0)
+            .map(|parts| Self(Ppm(parts)))
     }
 }
 
@@ -80,14 +83,17 @@ pub(super) struct Nanos(pub(super) u64);
 impl Word for Nanos {
     const EXPECTED: &str = "a time such as \"13.5us\" or \"0.2ms\"";
     fn read(text: &str) -> Option<Self> {
-        let (number, digits) =
-            text.strip_suffix("us").map(|number| (number, 3)).or_else(|| text.strip_suffix("ms").map(|number| (number, 6)))?;
+        let (number, digits) = text
+            .strip_suffix("us")
+            .map(|number| (number, 3))
+            .or_else(|| text.strip_suffix("ms").map(|number| (number, 6)))?;
         decimal(number.trim(), digits).map(Self)
     }
 }
 
 impl Word for Rung {
-    const EXPECTED: &str = "a way to take memory: \"guest-free\", \"balloon\", \"sharing\", \"compress\" or \"disk\"";
+    const EXPECTED: &str =
+        "a way to take memory: \"guest-free\", \"balloon\", \"sharing\", \"compress\" or \"disk\"";
     fn read(text: &str) -> Option<Self> {
         let names = ["guest-free", "balloon", "sharing", "compress", "disk"];
         names.into_iter().zip(Self::ALL).find(|(name, _)| *name == text).map(|(_, rung)| rung)

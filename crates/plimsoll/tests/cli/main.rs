@@ -6,5 +6,6 @@
 mod attach;
 mod demo;
 mod host;
+mod plan;
 mod run;
 mod soak;

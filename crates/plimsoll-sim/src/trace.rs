@@ -1,0 +1,558 @@
+//! Recorded decisions: demands to simulate, and a reality to hold the simulation against.
+//!
+//! Enters: a file that `plimsoll manage --record` has written. Leaves: what each machine demanded, and what a simulation of
+//! those demands comes to beside what really came. The file is JSON lines in a zstd frame, or bare: a line is
+//! `{"begin": ...}`, `{"settings": {"state", "names", "own"}}` or `{"tick": {"view", "plan", ...}}`; what else is in
+//! them is not needed here.
+//!
+//! What a guest keeps is not on record: it is what it has in RAM, and what its compressed pages were before, at the costs of
+//! the record's settings. Pages on a disk are not seen, so a record of a host that uses one shows too little.
+use crate::demand::{Curve, Demand, Locality, Track};
+use crate::host::{Host, Placed, SECOND};
+use crate::machine::{Begin, Boot, Class, Estimator, Physics};
+use crate::scenario::{Hosts, Order, Placement, Scenario};
+use crate::time::Millis;
+use plimsoll_policy::admission::{Capacity, Overheads};
+use plimsoll_policy::ladder::Costs;
+use plimsoll_policy::settings::MachineSettings;
+use plimsoll_policy::view::{HostView, MachineView};
+use plimsoll_policy::{Plan, PolicyState, Ppm, Rung, Rungs};
+use plimsoll_types::{ByteCount, MachineId, PageCount};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+use std::sync::Arc;
+
+/// How a zstd frame begins (RFC 8878, 3.1.1).
+const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// The newest form that is read.
+const VERSION: u32 = 1;
+
+/// A record cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TraceError {
+    /// It cannot be read.
+    #[error("the record {file} cannot be read")]
+    Unreadable {
+        /// Which one.
+        file: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A line is not what a recorder writes.
+    #[error(
+        "line {line} of {file} is no record of decisions: give a file that `plimsoll manage --record` has written"
+    )]
+    Foreign {
+        /// Which file.
+        file: String,
+        /// Its line, from 1.
+        line: usize,
+        /// What was found.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// It was made by a newer plimsoll.
+    #[error("{file} is a record of version {found}, and up to {VERSION} are read: use a newer plimsoll")]
+    Newer {
+        /// Which file.
+        file: String,
+        /// Its version.
+        found: u32,
+    },
+    /// There is nothing to simulate in it.
+    #[error("{file} holds no settings or fewer than two decisions: record for longer")]
+    Empty {
+        /// Which file.
+        file: String,
+    },
+    /// It knows no such machine.
+    #[error("{file} knows no machine {name}: it has {known}")]
+    UnknownMachine {
+        /// Which file.
+        file: String,
+        /// The name.
+        name: String,
+        /// Those it has.
+        known: String,
+    },
+}
+
+#[derive(Deserialize)]
+struct Start {
+    version: u32,
+}
+
+#[derive(Deserialize)]
+struct Basis {
+    state: PolicyState,
+    #[serde(default)]
+    names: Vec<(MachineId, String)>,
+}
+
+#[derive(Deserialize)]
+struct Tick {
+    view: HostView,
+    plan: Plan,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Line {
+    Begin(Start),
+    Settings(Box<Basis>),
+    Tick(Box<Tick>),
+}
+
+/// What was recorded, up to the first change of settings.
+pub struct Record {
+    file: String,
+    basis: Basis,
+    ticks: Vec<Tick>,
+}
+
+impl Record {
+    /// Reads a record. One that was cut off is used as far as it goes.
+    ///
+    /// # Errors
+    /// See [`TraceError`].
+    pub fn read(path: &Path) -> Result<Self, TraceError> {
+        let file = path.display().to_string();
+        let unreadable = |source| TraceError::Unreadable { file: file.clone(), source };
+        let mut bytes = BufReader::new(File::open(path).map_err(unreadable)?);
+        let is_packed = bytes.fill_buf().map_err(unreadable)?.starts_with(&MAGIC);
+        let bytes: Box<dyn Read> = if is_packed {
+            Box::new(zstd::stream::read::Decoder::new(bytes).map_err(unreadable)?)
+        } else {
+            Box::new(bytes)
+        };
+        let (mut basis, mut ticks) = (None, Vec::new());
+        for (line, number) in BufReader::new(bytes).lines().zip(1..) {
+            let line = match line {
+                Ok(line) => line,
+                // Its recorder was killed: what was flushed is whole.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+                Err(source) => return Err(unreadable(source)),
+            };
+            let foreign = |source| TraceError::Foreign { file: file.clone(), line: number, source };
+            match serde_json::from_str(&line).map_err(foreign)? {
+                Line::Begin(Start { version }) if version > VERSION => {
+                    return Err(TraceError::Newer { file, found: version });
+                }
+                Line::Begin(_) => {}
+                // Machines that come and go are on the record of the loop, and no demand.
+                Line::Settings(_) if !ticks.is_empty() => break,
+                Line::Settings(settings) => basis = Some(*settings),
+                Line::Tick(tick) => ticks.push(*tick),
+            }
+        }
+        match basis {
+            Some(basis) if ticks.len() > 1 => Ok(Self { file, basis, ticks }),
+            _ => Err(TraceError::Empty { file }),
+        }
+    }
+
+    /// What a machine demanded, from the start of the record.
+    ///
+    /// # Errors
+    /// [`TraceError::UnknownMachine`].
+    pub fn track(&self, name: &str) -> Result<Track, TraceError> {
+        let named = self.basis.names.iter().find(|(_, given)| given == name).map(|(id, _)| *id);
+        let id = named.or_else(|| self.ids().find(|id| id.to_string() == name));
+        id.map(|id| self.track_of(id)).ok_or_else(|| {
+            let known: Vec<String> = self.ids().map(|id| self.name_of(id)).collect();
+            TraceError::UnknownMachine {
+                file: self.file.clone(),
+                name: name.to_owned(),
+                known: known.join(", "),
+            }
+        })
+    }
+
+    fn ids(&self) -> impl Iterator<Item = MachineId> {
+        self.basis.state.tree().machines().map(|(id, _)| id)
+    }
+
+    fn name_of(&self, id: MachineId) -> String {
+        let named = self.basis.names.iter().find(|(machine, _)| *machine == id);
+        named.map_or_else(|| id.to_string(), |(_, name)| name.clone())
+    }
+
+    fn start_ms(&self) -> u64 {
+        self.ticks.first().map_or(0, |tick| tick.view.now_ms)
+    }
+
+    fn at(&self, tick: &Tick) -> Millis {
+        Millis(tick.view.now_ms.saturating_sub(self.start_ms()))
+    }
+
+    fn views(&self, id: MachineId) -> impl Iterator<Item = (Millis, &MachineView)> {
+        self.ticks.iter().filter_map(move |tick| {
+            let machine = tick.view.machines.iter().find(|machine| machine.id == id)?;
+            Some((self.at(tick), machine))
+        })
+    }
+
+    fn track_of(&self, id: MachineId) -> Track {
+        let costs = &self.basis.state.tree().settings().costs;
+        let demand = |(at, view): (Millis, &MachineView)| {
+            let sampled = view.active.and_then(|reading| u64::try_from(reading.bytes).ok()).map(ByteCount);
+            let kept = places(view, costs);
+            let keeps = (kept.resident + kept.stored).saturating_sub(view.reported_free.pages_ceil());
+            let active = sampled.unwrap_or(view.consumed).pages_ceil().min(keeps);
+            (at, Demand { active, keeps: Some(keeps) })
+        };
+        let mut track: Vec<(Millis, Demand)> = self.views(id).map(demand).collect();
+        // Only what changed is an event.
+        track.dedup_by_key(|(_, demand)| *demand);
+        Track(track)
+    }
+
+    /// The host of the record, with the demands that were recorded.
+    fn scenario(&self) -> Scenario {
+        let settings = self.basis.state.tree().settings();
+        let view = &self.ticks[0].view;
+        let consumed: ByteCount = view.machines.iter().map(|machine| machine.consumed).sum();
+        // Measured, so that whatever else uses the host's memory needs no estimate.
+        let own = view.total.saturating_sub(view.free + consumed);
+        let none =
+            Overheads { tables_per_page: 0, page_tables_per_page: 0, store_per_page: 0, vmm: ByteCount(0) };
+        let duration = self.ticks.last().map_or(SECOND, |tick| self.at(tick)).max(SECOND);
+        let class = |(index, machine): (usize, &MachineSettings)| self.class(index, machine, &settings.costs);
+        Scenario {
+            title: format!("The host of {}", self.file),
+            seed: 1,
+            duration,
+            hosts: Hosts { count: 1, capacity: Capacity { total: view.total, own, overheads: none } },
+            placement: Placement { order: Order::FirstFit, overcommit: None, within: Millis(0) },
+            physics: Physics { costs: settings.costs, mistakes: Ppm::percent(5), takers: 4 },
+            estimator: Estimator { period: Millis(10_000), samples: 100 },
+            tax: settings.tax,
+            groups: settings.groups.iter().map(|group| (group.id.to_string(), *group)).collect(),
+            classes: settings.machines.iter().enumerate().map(class).collect(),
+            restarts: Vec::new(),
+        }
+    }
+
+    fn class(&self, index: usize, settings: &MachineSettings, costs: &Costs) -> Class {
+        let first = self.views(settings.id).next();
+        let begin =
+            first.map_or(Begin::Booting, |(at, view)| Begin::Running { at, places: places(view, costs) });
+        let rungs = first.map_or(Rungs::NONE, |(_, view)| view.rungs);
+        Class {
+            index,
+            name: self.name_of(settings.id),
+            count: 1,
+            group: settings.parent,
+            face: settings.face,
+            highest: settings.highest,
+            objective: settings.stall_objective,
+            rungs,
+            curve: Curve::Trace(Arc::new(self.track_of(settings.id))),
+            keeps: None,
+            touches: 20_000,
+            locality: Locality::zipf(Ppm::percent(80)),
+            grows: ByteCount::mib(64).pages_floor(),
+            processors: 2,
+            twins: Ppm::ZERO,
+            boot: Boot { lasts: Millis(0), touches: PageCount(0) },
+            begin,
+        }
+    }
+
+    /// Simulates the record's host with the record's demands, and holds it against the record.
+    pub fn compare(&self) -> Comparison {
+        let scenario = self.scenario();
+        let tree = self.basis.state.tree().clone();
+        let placed: Vec<Placed> = scenario
+            .classes
+            .iter()
+            .zip(&tree.settings().machines)
+            .map(|(class, machine)| Placed { id: machine.id, class: class.index })
+            .collect();
+        let mut predicted = Sums::default();
+        let mut real = Sums::default();
+        let mut errors: BTreeMap<MachineId, Errors> = BTreeMap::new();
+        let mut next = self.ticks.iter().peekable();
+        Host::new(&scenario, 0, tree, &placed).run(SECOND, &mut |view, plan| {
+            predicted.add(view, plan);
+            while let Some(tick) = next.next_if(|tick| self.at(tick).0 <= view.now_ms) {
+                real.add(&tick.view, &tick.plan);
+                for now in &view.machines {
+                    let then = tick.view.machines.iter().find(|machine| machine.id == now.id);
+                    let Some(then) = then else { continue };
+                    let (target, was) = (target(plan, now.id), target(&tick.plan, now.id));
+                    let error = errors.entry(now.id).or_default();
+                    error.count += 1;
+                    error.consumed += u128::from(now.consumed.0.abs_diff(then.consumed.0));
+                    error.target += u128::from(target.0.abs_diff(was.0));
+                }
+            }
+        });
+        let machine = |(id, error): (&MachineId, &Errors)| {
+            let size = self.basis.state.tree().terms(*id).map_or(ByteCount(0), |terms| terms.size.bytes());
+            let part = |sum: u128| crate::record::ppm(sum, u128::from(size.0) * u128::from(error.count));
+            MachineComparison {
+                machine: self.name_of(*id),
+                decisions: error.count,
+                consumed: real.pair(&predicted, *id, |sum| sum.consumed),
+                target: real.pair(&predicted, *id, |sum| sum.target),
+                stall_ppm: [real.stall(*id).0, predicted.stall(*id).0],
+                consumed_error_ppm: part(error.consumed).0,
+                target_error_ppm: part(error.target).0,
+            }
+        };
+        Comparison {
+            record: self.file.clone(),
+            seconds: scenario.duration.0 / 1000,
+            machines: errors.iter().map(machine).collect(),
+        }
+    }
+}
+
+/// Where a machine's pages are, by what is seen of it.
+fn places(view: &MachineView, costs: &Costs) -> crate::machine::Seen {
+    let keeps = u64::from(costs.of(Rung::Compress).keeps.0).max(1);
+    let stored = u128::from(view.stored.0) * u128::from(Ppm::WHOLE.0) / u128::from(keeps);
+    crate::machine::Seen {
+        resident: view.consumed.saturating_sub(view.stored).pages_ceil(),
+        stored: ByteCount(u64::try_from(stored).unwrap_or(u64::MAX)).pages_ceil(),
+        balloon: view.balloon.unwrap_or_default().pages_floor(),
+    }
+}
+
+fn target(plan: &Plan, id: MachineId) -> ByteCount {
+    plan.machines
+        .iter()
+        .find(|position| position.machine == id)
+        .map_or(ByteCount(0), |position| position.target)
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Errors {
+    count: u64,
+    consumed: u128,
+    target: u128,
+}
+
+/// Sums over time of one machine.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sum {
+    count: u128,
+    consumed: u128,
+    target: u128,
+    stalled: u128,
+    time_ms: u128,
+}
+
+#[derive(Default)]
+struct Sums {
+    machines: BTreeMap<MachineId, Sum>,
+    before_ms: Option<u64>,
+}
+
+impl Sums {
+    fn add(&mut self, view: &HostView, plan: &Plan) {
+        let before = self.before_ms.replace(view.now_ms).unwrap_or(view.now_ms);
+        let elapsed = u128::from(view.now_ms.saturating_sub(before));
+        for machine in &view.machines {
+            let sum = self.machines.entry(machine.id).or_default();
+            sum.count += 1;
+            sum.consumed += u128::from(machine.consumed.0);
+            sum.target += u128::from(target(plan, machine.id).0);
+            sum.stalled += u128::from(machine.stalled.0) * elapsed;
+            sum.time_ms += elapsed;
+        }
+    }
+
+    fn of(&self, id: MachineId) -> Sum {
+        self.machines.get(&id).copied().unwrap_or_default()
+    }
+
+    fn stall(&self, id: MachineId) -> Ppm {
+        let Sum { stalled, time_ms, .. } = self.of(id);
+        Ppm(stalled.checked_div(time_ms).and_then(|ppm| u32::try_from(ppm).ok()).unwrap_or(0))
+    }
+
+    fn pair(&self, predicted: &Self, id: MachineId, value: fn(&Sum) -> u128) -> [u64; 2] {
+        [self.of(id), predicted.of(id)].map(|sum| {
+            value(&sum).checked_div(sum.count).and_then(|mean| u64::try_from(mean).ok()).unwrap_or(0)
+        })
+    }
+}
+
+/// What was predicted beside what came. Pairs are first what came, then what was predicted; means over time.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Comparison {
+    /// The record.
+    pub record: String,
+    /// Its length.
+    pub seconds: u64,
+    /// By machine.
+    pub machines: Vec<MachineComparison>,
+}
+
+/// The same of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MachineComparison {
+    /// Its name.
+    pub machine: String,
+    /// Decisions that were compared.
+    pub decisions: u64,
+    /// What it consumed, in bytes.
+    pub consumed: [u64; 2],
+    /// Its target, in bytes.
+    pub target: [u64; 2],
+    /// What it waited for memory.
+    pub stall_ppm: [u32; 2],
+    /// How far apart the two consumptions were, in parts of its size: mean over decisions.
+    pub consumed_error_ppm: u32,
+    /// How far apart the targets were.
+    pub target_error_ppm: u32,
+}
+
+impl std::fmt::Display for Comparison {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "{}: {} s, what came and what was predicted\n", self.record, self.seconds)?;
+        writeln!(
+            f,
+            "{:16} {:>9} {:>8} {:>9} {:>8} {:>9} {:>8} {:>10} {:>10}",
+            "machine", "consumed", "", "target", "", "waited", "", "consumed", "target"
+        )?;
+        let [came, predicted, off] = ["came", "predict", "off by"];
+        writeln!(
+            f,
+            "{:16} {came:>9} {predicted:>8} {came:>9} {predicted:>8} {came:>9} {predicted:>8} {off:>10} {off:>10}",
+            ""
+        )?;
+        for machine in &self.machines {
+            let [[consumed, would], [target, aimed]] =
+                [machine.consumed, machine.target].map(|pair| pair.map(ByteCount));
+            let [waited, expected] = machine.stall_ppm.map(|ppm| Ppm(ppm).to_string());
+            let [off, astray] =
+                [machine.consumed_error_ppm, machine.target_error_ppm].map(|ppm| Ppm(ppm).to_string());
+            writeln!(
+                f,
+                "{:16} {consumed:>9} {would:>8} {target:>9} {aimed:>8} {waited:>9} {expected:>8} {off:>10} {astray:>10}",
+                machine.machine
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plimsoll_policy::tree::Tree;
+    use std::fmt::Write as _;
+    use std::path::PathBuf;
+
+    /// A host on which two machines are compressed and one bursts.
+    const SCENARIO: &str = r#"
+title = "recorded"
+duration = "20m"
+seed = 3
+hosts = { count = 1, memory = "8G" }
+placement = { within = "2m" }
+[[class]]
+name = "steady"
+count = 2
+memory = { size = "4G", reservation = "512M" }
+demand = { constant = { active = "1G" } }
+keeps = "3G"
+[[class]]
+name = "burst"
+count = 1
+memory = { size = "4G", reservation = "512M" }
+demand = { bursts = { low = "500M", high = "2G", every = "5m", lasts = "1m" } }
+"#;
+
+    /// Its decisions from the `from`th on, as a recorder writes them.
+    fn recorded(from: usize) -> String {
+        let scenario = Scenario::parse(SCENARIO, Path::new("")).unwrap();
+        let placements = crate::placement::place(&scenario).unwrap();
+        let loaded = placements.hosts.into_iter().next().unwrap();
+        let tree: Tree = loaded.tree.clone();
+        let mut lines = String::from("{\"begin\":{\"version\":1,\"by\":\"test\"}}\n");
+        let basis = serde_json::json!({
+            "settings": {"state": PolicyState::new(tree.clone()), "names": [[3, "noisy"]], "own": 1 << 30}
+        });
+        writeln!(lines, "{basis}").unwrap();
+        let mut count = 0;
+        Host::new(&scenario, 0, tree, &loaded.placed).run(SECOND, &mut |view, plan| {
+            count += 1;
+            if count > from {
+                writeln!(
+                    lines,
+                    "{}",
+                    serde_json::json!({"tick": {"view": view, "plan": plan, "outcomes": []}})
+                )
+                .unwrap();
+            }
+        });
+        lines
+    }
+
+    fn written(bytes: &[u8]) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("record");
+        std::fs::write(&path, bytes).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn a_record_that_the_model_made_is_predicted_closely() {
+        // From when all have booted on.
+        let (_folder, path) = written(recorded(240).as_bytes());
+        let comparison = Record::read(&path).unwrap().compare();
+        assert_eq!(comparison.machines.len(), 3);
+        for machine in &comparison.machines {
+            assert!(machine.decisions > 900, "{comparison}");
+            assert!(Ppm(machine.consumed_error_ppm) < Ppm::percent(5), "{comparison}");
+            assert!(machine.stall_ppm[0].abs_diff(machine.stall_ppm[1]) < 10_000, "{comparison}");
+        }
+        let noisy = comparison.machines.iter().find(|machine| machine.machine == "noisy").unwrap();
+        assert!(noisy.consumed[0] > 0 && comparison.to_string().contains("noisy"));
+    }
+
+    #[test]
+    fn a_packed_record_that_was_cut_off_is_read_as_far_as_it_goes() {
+        let whole = recorded(1100);
+        let packed = zstd::stream::encode_all(whole.as_bytes(), 1).unwrap();
+        let ticks = |bytes: &[u8]| {
+            let (_folder, path) = written(bytes);
+            Record::read(&path).map(|record| record.ticks.len())
+        };
+        assert_eq!(ticks(whole.as_bytes()).unwrap(), 100);
+        assert_eq!(ticks(&packed).unwrap(), 100);
+    }
+
+    #[test]
+    fn a_demand_is_that_of_the_record() {
+        let (_folder, path) = written(recorded(240).as_bytes());
+        let track = Record::read(&path).unwrap().track("noisy").unwrap();
+        let most = track.0.iter().map(|(_, demand)| demand.active).max().unwrap().bytes();
+        assert!((ByteCount::mib(1500)..=ByteCount::mib(2600)).contains(&most), "{most}");
+        let error = Record::read(&path).unwrap().track("nobody").unwrap_err();
+        assert!(error.to_string().ends_with("knows no machine nobody: it has vm1, vm2, noisy"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_record_is_refused_with_its_line() {
+        for (text, sentence) in [
+            ("", "holds no settings or fewer than two decisions"),
+            ("hello\n", "line 1 of"),
+            ("{\"begin\":{\"version\":9}}\n", "is a record of version 9"),
+            ("{\"begin\":{\"version\":1}}\n{\"tick\":{}}\n", "line 2 of"),
+        ] {
+            let (_folder, path) = written(text.as_bytes());
+            let Err(error) = Record::read(&path) else { panic!("{text:?} was read") };
+            assert!(error.to_string().contains(sentence), "{text:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! `plimsoll plan`: what would happen, before it does.
+//!
+//! Enters: a scenario. Leaves: what came of simulating it, as text or JSON, and as an HTML page if one is asked for. Exit
+//! status 0 when it holds, 1 when a guarantee would be broken or a machine finds no host, 2 when the scenario is refused.
+use indicatif::{ProgressBar, ProgressStyle};
+use plimsoll_linux::explain;
+use plimsoll_sim::trace::Record;
+use plimsoll_sim::{Options, Scenario, html, run, text};
+use std::error::Error;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(clap::Args)]
+pub(crate) struct PlanArgs {
+    /// The scenario, in TOML: docs/planning.md, docs/scenarios.
+    #[arg(required_unless_present = "against")]
+    scenario: Option<PathBuf>,
+    /// Simulate the host and the demands of a record of `plimsoll manage --record`, and hold it against the record.
+    #[arg(long, value_name = "RECORD", conflicts_with_all = ["scenario", "html", "seed", "threads", "every_second"])]
+    against: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// Write a page with pictures, too.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Another seed than the scenario's.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Threads; what comes of it is the same with any number. Default: one for each processor.
+    #[arg(long)]
+    threads: Option<NonZeroUsize>,
+    /// Decide every second, as on a host, whether or not anything moves: slower, to check the steps.
+    #[arg(long)]
+    every_second: bool,
+}
+
+pub(crate) fn main(args: &PlanArgs) -> ExitCode {
+    match plan(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("plimsoll plan: {}", explain(&*error));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn plan(args: &PlanArgs) -> Result<ExitCode, Box<dyn Error>> {
+    if let Some(record) = &args.against {
+        let comparison = Record::read(record)?.compare();
+        print!(
+            "{}",
+            if args.json {
+                serde_json::to_string_pretty(&comparison)? + "\n"
+            } else {
+                comparison.to_string()
+            }
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    let path = args.scenario.as_deref().ok_or("there is no scenario: name one")?;
+    let mut scenario = Scenario::read(path)?;
+    scenario.seed = args.seed.unwrap_or(scenario.seed);
+    let mut options = Options::default();
+    options.threads = args.threads.unwrap_or(options.threads);
+    if args.every_second {
+        options.longest = plimsoll_sim::host::SECOND;
+    }
+    // On the error output, and only where that is a terminal: it disturbs nobody who reads the other.
+    let style = ProgressStyle::with_template("{bar:40} {pos} of {len} hosts, {eta} to go")?;
+    let bar = ProgressBar::new(scenario.hosts.count as u64).with_style(style);
+    let report = run(&scenario, options, &|| bar.inc(1))?;
+    bar.finish_and_clear();
+    if let Some(path) = &args.html {
+        std::fs::write(path, html(&report))
+            .map_err(|error| format!("{} cannot be written: {error}", path.display()))?;
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", text(&report));
+    }
+    Ok(if report.holds { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

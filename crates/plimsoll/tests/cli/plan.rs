@@ -1,0 +1,66 @@
+//! `plimsoll plan` as a user starts it.
+use super::run::Run;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn shipped(name: &str) -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/scenarios");
+    folder.join(name).with_extension("toml").canonicalize().unwrap().to_str().unwrap().to_owned()
+}
+
+/// A file that is gone when the test is.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        Self(std::env::temp_dir().join(format!("plimsoll-plan-{}-{name}", std::process::id())))
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn a_plan_that_holds_is_printed_as_text_as_json_and_as_a_page() {
+    let (scenario, page) = (shipped("restart-under-pressure"), Scratch::new("page.html"));
+    let ended = Run::new(&["plan", &scenario, "--html", page.path()]).output();
+    ended.expect_code(0);
+    assert!(ended.stdout.contains("It holds: no guarantee was broken."), "{}", ended.stdout);
+    assert!(fs::read_to_string(&page.0).unwrap().ends_with("</html>\n"));
+    let json =
+        |threads| Run::new(&["plan", &scenario, "--json", "--seed", "7", "--threads", threads]).output();
+    let (one, two) = (json("1"), json("2"));
+    let report: Value = serde_json::from_str(&one.expect_code(0).stdout).unwrap();
+    assert_eq!((&report["seed"], &report["holds"]), (&Value::from(7), &Value::from(true)));
+    assert_eq!(one.stdout, two.stdout);
+}
+
+#[test]
+fn a_plan_that_does_not_fit_says_so_with_status_1() {
+    let scenario = Scratch::new("unfit.toml");
+    let text = "title = \"t\"\nduration = \"1m\"\nhosts = { count = 1, memory = \"4G\" }\n\
+                [[class]]\nname = \"giant\"\ncount = 1\nmemory = { static = \"8G\" }\ndemand = { idle = {} }\n";
+    fs::write(&scenario.0, text).unwrap();
+    let ended = Run::new(&["plan", scenario.path()]).output();
+    ended.expect_code(1);
+    assert!(ended.stdout.contains("1 machine of giant found no host"), "{}", ended.stdout);
+}
+
+#[test]
+fn a_scenario_that_is_wrong_is_refused_with_file_and_line_and_status_2() {
+    let scenario = Scratch::new("wrong.toml");
+    fs::write(&scenario.0, "title = \"t\"\nhosts = { count = 1, memory = \"4Q\" }\n").unwrap();
+    let ended = Run::new(&["plan", scenario.path()]).output();
+    ended.expect_code(2);
+    let expected =
+        format!("plimsoll plan: {}:2: \"4Q\" is not a size such as \"512M\" or \"4G\"\n", scenario.path());
+    assert_eq!((&*ended.stderr, &*ended.stdout), (&*expected, ""));
+}
