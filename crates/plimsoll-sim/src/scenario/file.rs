@@ -10,7 +10,8 @@ use crate::machine::{Begin, Boot, Class, Estimator, Physics};
 use crate::time::Millis;
 use crate::trace::{Record, TraceError};
 use plimsoll_policy::admission::{Capacity, Overheads};
-use plimsoll_policy::auction::IdleTax;
+use plimsoll_policy::auction::{IdleTax, PAGES_MAX};
+use plimsoll_policy::host_state::min_free;
 use plimsoll_policy::ladder::{Cost, Costs};
 use plimsoll_policy::settings::{
     BUFFER_USUAL, Face, GroupSettings, Owner, STALL_OBJECTIVE_USUAL, SettingsError, Shares, Terms,
@@ -25,8 +26,8 @@ use std::path::Path;
 use std::sync::Arc;
 use toml::Spanned;
 
-/// The most machines of a scenario: their numbers, with room for a draw's index, fit into 64 bits.
-const MACHINES_MAX: u64 = 1 << 30;
+/// The most machines of a scenario, which take about a kilobyte each before anything runs.
+const MACHINES_MAX: u64 = 1 << 24;
 /// The most hosts.
 const HOSTS_MAX: u32 = 1 << 20;
 
@@ -76,9 +77,9 @@ struct HostsTable {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OverheadsTable {
-    tables_per_page: Option<u64>,
-    page_tables_per_page: Option<u64>,
-    store_per_page: Option<u64>,
+    tables_per_page: Option<u16>,
+    page_tables_per_page: Option<u16>,
+    store_per_page: Option<u16>,
     vmm: Option<As<ByteCount>>,
 }
 
@@ -308,15 +309,19 @@ fn hosts(table: &HostsTable, source: &Source<'_>) -> Result<Hosts, ScenarioError
         total: table.memory.get_ref().0,
         own: table.own.map_or(ByteCount::mib(1024), |own| own.0),
         overheads: Overheads {
-            tables_per_page: tables_per_page.unwrap_or(measured.tables_per_page),
-            page_tables_per_page: page_tables_per_page.unwrap_or(measured.page_tables_per_page),
-            store_per_page: store_per_page.unwrap_or(measured.store_per_page),
+            tables_per_page: tables_per_page.map_or(measured.tables_per_page, u64::from),
+            page_tables_per_page: page_tables_per_page.map_or(measured.page_tables_per_page, u64::from),
+            store_per_page: store_per_page.map_or(measured.store_per_page, u64::from),
             vmm: vmm.map_or(measured.vmm, |vmm| vmm.0),
         },
     };
-    let kept = plimsoll_policy::host_state::min_free(capacity.total);
-    if capacity.own + kept >= capacity.total {
-        let Capacity { total, own, .. } = capacity;
+    let Capacity { total, own, .. } = capacity;
+    if total > PAGES_MAX.bytes() {
+        let what = format!("a host of {total}: use at most {}", PAGES_MAX.bytes());
+        return Err(source.wrong(&table.memory.span(), what));
+    }
+    let kept = min_free(total);
+    if total.saturating_sub(kept) <= own {
         let what = format!("a host of {total} uses {own} itself and keeps {kept} free: give it more memory");
         return Err(source.wrong(&table.memory.span(), what));
     }

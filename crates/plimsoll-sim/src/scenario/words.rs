@@ -6,6 +6,11 @@ use serde::de::{Deserialize, Deserializer, Error, Visitor};
 use std::fmt;
 use std::marker::PhantomData;
 
+/// No scenario is about more than a century, and sums of such times are far from what 64 bits hold.
+const AGE: Millis = Millis(36_525 * 86_400_000);
+/// No page takes more than a second.
+const SLOWEST: Nanos = Nanos(1_000_000_000);
+
 /// A value written as a text.
 pub(super) trait Word: Sized {
     /// What it is, with an example.
@@ -51,7 +56,7 @@ impl Word for PageCount {
 impl Word for Millis {
     const EXPECTED: &str = "a time such as \"90s\", \"5m\", \"24h\" or \"14:30\"";
     fn read(text: &str) -> Option<Self> {
-        text.parse().ok()
+        text.parse().ok().filter(|time| *time <= AGE)
     }
 }
 
@@ -77,7 +82,7 @@ impl Word for Times {
 }
 
 /// A time of a single page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Nanos(pub(super) u64);
 
 impl Word for Nanos {
@@ -87,7 +92,7 @@ impl Word for Nanos {
             .strip_suffix("us")
             .map(|number| (number, 3))
             .or_else(|| text.strip_suffix("ms").map(|number| (number, 6)))?;
-        decimal(number.trim(), digits).map(Self)
+        decimal(number.trim(), digits).map(Self).filter(|nanos| *nanos <= SLOWEST)
     }
 }
 
