@@ -181,7 +181,7 @@ impl Locality {
         let point = (in_place.0 >> shift) as usize;
         let Some(above) = self.0.get(point + 1) else { return Part(0) };
         let (below, into) = (self.0[point], u64::from(in_place.0 % step));
-        let hits = u64::from(below.0) + (u64::from(above.0 - below.0) * into >> shift);
+        let hits = u64::from(below.0) + ((u64::from(above.0 - below.0) * into) >> shift);
         Part(u32::try_from(hits).unwrap_or(Part::WHOLE.0)).rest()
     }
 }
@@ -197,7 +197,7 @@ fn power(x: Part, exponent_ppm: u64) -> Part {
     for bit in (0..16).rev() {
         root = (root << 30).isqrt();
         if bits >> bit & 1 == 1 {
-            product = product * root >> 30;
+            product = (product * root) >> 30;
         }
     }
     Part(u32::try_from(product).unwrap_or(Part::WHOLE.0))
@@ -270,12 +270,15 @@ mod tests {
 
     #[test]
     fn powers_are_what_they_are() {
-        for (x, exponent, power_of) in
-            [(0.25, 0.5, 0.5), (0.5, 0.25, 0.840_896), (0.1, 0.1, 0.794_328), (0.3, 1.0, 0.3)]
-        {
-            let found = power(Part((x * f64::from(1 << 30)) as u32), (exponent * 1e6) as u64);
-            let found = f64::from(found.0) / f64::from(1 << 30);
-            assert!((found - power_of).abs() < 1e-3, "{x}^{exponent} = {found}");
+        let of = |part, whole| Part::of(PageCount(part), PageCount(whole));
+        for (x, exponent_ppm, power_of) in [
+            (of(1, 4), 500_000, 0.5),
+            (of(1, 2), 250_000, 0.840_896),
+            (of(1, 10), 100_000, 0.794_328),
+            (of(3, 10), 1_000_000, 0.3),
+        ] {
+            let found = f64::from(power(x, exponent_ppm).0) / f64::from(1 << 30);
+            assert!((found - power_of).abs() < 1e-3, "{x:?}^{exponent_ppm} ppm = {found}");
         }
     }
 
@@ -286,6 +289,6 @@ mod tests {
         assert!((0..100).all(|percent| misses(percent) > misses(percent + 1)));
         assert_eq!((misses(100), misses(0)), (0, Part::WHOLE.0));
         // Without its least used tenth: 1 - 0.9^0.2 = 2.1 %.
-        assert!((20..22).contains(&(u64::from(misses(90)) * 1000 >> 30)));
+        assert!((20..22).contains(&((u64::from(misses(90)) * 1000) >> 30)));
     }
 }

@@ -18,6 +18,7 @@
 //! ten seconds: what the policy remembers of it fades by the second, and ten is the most it takes for one step.
 use crate::chance::below;
 use crate::machine::{Begin, Class, Machine, NS, Wants};
+use crate::placement::sentence;
 use crate::record::{HostRecord, Stretch, Trouble, Watch};
 use crate::scenario::Scenario;
 use crate::time::Millis;
@@ -186,8 +187,7 @@ impl<'a> Host<'a> {
                 Ok(tree) => self.state.set_tree(tree),
                 Err(refused) => {
                     self.record.refusals += 1;
-                    self.record
-                        .trouble(Trouble::Refused, self.now, Some((id, class)), || refused.to_string());
+                    self.record.trouble(Trouble::Refused, self.now, Some((id, class)), || sentence(&refused));
                     let from = Millis(self.now.0 + ASK_AGAIN.0);
                     self.absent.push(Absent { from, ..absent });
                     return;

@@ -12,6 +12,7 @@ use plimsoll_policy::settings::SettingsError;
 use plimsoll_policy::tree::Tree;
 use plimsoll_types::{ByteCount, MachineId};
 use std::collections::BTreeSet;
+use std::error::Error;
 
 /// A host with what was placed on it.
 pub(crate) struct Loaded {
@@ -55,7 +56,7 @@ pub(crate) fn place(scenario: &Scenario) -> Result<Placements, SettingsError> {
                     (next, left) = (next + 1, left - 1);
                 }
                 // One that refused a machine of a class refuses the next, too: it has no more than before.
-                Err(refused) => because = refused.to_string(),
+                Err(refused) => because = sentence(&refused),
             }
         }
         if left > 0 {
@@ -65,10 +66,16 @@ pub(crate) fn place(scenario: &Scenario) -> Result<Placements, SettingsError> {
     Ok(Placements { hosts, unplaced })
 }
 
+/// An error and what it comes from.
+pub(crate) fn sentence(error: &dyn Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
 /// Why a host did not take a machine.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
-    #[error("{0}")]
+    #[error(transparent)]
     NotAdmitted(AdmissionError),
     #[error("a host of {total} would have machines of {sizes}, more than {most} of it")]
     Overcommitted { sizes: ByteCount, total: ByteCount, most: Ppm },

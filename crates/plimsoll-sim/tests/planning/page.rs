@@ -86,7 +86,7 @@ fn what_found_no_host_is_said_with_the_arithmetic() {
     assert!(!report.holds);
     assert_eq!((report.unplaced.len(), report.unplaced[0].machines), (1, 1));
     let because = &report.unplaced[0].because;
-    assert!(because.contains("needs 8") && because.contains("reserved"), "{because}");
+    assert!(because.contains("the host has 4G for machines") && because.contains("is reserved"), "{because}");
     assert!(report.verdict.starts_with("It does not fit: 1 machine found no host."), "{}", report.verdict);
 }
 

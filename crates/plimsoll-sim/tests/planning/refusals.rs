@@ -42,7 +42,7 @@ fn what_is_wrong_is_said_with_file_line_and_what_to_do() {
     for (good, bad, sentence) in [
         ("\"16G\"", "\"16Q\"", "fleet.toml:4: \"16Q\" is not a size such as \"512M\" or \"4G\""),
         ("\"16G\"", "\"-1G\"", "fleet.toml:4: \"-1G\" is not a size"),
-        ("\"16G\"", "nan", "fleet.toml:4: invalid type: floating point `nan`, expected a size"),
+        ("\"16G\"", "nan", "fleet.toml:4: invalid type: floating point `NaN`, expected a size"),
         (
             "\"16G\"",
             "\"512M\"",
