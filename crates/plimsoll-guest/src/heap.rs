@@ -18,8 +18,9 @@ use crate::abi::{
 use crate::frames::{Claim, Cursor, FRAME_PAGES, Frames, Plan, Words};
 use crate::machine::Machine;
 use crate::probe::{ProbeCommand, Probed, Task};
-use crate::random::Rng;
+use crate::random::{Rng, hash3};
 use crate::runner::{Runner, note_wrong};
+use crate::spec::WorkloadKind;
 
 /// Versions of contents; the one after the last is the first.
 const VERSION_MAX: u32 = (1 << 31) - 1;
@@ -134,8 +135,46 @@ impl<M: Machine> Runner<'_, M> {
             }
             Task::Verify => done = self.verify_kept(heap, STOP_NO + 1),
             Task::Churn => done = self.churn(heap, command),
+            Task::Work => done = self.work_on_kept(heap, command),
             // For a guest whose pages are its own from the start.
             Task::Populate | Task::Read | Task::Write => {}
+        }
+        done
+    }
+
+    /// Compares pieces that are kept, in the order of a program, and writes some of them anew. Nothing where the program is none
+    /// that works on its own, or nothing is kept.
+    fn work_on_kept(&mut self, heap: &mut Heap<'_>, command: &ProbeCommand) -> u64 {
+        let kind = u32::try_from(command.stride).ok().and_then(WorkloadKind::from_wire);
+        let Some(kind) = kind.filter(|kind| WorkloadKind::ALL.contains(kind) && heap.kept > 0) else {
+            return 0;
+        };
+        let guest = self.guest;
+        let mut rng = Rng::new(hash3(guest.seed, guest.spec.seed, u64::from(self.vcpu)));
+        let mut program = guest.program(kind, heap.kept, rng.word());
+        let interval_ticks = self.interval_ticks();
+        let window = self.machine.window();
+        let start_ticks = self.machine.now_ticks();
+        let (mut done, mut due) = (0, start_ticks);
+        while self.goes_on(heap) {
+            let is_over =
+                if command.passes == 0 { self.machine.window() != window } else { done >= command.passes };
+            if is_over || (interval_ticks != 0 && self.wait_until(due) != STOP_NO) {
+                break;
+            }
+            if interval_ticks != 0 {
+                due = self.next_due(due, interval_ticks);
+            }
+            let begun_ticks = self.machine.now_ticks();
+            let entry = program.next_page(&mut rng, done, begun_ticks.saturating_sub(start_ticks));
+            self.verify_entry(heap, entry);
+            if rng.below(1000) < u64::from(guest.spec.write_permille) {
+                self.renew(heap, entry);
+            }
+            self.report.operations += 1;
+            done += 1;
+            let end_ticks = self.machine.now_ticks();
+            self.note_latency(end_ticks.saturating_sub(begun_ticks));
         }
         done
     }
@@ -155,18 +194,30 @@ impl<M: Machine> Runner<'_, M> {
         if !is_installed {
             self.machine.install(heap.plan.frame_gpa(page / FRAME_PAGES));
         }
-        heap.version = if heap.version == VERSION_MAX { 1 } else { heap.version + 1 };
-        let kept = Kept { page, piece, version: heap.version };
-        for page in page..page + piece.pages() {
-            self.guest.content.fill(page, kept.version, &mut self.expected);
-            self.machine.write_page(heap.plan.page_gpa(page), &self.expected);
-        }
-        self.machine.write_word(heap.plan.kept_gpa(self.vcpu, heap.kept), kept.encode());
+        self.fill(heap, heap.kept, Kept { page, piece, version: 0 });
         heap.kept += 1;
         heap.kept_pages += piece.pages();
         self.report.operations += 1;
-        self.report.puts += 1;
         true
+    }
+
+    /// Writes the contents of a version that has not been yet, and remembers it as that entry.
+    fn fill(&mut self, heap: &mut Heap<'_>, entry: u64, kept: Kept) {
+        heap.version = if heap.version == VERSION_MAX { 1 } else { heap.version + 1 };
+        let Kept { page: first, piece, .. } = kept;
+        for page in first..first + piece.pages() {
+            self.guest.content.fill(page, heap.version, &mut self.expected);
+            self.machine.write_page(heap.plan.page_gpa(page), &self.expected);
+        }
+        let kept = Kept { version: heap.version, ..kept };
+        self.machine.write_word(heap.plan.kept_gpa(self.vcpu, entry), kept.encode());
+        self.report.puts += 1;
+    }
+
+    /// Writes an entry anew.
+    fn renew(&mut self, heap: &mut Heap<'_>, entry: u64) {
+        let kept = self.kept(heap, entry);
+        self.fill(heap, entry, kept);
     }
 
     /// The first page of a piece, and whether it may be touched.

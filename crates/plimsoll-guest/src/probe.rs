@@ -18,7 +18,7 @@ const SUBDIVISIONS: usize = 16;
 /// The power of two at which the first bucket starts; what is faster is counted in it.
 const FIRST_EXPONENT: u32 = 5;
 
-/// What is done with each page. The last three are for a guest that keeps [frames](crate::frames), the first three for one that
+/// What is done with each page. The last four are for a guest that keeps [frames](crate::frames), the first three for one that
 /// does not; [`Task::Verify`] compares whatever there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -38,6 +38,9 @@ pub enum Task {
     /// Pieces are allocated, compared and freed in random order, `passes` times or until the window changes; at most `pages`
     /// pages are kept at once.
     Churn = 7,
+    /// What is kept is worked on as the guest's specification says, by the program of the number `stride` in
+    /// [`WorkloadKind`](crate::spec::WorkloadKind): `passes` operations, or until the window changes. Bursts are not paused between.
+    Work = 8,
 }
 
 /// In which order pages come.
@@ -121,6 +124,7 @@ impl ProbeCommand {
             5 => Task::Allocate,
             6 => Task::Free,
             7 => Task::Churn,
+            8 => Task::Work,
             found => return Err(ProbeError::UnknownTask { found }),
         };
         let order = match self.order {
@@ -156,7 +160,7 @@ pub enum ProbeError {
 impl fmt::Display for ProbeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::UnknownTask { found } => write!(f, "no probe task has number {found}: use 1 to 7"),
+            Self::UnknownTask { found } => write!(f, "no probe task has number {found}: use 1 to 8"),
             Self::UnknownOrder { found } => write!(f, "no probe order has number {found}: use 1 to 4"),
             Self::NoStride => f.write_str("a strided or scattered order needs a stride: use at least 1"),
         }

@@ -38,8 +38,8 @@ pub struct Guest {
     plan: Option<Plan>,
     pub(crate) content: Content,
     kind: WorkloadKind,
-    spec: WorkloadSpec,
-    seed: u64,
+    pub(crate) spec: WorkloadSpec,
+    pub(crate) seed: u64,
     vcpus: u32,
     tsc_hz: u64,
 }
@@ -107,6 +107,11 @@ impl Guest {
         Ok(runner.sealed_report())
     }
 
+    /// The rule of a program over so many pages.
+    pub(crate) fn program(&self, kind: WorkloadKind, pages: u64, seed: u64) -> Program {
+        Program::new(kind, &self.spec, pages, self.ticks(self.spec.phase_ms, MS_PER_SECOND), seed)
+    }
+
     /// Ticks in a duration of `count` parts, of which `per_second` are a second.
     fn ticks(&self, count: u64, per_second: u64) -> u64 {
         let ticks = u128::from(count) * u128::from(self.tsc_hz) / u128::from(per_second);
@@ -159,8 +164,7 @@ impl<M: Machine> Runner<'_, M> {
         }
         let Guest { kind, spec, seed, .. } = *self.guest;
         let mut rng = Rng::new(hash3(seed, spec.seed, u64::from(self.vcpu)));
-        let phase_ticks = self.guest.ticks(spec.phase_ms, MS_PER_SECOND);
-        let mut program = Program::new(kind, &spec, self.owned_pages, phase_ticks, rng.word());
+        let mut program = self.guest.program(kind, self.owned_pages, rng.word());
         let interval_ticks = self.interval_ticks();
         let pause_ticks = self.guest.ticks(spec.burst_idle_ms, MS_PER_SECOND);
         self.enter(Phase::Running);
@@ -260,7 +264,7 @@ impl<M: Machine> Runner<'_, M> {
             Task::Write => self.machine.write_word(gpa, self.expected[0]),
             Task::Verify => _ = self.verify(local),
             // For a guest that keeps frames; this one has none.
-            Task::Allocate | Task::Free | Task::Churn => {}
+            Task::Allocate | Task::Free | Task::Churn | Task::Work => {}
         }
         self.report.operations += 1;
         self.machine.now_ticks().saturating_sub(start_ticks)
@@ -279,7 +283,7 @@ impl<M: Machine> Runner<'_, M> {
     }
 
     /// Ticks between operations, 0 when there is no pace.
-    fn interval_ticks(&self) -> u64 {
+    pub(crate) fn interval_ticks(&self) -> u64 {
         let Guest { kind, spec, tsc_hz, .. } = self.guest;
         let pace = match (spec.ops_per_second, kind) {
             (0, WorkloadKind::Idle) => IDLE_OPS_PER_SECOND,
@@ -288,14 +292,14 @@ impl<M: Machine> Runner<'_, M> {
         tsc_hz.checked_div(pace).unwrap_or(0)
     }
 
-    fn next_due(&mut self, due: u64, interval_ticks: u64) -> u64 {
+    pub(crate) fn next_due(&mut self, due: u64, interval_ticks: u64) -> u64 {
         let now = self.machine.now_ticks();
         let late = now.saturating_sub(due) > self.guest.tsc_hz / LATE_PART_OF_SECOND;
         (if late { now } else { due }).saturating_add(interval_ticks)
     }
 
     /// Waits, asleep if it is long enough, and keeps attending to the VMM meanwhile.
-    fn wait_until(&mut self, due_ticks: u64) -> u64 {
+    pub(crate) fn wait_until(&mut self, due_ticks: u64) -> u64 {
         loop {
             let stop = self.attend();
             let now = self.machine.now_ticks();
@@ -321,7 +325,7 @@ impl<M: Machine> Runner<'_, M> {
         self.report.operations += 1;
     }
 
-    fn note_latency(&mut self, ticks: u64) {
+    pub(crate) fn note_latency(&mut self, ticks: u64) {
         self.report.latency_max_ticks = self.report.latency_max_ticks.max(ticks);
         if let Some(count) = self.report.latency.get_mut(latency_bucket(ticks)) {
             *count = count.saturating_add(1);

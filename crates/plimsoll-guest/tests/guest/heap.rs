@@ -88,6 +88,42 @@ fn the_balloon_is_filled_and_emptied_by_listings_of_either_piece() {
 }
 
 #[test]
+fn work_goes_over_what_is_kept_and_serves_the_balloon_meanwhile() {
+    let mut params = params(WorkloadKind::Frames, 1, PAGES);
+    params.workload.write_permille = 250;
+    let guest = Guest::new(&params).unwrap();
+    let mut step = 0;
+    let mut machine = VecMachine::with_meddle(&params, move |machine| {
+        step += 1;
+        if step == 2000 {
+            machine.balloon = machine.balloon.next(1024, Piece::Frame, Finds::InOrder);
+        }
+    });
+    let work = |number, kind: WorkloadKind, passes| ProbeCommand {
+        stride: u64::from(kind as u32),
+        passes,
+        ..command(number, Task::Work)
+    };
+    machine.commands = [
+        work(1, WorkloadKind::Zipf, 10),
+        ProbeCommand { pages: 400, ..command(2, Task::Allocate) },
+        work(3, WorkloadKind::Zipf, 4000),
+        work(4, WorkloadKind::Sweep, 400),
+        work(5, WorkloadKind::Frames, 10),
+        command(6, Task::Verify),
+    ]
+    .into();
+    let report = guest.run(0, &mut machine).unwrap();
+    let done: Vec<u64> = machine.answers.iter().map(|answer| answer.pages).collect();
+    assert_eq!(done[1..6], [0, 400, 4000, 400, 0]);
+    assert_eq!((report.wrong_words, given(&machine, Listed::Given)), (0, 1024));
+    // Each operation compares a page, and a quarter writes one.
+    assert!(report.verified_pages >= 4400 + 400);
+    assert!((1300..1700).contains(&report.puts), "{} of 4400 operations and 400 allocations", report.puts);
+    assert_eq!(report.latency.iter().sum::<u32>(), 4400);
+}
+
+#[test]
 fn a_host_that_takes_at_every_step_costs_the_guest_nothing_but_questions() {
     for take in [Take::Softly, Take::ForGood] {
         let params = params(WorkloadKind::Frames, 1, PAGES);
