@@ -21,6 +21,7 @@ use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Management, Workload};
 use plimsoll_vmm::control::{BalloonPiece, Command, Event, FrameOrder, Ram, StopMode};
 use plimsoll_vmm::report::{ProbeReport, Summary};
 use plimsoll_vmm::{Accel, VmmConfig};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -208,7 +209,16 @@ impl Guest {
         Ok(Some(event))
     }
 
-    fn tell(&self, command: &Command) -> Result<()> {
+    /// The next event, if one has come.
+    pub(crate) fn heard(&mut self) -> Result<Option<Event>, BenchError> {
+        let mut ready = [PollFd::new(self.control.get_ref(), PollFlags::IN)];
+        let is_ready = !self.control.buffer().is_empty()
+            || poll(&mut ready, Some(&Timespec::default())).context("cannot hear a guest")? > 0;
+        if is_ready { self.event() } else { Ok(None) }
+    }
+
+    /// Tells it something, without waiting for what it says.
+    pub(crate) fn tell(&self, command: &Command) -> Result<()> {
         let line = serde_json::to_string(command)? + "\n";
         self.control.get_ref().write_all(line.as_bytes()).context("cannot tell a guest")
     }

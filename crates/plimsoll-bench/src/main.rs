@@ -7,11 +7,13 @@
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
 //! program again in another role (`guest`). `balloon`: three ways to take memory that a guest has free. `cost`: what a guest
 //! pays that any of its memory is taken. `ksm`: guided KSM against KSM over everything. `attach`: machines managed from outside.
-//! `swap`: the peer's device. `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
+//! `density`: many guests in little memory. `swap`: the peer's device. `session`: signals and clocks. `figures`: the
+//! arithmetic. `report`: what is said.
 mod attach;
 mod balloon;
 mod contents;
 mod cost;
+mod density;
 mod figures;
 mod guest;
 mod ksm;
@@ -53,6 +55,7 @@ enum Name {
     Attach,
     Balloon,
     Cost,
+    Density,
 }
 
 impl Name {
@@ -64,6 +67,7 @@ impl Name {
             Self::Attach => "attach",
             Self::Balloon => "balloon",
             Self::Cost => "cost",
+            Self::Density => "density",
         }
     }
 
@@ -84,6 +88,9 @@ impl Name {
             }
             Self::Cost => {
                 "a guest's operations with 10 to 60 % of its memory taken, by balloon, kernel and pager, against all of it"
+            }
+            Self::Density => {
+                "the same guests in the same memory: plimsoll, the kernel alone, a balloon loop, enough memory"
             }
         }
     }
@@ -121,6 +128,7 @@ fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
             Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
             Name::Balloon => serde_json::to_string_pretty(&balloon::run(rows, &interrupt)?),
             Name::Cost => serde_json::to_string_pretty(&cost::run(rows, &interrupt)?),
+            Name::Density => serde_json::to_string_pretty(&density::run(rows, folder, &interrupt)?),
         };
         let path = folder.join(format!("{}.json", name.text()));
         let text = report.context("cannot write the report as JSON")?;

@@ -77,6 +77,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "plimsoll-guest",
             "plimsoll-store",
             "plimsoll-core",
+            "plimsoll-policy",
             "plimsoll-sys",
             "plimsoll-linux",
             "plimsoll-vmm",

@@ -1,0 +1,351 @@
+//! How many guests a host bears: the same guests in the same memory, under plimsoll, under the kernel alone, under a loop that
+//! turns balloons only, and with enough memory for all.
+//!
+//! Enters: which rows. Leaves: ratios, a table, a file for each row, and a plot of all rows there are. Every way runs the same
+//! guests with the same contents and seeds in one memory cgroup; whatever a way needs itself is in its budget. What must never
+//! happen: a wrong word, a way with more memory than another, or a figure of a row that was not run.
+//!
+//! `mix`: the guests. `ways`: how they are run. `fleet`: one run. `score`: what it came to. `plot`: the picture.
+mod fleet;
+mod mix;
+mod plot;
+mod score;
+mod ways;
+
+use crate::figures::ratio;
+use crate::report::{Comparison, Machine, Report, Run, Sample, Subject, higher, lower};
+use crate::session::{BenchError, Interrupt};
+use crate::swap::check_host;
+use anyhow::{Context, anyhow};
+use fleet::{MEASURED, Outcome};
+use mix::{MIXES, Mix};
+use plimsoll_types::ByteCount;
+use score::{Work, jain, pooled, quantile_us};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::path::Path;
+use ways::ours::Plimsoll;
+use ways::{Alone, Host};
+
+/// What guests own for each byte of the budget, in tenths.
+const OVERCOMMIT_TENTHS: [u64; 4] = [10, 15, 20, 30];
+
+const NOTES: [&str; 6] = [
+    "overcommit is the guests' RAM over the budget; the budget holds the VMMs, the manager and zram, too",
+    "a throughput is the sum of all guests' operations a second; a p99 is that of all their operations together",
+    "stall is the part of operations' time that they would not have taken with enough memory",
+    "fairness is Jain's index of what each guest did against what it did with enough memory",
+    "KSM scans 1000 pages every 20 ms, so that it has merged what it can when time is taken",
+    "the balloon loop runs a cycle in one second instead of ten, with the kernel's reclaim and KSM beneath it, as hosts have it",
+];
+
+/// A way to run the guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Way {
+    /// With enough memory.
+    Enough,
+    /// Plimsoll.
+    Plimsoll,
+    /// The kernel alone.
+    Kernel,
+    /// The kernel, and balloons.
+    Balloon,
+}
+
+impl Way {
+    const fn about(self) -> &'static str {
+        match self {
+            Self::Enough => "enough memory",
+            Self::Plimsoll => "plimsoll",
+            Self::Kernel => "kernel alone",
+            Self::Balloon => "balloon loop",
+        }
+    }
+
+    fn host(self, mix: &Mix, budget: ByteCount, interrupt: &Interrupt) -> anyhow::Result<Box<dyn Host>> {
+        let asked = mix.asked();
+        Ok(match self {
+            Self::Enough => Box::new(Alone::enough(asked, interrupt)?),
+            Self::Plimsoll => Box::new(Plimsoll::new(mix, budget, interrupt)?),
+            Self::Kernel => Box::new(Alone::short(asked, budget, interrupt)?),
+            Self::Balloon => Box::new(Alone::ballooned(asked, budget, interrupt)?),
+        })
+    }
+}
+
+/// The order of a row's runs: what others are held against comes before and after them.
+const ORDER: [Way; 6] = [Way::Enough, Way::Kernel, Way::Plimsoll, Way::Balloon, Way::Kernel, Way::Enough];
+
+/// A mix at an overcommit.
+struct Row {
+    mix: &'static Mix,
+    tenths: u64,
+}
+
+/// What one run came to, for the table and the file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Figures {
+    way: Way,
+    operations_per_second: f64,
+    /// Against enough memory.
+    throughput: f64,
+    p99_us: f64,
+    p99: f64,
+    fairness: f64,
+    stall: f64,
+    /// Of the guest that fared worst, against itself with enough memory; of those with a reservation that holds all they keep.
+    worst_guaranteed: Option<f64>,
+    violations: u64,
+    swings: u64,
+    died: usize,
+    peak_bytes: u64,
+}
+
+/// A row as its file holds it.
+#[derive(Debug, Serialize, Deserialize)]
+struct RowFile {
+    mix: String,
+    overcommit: f64,
+    budget_bytes: u64,
+    ways: Vec<Figures>,
+}
+
+impl Row {
+    fn all() -> impl Iterator<Item = Self> {
+        MIXES.iter().flat_map(|mix| OVERCOMMIT_TENTHS.map(|tenths| Self { mix, tenths }))
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}.{}", self.mix.name, self.tenths / 10, self.tenths % 10)
+    }
+
+    fn budget(&self) -> ByteCount {
+        ByteCount(self.mix.asked().0 * 10 / self.tenths)
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "tens")]
+    fn overcommit(&self) -> f64 {
+        self.tenths as f64 / 10.0
+    }
+
+    /// What is compared, what must be reached, and where both come from.
+    fn subjects(&self) -> Vec<(Subject, Way, fn(&Figures) -> f64)> {
+        let name = |what: &str| format!("{}/{what}", self.name());
+        let at_two = self.tenths == 20;
+        let beats = matches!(self.mix.name, "mostly-idle" | "phase-shifting" | "noisy-neighbour");
+        let sparse = self.mix.name == "mostly-idle" && self.tenths >= 20;
+        let kernel = at_two.then_some(if beats { 1.3 } else { 1.0 });
+        let throughput: fn(&Figures) -> f64 = |figures| figures.operations_per_second;
+        let p99: fn(&Figures) -> f64 = |figures| figures.p99_us;
+        vec![
+            (higher(&name("throughput-enough"), "ops/s", sparse.then_some(0.95)), Way::Enough, throughput),
+            (higher(&name("throughput-kernel"), "ops/s", kernel), Way::Kernel, throughput),
+            (lower(&name("p99-enough"), "us", None), Way::Enough, p99),
+            (lower(&name("p99-kernel"), "us", at_two.then_some(1.0)), Way::Kernel, p99),
+        ]
+    }
+}
+
+/// Runs the guests one way.
+fn run_once(row: &Row, way: Way, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
+    eprintln!("{}: {}", row.name(), way.about());
+    let context = || format!("{}: {}", row.name(), way.about());
+    let mut host = way.host(row.mix, row.budget(), interrupt).with_context(context)?;
+    let outcome = fleet::run(row.mix, &mut *host, interrupt);
+    let ended = host.end();
+    let outcome = outcome.map_err(|error| match error {
+        BenchError::Failed(error) => BenchError::Failed(error.context(context())),
+        other => other,
+    })?;
+    ended?;
+    Ok(outcome)
+}
+
+/// The figures of an outcome, against what the same guests did with enough memory.
+fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &Outcome) -> Figures {
+    let sum = |works: &[Work]| works.iter().map(|work| work.operations_per_second).sum::<f64>();
+    let against = |ours: f64, theirs: f64| ratio(ours, theirs).unwrap_or(0.0);
+    let fared: Vec<f64> = outcome
+        .works
+        .iter()
+        .zip(&enough.works)
+        .map(|(work, enough)| against(work.operations_per_second, enough.operations_per_second))
+        .collect();
+    let guaranteed = row.mix.roles().zip(&fared).filter(|(role, _)| role.reservation >= role.kept);
+    let (p99, p99_enough) =
+        (quantile_us(&pooled(&outcome.works), 0.99), quantile_us(&pooled(&enough.works), 0.99));
+    // The time that as many operations take with enough memory is no stall.
+    let time = |work: &Work, mean_us: f64| mean_us * work.operations_per_second;
+    let spent: f64 = outcome.works.iter().map(|work| time(work, work.mean_us)).sum();
+    let needed: f64 = outcome
+        .works
+        .iter()
+        .zip(&enough.works)
+        .map(|(work, enough)| time(work, enough.mean_us.min(work.mean_us)))
+        .sum();
+    Figures {
+        way,
+        operations_per_second: sum(&outcome.works),
+        throughput: against(sum(&outcome.works), sum(&enough.works)),
+        p99_us: p99,
+        p99: against(p99, p99_enough),
+        fairness: jain(&fared),
+        stall: (1.0 - against(needed, spent)).max(0.0),
+        worst_guaranteed: guaranteed.map(|(_, share)| *share).min_by(f64::total_cmp),
+        violations: outcome.violations,
+        swings: outcome.swings,
+        died: outcome.works.iter().filter(|work| work.died.is_some()).count(),
+        peak_bytes: outcome.peak.0,
+    }
+}
+
+/// All runs of a row.
+fn measure(row: &Row, interrupt: &Interrupt) -> Result<Vec<Figures>, BenchError> {
+    let mut outcomes = Vec::new();
+    for way in ORDER {
+        outcomes.push((way, run_once(row, way, interrupt)?));
+    }
+    let enough = outcomes.first().map(|(_, outcome)| outcome.clone()).context("nothing was run")?;
+    Ok(outcomes.iter().map(|(way, outcome)| figures(*way, row, outcome, &enough)).collect())
+}
+
+fn print(row: &Row, all: &[Figures]) {
+    println!("{}, budget {}", row.name(), row.budget());
+    println!(
+        "  {:<14} {:>9} {:>6} {:>9} {:>7} {:>5} {:>6} {:>6} {:>5} {:>5} {:>4} {:>8}",
+        "way",
+        "ops/s",
+        "of (d)",
+        "p99 us",
+        "of (d)",
+        "Jain",
+        "stall",
+        "worst",
+        "viol.",
+        "swing",
+        "died",
+        "peak"
+    );
+    for figures in all {
+        let Figures { way, operations_per_second, throughput, p99_us, p99, fairness, stall, .. } = figures;
+        let worst = figures.worst_guaranteed.map_or("-".to_owned(), |worst| format!("{worst:.2}"));
+        let peak = ByteCount(figures.peak_bytes).to_string();
+        let Figures { violations, swings, died, .. } = figures;
+        println!(
+            "  {:<14} {operations_per_second:>9.0} {throughput:>6.2} {p99_us:>9.1} {p99:>7.2} {fairness:>5.2} {:>5.1}% \
+             {worst:>6} {violations:>5} {swings:>5} {died:>4} {peak:>8}",
+            way.about(),
+            stall * 100.0
+        );
+    }
+}
+
+fn compare(row: &Row, all: &[Figures]) -> Result<Vec<Comparison>, BenchError> {
+    let sample = |value: f64| Sample { value, cpu_seconds: None };
+    let mut results = Vec::new();
+    for (subject, peer, value) in row.subjects() {
+        let of = |way: Way| all.iter().filter(move |figures| figures.way == way).map(value);
+        let (ours, mut peers) = (of(Way::Plimsoll).next(), of(peer));
+        let run = ours.zip(peers.next().zip(peers.next())).map(|(ours, (peer, peer_again))| Run {
+            ours: sample(ours),
+            peer: sample(peer),
+            peer_again: sample(peer_again),
+        });
+        let name = subject.name.clone();
+        let comparison = run.and_then(|run| Comparison::new(subject, vec![run]));
+        results
+            .push(comparison.with_context(|| format!("{name}: a measured value is not a positive number"))?);
+    }
+    Ok(results)
+}
+
+/// What to repeat the benchmark with.
+#[derive(Debug, Serialize)]
+pub(crate) struct Settings {
+    asked_bytes: u64,
+    measured_seconds: u64,
+    seed: u64,
+    mix: String,
+}
+
+/// Measures the rows whose names begin so, and draws all whose files lie in the folder.
+pub(crate) fn run(
+    prefix: &str,
+    folder: &Path,
+    interrupt: &Interrupt,
+) -> Result<Report<Settings>, BenchError> {
+    check_host()?;
+    crate::guest::check_kvm()?;
+    let machine = Machine::here();
+    let asked = MIXES[0].asked();
+    println!("guests of {asked} in all, four ways: {} s each, after they are warm", MEASURED.as_secs());
+    println!("{machine}");
+    NOTES.iter().for_each(|note| println!("note: {note}"));
+    let rows = folder.join("density");
+    fs::create_dir_all(&rows).with_context(|| format!("cannot make {}", rows.display()))?;
+    let mut results = Vec::new();
+    for row in Row::all()
+        .filter(|row| row.name().starts_with(prefix) || prefix.starts_with(&format!("{}/", row.name())))
+    {
+        let all = measure(&row, interrupt)?;
+        print(&row, &all);
+        for comparison in
+            compare(&row, &all)?.into_iter().filter(|comparison| comparison.name().starts_with(prefix))
+        {
+            println!("  {comparison}");
+            results.push(comparison);
+        }
+        let file = RowFile {
+            mix: row.mix.name.to_owned(),
+            overcommit: row.overcommit(),
+            budget_bytes: row.budget().0,
+            ways: all,
+        };
+        let path = rows.join(format!("{}.json", row.name().replace('/', "-")));
+        let text = serde_json::to_string_pretty(&file).context("cannot write a row as JSON")?;
+        fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if results.is_empty() {
+        return Err(anyhow!(
+            "no row begins with {prefix:?}: rows are called MIX/OVERCOMMIT, as {}",
+            Row { mix: &MIXES[0], tenths: 20 }.name()
+        )
+        .into());
+    }
+    let path = folder.join("density.svg");
+    fs::write(&path, plot::svg(&panels(&rows)?))
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    println!("drawn in {}", path.display());
+    let settings = Settings {
+        asked_bytes: asked.0,
+        measured_seconds: MEASURED.as_secs(),
+        seed: crate::contents::SEED,
+        mix: crate::contents::MIX.to_string(),
+    };
+    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+}
+
+/// What has been measured of each mix, in this run or an earlier one.
+fn panels(rows: &Path) -> anyhow::Result<Vec<(&'static str, Vec<plot::Point>)>> {
+    let mut panels: Vec<(&str, Vec<plot::Point>)> = MIXES.iter().map(|mix| (mix.name, Vec::new())).collect();
+    for row in Row::all() {
+        let path = rows.join(format!("{}.json", row.name().replace('/', "-")));
+        let Ok(text) = fs::read_to_string(&path) else { continue };
+        let file: RowFile = serde_json::from_str(&text)
+            .with_context(|| format!("{} is of another version: remove it", path.display()))?;
+        let Some((_, points)) = panels.iter_mut().find(|(name, _)| *name == row.mix.name) else { continue };
+        for way in [Way::Plimsoll, Way::Kernel, Way::Balloon] {
+            let ratios: Vec<f64> = file
+                .ways
+                .iter()
+                .filter(|figures| figures.way == way)
+                .map(|figures| figures.throughput)
+                .collect();
+            if let Some(ratio) = crate::figures::median(&ratios) {
+                points.push(plot::Point { way, overcommit: file.overcommit, ratio });
+            }
+        }
+    }
+    Ok(panels)
+}

@@ -1,0 +1,263 @@
+//! Guests that run together under one way: from their start to the last check of their memory.
+//!
+//! Enters: a mix and a way. Leaves: what each guest did while time was taken. What must never happen: a wrong word, or a guest
+//! with less memory than its like had under another way.
+use super::mix::{Begins, Mix, Role};
+use super::score::{Swings, Work};
+use super::ways::Host;
+use crate::guest::Guest;
+use crate::session::{BenchError, Interrupt};
+use anyhow::anyhow;
+use plimsoll_sys::procfs;
+use plimsoll_types::{ByteCount, PageCount};
+use plimsoll_vmm::control::{Command, Event, StopMode};
+use plimsoll_vmm::report::Summary;
+use std::time::{Duration, Instant};
+
+/// How often a way gets its turn, and guests are heard.
+const PERIOD: Duration = Duration::from_millis(20);
+/// How long guests work before time is taken: the kernel has merged what it can, estimates are there.
+const WARM: Duration = Duration::from_secs(7);
+/// How long time is taken.
+pub(super) const MEASURED: Duration = Duration::from_secs(8);
+/// Longer than any step takes.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often it is looked whether guarantees are kept.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Pages that must have come back in that time for a guest to count as one that wants memory.
+const WANTING: u64 = 32;
+/// What of a machine's memory the counters of its process may be wrong by: 64 pages for each processor.
+const UNCOUNTED: ByteCount = ByteCount(512 << 10);
+
+/// A guest and what it said last.
+pub(super) struct Member {
+    pub(super) role: &'static Role,
+    pub(super) guest: Guest,
+    pub(super) last: Summary,
+    /// Commands it has done, and the pages of the last.
+    answered: u64,
+    answered_pages: u64,
+    /// What its balloon has settled at since it was told a target.
+    pub(super) settled: Option<ByteCount>,
+    died: Option<String>,
+    is_done: bool,
+}
+
+impl Member {
+    fn new(role: &'static Role, guest: Guest) -> Self {
+        let last = Summary::default();
+        Self { role, guest, last, answered: 0, answered_pages: 0, settled: None, died: None, is_done: false }
+    }
+
+    /// Whether it has all its memory.
+    pub(super) const fn has_started(&self) -> bool {
+        self.answered >= 2
+    }
+
+    /// Whether it can be told anything.
+    pub(super) const fn is_alive(&self) -> bool {
+        self.died.is_none() && !self.is_done
+    }
+
+    fn listen(&mut self) -> Result<(), BenchError> {
+        while self.is_alive() {
+            match self.guest.heard() {
+                Ok(None) => return Ok(()),
+                Ok(Some(Event::Report(summary))) => self.last = summary,
+                Ok(Some(Event::Done(summary))) => (self.last, self.is_done) = (summary, true),
+                Ok(Some(Event::Probed(report))) => {
+                    self.answered += 1;
+                    self.answered_pages = report.pages;
+                }
+                Ok(Some(Event::Ballooned { ballooned_bytes, .. })) => {
+                    self.settled = Some(ByteCount(ballooned_bytes))
+                }
+                Ok(Some(Event::Merging { refused: Some(why), .. })) => {
+                    return Err(anyhow!("a guest could not offer its memory to KSM: {why}").into());
+                }
+                Ok(Some(Event::Died { reason, .. } | Event::Error { message: reason })) => {
+                    self.died = Some(reason)
+                }
+                Ok(Some(_)) => {}
+                Err(BenchError::Failed(error)) => self.died = Some(format!("{error:#}")),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What one way came to.
+#[derive(Clone, Debug)]
+pub(super) struct Outcome {
+    pub(super) works: Vec<Work>,
+    /// Looks at which a guest had less than it was promised and wanted more.
+    pub(super) violations: u64,
+    /// Targets that moved back and forth.
+    pub(super) swings: u64,
+    /// The most memory in use while time was taken, zram's included.
+    pub(super) peak: ByteCount,
+}
+
+struct Fleet<'a> {
+    members: Vec<Member>,
+    way: &'a mut dyn Host,
+    interrupt: &'a Interrupt,
+}
+
+/// Runs the guests of a mix under a way.
+pub(super) fn run(mix: &Mix, way: &mut dyn Host, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
+    let mut fleet = Fleet { members: Vec::new(), way, interrupt };
+    for (nth, role) in mix.roles().enumerate() {
+        let guest = fleet.way.admit(role, role.config(nth))?;
+        fleet.members.push(Member::new(role, guest));
+    }
+    // One after the other, so that the kernel alone is not asked for more than it reclaims in that time.
+    for nth in 0..fleet.members.len() {
+        if fleet.members[nth].role.begins != Begins::Boots {
+            fleet.populate(nth)?;
+        }
+    }
+    fleet.begin(|begins| begins == Begins::Warm)?;
+    fleet.pump(WARM, "", |_| false)?;
+    let outcome = fleet.measure()?;
+    fleet.finish()?;
+    Ok(outcome)
+}
+
+impl Fleet<'_> {
+    /// Has the way do what it does until something is so. Without words for what is waited for, time passing is enough.
+    fn pump(
+        &mut self,
+        most: Duration,
+        what: &str,
+        mut is_so: impl FnMut(&[Member]) -> bool,
+    ) -> Result<(), BenchError> {
+        let start = Instant::now();
+        loop {
+            let begun = Instant::now();
+            self.interrupt.check()?;
+            self.members.iter_mut().try_for_each(Member::listen)?;
+            if is_so(&self.members) {
+                return Ok(());
+            }
+            if start.elapsed() >= most {
+                return if what.is_empty() {
+                    Ok(())
+                } else {
+                    Err(anyhow!("waited in vain for {what}").into())
+                };
+            }
+            self.way.tick(&mut self.members)?;
+            std::thread::sleep(PERIOD.saturating_sub(begun.elapsed()));
+        }
+    }
+
+    fn populate(&mut self, nth: usize) -> Result<(), BenchError> {
+        let role = self.members[nth].role;
+        for probe in [role.allocate(), role.free()] {
+            self.members[nth].guest.ask(probe)?;
+            let before = self.members[nth].answered;
+            self.pump(PATIENCE, "a guest to have its memory", |members| {
+                members[nth].answered > before || members[nth].died.is_some()
+            })?;
+            let Member { died, answered_pages, .. } = &self.members[nth];
+            if died.is_none() && *answered_pages != probe.pages {
+                return Err(anyhow!("a guest got {answered_pages} of {} pages", probe.pages).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the work of those that begin now.
+    fn begin(&mut self, now: impl Fn(Begins) -> bool) -> Result<(), BenchError> {
+        for member in self.members.iter().filter(|member| member.is_alive() && now(member.role.begins)) {
+            if member.role.begins == Begins::Boots {
+                member.guest.ask(member.role.allocate())?;
+                member.guest.ask(member.role.free())?;
+            }
+            member.guest.ask(member.role.work())?;
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self) -> Result<Outcome, BenchError> {
+        let before: Vec<Summary> = self.members.iter().map(|member| member.last.clone()).collect();
+        self.begin(|begins| begins != Begins::Warm)?;
+        let start = Instant::now();
+        let (mut violations, mut swings, mut peak) = (0, Swings::default(), ByteCount(0));
+        let mut refaults: Vec<u64> = self.refaults();
+        while start.elapsed() < MEASURED {
+            let until = Instant::now() + LOOK_EVERY;
+            while Instant::now() < until {
+                self.pump(Duration::ZERO, "", |_| false)?;
+                self.way.tick(&mut self.members)?;
+                peak = peak.max(self.way.used());
+                std::thread::sleep(PERIOD);
+            }
+            let now = self.refaults();
+            let came_back = now.iter().zip(&refaults).map(|(now, before)| now.saturating_sub(*before));
+            violations += self
+                .members
+                .iter()
+                .zip(came_back)
+                .filter(|(member, pages)| is_cheated(member, *pages))
+                .count() as u64;
+            refaults = now;
+            for nth in 0..self.members.len() {
+                if let Some(target) = self.way.target(nth) {
+                    swings.note(nth, target, start.elapsed());
+                }
+            }
+        }
+        let work = |(member, before): (&Member, &Summary)| {
+            Work::between(member.role.name, before, &member.last, start.elapsed(), member.died.clone())
+        };
+        let works = self.members.iter().zip(&before).map(work).collect();
+        Ok(Outcome { works, violations, swings: swings.count, peak })
+    }
+
+    fn refaults(&self) -> Vec<u64> {
+        self.members.iter().enumerate().map(|(nth, member)| self.way.refaults(nth, member)).collect()
+    }
+
+    /// Has every guest compare all its memory once more and end.
+    fn finish(&mut self) -> Result<(), BenchError> {
+        for member in self.members.iter().filter(|member| member.is_alive()) {
+            member.guest.tell(&Command::Stop { mode: StopMode::Finish })?;
+        }
+        self.pump(PATIENCE, "guests to check their memory", |members| !members.iter().any(Member::is_alive))?;
+        for Member { role, last, is_done, died, .. } in &self.members {
+            if last.wrong_words > 0 {
+                return Err(anyhow!(
+                    "{} found {} wrong words: the numbers mean nothing",
+                    role.name,
+                    last.wrong_words
+                )
+                .into());
+            }
+            if *is_done && last.checked_pages < role.kept.pages_floor().0 {
+                return Err(anyhow!(
+                    "{} checked {} pages of its {}",
+                    role.name,
+                    last.checked_pages,
+                    role.kept
+                )
+                .into());
+            }
+            if let Some(why) = died {
+                eprintln!("  {} died: {why}", role.name);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether it has less than it was promised although it brings memory back.
+fn is_cheated(member: &Member, came_back: u64) -> bool {
+    let resident = procfs::statm(member.guest.process().process());
+    let anonymous = |statm: procfs::Statm| {
+        (statm.resident.saturating_sub(statm.shared) + PageCount(0)).bytes() + UNCOUNTED
+    };
+    came_back >= WANTING && resident.is_ok_and(|statm| anonymous(statm) < member.role.reservation)
+}

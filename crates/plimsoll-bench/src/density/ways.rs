@@ -1,0 +1,168 @@
+//! The four ways to run the same guests.
+//!
+//! Enters: roles. Leaves: guests in one memory cgroup, and whatever keeps them to it. What must never happen: memory of the way
+//! itself outside of the budget; what zram takes, which no cgroup counts, is taken off the cgroup's limit.
+//!
+//! * [`Alone`]: the kernel, with enough memory or too little, with KSM, and with a balloon loop on top.
+//! * [`ours::Plimsoll`]: the policy, our pager, and the kernel's back end.
+pub(super) mod ours;
+mod proxmox;
+mod split;
+
+use super::fleet::Member;
+use super::mix::Role;
+use crate::guest::Guest;
+use crate::session::{BenchError, Interrupt};
+use crate::swap::device;
+use anyhow::{Context, Result};
+use plimsoll_linux::cgroup::{MemoryCgroup, sweep_stale};
+use plimsoll_linux::ksm::control::{Ksm, Rate, Takeover};
+use plimsoll_linux::zram::ZramSwap;
+use plimsoll_sys::{ProcessId, procfs};
+use plimsoll_types::ByteCount;
+use plimsoll_vmm::VmmConfig;
+use plimsoll_vmm::config::Management;
+use plimsoll_vmm::control::{Command, MergeMode, MergeRange};
+use proxmox::Balloons;
+
+/// What our control groups are called.
+const PREFIX: &str = "plimsoll-density";
+/// How fast KSM scans: all memory of a fleet twice while the guests get warm, which is what merging takes. The default of the
+/// kernel's advisor would merge nothing in so short a life.
+const KSM_RATE: Rate = Rate { pages: 1000, sleep_ms: 20 };
+/// The limit never falls below this part of the budget, or nobody could run at all.
+const LIMIT_MIN_PART: u64 = 8;
+
+/// A host that runs guests in one of the ways.
+pub(super) trait Host {
+    /// Starts a guest that works in this role.
+    fn admit(&mut self, role: &'static Role, config: VmmConfig) -> Result<Guest, BenchError>;
+    /// Does what is to be done every few milliseconds.
+    fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError>;
+    /// Memory in use now, of guests, way and zram.
+    fn used(&self) -> ByteCount;
+    /// What the nth guest is to come to, if anybody says so.
+    fn target(&self, nth: usize) -> Option<ByteCount>;
+    /// Pages that the nth guest has brought back so far by touching them.
+    fn refaults(&self, nth: usize, member: &Member) -> u64;
+    /// Ends it. The guests have ended before.
+    fn end(self: Box<Self>) -> Result<(), BenchError>;
+}
+
+/// A memory cgroup, and the zram device that its guests are swapped to.
+pub(super) struct Cage {
+    cgroup: MemoryCgroup,
+    /// None where there is enough memory.
+    limited: Option<(ZramSwap, ByteCount)>,
+}
+
+impl Cage {
+    /// One whose guests own so much, and may use the budget.
+    fn new(asked: ByteCount, budget: Option<ByteCount>) -> Result<Self> {
+        sweep_stale(PREFIX)?;
+        let cgroup = MemoryCgroup::create(PREFIX, ProcessId::own())?;
+        let limited = budget.map(|budget| {
+            let zram = device(ByteCount(asked.0 * 2)).context("cannot make a zram device")?;
+            cgroup.set_limit(budget)?;
+            anyhow::Ok((zram, budget))
+        });
+        Ok(Self { cgroup, limited: limited.transpose()? })
+    }
+
+    /// What zram takes.
+    fn held(&self) -> ByteCount {
+        self.limited.as_ref().and_then(|(zram, _)| zram.memory_used().ok()).unwrap_or_default()
+    }
+
+    fn used(&self) -> ByteCount {
+        self.cgroup.used().unwrap_or_default() + self.held()
+    }
+
+    /// Has the limit follow what zram takes.
+    fn follow(&self) {
+        if let Some((_, budget)) = &self.limited {
+            let limit = budget.saturating_sub(self.held()).max(ByteCount(budget.0 / LIMIT_MIN_PART));
+            // A limit that cannot be reached at once is tried again with the next.
+            let _ = self.cgroup.set_limit(limit);
+        }
+    }
+
+    fn remove(self) -> Result<()> {
+        // The cgroup goes first, so that swapoff has nothing to read back into it.
+        self.cgroup.remove()?;
+        Ok(self.limited.map_or(Ok(()), |(zram, _)| zram.remove())?)
+    }
+}
+
+/// The kernel without plimsoll.
+pub(super) struct Alone {
+    cage: Cage,
+    ksm: Option<Ksm>,
+    balloons: Option<Balloons>,
+    interrupt: Interrupt,
+}
+
+impl Alone {
+    /// Enough memory for all.
+    pub(super) fn enough(asked: ByteCount, interrupt: &Interrupt) -> Result<Self> {
+        Ok(Self { cage: Cage::new(asked, None)?, ksm: None, balloons: None, interrupt: interrupt.clone() })
+    }
+
+    /// Reclaim to zram, and KSM.
+    pub(super) fn short(asked: ByteCount, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
+        let mut ksm = Ksm::take(Takeover::IfIdle)?;
+        ksm.run(KSM_RATE)?;
+        let cage = Cage::new(asked, Some(budget))?;
+        Ok(Self { cage, ksm: Some(ksm), balloons: None, interrupt: interrupt.clone() })
+    }
+
+    /// The same, and a loop that turns the guests' balloons as Proxmox does.
+    pub(super) fn ballooned(asked: ByteCount, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
+        Ok(Self { balloons: Some(Balloons::new(budget)), ..Self::short(asked, budget, interrupt)? })
+    }
+}
+
+/// Starts a guest of the kernel's in a cgroup.
+fn start_in(cgroup: &MemoryCgroup, config: VmmConfig, interrupt: &Interrupt) -> Result<Guest, BenchError> {
+    let config = VmmConfig { management: Management::Unmanaged, ..config };
+    let (mut guest, _) = Guest::launch(&config, interrupt)?;
+    cgroup.enter(guest.process().process()).context("cannot put a guest into its cgroup")?;
+    guest.until_started()?;
+    Ok(guest)
+}
+
+impl Host for Alone {
+    fn admit(&mut self, role: &'static Role, config: VmmConfig) -> Result<Guest, BenchError> {
+        let guest = start_in(&self.cage.cgroup, config, &self.interrupt)?;
+        if self.ksm.is_some() {
+            let range = MergeRange { gpa: 0, bytes: role.size.0, merging: MergeMode::Offered };
+            guest.tell(&Command::Merge(range))?;
+        }
+        Ok(guest)
+    }
+
+    fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
+        self.cage.follow();
+        let used = self.cage.used();
+        self.balloons.as_mut().map_or(Ok(()), |balloons| Ok(balloons.turn(members, used)?))
+    }
+
+    fn used(&self) -> ByteCount {
+        self.cage.used()
+    }
+
+    fn target(&self, nth: usize) -> Option<ByteCount> {
+        self.balloons.as_ref()?.target(nth)
+    }
+
+    fn refaults(&self, _: usize, member: &Member) -> u64 {
+        // One that has died brings nothing back.
+        procfs::major_faults(member.guest.process().process()).unwrap_or_default()
+    }
+
+    fn end(self: Box<Self>) -> Result<(), BenchError> {
+        let ksm = self.ksm.map_or(Ok(()), Ksm::restore);
+        self.cage.remove()?;
+        Ok(ksm.context("cannot give KSM back")?)
+    }
+}

@@ -1,0 +1,404 @@
+//! Plimsoll: the policy decides once a second, and each machine has the back end that suits it.
+//!
+//! Enters: what machines use, as the pager's ledger and the page map show it. Leaves: targets, pages taken, balloons turned. What
+//! must never happen: memory of this process, which is the manager, outside of the budget.
+//!
+//! **Which back end.** A machine at rest hands its memory to the pager: it is stored once where others have the same, and packed. All
+//! others stay with the kernel, because a page comes back from zram in a fifth of the time: those are sampled from outside, and
+//! each has a memory cgroup of its own whose limit is what [`split`] makes of its target, so that a machine which grows pays for it
+//! itself. Memory that a guest has free is taken by its balloon, in pieces of 2 MiB.
+//!
+//! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
+//! may be used, and at the budget the host is *soft*, in which pages are compressed.
+use super::split::{Sharer, split};
+use super::{Cage, Host, start_in};
+use crate::density::fleet::Member;
+use crate::density::mix::{Mix, Role};
+use crate::guest::Guest;
+use crate::session::{BenchError, Interrupt};
+use anyhow::{Context, Result};
+use plimsoll_core::ledger::Budget;
+use plimsoll_guest::spec::WorkloadKind;
+use plimsoll_linux::cgroup::MemoryCgroup;
+use plimsoll_linux::kernel::KernelMachine;
+use plimsoll_linux::reclaimer::{Reclaimer, Usage};
+use plimsoll_linux::uffd::manager::{Manager, Membership, Meter, Vault};
+use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_linux::uffd::stats::MachineStats;
+use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
+use plimsoll_policy::tree::Tree;
+use plimsoll_policy::view::{HostView, MachineView, Phase, Reading};
+use plimsoll_policy::{PolicyState, Ppm, Rung, Rungs, Step, decide};
+use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::{ProcessId, procfs};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
+use plimsoll_vmm::VmmConfig;
+use plimsoll_vmm::config::Management;
+use plimsoll_vmm::control::{BalloonPiece, Command};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often is decided.
+const DECIDE_EVERY: Duration = Duration::from_secs(1);
+/// How often the pager draws samples.
+const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
+const MEMBERSHIP: Membership =
+    Membership { group: GroupId(1), domain: DomainId(1), reservation: ByteCount(0) };
+/// What a guest waits for a page out of zram (FACTS).
+const BACK_NS: u64 = 11_000;
+/// A limit goes down in such steps: the kernel reclaims in the thread that lowers it.
+const LOWERED_MAX: ByteCount = ByteCount::mib(4);
+/// A limit is left where it is as long as it is no further from where it should be.
+const LIMIT_SLACK: u64 = 256 << 10;
+/// Part of the budget that no machine is given: the kernel counts in batches.
+const ROOM_SLACK: u64 = 256;
+
+/// Where a machine's pages go.
+enum Keeper {
+    Pager(MachineId),
+    Kernel { process: ProcessId, machine: Box<KernelMachine>, cgroup: MemoryCgroup, limit: ByteCount },
+}
+
+/// A machine, and what of it was seen last.
+struct Machine {
+    id: MachineId,
+    keeper: Keeper,
+    target: Option<ByteCount>,
+    /// What its stored pages take up.
+    stored: ByteCount,
+    /// Pages that were elsewhere, pages that had come back, and how long it had waited.
+    elsewhere: PageCount,
+    returned: u64,
+    waited: Duration,
+    /// What its balloon was asked for.
+    balloon: ByteCount,
+}
+
+/// The manager of the machines at rest. It is stopped when it is dropped.
+struct Pagers(Option<Manager>);
+
+impl Pagers {
+    fn manager(&mut self) -> Result<&mut Manager> {
+        self.0.as_mut().context("the manager was stopped")
+    }
+}
+
+impl Drop for Pagers {
+    fn drop(&mut self) {
+        if let Some(manager) = self.0.take() {
+            // The guests have ended: nobody needs what is in the vault.
+            drop(manager.stop());
+        }
+    }
+}
+
+/// What the pager's governor goes by.
+struct Counted(Arc<Cage>);
+
+impl Meter for Counted {
+    fn used(&mut self) -> ByteCount {
+        self.0.used()
+    }
+}
+
+/// Everything.
+pub(in crate::density) struct Plimsoll {
+    machines: Vec<Machine>,
+    pagers: Pagers,
+    cage: Arc<Cage>,
+    budget: ByteCount,
+    state: PolicyState,
+    started: Instant,
+    decided: Instant,
+    interrupt: Interrupt,
+}
+
+impl Plimsoll {
+    /// For the guests of a mix, within a budget.
+    pub(in crate::density) fn new(mix: &Mix, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
+        let cage = Arc::new(Cage::new(mix.asked(), Some(budget))?);
+        cage.cgroup.join_self()?;
+        // Machines of the kernel make room for the pager's, not the other way round: its own line is beyond the budget.
+        let line = Budget::of(ByteCount(budget.0 / 16 * 17));
+        let manager = Manager::start(Vault::new(line, mix.asked()), Arc::new(NoProbe))
+            .context("cannot start a manager")?;
+        let mut pagers = Pagers(Some(manager));
+        pagers.manager()?.govern(Box::new(Counted(Arc::clone(&cage))), SAMPLE_PERIOD)?;
+        let mut settings = Settings::new(host_of(budget));
+        for (nth, role) in mix.roles().enumerate() {
+            let (size, reservation, shares) = (role.size, role.reservation, Shares::NORMAL);
+            let face = Face::Guarantee { size, reservation, limit: size, shares };
+            settings.machines.push(MachineSettings::new(id_of(nth)?, face));
+        }
+        let state = PolicyState::new(Tree::new(settings)?);
+        let (started, interrupt) = (Instant::now(), interrupt.clone());
+        Ok(Self { machines: Vec::new(), pagers, cage, budget, state, started, decided: started, interrupt })
+    }
+
+    fn keep(&mut self, nth: usize, role: &Role, config: VmmConfig) -> Result<(Guest, Keeper), BenchError> {
+        if role.program == WorkloadKind::Idle {
+            let config = VmmConfig { management: Management::Managed, ..config };
+            let (mut guest, socket) = Guest::launch(&config, &self.interrupt)?;
+            let process = guest.process().process();
+            self.cage.cgroup.enter(process).context("cannot put a guest into its cgroup")?;
+            let process = Pidfd::open(process).context("a guest has ended")?;
+            let admitted = self.pagers.manager()?.admit(socket, process, MEMBERSHIP);
+            let id = admitted.context("a guest was not admitted")?;
+            guest.until_started()?;
+            return Ok((guest, Keeper::Pager(id)));
+        }
+        let cgroup = MemoryCgroup::create(&format!("{}-{nth}", super::PREFIX), ProcessId::own());
+        let cgroup = cgroup.context("cannot make a cgroup for a guest")?;
+        let guest = start_in(&cgroup, config, &self.interrupt)?;
+        let process = guest.process().process();
+        let descriptor = Pidfd::open(process).context("a guest has ended")?;
+        let machine = KernelMachine::attach(descriptor, guest.ram(), nth as u64, Instant::now());
+        let machine = Box::new(machine.context("cannot attach to a guest")?);
+        Ok((guest, Keeper::Kernel { process, machine, cgroup, limit: role.size }))
+    }
+
+    /// What there is to see, and what is to be done about it.
+    fn turn(&mut self, members: &mut [Member]) -> Result<()> {
+        let elapsed = self.decided.elapsed();
+        self.decided = Instant::now();
+        let machines = self.look(members, elapsed)?;
+        let (total, used) = (host_of(self.budget), self.cage.used());
+        let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
+        let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
+        let plan = decide(&view, &mut self.state);
+        // A plan replaces the one before.
+        for machine in &self.machines {
+            if let (Keeper::Pager(id), Some(manager)) = (&machine.keeper, &self.pagers.0) {
+                manager.squeeze(*id, 0);
+            }
+        }
+        for action in plan.actions {
+            let nth = self.machines.iter().position(|machine| machine.id == action.machine);
+            if let Some((machine, member)) =
+                nth.and_then(|nth| Some((self.machines.get_mut(nth)?, members.get_mut(nth)?)))
+            {
+                machine.apply(action.step, member, self.pagers.0.as_ref())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn look(&mut self, members: &[Member], elapsed: Duration) -> Result<Vec<MachineView>> {
+        let manager = self.pagers.manager()?;
+        let managed: Vec<(MachineId, MachineStats)> =
+            manager.machines().into_iter().map(|machine| (machine.id, machine.stats)).collect();
+        let store = manager.domain(MEMBERSHIP.domain).map_or(ByteCount(0), |domain| domain.held());
+        let mut seen = Vec::new();
+        for machine in &mut self.machines {
+            seen.push(machine.look(&managed)?);
+        }
+        let (mut stored, mut swapped) = (0, 0);
+        for (machine, seen) in self.machines.iter().zip(&seen) {
+            *if machine.is_paged() { &mut stored } else { &mut swapped } += seen.usage.elsewhere.0;
+        }
+        let zram = self.cage.held();
+        let machines = self.machines.iter_mut().zip(members).zip(seen);
+        let view = |((machine, member), seen): ((&mut Machine, &Member), Seen)| {
+            let (all, taken_up) = if machine.is_paged() { (stored, store) } else { (swapped, zram) };
+            machine.stored = ByteCount(taken_up.0 / all.max(1) * seen.usage.elsewhere.0);
+            machine.view(member, &seen, elapsed)
+        };
+        Ok(machines.map(view).collect())
+    }
+
+    /// Has the limits of the kernel's machines follow their targets, and what the others leave.
+    fn hold(&mut self) {
+        let mut uses = Vec::new();
+        let mut sharers = Vec::new();
+        for machine in &mut self.machines {
+            let Keeper::Kernel { cgroup, limit, .. } = &mut machine.keeper else { continue };
+            let used = cgroup.used().unwrap_or_default();
+            let part =
+                machine.target.map_or(ByteCount::mib(64), |target| target.saturating_sub(machine.stored));
+            sharers.push(Sharer { uses: used, part: part.max(ByteCount::mib(1)) });
+            uses.push((cgroup, limit, used));
+        }
+        let theirs: ByteCount = uses.iter().map(|(.., used)| *used).sum();
+        let others = self.cage.cgroup.used().unwrap_or_default().saturating_sub(theirs);
+        let slack = ByteCount(self.budget.0 / ROOM_SLACK);
+        let room = self.budget.saturating_sub(self.cage.held() + others + slack);
+        for ((cgroup, limit, used), wanted) in uses.into_iter().zip(split(room, &sharers)) {
+            let wanted = wanted.max(used.saturating_sub(LOWERED_MAX));
+            if wanted.0.abs_diff(limit.0) > LIMIT_SLACK && cgroup.set_limit(wanted).is_ok() {
+                *limit = wanted;
+            }
+        }
+    }
+}
+
+/// A host of which machines may use the budget: half of what has to stay free there, 6 %, is beyond it.
+const fn host_of(budget: ByteCount) -> ByteCount {
+    ByteCount(budget.0 / 97 * 100)
+}
+
+fn id_of(nth: usize) -> Result<MachineId> {
+    Ok(MachineId(u32::try_from(nth)? + 1))
+}
+
+/// Where a machine's pages are, what it uses, and what it went through since it was started.
+struct Seen {
+    usage: Usage,
+    active: Option<PageCount>,
+    returned: u64,
+    waited: Duration,
+}
+
+impl Machine {
+    const fn is_paged(&self) -> bool {
+        matches!(self.keeper, Keeper::Pager(_))
+    }
+
+    fn look(&mut self, managed: &[(MachineId, MachineStats)]) -> Result<Seen> {
+        match &mut self.keeper {
+            Keeper::Pager(id) => {
+                let stats = managed
+                    .iter()
+                    .find(|(known, _)| known == id)
+                    .context("a machine is not managed any more")?;
+                let MachineStats { ram, working_set, waited, census, faults, .. } = &stats.1;
+                let elsewhere = census.of(plimsoll_core::word::StateKind::Stored);
+                let usage = Usage { resident: *ram, elsewhere };
+                let returned = faults.limbo + faults.stored;
+                Ok(Seen { usage, active: *working_set, returned, waited: *waited })
+            }
+            Keeper::Kernel { process, machine, .. } => {
+                let now = Instant::now();
+                // A machine that has ended is seen as it was: the fleet says that it died.
+                if machine.is_gone()? {
+                    let usage = Usage { resident: PageCount(0), elsewhere: PageCount(0) };
+                    return Ok(Seen { usage, active: None, returned: self.returned, waited: self.waited });
+                }
+                if now >= machine.due() {
+                    machine.tick(now)?;
+                }
+                let returned = procfs::major_faults(*process)?;
+                let usage = machine.usage()?;
+                Ok(Seen {
+                    usage,
+                    active: machine.working_set(),
+                    returned,
+                    waited: Duration::from_nanos(returned * BACK_NS),
+                })
+            }
+        }
+    }
+
+    fn view(&mut self, member: &Member, seen: &Seen, elapsed: Duration) -> MachineView {
+        let Seen { usage, active, returned, waited } = seen;
+        let came_back = returned.saturating_sub(self.returned);
+        let left = (usage.elsewhere.0 + came_back).saturating_sub(self.elsewhere.0);
+        let waits = waited.saturating_sub(self.waited);
+        (self.returned, self.waited, self.elsewhere) = (*returned, *waited, usage.elsewhere);
+        let started = member.has_started();
+        // What a balloon could not bring it will not bring a moment later.
+        let gives = started && member.settled.is_none_or(|settled| settled >= self.balloon);
+        let rungs = Rungs::NONE.with(Rung::Compress);
+        let bytes = |pages: &PageCount| i64::try_from(pages.bytes().0).unwrap_or(i64::MAX);
+        let most = member.role.size.pages_floor().0;
+        MachineView {
+            phase: if started { Phase::Running } else { Phase::Starting },
+            stored: self.stored,
+            active: active.as_ref().map(|pages| Reading { bytes: bytes(pages), age_ms: 0 }),
+            taken: PageCount(left),
+            returned: PageCount(came_back.min(most)),
+            stalled: Ppm::of(micros(waits), micros(elapsed)).min(Ppm::WHOLE),
+            balloon: started.then_some(ByteCount(member.last.ballooned_bytes)),
+            rungs: if gives { rungs.with(Rung::Balloon) } else { rungs },
+            ..MachineView::new(self.id, usage.resident.bytes() + self.stored)
+        }
+    }
+
+    fn apply(&mut self, step: Step, member: &mut Member, manager: Option<&Manager>) -> Result<()> {
+        match step {
+            Step::Target(target) => self.target = Some(target),
+            Step::Balloon(target) if member.is_alive() => {
+                self.balloon = target;
+                member.settled = None;
+                let piece = BalloonPiece::Frame;
+                member.guest.tell(&Command::Balloon { target_bytes: target.0, piece })?;
+            }
+            Step::Take { rung: Rung::Compress | Rung::Disk, pages, .. } => {
+                match (&mut self.keeper, manager) {
+                    (Keeper::Pager(id), Some(manager)) => {
+                        manager.squeeze(*id, u32::try_from(pages.0).unwrap_or(u32::MAX))
+                    }
+                    (Keeper::Kernel { machine, .. }, _) if !machine.is_gone()? => {
+                        machine.reclaim(pages, Instant::now())?;
+                    }
+                    _ => {}
+                }
+            }
+            // Nobody reports free pages or twins here, and a machine at its limit waits by itself.
+            Step::Take { .. } | Step::Balloon(_) | Step::Stall | Step::Resume => {}
+        }
+        Ok(())
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl Host for Plimsoll {
+    fn admit(&mut self, role: &'static Role, config: VmmConfig) -> Result<Guest, BenchError> {
+        let nth = self.machines.len();
+        let (guest, keeper) = self.keep(nth, role, config)?;
+        self.machines.push(Machine {
+            id: id_of(nth)?,
+            keeper,
+            target: None,
+            stored: ByteCount(0),
+            elsewhere: PageCount(0),
+            returned: 0,
+            waited: Duration::ZERO,
+            balloon: ByteCount(0),
+        });
+        Ok(guest)
+    }
+
+    fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
+        self.cage.follow();
+        self.hold();
+        if self.decided.elapsed() >= DECIDE_EVERY {
+            self.turn(members)?;
+        }
+        Ok(())
+    }
+
+    fn used(&self) -> ByteCount {
+        self.cage.used()
+    }
+
+    fn target(&self, nth: usize) -> Option<ByteCount> {
+        self.machines.get(nth)?.target
+    }
+
+    fn refaults(&self, nth: usize, member: &Member) -> u64 {
+        let managed = |id: MachineId| {
+            let machines = self.pagers.0.as_ref()?.machines().into_iter();
+            machines.into_iter().find(|machine| machine.id == id).map(|machine| machine.stats.faults.stored)
+        };
+        let counted = match self.machines.get(nth).map(|machine| &machine.keeper) {
+            Some(Keeper::Pager(id)) => managed(*id),
+            _ => procfs::major_faults(member.guest.process().process()).ok(),
+        };
+        counted.unwrap_or_default()
+    }
+
+    fn end(self: Box<Self>) -> Result<(), BenchError> {
+        let Self { machines, pagers, cage, .. } = *self;
+        for machine in machines {
+            if let Keeper::Kernel { cgroup, .. } = machine.keeper {
+                cgroup.remove().context("cannot remove a guest's cgroup")?;
+            }
+        }
+        drop(pagers);
+        let cage = Arc::into_inner(cage).context("the governor still runs")?;
+        Ok(cage.remove()?)
+    }
+}
