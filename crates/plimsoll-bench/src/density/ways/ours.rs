@@ -11,7 +11,7 @@
 //! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
 //! may be used, and at the budget the host is *soft*, in which pages are compressed.
 use super::split::{Sharer, split};
-use super::{Cage, Host, start_in};
+use super::{Cage, Host, press, start_in};
 use crate::density::fleet::Member;
 use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
@@ -46,17 +46,15 @@ const MEMBERSHIP: Membership =
     Membership { group: GroupId(1), domain: DomainId(1), reservation: ByteCount(0) };
 /// What a guest waits for a page out of zram (FACTS).
 const BACK_NS: u64 = 11_000;
-/// A limit goes down in such steps: the kernel reclaims in the thread that lowers it.
-const LOWERED_MAX: ByteCount = ByteCount::mib(4);
-/// A limit is left where it is as long as it is no further from where it should be.
-const LIMIT_SLACK: u64 = 256 << 10;
+/// The part of a machine about which nothing was decided yet.
+const UNDECIDED: ByteCount = ByteCount::mib(64);
 /// Part of the budget that no machine is given: the kernel counts in batches.
 const ROOM_SLACK: u64 = 256;
 
 /// Where a machine's pages go.
 enum Keeper {
     Pager(MachineId),
-    Kernel { process: ProcessId, machine: Box<KernelMachine>, cgroup: MemoryCgroup, limit: ByteCount },
+    Kernel { process: ProcessId, machine: Box<KernelMachine>, cgroup: MemoryCgroup },
 }
 
 /// A machine, and what of it was seen last.
@@ -154,7 +152,7 @@ impl Plimsoll {
         let descriptor = Pidfd::open(process).context("a guest has ended")?;
         let machine = KernelMachine::attach(descriptor, guest.ram(), nth as u64, Instant::now());
         let machine = Box::new(machine.context("cannot attach to a guest")?);
-        Ok((guest, Keeper::Kernel { process, machine, cgroup, limit: role.size }))
+        Ok((guest, Keeper::Kernel { process, machine, cgroup }))
     }
 
     /// What there is to see, and what is to be done about it.
@@ -207,26 +205,22 @@ impl Plimsoll {
     }
 
     /// Has the limits of the kernel's machines follow their targets, and what the others leave.
-    fn hold(&mut self) {
-        let mut uses = Vec::new();
+    fn hold(&self) {
+        let mut cgroups = Vec::new();
         let mut sharers = Vec::new();
-        for machine in &mut self.machines {
-            let Keeper::Kernel { cgroup, limit, .. } = &mut machine.keeper else { continue };
-            let used = cgroup.used().unwrap_or_default();
-            let part =
-                machine.target.map_or(ByteCount::mib(64), |target| target.saturating_sub(machine.stored));
-            sharers.push(Sharer { uses: used, part: part.max(ByteCount::mib(1)) });
-            uses.push((cgroup, limit, used));
+        for machine in &self.machines {
+            let Keeper::Kernel { cgroup, .. } = &machine.keeper else { continue };
+            let part = machine.target.map_or(UNDECIDED, |target| target.saturating_sub(machine.stored));
+            let uses = cgroup.used().unwrap_or_default();
+            sharers.push(Sharer { uses, part: part.max(ByteCount::mib(1)) });
+            cgroups.push(cgroup);
         }
-        let theirs: ByteCount = uses.iter().map(|(.., used)| *used).sum();
+        let theirs: ByteCount = sharers.iter().map(|sharer| sharer.uses).sum();
         let others = self.cage.cgroup.used().unwrap_or_default().saturating_sub(theirs);
         let slack = ByteCount(self.budget.0 / ROOM_SLACK);
         let room = self.budget.saturating_sub(self.cage.held() + others + slack);
-        for ((cgroup, limit, used), wanted) in uses.into_iter().zip(split(room, &sharers)) {
-            let wanted = wanted.max(used.saturating_sub(LOWERED_MAX));
-            if wanted.0.abs_diff(limit.0) > LIMIT_SLACK && cgroup.set_limit(wanted).is_ok() {
-                *limit = wanted;
-            }
+        for (cgroup, limit) in cgroups.into_iter().zip(split(room, &sharers)) {
+            press(cgroup, limit);
         }
     }
 }
@@ -320,7 +314,8 @@ impl Machine {
                 self.balloon = target;
                 member.settled = None;
                 let piece = BalloonPiece::Frame;
-                member.guest.tell(&Command::Balloon { target_bytes: target.0, piece })?;
+                // One that is gone is found to be so when it is heard.
+                let _ = member.guest.tell(&Command::Balloon { target_bytes: target.0, piece });
             }
             Step::Take { rung: Rung::Compress | Rung::Disk, pages, .. } => {
                 match (&mut self.keeper, manager) {

@@ -1,10 +1,13 @@
 //! How machines share room of which each has a part, and not each uses its.
 //!
-//! Enters: what each uses, and its part. Leaves: a limit for each, that add up to the room. What must never happen: room that
-//! nobody may use while a machine is at its limit.
+//! Enters: what each uses, and its part. Leaves: a limit for each. What must never happen: a machine that may not have its
+//! part; room that nobody may use while a machine is at its limit.
+//!
+//! A machine that uses less than its part may have it at once. Until it does, the others have what it leaves, but for a little;
+//! when it takes its part, their limits go down as it grows, and for that moment limits add up to more than the room.
 use plimsoll_types::ByteCount;
 
-/// What a machine that is below its part may grow by until the next look: a sixteenth, and a MiB at least.
+/// What is kept free for a machine that is below its part: a sixteenth of what it uses, and a MiB at least.
 const GROWS_MIN: u64 = 1 << 20;
 const GROWS_PART: u64 = 16;
 
@@ -22,9 +25,9 @@ impl Sharer {
     }
 }
 
-/// Limits in the order of the machines. Who uses less than its part may grow a little; what that leaves is for the others, by
-/// their parts; and what they leave, for all.
+/// Limits in the order of the machines.
 pub(super) fn split(room: ByteCount, sharers: &[Sharer]) -> Vec<ByteCount> {
+    // Of those below their part: that part.
     let mut limits: Vec<Option<u64>> = vec![None; sharers.len()];
     let mut left = room.0;
     loop {
@@ -36,7 +39,7 @@ pub(super) fn split(room: ByteCount, sharers: &[Sharer]) -> Vec<ByteCount> {
         };
         let modest = (0..sharers.len()).filter(open).find(|nth| sharers[*nth].may_grow_to() <= share(*nth));
         if let Some(nth) = modest {
-            limits[nth] = Some(sharers[nth].may_grow_to());
+            limits[nth] = Some(share(nth));
             left -= sharers[nth].may_grow_to();
             continue;
         }
@@ -65,22 +68,23 @@ mod tests {
 
     #[test]
     fn what_one_leaves_is_for_those_who_want_it() {
-        assert_eq!(limits(100, &[(16, 50), (90, 50)]), [17, 83]);
-        assert_eq!(limits(100, &[(32, 50), (90, 50)]), [34, 66]);
+        assert_eq!(limits(100, &[(16, 50), (90, 50)]), [50, 83]);
+        assert_eq!(limits(100, &[(32, 50), (90, 50)]), [50, 66]);
     }
 
     #[test]
-    fn room_that_nobody_uses_is_for_all() {
-        assert_eq!(limits(100, &[(9, 50), (9, 50)]), [50, 50]);
-        assert_eq!(limits(100, &[(9, 20), (29, 80)]), [39, 59]);
+    fn room_that_nobody_uses_is_for_whoever_comes() {
+        assert_eq!(limits(100, &[(9, 50), (9, 50)]), [50, 90]);
     }
 
     #[test]
-    fn the_limits_never_exceed_the_room() {
+    fn those_who_want_more_are_never_promised_what_others_use() {
         for room in [0, 1, 50, 1000] {
             for uses in [0, 7, 300] {
-                let sum: u64 = limits(room, &[(uses, 10), (20, 20), (500, 30)]).iter().sum();
-                assert!(sum <= room, "{sum} of {room}");
+                let sharers = [(uses, 10), (20, 20), (500, 30)];
+                let limits = limits(room, &sharers);
+                let has: u64 = sharers.iter().zip(&limits).map(|((uses, _), limit)| uses.min(limit)).sum();
+                assert!(has <= room, "{limits:?} of {room}");
             }
         }
         assert_eq!(limits(100, &[]), []);
