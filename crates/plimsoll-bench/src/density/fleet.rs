@@ -34,8 +34,8 @@ pub(super) struct Member {
     pub(super) role: &'static Role,
     pub(super) guest: Guest,
     pub(super) last: Summary,
-    /// Commands it has done, and the pages of the last.
-    answered: u64,
+    /// Commands it has done, and the pages of all of them.
+    answered: usize,
     answered_pages: u64,
     /// What its balloon has settled at since it was told a target.
     pub(super) settled: Option<ByteCount>,
@@ -50,8 +50,8 @@ impl Member {
     }
 
     /// Whether it has all its memory.
-    pub(super) const fn has_started(&self) -> bool {
-        self.answered >= 2
+    pub(super) fn has_started(&self) -> bool {
+        self.answered >= self.role.start().len()
     }
 
     /// Whether it can be told anything.
@@ -67,7 +67,7 @@ impl Member {
                 Ok(Some(Event::Done(summary))) => (self.last, self.is_done) = (summary, true),
                 Ok(Some(Event::Probed(report))) => {
                     self.answered += 1;
-                    self.answered_pages = report.pages;
+                    self.answered_pages += report.pages;
                 }
                 Ok(Some(Event::Ballooned { ballooned_bytes, .. })) => {
                     self.settled = Some(ByteCount(ballooned_bytes))
@@ -118,7 +118,7 @@ pub(super) fn run(mix: &Mix, way: &mut dyn Host, interrupt: &Interrupt) -> Resul
             fleet.populate(nth)?;
         }
     }
-    fleet.begin(|begins| begins == Begins::Warm)?;
+    fleet.begin(|begins| begins == Begins::Warm);
     fleet.pump(WARM, "", |_| false)?;
     let outcome = fleet.measure()?;
     fleet.finish()?;
@@ -155,35 +155,29 @@ impl Fleet<'_> {
 
     fn populate(&mut self, nth: usize) -> Result<(), BenchError> {
         let role = self.members[nth].role;
-        for probe in [role.allocate(), role.free()] {
-            self.members[nth].guest.ask(probe)?;
-            let before = self.members[nth].answered;
+        for (done, probe) in role.start().into_iter().enumerate() {
+            let _ = self.members[nth].guest.ask(probe);
             self.pump(PATIENCE, "a guest to have its memory", |members| {
-                members[nth].answered > before || members[nth].died.is_some()
+                members[nth].answered > done || members[nth].died.is_some()
             })?;
-            let Member { died, answered_pages, .. } = &self.members[nth];
-            if died.is_none() && *answered_pages != probe.pages {
-                return Err(anyhow!("a guest got {answered_pages} of {} pages", probe.pages).into());
-            }
+            self.way.tick(&mut self.members)?;
         }
         Ok(())
     }
 
-    /// Starts the work of those that begin now.
-    fn begin(&mut self, now: impl Fn(Begins) -> bool) -> Result<(), BenchError> {
-        for member in self.members.iter().filter(|member| member.is_alive() && now(member.role.begins)) {
-            if member.role.begins == Begins::Boots {
-                member.guest.ask(member.role.allocate())?;
-                member.guest.ask(member.role.free())?;
+    /// Starts the work of those that begin now. One that is gone is found to be so when it is heard.
+    fn begin(&self, now: impl Fn(Begins) -> bool) {
+        for member in self.members.iter().filter(|member| now(member.role.begins)) {
+            let start = if member.role.begins == Begins::Boots { member.role.start() } else { Vec::new() };
+            for probe in start.into_iter().chain([member.role.work()]) {
+                let _ = member.guest.ask(probe);
             }
-            member.guest.ask(member.role.work())?;
         }
-        Ok(())
     }
 
     fn measure(&mut self) -> Result<Outcome, BenchError> {
         let before: Vec<Summary> = self.members.iter().map(|member| member.last.clone()).collect();
-        self.begin(|begins| begins != Begins::Warm)?;
+        self.begin(|begins| begins != Begins::Warm);
         let start = Instant::now();
         let (mut violations, mut swings, mut peak) = (0, Swings::default(), ByteCount(0));
         let mut refaults: Vec<u64> = self.refaults();
@@ -224,10 +218,14 @@ impl Fleet<'_> {
     /// Has every guest compare all its memory once more and end.
     fn finish(&mut self) -> Result<(), BenchError> {
         for member in self.members.iter().filter(|member| member.is_alive()) {
-            member.guest.tell(&Command::Stop { mode: StopMode::Finish })?;
+            let _ = member.guest.tell(&Command::Stop { mode: StopMode::Finish });
         }
         self.pump(PATIENCE, "guests to check their memory", |members| !members.iter().any(Member::is_alive))?;
-        for Member { role, last, is_done, died, .. } in &self.members {
+        for Member { role, last, is_done, died, answered_pages, .. } in &self.members {
+            let got = role.start().iter().map(|probe| probe.pages).sum::<u64>();
+            if *is_done && *answered_pages < got {
+                return Err(anyhow!("{} got and freed {answered_pages} pages of {got}", role.name).into());
+            }
             if last.wrong_words > 0 {
                 return Err(anyhow!(
                     "{} found {} wrong words: the numbers mean nothing",

@@ -74,6 +74,8 @@ const NOISY: Role = Role {
 };
 const BOOTS: Role = Role { name: "boots", begins: Begins::Boots, reservation: ByteCount(0), ..BUSY };
 
+/// Pages of a piece in which memory is got: 2 MiB.
+const PIECE_PAGES: u64 = BLOCK_PAGES as u64;
 /// How long the hot part of `phases` stays.
 const PHASE_MS: u64 = 2000;
 
@@ -127,15 +129,14 @@ impl Role {
         }
     }
 
-    /// Gets all the memory it will ever use.
-    pub(super) fn allocate(&self) -> ProbeCommand {
-        let pages = (self.kept + self.freed).pages_floor().0;
-        ProbeCommand { pages, ..ProbeCommand::new(Task::Allocate, Order::Ascending) }
-    }
-
-    /// Frees what it no longer needs.
-    pub(super) fn free(&self) -> ProbeCommand {
-        ProbeCommand { pages: self.freed.pages_floor().0, ..ProbeCommand::new(Task::Free, Order::Ascending) }
+    /// Gets all the memory it will ever use, piece by piece, and frees what it no longer needs.
+    pub(super) fn start(&self) -> Vec<ProbeCommand> {
+        let pieces = (self.kept + self.freed).pages_floor().0 / PIECE_PAGES;
+        let allocate =
+            ProbeCommand { pages: PIECE_PAGES, ..ProbeCommand::new(Task::Allocate, Order::Ascending) };
+        let pages = self.freed.pages_floor().0;
+        let free = ProbeCommand { pages, ..ProbeCommand::new(Task::Free, Order::Ascending) };
+        (0..pieces).map(|_| allocate).chain([free]).collect()
     }
 
     /// Works until it is stopped.
@@ -145,5 +146,4 @@ impl Role {
     }
 }
 
-const _: () =
-    assert!(FREED.0.is_multiple_of(BLOCK_PAGES as u64 * PAGE_SIZE as u64), "whole frames become free");
+const _: () = assert!(FREED.0.is_multiple_of(PIECE_PAGES * PAGE_SIZE as u64), "whole frames become free");

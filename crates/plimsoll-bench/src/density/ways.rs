@@ -33,8 +33,8 @@ const KSM_RATE: Rate = Rate { pages: 1000, sleep_ms: 20 };
 /// The limit never falls below this part of the budget, or nobody could run at all.
 const LIMIT_MIN_PART: u64 = 8;
 
-/// What is reclaimed ahead at a time: 13.5 us a page of it (FACTS) are 14 ms.
-const PRESSED_MAX: ByteCount = ByteCount::mib(4);
+/// What is reclaimed ahead at a time: 13.5 us a page of it (FACTS) are 28 ms.
+const PRESSED_MAX: ByteCount = ByteCount::mib(8);
 
 /// A host that runs guests in one of the ways.
 pub(super) trait Host {
@@ -102,9 +102,9 @@ impl Cage {
 /// With cgroup v1 a lower limit takes effect only once what is in use fits, so nobody meets it while it is being reached.
 fn press(cgroup: &MemoryCgroup, limit: ByteCount) {
     let used = cgroup.used().unwrap_or_default();
-    if used.0 > limit.0 - limit.0 / 64 {
+    if used.0 > limit.0 - limit.0 / 32 {
         // What cannot be reached at once is tried again a moment later.
-        let _ = cgroup.set_limit(ByteCount(limit.0 - limit.0 / 32).max(used.saturating_sub(PRESSED_MAX)));
+        let _ = cgroup.set_limit(ByteCount(limit.0 - limit.0 / 16).max(used.saturating_sub(PRESSED_MAX)));
     }
     let used = cgroup.used().unwrap_or_default();
     let _ = cgroup.set_limit(limit.max(ByteCount(used.0 + limit.0 / 64)));
