@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 /// How often a way gets its turn, and guests are heard.
 const PERIOD: Duration = Duration::from_millis(20);
 /// How long guests work before time is taken: the kernel has merged what it can, estimates are there.
-const WARM: Duration = Duration::from_secs(7);
+const WARM: Duration = Duration::from_secs(6);
 /// How long time is taken.
-pub(super) const MEASURED: Duration = Duration::from_secs(8);
+pub(super) const MEASURED: Duration = Duration::from_secs(6);
 /// Longer than any step takes.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How often it is looked whether guarantees are kept.

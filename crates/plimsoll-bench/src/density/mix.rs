@@ -74,8 +74,8 @@ const NOISY: Role = Role {
 };
 const BOOTS: Role = Role { name: "boots", begins: Begins::Boots, reservation: ByteCount(0), ..BUSY };
 
-/// Pages of a piece in which memory is got: 2 MiB.
-const PIECE_PAGES: u64 = BLOCK_PAGES as u64;
+/// Pages of a piece in which memory is got: 6 MiB.
+const PIECE_PAGES: u64 = 3 * BLOCK_PAGES as u64;
 /// How long the hot part of `phases` stays.
 const PHASE_MS: u64 = 2000;
 

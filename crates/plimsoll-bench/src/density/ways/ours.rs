@@ -46,8 +46,8 @@ const MEMBERSHIP: Membership =
     Membership { group: GroupId(1), domain: DomainId(1), reservation: ByteCount(0) };
 /// What a guest waits for a page out of zram (FACTS).
 const BACK_NS: u64 = 11_000;
-/// The part of a machine about which nothing was decided yet.
-const UNDECIDED: ByteCount = ByteCount::mib(64);
+/// A machine's part of what all share is no smaller, so that it can run at all.
+const PART_MIN: ByteCount = ByteCount::mib(16);
 /// Part of the budget that no machine is given: the kernel counts in batches.
 const ROOM_SLACK: u64 = 256;
 
@@ -62,6 +62,8 @@ struct Machine {
     id: MachineId,
     keeper: Keeper,
     target: Option<ByteCount>,
+    /// What it is to have against the others: its target, or its size while it starts and grows faster than is decided.
+    part: ByteCount,
     /// What its stored pages take up.
     stored: ByteCount,
     /// Pages that were elsewhere, pages that had come back, and how long it had waited.
@@ -210,9 +212,8 @@ impl Plimsoll {
         let mut sharers = Vec::new();
         for machine in &self.machines {
             let Keeper::Kernel { cgroup, .. } = &machine.keeper else { continue };
-            let part = machine.target.map_or(UNDECIDED, |target| target.saturating_sub(machine.stored));
             let uses = cgroup.used().unwrap_or_default();
-            sharers.push(Sharer { uses, part: part.max(ByteCount::mib(1)) });
+            sharers.push(Sharer { uses, part: machine.part.max(PART_MIN) });
             cgroups.push(cgroup);
         }
         let theirs: ByteCount = sharers.iter().map(|sharer| sharer.uses).sum();
@@ -289,6 +290,7 @@ impl Machine {
         let waits = waited.saturating_sub(self.waited);
         (self.returned, self.waited, self.elsewhere) = (*returned, *waited, usage.elsewhere);
         let started = member.has_started();
+        self.part = self.target.filter(|_| started).unwrap_or(member.role.size);
         // What a balloon could not bring it will not bring a moment later.
         let gives = started && member.settled.is_none_or(|settled| settled >= self.balloon);
         let rungs = Rungs::NONE.with(Rung::Compress);
@@ -347,6 +349,7 @@ impl Host for Plimsoll {
             id: id_of(nth)?,
             keeper,
             target: None,
+            part: role.size,
             stored: ByteCount(0),
             elsewhere: PageCount(0),
             returned: 0,
