@@ -36,8 +36,8 @@ pub(crate) struct ManageArgs {
     config: PathBuf,
     /// The machines: names, UUIDs or process ids. Without any: all that the settings name.
     machines: Vec<String>,
-    /// Put every decision on record.
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = USUAL)]
+    /// Put every decision on record, in /var/lib/plimsoll/trace or in `=FILE`.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true, default_missing_value = USUAL)]
     record: Option<PathBuf>,
     /// Let the machines go after so long, instead of at a signal.
     #[arg(long, value_name = "SECONDS")]

@@ -1,4 +1,4 @@
-//! `plimsoll attach`, `plimsoll guest` and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
+//! `plimsoll attach`, `plimsoll manage`, `plimsoll guest` and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
 #![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
 mod attach;
 mod cooperation;
@@ -6,6 +6,7 @@ mod demo;
 mod liar;
 #[path = "../../../plimsoll-stock/tests/stock/machine.rs"]
 mod machine;
+mod manage;
 mod manager;
 mod migration;
 mod plug;
