@@ -141,6 +141,10 @@ fn used(id: MachineId, ticks: &[Tick]) -> Option<Used> {
         let Some(position) = tick.plan.machines.iter().find(|machine| machine.machine == id) else {
             continue;
         };
+        // Until it was sampled a machine is taken to use all it has, which tells nothing of what it uses.
+        if tick.view.machines.iter().any(|machine| machine.id == id && machine.active.is_none()) {
+            continue;
+        }
         let now_ms = tick.view.now_ms;
         if counted_ms.is_none_or(|at| now_ms >= at + INDEPENDENT_MS) {
             (minutes, counted_ms) = (minutes + 1, Some(now_ms));

@@ -11,12 +11,13 @@ use super::overhead::{Overhead, measure};
 use super::{Backend, Done, Refused, Trouble};
 use plimsoll_attach::{AttachLock, Change, Follower, Rung as Offered};
 use plimsoll_linux::explain;
-use plimsoll_linux::kernel::{KernelError, Totals};
+use plimsoll_linux::kernel::{KernelError, KernelMachine, Totals};
 use plimsoll_linux::reclaimer::{Reclaimer, Short, Usage};
 use plimsoll_linux::zram::{self, SwapCost};
 use plimsoll_policy::ladder::Costs;
 use plimsoll_policy::view::{MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs, Step};
+use plimsoll_sys::procfs::maps::MeasuredMapping;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::time::{Duration, Instant};
 
@@ -250,9 +251,13 @@ impl Backend for Attached {
     }
 
     fn overhead(&mut self) -> Option<Overhead> {
-        let measured = measure(self.follower.held().process()).ok()?;
-        let (ram, tables) = (self.usage.resident.bytes(), self.memory.managed.as_ref()?.table_bytes());
-        Some(Overhead { vmm: measured.vmm.saturating_sub(ram), tables: ByteCount(tables as u64), ..measured })
+        let dossier = self.follower.dossier();
+        let is_guest = |one: &MeasuredMapping| {
+            let ram = one.mapping.range;
+            dossier.ram.iter().any(|range| range.hva.start() < ram.end() && ram.start() < range.hva.end())
+        };
+        let tables = ByteCount(self.memory.managed.as_ref().map_or(0, KernelMachine::table_bytes) as u64);
+        Some(Overhead { tables, ..measure(self.follower.held().process(), is_guest).ok()? })
     }
 }
 

@@ -13,6 +13,7 @@ use plimsoll_policy::admission::Overheads;
 use plimsoll_policy::view::{MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs, Step};
 use plimsoll_sys::ProcessId;
+use plimsoll_sys::procfs::maps::{MeasuredMapping, VmFlags};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -156,9 +157,9 @@ impl Backend for Managed {
             // A page word of 8 bytes for each page, and what is beside them.
             ByteCount(machine.size.pages_floor().0 * 8) + ByteCount(machine.stats.table_bytes as u64)
         };
-        let measured = measure(self.process?).ok()?;
-        let ram = self.manager.lock().machine(self.id)?.stats.ram.bytes();
-        Some(Overhead { tables, vmm: measured.vmm.saturating_sub(ram), ..measured })
+        // RAM and airlock are what our VMM keeps from its children.
+        let is_guest = |one: &MeasuredMapping| one.flags.contains(VmFlags::DONT_FORK);
+        Some(Overhead { tables, ..measure(self.process?, is_guest).ok()? })
     }
 }
 

@@ -9,6 +9,10 @@ use std::time::Duration;
 
 const SECONDS: fn(u64) -> Duration = Duration::from_secs;
 
+/// Turns in which guests that have just populated their memory show what they use: a newborn is taken to use all it has, until
+/// it was sampled.
+const SETTLING: usize = 12;
+
 fn can_run() -> bool {
     ["root", "kvm", "userfaultfd", "cgroup"].into_iter().all(can)
 }
@@ -42,14 +46,16 @@ fn four_guests_that_own_more_than_the_budget_keep_their_guarantees_and_their_tar
         fleet.start(&guest(name, 128, spec), guaranteed(128, 32));
     }
     fleet.populate();
-    let turns = fleet.turns(SECONDS(30));
-    assert!(turns.len() >= 25, "{} turns in 30 s", turns.len());
+    let turns = fleet.turns(SECONDS(40));
+    assert!(turns.len() >= 35, "{} turns in 40 s", turns.len());
     for (place, id) in fleet.ids.iter().enumerate() {
         let name = guests[place].0;
         let last = turns.last().unwrap().plan.machines.iter().find(|one| one.machine == *id).unwrap();
         println!("{name}: takes up {}, target {}, uses {}", last.consumed, last.target, last.active);
         assert_eq!(violations(&turns, *id, kept), 0, "{name} was below its guarantee");
-        assert_eq!(swings(&turns, *id), 0, "the target of {name} swings");
+        let (all, settled) = (swings(&turns, *id), swings(&turns[SETTLING..], *id));
+        println!("  its target turned back {all} times, of which {settled} after the first {SETTLING} s");
+        assert_eq!(settled, 0, "the target of {name} swings");
     }
     let (used, peak) = (fleet.used(), fleet.peak());
     println!("{} turns; used {used}, peak {peak} of {budget}", turns.len());
