@@ -3,7 +3,7 @@ use crate::report;
 use plimsoll_sim::{Report, Scenario, html, text};
 use std::path::Path;
 
-/// Two machines that keep three times the memory of one, and one that fits nowhere.
+/// Six machines on two hosts that are too small for what they keep, and one that fits nowhere.
 const SMALL: &str = r#"
 title = "Small & <quick>"
 duration = "20m"
@@ -12,7 +12,7 @@ placement = { within = "1m" }
 
 [[class]]
 name = "worker"
-count = 4
+count = 6
 memory = { size = "2G", reservation = "512M" }
 demand = { bursts = { low = "300M", high = "900M", every = "10m", lasts = "2m" } }
 keeps = "1500M"
