@@ -15,7 +15,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const GREETING: &str =
@@ -305,6 +305,28 @@ fn a_running_migration_turns_everything_off() {
     let dossier = inspect(&fake.held(), &with_qmp(&server.socket)).unwrap();
     let migrating = Hazard::Migrating { status: "postcopy-active".to_owned() };
     assert_eq!(dossier.rungs().off(Rung::GuestFree), Some(&migrating));
+}
+
+#[test]
+fn a_migration_that_has_ended_is_noticed_although_no_mapping_changes() {
+    let name = unique("migrated");
+    let mut fake = Fake::start("qemu-system-x86_64", &format!("-name {name} -m 64"));
+    fake.tell(&format!("anonymous {MIB_64}"));
+    let status = Arc::new(Mutex::new("active"));
+    let told = Arc::clone(&status);
+    // Inspected twice, and not each time it is looked at.
+    let server = Server::start(2, move |stream| {
+        serve_qmp(stream, &|command| qemu(&name, json!([]), *told.lock().unwrap())(command));
+    });
+    let mut follower = Follower::new(fake.held(), with_qmp(&server.socket)).unwrap();
+    assert!(!follower.dossier().rungs().allows(Rung::GuestFree));
+    *status.lock().unwrap() = "completed";
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !follower.dossier().rungs().allows(Rung::GuestFree) {
+        assert_eq!(follower.poll().unwrap(), []);
+        assert!(Instant::now() < deadline, "{}", follower.dossier());
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]

@@ -28,6 +28,8 @@
 //! * Taking one page of a huge one splits it. Samples do so in at most 128 blocks at a time, see [`plimsoll_core::outside`].
 //! * Faults that a kernel thread takes for the machine (vhost-net) are in no fault counter of the process: the page map
 //!   shows the page, but the pace does not see it come back.
+//! * When somebody withdraws swap, what is read back is told from what is used by there being fewer faults than samples came
+//!   back. A machine that faults much meanwhile looks as if it used all its samples, until the period is over.
 //! * Between looking whether the process is still the same and advising it there is a moment in which it can execute
 //!   another program; pages of that could then be paged out, and come back unharmed.
 

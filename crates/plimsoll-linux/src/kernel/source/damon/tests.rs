@@ -43,10 +43,11 @@ impl Fake {
         names: &[&str],
         operations: &str,
     ) {
-        files.retain(|path, _| {
-            let inside = path.strip_prefix(folder).ok().and_then(|path| path.iter().next());
-            !inside.is_some_and(|name| name.to_str().is_some_and(|name| name.parse::<u32>().is_ok()))
-        });
+        let is_numbered = |path: &Path| {
+            let name = path.strip_prefix(folder).ok().and_then(|path| path.iter().next()?.to_str());
+            name.is_some_and(|name| name.parse::<u32>().is_ok())
+        };
+        files.retain(|path, _| !is_numbered(path));
         for place in 0..count {
             for name in names {
                 let text = if *name == "avail_operations" { operations } else { "0\n" };
