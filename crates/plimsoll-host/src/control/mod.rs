@@ -242,14 +242,14 @@ impl Control {
 
     /// Whether something hard has happened since the last turn, which the next should not wait for. A few system calls.
     pub fn hurry(&mut self) -> Option<Hurry> {
-        let consumed = ByteCount(0);
         let is_gone = |member: &Member| member.trouble.is_none() && member.backend.is_gone();
         if self.hurry.is_none() && self.members.values().any(is_gone) {
             self.hurry = Some(Hurry::Went);
         }
         let before = self.policy.host_state();
         if self.hurry.is_none() && before < HostState::Hard {
-            let (total, free) = (self.pool.total(), self.pool.free(consumed));
+            // What machines have grown by since the last turn only a meter tells.
+            let (total, free) = (self.pool.total(), self.pool.free(ByteCount(0)));
             self.hurry = (before.next(free, total) >= HostState::Hard).then_some(Hurry::Short);
         }
         self.hurry

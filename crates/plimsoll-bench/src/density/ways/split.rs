@@ -87,6 +87,6 @@ mod tests {
                 assert!(has <= room, "{limits:?} of {room}");
             }
         }
-        assert_eq!(limits(100, &[]), []);
+        assert_eq!(limits(100, &[]), Vec::<u64>::new());
     }
 }
