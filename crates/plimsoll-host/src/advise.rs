@@ -269,9 +269,9 @@ impl std::fmt::Display for Report {
                 fate.stalled, fate.violations, fate.moved
             )
         };
-        writeln!(f, "the same demand simulated: as it is,   {}", fate(&self.before))?;
+        writeln!(f, "the same demand as it is:   {}", fate(&self.before))?;
         match &self.after {
-            Ok(after) => writeln!(f, "                           as advised, {}", fate(after)),
+            Ok(after) => writeln!(f, "                as advised: {}", fate(after)),
             Err(why) => writeln!(f, "the advice cannot be followed as a whole: {why}"),
         }
     }

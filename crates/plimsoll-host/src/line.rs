@@ -169,17 +169,15 @@ impl fmt::Display for Line {
         for (name, bytes, what) in rows {
             writeln!(f, "  {name:<10} {bytes:>8}  {what}")?;
         }
-        write!(f, "  {:<10} {:>8}  tables and VMMs, predicted", "besides", self.predicted)?;
-        match self.measured {
-            None => writeln!(f, "; not measured yet")?,
-            Some(measured) => writeln!(
+        writeln!(f, "  {:<10} {:>8}  tables and VMMs, predicted", "besides", self.predicted)?;
+        if let Some(measured) = self.measured {
+            let Overhead { vmm, page_tables, tables } = measured;
+            let total = measured.total();
+            writeln!(
                 f,
-                "; measured {}: VMMs {}, page tables {}, ours {}",
-                measured.total(),
-                measured.vmm,
-                measured.page_tables,
-                measured.tables
-            )?,
+                "  {:<10} {total:>8}  VMMs {vmm}, page tables {page_tables}, ours {tables}",
+                "measured"
+            )?;
         }
         writeln!(f, "{} more may safely be reserved", self.left)?;
         for (place, Break { margin, what }) in self.breaks.iter().take(3).enumerate() {
