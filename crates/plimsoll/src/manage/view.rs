@@ -3,7 +3,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use plimsoll_host::backend::Done;
 use plimsoll_host::control::{Control, Outcome, Turn};
 use plimsoll_policy::host_state::min_free;
-use plimsoll_policy::{Position, Step};
+use plimsoll_policy::{Action, Position, Step};
 use plimsoll_types::{ByteCount, MachineId};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -122,8 +122,8 @@ fn table(turn: &Turn, control: &Control, names: &BTreeMap<MachineId, &str>) -> S
 
 /// What is done to a machine, in a few letters.
 fn doing(turn: &Turn, machine: MachineId) -> String {
-    let steps = turn.plan.actions.iter().filter(|action| action.machine == machine);
-    let last = steps.filter(|action| !matches!(action.step, Step::Target(_))).next_back();
+    let is_told = |action: &&Action| action.machine == machine && !matches!(action.step, Step::Target(_));
+    let last = turn.plan.actions.iter().rfind(is_told);
     last.map_or_else(String::new, |action| match action.step {
         Step::Take { frees, .. } => format!("-{frees}"),
         Step::Balloon(holds) => format!("balloon {holds}"),
