@@ -25,7 +25,7 @@ const KERNEL: u8 = 1;
 /// Tests that need QEMU, libvirt and a stock Linux for guests.
 const STOCK: u8 = 2;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 16] = [
+const LEVELS: [(&str, u8); 17] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-inside", PURE),

@@ -114,6 +114,9 @@ struct RowFile {
     ways: Vec<Figures>,
 }
 
+/// One number of a run.
+type Figure = fn(&Figures) -> f64;
+
 impl Row {
     fn all() -> impl Iterator<Item = Self> {
         MIXES.iter().flat_map(|mix| OVERCOMMIT_TENTHS.map(|tenths| Self { mix, tenths }))
@@ -133,14 +136,14 @@ impl Row {
     }
 
     /// What is compared, what must be reached, and where both come from.
-    fn subjects(&self) -> Vec<(Subject, Way, fn(&Figures) -> f64)> {
+    fn subjects(&self) -> Vec<(Subject, Way, Figure)> {
         let name = |what: &str| format!("{}/{what}", self.name());
         let at_two = self.tenths == 20;
         let beats = matches!(self.mix.name, "mostly-idle" | "phase-shifting" | "noisy-neighbour");
         let sparse = self.mix.name == "mostly-idle" && self.tenths >= 20;
         let kernel = at_two.then_some(if beats { 1.3 } else { 1.0 });
-        let throughput: fn(&Figures) -> f64 = |figures| figures.operations_per_second;
-        let p99: fn(&Figures) -> f64 = |figures| figures.p99_us;
+        let throughput: Figure = |figures| figures.operations_per_second;
+        let p99: Figure = |figures| figures.p99_us;
         vec![
             (higher(&name("throughput-enough"), "ops/s", sparse.then_some(0.95)), Way::Enough, throughput),
             (higher(&name("throughput-kernel"), "ops/s", kernel), Way::Kernel, throughput),
