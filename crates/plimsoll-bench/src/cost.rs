@@ -29,16 +29,16 @@ use serde::Serialize;
 use std::time::{Duration, Instant};
 
 /// A guest's memory: 6 MiB are image and stacks, 2 MiB the allocator's tables.
-const RAM: ByteCount = ByteCount::mib(136);
+const RAM: ByteCount = ByteCount::mib(104);
 /// What it uses at most.
-const USED_MOST: ByteCount = ByteCount::mib(64);
+const USED_MOST: ByteCount = ByteCount::mib(48);
 /// What is taken, in percent of its memory.
 const TAKEN: [u64; 6] = [10, 20, 30, 40, 50, 60];
 /// Odd, so that the median of ours is a measurement.
 const ROUNDS: usize = 3;
 /// How long it works before it counts, and how long it counts, each with the number of the window that ends it.
-const WARM: (u64, Duration) = (1, Duration::from_millis(1500));
-const WORK: (u64, Duration) = (2, Duration::from_secs(2));
+const WARM: (u64, Duration) = (1, Duration::from_millis(700));
+const WORK: (u64, Duration) = (2, Duration::from_secs(1));
 /// How often the peer's limit is set anew, and what is taken is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// What a guest may have beyond what it was to be left, at the median look: 1 % of its memory, and what the kernel counts in batches.

