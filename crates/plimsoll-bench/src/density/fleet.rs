@@ -7,9 +7,9 @@ use super::score::{Swings, Work};
 use super::ways::Host;
 use crate::guest::Guest;
 use crate::session::{BenchError, Interrupt};
-use anyhow::anyhow;
+use anyhow::{anyhow, ensure};
 use plimsoll_sys::procfs;
-use plimsoll_types::{ByteCount, PageCount};
+use plimsoll_types::ByteCount;
 use plimsoll_vmm::control::{Command, Event, StopMode};
 use plimsoll_vmm::report::Summary;
 use std::time::{Duration, Instant};
@@ -59,6 +59,32 @@ impl Member {
         self.died.is_none() && !self.is_done
     }
 
+    /// Whether it had all its memory, and found it as it should be in the end.
+    fn check(&self) -> anyhow::Result<()> {
+        let Self { role: Role { name, kept, .. }, last, died, .. } = self;
+        ensure!(
+            last.wrong_words == 0,
+            "{name} found {} wrong words: the numbers mean nothing",
+            last.wrong_words
+        );
+        if let Some(why) = died {
+            eprintln!("  {name} died: {why}");
+            return Ok(());
+        }
+        let asked: u64 = self.role.start().iter().map(|probe| probe.pages).sum();
+        ensure!(
+            self.answered_pages >= asked,
+            "{name} got and freed {} pages of {asked}",
+            self.answered_pages
+        );
+        ensure!(
+            last.checked_pages >= kept.pages_floor().0,
+            "{name} checked {} pages of its {kept}",
+            last.checked_pages
+        );
+        Ok(())
+    }
+
     fn listen(&mut self) -> Result<(), BenchError> {
         while self.is_alive() {
             match self.guest.heard() {
@@ -103,11 +129,13 @@ struct Fleet<'a> {
     members: Vec<Member>,
     way: &'a mut dyn Host,
     interrupt: &'a Interrupt,
+    /// The most that was in use.
+    peak: ByteCount,
 }
 
 /// Runs the guests of a mix under a way.
 pub(super) fn run(mix: &Mix, way: &mut dyn Host, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
-    let mut fleet = Fleet { members: Vec::new(), way, interrupt };
+    let mut fleet = Fleet { members: Vec::new(), way, interrupt, peak: ByteCount(0) };
     for (nth, role) in mix.roles().enumerate() {
         let guest = fleet.way.admit(role, role.config(nth))?;
         fleet.members.push(Member::new(role, guest));
@@ -119,48 +147,50 @@ pub(super) fn run(mix: &Mix, way: &mut dyn Host, interrupt: &Interrupt) -> Resul
         }
     }
     fleet.begin(|begins| begins == Begins::Warm);
-    fleet.pump(WARM, "", |_| false)?;
+    fleet.go_on(WARM)?;
     let outcome = fleet.measure()?;
     fleet.finish()?;
     Ok(outcome)
 }
 
 impl Fleet<'_> {
-    /// Has the way do what it does until something is so. Without words for what is waited for, time passing is enough.
-    fn pump(
-        &mut self,
-        most: Duration,
-        what: &str,
-        mut is_so: impl FnMut(&[Member]) -> bool,
-    ) -> Result<(), BenchError> {
+    /// Hears the guests, and has the way do what it does every few milliseconds.
+    fn turn(&mut self) -> Result<(), BenchError> {
+        let begun = Instant::now();
+        self.interrupt.check()?;
+        self.members.iter_mut().try_for_each(Member::listen)?;
+        self.way.tick(&mut self.members)?;
+        self.peak = self.peak.max(self.way.used());
+        std::thread::sleep(PERIOD.saturating_sub(begun.elapsed()));
+        Ok(())
+    }
+
+    fn go_on(&mut self, time: Duration) -> Result<(), BenchError> {
         let start = Instant::now();
-        loop {
-            let begun = Instant::now();
-            self.interrupt.check()?;
-            self.members.iter_mut().try_for_each(Member::listen)?;
-            if is_so(&self.members) {
-                return Ok(());
-            }
-            if start.elapsed() >= most {
-                return if what.is_empty() {
-                    Ok(())
-                } else {
-                    Err(anyhow!("waited in vain for {what}").into())
-                };
-            }
-            self.way.tick(&mut self.members)?;
-            std::thread::sleep(PERIOD.saturating_sub(begun.elapsed()));
+        while start.elapsed() < time {
+            self.turn()?;
         }
+        Ok(())
+    }
+
+    fn until(&mut self, what: &str, is_so: impl Fn(&[Member]) -> bool) -> Result<(), BenchError> {
+        let start = Instant::now();
+        while !is_so(&self.members) {
+            if start.elapsed() >= PATIENCE {
+                return Err(anyhow!("waited in vain for {what}").into());
+            }
+            self.turn()?;
+        }
+        Ok(())
     }
 
     fn populate(&mut self, nth: usize) -> Result<(), BenchError> {
         let role = self.members[nth].role;
         for (done, probe) in role.start().into_iter().enumerate() {
             let _ = self.members[nth].guest.ask(probe);
-            self.pump(PATIENCE, "a guest to have its memory", |members| {
+            self.until("a guest to have its memory", |members| {
                 members[nth].answered > done || members[nth].died.is_some()
             })?;
-            self.way.tick(&mut self.members)?;
         }
         Ok(())
     }
@@ -179,24 +209,15 @@ impl Fleet<'_> {
         let before: Vec<Summary> = self.members.iter().map(|member| member.last.clone()).collect();
         self.begin(|begins| begins != Begins::Warm);
         let start = Instant::now();
-        let (mut violations, mut swings, mut peak) = (0, Swings::default(), ByteCount(0));
+        let (mut violations, mut swings) = (0, Swings::default());
+        self.peak = ByteCount(0);
         let mut refaults: Vec<u64> = self.refaults();
         while start.elapsed() < MEASURED {
-            let until = Instant::now() + LOOK_EVERY;
-            while Instant::now() < until {
-                self.pump(Duration::ZERO, "", |_| false)?;
-                self.way.tick(&mut self.members)?;
-                peak = peak.max(self.way.used());
-                std::thread::sleep(PERIOD);
-            }
+            self.go_on(LOOK_EVERY)?;
             let now = self.refaults();
             let came_back = now.iter().zip(&refaults).map(|(now, before)| now.saturating_sub(*before));
-            violations += self
-                .members
-                .iter()
-                .zip(came_back)
-                .filter(|(member, pages)| is_cheated(member, *pages))
-                .count() as u64;
+            let looks = self.members.iter().zip(came_back);
+            violations += looks.filter(|(member, pages)| is_cheated(member, *pages)).count() as u64;
             refaults = now;
             for nth in 0..self.members.len() {
                 if let Some(target) = self.way.target(nth) {
@@ -208,7 +229,7 @@ impl Fleet<'_> {
             Work::between(member.role.name, before, &member.last, start.elapsed(), member.died.clone())
         };
         let works = self.members.iter().zip(&before).map(work).collect();
-        Ok(Outcome { works, violations, swings: swings.count, peak })
+        Ok(Outcome { works, violations, swings: swings.count, peak: self.peak })
     }
 
     fn refaults(&self) -> Vec<u64> {
@@ -220,42 +241,17 @@ impl Fleet<'_> {
         for member in self.members.iter().filter(|member| member.is_alive()) {
             let _ = member.guest.tell(&Command::Stop { mode: StopMode::Finish });
         }
-        self.pump(PATIENCE, "guests to check their memory", |members| !members.iter().any(Member::is_alive))?;
-        for Member { role, last, is_done, died, answered_pages, .. } in &self.members {
-            let got = role.start().iter().map(|probe| probe.pages).sum::<u64>();
-            if *is_done && *answered_pages < got {
-                return Err(anyhow!("{} got and freed {answered_pages} pages of {got}", role.name).into());
-            }
-            if last.wrong_words > 0 {
-                return Err(anyhow!(
-                    "{} found {} wrong words: the numbers mean nothing",
-                    role.name,
-                    last.wrong_words
-                )
-                .into());
-            }
-            if *is_done && last.checked_pages < role.kept.pages_floor().0 {
-                return Err(anyhow!(
-                    "{} checked {} pages of its {}",
-                    role.name,
-                    last.checked_pages,
-                    role.kept
-                )
-                .into());
-            }
-            if let Some(why) = died {
-                eprintln!("  {} died: {why}", role.name);
-            }
-        }
+        self.until("guests to check their memory", |members| !members.iter().any(Member::is_alive))?;
+        self.members.iter().try_for_each(Member::check)?;
         Ok(())
     }
 }
 
-/// Whether it has less than it was promised although it brings memory back.
+/// Whether it has less than it was promised and has use for, although it brings memory back. A tenth less is none: samples of
+/// what it uses are taken from it, too.
 fn is_cheated(member: &Member, came_back: u64) -> bool {
-    let resident = procfs::statm(member.guest.process().process());
-    let anonymous = |statm: procfs::Statm| {
-        (statm.resident.saturating_sub(statm.shared) + PageCount(0)).bytes() + UNCOUNTED
-    };
-    came_back >= WANTING && resident.is_ok_and(|statm| anonymous(statm) < member.role.reservation)
+    let due = member.role.reservation.min(member.role.kept);
+    let anonymous = |statm: procfs::Statm| statm.resident.saturating_sub(statm.shared).bytes() + UNCOUNTED;
+    let has = procfs::statm(member.guest.process().process()).map(anonymous);
+    came_back >= WANTING && has.is_ok_and(|has| has < ByteCount(due.0 / 10 * 9))
 }

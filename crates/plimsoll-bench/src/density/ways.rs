@@ -24,6 +24,8 @@ use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::config::Management;
 use plimsoll_vmm::control::{Command, MergeMode, MergeRange};
 use proxmox::Balloons;
+use std::fs;
+use std::path::Path;
 
 /// What our control groups are called.
 const PREFIX: &str = "plimsoll-density";
@@ -62,8 +64,8 @@ pub(super) struct Cage {
 impl Cage {
     /// One whose guests own so much, and may use the budget.
     fn new(asked: ByteCount, budget: Option<ByteCount>) -> Result<Self> {
-        sweep_stale(PREFIX)?;
         let cgroup = MemoryCgroup::create(PREFIX, ProcessId::own())?;
+        sweep(&cgroup)?;
         let limited = budget.map(|budget| {
             let zram = device(ByteCount(asked.0 * 2)).context("cannot make a zram device")?;
             cgroup.set_limit(budget)?;
@@ -94,6 +96,21 @@ impl Cage {
         self.cgroup.remove()?;
         Ok(self.limited.map_or(Ok(()), |(zram, _)| zram.remove())?)
     }
+}
+
+/// Removes what killed runs have left beside this cgroup: theirs, and those of guests in them. No other run goes on.
+fn sweep(own: &MemoryCgroup) -> Result<()> {
+    let is_ours = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with(PREFIX);
+    let list = |path: &Path| {
+        fs::read_dir(path).map(|entries| entries.flatten().filter(is_ours).map(|entry| entry.path()))
+    };
+    let home = own.path().parent().context("a cgroup without a parent")?;
+    for cgroup in list(home)? {
+        // One that is in use is not empty, and stays.
+        list(&cgroup)?.for_each(|guest| _ = fs::remove_dir(guest));
+    }
+    sweep_stale(PREFIX)?;
+    Ok(())
 }
 
 /// Sets a limit, and has the kernel reclaim what is close below it, as kswapd does on a host: where guests meet the limit
