@@ -67,7 +67,7 @@ pub(crate) fn place(scenario: &Scenario) -> Result<Placements, SettingsError> {
 }
 
 /// An error and what it comes from.
-pub(crate) fn sentence(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn sentence(error: &dyn Error) -> String {
     let causes = std::iter::successors(Some(error), |error| (**error).source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
