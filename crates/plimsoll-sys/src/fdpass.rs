@@ -5,9 +5,10 @@
 //! On a SEQPACKET socket a call sends or receives one message. On a stream socket the kernel attaches descriptors to
 //! the first byte sent with them and never joins data across them; a short send or receive is possible and the
 //! caller's protocol has to frame its data.
-#![expect(unsafe_code, reason = "SO_PEERCRED is read with getsockopt")]
+#![expect(unsafe_code, reason = "SO_PEERCRED and SO_PEERPIDFD are read with getsockopt")]
 
 use crate::ProcessId;
+use crate::pidfd::Pidfd;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -15,10 +16,13 @@ use rustix::net::{
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// The kernel's limit of descriptors in a message (SCM_MAX_FD).
 pub const MAX_DESCRIPTORS: usize = 253;
+
+/// `SO_PEERPIDFD` (since Linux 6.5), which libc lacks.
+const SO_PEERPIDFD: libc::c_int = 77;
 
 /// A message could not be sent.
 #[derive(Debug, thiserror::Error)]
@@ -191,6 +195,30 @@ pub fn peer_credentials(socket: impl AsFd) -> io::Result<PeerCredentials> {
     }
     let process = u32::try_from(raw.pid).ok().and_then(ProcessId::new);
     Ok(PeerCredentials { process, uid: raw.uid, gid: raw.gid })
+}
+
+/// The process that connected, held from the moment it did: its id cannot have become another's.
+pub fn peer_pidfd(socket: impl AsFd) -> io::Result<Pidfd> {
+    let process = peer_credentials(&socket)?.process;
+    let process = process.ok_or_else(|| io::Error::other("the peer has no process id here"))?;
+    let mut number: RawFd = -1;
+    let mut len = libc::socklen_t::try_from(size_of::<RawFd>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `number`, which is an integer.
+    let status = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut number).cast(),
+            &raw mut len,
+        )
+    };
+    if status != 0 || number < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for the caller, and nobody else knows its number.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    Pidfd::adopt(fd, process).map_err(io::Error::other)
 }
 
 /// Two connected SEQPACKET sockets, close-on-exec, blocking.

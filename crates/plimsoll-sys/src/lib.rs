@@ -28,6 +28,7 @@ compile_error!("plimsoll-sys speaks to 64-bit little-endian Linux kernels only")
 
 pub mod eventfd;
 pub mod fdpass;
+pub mod launch;
 pub mod mapping;
 pub mod pagemap;
 pub mod pidfd;
@@ -37,6 +38,7 @@ pub mod process_memory;
 pub mod procfs;
 pub mod psi;
 pub mod range;
+pub mod slots;
 pub mod swap;
 pub mod uffd;
 

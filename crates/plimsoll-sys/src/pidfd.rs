@@ -6,7 +6,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open, pidfd_send_signal};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -91,6 +91,23 @@ impl Pidfd {
             return Err(PidfdError::NoProcess(process));
         }
         Self::open(process)
+    }
+
+    /// Takes over a descriptor that somebody else opened on `process`, after checking that it is one. The process may have
+    /// ended since.
+    ///
+    /// # Errors
+    /// [`PidfdError::Other`] where the descriptor is something else, or of another process.
+    pub fn adopt(fd: OwnedFd, process: ProcessId) -> Result<Self, PidfdError> {
+        let failed = |source| PidfdError::Other { process, source };
+        let text =
+            std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).map_err(failed)?;
+        let found = text.lines().find_map(|line| line.strip_prefix("Pid:")).map(str::trim);
+        // A process that was reaped has no id any more.
+        if found == Some("-1") || found.and_then(|id| id.parse().ok()) == Some(process.get()) {
+            return Ok(Self { fd, process });
+        }
+        Err(failed(io::Error::other(format!("the descriptor is not one of that process: {found:?}"))))
     }
 
     /// The id the process had when it was opened.

@@ -1,6 +1,5 @@
 //! Mappings, page maps and reading of process memory against the running kernel.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
-#![expect(unsafe_code, reason = "vouches for files that nobody else has")]
 
 use plimsoll_sys::mapping::{
     AnonymousMapping, ExclusiveMapping, HugePages, MapError, Memfd, MemfdError, Merging, RangeError,
@@ -211,12 +210,16 @@ fn an_exclusive_mapping_is_bytes_and_keeps_them_in_its_file() {
     memory.fill(7);
     memory.punch_hole(ByteCount(0), ByteCount(PAGE)).unwrap();
     assert!(memory[..PAGE_SIZE].iter().all(|byte| *byte == 0));
-    // SAFETY: the file is one of a mapping, which ended when it was given up, and nobody else has it.
-    let again = unsafe { ExclusiveMapping::assume(memory.into_file(), limit) }.unwrap();
+    let kept = || memory.keepsake().try_clone_to_owned().unwrap();
+    let (first, second) = (kept(), kept());
+    let early = ExclusiveMapping::inherit(kept(), limit);
+    assert!(matches!(early, Err(MemfdError::InUse)), "two mappings of one file: {early:?}");
+    drop(memory);
+    let again = ExclusiveMapping::inherit(first, limit).unwrap();
     assert_eq!(again.len(), 2 * PAGE_SIZE);
     assert!(again[PAGE_SIZE..].iter().all(|byte| *byte == 7));
-    // SAFETY: as above.
-    let short = unsafe { ExclusiveMapping::assume(again.into_file(), ByteCount(PAGE)) };
+    drop(again);
+    let short = ExclusiveMapping::inherit(second, ByteCount(PAGE));
     assert!(matches!(short, Err(MemfdError::Size { size: ByteCount(8192) })), "{short:?}");
 }
 

@@ -33,6 +33,9 @@ pub enum MemfdError {
     /// A descriptor from elsewhere is no memfd.
     #[error("the descriptor is no memfd: it has no seals")]
     NotMemfd,
+    /// Another mapping of the same memory is alive.
+    #[error("the memory is in use by another process, which has to end first")]
+    InUse,
     /// The range is not whole pages inside the memfd.
     #[error("{len} at offset {offset:#x} are not whole pages of a memfd of {size}")]
     Range {

@@ -5,29 +5,34 @@
 //! `&[u8]` promises the compiler that nobody writes the bytes, `&mut [u8]` that nobody else touches them, and both
 //! that the memory stays. A mapped file breaks these in four ways, each closed here:
 //!
-//! 1. *Another process maps or writes it.* [`ExclusiveMapping::create`] makes the file itself and never shows its
-//!    descriptor, so nobody can. For a file that came from elsewhere (a keeper held it while the manager was
-//!    restarted) somebody has to vouch: [`ExclusiveMapping::assume`] is unsafe.
+//! 1. *Another process maps or writes it.* The file has no name. Its descriptor leaves only to be kept until this process has
+//!    ended ([`ExclusiveMapping::keepsake`]), and comes back through [`ExclusiveMapping::inherit`]. Both ways of making a
+//!    mapping take a lock on the file that the kernel holds for exactly as long as the mapping's process or the mapping
+//!    lives, so there are never two, in whatever processes. That a keeper writes nothing through the descriptor it keeps is
+//!    its promise.
 //! 2. *This process maps it twice.* The mapping owns the file, and only `into_file` gives it back, after unmapping.
 //! 3. *A child inherits the mapping.* MADV_DONTFORK, set before the mapping is handed out.
 //! 4. *It shrinks, or a hole is punched.* Both need the descriptor, and nothing here shrinks. Punching needs `&mut`,
 //!    during which no slice is alive. Slices end where the file does, however far the mapping reaches.
 //!
-//! What /proc/PID/mem, /proc/PID/fd and ptrace can do is out of scope, as it is for all memory of Rust programs.
+//! What /proc/PID/mem, /proc/PID/fd, ptrace and a keeper that breaks its promise can do is out of scope, as the first is for
+//! all memory of Rust programs.
 #![expect(unsafe_code, reason = "maps memory and makes references to it")]
 
 use super::memfd::{Memfd, MemfdError, check_pages};
 use crate::to_usize;
 use plimsoll_types::{ByteCount, Hva};
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, Mode, OFlags, fallocate, fstat, ftruncate, memfd_create, openat,
+    FallocateFlags, FlockOperation, MemfdFlags, Mode, OFlags, fallocate, flock, fstat, ftruncate,
+    memfd_create, open, openat,
 };
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
 };
 use std::ops::{Deref, DerefMut};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::atomic::AtomicU64;
@@ -104,6 +109,8 @@ impl SharedMapping {
 pub struct ExclusiveMapping {
     mapped: Mapped,
     file: OwnedFd,
+    /// Holds the lock on the file, and is given to nobody.
+    _lock: OwnedFd,
     /// The file's length: what there is of the mapping.
     len: usize,
 }
@@ -118,31 +125,30 @@ impl ExclusiveMapping {
         let file =
             large_folio_file().or_else(|_| memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL));
         let file = file.map_err(MemfdError::kernel("memfd_create", limit))?;
-        Ok(Self { mapped: Mapped::new(&file, limit)?, file, len: 0 })
+        let lock = lock(&file, limit)?;
+        Ok(Self { mapped: Mapped::new(&file, limit)?, file, _lock: lock, len: 0 })
     }
 
-    /// Maps a file that somebody vouches for, with room to grow to `limit`.
+    /// Maps a file that an earlier process made and somebody kept, with room to grow to `limit`.
     ///
     /// # Errors
-    /// [`MemfdError`] when it cannot be mapped, or is longer than that.
-    ///
-    /// # Safety
-    ///
-    /// It is a file of tmpfs. While the value lives nobody else (no other mapping, no holder of another descriptor, in this
-    /// process or any other) writes the memory, punches holes in it or changes its length. A copy of the descriptor may
-    /// exist if its holder only keeps it.
-    pub unsafe fn assume(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
+    /// [`MemfdError::InUse`] while another mapping of it is alive; [`MemfdError`] when it cannot be mapped, or is longer than
+    /// that.
+    pub fn inherit(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
+        let lock = lock(&file, limit)?;
+        // The length is read under the lock: nobody else changes it.
         let stat = fstat(&file).map_err(MemfdError::kernel("fstat", limit))?;
         let len = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
         if len > limit.0 {
             return Err(MemfdError::Size { size: ByteCount(len) });
         }
-        Ok(Self { mapped: Mapped::new(&file, limit)?, file, len: to_usize(len) })
+        Ok(Self { mapped: Mapped::new(&file, limit)?, file, _lock: lock, len: to_usize(len) })
     }
 
-    /// Unmaps it and gives the file, with its contents, to whoever wants it.
-    pub fn into_file(self) -> OwnedFd {
-        self.file
+    /// The file's descriptor, for whoever keeps a copy of it until this process has ended and gives that to the next one. To
+    /// write to it, or map it, other than by [`inherit`](Self::inherit) is to write to this process's memory.
+    pub fn keepsake(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Lets it be `len` bytes long, whole pages, if it is shorter. What is added are zeros and takes no memory yet.
@@ -203,6 +209,19 @@ impl ExclusiveMapping {
     fn allocate(&self, mode: FallocateFlags, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
         fallocate(&self.file, mode, offset.0, len.0)
             .map_err(MemfdError::kernel("fallocate", self.mapped.size))
+    }
+}
+
+/// Locks a file for one mapping. The lock belongs to a descriptor that was opened for it alone, so that neither a copy of the
+/// file's own descriptor holds it on nor the end of one gives it up.
+fn lock(file: &OwnedFd, limit: ByteCount) -> Result<OwnedFd, MemfdError> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let lock = open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(MemfdError::kernel("opening once more", limit))?;
+    match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(Errno::AGAIN) => Err(MemfdError::InUse),
+        Err(errno) => Err(MemfdError::kernel("flock", limit)(errno)),
     }
 }
 

@@ -123,10 +123,17 @@ impl EventBuffer {
 }
 
 impl Event {
+    /// What another process has read: the descriptor of a fork was its own, so there is no such event.
+    pub(super) fn without_descriptor(message: &Message) -> Option<Self> {
+        let is_there = message.event != 0 && message.event != abi::EVENT_FORK;
+        // SAFETY: only a fork's message has a descriptor to be owned.
+        is_there.then(|| unsafe { Self::decode(message) })
+    }
+
     /// # Safety
     ///
     /// As for [`EventBuffer::decode`].
-    unsafe fn decode(message: &Message) -> Self {
+    pub(super) unsafe fn decode(message: &Message) -> Self {
         let [first, second, third] = message.arg;
         match message.event {
             abi::EVENT_PAGEFAULT => Self::PageFault {

@@ -39,10 +39,12 @@
 
 mod abi;
 mod event;
+mod journal;
 mod open;
 mod outcome;
 
 pub use event::{Access, Event, EventBuffer, FaultKind, UnknownEvent};
+pub use journal::Journal;
 pub use open::{AdoptError, DeviceObstacle, Mode, OpenError};
 pub use outcome::{OsError, Outcome, Stop};
 
@@ -430,6 +432,22 @@ impl Userfaultfd {
         // SAFETY: the first `read` messages were written by the read above, from a descriptor that is known to be a
         // userfaultfd (`open` made it or `adopt` checked it), and are decoded here once.
         Ok(unsafe { buffer.decode(read) })
+    }
+
+    /// Like [`read_events`](Self::read_events), at most `most` of them, into memory that outlives this process: they stay in
+    /// the journal until they are [forgotten](Journal::forget).
+    pub fn read_journaled(&self, journal: &mut Journal, most: usize) -> io::Result<Vec<Event>> {
+        let messages = loop {
+            match journal.read(&self.0, most) {
+                Ok(messages) => break messages,
+                Err(Errno::AGAIN) => break Vec::new(),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        };
+        // SAFETY: these messages were written by the read above, from a descriptor that is known to be a userfaultfd, and are
+        // decoded here once: a journal's next reader leaves descriptors out.
+        Ok(messages.iter().map(|message| unsafe { Event::decode(message) }).collect())
     }
 
     /// Reads without waiting, whatever the descriptor's mode is now: O_NONBLOCK belongs to the open file, which whoever
