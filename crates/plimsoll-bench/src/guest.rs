@@ -90,7 +90,7 @@ fn become_guest(config: Option<String>, handover: Option<String>) -> Result<()> 
     let config: VmmConfig = serde_json::from_str(&config.context("no configuration")?)?;
     let handover = handover.context("no hand-over socket")?.parse()?;
     let control = std::io::stdin().as_fd().try_clone_to_owned()?;
-    let report = plimsoll_vmm::run(&config, Some(adopt_inherited(handover)?), control)?;
+    let report = plimsoll_vmm::run(&config, Some(adopt_inherited(handover)?.into()), control)?;
     if report.abandoned > 0 {
         // Threads still wait in the kernel for pages; only the end of the process frees them.
         std::process::exit(3);

@@ -18,6 +18,7 @@
 use plimsoll_store::{SLAB_SIZE, SlabId, SlabMemory, SlabTag, SlabsExhausted};
 use plimsoll_sys::mapping::{ExclusiveMapping, MemfdError};
 use plimsoll_types::ByteCount;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 const TAG: usize = size_of::<u64>();
 
@@ -42,6 +43,34 @@ impl MemfdSlabs {
         let mut memory = ExclusiveMapping::create(name, ByteCount((head + capacity * SLAB_SIZE) as u64))?;
         memory.grow(ByteCount(head as u64))?;
         Ok(Self { memory, capacity, held: 0, lowest: 0 })
+    }
+
+    /// Goes on with the slabs of an earlier manager, made with the same limit. What that one had begun to acquire, or to give
+    /// back, is given back.
+    ///
+    /// # Errors
+    /// [`MemfdError`] when the file cannot be mapped, or somebody has it mapped.
+    pub fn inherit(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
+        let capacity = usize::try_from(limit.0).unwrap_or(usize::MAX).div_ceil(SLAB_SIZE).max(1);
+        let head = Self::head(capacity);
+        let memory = ExclusiveMapping::inherit(file, ByteCount((head + capacity * SLAB_SIZE) as u64))?;
+        let mut slabs = Self { memory, capacity, held: 0, lowest: 0 };
+        slabs.memory.grow(ByteCount(head as u64))?;
+        let present = (slabs.memory.len() - head) / SLAB_SIZE;
+        for slab in 0..present {
+            if slabs.tag(slab) != 0 {
+                slabs.held += 1;
+                continue;
+            }
+            let (offset, length) = Self::extent(capacity, slab);
+            slabs.memory.punch_hole(offset, length)?;
+        }
+        Ok(slabs)
+    }
+
+    /// The file, for whoever keeps a copy of its descriptor for the next manager.
+    pub fn keepsake(&self) -> BorrowedFd<'_> {
+        self.memory.keepsake()
     }
 
     const fn head(capacity: usize) -> usize {

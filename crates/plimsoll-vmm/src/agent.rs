@@ -12,7 +12,7 @@
 use crate::memory::{Managed, Memory, Shard};
 use crate::pins::PageRun;
 use crate::shards::Cut;
-use crate::wire::{self, Item, Op, Outcome, Stop, Ticket};
+use crate::wire::{self, Item, Op, Outcome, Stop, Ticket, Welcome};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::mapping::RangeError;
@@ -49,12 +49,13 @@ pub(crate) fn serve(socket: BorrowedFd<'_>, memory: &Memory, shard: usize, epoch
             // An empty datagram looks like the end of the connection; the socket's state tells them apart.
             Ok(None) if is_open(socket) => &[],
             Ok(None) | Err(RecvError::Reset) => return Ended::Closed { malformed },
+            Err(RecvError::DescriptorsTruncated { .. }) if is_welcome(&buffer) => continue,
             Err(RecvError::BytesTruncated { .. } | RecvError::DescriptorsTruncated { .. }) => &[],
             Err(RecvError::Other(source)) => return Ended::Failed(source),
             Err(other) => return Ended::Failed(io::Error::other(other)),
         };
         let Ok((ticket, items)) = wire::decode_request(bytes) else {
-            malformed += 1;
+            malformed += u64::from(!is_welcome(bytes));
             continue;
         };
         let outcomes = agent.execute(ticket, &items);
@@ -66,6 +67,12 @@ pub(crate) fn serve(socket: BorrowedFd<'_>, memory: &Memory, shard: usize, epoch
             Err(other) => return Ended::Failed(io::Error::other(other)),
         }
     }
+}
+
+/// A manager that takes over from one that died while it welcomed the machine does so once more.
+fn is_welcome(bytes: &[u8]) -> bool {
+    let welcome = bytes.get(..wire::WELCOME_SIZE).map(Welcome::decode);
+    matches!(welcome, Some(Ok(Welcome::Accepted { .. })))
 }
 
 fn is_open(socket: BorrowedFd<'_>) -> bool {

@@ -18,8 +18,8 @@
 //! registration pages are the kernel's, so loading needs no manager; after it nothing is opened any more.
 //!
 //! # Known holes
-//! * After the manager's death the guest stalls at its next absent page until the machine is stopped; a new manager
-//!   cannot take over yet.
+//! * After the manager's death the guest stalls at its next absent page until another manager takes over, which only a daemon
+//!   has, or the machine is stopped.
 //! * An in-process guest that waits for a page cannot be interrupted. It is abandoned, and its process must end.
 //! * There is no `immediate_exit`: kicks are repeated every few milliseconds until the vCPU answers.
 //! * Memory must lie below 512 GiB and touch at most 254 GiB-aligned gibibytes: the page tables' window is 1 MiB.
@@ -54,7 +54,7 @@ pub use machine::Death;
 pub use memory::{DiscardError, Memory, MemoryError};
 pub use probe::{Accel, probe};
 pub use sandbox::SandboxError;
-pub use start::run;
+pub use start::{Manager, run};
 pub use supervise::ExitReport;
 
 use std::io;
@@ -85,6 +85,9 @@ pub enum VmmError {
     /// The manager refused, or does not speak the protocol.
     #[error("the hand-over failed")]
     Refused(#[from] wire::WireError),
+    /// The manager has closed the socket before it said whether it takes the machine.
+    #[error("the manager ended before it took the machine")]
+    Dropped,
     /// The manager kept silent.
     #[error("the manager did not answer within {seconds} seconds")]
     Silent {

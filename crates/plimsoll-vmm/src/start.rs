@@ -17,14 +17,14 @@ use plimsoll_guest::{Guest, abi};
 use plimsoll_linux::explain;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::eventfd::EventFd;
-use plimsoll_sys::fdpass;
+use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::uffd::{Mode, OpenError};
 use plimsoll_types::{ByteCount, Gpa};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::Shutdown;
+use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -44,12 +44,27 @@ enum Vcpu {
     InProcess { index: u32, params: Box<abi::Params>, start: Instant },
 }
 
-/// Runs a machine to its end. `handover` is a connected `SOCK_SEQPACKET` socket to a manager, `control` a connected
-/// `SOCK_STREAM` socket to the starter.
+/// How a machine reaches its manager.
+#[derive(Debug)]
+pub enum Manager {
+    /// A connected `SOCK_SEQPACKET` socket.
+    Socket(OwnedFd),
+    /// The path of the socket of that kind on which a daemon listens. A daemon whose manager dies before it has taken the
+    /// machine is asked again.
+    Daemon(PathBuf),
+}
+
+impl From<OwnedFd> for Manager {
+    fn from(socket: OwnedFd) -> Self {
+        Self::Socket(socket)
+    }
+}
+
+/// Runs a machine to its end. `control` is a connected `SOCK_STREAM` socket to the starter.
 ///
 /// # Errors
 /// Any [`VmmError`]; nothing was started, or all of it has ended.
-pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> Result<ExitReport, VmmError> {
+pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> Result<ExitReport, VmmError> {
     let parent = ProcessId::parent();
     let layout = config.check()?;
     if config.management == Management::Managed && handover.is_none() {
@@ -83,7 +98,8 @@ pub fn run(config: &VmmConfig, handover: Option<OwnedFd>, control: OwnedFd) -> R
     };
     memory.register()?;
     let accepted = match handover.filter(|_| config.management == Management::Managed) {
-        Some(socket) => Some(hand_over(config, &memory, socket)?),
+        Some(Manager::Socket(socket)) => Some(hand_over(config, &memory, socket)?),
+        Some(Manager::Daemon(path)) => Some(hand_over_to_daemon(config, &memory, &path)?),
         None => None,
     };
     sandbox::drop_rights(config.sandbox, parent)?;
@@ -217,6 +233,32 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> VmmError {
     VmmError::Handover(io::Error::other(error))
 }
 
+/// Hands the machine to a daemon's manager, and to the next one as often as that one dies before it has taken it: until it is
+/// welcomed it belongs to nobody.
+fn hand_over_to_daemon(config: &VmmConfig, memory: &Memory, path: &Path) -> Result<Accepted, VmmError> {
+    let since = Instant::now();
+    loop {
+        let outcome = connect(path).and_then(|socket| hand_over(config, memory, socket));
+        match outcome {
+            Err(VmmError::Dropped) if since.elapsed().as_secs() < WELCOME_SECONDS => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+fn connect(path: &Path) -> Result<OwnedFd, VmmError> {
+    let failed = |errno: rustix::io::Errno| {
+        let why = format!("cannot connect to {}: {errno}; is `plimsoll daemon` running?", path.display());
+        VmmError::Handover(io::Error::other(why))
+    };
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(failed)?;
+    let address = SocketAddrUnix::new(path).map_err(failed)?;
+    rustix::net::connect(&socket, &address).map_err(failed)?;
+    Ok(socket)
+}
+
 /// Introduces the machine, shard by shard, and waits for its identity and the first epoch.
 fn hand_over(config: &VmmConfig, memory: &Memory, socket: OwnedFd) -> Result<Accepted, VmmError> {
     let shards = u32::try_from(memory.shards().len()).unwrap_or(u32::MAX);
@@ -233,7 +275,10 @@ fn hand_over(config: &VmmConfig, memory: &Memory, socket: OwnedFd) -> Result<Acc
             features: managed.features(),
         };
         let descriptors = [managed.ram.as_fd(), managed.airlock_uffd.as_fd()];
-        fdpass::send(&socket, &hello.encode(), &descriptors).map_err(failed)?;
+        match fdpass::send(&socket, &hello.encode(), &descriptors) {
+            Err(SendError::Closed) => return Err(VmmError::Dropped),
+            sent => sent.map_err(failed)?,
+        };
     }
     let limit = Timespec { tv_sec: i64::try_from(WELCOME_SECONDS).unwrap_or(1), tv_nsec: 0 };
     let mut ready = [PollFd::new(&socket, PollFlags::IN)];
@@ -242,7 +287,10 @@ fn hand_over(config: &VmmConfig, memory: &Memory, socket: OwnedFd) -> Result<Acc
     }
     let mut buffer = [0; wire::DATAGRAM_MAX];
     let further = memory.shards().len().saturating_sub(1);
-    let received = fdpass::recv(&socket, &mut buffer, further).map_err(failed)?;
+    let received = match fdpass::recv(&socket, &mut buffer, further) {
+        Ok(None) | Err(RecvError::Reset) => return Err(VmmError::Dropped),
+        received => received.map_err(failed)?,
+    };
     let (bytes, sockets) = received.map_or((0, Vec::new()), |got| (got.bytes, got.descriptors));
     match Welcome::decode(buffer.get(..bytes).unwrap_or_default())? {
         Welcome::Accepted { .. } if sockets.len() != further => {

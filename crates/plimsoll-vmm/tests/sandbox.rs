@@ -51,7 +51,7 @@ fn child(role: &str, text: &str) {
     let input = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned().unwrap();
     let manager = (config.management == Management::Managed)
         .then(|| OwnedFd::from(std::fs::File::from(inherited_handover())));
-    let report = plimsoll_vmm::run(&config, manager, input).unwrap();
+    let report = plimsoll_vmm::run(&config, manager.map(Into::into), input).unwrap();
     assert_eq!((report.died, report.summary.wrong_words), (None, 0));
     if role == OPENS_A_FILE {
         let _ = std::fs::read("/proc/self/status");

@@ -5,8 +5,9 @@
 //! starts, as its sandbox needs.
 use plimsoll_linux::explain;
 use plimsoll_sys::process::adopt_inherited;
-use plimsoll_vmm::VmmConfig;
+use plimsoll_vmm::{Manager, VmmConfig};
 use std::io::Read;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
@@ -14,6 +15,9 @@ pub(crate) struct VmmArgs {
     /// Descriptor of a connected SOCK_SEQPACKET socket to a manager.
     #[arg(long)]
     handover_fd: Option<i32>,
+    /// The socket of a daemon that is to manage the machine.
+    #[arg(long, conflicts_with = "handover_fd")]
+    daemon: Option<PathBuf>,
     /// Descriptor of a connected SOCK_STREAM socket to the starter.
     #[arg(long)]
     control_fd: i32,
@@ -35,7 +39,8 @@ fn run(args: &VmmArgs) -> Result<ExitCode, String> {
     let config: VmmConfig =
         serde_json::from_str(&text).map_err(|error| format!("the configuration makes no sense: {error}"))?;
     let adopt = |number| adopt_inherited(number).map_err(|error| explain(&error));
-    let handover = args.handover_fd.map(adopt).transpose()?;
+    let inherited = args.handover_fd.map(adopt).transpose()?;
+    let handover = inherited.map(Manager::Socket).or_else(|| args.daemon.clone().map(Manager::Daemon));
     let control = adopt(args.control_fd)?;
     let report = plimsoll_vmm::run(&config, handover, control).map_err(|error| explain(&error))?;
     if report.abandoned > 0 {

@@ -99,6 +99,11 @@ impl Handover {
         self.shards.first().map_or(Ok(()), |first| Ok(first.tell(&welcome.encode(), &sockets)?))
     }
 
+    /// The agents' ends of all sockets but the first.
+    pub(super) fn agents(&self) -> &[OwnedFd] {
+        &self.sockets
+    }
+
     /// Tells the VMM that its machine is not taken. Best effort: one that does not listen learns it from the socket's end.
     pub fn refuse(&self, reason: String) {
         if let Some(first) = self.shards.first() {

@@ -10,13 +10,12 @@
 //! frees it.
 use super::space::{Access, InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
 use super::wire::{self, DATAGRAM_MAX, Hello, Item, Op, Outcome, Ticket};
-use parking_lot::Mutex;
 use plimsoll_core::replacement::Run;
 use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::pagemap::{Categories, Filter, Pagemap, PagemapError};
 use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::process_memory::{self, Advice, Refusal};
-use plimsoll_sys::uffd::{self, Event, EventBuffer, Stop, Userfaultfd, Wake};
+use plimsoll_sys::uffd::{self, Event, Journal, Stop, Userfaultfd, Wake};
 use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{
     BLOCK_SIZE, ByteCount, Hva, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount, PageIndex, SlotPage,
@@ -49,8 +48,6 @@ pub struct Custody {
     /// Kept because the last copy of a userfaultfd must not close while pages are absent.
     airlock: Userfaultfd,
     socket: OwnedFd,
-    /// Discards that were read and are not in the page words yet.
-    unapplied: Mutex<Vec<SpaceEvent>>,
 }
 
 impl Custody {
@@ -61,12 +58,17 @@ impl Custody {
         [ram, airlock]: [Userfaultfd; 2],
         socket: OwnedFd,
     ) -> Self {
-        Self { hello, process, ram, airlock, socket, unapplied: Mutex::default() }
+        Self { hello, process, ram, airlock, socket }
     }
 
     /// Sends to the VMM, with descriptors.
     pub(super) fn tell(&self, message: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<(), SendError> {
         fdpass::send(&self.socket, message, descriptors).map(drop)
+    }
+
+    /// What has to be kept: RAM's userfaultfd, the airlock's, the agent's socket, the process.
+    pub(super) fn descriptors(&self) -> [BorrowedFd<'_>; 4] {
+        [self.ram.as_fd(), self.airlock.as_fd(), self.socket.as_fd(), self.process.as_fd()]
     }
 
     /// The VMM's process id.
@@ -144,6 +146,29 @@ impl Custody {
         process_memory::advise(&self.process, &[range], Advice::Collapse).stop.is_none()
     }
 
+    /// What an event says of the machine's pages.
+    fn understand(&self, event: &Event, found: &mut Vec<SpaceEvent>) -> Result<(), SpaceError> {
+        match *event {
+            Event::PageFault { address, access, .. } => {
+                let access = match access {
+                    uffd::Access::Read => Access::Read,
+                    uffd::Access::Write => Access::Write,
+                };
+                let pages = self.pages_in(address, Hva(address.0.saturating_add(1)));
+                found.extend(pages.map(|pages| SpaceEvent::Fault { page: PageIndex(pages.start), access }));
+            }
+            Event::Remove { start, end } => {
+                let discard = |pages: Range<u32>| SpaceEvent::Discard {
+                    first: PageIndex(pages.start),
+                    pages: pages.end - pages.start,
+                };
+                found.extend(self.pages_in(start, end).map(discard));
+            }
+            ref event => return Err(SpaceError::MapChanged { what: format!("{event:?}") }),
+        }
+        Ok(())
+    }
+
     /// A page's address in the VMM and how many pages follow in its region, itself included.
     fn locate(&self, page: PageIndex) -> Option<(Hva, u32)> {
         let (region, offset) = self.hello.layout.locate(page)?;
@@ -214,7 +239,8 @@ pub struct LinuxSpace {
     custody: Arc<Custody>,
     epoch: u64,
     sequence: u32,
-    events: EventBuffer,
+    /// Outlives the manager, like the words.
+    journal: Journal,
     datagram: Vec<u8>,
     /// Opened when first needed, and the process's for good: the file stays with the memory it was opened on.
     pagemap: Option<Pagemap>,
@@ -226,13 +252,12 @@ pub struct LinuxSpace {
 
 impl LinuxSpace {
     /// Speaks with `epoch` from now on; an earlier manager's requests need [`Space::begin_epoch`].
-    pub fn new(custody: Arc<Custody>, epoch: u64) -> Self {
-        let events = EventBuffer::new(EVENTS_PER_READ);
+    pub fn new(custody: Arc<Custody>, journal: Journal, epoch: u64) -> Self {
         Self {
             custody,
             epoch,
             sequence: 0,
-            events,
+            journal,
             datagram: Vec::with_capacity(DATAGRAM_MAX),
             pagemap: None,
             filled: None,
@@ -373,46 +398,23 @@ fn installed(
 impl Space for LinuxSpace {
     fn read_events(&mut self, found: &mut Vec<SpaceEvent>) -> Result<(), SpaceError> {
         if !std::mem::replace(&mut self.has_replayed, true) {
-            found.extend(self.custody.unapplied.lock().iter());
+            // Whoever waits for a page is woken by the take-over and asks again.
+            let left = self.journal.left().into_iter();
+            let mut discards = left.filter(|event| !matches!(event, Event::PageFault { .. }));
+            discards.try_for_each(|event| self.custody.understand(&event, found))?;
         }
         for _ in 0..READS_MAX {
-            let read = self.custody.ram.read_events(&mut self.events);
+            let read = self.custody.ram.read_journaled(&mut self.journal, EVENTS_PER_READ);
             let events = read.map_err(|source| SpaceError::Io { what: "reading events", source })?;
-            let count = events.len();
-            for event in events {
-                match event {
-                    Event::PageFault { address, access, .. } => {
-                        let access = match access {
-                            uffd::Access::Read => Access::Read,
-                            uffd::Access::Write => Access::Write,
-                        };
-                        let pages = self.custody.pages_in(address, Hva(address.0.saturating_add(1)));
-                        found.extend(
-                            pages.map(|pages| SpaceEvent::Fault { page: PageIndex(pages.start), access }),
-                        );
-                    }
-                    Event::Remove { start, end } => {
-                        let pages = self.custody.pages_in(start, end);
-                        let discards = pages.map(|pages| SpaceEvent::Discard {
-                            first: PageIndex(pages.start),
-                            pages: pages.end - pages.start,
-                        });
-                        let discards: Vec<SpaceEvent> = discards.collect();
-                        self.custody.unapplied.lock().extend(&discards);
-                        found.extend(discards);
-                    }
-                    event => return Err(SpaceError::MapChanged { what: format!("{event:?}") }),
-                }
-            }
-            if count < EVENTS_PER_READ {
+            events.iter().try_for_each(|event| self.custody.understand(event, found))?;
+            if events.len() < EVENTS_PER_READ {
                 break;
             }
         }
         Ok(())
     }
-
     fn applied(&mut self) {
-        self.custody.unapplied.lock().clear();
+        self.journal.forget();
     }
 
     fn copy(&mut self, first: PageIndex, pages: &[PageBytes]) -> Result<Installed, SpaceError> {

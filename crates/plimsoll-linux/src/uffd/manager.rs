@@ -12,6 +12,7 @@
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
 //!   [`Orders`](super::host::Orders) how much to give up.
 use super::drive::{End, drive};
+use super::estate::{Estate, EstateError, Inheritance};
 use super::governor::govern;
 use super::handover::{Handover, HandoverError};
 use super::host::{Domain, Host, Incident};
@@ -39,7 +40,7 @@ use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -89,6 +90,9 @@ pub enum AdmitError {
         /// What it may own.
         limit: ByteCount,
     },
+    /// It could not be entered into what outlives this process.
+    #[error("the machine could not be entered into the register")]
+    Estate(#[from] EstateError),
     /// A bug: its domain has no store.
     #[error("{domain} has no store")]
     NoSuchDomain {
@@ -127,12 +131,39 @@ pub struct Vault {
     store_limit: ByteCount,
     machines: Vec<MachineVault>,
     domains: Vec<(DomainId, GroupId, MemfdSlabs)>,
+    /// Machines that could not be put together.
+    lost: Vec<(MachineId, EstateError)>,
+    estate: Option<Arc<Estate>>,
 }
 
 impl Vault {
     /// A host on which no manager has run yet.
     pub fn new(budget: Budget, store_limit: ByteCount) -> Self {
-        Self { epoch: 0, next_id: 1, budget, store_limit, machines: Vec::new(), domains: Vec::new() }
+        Self {
+            epoch: 0,
+            next_id: 1,
+            budget,
+            store_limit,
+            machines: Vec::new(),
+            domains: Vec::new(),
+            lost: Vec::new(),
+            estate: None,
+        }
+    }
+
+    /// What a manager in another process has left, if any, and what outlives this process from now on.
+    pub fn of_estate(estate: Estate, budget: Budget, store_limit: ByteCount) -> Self {
+        let Inheritance { machines, domains, lost } = estate.inherit();
+        Self {
+            epoch: estate.epoch(),
+            next_id: estate.next_id(),
+            budget,
+            store_limit,
+            machines,
+            domains,
+            lost,
+            estate: Some(Arc::new(estate)),
+        }
     }
 
     /// Machines in it.
@@ -173,6 +204,8 @@ pub struct Manager {
     machines: BTreeMap<MachineId, Running>,
     /// Machines that could not be taken over. They stall, and keep their bytes for the next manager.
     unmanaged: Vec<MachineVault>,
+    /// What outlives this process, if anything is to.
+    estate: Option<Arc<Estate>>,
     governed: Governed,
     tended: Domains,
     housekeeping: Housekeeping,
@@ -188,6 +221,9 @@ impl Manager {
     pub fn start(vault: Vault, probe: Arc<dyn Probe>) -> Result<Self, AdmitError> {
         let host = Arc::new(Host::with_probe(vault.budget, probe));
         let epoch = vault.epoch + 1;
+        if let Some(estate) = &vault.estate {
+            estate.set_epoch(epoch);
+        }
         let mut manager = Self {
             host,
             epoch,
@@ -196,20 +232,24 @@ impl Manager {
             domains: BTreeMap::new(),
             machines: BTreeMap::new(),
             unmanaged: Vec::new(),
+            estate: vault.estate,
             governed: Governed::default(),
             tended: Domains::default(),
             housekeeping: Housekeeping::default(),
             staff: None,
         };
+        for (machine, error) in &vault.lost {
+            manager.lost(*machine, error);
+        }
         let mut recovered = Vec::new();
-        for kept in vault.machines {
+        for (kept, parts) in manager.recover_all(vault.machines) {
             manager.host.ledger(|ledger| ledger.add_group(kept.membership.group));
-            match manager.recover(&kept) {
+            match parts {
                 Ok(parts) => {
                     kept.enlist(&manager.host);
                     recovered.push((kept, parts));
                 }
-                Err(PagerError::Space(SpaceError::Gone)) => {}
+                Err(PagerError::Space(SpaceError::Gone)) => manager.strike(kept.id),
                 Err(error) => {
                     manager.lost(kept.id, &error);
                     // What it was promised stays taken. Were there no room for that, there would be none for it.
@@ -256,10 +296,29 @@ impl Manager {
         Ok(manager)
     }
 
+    /// Takes machines over side by side: one whose VMM is slow to answer keeps the others waiting as little as can be.
+    fn recover_all(&self, machines: Vec<MachineVault>) -> Vec<(MachineVault, Result<Vec<Part>, PagerError>)> {
+        std::thread::scope(|scope| {
+            let recover = |kept: MachineVault| {
+                scope.spawn(move || {
+                    let parts = self.recover(&kept);
+                    (kept, parts)
+                })
+            };
+            let threads: Vec<_> = machines.into_iter().map(recover).collect();
+            // A panic there is one here: a manager that cannot go on is replaced.
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        })
+    }
+
     /// Takes all shards of a machine over, or none.
     fn recover(&self, kept: &MachineVault) -> Result<Vec<Part>, PagerError> {
         let recover = |shard: &ShardVault| {
-            let mut space = LinuxSpace::new(Arc::clone(&shard.custody), self.epoch);
+            let journal = shard.words.journal().map_err(journal_lost)?;
+            let mut space = LinuxSpace::new(Arc::clone(&shard.custody), journal, self.epoch);
             let hello = &shard.custody.hello;
             let (layout, shape) = (hello.layout.clone(), Shape::blocks(hello.airlock_slots));
             let (words, seed) = (Arc::clone(&shard.words), u64::from(shard.id.0));
@@ -315,13 +374,21 @@ impl Manager {
         process: Pidfd,
         membership: Membership,
     ) -> Result<MachineId, AdmitError> {
-        let handover = Handover::receive(socket, process, HANDOVER_PATIENCE)?;
+        self.welcome(Handover::receive(socket, process, HANDOVER_PATIENCE)?, membership)
+    }
+
+    /// Takes a machine that was handed over and starts managing it.
+    ///
+    /// # Errors
+    /// [`AdmitError`]; the VMM is told why.
+    pub fn welcome(&mut self, handover: Handover, membership: Membership) -> Result<MachineId, AdmitError> {
         let ids: Vec<MachineId> = (self.next_id..).map(MachineId).take(handover.shards.len()).collect();
         let admitted = self.take(&ids, &handover, membership);
         match &admitted {
             Ok(_) => self.next_id += u32::try_from(ids.len()).unwrap_or(u32::MAX),
             Err(error) => {
                 handover.refuse(explain(error));
+                ids.iter().for_each(|id| self.strike(*id));
                 for id in ids {
                     self.host.strike(id);
                     let _ = self.host.ledger(|ledger| ledger.remove(id));
@@ -346,6 +413,9 @@ impl Manager {
         }
         if !self.domains.contains_key(&membership.domain.0) {
             let slabs = MemfdSlabs::create("plimsoll-store", self.store_limit)?;
+            if let Some(estate) = &self.estate {
+                estate.enter_domain(membership.domain, membership.group, &slabs, self.store_limit)?;
+            }
             let domain = Domain::new(membership.domain, membership.group, Store::new(slabs));
             self.add_domain(domain);
         }
@@ -359,9 +429,23 @@ impl Manager {
         }
         kept.enlist(&self.host);
         self.enter(&kept, &parts)?;
+        if let Some(estate) = &self.estate {
+            estate.set_next_id(self.next_id.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX)));
+            estate.offer(&kept, handover.agents())?;
+        }
         handover.accept(id, self.epoch)?;
+        if let Some(estate) = &self.estate {
+            estate.taken(id);
+        }
         self.launch(kept, parts, Origin::New).map_err(|(_, error)| error)?;
         Ok(id)
+    }
+
+    /// Nothing of the machine outlives this process any more.
+    fn strike(&self, id: MachineId) {
+        if let Some(estate) = &self.estate {
+            estate.strike(id);
+        }
     }
 
     /// Makes the tables of a shard that was just handed over.
@@ -374,7 +458,7 @@ impl Manager {
         let machine = Machine::new(hello.layout.clone(), Arc::clone(&words), shape, seed, |page| {
             presence.has_page(page)
         })?;
-        let space = LinuxSpace::new(Arc::clone(custody), self.epoch);
+        let space = LinuxSpace::new(Arc::clone(custody), words.journal()?, self.epoch);
         let stats = MachineStats::default();
         Ok((ShardVault { id, custody: Arc::clone(custody), words, stats }, (machine, space)))
     }
@@ -519,12 +603,28 @@ impl Manager {
         if self.is_gone(id)
             && let Some(running) = self.machines.remove(&id)
         {
+            self.strike(id);
             for shard in running.shards {
                 let _ = shard.thread.join();
                 self.governed.lock().remove(&shard.id);
                 self.host.strike(shard.id);
             }
         }
+    }
+
+    /// Forgets every machine that is gone, those that could not be taken over too.
+    pub fn forget_gone(&mut self) -> Vec<MachineId> {
+        let ended: Vec<MachineVault> = self.unmanaged.extract_if(.., |kept| kept.has_ended()).collect();
+        for kept in &ended {
+            self.strike(kept.id);
+            for shard in &kept.shards {
+                self.host.strike(shard.id);
+                let _ = self.host.ledger(|ledger| ledger.remove(shard.id));
+            }
+        }
+        let gone: Vec<MachineId> = self.machines.keys().copied().filter(|id| self.is_gone(*id)).collect();
+        gone.iter().for_each(|id| self.forget(*id));
+        ended.into_iter().map(|kept| kept.id).chain(gone).collect()
     }
 
     /// What a machine's VMM handed over, of its first shard: where its memory is. To be looked at and let go, because a
@@ -594,6 +694,13 @@ impl Manager {
             store_limit: self.store_limit,
             machines,
             domains,
+            lost: Vec::new(),
+            estate: self.estate,
         }
     }
+}
+
+/// A machine without its journal is one whose words are damaged.
+fn journal_lost(error: MemfdError) -> PagerError {
+    SpaceError::Io { what: "opening the journal of events", source: std::io::Error::other(error) }.into()
 }

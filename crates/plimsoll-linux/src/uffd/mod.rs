@@ -100,7 +100,7 @@
 //! * **A machine gives nothing when asked** (pinned pages, a silent agent, a full store). After a while others are asked in its
 //!   place, so that it cannot keep the host at its hard line.
 //! * **The manager dies at any point.** Words, slots, objects and descriptors outlive it, in a
-//!   [`Vault`](manager::Vault). [`recovery`] tells how the next
+//!   [`Vault`](manager::Vault), or with its process in an [`estate`]. [`recovery`] tells how the next
 //!   one puts them together. Between the two the guest waits; it never reads zeros, because the last copy of its
 //!   userfaultfd is not closed.
 //!
@@ -123,8 +123,6 @@
 //!   or the next take-over.
 //! * A block of which something was ever given back is not left to the kernel again, and gets huge pages only by
 //!   collapsing. Pages discarded in a block that is left to the kernel stay charged until it is looked at.
-//! * The vault lives in the manager's process: a new manager takes over within it. When the process dies, its machines stall
-//!   until they are ended.
 //! * Pages that come back from limbo are not charged beforehand: up to about half a MiB a machine can be out before the
 //!   next batch is given back.
 //! * A machine that could not be taken over, or whose pager panicked, keeps everything it holds until the next take-over.
@@ -137,6 +135,7 @@
 mod ahead;
 mod blocks;
 mod drive;
+pub mod estate;
 pub mod governor;
 pub mod handover;
 pub mod host;

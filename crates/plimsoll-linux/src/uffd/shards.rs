@@ -16,7 +16,9 @@ use plimsoll_core::word::{PageState, PageWord};
 use plimsoll_store::Handle;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
+use plimsoll_sys::uffd::Journal;
 use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE, PageIndex};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -25,18 +27,55 @@ use std::time::{Duration, Instant};
 /// How long a stopping manager waits for a pager before it ends the VMM that keeps it.
 const STOP_PATIENCE: Duration = Duration::from_secs(40);
 
-/// Page words in a memfd.
+/// Events that may have been read and not applied: what a pager takes in a turn.
+const JOURNAL_EVENTS: usize = 256;
+
+/// Page words in a memfd, and behind them the journal of events.
 #[derive(Debug)]
 pub struct MemfdWords {
-    memory: SharedMapping,
+    file: Memfd,
+    memory: Arc<SharedMapping>,
     pages: usize,
 }
 
 impl MemfdWords {
     pub(super) fn create(pages: usize) -> Result<Self, MemfdError> {
-        let bytes = (pages * size_of::<u64>()).next_multiple_of(PAGE_SIZE);
-        let memory = SharedMapping::new(&Memfd::create("plimsoll-words", ByteCount(bytes as u64))?)?;
-        Ok(Self { memory, pages })
+        Self::map(Memfd::create("plimsoll-words", Self::size(pages))?, pages)
+    }
+
+    /// Those that an earlier manager made for so many pages.
+    pub(super) fn inherit(file: OwnedFd, pages: usize) -> Result<Self, MemfdError> {
+        let file = Memfd::try_from(file)?;
+        if file.size() != Self::size(pages) {
+            return Err(MemfdError::Size { size: file.size() });
+        }
+        Self::map(file, pages)
+    }
+
+    fn map(file: Memfd, pages: usize) -> Result<Self, MemfdError> {
+        let memory = Arc::new(SharedMapping::new(&file)?);
+        Ok(Self { file, memory, pages })
+    }
+
+    const fn journal_offset(pages: usize) -> ByteCount {
+        ByteCount((pages * size_of::<u64>()).next_multiple_of(PAGE_SIZE) as u64)
+    }
+
+    const fn size(pages: usize) -> ByteCount {
+        let journal = (Journal::size(JOURNAL_EVENTS).0 as usize).next_multiple_of(PAGE_SIZE);
+        ByteCount(Self::journal_offset(pages).0 + journal as u64)
+    }
+
+    /// The journal, with what an earlier pager has left in it.
+    pub(super) fn journal(&self) -> Result<Journal, MemfdError> {
+        let journal =
+            Journal::open(Arc::clone(&self.memory), Self::journal_offset(self.pages), JOURNAL_EVENTS);
+        journal.ok_or(MemfdError::Size { size: self.file.size() })
+    }
+
+    /// For whoever keeps a copy for the next manager.
+    pub(super) fn keepsake(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Every object a word names, once per word. A word that is damaged names none.

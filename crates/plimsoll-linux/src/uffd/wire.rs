@@ -59,6 +59,8 @@ pub const ITEMS_MAX: usize = 512;
 /// nothing can be taken, without POISON a damaged page could not be told from a good one.
 pub const FEATURES_NEEDED: u64 =
     Features::EVENT_REMOVE.union(Features::EVENT_UNMAP).union(Features::MOVE).union(Features::POISON).bits();
+/// Bytes of a `Welcome`.
+pub const WELCOME_SIZE: usize = 128;
 /// An airlock of this many pages is accepted from the smallest machine, too.
 const AIRLOCK_PAGES_ALWAYS: u64 = 16 * BLOCK_PAGES as u64;
 /// The largest datagram either side sends, and so the size of a receive buffer.
@@ -102,7 +104,7 @@ struct RawWelcome {
     zero: u32,
     reason: [u8; 96],
 }
-const _: () = assert!(size_of::<RawWelcome>() == 128);
+const _: () = assert!(size_of::<RawWelcome>() == WELCOME_SIZE);
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -81,7 +81,8 @@ impl Started {
         let (socket, other) = UnixStream::pair().unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         let lines = BufReader::new(socket.try_clone().unwrap());
-        let thread = thread::spawn(move || plimsoll_vmm::run(&config, handover, other.into()));
+        let thread =
+            thread::spawn(move || plimsoll_vmm::run(&config, handover.map(Into::into), other.into()));
         Self { socket, lines, thread }
     }
 

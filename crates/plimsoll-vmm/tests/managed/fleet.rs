@@ -101,7 +101,7 @@ pub(crate) fn sweep() -> WorkloadSpec {
 pub(crate) fn child(config: &str, handover: i32) -> ExitCode {
     let config: VmmConfig = serde_json::from_str(config).unwrap();
     let control = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-    match plimsoll_vmm::run(&config, Some(adopt_inherited(handover).unwrap()), control) {
+    match plimsoll_vmm::run(&config, Some(adopt_inherited(handover).unwrap().into()), control) {
         // Threads still wait in the kernel for pages; only the end of the process frees them.
         Ok(report) if report.abandoned > 0 => std::process::exit(3),
         Ok(report) if report.died.is_none() => ExitCode::SUCCESS,
