@@ -57,20 +57,19 @@ impl Slots {
         Ok(Self((0..count).map(|_| None).collect()))
     }
 
-    /// The slots that the program executed before by this process has [left open](Self::leave_open).
+    /// The slots that the program executed before by this process has [left open](Self::leave_open). To be called before
+    /// anything else: what is open at such a number and not close-on-exec came with the process and is nobody's, since whatever
+    /// this workspace and the standard library open is close-on-exec. It is when it was taken, so nothing is taken twice.
     ///
     /// # Errors
     /// As for [`new`](Self::new).
-    ///
-    /// # Safety
-    /// Nothing else in this process owns a descriptor of a number from [`FIRST`] on.
-    pub unsafe fn inherit(count: u32) -> io::Result<Self> {
+    pub fn inherit(count: u32) -> io::Result<Self> {
         let mut slots = Self::new(count)?;
         for (slot, number) in slots.0.iter_mut().zip(FIRST..) {
-            // SAFETY: borrowed for these calls, which the kernel refuses where the number is not open.
-            let is_open = unsafe { fcntl_getfd(BorrowedFd::borrow_raw(number)) }.is_ok();
-            if is_open {
-                // SAFETY: it is open, and the caller says that nobody else owns it.
+            // SAFETY: borrowed for this call, which the kernel refuses where the number is not open.
+            let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
+            if flags.is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
+                // SAFETY: it is open and not close-on-exec, so nobody in this process owns it, as argued above.
                 let fd = unsafe { OwnedFd::from_raw_fd(number) };
                 fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
                 *slot = Some(fd);

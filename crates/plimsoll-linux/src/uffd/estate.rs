@@ -391,7 +391,18 @@ impl Estate {
 
     /// Nothing of the machine is to be kept any more.
     pub(super) fn strike(&self, machine: MachineId) {
-        let records: Vec<_> = self.records_of(machine).collect();
+        self.strike_all(self.records_of(machine).collect());
+    }
+
+    /// Nothing of the domain, whose machines are gone, is to be kept any more.
+    pub(super) fn strike_domain(&self, domain: DomainId) {
+        let records = self.records();
+        self.strike_all(
+            records.filter(|(.., record)| record.kind == DOMAIN && record.domain == domain.0).collect(),
+        );
+    }
+
+    fn strike_all(&self, records: Vec<(usize, u64, Record)>) {
         records.iter().for_each(|(at, ..)| self.state(*at).store(FREE, Ordering::Release));
         records.iter().for_each(|(_, _, record)| self.let_go(self.held(record)));
     }

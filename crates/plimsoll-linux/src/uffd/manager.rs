@@ -38,7 +38,7 @@ use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::MemfdError;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -349,6 +349,21 @@ impl Manager {
         self.domains.get(&id.0).map(Arc::as_ref)
     }
 
+    /// All domains.
+    pub fn domains(&self) -> impl Iterator<Item = &Domain<MemfdSlabs>> {
+        self.domains.values().map(Arc::as_ref)
+    }
+
+    /// Counts managers of these machines.
+    pub const fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// The identity that the next machine gets.
+    pub const fn next_id(&self) -> MachineId {
+        MachineId(self.next_id)
+    }
+
     fn add_domain(&mut self, domain: Domain<MemfdSlabs>) {
         let (id, domain) = (domain.id, Arc::new(domain));
         self.tended.lock().push(Arc::downgrade(&domain));
@@ -612,7 +627,7 @@ impl Manager {
         }
     }
 
-    /// Forgets every machine that is gone, those that could not be taken over too.
+    /// Forgets every machine that is gone, those that could not be taken over too, and every domain that has none left.
     pub fn forget_gone(&mut self) -> Vec<MachineId> {
         let ended: Vec<MachineVault> = self.unmanaged.extract_if(.., |kept| kept.has_ended()).collect();
         for kept in &ended {
@@ -624,7 +639,25 @@ impl Manager {
         }
         let gone: Vec<MachineId> = self.machines.keys().copied().filter(|id| self.is_gone(*id)).collect();
         gone.iter().for_each(|id| self.forget(*id));
-        ended.into_iter().map(|kept| kept.id).chain(gone).collect()
+        let ids: Vec<MachineId> = ended.into_iter().map(|kept| kept.id).chain(gone).collect();
+        if !ids.is_empty() {
+            self.close_domains();
+        }
+        ids
+    }
+
+    /// Frees the stores of domains without machines.
+    fn close_domains(&mut self) {
+        let running = self.machines.values().map(|running| running.membership.domain);
+        let kept = self.unmanaged.iter().map(|kept| kept.membership.domain);
+        let used: BTreeSet<u32> = running.chain(kept).map(|domain| domain.0).collect();
+        let unused: Vec<u32> = self.domains.keys().copied().filter(|id| !used.contains(id)).collect();
+        for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
+            let _ = self.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, ByteCount(0)));
+            if let Some(estate) = &self.estate {
+                estate.strike_domain(domain.id);
+            }
+        }
     }
 
     /// What a machine's VMM handed over, of its first shard: where its memory is. To be looked at and let go, because a

@@ -1,0 +1,403 @@
+//! The manager's process: takes over what the keeper has, takes machines, answers an operator.
+//!
+//! Enters: settings, and the keeper's socket. Leaves: managed machines, until the process is killed, which may be at any instant, or
+//! is told to stop while it has none. What must never happen: a VMM, or somebody on a socket, keeping this thread waiting.
+//! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one.
+use super::milestones::{Milestones, now_ns};
+use super::status::{Answer, DomainStatus, MachineStatus, Request, Status};
+use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
+use crate::keeper::client::Client;
+use parking_lot::Mutex;
+use plimsoll_core::ledger::{Budget, Kind};
+use plimsoll_core::word::StateKind;
+use plimsoll_linux::cgroup::foreign::ProcessCgroup;
+use plimsoll_linux::explain;
+use plimsoll_linux::procsum::ProcessSum;
+use plimsoll_linux::uffd::estate::{Estate, Keep};
+use plimsoll_linux::uffd::handover::Handover;
+use plimsoll_linux::uffd::host::Incident;
+use plimsoll_linux::uffd::manager::{MachineView, Manager, Membership, Meter, Vault};
+use plimsoll_linux::uffd::probe::Probe;
+use plimsoll_sys::eventfd::EventFd;
+use plimsoll_sys::fdpass;
+use plimsoll_sys::{ProcessId, process};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// How long a VMM may take to hand its machine over.
+const HANDOVER_PATIENCE: Duration = Duration::from_secs(30);
+/// Machines that may be handed over at the same time.
+const HANDOVERS_MAX: usize = 16;
+/// How long somebody who asks may keep the answer waiting.
+const ANSWER_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How often it is looked whether a machine is gone.
+const LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
+const INCIDENTS_MAX: usize = 100;
+/// The longest request.
+const REQUEST_MAX: usize = 4096;
+const GROUP: GroupId = GroupId(1);
+
+/// What is in use, as the settings say.
+#[derive(Clone)]
+enum Used {
+    Processes(Arc<Mutex<ProcessSum>>),
+    Group(ProcessCgroup),
+}
+
+impl Used {
+    fn new(counted: Counted) -> Result<Self, DaemonError> {
+        let own = ProcessId::own();
+        let failed = |error: &dyn std::error::Error| DaemonError::Count(explain(error));
+        Ok(match counted {
+            Counted::Group => Self::Group(ProcessCgroup::of(own).map_err(|error| failed(&error))?),
+            Counted::Processes => {
+                let sum = ProcessSum::new([own].into_iter().chain(ProcessId::parent()));
+                Self::Processes(Arc::new(Mutex::new(sum.map_err(|error| failed(&error))?)))
+            }
+        })
+    }
+
+    fn add(&self, process: ProcessId) {
+        if let Self::Processes(sum) = self {
+            // One that has ended already uses nothing.
+            let _ = sum.lock().add(process);
+        }
+    }
+
+    fn now(&self) -> ByteCount {
+        match self {
+            Self::Processes(sum) => sum.lock().sample().unwrap_or_default(),
+            Self::Group(group) => group.numbers().map(|numbers| numbers.used).unwrap_or_default(),
+        }
+    }
+}
+
+impl Meter for Used {
+    fn used(&mut self) -> ByteCount {
+        self.now()
+    }
+}
+
+/// What a thread has received, or the incident that it could not.
+type Received = Result<Handover, String>;
+
+/// Machines on their way from their VMMs.
+#[derive(Clone)]
+struct Arrivals {
+    received: Arc<Mutex<VecDeque<Received>>>,
+    arrived: Arc<EventFd>,
+    under_way: Arc<AtomicUsize>,
+}
+
+impl Arrivals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { received: Arc::default(), arrived: Arc::new(EventFd::new()?), under_way: Arc::default() })
+    }
+
+    /// Receives a machine on a thread of its own.
+    fn await_one(&self, socket: OwnedFd) -> Result<(), String> {
+        let process =
+            fdpass::peer_pidfd(&socket).map_err(|error| format!("a VMM cannot be held: {error}"))?;
+        if self.under_way.fetch_add(1, Ordering::Relaxed) >= HANDOVERS_MAX {
+            self.under_way.fetch_sub(1, Ordering::Relaxed);
+            return Err(format!(
+                "more than {HANDOVERS_MAX} machines are being handed over; one was turned away"
+            ));
+        }
+        let arrivals = self.clone();
+        let receive = move || {
+            let received = Handover::receive(socket, process, HANDOVER_PATIENCE);
+            let received =
+                received.map_err(|error| format!("a machine was not handed over: {}", explain(&error)));
+            arrivals.received.lock().push_back(received);
+            arrivals.under_way.fetch_sub(1, Ordering::Relaxed);
+            let _ = arrivals.arrived.signal();
+        };
+        let started = std::thread::Builder::new().name("handover".to_owned()).spawn(receive);
+        started.map(drop).map_err(|error| {
+            self.under_way.fetch_sub(1, Ordering::Relaxed);
+            format!("no thread for a machine: {error}")
+        })
+    }
+}
+
+/// The manager and what it talks to.
+struct Session<'a> {
+    settings: &'a Settings,
+    keeper: Arc<Client>,
+    manager: Manager,
+    milestones: Arc<Milestones>,
+    used: Used,
+    handover: OwnedFd,
+    control: OwnedFd,
+    arrivals: Arrivals,
+    incidents: VecDeque<String>,
+    started_ns: u64,
+    serving_ns: u64,
+    is_alone: bool,
+}
+
+/// Manages machines until the process is killed, or told to stop when it has none. `keeper` is the number of the
+/// descriptor under which the keeper's socket was inherited.
+///
+/// # Errors
+/// [`DaemonError`].
+pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
+    let started_ns = now_ns();
+    let wanted =
+        [(SIGTERM, Arc::new(AtomicBool::new(false))), (SIGINT, Arc::default()), (SIGHUP, Arc::default())];
+    let (signalled, write) = UnixStream::pair().map_err(DaemonError::Wait)?;
+    for (signal, flag) in &wanted {
+        let write = write.try_clone().map_err(DaemonError::Wait)?;
+        signal_hook::flag::register(*signal, Arc::clone(flag)).map_err(DaemonError::Wait)?;
+        signal_hook::low_level::pipe::register(*signal, write).map_err(DaemonError::Wait)?;
+    }
+    signalled.set_nonblocking(true).map_err(DaemonError::Wait)?;
+    let [term, int, _] = wanted.each_ref().map(|(_, flag)| flag);
+
+    let mut session = Session::open(settings, keeper, started_ns)?;
+    loop {
+        session.turn(&signalled)?;
+        let is_told = [term, int].into_iter().any(|flag| flag.swap(false, Ordering::Relaxed));
+        if is_told && session.may_stop() {
+            drop(session.manager.stop());
+            return Ok(());
+        }
+    }
+}
+
+impl<'a> Session<'a> {
+    fn open(settings: &'a Settings, keeper: RawFd, started_ns: u64) -> Result<Self, DaemonError> {
+        let socket = process::adopt_inherited(keeper).map_err(DaemonError::NoKeeper)?;
+        let (keeper, mut kept) = Client::connect(socket).map_err(DaemonError::NoKeeper)?;
+        let mut own = |slot| {
+            let missing = || DaemonError::NoKeeper(io::Error::other(format!("slot {slot} is empty")));
+            kept.remove(&slot).ok_or_else(missing)
+        };
+        let (handover, control, _lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
+        let keeper = Arc::new(keeper);
+        let used = Used::new(settings.counted)?;
+        let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
+        let vault = Vault::of_estate(estate, Budget::within(settings.budget), settings.store_limit);
+        let milestones = Arc::new(Milestones::default());
+        let mut manager = Manager::start(vault, Arc::clone(&milestones) as Arc<dyn Probe>)?;
+        manager.govern(Box::new(used.clone()), SAMPLE_PERIOD)?;
+        for view in manager.machines() {
+            manager.custody(view.id).into_iter().for_each(|custody| used.add(custody.process()));
+        }
+        let serving_ns = now_ns();
+        // Best effort: a keeper that is gone is noticed below.
+        let _ = keeper.serving();
+        let arrivals = Arrivals::new().map_err(DaemonError::Wait)?;
+        Ok(Self {
+            settings,
+            keeper,
+            manager,
+            milestones,
+            used,
+            handover,
+            control,
+            arrivals,
+            incidents: VecDeque::new(),
+            started_ns,
+            serving_ns,
+            is_alone: false,
+        })
+    }
+
+    /// Waits for something to do, a moment at most, and does it.
+    fn turn(&mut self, signalled: &UnixStream) -> Result<(), DaemonError> {
+        let arrived = self.arrivals.arrived.as_fd();
+        let watched = [self.handover.as_fd(), self.control.as_fd(), arrived, signalled.as_fd()];
+        let mut polled = watched.each_ref().map(|fd| PollFd::new(fd, PollFlags::IN));
+        match poll(&mut polled, Some(&LOOK_PERIOD)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(DaemonError::Wait(errno.into())),
+        }
+        let [machine, operator, received, signal] = polled.map(|polled| !polled.revents().is_empty());
+        if signal {
+            let _ = rustix::io::read(signalled, &mut [0; 64]);
+        }
+        if machine {
+            self.meet();
+        }
+        if received {
+            let _ = self.arrivals.arrived.drain();
+            self.take_arrivals();
+        }
+        if operator {
+            self.answer();
+        }
+        self.look();
+        Ok(())
+    }
+
+    /// Who has connected, if it may: root, or whoever runs the daemon.
+    fn connected(&mut self, listener: &OwnedFd) -> Option<OwnedFd> {
+        let socket = accept_with(listener, SocketFlags::CLOEXEC).ok()?;
+        let peer = fdpass::peer_credentials(&socket).ok()?;
+        if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
+            return Some(socket);
+        }
+        self.tell(format!("user {} may not speak to this daemon and was turned away", peer.uid));
+        None
+    }
+
+    fn meet(&mut self) {
+        let Ok(listener) = self.handover.try_clone() else { return };
+        if let Some(socket) = self.connected(&listener)
+            && let Err(incident) = self.arrivals.await_one(socket)
+        {
+            self.tell(incident);
+        }
+    }
+
+    fn take_arrivals(&mut self) {
+        loop {
+            let Some(received) = self.arrivals.received.lock().pop_front() else { return };
+            match received.and_then(|handover| self.take(handover)) {
+                Ok(()) => {}
+                Err(incident) => self.tell(incident),
+            }
+        }
+    }
+
+    fn take(&mut self, handover: Handover) -> Result<(), String> {
+        let domain = match self.settings.sharing {
+            Sharing::Together => DomainId(0),
+            Sharing::Apart => DomainId(self.manager.next_id().0),
+        };
+        let process = handover.shards.first().map(|custody| custody.process());
+        let membership = Membership { group: GROUP, domain, reservation: ByteCount(0) };
+        self.manager.welcome(handover, membership).map_err(|error| explain(&error))?;
+        process.into_iter().for_each(|process| self.used.add(process));
+        Ok(())
+    }
+
+    fn answer(&mut self) {
+        let Ok(listener) = self.control.try_clone() else { return };
+        let Some(socket) = self.connected(&listener) else { return };
+        let mut ready = [PollFd::new(&socket, PollFlags::IN)];
+        if !poll(&mut ready, Some(&ANSWER_PATIENCE)).is_ok_and(|ready| ready > 0) {
+            return;
+        }
+        let mut bytes = [0; REQUEST_MAX];
+        let answer = match fdpass::recv(&socket, &mut bytes, 0) {
+            Ok(Some(received)) => self.respond(bytes.get(..received.bytes).unwrap_or_default()),
+            Ok(None) => return,
+            Err(error) => Answer::Refused(explain(&error)),
+        };
+        // Best effort: whoever does not wait for the answer does without.
+        if let Ok(text) = serde_json::to_vec(&answer) {
+            let _ = fdpass::send(&socket, &text, &[]);
+        }
+    }
+
+    fn respond(&mut self, request: &[u8]) -> Answer {
+        match serde_json::from_slice(request) {
+            Ok(Request::Status) => Answer::Status(Box::new(self.status())),
+            Ok(Request::Squeeze { machine, pages }) => {
+                self.manager.squeeze(MachineId(machine), pages);
+                Answer::Done
+            }
+            Err(error) => Answer::Refused(format!("the request makes no sense: {error}")),
+        }
+    }
+
+    /// Sees to what has happened by itself.
+    fn look(&mut self) {
+        self.manager.forget_gone();
+        for incident in self.manager.host().take_incidents() {
+            self.tell(text_of(&incident));
+        }
+        if !self.is_alone && self.keeper.is_alone() {
+            self.is_alone = true;
+            self.tell(
+                "the keeper is gone: this manager goes on, and when it ends, too, its machines stall; end them, then start the \
+                 daemon again"
+                    .to_owned(),
+            );
+        }
+    }
+
+    fn tell(&mut self, incident: String) {
+        eprintln!("plimsoll manager: {incident}");
+        self.incidents.truncate(INCIDENTS_MAX - 1);
+        self.incidents.push_front(incident);
+    }
+
+    /// A guest whose manager goes for good stalls, so one that has pages elsewhere is not left.
+    fn may_stop(&mut self) -> bool {
+        let machines = self.manager.machines();
+        if machines.is_empty() {
+            return true;
+        }
+        let elsewhere =
+            |view: &MachineView| view.stats.limbo.bytes() + view.stats.census.of(StateKind::Stored).bytes();
+        let away: ByteCount = machines.iter().map(elsewhere).sum();
+        let used = self.used.now();
+        let room = self.settings.budget.saturating_sub(used);
+        self.tell(format!(
+            "not stopped: {} machines run, and {away} of their memory are elsewhere; the budget of {} has {room} left \
+             ({used} in use); end the machines first",
+            machines.len(),
+            self.settings.budget,
+        ));
+        false
+    }
+
+    fn status(&self) -> Status {
+        let usage = self.manager.host().ledger(|ledger| ledger.host_usage());
+        let machine = |view: MachineView| MachineStatus {
+            id: view.id.0,
+            name: view.name,
+            pid: self.manager.custody(view.id).map_or(0, |custody| custody.process().get()),
+            size_bytes: view.size.0,
+            resident_bytes: view.stats.census.in_ram().bytes().0,
+            limbo_bytes: view.stats.limbo.bytes().0,
+            stored_bytes: view.stats.census.of(StateKind::Stored).bytes().0,
+            captured: view.stats.captured,
+            lost: view.stats.anomalies.lost,
+        };
+        let domains = self.manager.domains().map(|domain| {
+            let stats = domain.store(|store| store.stats());
+            let held_bytes = domain.held().0;
+            DomainStatus { id: domain.id.0, objects: stats.objects(), pages: stats.pages.0, held_bytes }
+        });
+        Status {
+            version: 1,
+            pid: std::process::id(),
+            epoch: self.manager.epoch(),
+            is_alone: self.is_alone,
+            started_ns: self.started_ns,
+            serving_ns: self.serving_ns,
+            first_page_ns: self.milestones.first_page_ns(),
+            used_bytes: self.used.now().0,
+            charged_bytes: [Kind::Resident, Kind::Limbo, Kind::Store, Kind::Tables]
+                .map(|kind| usage.of(kind).0),
+            domains: domains.collect(),
+            machines: self.manager.machines().into_iter().map(machine).collect(),
+            incidents: self.incidents.iter().cloned().collect(),
+        }
+    }
+}
+
+fn text_of(incident: &Incident) -> String {
+    match incident {
+        Incident::Poisoned { machine, page, cause } => format!("{machine}: {page} is poisoned: {cause}"),
+        Incident::Lost { machine, cause } => format!("{machine} is no longer managed: {cause}"),
+        Incident::StoreFull { machine } => format!("{machine}: the store took no more pages"),
+        Incident::BadCodec { domain } => format!("{domain}: zstd did not give back what it was given"),
+    }
+}

@@ -1,0 +1,146 @@
+//! The daemon: a keeper, and a manager that can die.
+//!
+//! Enters: settings, and machines whose VMMs hand them over on a socket. Leaves: managed machines, an account of them on a second
+//! socket. What must never happen: a second daemon on the same directory, or a stop that leaves a guest without its pages.
+//!
+//! * [`place`]: the directory, its lock and its sockets. [`manage`]: the manager's process. [`status`]: what it says about
+//!   itself. [`milestones`]: when it did what.
+//!
+//! ```text
+//! DIRECTORY/lock            held by whoever has the descriptor: the keeper and its manager
+//! DIRECTORY/handover.sock   SOCK_SEQPACKET; the hand-over protocol of plimsoll_linux::uffd::wire, one machine a connection
+//! DIRECTORY/control.sock    SOCK_SEQPACKET; a request and its answer a datagram each, JSON
+//! ```
+pub mod manage;
+pub mod milestones;
+pub mod place;
+pub mod status;
+
+use crate::keeper::serve::{End, Keeper};
+use plimsoll_linux::uffd::estate::RESERVED;
+use plimsoll_sys::launch::Program;
+use plimsoll_sys::slots::Slots;
+use plimsoll_types::ByteCount;
+use std::io;
+use std::path::PathBuf;
+use thiserror::Error;
+
+/// Descriptors that a keeper can hold: six a shard, one a domain.
+const SLOTS: u32 = 4096;
+/// The slot of the socket on which machines are handed over.
+pub const HANDOVER: u32 = 1;
+/// The slot of the socket on which an operator asks.
+pub const CONTROL: u32 = 2;
+/// The slot of the directory's lock.
+pub const LOCK: u32 = 3;
+
+/// Which machines share equal pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// None: each has a store of its own.
+    Apart,
+    /// All: one tenant's machines.
+    Together,
+}
+
+/// What the budget is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counted {
+    /// The sum over this process, its keeper and the VMMs, from /proc.
+    Processes,
+    /// The memory control group that the daemon is in. The VMMs are in it, too.
+    Group,
+}
+
+/// What a daemon is to do. Keeper and manager are told the same.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Where its sockets are.
+    pub directory: PathBuf,
+    /// What all machines, their VMMs and the daemon may use.
+    pub budget: ByteCount,
+    /// What the store of one domain may hold.
+    pub store_limit: ByteCount,
+    /// Which machines share.
+    pub sharing: Sharing,
+    /// What is counted.
+    pub counted: Counted,
+}
+
+/// A daemon could not be started or go on.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// Its directory is not to be had.
+    #[error(transparent)]
+    Place(#[from] place::PlaceError),
+    /// A descriptor of the daemon's own could not be put where it belongs.
+    #[error("the daemon's descriptors cannot be kept")]
+    Slots(#[source] io::Error),
+    /// Waiting, or catching signals, failed.
+    #[error("the daemon cannot wait for anything")]
+    Wait(#[source] io::Error),
+    /// The manager was not started by a keeper.
+    #[error("there is no keeper: `plimsoll manager` is started by `plimsoll daemon`")]
+    NoKeeper(#[source] io::Error),
+    /// What an earlier manager left is not to be understood.
+    #[error("what an earlier manager left cannot be taken over")]
+    Estate(#[from] plimsoll_linux::uffd::estate::EstateError),
+    /// The machines could not be managed.
+    #[error("the machines cannot be managed")]
+    Manager(#[from] plimsoll_linux::uffd::manager::AdmitError),
+    /// Memory cannot be counted.
+    #[error("memory cannot be counted: {0}")]
+    Count(String),
+    /// The program at the path could not be executed.
+    #[error("the new program cannot take over; this one goes on")]
+    Upgrade(#[source] io::Error),
+}
+
+/// Whether a keeper begins, or goes on in the place of an earlier version of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Beginning {
+    /// It begins.
+    Fresh,
+    /// It finds everything in its slots.
+    Resumed,
+}
+
+/// Runs the keeper: `manager` starts a manager, `successor` is the program that takes this one's place in an upgrade.
+///
+/// # Errors
+/// [`DaemonError`]; nothing is left behind.
+pub fn keep(
+    settings: &Settings,
+    beginning: Beginning,
+    manager: Program,
+    successor: &Program,
+) -> Result<End, DaemonError> {
+    let slots = match beginning {
+        Beginning::Resumed => Slots::inherit(SLOTS).map_err(DaemonError::Slots)?,
+        Beginning::Fresh => {
+            let mut slots = Slots::new(SLOTS).map_err(DaemonError::Slots)?;
+            let place = place::claim(&settings.directory)?;
+            for (slot, descriptor) in
+                [(HANDOVER, place.handover), (CONTROL, place.control), (LOCK, place.lock)]
+            {
+                slots.put(slot, descriptor).map_err(|error| DaemonError::Slots(io::Error::other(error)))?;
+            }
+            slots
+        }
+    };
+    let mut keeper = Keeper::new(slots, RESERVED, manager).map_err(DaemonError::Wait)?;
+    loop {
+        match keeper.run().map_err(DaemonError::Wait)? {
+            // Returns only if it fails, and then the next manager is one of this build.
+            End::Upgrade => {
+                let error = DaemonError::Upgrade(successor.become_it());
+                eprintln!("plimsoll keeper: {}", plimsoll_linux::explain(&error));
+            }
+            end => {
+                place::give_up(&settings.directory);
+                return Ok(end);
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What a manager says about itself and its machines.
+//!
+//! Enters: the manager's own numbers. Leaves: one JSON object a request. A field is never renamed, only added.
+use serde::{Deserialize, Serialize};
+
+/// What an operator asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Say how things are.
+    Status,
+    /// Take so many pages from a machine, once.
+    Squeeze {
+        /// Its identity.
+        machine: u32,
+        /// How many.
+        pages: u32,
+    },
+}
+
+/// What is answered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// How things are.
+    Status(Box<Status>),
+    /// It was done.
+    Done,
+    /// It was not, for this reason.
+    Refused(String),
+}
+
+/// How things are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Of this schema.
+    pub version: u32,
+    /// The manager's process.
+    pub pid: u32,
+    /// Counts managers.
+    pub epoch: u64,
+    /// The keeper is gone: this process holds all there is.
+    pub is_alone: bool,
+    /// When this manager's program began, in nanoseconds of CLOCK_MONOTONIC.
+    pub started_ns: u64,
+    /// When it had taken everything over.
+    pub serving_ns: u64,
+    /// When it brought the first page; 0 if it has not yet.
+    pub first_page_ns: u64,
+    /// Memory in use, as it is counted.
+    pub used_bytes: u64,
+    /// What the ledger has as resident, in limbo, in stores and in tables.
+    pub charged_bytes: [u64; 4],
+    /// Machines.
+    pub machines: Vec<MachineStatus>,
+    /// Sharing domains.
+    pub domains: Vec<DomainStatus>,
+    /// What the operator must know; the newest hundred since this manager began.
+    pub incidents: Vec<String>,
+}
+
+/// How a machine is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// Its identity.
+    pub id: u32,
+    /// Its name.
+    pub name: String,
+    /// Its VMM.
+    pub pid: u32,
+    /// Its size.
+    pub size_bytes: u64,
+    /// In its RAM, in limbo and stored.
+    pub resident_bytes: u64,
+    /// In limbo.
+    pub limbo_bytes: u64,
+    /// In the store, before compression.
+    pub stored_bytes: u64,
+    /// Pages taken by this manager.
+    pub captured: u64,
+    /// Pages whose bytes were gone. Never anything but 0.
+    pub lost: u64,
+}
+
+/// How a domain's store is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DomainStatus {
+    /// Its identity.
+    pub id: u32,
+    /// Objects.
+    pub objects: u64,
+    /// Pages they stand for.
+    pub pages: u64,
+    /// Memory it takes.
+    pub held_bytes: u64,
+}

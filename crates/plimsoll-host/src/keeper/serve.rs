@@ -1,0 +1,326 @@
+//! The keeper's own loop.
+//!
+//! Enters: slots, a program to start. Leaves: how it ended. Nothing here allocates after [`Keeper::new`]: not the messages,
+//! which lie on the stack, nor the slots, nor the start of a child.
+use super::protocol::{LISTING_MAX, LISTING_SIZE, REQUEST_SIZE, Request, Status, encode_listing};
+use plimsoll_sys::launch::{Ending, Program, StartError, reap};
+use plimsoll_sys::pidfd::{Pidfd, Signal};
+use plimsoll_sys::slots::Slots;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// Managers that end before they serve are started again at once so often, then ever later.
+const STARTS_AT_ONCE: u32 = 4;
+/// The first pause, doubled each time.
+const PAUSE: Duration = Duration::from_millis(20);
+/// The longest.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A keeper that holds nothing of any machine gives up after so many managers that ended before they served.
+const STARTS_MAX: u32 = 8;
+/// The status of a manager that was asked for something that cannot be.
+const UNUSABLE: i32 = 2;
+
+/// How a keeper's work ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// The manager ended because it was told to, and needs nothing any more.
+    Stopped,
+    /// No manager could be had, and there is no machine to need one.
+    Failed(Ending),
+    /// The program at the path is to go on. Everything is ready for it.
+    Upgrade,
+}
+
+/// The manager that runs.
+struct Manager {
+    process: Pidfd,
+    socket: OwnedFd,
+}
+
+/// Signals, each with what becomes readable when it comes.
+struct Signals([(Signal, UnixStream); 4]);
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        let watch = |number, signal| {
+            let (read, write) = UnixStream::pair()?;
+            read.set_nonblocking(true)?;
+            write.set_nonblocking(true)?;
+            signal_hook::low_level::pipe::register(number, write)?;
+            io::Result::Ok((signal, read))
+        };
+        Ok(Self([
+            watch(SIGTERM, Signal::TERM)?,
+            watch(SIGINT, Signal::TERM)?,
+            watch(SIGHUP, Signal::HUP)?,
+            watch(SIGUSR2, Signal::USR2)?,
+        ]))
+    }
+}
+
+/// Holds slots and has a manager.
+pub struct Keeper {
+    slots: Slots,
+    /// Slots below this one are the daemon's own.
+    reserved: u32,
+    program: Program,
+    signals: Signals,
+    manager: Option<Manager>,
+    /// Managers that have ended before they served, since one has.
+    fruitless: u32,
+    next_start: Instant,
+    is_stopping: bool,
+}
+
+impl Keeper {
+    /// Keeps `slots`, those below `reserved` for the daemon itself, and will start `program` as manager.
+    ///
+    /// # Errors
+    /// When signals cannot be caught.
+    pub fn new(slots: Slots, reserved: u32, program: Program) -> io::Result<Self> {
+        let (signals, next_start) = (Signals::new()?, Instant::now());
+        Ok(Self {
+            slots,
+            reserved,
+            program,
+            signals,
+            manager: None,
+            fruitless: 0,
+            next_start,
+            is_stopping: false,
+        })
+    }
+
+    /// What is kept.
+    pub const fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// The manager's process, while there is one.
+    pub fn manager(&self) -> Option<&Pidfd> {
+        self.manager.as_ref().map(|manager| &manager.process)
+    }
+
+    /// Works until there is nothing to do any more.
+    ///
+    /// # Errors
+    /// When waiting fails, which it does not.
+    pub fn run(&mut self) -> io::Result<End> {
+        loop {
+            if let Some(end) = self.turn(PAUSE_MAX)? {
+                return Ok(end);
+            }
+        }
+    }
+
+    /// Waits, at most so long, for something to do, and does it.
+    ///
+    /// # Errors
+    /// As for [`run`](Self::run).
+    pub fn turn(&mut self, limit: Duration) -> io::Result<Option<End>> {
+        let wait = if self.manager.is_none() && !self.start_when_due() {
+            limit.min(self.next_start.saturating_duration_since(Instant::now()))
+        } else {
+            limit
+        };
+        let [has_ended, has_asked, signals @ ..] = self.wait(wait)?;
+        for (is_set, index) in signals.into_iter().zip(0..) {
+            if is_set && let Some(end) = self.obey(index) {
+                return Ok(Some(end));
+            }
+        }
+        // What it asked before it ended counts.
+        let mut is_silent = !has_asked;
+        if has_asked && let Some(manager) = &self.manager {
+            is_silent = answer(manager, &mut self.slots, &mut self.fruitless).is_err();
+            if is_silent && !has_ended {
+                // It closed its socket or does not listen, and without that it is no manager.
+                let _ = manager.process.send_signal(Signal::KILL);
+            }
+        }
+        Ok(if has_ended && is_silent { self.bury() } else { None })
+    }
+
+    /// False while it is not time yet.
+    fn start_when_due(&mut self) -> bool {
+        if Instant::now() < self.next_start {
+            return false;
+        }
+        match start(&self.program) {
+            Ok(manager) => self.manager = Some(manager),
+            Err(error) => {
+                eprintln!("plimsoll keeper: no manager can be started: {error}");
+                self.postpone();
+            }
+        }
+        self.manager.is_some()
+    }
+
+    /// Says when the next manager is to be started.
+    fn postpone(&mut self) {
+        self.fruitless = self.fruitless.saturating_add(1);
+        let pauses = self.fruitless.saturating_sub(STARTS_AT_ONCE);
+        let pause = if pauses == 0 { Duration::ZERO } else { PAUSE * (1 << pauses.min(10)) };
+        self.next_start = Instant::now() + pause.min(PAUSE_MAX);
+    }
+
+    /// Whether the manager has ended, whether it has asked for something, and which signals came.
+    fn wait(&self, limit: Duration) -> io::Result<[bool; 6]> {
+        let [term, int, hup, usr2] = &self.signals.0;
+        // Without a manager something stands in its place that is watched anyway.
+        let stand_in = term.1.as_fd();
+        let (process, socket) =
+            self.manager.as_ref().map_or((stand_in, stand_in), |it| (it.process.as_fd(), it.socket.as_fd()));
+        let watched = [process, socket, term.1.as_fd(), int.1.as_fd(), hup.1.as_fd(), usr2.1.as_fd()];
+        let mut polled = watched.each_ref().map(|fd| PollFd::new(fd, PollFlags::IN));
+        let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+        match poll(&mut polled, Some(&limit)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let mut ready = polled.map(|polled| polled.revents().intersects(PollFlags::IN));
+        ready[..2].iter_mut().for_each(|ready| *ready &= self.manager.is_some());
+        Ok(ready)
+    }
+
+    fn obey(&mut self, index: usize) -> Option<End> {
+        let (signal, stream) = self.signals.0.get_mut(index)?;
+        let _ = stream.read(&mut [0; 64]);
+        let signal = *signal;
+        if signal == Signal::USR2 {
+            return self.prepare_upgrade();
+        }
+        self.is_stopping |= signal == Signal::TERM;
+        match &self.manager {
+            // A manager that has ended meanwhile is buried in the next turn.
+            Some(manager) => drop(manager.process.send_signal(signal)),
+            None if self.is_stopping && !self.holds_machines() => return Some(End::Stopped),
+            None => {}
+        }
+        None
+    }
+
+    /// Ends the manager as a crash would, which loses nothing, and leaves everything open.
+    fn prepare_upgrade(&mut self) -> Option<End> {
+        if let Some(manager) = self.manager.take() {
+            let _ = manager.process.send_signal(Signal::KILL);
+            let _ = reap(&manager.process);
+        }
+        match self.slots.leave_open() {
+            Ok(()) => Some(End::Upgrade),
+            Err(error) => {
+                eprintln!("plimsoll keeper: no upgrade: {error}");
+                None
+            }
+        }
+    }
+
+    fn holds_machines(&self) -> bool {
+        self.slots.taken().any(|(slot, _)| slot >= self.reserved)
+    }
+
+    /// Reaps the manager and says whether there is to be another.
+    fn bury(&mut self) -> Option<End> {
+        let manager = self.manager.take()?;
+        let process = manager.process.process();
+        let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
+        if ending == Ending::Status(0) && self.is_stopping {
+            return Some(End::Stopped);
+        }
+        self.postpone();
+        let has_machines = self.holds_machines();
+        let is_hopeless = ending == Ending::Status(UNUSABLE) || self.fruitless >= STARTS_MAX;
+        if !has_machines && is_hopeless && self.fruitless > 0 {
+            return Some(End::Failed(ending));
+        }
+        eprintln!("plimsoll keeper: the manager, {process}, ended with {ending}; starting another");
+        None
+    }
+}
+
+fn start(program: &Program) -> Result<Manager, StartError> {
+    let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+    let (socket, theirs) = pair.map_err(|errno| StartError::Spawn(errno.into()))?;
+    let process = program.start(theirs.as_fd())?;
+    Ok(Manager { process, socket })
+}
+
+/// Takes one request of the manager and answers it.
+fn answer(manager: &Manager, slots: &mut Slots, fruitless: &mut u32) -> io::Result<()> {
+    let mut bytes = [0; REQUEST_SIZE + 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let parts = &mut [IoSliceMut::new(&mut bytes)];
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let received = match recvmsg(&manager.socket, parts, &mut control, flags) {
+        Ok(received) => received,
+        Err(Errno::INTR | Errno::AGAIN) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    };
+    let (mut descriptor, mut descriptors): (Option<OwnedFd>, usize) = (None, 0);
+    for part in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = part {
+            for right in rights {
+                descriptors += 1;
+                descriptor = Some(right);
+            }
+        }
+    }
+    if received.bytes == 0 {
+        return Err(Errno::PIPE.into());
+    }
+    let is_cut = received.flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC);
+    let request = bytes.get(..received.bytes).and_then(|bytes| Request::decode(bytes, descriptors));
+    let status = match (request.filter(|_| !is_cut), descriptor) {
+        (Some(Request::List), _) => return list(manager, slots),
+        (Some(Request::Serving), _) => {
+            *fruitless = 0;
+            return Ok(());
+        }
+        (Some(Request::Keep(slot)), Some(descriptor)) => slots.put(slot, descriptor).is_ok(),
+        (Some(Request::LetGo(slot)), _) => slots.clear(slot),
+        _ => false,
+    };
+    let status = if status { Status::Done } else { Status::Refused };
+    tell(manager, &status.encode(slots.count()), &[])
+}
+
+fn list(manager: &Manager, slots: &Slots) -> io::Result<()> {
+    let mut taken = slots.taken();
+    loop {
+        let (mut numbers, mut count) = ([0; LISTING_MAX], 0);
+        let mut descriptors = [manager.socket.as_fd(); LISTING_MAX];
+        for (slot, descriptor) in taken.by_ref().take(LISTING_MAX) {
+            (numbers[count], descriptors[count]) = (slot, descriptor);
+            count += 1;
+        }
+        let mut bytes = [0; LISTING_SIZE];
+        let length = encode_listing(&mut bytes, slots.count(), &numbers[..count]);
+        tell(manager, &bytes[..length], &descriptors[..count])?;
+        if count < LISTING_MAX {
+            return Ok(());
+        }
+    }
+}
+
+fn tell(manager: &Manager, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(LISTING_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(Errno::INVAL.into());
+    }
+    // A manager that does not read what it asked for is no manager: the keeper does not wait.
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    sendmsg(&manager.socket, &[IoSlice::new(bytes)], &mut control, flags)?;
+    Ok(())
+}
