@@ -7,10 +7,11 @@
 //! * [`suites`]: which tests there are and at which level; [`tally`]: what they said. [`no_std`]: the rooms below the
 //!   line, linked without an operating system.
 //! * [`ci`]: format, lints, documentation. [`lints`]: the house rules that no other tool knows.
-//! * [`mod@bench`]: comparisons with the kernel's own mechanisms.
+//! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`chaos`]: a daemon whose manager is killed again and again.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
 mod bench;
 mod cargo;
+mod chaos;
 mod ci;
 mod lints;
 mod machine;
@@ -41,6 +42,8 @@ enum Command {
     Ci,
     /// Compare plimsoll with the kernel's own mechanisms; writes NAME.json below target/bench. See docs/bench.md.
     Bench(bench::Choice),
+    /// Kill a daemon's manager at random instants while guests verify every page; see docs/daemon.md.
+    Chaos(chaos::Choice),
 }
 
 #[derive(clap::Args)]
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         }),
         Command::Ci => ci::run(),
         Command::Bench(choice) => bench::run(&choice).map(|never| match never {}),
+        Command::Chaos(choice) => chaos::run(&choice).map(|never| match never {}),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

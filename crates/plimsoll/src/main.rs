@@ -4,6 +4,7 @@
 //! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
 mod advise;
 mod attach;
+mod daemon;
 mod demo;
 mod guest;
 mod host;
@@ -54,6 +55,11 @@ enum Verb {
     Host(host::HostArgs),
     /// Simulate hosts and machines with the policy of this program: what fits, who waits, what breaks first.
     Plan(plan::PlanArgs),
+    /// Manage the machines of VMMs that hand their memory over, and outlive a crash of the manager.
+    Daemon(daemon::DaemonArgs),
+    /// The daemon's manager: started by its keeper.
+    #[command(hide = true)]
+    Manager(daemon::ManagerArgs),
     /// Run one machine: started by the other verbs, with its configuration on standard input.
     #[command(hide = true)]
     Vmm(vmm::VmmArgs),
@@ -73,6 +79,8 @@ fn main() -> ExitCode {
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),
         Verb::Plan(args) => plan::main(&args),
+        Verb::Daemon(args) => daemon::main(&args),
+        Verb::Manager(args) => daemon::manager(&args),
         Verb::Vmm(args) => vmm::main(&args),
     }
 }

@@ -78,7 +78,7 @@ impl Used {
     fn now(&self) -> ByteCount {
         match self {
             Self::Processes(sum) => sum.lock().sample().unwrap_or_default(),
-            Self::Group(group) => group.numbers().map(|numbers| numbers.used).unwrap_or_default(),
+            Self::Group(group) => group.used().unwrap_or_default(),
         }
     }
 }
@@ -170,7 +170,9 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     loop {
         session.turn(&signalled)?;
         let is_told = [term, int].into_iter().any(|flag| flag.swap(false, Ordering::Relaxed));
-        if is_told && session.may_stop() {
+        // Without a keeper and without machines there is nothing to live for.
+        let is_left = session.is_alone && session.manager.machines().is_empty();
+        if is_left || is_told && session.may_stop() {
             drop(session.manager.stop());
             return Ok(());
         }

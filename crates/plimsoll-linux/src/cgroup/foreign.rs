@@ -93,6 +93,15 @@ impl ProcessCgroup {
         }
     }
 
+    /// Memory charged now: one of [`numbers`](Self::numbers), for a fraction of the cost.
+    ///
+    /// # Errors
+    /// As for [`numbers`](Self::numbers).
+    pub fn used(&self) -> Result<ByteCount, CgroupError> {
+        let file = self.home.version.pick("memory.usage_in_bytes", "memory.current");
+        self.required(file, parse_plain)
+    }
+
     /// Whether and how far it may swap: some of [`numbers`](Self::numbers), for less.
     ///
     /// # Errors

@@ -19,8 +19,8 @@
 //!
 //! Discards that the earlier manager had read and not applied are kept with what outlives it, and read again here. A page
 //! whose discard had been applied, but that has not gone yet, is not taken for a while. So a discard is lost only if it
-//! takes longer than that while to come into effect, or with the manager's process: then a page can come back with the
-//! guest's own old bytes instead of zeros; never with anybody else's.
+//! takes longer than that while to come into effect: then a page can come back with the guest's own old bytes instead of
+//! zeros; never with anybody else's.
 use super::pager::PagerError;
 use super::space::{Space, SpaceError, SpaceEvent};
 use plimsoll_core::airlock::Shape;

@@ -15,6 +15,7 @@ use plimsoll_vmm::report::Summary;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -35,6 +36,14 @@ pub(crate) struct GuestState {
     pub(crate) closed: bool,
 }
 
+/// Where a machine meets its manager.
+enum Meeting<'a> {
+    /// On a socket that it inherits.
+    Inherited(OwnedFd),
+    /// At a daemon's socket.
+    Daemon(&'a Path),
+}
+
 pub(crate) struct Guest {
     pub(crate) name: String,
     pub(crate) size: ByteCount,
@@ -47,21 +56,41 @@ pub(crate) struct Guest {
 impl Guest {
     /// Starts a machine. A managed one also gives the manager's end of its hand-over socket.
     pub(crate) fn spawn(config: &VmmConfig) -> Result<(Self, Option<OwnedFd>), String> {
+        let handover =
+            match config.management {
+                Management::Managed => {
+                    let pair = seqpacket_pair();
+                    Some(pair.map_err(|error| {
+                        format!("{} could not be started: {}", config.name, explain(&error))
+                    })?)
+                }
+                Management::Unmanaged => None,
+            };
+        let (ours, theirs) = handover.unzip();
+        Ok((Self::start(config, theirs.map(Meeting::Inherited))?, ours))
+    }
+
+    /// Starts a machine that hands itself over to the daemon listening there.
+    pub(crate) fn spawn_under(config: &VmmConfig, daemon: &Path) -> Result<Self, String> {
+        Self::start(config, Some(Meeting::Daemon(daemon)))
+    }
+
+    fn start(config: &VmmConfig, meeting: Option<Meeting<'_>>) -> Result<Self, String> {
         let failed = |error: &dyn std::error::Error| {
             format!("{} could not be started: {}", config.name, explain(error))
         };
         let executable = std::env::current_exe().map_err(|error| failed(&error))?;
         let (control, child_control) = UnixStream::pair().map_err(|error| failed(&error))?;
-        let handover = match config.management {
-            Management::Managed => Some(seqpacket_pair().map_err(|error| failed(&error))?),
-            Management::Unmanaged => None,
-        };
         let mut command = std::process::Command::new(executable);
         make_inheritable(&child_control).map_err(|error| failed(&error))?;
         command.arg("vmm").arg("--control-fd").arg(child_control.as_raw_fd().to_string());
-        if let Some((_, theirs)) = &handover {
-            make_inheritable(theirs).map_err(|error| failed(&error))?;
-            command.arg("--handover-fd").arg(theirs.as_raw_fd().to_string());
+        match &meeting {
+            Some(Meeting::Inherited(socket)) => {
+                make_inheritable(socket).map_err(|error| failed(&error))?;
+                command.arg("--handover-fd").arg(socket.as_raw_fd().to_string());
+            }
+            Some(Meeting::Daemon(path)) => drop(command.arg("--daemon").arg(path)),
+            None => {}
         }
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().map_err(|error| failed(&error))?;
@@ -77,15 +106,14 @@ impl Guest {
             .name(format!("events-{}", config.name))
             .spawn(move || collect(&name, events, &kept))
             .map_err(|error| failed(&error))?;
-        let guest = Self {
+        Ok(Self {
             name: config.name.clone(),
             size: ByteCount(config.ram_bytes),
             control,
             state,
             reader: Some(reader),
             child,
-        };
-        Ok((guest, handover.map(|(ours, _)| ours)))
+        })
     }
 
     pub(crate) fn state(&self) -> GuestState {

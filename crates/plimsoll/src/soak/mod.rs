@@ -6,6 +6,7 @@
 //!
 //! The seed decides what is done and in which order ([`schedule`]), and is printed first. When it is done in a guest's
 //! life is up to the machine: a replay does the same again, but threads meet as they meet.
+mod chaos;
 mod report;
 mod saboteur;
 mod schedule;
@@ -39,6 +40,9 @@ pub(crate) struct SoakArgs {
     /// What all of it together may use. Default: the least in which such guests can run.
     #[arg(long)]
     budget: Option<ByteCount>,
+    /// Run the guests under a daemon, and kill its manager's process that often, at random instants, for as long as that takes.
+    #[arg(long, value_name = "TIMES", conflicts_with = "seconds")]
+    kill_daemon: Option<u64>,
     /// What runs the guests.
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     accel: Accel,
@@ -77,6 +81,10 @@ fn run(args: &SoakArgs) -> Result<ExitCode, String> {
     };
     println!("guests: user-mode programs without a kernel of their own; run by {run_by}");
     let plan = plan(args, seed, accel)?;
+    if let Some(kills) = args.kill_daemon {
+        println!("{} guests of {} at a time; budget {}; {kills} kills", plan.guests, plan.size, plan.budget);
+        return chaos::run(&plan, kills, args.json.as_deref());
+    }
     println!("{} guests of {} at a time; budget {}; {} s", plan.guests, plan.size, plan.budget, plan.seconds);
     if let Some(file) = &args.json {
         // Found out before minutes have passed, not after them.

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
 
 mod attach;
+mod daemon;
 mod demo;
 mod host;
 mod plan;

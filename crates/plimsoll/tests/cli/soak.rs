@@ -63,6 +63,26 @@ fn a_fresh_schedule_costs_no_byte() {
     }
 }
 
+/// Few kills: `cargo xtask chaos` has 500.
+#[test]
+fn guests_outlive_a_daemon_whose_manager_is_killed_and_everything_is_accounted_for() {
+    let _alone = alone();
+    if !(can("userfaultfd") && can("cgroup")) {
+        return;
+    }
+    let words = ["soak", "--kill-daemon", "40", "--guests", "3", "--json", "chaos.json"];
+    let ended = Run::new(&words).lasting(60).output();
+    println!("{}", ended.stdout);
+    ended.expect_code(0);
+    let report = ended.json("chaos.json");
+    let number = |field: &str| report[field].as_u64().unwrap_or_else(|| panic!("no {field} in {report}"));
+    assert_eq!((number("kills"), number("wrong_words")), (40, 0));
+    assert!(number("verified_pages") > 1000, "{report}");
+    assert_eq!(number("keeper_descriptors_before"), number("keeper_descriptors_after"));
+    ended.remove("chaos.json");
+    ended.expect_nothing_left();
+}
+
 #[test]
 fn a_soak_that_cannot_run_is_refused_in_one_sentence_and_nothing_is_left() {
     for (words, option) in [

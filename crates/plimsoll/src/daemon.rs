@@ -1,0 +1,144 @@
+//! `plimsoll daemon`, and the hidden verb of its manager.
+//!
+//! Enters: what the daemon is to do. Leaves: exit status 0 when it was told to stop and had no machine left, 1 when no manager
+//! could be had, 2 when it could not be started. Keeper and manager are told the same: the manager's command line is the
+//! keeper's.
+use crate::demo::limits;
+use clap::Args;
+use plimsoll_host::daemon::{self, Beginning, Counted, Settings, Sharing};
+use plimsoll_host::keeper::protocol::VERSION;
+use plimsoll_host::keeper::serve::End;
+use plimsoll_linux::explain;
+use plimsoll_sys::launch::{HANDED, Program};
+use plimsoll_types::ByteCount;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Below this a daemon could not even run one machine.
+const BUDGET_MIN: ByteCount = ByteCount::mib(32);
+
+/// How memory is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Count {
+    /// The sum over the daemon and its machines' processes, from /proc.
+    Processes,
+    /// The memory control group in which the daemon and its machines' processes are.
+    Group,
+}
+
+#[derive(Args)]
+pub(crate) struct DaemonArgs {
+    /// Where its sockets are; made if there is none.
+    #[arg(long, value_name = "DIR", default_value = "/run/plimsoll")]
+    directory: PathBuf,
+    /// What the machines, their processes and the daemon may use.
+    #[arg(long, value_name = "SIZE")]
+    budget: ByteCount,
+    /// What the store of one sharing domain may hold. Default: the budget.
+    #[arg(long, value_name = "SIZE")]
+    store: Option<ByteCount>,
+    /// Equal pages of all machines are kept once: they are one tenant's.
+    #[arg(long)]
+    share: bool,
+    /// How memory is counted.
+    #[arg(long, value_enum, default_value_t = Count::Processes)]
+    count: Count,
+    /// Everything is in its place: an earlier program of this process has left it.
+    #[arg(long, hide = true)]
+    resumed: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct ManagerArgs {
+    #[command(flatten)]
+    daemon: DaemonArgs,
+    /// The version of the keeper's protocol.
+    #[arg(long)]
+    keeper: u32,
+}
+
+impl DaemonArgs {
+    fn settings(&self) -> Result<Settings, String> {
+        if self.budget < BUDGET_MIN {
+            return Err(format!("--budget {}: a machine cannot run in less than {BUDGET_MIN}", self.budget));
+        }
+        if self.store.is_some_and(|store| store < BUDGET_MIN) {
+            return Err(format!("--store is below {BUDGET_MIN}: it could hold next to nothing"));
+        }
+        if !self.directory.is_absolute() {
+            let shown = self.directory.display();
+            return Err(format!(
+                "--directory {shown}: a daemon outlives its working directory; use a path from /"
+            ));
+        }
+        Ok(Settings {
+            directory: self.directory.clone(),
+            budget: self.budget,
+            store_limit: self.store.unwrap_or(self.budget),
+            sharing: if self.share { Sharing::Together } else { Sharing::Apart },
+            counted: if self.count == Count::Group { Counted::Group } else { Counted::Processes },
+        })
+    }
+}
+
+pub(crate) fn main(args: &DaemonArgs) -> ExitCode {
+    match run(args) {
+        Ok(End::Stopped | End::Upgrade) => ExitCode::SUCCESS,
+        Ok(End::Failed(ending)) => {
+            eprintln!("plimsoll daemon: no manager can be had: the last ended with {ending}");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("plimsoll daemon: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: &DaemonArgs) -> Result<End, String> {
+    let settings = args.settings()?;
+    let limits = limits()?;
+    if !args.resumed && settings.budget > limits.available {
+        return Err(format!(
+            "--budget {}: this host has {} available; use less, or free some",
+            settings.budget, limits.available
+        ));
+    }
+    let failed = |error: &dyn std::error::Error| explain(error);
+    let path = std::env::current_exe().map_err(|error| failed(&error))?;
+    let own: Vec<OsString> = std::env::args_os().skip(2).filter(|word| word != "--resumed").collect();
+    let program = |path: &OsStr, verb: &[&str]| {
+        let words =
+            ["plimsoll"].iter().chain(verb).map(OsStr::new).chain(own.iter().map(OsString::as_os_str));
+        let variables: Vec<OsString> = std::env::vars_os()
+            .map(|(mut name, value)| {
+                name.push("=");
+                name.push(value);
+                name
+            })
+            .collect();
+        Program::new(path, words, variables.iter().map(OsString::as_os_str)).map_err(|error| failed(&error))
+    };
+    let version = VERSION.to_string();
+    let manager = program(OsStr::new("/proc/self/exe"), &["manager", "--keeper", &version])?;
+    let successor = program(path.as_os_str(), &["daemon", "--resumed"])?;
+    let beginning = if args.resumed { Beginning::Resumed } else { Beginning::Fresh };
+    daemon::keep(&settings, beginning, manager, &successor).map_err(|error| failed(&error))
+}
+
+pub(crate) fn manager(args: &ManagerArgs) -> ExitCode {
+    let managed = args.daemon.settings().and_then(|settings| {
+        if args.keeper != VERSION {
+            return Err(format!("the keeper speaks version {}, and this manager {VERSION}", args.keeper));
+        }
+        daemon::manage::manage(&settings, HANDED).map_err(|error| explain(&error))
+    });
+    match managed {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("plimsoll manager: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
