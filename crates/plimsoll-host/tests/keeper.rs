@@ -34,13 +34,14 @@ const TURN: Duration = Duration::from_millis(20);
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 7] = [
+const TESTS: [Test; 8] = [
     ("what_a_killed_manager_gave_is_there_for_the_next", a_killed_manager),
     ("more_descriptors_than_fit_in_a_message_come_back_each_in_its_slot", many_descriptors),
     ("a_keeper_allocates_nothing_once_it_runs", allocates_nothing),
     ("requests_that_make_no_sense_are_refused_and_change_nothing", nonsense),
     ("managers_that_never_serve_are_started_ever_later_and_for_ever_while_machines_are_kept", never_serves),
     ("a_keeper_without_machines_gives_up_a_manager_that_cannot_be", cannot_be),
+    ("a_manager_that_hangs_is_replaced", hangs),
     ("a_keeper_that_is_told_to_stop_ends_with_its_manager", told_to_stop),
 ];
 
@@ -111,6 +112,12 @@ fn manager(conduct: &str) -> ExitCode {
             ExitCode::FAILURE
         }
         "cannot-be" => ExitCode::from(2),
+        "hangs" => {
+            keeper.serving().unwrap();
+            loop {
+                std::thread::park();
+            }
+        }
         "waits" => {
             keeper.serving().unwrap();
             board.word(GOOD).store(1, Ordering::SeqCst);
@@ -195,6 +202,10 @@ fn talks_nonsense(keeper: &Client, board: &Board) -> ExitCode {
 // The tests.
 
 fn keeper(conduct: &str) -> (Keeper, Board) {
+    keeper_that_waits(conduct, PATIENCE)
+}
+
+fn keeper_that_waits(conduct: &str, silence_max: Duration) -> (Keeper, Board) {
     let own = std::env::current_exe().unwrap();
     let words = [OsStr::new("keeper"), OsStr::new(ROLE), OsStr::new(conduct)];
     let environment: Vec<OsString> = Vec::new();
@@ -205,7 +216,7 @@ fn keeper(conduct: &str) -> (Keeper, Board) {
     let board = Board(SharedMapping::new(&memfd).unwrap());
     let mut slots = Slots::new(512).unwrap();
     slots.put(BOARD, memfd.into()).unwrap();
-    (Keeper::new(slots, RESERVED, program).unwrap(), board)
+    (Keeper::new(slots, RESERVED, program, silence_max).unwrap(), board)
 }
 
 /// Has the keeper work until something is so.
@@ -282,9 +293,16 @@ fn cannot_be() {
     let (mut keeper, board) = keeper("cannot-be");
     assert_eq!(until(&mut keeper, |_| false), Some(End::Failed(Ending::Status(2))));
     assert_eq!(board.get(STARTS), 1, "a manager that says it cannot be is not asked again");
+    drop(keeper);
     let (mut keeper, board) = self::keeper("never-serves");
     assert_eq!(until(&mut keeper, |_| false), Some(End::Failed(Ending::Status(1))));
     assert_eq!(board.get(STARTS), 8);
+}
+
+fn hangs() {
+    let (mut keeper, board) = keeper_that_waits("hangs", Duration::from_millis(100));
+    assert_eq!(until(&mut keeper, |_| board.get(STARTS) >= 3), None);
+    end(keeper);
 }
 
 fn told_to_stop() {

@@ -48,13 +48,15 @@ pub enum SlotError {
 pub struct Slots(Box<[Option<OwnedFd>]>);
 
 impl Slots {
-    /// Makes `count` empty slots, raising this process's limit of descriptors as far as that needs and it may.
+    /// Makes `count` empty slots, raising this process's limit of descriptors as far as that needs and it may. What whoever
+    /// started the process happened to leave open at their numbers is closed.
     ///
     /// # Errors
     /// When the limit cannot be raised.
     pub fn new(count: u32) -> io::Result<Self> {
-        raise_limit(count)?;
-        Ok(Self((0..count).map(|_| None).collect()))
+        let mut slots = Self::inherit(count)?;
+        slots.0.fill_with(|| None);
+        Ok(slots)
     }
 
     /// The slots that the program executed before by this process has [left open](Self::leave_open). To be called before
@@ -64,7 +66,8 @@ impl Slots {
     /// # Errors
     /// As for [`new`](Self::new).
     pub fn inherit(count: u32) -> io::Result<Self> {
-        let mut slots = Self::new(count)?;
+        raise_limit(count)?;
+        let mut slots = Self((0..count).map(|_| None).collect());
         for (slot, number) in slots.0.iter_mut().zip(FIRST..) {
             // SAFETY: borrowed for this call, which the kernel refuses where the number is not open.
             let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });

@@ -25,6 +25,7 @@ use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::collections::VecDeque;
 use std::io;
@@ -32,7 +33,7 @@ use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a VMM may take to hand its machine over.
 const HANDOVER_PATIENCE: Duration = Duration::from_secs(30);
@@ -42,6 +43,8 @@ const HANDOVERS_MAX: usize = 16;
 const ANSWER_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How often it is looked whether a machine is gone.
 const LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+/// How often the keeper is told that this manager lives.
+const SIGN_PERIOD: Duration = Duration::from_secs(1);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 const INCIDENTS_MAX: usize = 100;
 /// The longest request.
@@ -146,6 +149,8 @@ struct Session<'a> {
     started_ns: u64,
     serving_ns: u64,
     is_alone: bool,
+    /// When the keeper was told last that this manager lives.
+    told: Instant,
 }
 
 /// Manages machines until the process is killed, or told to stop when it has none. `keeper` is the number of the
@@ -173,6 +178,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
         // Without a keeper and without machines there is nothing to live for.
         let is_left = session.is_alone && session.manager.machines().is_empty();
         if is_left || is_told && session.may_stop() {
+            announce(&[NotifyState::Stopping]);
             drop(session.manager.stop());
             return Ok(());
         }
@@ -201,6 +207,8 @@ impl<'a> Session<'a> {
         let serving_ns = now_ns();
         // Best effort: a keeper that is gone is noticed below.
         let _ = keeper.serving();
+        let status = format!("{} machines", manager.machines().len());
+        announce(&[NotifyState::Ready, NotifyState::Status(&status)]);
         let arrivals = Arrivals::new().map_err(DaemonError::Wait)?;
         Ok(Self {
             settings,
@@ -215,6 +223,7 @@ impl<'a> Session<'a> {
             started_ns,
             serving_ns,
             is_alone: false,
+            told: Instant::now(),
         })
     }
 
@@ -323,6 +332,11 @@ impl<'a> Session<'a> {
         for incident in self.manager.host().take_incidents() {
             self.tell(text_of(&incident));
         }
+        if self.told.elapsed() >= SIGN_PERIOD {
+            self.told = Instant::now();
+            // One that is gone is noticed below.
+            let _ = self.keeper.serving();
+        }
         if !self.is_alone && self.keeper.is_alone() {
             self.is_alone = true;
             self.tell(
@@ -393,6 +407,11 @@ impl<'a> Session<'a> {
             incidents: self.incidents.iter().cloned().collect(),
         }
     }
+}
+
+/// Tells systemd, if it started the daemon. Best effort: a supervisor that does not listen changes nothing for a guest.
+fn announce(states: &[NotifyState<'_>]) {
+    let _ = sd_notify::notify(states);
 }
 
 fn text_of(incident: &Incident) -> String {

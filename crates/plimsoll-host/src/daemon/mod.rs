@@ -23,10 +23,13 @@ use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 use thiserror::Error;
 
 /// Descriptors that a keeper can hold: six a shard, one a domain.
 const SLOTS: u32 = 4096;
+/// How long a manager may say nothing. Taking over takes milliseconds; a VMM that does not answer holds it up for 30 s.
+const SILENCE_MAX: Duration = Duration::from_secs(90);
 /// The slot of the socket on which machines are handed over.
 pub const HANDOVER: u32 = 1;
 /// The slot of the socket on which an operator asks.
@@ -129,7 +132,7 @@ pub fn keep(
             slots
         }
     };
-    let mut keeper = Keeper::new(slots, RESERVED, manager).map_err(DaemonError::Wait)?;
+    let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
     loop {
         match keeper.run().map_err(DaemonError::Wait)? {
             // Returns only if it fails, and then the next manager is one of this build.

@@ -13,7 +13,7 @@
 //!   | starts it, its socket as descriptor 3  |
 //!   |<---------------------------------------|  list          everything that is kept, slot by slot
 //!   |--------------------------------------->|
-//!   |<---------------------------------------|  serving       back-off begins anew
+//!   |<---------------------------------------|  serving       back-off begins anew; then every second, or it hangs
 //!   |<---------------------------------------|  keep 9 + fd   answered when it is there
 //!   |<---------------------------------------|  let go 9
 //!   |                  ... SIGKILL ...       x
@@ -25,7 +25,7 @@
 //! the path now; descriptors stay open across that, and the new keeper's first manager takes over as after a crash.
 //!
 //! # Known holes
-//! * A manager that hangs is not noticed; what it no longer does shows in its machines.
+//! * A manager counts as hanging when its main thread does. A pager's thread that hangs shows in its machine.
 //! * When the keeper dies, the manager goes on and says so; when that one dies too, the VMMs' own copies of their userfaultfds keep
 //!   their guests waiting, and nobody can bring the pages.
 pub mod client;

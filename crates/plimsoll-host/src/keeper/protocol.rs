@@ -29,7 +29,7 @@ pub enum Request {
     LetGo(u32),
     /// Send a copy of everything that is kept.
     List,
-    /// The machines that were kept are served.
+    /// The machines that were kept are served. Said once a second: a manager that says nothing hangs.
     Serving,
 }
 

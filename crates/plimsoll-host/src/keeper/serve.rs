@@ -45,6 +45,8 @@ pub enum End {
 struct Manager {
     process: Pidfd,
     socket: OwnedFd,
+    /// When it was started, or asked for something last.
+    heard: Instant,
 }
 
 /// Signals, each with what becomes readable when it comes.
@@ -74,6 +76,8 @@ pub struct Keeper {
     /// Slots below this one are the daemon's own.
     reserved: u32,
     program: Program,
+    /// A manager that is silent for so long hangs.
+    silence_max: Duration,
     signals: Signals,
     manager: Option<Manager>,
     /// Managers that have ended before they served, since one has.
@@ -83,16 +87,18 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Keeps `slots`, those below `reserved` for the daemon itself, and will start `program` as manager.
+    /// Keeps `slots`, those below `reserved` for the daemon itself, and will start `program` as manager. One that says nothing
+    /// for `silence_max` is replaced.
     ///
     /// # Errors
     /// When signals cannot be caught.
-    pub fn new(slots: Slots, reserved: u32, program: Program) -> io::Result<Self> {
+    pub fn new(slots: Slots, reserved: u32, program: Program, silence_max: Duration) -> io::Result<Self> {
         let (signals, next_start) = (Signals::new()?, Instant::now());
         Ok(Self {
             slots,
             reserved,
             program,
+            silence_max,
             signals,
             manager: None,
             fruitless: 0,
@@ -141,12 +147,17 @@ impl Keeper {
         }
         // What it asked before it ended counts.
         let mut is_silent = !has_asked;
-        if has_asked && let Some(manager) = &self.manager {
+        if has_asked && let Some(manager) = &mut self.manager {
+            manager.heard = Instant::now();
             is_silent = answer(manager, &mut self.slots, &mut self.fruitless).is_err();
             if is_silent && !has_ended {
                 // It closed its socket or does not listen, and without that it is no manager.
                 let _ = manager.process.send_signal(Signal::KILL);
             }
+        }
+        if let Some(manager) = self.manager.as_ref().filter(|it| it.heard.elapsed() > self.silence_max) {
+            // It hangs. What it had is as a crash leaves it.
+            let _ = manager.process.send_signal(Signal::KILL);
         }
         Ok(if has_ended && is_silent { self.bury() } else { None })
     }
@@ -252,7 +263,7 @@ fn start(program: &Program) -> Result<Manager, StartError> {
     let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
     let (socket, theirs) = pair.map_err(|errno| StartError::Spawn(errno.into()))?;
     let process = program.start(theirs.as_fd())?;
-    Ok(Manager { process, socket })
+    Ok(Manager { process, socket, heard: Instant::now() })
 }
 
 /// Takes one request of the manager and answers it.

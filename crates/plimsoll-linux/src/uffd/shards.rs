@@ -62,8 +62,8 @@ impl MemfdWords {
     }
 
     const fn size(pages: usize) -> ByteCount {
-        let journal = (Journal::size(JOURNAL_EVENTS).0 as usize).next_multiple_of(PAGE_SIZE);
-        ByteCount(Self::journal_offset(pages).0 + journal as u64)
+        let journal = Journal::size(JOURNAL_EVENTS).0.next_multiple_of(PAGE_SIZE as u64);
+        ByteCount(Self::journal_offset(pages).0 + journal)
     }
 
     /// The journal, with what an earlier pager has left in it.

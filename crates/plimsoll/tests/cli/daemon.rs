@@ -2,7 +2,9 @@
 use super::run::{Run, Running, can, wait_until};
 use rustix::process::Signal;
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A directory that is removed at the end.
 struct Directory(PathBuf);
@@ -127,4 +129,28 @@ fn a_manager_without_keeper_and_machines_ends_and_the_next_daemon_finds_a_stale_
     let next = start(&directory);
     next.signal(Signal::TERM);
     next.wait().expect_code(0).expect_nothing_left();
+}
+
+#[test]
+fn a_supervisor_is_told_when_machines_are_served_and_when_not_any_more() {
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("supervised");
+    let path = std::env::temp_dir().join(format!("plimsoll-notify-{}", std::process::id()));
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let heard = || {
+        let mut bytes = [0; 1000];
+        let length = socket.recv(&mut bytes).expect("nothing is said");
+        String::from_utf8(bytes[..length].to_vec()).unwrap()
+    };
+    let words = ["daemon", "--budget", "64M", "--directory", directory.text()];
+    let daemon = Run::new(&words).with("NOTIFY_SOCKET", &path).start();
+    let ready = heard();
+    assert!(ready.contains("READY=1") && ready.contains("STATUS=0 machines"), "{ready}");
+    daemon.signal(Signal::TERM);
+    assert!(heard().contains("STOPPING=1"));
+    fs::remove_file(path).unwrap();
+    daemon.wait().expect_code(0).expect_nothing_left();
 }

@@ -92,6 +92,12 @@ impl Run {
         Self { mark, folder, swaps: swaps(), command, lasting: Duration::ZERO }
     }
 
+    /// Runs it with that in its environment.
+    pub(crate) fn with(mut self, name: &str, value: &Path) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
     /// Runs it as that user and group.
     pub(crate) fn by(mut self, id: u32) -> Self {
         use std::os::unix::process::CommandExt;

@@ -1,0 +1,218 @@
+//! The estate with a keeper that is a map, and managers that "die" by being dropped.
+use super::*;
+use crate::explain;
+use crate::uffd::wire::{DATAGRAM_MAX, FEATURES_NEEDED};
+use plimsoll_core::layout::{GuestLayout, Region};
+use plimsoll_core::map::Words;
+use plimsoll_store::{SlabKind, SlabMemory, SlabTag};
+use plimsoll_sys::fdpass;
+use plimsoll_sys::uffd::Mode;
+use plimsoll_types::{Gpa, Hva};
+
+/// Holds copies, as the keeper does.
+#[derive(Default)]
+struct Map(Mutex<BTreeMap<u32, OwnedFd>>);
+
+impl Map {
+    fn slots_taken(&self) -> Vec<u32> {
+        self.0.lock().keys().copied().collect()
+    }
+
+    /// What the next manager gets.
+    fn copies(&self) -> BTreeMap<u32, OwnedFd> {
+        self.0.lock().iter().map(|(slot, fd)| (*slot, fd.try_clone().unwrap())).collect()
+    }
+
+    fn open(self: &Arc<Self>) -> Result<Estate, EstateError> {
+        Estate::open(Arc::clone(self) as Arc<dyn Keep>, self.copies())
+    }
+}
+
+impl Keep for Map {
+    fn keep(&self, slot: u32, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        assert!(
+            self.0.lock().insert(slot, descriptor.try_clone_to_owned()?).is_none(),
+            "slot {slot} is taken"
+        );
+        Ok(())
+    }
+
+    fn let_go(&self, slot: u32) -> io::Result<()> {
+        assert!(self.0.lock().remove(&slot).is_some(), "slot {slot} is empty");
+        Ok(())
+    }
+
+    fn slots(&self) -> u32 {
+        64
+    }
+}
+
+const LIMIT: ByteCount = ByteCount::mib(4);
+
+/// A machine of so many shards, and its VMM's ends of the sockets. `None` where there is no userfaultfd.
+fn machine(id: u32, shards: u32) -> Option<(MachineVault, Vec<OwnedFd>)> {
+    let own = ProcessId::own();
+    let process = Arc::new(Pidfd::open(own).unwrap());
+    let (mut vaults, mut agents) = (Vec::new(), Vec::new());
+    for shard in 0..shards {
+        let at = u64::from(shard) << 30;
+        let region = Region { start: Gpa(at), bytes: ByteCount::mib(2) };
+        let hello = Hello {
+            name: "m".to_owned(),
+            shard,
+            shards,
+            layout: GuestLayout::new(vec![region]).unwrap(),
+            hvas: vec![Hva((1 << 40) + at)],
+            airlock_base: Hva((1 << 41) + at),
+            airlock_slots: 1,
+            features: FEATURES_NEEDED,
+        };
+        let uffd =
+            || Userfaultfd::open(Mode::UserOnly).inspect_err(|error| println!("SKIPPED: {}", explain(error)));
+        let uffds = [uffd().ok()?, uffd().ok()?];
+        let (ours, theirs) = fdpass::seqpacket_pair().unwrap();
+        let words = Arc::new(MemfdWords::create(hello.layout.page_limit().get()).unwrap());
+        words.words()[5].store(77, Ordering::Relaxed);
+        let custody = Arc::new(Custody::new(hello, Arc::clone(&process), uffds, ours));
+        vaults.push(ShardVault { id: MachineId(id + shard), custody, words, stats: MachineStats::default() });
+        agents.push(theirs);
+    }
+    let membership = Membership { group: GroupId(1), domain: DomainId(2), reservation: ByteCount::mib(1) };
+    Some((MachineVault { id: MachineId(id), membership, shards: vaults }, agents))
+}
+
+fn heard(agent: &OwnedFd) -> Option<(Welcome, usize)> {
+    let mut ready = [rustix::event::PollFd::new(agent, rustix::event::PollFlags::IN)];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    rustix::event::poll(&mut ready, Some(&now)).ok().filter(|ready| *ready > 0)?;
+    let mut bytes = [0; DATAGRAM_MAX];
+    let received = fdpass::recv(agent, &mut bytes, 64).unwrap()?;
+    Some((Welcome::decode(&bytes[..received.bytes]).unwrap(), received.descriptors.len()))
+}
+
+#[test]
+fn a_domain_comes_back_with_its_slabs_and_is_gone_when_it_was_struck() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let mut slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+    estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    let slab = slabs.acquire(SlabTag::new(SlabKind::Records { sequence: 0 })).unwrap();
+    slabs.bytes_mut(slab).fill(9);
+    estate.set_epoch(7);
+    estate.set_next_id(12);
+    let early = keeper.open().unwrap().inherit();
+    assert!(early.domains.is_empty() && early.lost.len() == 1, "taken from a manager that lives");
+    drop((slabs, estate, early));
+
+    let estate = keeper.open().unwrap();
+    assert_eq!((estate.epoch(), estate.next_id()), (7, 12));
+    let mut inheritance = estate.inherit();
+    let (id, group, slabs) = inheritance.domains.pop().unwrap();
+    assert_eq!((id, group, slabs.held()), (DomainId(2), GroupId(1), 1));
+    assert!(slabs.bytes(slab).iter().all(|byte| *byte == 9));
+    estate.strike_domain(id);
+    assert_eq!(keeper.slots_taken(), [REGISTER]);
+    drop((slabs, estate));
+    assert!(keeper.open().unwrap().inherit().domains.is_empty());
+}
+
+#[test]
+fn a_machine_comes_back_with_everything_and_one_that_was_offered_is_welcomed_again() {
+    for shards in [1, 3] {
+        let keeper = Arc::new(Map::default());
+        let estate = keeper.open().unwrap();
+        let Some((machine, agents)) = machine(5, shards) else { return };
+        let further: Vec<OwnedFd> = agents.iter().skip(1).map(|agent| agent.try_clone().unwrap()).collect();
+        estate.offer(&machine, &further).unwrap();
+        drop((machine, estate));
+
+        let estate = keeper.open().unwrap();
+        let mut machines = estate.inherit().machines;
+        let inherited = machines.pop().unwrap();
+        assert_eq!((inherited.id, inherited.shards.len()), (MachineId(5), shards as usize));
+        assert_eq!(inherited.membership.domain, DomainId(2));
+        assert_eq!(inherited.membership.reservation, ByteCount::mib(1));
+        for (shard, index) in inherited.shards.iter().zip(0..) {
+            assert_eq!((shard.id, shard.custody.hello.shard), (MachineId(5 + index), index));
+            assert_eq!(shard.words.words()[5].load(Ordering::Relaxed), 77);
+            assert_eq!(shard.custody.process(), ProcessId::own());
+        }
+        let welcome = Welcome::Accepted { machine: 5, epoch: 0 };
+        assert_eq!(heard(&agents[0]), Some((welcome, shards as usize - 1)));
+        drop((inherited, estate));
+
+        // Now it counts as taken.
+        let estate = keeper.open().unwrap();
+        assert_eq!(estate.inherit().machines.len(), 1);
+        assert_eq!(heard(&agents[0]), None);
+        estate.strike(MachineId(5));
+        assert_eq!(keeper.slots_taken(), [REGISTER]);
+    }
+}
+
+#[test]
+fn what_no_record_names_is_let_go_and_a_machine_entered_by_half_does_not_count() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let Some((machine, agents)) = machine(5, 2) else { return };
+    // As a manager leaves it that dies between two records.
+    let mut slots = Vec::new();
+    let record = estate.record(&machine, &machine.shards[0], None, &mut slots).unwrap();
+    estate.enter(&[record], OFFERED).unwrap();
+    estate.keep(agents[0].as_fd(), &mut slots).unwrap();
+    assert_eq!(keeper.slots_taken().len(), 1 + 5 + 1);
+    drop((machine, estate));
+    let inheritance = keeper.open().unwrap().inherit();
+    assert!(inheritance.machines.is_empty() && inheritance.lost.is_empty());
+    assert_eq!(keeper.slots_taken(), [REGISTER]);
+    assert!(keeper.open().unwrap().records().next().is_none());
+}
+
+#[test]
+fn nothing_is_let_go_because_of_a_damaged_record() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let Some((machine, _agents)) = machine(5, 1) else { return };
+    estate.offer(&machine, &[]).unwrap();
+    let held = keeper.slots_taken();
+    estate.place(0)[6].fetch_xor(1 << 40, Ordering::Relaxed);
+    drop((machine, estate));
+    let inheritance = keeper.open().unwrap().inherit();
+    assert_eq!((inheritance.machines.len(), inheritance.lost.len()), (0, 1));
+    assert_eq!(keeper.slots_taken(), held);
+}
+
+#[test]
+fn a_register_that_is_newer_or_none_is_refused_and_left_alone() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    estate.head(HEAD_VERSION).store(u64::from(VERSION) + 1, Ordering::Relaxed);
+    let newer = keeper.open().unwrap_err();
+    assert!(matches!(newer, EstateError::Version { found } if found == VERSION + 1), "{newer}");
+    estate.head(0).store(1, Ordering::Relaxed);
+    assert!(matches!(keeper.open(), Err(EstateError::Magic { found: 1 })));
+    let small = Memfd::create("test", ByteCount(4096)).unwrap();
+    keeper.0.lock().insert(REGISTER, small.into());
+    assert!(matches!(keeper.open(), Err(EstateError::Memory(_))));
+    assert_eq!(keeper.slots_taken(), [REGISTER]);
+}
+
+#[test]
+fn an_estate_that_is_full_says_so_and_keeps_nothing_of_what_did_not_fit() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let mut held = Vec::new();
+    for id in 0.. {
+        let Some((machine, agents)) = machine(id, 1) else { return };
+        let before = keeper.slots_taken();
+        match estate.offer(&machine, &[]) {
+            Ok(()) => held.push((machine, agents)),
+            Err(error) => {
+                assert!(matches!(error, EstateError::Full { slots: 64 }), "{error}");
+                assert_eq!(keeper.slots_taken(), before);
+                break;
+            }
+        }
+    }
+    assert_eq!(held.len(), (64 - RESERVED as usize) / 5);
+}
