@@ -97,7 +97,8 @@ impl Program {
         Ok(Pidfd::open(process)?)
     }
 
-    /// Becomes it. Returns only if that fails.
+    /// Becomes it. Returns only if that fails. What catches signals here does not outlive this program, and by default
+    /// signals end a process: [hold](hold_signals) them before.
     pub fn become_it(&self) -> io::Error {
         // SAFETY: as for `start`.
         unsafe {
@@ -109,6 +110,39 @@ impl Program {
         };
         io::Error::last_os_error()
     }
+}
+
+/// Has signals wait from now on, also in a program that this process becomes, for a process with one thread.
+///
+/// # Errors
+/// What the kernel said.
+pub fn hold_signals() -> io::Result<()> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: initialises what it is given; it cannot fail.
+    let set = unsafe {
+        libc::sigfillset(set.as_mut_ptr());
+        set.assume_init()
+    };
+    set_mask(&set)
+}
+
+/// Takes the signals that wait, and later ones.
+///
+/// # Errors
+/// What the kernel said.
+pub fn accept_signals() -> io::Result<()> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: initialises what it is given; it cannot fail.
+    let set = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        set.assume_init()
+    };
+    set_mask(&set)
+}
+
+fn set_mask(set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: the set is initialised, and the one there was is not asked for.
+    check(unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, set, ptr::null_mut()) })
 }
 
 impl Drop for Program {

@@ -140,7 +140,10 @@ fn raise_limit(count: u32) -> io::Result<()> {
     if limit.current.is_none_or(|current| current >= wanted) {
         return Ok(());
     }
-    Ok(setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit })?)
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), ..limit });
+    raised.map_err(|_| {
+        io::Error::other(format!("{wanted} open files are needed: raise this user's limit (ulimit -Hn)"))
+    })
 }
 
 #[cfg(test)]

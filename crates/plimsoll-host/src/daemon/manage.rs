@@ -25,6 +25,7 @@ use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::collections::VecDeque;
@@ -32,7 +33,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a VMM may take to hand its machine over.
@@ -53,7 +54,14 @@ const GROUP: GroupId = GroupId(1);
 
 /// What is in use, as the settings say.
 #[derive(Clone)]
-enum Used {
+struct Used {
+    source: Source,
+    /// What counts when the source cannot be read: that nothing is known must not look like room.
+    last: Arc<AtomicU64>,
+}
+
+#[derive(Clone)]
+enum Source {
     Processes(Arc<Mutex<ProcessSum>>),
     Group(ProcessCgroup),
 }
@@ -62,27 +70,32 @@ impl Used {
     fn new(counted: Counted) -> Result<Self, DaemonError> {
         let own = ProcessId::own();
         let failed = |error: &dyn std::error::Error| DaemonError::Count(explain(error));
-        Ok(match counted {
-            Counted::Group => Self::Group(ProcessCgroup::of(own).map_err(|error| failed(&error))?),
+        let source = match counted {
+            Counted::Group => Source::Group(ProcessCgroup::of(own).map_err(|error| failed(&error))?),
             Counted::Processes => {
                 let sum = ProcessSum::new([own].into_iter().chain(ProcessId::parent()));
-                Self::Processes(Arc::new(Mutex::new(sum.map_err(|error| failed(&error))?)))
+                Source::Processes(Arc::new(Mutex::new(sum.map_err(|error| failed(&error))?)))
             }
-        })
+        };
+        Ok(Self { source, last: Arc::default() })
     }
 
     fn add(&self, process: ProcessId) {
-        if let Self::Processes(sum) = self {
+        if let Source::Processes(sum) = &self.source {
             // One that has ended already uses nothing.
             let _ = sum.lock().add(process);
         }
     }
 
     fn now(&self) -> ByteCount {
-        match self {
-            Self::Processes(sum) => sum.lock().sample().unwrap_or_default(),
-            Self::Group(group) => group.used().unwrap_or_default(),
+        let read = match &self.source {
+            Source::Processes(sum) => sum.lock().sample().ok(),
+            Source::Group(group) => group.used().ok(),
+        };
+        if let Some(used) = read {
+            self.last.store(used.0, Ordering::Relaxed);
         }
+        ByteCount(self.last.load(Ordering::Relaxed))
     }
 }
 
@@ -188,6 +201,10 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
 impl<'a> Session<'a> {
     fn open(settings: &'a Settings, keeper: RawFd, started_ns: u64) -> Result<Self, DaemonError> {
         let socket = process::adopt_inherited(keeper).map_err(DaemonError::NoKeeper)?;
+        // Beside what is kept, each shard has some of its own.
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+            .map_err(|errno| DaemonError::Slots(errno.into()))?;
         let (keeper, mut kept) = Client::connect(socket).map_err(DaemonError::NoKeeper)?;
         let mut own = |slot| {
             let missing = || DaemonError::NoKeeper(io::Error::other(format!("slot {slot} is empty")));

@@ -18,7 +18,7 @@ pub mod status;
 
 use crate::keeper::serve::{End, Keeper};
 use plimsoll_linux::uffd::estate::RESERVED;
-use plimsoll_sys::launch::Program;
+use plimsoll_sys::launch::{Program, accept_signals};
 use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
 use std::io;
@@ -133,12 +133,15 @@ pub fn keep(
         }
     };
     let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
+    // Only now does something catch what an upgrade has kept waiting.
+    accept_signals().map_err(DaemonError::Wait)?;
     loop {
         match keeper.run().map_err(DaemonError::Wait)? {
             // Returns only if it fails, and then the next manager is one of this build.
             End::Upgrade => {
                 let error = DaemonError::Upgrade(successor.become_it());
                 eprintln!("plimsoll keeper: {}", plimsoll_linux::explain(&error));
+                accept_signals().map_err(DaemonError::Wait)?;
             }
             end => {
                 place::give_up(&settings.directory);

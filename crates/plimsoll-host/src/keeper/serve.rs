@@ -3,7 +3,7 @@
 //! Enters: slots, a program to start. Leaves: how it ended. Nothing here allocates after [`Keeper::new`]: not the messages,
 //! which lie on the stack, nor the slots, nor the start of a child.
 use super::protocol::{LISTING_MAX, LISTING_SIZE, REQUEST_SIZE, Request, Status, encode_listing};
-use plimsoll_sys::launch::{Ending, Program, StartError, reap};
+use plimsoll_sys::launch::{Ending, Program, StartError, accept_signals, hold_signals, reap};
 use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::slots::Slots;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -27,6 +27,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A keeper that holds nothing of any machine gives up after so many managers that ended before they served.
 const STARTS_MAX: u32 = 8;
+/// How long a manager that was told to stop is given to do so, or to refuse.
+const STOPPING: Duration = Duration::from_secs(10);
 /// The status of a manager that was asked for something that cannot be.
 const UNUSABLE: i32 = 2;
 
@@ -83,7 +85,8 @@ pub struct Keeper {
     /// Managers that have ended before they served, since one has.
     fruitless: u32,
     next_start: Instant,
-    is_stopping: bool,
+    /// When it was told to stop last. A manager with machines does not.
+    told_to_stop: Option<Instant>,
 }
 
 impl Keeper {
@@ -103,7 +106,7 @@ impl Keeper {
             manager: None,
             fruitless: 0,
             next_start,
-            is_stopping: false,
+            told_to_stop: None,
         })
     }
 
@@ -211,18 +214,27 @@ impl Keeper {
         if signal == Signal::USR2 {
             return self.prepare_upgrade();
         }
-        self.is_stopping |= signal == Signal::TERM;
+        if signal == Signal::TERM {
+            self.told_to_stop = Some(Instant::now());
+        }
         match &self.manager {
             // A manager that has ended meanwhile is buried in the next turn.
             Some(manager) => drop(manager.process.send_signal(signal)),
-            None if self.is_stopping && !self.holds_machines() => return Some(End::Stopped),
+            None if signal == Signal::TERM && !self.holds_machines() => return Some(End::Stopped),
             None => {}
         }
         None
     }
 
-    /// Ends the manager as a crash would, which loses nothing, and leaves everything open.
+    /// Ends the manager as a crash would, which loses nothing, and leaves everything open. Signals are held from here on.
     fn prepare_upgrade(&mut self) -> Option<End> {
+        let held = hold_signals().and_then(|()| self.wait(Duration::ZERO));
+        // Being told to stop comes first: it would be forgotten.
+        let is_stopping = self.told_to_stop.is_some_and(|told| told.elapsed() < STOPPING);
+        if is_stopping || !matches!(held, Ok([_, _, false, false, ..])) {
+            let _ = accept_signals();
+            return None;
+        }
         if let Some(manager) = self.manager.take() {
             let _ = manager.process.send_signal(Signal::KILL);
             let _ = reap(&manager.process);
@@ -231,6 +243,7 @@ impl Keeper {
             Ok(()) => Some(End::Upgrade),
             Err(error) => {
                 eprintln!("plimsoll keeper: no upgrade: {error}");
+                let _ = accept_signals();
                 None
             }
         }
@@ -245,7 +258,7 @@ impl Keeper {
         let manager = self.manager.take()?;
         let process = manager.process.process();
         let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
-        if ending == Ending::Status(0) && self.is_stopping {
+        if ending == Ending::Status(0) && self.told_to_stop.is_some() {
             return Some(End::Stopped);
         }
         self.postpone();
