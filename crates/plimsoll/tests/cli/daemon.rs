@@ -1,9 +1,19 @@
 //! `plimsoll daemon`: what it refuses, how it ends, and what its parts do without each other.
-use super::run::{Run, Running, can, wait_until};
+use super::run::{Run, Running, alone, can, wait_until};
+use plimsoll_guest::content::Mix;
+use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_sys::process::make_inheritable;
+use plimsoll_vmm::VmmConfig;
+use plimsoll_vmm::config::Workload;
+use plimsoll_vmm::control::{Command as Order, Event, StopMode};
+use plimsoll_vmm::report::Summary;
 use rustix::process::Signal;
 use std::fs;
-use std::os::unix::net::UnixDatagram;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// A directory that is removed at the end.
@@ -156,4 +166,113 @@ fn a_supervisor_is_told_when_machines_are_served_and_when_not_any_more() {
     assert!(heard().contains("STOPPING=1"));
     fs::remove_file(path).unwrap();
     daemon.wait().expect_code(0).expect_nothing_left();
+}
+
+/// A machine that hands itself over to a daemon and works in more memory than that has.
+struct Machine {
+    child: Child,
+    control: UnixStream,
+    events: BufReader<UnixStream>,
+}
+
+impl Machine {
+    fn start(directory: &Directory) -> Self {
+        let mut spec = WorkloadSpec::new(WorkloadKind::Sweep);
+        spec.footprint_bytes = 48 << 20;
+        spec.final_check = 1;
+        let mix = Mix { zero: 10, duplicate: 10, text: 80, random: 0 };
+        let workload = Workload { spec, mix, seed: 1, pool_seed: 2, pool_pages: 64 };
+        let config = VmmConfig { report_ms: 20, ..VmmConfig::new("lonely", 96 << 20, workload) };
+        let (control, theirs) = UnixStream::pair().unwrap();
+        control.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        make_inheritable(&theirs).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
+        command.args(["vmm", "--control-fd", &theirs.as_raw_fd().to_string(), "--daemon"]);
+        command.arg(directory.0.join("handover.sock")).stdin(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(&serde_json::to_vec(&config).unwrap()).unwrap();
+        let events = BufReader::new(control.try_clone().unwrap());
+        Self { child, control, events }
+    }
+
+    /// The first word of the machine that is as wanted.
+    fn until(&mut self, mut wanted: impl FnMut(&Event) -> bool) -> Event {
+        loop {
+            let mut line = String::new();
+            self.events.read_line(&mut line).expect("the machine says nothing");
+            let event = serde_json::from_str(&line).expect("the machine ended");
+            if wanted(&event) {
+                return event;
+            }
+        }
+    }
+
+    /// Waits until it has verified so many more pages.
+    fn verifies(&mut self, more: u64) {
+        let mut first = None;
+        self.until(|event| {
+            let Event::Report(Summary { verified_pages, .. }) = event else { return false };
+            *verified_pages >= *first.get_or_insert(*verified_pages) + more
+        });
+    }
+
+    /// Has it check every page once more.
+    fn finish(mut self) {
+        let order = serde_json::to_string(&Order::Stop { mode: StopMode::Finish }).unwrap();
+        self.control.write_all(format!("{order}\n").as_bytes()).unwrap();
+        let Event::Done(summary) = self.until(|event| matches!(event, Event::Done(_))) else {
+            unreachable!()
+        };
+        assert_eq!(summary.wrong_words, 0);
+        assert!(self.child.wait().unwrap().success());
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_manager_whose_keeper_is_killed_goes_on_with_its_machines_until_they_have_ended() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("orphan");
+    let daemon = start(&directory);
+    let manager = manager_of(&daemon).unwrap();
+    let mut machine = Machine::start(&directory);
+    machine.verifies(1000);
+    daemon.signal(Signal::KILL);
+    wait_until("the keeper ends", || children(daemon.pid()).is_empty());
+    // More than the budget holds: each round brings back what the one before has moved out.
+    machine.verifies(30_000);
+    assert!(exists(manager));
+    machine.finish();
+    wait_until("the manager ends", || !exists(manager));
+    assert!(daemon.wait().stderr.contains("the keeper is gone: this manager goes on"));
+}
+
+#[test]
+fn a_daemon_with_machines_refuses_to_stop_and_says_what_is_where() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("busy");
+    let daemon = start(&directory);
+    let mut machine = Machine::start(&directory);
+    machine.verifies(1000);
+    daemon.signal(Signal::TERM);
+    machine.verifies(30_000);
+    machine.finish();
+    daemon.signal(Signal::TERM);
+    let ended = daemon.wait();
+    ended.expect_code(0).expect_nothing_left();
+    let refusals: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("not stopped")).collect();
+    let [refusal, ..] = refusals[..] else { panic!("it did not refuse: {}", ended.stderr) };
+    assert!(refusal.contains("1 machines run") && refusal.contains("the budget of 64M"), "{refusal}");
 }
