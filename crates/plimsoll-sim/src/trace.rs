@@ -450,6 +450,7 @@ mod tests {
     use super::*;
     use plimsoll_policy::tree::Tree;
     use std::fmt::Write as _;
+    use std::io::Write as _;
     use std::path::PathBuf;
 
     /// A host on which two machines are compressed and one bursts.
@@ -523,7 +524,13 @@ demand = { bursts = { low = "500M", high = "2G", every = "5m", lasts = "1m" } }
     #[test]
     fn a_packed_record_that_was_cut_off_is_read_as_far_as_it_goes() {
         let whole = recorded(1100);
-        let packed = zstd::stream::encode_all(whole.as_bytes(), 1).unwrap();
+        // Flushed after each decision, as a recorder does.
+        let mut packer = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+        for line in whole.split_inclusive('\n') {
+            packer.write_all(line.as_bytes()).unwrap();
+            packer.flush().unwrap();
+        }
+        let packed = packer.finish().unwrap();
         let ticks = |bytes: &[u8]| {
             let (_folder, path) = written(bytes);
             Record::read(&path).map(|record| record.ticks.len())
