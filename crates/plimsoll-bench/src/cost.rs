@@ -17,7 +17,7 @@ use anyhow::{Context, anyhow};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
-use plimsoll_linux::cgroup::{self, CgroupError, MemoryCgroup};
+use plimsoll_linux::cgroup::{self, MemoryCgroup};
 use plimsoll_linux::uffd::waiting::Waiting;
 use plimsoll_linux::zram::ZramSwap;
 use plimsoll_sys::ProcessId;
@@ -129,10 +129,8 @@ impl Held {
     fn keep_to(&self, left: ByteCount) -> Result<(), BenchError> {
         let Self::Limited { cgroup, device, .. } = self else { return Ok(()) };
         let compressed = device.memory_used().context("zram's use")?;
-        match cgroup.set_limit(left.saturating_sub(compressed).max(LIMIT_MIN)) {
-            Ok(()) | Err(CgroupError::LimitTooLow { .. }) => Ok(()),
-            Err(error) => Err(anyhow!(error).into()),
-        }
+        swap::press(cgroup, left.saturating_sub(compressed).max(LIMIT_MIN));
+        Ok(())
     }
 }
 

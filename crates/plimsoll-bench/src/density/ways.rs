@@ -13,7 +13,7 @@ use super::fleet::Member;
 use super::mix::Role;
 use crate::guest::Guest;
 use crate::session::{BenchError, Interrupt};
-use crate::swap::device;
+use crate::swap::{device, press};
 use anyhow::{Context, Result};
 use plimsoll_linux::cgroup::{MemoryCgroup, sweep_stale};
 use plimsoll_linux::ksm::control::{Ksm, Rate, Takeover};
@@ -34,9 +34,6 @@ const PREFIX: &str = "plimsoll-density";
 const KSM_RATE: Rate = Rate { pages: 1000, sleep_ms: 20 };
 /// The limit never falls below this part of the budget, or nobody could run at all.
 const LIMIT_MIN_PART: u64 = 8;
-
-/// What is reclaimed ahead at a time: 13.5 us a page of it (FACTS) are 28 ms.
-const PRESSED_MAX: ByteCount = ByteCount::mib(8);
 
 /// A host that runs guests in one of the ways.
 pub(super) trait Host {
@@ -111,20 +108,6 @@ fn sweep(own: &MemoryCgroup) -> Result<()> {
     }
     sweep_stale(PREFIX)?;
     Ok(())
-}
-
-/// Sets a limit, and has the kernel reclaim what is close below it, as kswapd does on a host: where guests meet the limit
-/// themselves at full speed, this kernel gives up before it has reclaimed anything, and kills one.
-///
-/// With cgroup v1 a lower limit takes effect only once what is in use fits, so nobody meets it while it is being reached.
-fn press(cgroup: &MemoryCgroup, limit: ByteCount) {
-    let used = cgroup.used().unwrap_or_default();
-    if used.0 > limit.0 - limit.0 / 32 {
-        // What cannot be reached at once is tried again a moment later.
-        let _ = cgroup.set_limit(ByteCount(limit.0 - limit.0 / 16).max(used.saturating_sub(PRESSED_MAX)));
-    }
-    let used = cgroup.used().unwrap_or_default();
-    let _ = cgroup.set_limit(limit.max(ByteCount(used.0 + limit.0 / 64)));
 }
 
 /// The kernel without plimsoll.

@@ -11,11 +11,12 @@
 //! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
 //! may be used, and at the budget the host is *soft*, in which pages are compressed.
 use super::split::{Sharer, split};
-use super::{Cage, Host, press, start_in};
+use super::{Cage, Host, start_in};
 use crate::density::fleet::Member;
 use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
 use crate::session::{BenchError, Interrupt};
+use crate::swap::press;
 use anyhow::{Context, Result};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::spec::WorkloadKind;
