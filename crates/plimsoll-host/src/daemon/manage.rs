@@ -185,17 +185,35 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     let [term, int, _] = wanted.each_ref().map(|(_, flag)| flag);
 
     let mut session = Session::open(settings, keeper, started_ns)?;
+    let mut is_told = false;
     loop {
         session.turn(&signalled)?;
-        let is_told = [term, int].into_iter().any(|flag| flag.swap(false, Ordering::Relaxed));
+        is_told |= [term, int].into_iter().any(|flag| flag.swap(false, Ordering::Relaxed));
         // Without a keeper and without machines there is nothing to live for.
-        let is_left = session.is_alone && session.manager.machines().is_empty();
-        if is_left || is_told && session.may_stop() {
-            announce(&[NotifyState::Stopping]);
-            drop(session.manager.stop());
-            return Ok(());
+        if is_told || session.is_alone {
+            match session.left() {
+                Left::Nothing => break,
+                Left::Ending => {}
+                Left::Machines if is_told => {
+                    is_told = false;
+                    session.refuse_to_stop();
+                }
+                Left::Machines => {}
+            }
         }
     }
+    announce(&[NotifyState::Stopping]);
+    drop(session.manager.stop());
+    Ok(())
+}
+
+/// What a manager that stops would leave behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    Nothing,
+    /// Machines whose VMMs have ended a moment ago.
+    Ending,
+    Machines,
 }
 
 impl<'a> Session<'a> {
@@ -370,12 +388,20 @@ impl<'a> Session<'a> {
         self.incidents.push_front(incident);
     }
 
-    /// A guest whose manager goes for good stalls, so one that has pages elsewhere is not left.
-    fn may_stop(&mut self) -> bool {
+    fn left(&mut self) -> Left {
+        self.manager.forget_gone();
         let machines = self.manager.machines();
-        if machines.is_empty() {
-            return true;
+        let custody = |view: &MachineView| self.manager.custody(view.id);
+        let has_ended = |view| custody(view).is_none_or(|custody| custody.has_ended(Duration::ZERO));
+        if self.manager.unmanaged() > 0 || !machines.iter().all(has_ended) {
+            return Left::Machines;
         }
+        if machines.is_empty() { Left::Nothing } else { Left::Ending }
+    }
+
+    /// A guest whose manager goes for good stalls, so one that has pages elsewhere is not left.
+    fn refuse_to_stop(&mut self) {
+        let machines = self.manager.machines();
         let elsewhere =
             |view: &MachineView| view.stats.limbo.bytes() + view.stats.census.of(StateKind::Stored).bytes();
         let away: ByteCount = machines.iter().map(elsewhere).sum();
@@ -384,10 +410,9 @@ impl<'a> Session<'a> {
         self.tell(format!(
             "not stopped: {} machines run, and {away} of their memory are elsewhere; the budget of {} has {room} left \
              ({used} in use); end the machines first",
-            machines.len(),
+            machines.len() + self.manager.unmanaged(),
             self.settings.budget,
         ));
-        false
     }
 
     fn status(&self) -> Status {

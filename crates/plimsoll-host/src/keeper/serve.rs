@@ -230,8 +230,7 @@ impl Keeper {
     fn prepare_upgrade(&mut self) -> Option<End> {
         let held = hold_signals().and_then(|()| self.wait(Duration::ZERO));
         // Being told to stop comes first: it would be forgotten.
-        let is_stopping = self.told_to_stop.is_some_and(|told| told.elapsed() < STOPPING);
-        if is_stopping || !matches!(held, Ok([_, _, false, false, ..])) {
+        if self.is_stopping() || !matches!(held, Ok([_, _, false, false, ..])) {
             let _ = accept_signals();
             return None;
         }
@@ -249,6 +248,10 @@ impl Keeper {
         }
     }
 
+    fn is_stopping(&self) -> bool {
+        self.told_to_stop.is_some_and(|told| told.elapsed() < STOPPING)
+    }
+
     fn holds_machines(&self) -> bool {
         self.slots.taken().any(|(slot, _)| slot >= self.reserved)
     }
@@ -258,7 +261,9 @@ impl Keeper {
         let manager = self.manager.take()?;
         let process = manager.process.process();
         let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
-        if ending == Ending::Status(0) && self.told_to_stop.is_some() {
+        let has_agreed = ending == Ending::Status(0) && self.told_to_stop.is_some();
+        // One that was told before it could listen has ended by the signal itself.
+        if has_agreed || self.is_stopping() && !self.holds_machines() {
             return Some(End::Stopped);
         }
         self.postpone();

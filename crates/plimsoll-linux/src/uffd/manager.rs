@@ -354,6 +354,11 @@ impl Manager {
         self.domains.values().map(Arc::as_ref)
     }
 
+    /// How many machines could not be taken over: they stall, and keep their bytes for the next manager.
+    pub const fn unmanaged(&self) -> usize {
+        self.unmanaged.len()
+    }
+
     /// Counts managers of these machines.
     pub const fn epoch(&self) -> u64 {
         self.epoch

@@ -2,11 +2,13 @@
 use super::run::{Run, Running, alone, can, wait_until};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_sys::fdpass;
 use plimsoll_sys::process::make_inheritable;
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::config::Workload;
 use plimsoll_vmm::control::{Command as Order, Event, StopMode};
 use plimsoll_vmm::report::Summary;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -39,22 +41,19 @@ impl Drop for Directory {
 
 fn start(directory: &Directory) -> Running {
     let running = Run::new(&["daemon", "--budget", "64M", "--directory", directory.text()]).start();
-    wait_until("its manager runs", || manager_of(&running).is_some());
+    wait_until("its manager serves", || manager_of(directory).is_some());
     running
 }
 
-fn children(pid: u32) -> Vec<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().map(|child| child.parse().unwrap()).collect()
-}
-
-/// The manager, once it catches signals and so can be told to stop.
-fn manager_of(daemon: &Running) -> Option<u32> {
-    let manager = children(daemon.pid()).first().copied()?;
-    let status = fs::read_to_string(format!("/proc/{manager}/status")).ok()?;
-    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"))?;
-    let terminate = 1 << (rustix::process::Signal::TERM.as_raw() - 1);
-    (u64::from_str_radix(caught.trim(), 16).ok()? & terminate != 0).then_some(manager)
+/// The process of the manager that answers, if one does.
+fn manager_of(directory: &Directory) -> Option<u32> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+    connect(&socket, &SocketAddrUnix::new(directory.0.join("control.sock")).unwrap()).ok()?;
+    fdpass::send(&socket, br#"{"do":"status"}"#, &[]).ok()?;
+    let mut bytes = vec![0; 64 << 10];
+    let received = fdpass::recv(&socket, &mut bytes, 0).ok()??;
+    let answer: serde_json::Value = serde_json::from_slice(&bytes[..received.bytes]).unwrap();
+    u32::try_from(answer["status"]["pid"].as_u64()?).ok()
 }
 
 fn exists(pid: u32) -> bool {
@@ -110,17 +109,19 @@ fn a_killed_manager_is_replaced_and_an_upgrade_keeps_the_keepers_process() {
     let directory = Directory::new("replaced");
     let daemon = start(&directory);
     for by in [Signal::KILL, Signal::USR2, Signal::USR2, Signal::KILL] {
-        let before = manager_of(&daemon).unwrap();
+        let before = manager_of(&directory).unwrap();
         match by {
             Signal::KILL => signal(before, Signal::KILL),
             by => daemon.signal(by),
         }
-        wait_until("another manager runs", || manager_of(&daemon).is_some_and(|manager| manager != before));
+        wait_until("another manager runs", || {
+            manager_of(&directory).is_some_and(|manager| manager != before)
+        });
         assert!(!exists(before));
     }
     // However close they follow: none finds the keeper without anything that catches it.
     (0..200).for_each(|_| daemon.signal(Signal::USR2));
-    wait_until("a manager runs", || manager_of(&daemon).is_some());
+    wait_until("a manager runs", || manager_of(&directory).is_some());
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
 }
@@ -132,7 +133,7 @@ fn a_manager_without_keeper_and_machines_ends_and_the_next_daemon_finds_a_stale_
     }
     let directory = Directory::new("alone");
     let daemon = start(&directory);
-    let manager = manager_of(&daemon).unwrap();
+    let manager = manager_of(&directory).unwrap();
     daemon.signal(Signal::KILL);
     let ended = daemon.wait();
     assert_eq!(ended.code(), None);
@@ -243,11 +244,10 @@ fn a_manager_whose_keeper_is_killed_goes_on_with_its_machines_until_they_have_en
     }
     let directory = Directory::new("orphan");
     let daemon = start(&directory);
-    let manager = manager_of(&daemon).unwrap();
+    let manager = manager_of(&directory).unwrap();
     let mut machine = Machine::start(&directory);
     machine.verifies(1000);
     daemon.signal(Signal::KILL);
-    wait_until("the keeper ends", || children(daemon.pid()).is_empty());
     // More than the budget holds: each round brings back what the one before has moved out.
     machine.verifies(30_000);
     assert!(exists(manager));
