@@ -105,6 +105,9 @@ struct Figures {
     peak_bytes: u64,
 }
 
+/// One of them.
+type Figure = fn(&Figures) -> f64;
+
 /// A row as its file holds it.
 #[derive(Debug, Serialize, Deserialize)]
 struct RowFile {

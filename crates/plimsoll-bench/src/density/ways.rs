@@ -126,16 +126,26 @@ impl Alone {
 
     /// Reclaim to zram, and KSM.
     pub(super) fn short(asked: ByteCount, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
-        let mut ksm = Ksm::take(Takeover::IfIdle)?;
-        ksm.run(KSM_RATE)?;
         let cage = Cage::new(asked, Some(budget))?;
-        Ok(Self { cage, ksm: Some(ksm), balloons: None, interrupt: interrupt.clone() })
+        Ok(Self { cage, ksm: Some(merging()?), balloons: None, interrupt: interrupt.clone() })
     }
 
     /// The same, and a loop that turns the guests' balloons as Proxmox does.
     pub(super) fn ballooned(asked: ByteCount, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
         Ok(Self { balloons: Some(Balloons::new(budget)), ..Self::short(asked, budget, interrupt)? })
     }
+}
+
+/// KSM, at work.
+fn merging() -> Result<Ksm> {
+    let mut ksm = Ksm::take(Takeover::IfIdle)?;
+    ksm.run(KSM_RATE)?;
+    Ok(ksm)
+}
+
+/// Offers all memory of a guest to KSM.
+fn offer(guest: &Guest, role: &Role) -> Result<()> {
+    guest.tell(&Command::Merge(MergeRange { gpa: 0, bytes: role.size.0, merging: MergeMode::Offered }))
 }
 
 /// Starts a guest of the kernel's in a cgroup.
@@ -151,8 +161,7 @@ impl Host for Alone {
     fn admit(&mut self, role: &'static Role, config: VmmConfig) -> Result<Guest, BenchError> {
         let guest = start_in(&self.cage.cgroup, config, &self.interrupt)?;
         if self.ksm.is_some() {
-            let range = MergeRange { gpa: 0, bytes: role.size.0, merging: MergeMode::Offered };
-            guest.tell(&Command::Merge(range))?;
+            offer(&guest, role)?;
         }
         Ok(guest)
     }

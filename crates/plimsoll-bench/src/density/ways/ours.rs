@@ -6,12 +6,12 @@
 //! **Which back end.** A machine at rest hands its memory to the pager: it is stored once where others have the same, and packed. All
 //! others stay with the kernel, because a page comes back from zram in a fifth of the time: those are sampled from outside, and
 //! each has a memory cgroup of its own whose limit is what [`split`] makes of its target, so that a machine which grows pays for it
-//! itself. Memory that a guest has free is taken by its balloon, in pieces of 2 MiB.
+//! itself. KSM goes on over those as it does without plimsoll. Memory that a guest has free is taken by its balloon, in pieces of 2 MiB.
 //!
 //! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
 //! may be used, and at the budget the host is *soft*, in which pages are compressed.
 use super::split::{Sharer, split};
-use super::{Cage, Host, start_in};
+use super::{Cage, Host, merging, offer, start_in};
 use crate::density::fleet::Member;
 use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
@@ -22,6 +22,7 @@ use plimsoll_core::ledger::Budget;
 use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::kernel::KernelMachine;
+use plimsoll_linux::ksm::control::Ksm;
 use plimsoll_linux::reclaimer::{Reclaimer, Usage};
 use plimsoll_linux::uffd::manager::{Manager, Membership, Meter, Vault};
 use plimsoll_linux::uffd::probe::NoProbe;
@@ -47,7 +48,7 @@ const MEMBERSHIP: Membership =
     Membership { group: GroupId(1), domain: DomainId(1), reservation: ByteCount(0) };
 /// What a guest waits for a page out of zram (FACTS).
 const BACK_NS: u64 = 11_000;
-/// A machine's part of what all share is no smaller, so that it can run at all.
+/// No machine's part of what all share, and no limit, is smaller, or it could not run at all.
 const PART_MIN: ByteCount = ByteCount::mib(16);
 /// Part of the budget that no machine is given: the kernel counts in batches.
 const ROOM_SLACK: u64 = 256;
@@ -63,8 +64,6 @@ struct Machine {
     id: MachineId,
     keeper: Keeper,
     target: Option<ByteCount>,
-    /// What it is to have against the others: its target, or its size while it starts and grows faster than is decided.
-    part: ByteCount,
     /// What its stored pages take up.
     stored: ByteCount,
     /// Pages that were elsewhere, pages that had come back, and how long it had waited.
@@ -106,6 +105,8 @@ impl Meter for Counted {
 pub(in crate::density) struct Plimsoll {
     machines: Vec<Machine>,
     pagers: Pagers,
+    /// Machines of the kernel share pages as they do without plimsoll.
+    ksm: Ksm,
     cage: Arc<Cage>,
     budget: ByteCount,
     state: PolicyState,
@@ -119,8 +120,8 @@ impl Plimsoll {
     pub(in crate::density) fn new(mix: &Mix, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
         let cage = Arc::new(Cage::new(mix.asked(), Some(budget))?);
         cage.cgroup.join_self()?;
-        // Machines of the kernel make room for the pager's, not the other way round: its own line is beyond the budget.
-        let line = Budget::of(ByteCount(budget.0 / 16 * 17));
+        // Machines of the kernel may fill the host beyond the pager's high mark: so machines at rest always give first.
+        let line = Budget::of(budget);
         let manager = Manager::start(Vault::new(line, mix.asked()), Arc::new(NoProbe))
             .context("cannot start a manager")?;
         let mut pagers = Pagers(Some(manager));
@@ -133,7 +134,17 @@ impl Plimsoll {
         }
         let state = PolicyState::new(Tree::new(settings)?);
         let (started, interrupt) = (Instant::now(), interrupt.clone());
-        Ok(Self { machines: Vec::new(), pagers, cage, budget, state, started, decided: started, interrupt })
+        Ok(Self {
+            machines: Vec::new(),
+            pagers,
+            ksm: merging()?,
+            cage,
+            budget,
+            state,
+            started,
+            decided: started,
+            interrupt,
+        })
     }
 
     fn keep(&mut self, nth: usize, role: &Role, config: VmmConfig) -> Result<(Guest, Keeper), BenchError> {
@@ -151,6 +162,7 @@ impl Plimsoll {
         let cgroup = MemoryCgroup::create(&format!("{}-{nth}", super::PREFIX), ProcessId::own());
         let cgroup = cgroup.context("cannot make a cgroup for a guest")?;
         let guest = start_in(&cgroup, config, &self.interrupt)?;
+        offer(&guest, role)?;
         let process = guest.process().process();
         let descriptor = Pidfd::open(process).context("a guest has ended")?;
         let machine = KernelMachine::attach(descriptor, guest.ram(), nth as u64, Instant::now());
@@ -171,6 +183,15 @@ impl Plimsoll {
         for machine in &self.machines {
             if let (Keeper::Pager(id), Some(manager)) = (&machine.keeper, &self.pagers.0) {
                 manager.squeeze(*id, 0);
+            }
+        }
+        for position in &plan.machines {
+            let nth = self.machines.iter().position(|machine| machine.id == position.machine);
+            if let Some((machine, member)) =
+                nth.and_then(|nth| Some((self.machines.get_mut(nth)?, members.get(nth)?)))
+            {
+                // One that starts grows faster than is decided: it has no line yet.
+                machine.target = member.has_started().then_some(position.target);
             }
         }
         for action in plan.actions {
@@ -213,8 +234,9 @@ impl Plimsoll {
         let mut sharers = Vec::new();
         for machine in &self.machines {
             let Keeper::Kernel { cgroup, .. } = &machine.keeper else { continue };
+            let Some(target) = machine.target else { continue };
             let uses = cgroup.used().unwrap_or_default();
-            sharers.push(Sharer { uses, part: machine.part.max(PART_MIN) });
+            sharers.push(Sharer { uses, part: target.max(PART_MIN) });
             cgroups.push(cgroup);
         }
         let theirs: ByteCount = sharers.iter().map(|sharer| sharer.uses).sum();
@@ -222,7 +244,7 @@ impl Plimsoll {
         let slack = ByteCount(self.budget.0 / ROOM_SLACK);
         let room = self.budget.saturating_sub(self.cage.held() + others + slack);
         for (cgroup, limit) in cgroups.into_iter().zip(split(room, &sharers)) {
-            press(cgroup, limit);
+            press(cgroup, limit.max(PART_MIN));
         }
     }
 }
@@ -291,7 +313,6 @@ impl Machine {
         let waits = waited.saturating_sub(self.waited);
         (self.returned, self.waited, self.elsewhere) = (*returned, *waited, usage.elsewhere);
         let started = member.has_started();
-        self.part = self.target.filter(|_| started).unwrap_or(member.role.size);
         // What a balloon could not bring it will not bring a moment later.
         let gives = started && member.settled.is_none_or(|settled| settled >= self.balloon);
         let rungs = Rungs::NONE.with(Rung::Compress);
@@ -312,7 +333,6 @@ impl Machine {
 
     fn apply(&mut self, step: Step, member: &mut Member, manager: Option<&Manager>) -> Result<()> {
         match step {
-            Step::Target(target) => self.target = Some(target),
             Step::Balloon(target) if member.is_alive() => {
                 self.balloon = target;
                 member.settled = None;
@@ -331,8 +351,8 @@ impl Machine {
                     _ => {}
                 }
             }
-            // Nobody reports free pages or twins here, and a machine at its limit waits by itself.
-            Step::Take { .. } | Step::Balloon(_) | Step::Stall | Step::Resume => {}
+            // Nobody reports free pages or twins here, and a machine at its limit waits by itself. Targets are those of positions.
+            Step::Target(_) | Step::Take { .. } | Step::Balloon(_) | Step::Stall | Step::Resume => {}
         }
         Ok(())
     }
@@ -350,7 +370,6 @@ impl Host for Plimsoll {
             id: id_of(nth)?,
             keeper,
             target: None,
-            part: role.size,
             stored: ByteCount(0),
             elsewhere: PageCount(0),
             returned: 0,
@@ -390,7 +409,8 @@ impl Host for Plimsoll {
     }
 
     fn end(self: Box<Self>) -> Result<(), BenchError> {
-        let Self { machines, pagers, cage, .. } = *self;
+        let Self { machines, pagers, cage, ksm, .. } = *self;
+        let ksm = ksm.restore();
         for machine in machines {
             if let Keeper::Kernel { cgroup, .. } = machine.keeper {
                 cgroup.remove().context("cannot remove a guest's cgroup")?;
@@ -398,6 +418,7 @@ impl Host for Plimsoll {
         }
         drop(pagers);
         let cage = Arc::into_inner(cage).context("the governor still runs")?;
-        Ok(cage.remove()?)
+        cage.remove()?;
+        Ok(ksm.context("cannot give KSM back")?)
     }
 }

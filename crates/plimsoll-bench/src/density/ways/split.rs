@@ -43,9 +43,7 @@ pub(super) fn split(room: ByteCount, sharers: &[Sharer]) -> Vec<ByteCount> {
             left -= sharers[nth].may_grow_to();
             continue;
         }
-        let spare = if limits.iter().all(Option::is_some) { left / (sharers.len() as u64).max(1) } else { 0 };
-        let limit =
-            |(nth, limit): (usize, &Option<u64>)| ByteCount(limit.unwrap_or_else(|| share(nth)) + spare);
+        let limit = |(nth, limit): (usize, &Option<u64>)| ByteCount(limit.unwrap_or_else(|| share(nth)));
         return limits.iter().enumerate().map(limit).collect();
     }
 }
@@ -87,6 +85,6 @@ mod tests {
                 assert!(has <= room, "{limits:?} of {room}");
             }
         }
-        assert_eq!(limits(100, &[]), Vec::<u64>::new());
+        assert!(limits(100, &[]).is_empty());
     }
 }
