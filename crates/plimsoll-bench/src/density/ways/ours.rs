@@ -21,7 +21,7 @@ use anyhow::{Context, Result};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_linux::cgroup::MemoryCgroup;
-use plimsoll_linux::kernel::KernelMachine;
+use plimsoll_linux::kernel::{KernelError, KernelMachine};
 use plimsoll_linux::ksm::control::Ksm;
 use plimsoll_linux::reclaimer::{Reclaimer, Usage};
 use plimsoll_linux::uffd::manager::{Manager, Membership, Meter, Vault};
@@ -266,6 +266,18 @@ struct Seen {
     waited: Duration,
 }
 
+/// What is seen of a machine of the kernel's.
+fn look_outside(process: ProcessId, machine: &mut KernelMachine) -> Result<Seen, KernelError> {
+    let now = Instant::now();
+    if now >= machine.due() {
+        machine.tick(now)?;
+    }
+    let usage = machine.usage()?;
+    let returned = procfs::major_faults(process)?;
+    let waited = Duration::from_nanos(returned * BACK_NS);
+    Ok(Seen { usage, active: machine.working_set(), returned, waited })
+}
+
 impl Machine {
     const fn is_paged(&self) -> bool {
         matches!(self.keeper, Keeper::Pager(_))
@@ -284,25 +296,14 @@ impl Machine {
                 let returned = faults.limbo + faults.stored;
                 Ok(Seen { usage, active: *working_set, returned, waited: *waited })
             }
-            Keeper::Kernel { process, machine, .. } => {
-                let now = Instant::now();
-                // A machine that has ended is seen as it was: the fleet says that it died.
-                if machine.is_gone()? {
+            Keeper::Kernel { process, machine, .. } => match look_outside(*process, machine) {
+                // One that has ended is seen as it was: the fleet says that it died.
+                Err(KernelError::ProcessGone(_)) => {
                     let usage = Usage { resident: PageCount(0), elsewhere: PageCount(0) };
-                    return Ok(Seen { usage, active: None, returned: self.returned, waited: self.waited });
+                    Ok(Seen { usage, active: None, returned: self.returned, waited: self.waited })
                 }
-                if now >= machine.due() {
-                    machine.tick(now)?;
-                }
-                let returned = procfs::major_faults(*process)?;
-                let usage = machine.usage()?;
-                Ok(Seen {
-                    usage,
-                    active: machine.working_set(),
-                    returned,
-                    waited: Duration::from_nanos(returned * BACK_NS),
-                })
-            }
+                seen => Ok(seen?),
+            },
         }
     }
 
