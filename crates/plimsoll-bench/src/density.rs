@@ -117,9 +117,6 @@ struct RowFile {
     ways: Vec<Figures>,
 }
 
-/// One number of a run.
-type Figure = fn(&Figures) -> f64;
-
 impl Row {
     fn all() -> impl Iterator<Item = Self> {
         MIXES.iter().flat_map(|mix| OVERCOMMIT_TENTHS.map(|tenths| Self { mix, tenths }))
