@@ -268,7 +268,8 @@ fn with_swap_full_no_more_is_taken_and_the_reason_is_said() {
     assert_eq!(status.code(), Some(1), "{words}");
     let ended = lines.last().unwrap();
     assert!(ended["text"].as_str().unwrap().contains("swap is full"), "{ended}");
-    assert!(bytes(ended, "taken") <= SWAP.0, "{ended}");
+    // The guest works: what it brings back leaves room in swap, and is taken again.
+    assert!((SWAP.0 / 2..2 * SWAP.0).contains(&bytes(ended, "taken")), "{ended}");
     sweep(&mut guest);
 }
 
