@@ -129,16 +129,24 @@ impl MachineStats {
         self.waited += waited;
     }
 
-    /// The sums over a machine's shards. The working set is known when that of each shard is; take-overs are those of the
-    /// machine, not of its shards.
+    /// The sums over a machine's shards. The census and the working set are known when those of each shard are: a pager
+    /// publishes for the first time when it has taken its shard over. Take-overs are those of the machine, not of its shards.
     pub fn merge(shards: impl IntoIterator<Item = Self>) -> Self {
         let mut shards = shards.into_iter();
         let mut sums = Self::default();
+        let mut all_known = true;
         if let Some(first) = shards.next() {
             sums.working_set = Some(PageCount(0));
+            all_known &= first.census.total().0 > 0;
             sums.add(first);
         }
-        shards.for_each(|shard| sums.add(shard));
+        for shard in shards {
+            all_known &= shard.census.total().0 > 0;
+            sums.add(shard);
+        }
+        if !all_known {
+            sums.census = Census::default();
+        }
         sums
     }
 
@@ -218,6 +226,7 @@ impl StoredCounts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plimsoll_core::map::{HeapWords, PageMap};
 
     #[test]
     fn a_machines_counts_are_the_sums_of_its_shards() {
@@ -236,5 +245,17 @@ mod tests {
         assert_eq!(sums.working_set, known(30));
         assert_eq!(MachineStats::merge([shard(1, known(10)), shard(1, None)]).working_set, None);
         assert_eq!(MachineStats::merge([]).working_set, None);
+    }
+
+    #[test]
+    fn a_machines_census_is_known_when_that_of_every_shard_is() {
+        let published = |pages| {
+            let map = PageMap::adopt(HeapWords::new(pages)).expect("words of zeros");
+            MachineStats { census: *map.census(), ..MachineStats::default() }
+        };
+        let total = |shards: [MachineStats; 2]| MachineStats::merge(shards).census.total();
+        assert_eq!(total([published(3), published(4)]), PageCount(7));
+        assert_eq!(total([published(3), MachineStats::default()]), PageCount(0));
+        assert_eq!(total([MachineStats::default(), published(4)]), PageCount(0));
     }
 }
