@@ -357,6 +357,10 @@ impl Ledger {
                 0
             }
         };
+        if bytes.0 == 0 {
+            // Domains come and go.
+            group.stores.retain(|(known, _)| *known != domain);
+        }
         let sum = &mut group.usage.0[Kind::Store as usize];
         *sum = *sum - before + bytes.0;
         Ok(())

@@ -79,6 +79,8 @@ const SHARD: u32 = 1;
 const DOMAIN: u32 = 2;
 /// A slot that a record does not use.
 const NO_SLOT: u32 = u32::MAX;
+/// Which of a shard's slots is that of the agent's end of its socket.
+const AGENT: usize = 5;
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -110,8 +112,15 @@ impl Record {
         xxh3_64(&self.as_bytes()[size_of::<u64>()..])
     }
 
-    fn used_slots(&self) -> impl Iterator<Item = u32> {
-        self.slots.into_iter().filter(|slot| *slot != NO_SLOT)
+    /// Slots that hold something of it while it is in that state. The agent's end is let go when the machine has been taken:
+    /// from then on its slot may be another machine's, although the record still has its number.
+    fn held(&self, state: u64) -> impl Iterator<Item = u32> {
+        let held = if state == OFFERED { self.slots.len() } else { AGENT };
+        self.slots.into_iter().take(held).filter(|slot| *slot != NO_SLOT)
+    }
+
+    fn agent(&self) -> Option<u32> {
+        self.slots.get(AGENT).copied().filter(|slot| *slot != NO_SLOT)
     }
 }
 
@@ -383,9 +392,9 @@ impl Estate {
 
     /// The machine has been welcomed.
     pub(super) fn taken(&self, machine: MachineId) {
-        for (at, _, record) in self.records_of(machine) {
+        for (at, _, record) in self.records_of(machine).filter(|(_, state, _)| *state == OFFERED) {
             self.state(at).store(TAKEN, Ordering::Release);
-            self.let_go(record.slots.get(5).copied().filter(|slot| *slot != NO_SLOT));
+            self.let_go(record.agent());
         }
     }
 
@@ -404,17 +413,11 @@ impl Estate {
 
     fn strike_all(&self, records: Vec<(usize, u64, Record)>) {
         records.iter().for_each(|(at, ..)| self.state(*at).store(FREE, Ordering::Release));
-        records.iter().for_each(|(_, _, record)| self.let_go(self.held(record)));
+        records.iter().for_each(|(_, state, record)| self.let_go(record.held(*state)));
     }
 
     fn records_of(&self, machine: MachineId) -> impl Iterator<Item = (usize, u64, Record)> + '_ {
         self.records().filter(move |(_, _, record)| record.kind == SHARD && record.machine == machine.0)
-    }
-
-    /// Slots of a record that hold something: the agent's end does not, once the machine was taken.
-    fn held(&self, record: &Record) -> Vec<u32> {
-        let taken = self.taken.lock();
-        record.used_slots().filter(|slot| taken.contains(slot)).collect()
     }
 
     /// Puts together what an earlier manager left. Machines that were offered are welcomed once more. What belongs to nothing
@@ -431,7 +434,7 @@ impl Estate {
                 named.extend(self.taken.lock().iter());
                 continue;
             }
-            named.extend(record.used_slots());
+            named.extend(record.held(state));
             if record.kind == DOMAIN {
                 match self.domain(&record) {
                     Ok(domain) => inheritance.domains.push(domain),
@@ -488,8 +491,8 @@ impl Estate {
         let damaged = |what: String| EstateError::Damaged { what };
         let mut pidfd = None;
         let (mut vaults, mut agents) = (Vec::new(), Vec::new());
-        for (hello, _, record) in shards {
-            let [ram, airlock, socket, words, held, agent] = record.slots;
+        for (hello, state, record) in shards {
+            let [ram, airlock, socket, words, held, _] = record.slots;
             let held =
                 Pidfd::adopt(self.claim(held)?, process).map_err(|error| damaged(error.to_string()))?;
             let process = Arc::clone(pidfd.get_or_insert_with(|| Arc::new(held)));
@@ -498,7 +501,7 @@ impl Estate {
             let uffds = [uffd(ram)?, uffd(airlock)?];
             let words = MemfdWords::inherit(self.claim(words)?, hello.layout.page_limit().get())?;
             let custody = Custody::new(hello, process, uffds, self.claim(socket)?);
-            if offered && agent != NO_SLOT {
+            if let Some(agent) = record.agent().filter(|_| state == OFFERED) {
                 agents.push(self.claim(agent)?);
             }
             let (id, custody, words) = (MachineId(record.shard), Arc::new(custody), Arc::new(words));
@@ -509,8 +512,9 @@ impl Estate {
             let welcome = Welcome::Accepted { machine: id.0, epoch: self.epoch() };
             // One that has ended meanwhile is found so when it is taken over.
             let _ = first.custody.tell(&welcome.encode(), &agents);
-            self.taken(id);
         }
+        // Also where the earlier manager has come only half way.
+        self.taken(id);
         let membership = Membership {
             group: GroupId(first.group),
             domain: DomainId(first.domain),

@@ -5,13 +5,13 @@ use super::housekeeper::{Collapses, Tidied};
 use super::probe::{NoProbe, Probe};
 use super::waiting::{Waiting, Watchfulness};
 use parking_lot::Mutex;
-use plimsoll_core::ledger::{Budget, Ledger};
+use plimsoll_core::ledger::{Budget, Ledger, LedgerError};
 use plimsoll_core::replacement::Run;
 use plimsoll_store::{SlabMemory, Store};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageIndex};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 /// Something the operator must be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,12 +148,14 @@ pub struct Domain<M: SlabMemory> {
     /// The group whose budget pays for the store.
     pub group: GroupId,
     store: Mutex<Store<M>>,
+    /// Looked at and changed under the ledger's lock.
+    is_closed: AtomicBool,
 }
 
 impl<M: SlabMemory> Domain<M> {
     /// A domain around a store, new or recovered.
     pub fn new(id: DomainId, group: GroupId, store: Store<M>) -> Self {
-        Self { id, group, store: Mutex::new(store) }
+        Self { id, group, store: Mutex::new(store), is_closed: AtomicBool::new(false) }
     }
 
     /// Looks at or changes the store.
@@ -167,6 +169,28 @@ impl<M: SlabMemory> Domain<M> {
             let stats = store.stats();
             stats.data_slabs + stats.metadata
         })
+    }
+
+    /// Brings the ledger to what the store holds.
+    ///
+    /// # Errors
+    /// [`LedgerError`] when the ledger does not know the group.
+    pub(super) fn settle(&self, host: &Host) -> Result<(), LedgerError> {
+        let held = self.held();
+        host.ledger(|ledger| {
+            let held = if self.is_closed.load(Ordering::Relaxed) { ByteCount(0) } else { held };
+            ledger.set_store(self.group, self.id, held)
+        })
+    }
+
+    /// Nobody's pages are in the store any more. Nothing of it is charged from now on, although the housekeeper may be at
+    /// work in it and say later what it holds.
+    pub(super) fn close(&self, host: &Host) {
+        host.ledger(|ledger| {
+            self.is_closed.store(true, Ordering::Relaxed);
+            // A group that is not known is charged nothing.
+            let _ = ledger.set_store(self.group, self.id, ByteCount(0));
+        });
     }
 
     /// The store, when no pager uses the domain any more.
@@ -203,6 +227,25 @@ pub struct Orders {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::slabs::MemfdSlabs;
+    use plimsoll_store::Encoder;
+    use plimsoll_types::PAGE_SIZE;
+
+    #[test]
+    fn a_closed_domain_is_charged_nothing_whoever_tells_the_ledger_late() {
+        let host = Host::new(Budget::of(ByteCount::mib(64)));
+        let slabs = MemfdSlabs::create("test-domain", ByteCount::mib(4)).unwrap();
+        let domain = Domain::new(DomainId(1), GroupId(1), Store::new(slabs));
+        host.ledger(|ledger| ledger.add_group(GroupId(1)));
+        let mut encoder = Encoder::new();
+        domain.store(|store| store.put(&[7; PAGE_SIZE], &mut encoder)).unwrap().unwrap();
+        domain.settle(&host).unwrap();
+        assert_eq!(host.ledger(|ledger| ledger.charged()), domain.held());
+        domain.close(&host);
+        domain.settle(&host).unwrap();
+        assert!(domain.held() > ByteCount(0));
+        assert_eq!(host.ledger(|ledger| ledger.charged()), ByteCount(0));
+    }
 
     #[test]
     fn incidents_of_a_shard_are_told_of_its_machine() {

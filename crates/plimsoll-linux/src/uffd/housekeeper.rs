@@ -149,7 +149,7 @@ impl Housekeeper<'_> {
         self.places.insert(domain.id, place);
         if packed || compacted {
             // The group was added with the domain; a store that shrinks is never refused.
-            let _ = self.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, domain.held()));
+            let _ = domain.settle(self.host);
         }
         packed || compacted
     }

@@ -31,7 +31,7 @@ const PAGE_BYTES: u64 = PAGE_SIZE as u64;
 const EVENTS_PER_READ: usize = 64;
 /// How long an agent may take to answer. A block is moved in under a millisecond; a VMM whose cgroup is frozen or
 /// that is being dumped takes longer, and a machine should survive that.
-const AGENT_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const AGENT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Reads of the event queue in one go: what a storm of faults leaves over is read in the next turn.
 const READS_MAX: usize = 4;
@@ -248,6 +248,8 @@ pub struct LinuxSpace {
     filled: Option<HvaRange>,
     /// Whether what an earlier manager left unapplied has been read again.
     has_replayed: bool,
+    /// By when the agent must have answered, however much it is asked until then.
+    due: Option<Instant>,
 }
 
 impl LinuxSpace {
@@ -262,7 +264,13 @@ impl LinuxSpace {
             pagemap: None,
             filled: None,
             has_replayed: false,
+            due: None,
         }
+    }
+
+    /// From now on the agent must have answered everything by then, or, with `None`, each request in [`AGENT_PATIENCE`].
+    pub(super) fn expect_answers_by(&mut self, due: Option<Instant>) {
+        self.due = due;
     }
 
     /// What it works on.
@@ -278,16 +286,17 @@ impl LinuxSpace {
         wire::encode_request(&mut self.datagram, ticket, items);
         let io = |what, source| SpaceError::Io { what, source };
         let asked = Instant::now();
+        let due = self.due.unwrap_or(asked + AGENT_PATIENCE);
         match fdpass::send(&self.custody.socket, &self.datagram, &[]) {
             Ok(_) => {}
             Err(SendError::Closed) => return Err(self.closed()),
             Err(error) => return Err(io("asking the agent", std::io::Error::other(error))),
         }
         loop {
-            let patience = AGENT_PATIENCE.saturating_sub(asked.elapsed());
+            let patience = due.saturating_duration_since(Instant::now());
             let readable = is_readable(self.custody.socket.as_fd(), patience);
             if !readable.map_err(|error| io("waiting for the agent", error))? {
-                return Err(SpaceError::Silent { seconds: AGENT_PATIENCE.as_secs() });
+                return Err(SpaceError::Silent { seconds: asked.elapsed().as_secs() });
             }
             self.datagram.resize(DATAGRAM_MAX, 0);
             let received = match fdpass::recv(&self.custody.socket, &mut self.datagram, 0) {

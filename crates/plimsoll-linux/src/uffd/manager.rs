@@ -17,7 +17,7 @@ use super::governor::govern;
 use super::handover::{Handover, HandoverError};
 use super::host::{Domain, Host, Incident};
 use super::housekeeper::{self, Domains, Housekeeping};
-use super::linux_space::{Custody, LinuxSpace};
+use super::linux_space::{AGENT_PATIENCE, Custody, LinuxSpace};
 use super::pager::{Pager, PagerError};
 use super::probe::Probe;
 use super::recovery::take_over;
@@ -283,9 +283,8 @@ impl Manager {
             }
         }
         for domain in manager.domains.values() {
-            let held = domain.held();
             // The group was added with the domain.
-            let _ = manager.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, held));
+            let _ = domain.settle(&manager.host);
         }
         for (kept, parts) in entered {
             if let Err((kept, error)) = manager.launch(kept, parts, Origin::TakenOver) {
@@ -316,13 +315,19 @@ impl Manager {
 
     /// Takes all shards of a machine over, or none.
     fn recover(&self, kept: &MachineVault) -> Result<Vec<Part>, PagerError> {
+        // One time for all requests to all its agents: all other machines wait for this one, and for a manager that needs too
+        // long the keeper starts another.
+        let due = Instant::now() + AGENT_PATIENCE;
         let recover = |shard: &ShardVault| {
             let journal = shard.words.journal().map_err(journal_lost)?;
             let mut space = LinuxSpace::new(Arc::clone(&shard.custody), journal, self.epoch);
+            space.expect_answers_by(Some(due));
             let hello = &shard.custody.hello;
             let (layout, shape) = (hello.layout.clone(), Shape::blocks(hello.airlock_slots));
             let (words, seed) = (Arc::clone(&shard.words), u64::from(shard.id.0));
-            take_over(&mut space, self.epoch, layout, words, shape, seed).map(|machine| (machine, space))
+            let machine = take_over(&mut space, self.epoch, layout, words, shape, seed)?;
+            space.expect_answers_by(None);
+            Ok((machine, space))
         };
         kept.shards.iter().map(recover).collect()
     }
@@ -371,7 +376,10 @@ impl Manager {
 
     fn add_domain(&mut self, domain: Domain<MemfdSlabs>) {
         let (id, domain) = (domain.id, Arc::new(domain));
-        self.tended.lock().push(Arc::downgrade(&domain));
+        let mut tended = self.tended.lock();
+        tended.retain(|domain| domain.strong_count() > 0);
+        tended.push(Arc::downgrade(&domain));
+        drop(tended);
         self.domains.insert(id.0, domain);
     }
 
@@ -536,6 +544,8 @@ impl Manager {
         if origin == Origin::TakenOver {
             pager.continue_stats(shard.stats.clone());
         }
+        // Whoever looks before the thread runs sees all of the machine.
+        *controls.stats.lock() = pager.stats().clone();
         let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
         let run = move || {
             let driven = catch_unwind(AssertUnwindSafe(|| drive(pager, &thread_controls, origin)));
@@ -644,11 +654,9 @@ impl Manager {
         }
         let gone: Vec<MachineId> = self.machines.keys().copied().filter(|id| self.is_gone(*id)).collect();
         gone.iter().for_each(|id| self.forget(*id));
-        let ids: Vec<MachineId> = ended.into_iter().map(|kept| kept.id).chain(gone).collect();
-        if !ids.is_empty() {
-            self.close_domains();
-        }
-        ids
+        // Also of machines that had ended before this manager could take them over, or were refused.
+        self.close_domains();
+        ended.into_iter().map(|kept| kept.id).chain(gone).collect()
     }
 
     /// Frees the stores of domains without machines.
@@ -658,7 +666,7 @@ impl Manager {
         let used: BTreeSet<u32> = running.chain(kept).map(|domain| domain.0).collect();
         let unused: Vec<u32> = self.domains.keys().copied().filter(|id| !used.contains(id)).collect();
         for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
-            let _ = self.host.ledger(|ledger| ledger.set_store(domain.group, domain.id, ByteCount(0)));
+            domain.close(&self.host);
             if let Some(estate) = &self.estate {
                 estate.strike_domain(domain.id);
             }

@@ -289,6 +289,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.events.clear();
         self.space.read_events(&mut self.events)?;
         if self.events.is_empty() {
+            // What was read and says nothing of the machine's pages must not fill the journal.
+            self.space.applied();
             return Ok(());
         }
         self.reached(Step::EventsRead)?;
@@ -521,8 +523,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
 
     /// Brings the ledger to what the domain's store holds.
     pub(super) fn settle_store(&self) -> Result<(), PagerError> {
-        let held = self.domain.held();
-        Ok(self.host.ledger(|ledger| ledger.set_store(self.domain.group, self.domain.id, held))?)
+        Ok(self.domain.settle(&self.host)?)
     }
 
     pub(super) fn release(&self, object: ObjectRef) {

@@ -1,13 +1,19 @@
 //! The estate with a keeper that is a map, and managers that "die" by being dropped.
 use super::*;
 use crate::explain;
-use crate::uffd::wire::{DATAGRAM_MAX, FEATURES_NEEDED};
+use crate::uffd::linux_space::LinuxSpace;
+use crate::uffd::manager::{Manager, Vault};
+use crate::uffd::probe::NoProbe;
+use crate::uffd::space::{Space, SpaceError};
+use crate::uffd::wire::{self, DATAGRAM_MAX, FEATURES_NEEDED};
 use plimsoll_core::layout::{GuestLayout, Region};
+use plimsoll_core::ledger::Budget;
 use plimsoll_core::map::Words;
 use plimsoll_store::{SlabKind, SlabMemory, SlabTag};
 use plimsoll_sys::fdpass;
 use plimsoll_sys::uffd::Mode;
 use plimsoll_types::{Gpa, Hva};
+use std::time::{Duration, Instant};
 
 /// Holds copies, as the keeper does.
 #[derive(Default)]
@@ -117,6 +123,20 @@ fn a_domain_comes_back_with_its_slabs_and_is_gone_when_it_was_struck() {
 }
 
 #[test]
+fn a_domain_whose_machines_ended_before_they_could_be_taken_over_does_not_stay() {
+    let keeper = Arc::new(Map::default());
+    let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+    keeper.open().unwrap().enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    drop(slabs);
+    let vault = Vault::of_estate(keeper.open().unwrap(), Budget::of(ByteCount::mib(64)), LIMIT);
+    let mut manager = Manager::start(vault, Arc::new(NoProbe)).unwrap();
+    assert_eq!(manager.domains().count(), 1);
+    assert!(manager.forget_gone().is_empty());
+    assert_eq!((manager.domains().count(), keeper.slots_taken()), (0, vec![REGISTER]));
+    assert_eq!(manager.host().ledger(|ledger| ledger.charged()), ByteCount(0));
+}
+
+#[test]
 fn a_machine_comes_back_with_everything_and_one_that_was_offered_is_welcomed_again() {
     for shards in [1, 3] {
         let keeper = Arc::new(Map::default());
@@ -151,6 +171,43 @@ fn a_machine_comes_back_with_everything_and_one_that_was_offered_is_welcomed_aga
 }
 
 #[test]
+fn a_machine_that_ends_takes_nothing_of_one_that_came_later_with_it() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let (Some((first, mut agents)), Some((second, _second_agent))) = (machine(5, 2), machine(7, 1)) else {
+        return;
+    };
+    estate.offer(&first, &[agents.remove(1)]).unwrap();
+    estate.taken(first.id);
+    // The slot of the agent's end is free by now, and the next descriptor's.
+    estate.offer(&second, &[]).unwrap();
+    estate.taken(second.id);
+    estate.strike(first.id);
+    drop((first, second, estate));
+    let inheritance = keeper.open().unwrap().inherit();
+    assert!(inheritance.lost.is_empty(), "{}", explain(&inheritance.lost[0].1));
+    assert_eq!(inheritance.machines.len(), 1);
+    assert_eq!(keeper.slots_taken().len(), 1 + 5);
+}
+
+#[test]
+fn a_machine_whose_manager_died_while_it_was_marked_as_taken_keeps_its_agents_end_no_longer() {
+    for marked in 0..=2 {
+        let keeper = Arc::new(Map::default());
+        let estate = keeper.open().unwrap();
+        let Some((machine, mut agents)) = machine(5, 2) else { return };
+        estate.offer(&machine, &[agents.remove(1)]).unwrap();
+        (0..marked).for_each(|record| estate.state(record).store(TAKEN, Ordering::Release));
+        drop((machine, estate));
+        assert_eq!(keeper.slots_taken().len(), 1 + 2 * 5 + 1);
+        assert_eq!(keeper.open().unwrap().inherit().machines.len(), 1);
+        assert_eq!(keeper.slots_taken().len(), 1 + 2 * 5, "{marked} records were marked");
+        // One that had been told of all its agents is not told again.
+        assert_eq!(heard(&agents[0]).is_some(), marked == 0);
+    }
+}
+
+#[test]
 fn what_no_record_names_is_let_go_and_a_machine_entered_by_half_does_not_count() {
     let keeper = Arc::new(Map::default());
     let estate = keeper.open().unwrap();
@@ -166,6 +223,31 @@ fn what_no_record_names_is_let_go_and_a_machine_entered_by_half_does_not_count()
     assert!(inheritance.machines.is_empty() && inheritance.lost.is_empty());
     assert_eq!(keeper.slots_taken(), [REGISTER]);
     assert!(keeper.open().unwrap().records().next().is_none());
+}
+
+#[test]
+fn an_agent_that_answers_each_request_in_time_and_all_of_them_too_late_is_waited_for_no_longer_than_said() {
+    let Some((machine, agents)) = machine(5, 1) else { return };
+    let shard = &machine.shards[0];
+    let mut space = LinuxSpace::new(Arc::clone(&shard.custody), shard.words.journal().unwrap(), 3);
+    let agent = std::thread::spawn(move || {
+        let (mut bytes, mut reply) = ([0; DATAGRAM_MAX], Vec::new());
+        let mut answered = 0;
+        while let Ok(Some(received)) = fdpass::recv(&agents[0], &mut bytes, 0) {
+            let (ticket, _) = wire::decode_request(&bytes[..received.bytes]).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            wire::encode_reply(&mut reply, ticket, &[]);
+            answered += u32::from(fdpass::send(&agents[0], &reply, &[]).is_ok());
+        }
+        answered
+    });
+    let start = Instant::now();
+    space.expect_answers_by(Some(start + Duration::from_millis(200)));
+    let refused = (0..1000).map(|_| space.begin_epoch(3)).find_map(Result::err);
+    assert!(matches!(refused, Some(SpaceError::Silent { .. })), "{refused:?}");
+    assert!(start.elapsed() < Duration::from_secs(10));
+    drop((space, machine));
+    assert!((1..=10).contains(&agent.join().unwrap()));
 }
 
 #[test]
