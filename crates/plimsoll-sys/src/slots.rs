@@ -86,7 +86,19 @@ impl Slots {
     /// # Errors
     /// What the kernel said.
     pub fn leave_open(&self) -> io::Result<()> {
-        self.0.iter().flatten().try_for_each(|fd| Ok(fcntl_setfd(fd, FdFlags::empty())?))
+        self.set(FdFlags::empty())
+    }
+
+    /// Takes that back: the process goes on after all, and what it starts from now on is to find none of it open.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn close_on_exec(&self) -> io::Result<()> {
+        self.set(FdFlags::CLOEXEC)
+    }
+
+    fn set(&self, flags: FdFlags) -> io::Result<()> {
+        self.0.iter().flatten().try_for_each(|fd| Ok(fcntl_setfd(fd, flags)?))
     }
 
     /// How many there are.
@@ -150,9 +162,10 @@ fn raise_limit(count: u32) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::eventfd::EventFd;
+    use std::process::Command;
 
     #[test]
-    fn a_slot_is_a_number_and_is_filled_once() {
+    fn a_slot_is_a_number_is_filled_once_and_is_open_in_another_program_only_when_left_so() {
         let mut slots = Slots::new(8).unwrap();
         let made = || OwnedFd::from(EventFd::new().unwrap());
         slots.put(5, made()).unwrap();
@@ -162,5 +175,13 @@ mod tests {
         assert_eq!(slots.taken().map(|(slot, _)| slot).collect::<Vec<_>>(), [5]);
         assert!(slots.clear(5) && !slots.clear(5) && !slots.clear(9));
         slots.put(5, made()).unwrap();
+        let finds = || {
+            let looks = Command::new("test").args(["-e", "/proc/self/fd/69"]).status();
+            looks.unwrap().success()
+        };
+        slots.leave_open().unwrap();
+        assert!(finds());
+        slots.close_on_exec().unwrap();
+        assert!(!finds());
     }
 }

@@ -141,7 +141,7 @@ pub fn keep(
             End::Upgrade => {
                 let error = DaemonError::Upgrade(successor.become_it());
                 eprintln!("plimsoll keeper: {}", plimsoll_linux::explain(&error));
-                accept_signals().map_err(DaemonError::Wait)?;
+                keeper.stay();
             }
             end => {
                 place::give_up(&settings.directory);

@@ -242,10 +242,18 @@ impl Keeper {
             Ok(()) => Some(End::Upgrade),
             Err(error) => {
                 eprintln!("plimsoll keeper: no upgrade: {error}");
-                let _ = accept_signals();
+                self.stay();
                 None
             }
         }
+    }
+
+    /// Goes on after an [upgrade](End::Upgrade) that was prepared and cannot be: the next manager is of this build, and gets what
+    /// is kept by asking for it, not by inheritance.
+    pub fn stay(&self) {
+        // Neither fails for descriptors and signals that there are.
+        let _ = self.slots.close_on_exec();
+        let _ = accept_signals();
     }
 
     fn is_stopping(&self) -> bool {
