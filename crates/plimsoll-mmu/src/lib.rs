@@ -6,6 +6,8 @@
 //! * [`x86`], [`ept`], [`arm`], [`riscv`]: a walk as the processor does it, down to error code, exit qualification, fault
 //!   status and cause.
 //! * [`nested`]: a guest's tables through a second stage.
+//! * [`splinter`]: how many large pages two stages leave whole.
+//! * [`tlb`]: what processors keep of translations, every fence, and which one a change needs.
 //!
 //! Tables are reached through [`TableMemory`], frames come from [`TableFrames`], and [`Invalidate`] has translations
 //! forgotten. The crate allocates nothing, runs on any processor, and treats what it reads as written by an enemy.
@@ -33,6 +35,8 @@ pub mod mapper;
 mod memory;
 pub mod nested;
 pub mod riscv;
+pub mod splinter;
+pub mod tlb;
 mod walk;
 pub mod x86;
 
