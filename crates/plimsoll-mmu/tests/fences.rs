@@ -294,12 +294,7 @@ fn go(
         speculate(worlds.old, &mut items, worlds.setting);
     }
     speculate(worlds.new, &mut items, worlds.setting);
-    // Any that is open may act now.
-    for chosen in 0..open.len() {
-        let mut open = open.clone();
-        let fence = open.remove(chosen);
-        go(worlds, dropped(&items, &fence, worlds.setting), open, visible, fences, ends);
-    }
+    let all = fences;
     let Some((fence, rest)) = fences.split_first() else {
         ends.extend(items);
         return;
@@ -311,6 +306,12 @@ fn go(
         Fence::Arm { .. }
             | Fence::RiscV(RiscV::SinvalVma { .. } | RiscV::HinvalVvma { .. } | RiscV::HinvalGvma { .. })
     );
+    // Any that is open may act now; there is no reason to earlier, or without need.
+    for chosen in 0..if waits && !closes { 0 } else { open.len() } {
+        let mut open = open.clone();
+        let acts = open.remove(chosen);
+        go(worlds, dropped(&items, &acts, worlds.setting), open, visible, all, ends);
+    }
     if closes && !open.is_empty() {
         return;
     }

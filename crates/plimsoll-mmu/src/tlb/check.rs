@@ -150,6 +150,7 @@ pub struct Remains {
 }
 
 /// Why the fences are not enough.
+#[expect(clippy::large_enum_variant, reason = "there is no allocator to put a part of it behind")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Missing {
@@ -200,6 +201,7 @@ type Items = [Option<Cached>; SORTS];
 ///
 /// # Errors
 /// Something may be, or the change must not be made like this.
+#[expect(clippy::result_large_err, reason = "there is no allocator to put it behind")]
 pub fn check(change: &Change, regime: &Regime, fences: &[Fence], least: Consequence) -> Result<(), Missing> {
     if must_break(change, regime) {
         return Err(Missing::Break { span: change.span });
