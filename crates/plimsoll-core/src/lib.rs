@@ -12,6 +12,8 @@
 //! * [`machine`]: all of these as one state machine of events and effects. Start reading there.
 //! * [`outside`]: which pages to take from a machine whose pages can only be looked up, never followed.
 //! * [`ledger`]: host, group and machine; budgets, watermarks, the hard line.
+//! * [`frames`]: a whole host's memory, for a host that owns it: the firmware's map, an allocator, extents that machines
+//!   donate, lend and share.
 //!
 //! Words live in memory that outlives the manager; everything else is derived and is rebuilt by
 //! [`machine::Machine::recover`].
@@ -24,6 +26,7 @@ extern crate alloc;
 
 pub mod airlock;
 mod bits;
+pub mod frames;
 pub mod layout;
 pub mod ledger;
 pub mod machine;

@@ -41,6 +41,11 @@ address!(
     Hva,
     "hva:"
 );
+address!(
+    /// A host physical address, in bytes: what a host without an operating system below it works with.
+    Hpa,
+    "hpa:"
+);
 
 macro_rules! index {
     ($(#[$doc:meta])* $name:ident, $prefix:literal) => {

@@ -19,7 +19,7 @@ mod address;
 mod identity;
 mod size;
 
-pub use address::{BlockIndex, Gpa, Hva, PageIndex, Pfn, SlotPage};
+pub use address::{BlockIndex, Gpa, Hpa, Hva, PageIndex, Pfn, SlotPage};
 pub use identity::{DomainId, GroupId, MachineId};
 pub use size::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, PAGE_SHIFT, PAGE_SIZE, PageCount, ParseByteCountError};
 

@@ -1,0 +1,4 @@
+//! A host's memory from the firmware's map to extents, beside oracles that do only what the documentation says.
+mod buddy;
+mod extents;
+mod firmware;
