@@ -238,7 +238,8 @@ fn fragmentation_goes_when_memory_is_given_back_and_is_reported_until_then() {
         }
         let (free, blocks) = (heap.free_pages(), heap.free_from(Order::BLOCK));
         println!(
-            "{tenths}0 % of the pieces held: {} free, {} of it in blocks of 2 MiB",
+            "{} % of the pieces held: {} free, {} of it in blocks of 2 MiB",
+            tenths * 10,
             free.bytes(),
             blocks.bytes()
         );
