@@ -108,12 +108,6 @@ impl Follower {
                 self.dossier.ram.retain(|range| !is_gone(range));
                 return Ok(gone.into_iter().map(Change::Went).collect());
             }
-            // The kernel joins neighbouring mappings: RAM that is known may now be part of a larger one, of no block's size. What
-            // is known is mapped as before.
-            Err(Refusal::Ram(_)) => {
-                self.fingerprint = fingerprint;
-                return Ok(Vec::new());
-            }
             Err(error) => return Err(error),
         };
         let knows = |ram: &[RamRange], range: &RamRange| ram.iter().any(|other| other.hva == range.hva);
