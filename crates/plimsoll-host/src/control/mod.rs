@@ -8,7 +8,7 @@
 //! * a step applied to a machine that the decision did not see;
 //! * a clock that jumps making the loop wait for it, or hurry.
 //!
-//! [`run`] is the loop itself over a real clock; tests call [`Control::turn`] with whatever time they like.
+//! [`run()`] is the loop itself over a real clock; tests call [`Control::turn`] with whatever time they like.
 mod pool;
 mod run;
 
