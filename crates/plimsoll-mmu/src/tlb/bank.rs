@@ -3,7 +3,7 @@
 //! Enters: tables, addresses, fences. Leaves: where an access goes, which is not where the tables say if something stale is
 //! left. Instructions and data have a TLB each, behind both is a shared one, and entries that name tables are kept too. What is
 //! found there is used without a look at the tables; a fence drops what it must and nothing else. A TLBI or SINVAL acts at
-//! once here: that its moment is open is for [`super::check`].
+//! once here: that its moment is open is for [`super::check()`].
 use super::{Cached, Fence, Kind, Stage, Tag, Through};
 use crate::address::{Input, Level, Output, Span};
 use crate::entry::{Entry, Malformed, Permissions};

@@ -1,7 +1,7 @@
 //! What processors keep of translations, what makes them forget it, and whether a change of a table is safe.
 //!
 //! Enters: changes of entries and the fences that follow. Leaves: that no stale translation is left, or which may be, what
-//! it would do, and the fences that were needed ([`check`], [`needed`]). [`Tlb`] is a processor's caches as a model that
+//! it would do, and the fences that were needed ([`check()`], [`needed`]). [`Tlb`] is a processor's caches as a model that
 //! runs: it keeps what it read as long as it may.
 //!
 //! A fence counts for what every processor of its architecture must do, and for no more: nothing may depend on what most of

@@ -1,6 +1,6 @@
 //! The fences that a change needs, by architecture: those that drop least come first.
 //!
-//! Enters: a change. Leaves: the first sequence of the table below that [`super::check`] finds enough, so that what is recommended is
+//! Enters: a change. Leaves: the first sequence of the table below that [`super::check()`] finds enough, so that what is recommended is
 //! what has been checked. Tables of the host's own are fenced by its own instructions, tables of guests by the host's
 //! for guests.
 use super::check::{Architecture, Change, Consequence, Regime, Stage, stale};
