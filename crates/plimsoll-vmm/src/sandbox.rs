@@ -33,6 +33,8 @@ const KVM_GET_REGS: u32 = 0x8090_ae81;
 const KVM_GET_SREGS: u32 = 0x8138_ae83;
 /// `_IOWR(0xaa, 5, struct uffdio_move)`: the agent's work.
 const UFFDIO_MOVE: u32 = 0xc028_aa05;
+/// `_IOR(0xaa, 2, struct uffdio_range)`: the agent's, for those whom a move should have woken.
+const UFFDIO_WAKE: u32 = 0x8010_aa02;
 /// `_IOWR(0xaa, 0, struct uffdio_register)`: the agent's, for a block that the manager watches again.
 const UFFDIO_REGISTER: u32 = 0xc020_aa00;
 /// `_IOR(0xaa, 1, struct uffdio_range)`: the agent's, for a block left to the kernel; and at the end, before unmapping.
@@ -94,7 +96,7 @@ pub(crate) fn restrict(sandbox: Sandbox, accel: &Accel) -> Result<(), SandboxErr
 }
 
 fn filter(accel: &Accel) -> Result<BpfProgram, BackendError> {
-    let mut ioctls = vec![UFFDIO_MOVE, UFFDIO_REGISTER, UFFDIO_UNREGISTER];
+    let mut ioctls = vec![UFFDIO_MOVE, UFFDIO_WAKE, UFFDIO_REGISTER, UFFDIO_UNREGISTER];
     if let Accel::Kvm { .. } = accel {
         ioctls.extend([KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS]);
     }
@@ -194,6 +196,7 @@ mod tests {
         assert_eq!(KVM_GET_REGS, ioc(2, 0xae, 0x81, size_of::<kvm_regs>()));
         assert_eq!(KVM_GET_SREGS, ioc(2, 0xae, 0x83, size_of::<kvm_sregs>()));
         assert_eq!(UFFDIO_MOVE, ioc(3, 0xaa, 0x05, 5 * 8));
+        assert_eq!(UFFDIO_WAKE, ioc(2, 0xaa, 0x02, 2 * 8));
         assert_eq!(UFFDIO_REGISTER, ioc(3, 0xaa, 0x00, 4 * 8));
         assert_eq!(UFFDIO_UNREGISTER, ioc(2, 0xaa, 0x01, 2 * 8));
     }
