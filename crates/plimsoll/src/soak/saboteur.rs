@@ -144,6 +144,11 @@ impl Reader {
         self.stop.store(true, Ordering::Relaxed);
     }
 
+    /// Whether waiting for its end takes no time.
+    pub(super) fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Waits for its end and returns how many pages it has read. While the guest is managed or gone for good, that
     /// is soon.
     pub(super) fn join(self) -> u64 {

@@ -199,17 +199,28 @@ impl<'a> Session<'a> {
                         Some(Reader::start(custody, hash3(self.plan.seed, 3, self.report.actions))?);
                 }
             }
-            Action::Calm => self.calm(),
+            Action::Calm => self.calm(&manager),
         }
         Ok(manager)
     }
 
-    /// Ends delays and readers. A reader may wait for a page: the manager runs, so it comes.
-    fn calm(&mut self) {
+    /// Ends delays and readers. A reader may wait for a page: while the run goes on, it comes. Once the run is over it may
+    /// not, and the reader is let go when its guest is buried.
+    fn calm(&mut self, manager: &Manager) {
         self.delays.set(0, 0);
         self.seats.iter().filter_map(|seat| seat.reader.as_ref()).for_each(Reader::stop);
-        let readers: Vec<Reader> = self.seats.iter_mut().filter_map(|seat| seat.reader.take()).collect();
-        self.retired.read_from_outside += readers.into_iter().map(Reader::join).sum::<u64>();
+        loop {
+            for seat in &mut self.seats {
+                if let Some(reader) = seat.reader.take_if(|reader| reader.has_ended()) {
+                    self.retired.read_from_outside += reader.join();
+                }
+            }
+            if self.is_over() || self.seats.iter().all(|seat| seat.reader.is_none()) {
+                return;
+            }
+            std::thread::sleep(SQUEEZE_PERIOD);
+            self.look(manager);
+        }
     }
 
     /// Lets time pass.
@@ -443,7 +454,7 @@ impl<'a> Session<'a> {
 
     /// Has every guest read every page once more, and waits for them.
     fn check(&mut self, manager: &Manager) {
-        self.calm();
+        self.calm(manager);
         let mode = if self.is_over() { StopMode::Now } else { StopMode::Finish };
         fleet::stop(self.seats.iter().map(|seat| &seat.guest), mode);
         let told = Instant::now();
@@ -492,7 +503,9 @@ impl<'a> Session<'a> {
         self.look_now(&manager);
         for place in 0..self.seats.len() {
             self.explain_missing(&manager, place);
-            self.bury(&mut manager, place)?;
+            if let Err(why) = self.bury(&mut manager, place) {
+                self.fail(why);
+            }
         }
         if let Some(domain) = manager.domain(DOMAIN) {
             let stats = domain.store(|store| store.stats());

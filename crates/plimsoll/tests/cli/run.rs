@@ -105,6 +105,13 @@ impl Run {
         self
     }
 
+    /// In a process group of its own, as a shell starts what it starts.
+    pub(crate) fn in_a_group_of_its_own(mut self) -> Self {
+        use std::os::unix::process::CommandExt;
+        self.command.process_group(0);
+        self
+    }
+
     /// It was told to work that long.
     pub(crate) fn lasting(mut self, seconds: u64) -> Self {
         self.lasting = Duration::from_secs(seconds);
@@ -142,6 +149,19 @@ impl Running {
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// The signal that a terminal sends: to it and to all that it started.
+    pub(crate) fn signal_group(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process_group(pid, signal).unwrap();
+    }
+
+    /// Whether it has a thread of that name.
+    pub(crate) fn has_thread(&self, name: &str) -> bool {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let names = threads.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+        names.into_iter().any(|found| found.trim_end() == name)
     }
 
     /// Waits until that many machines run as processes of their own.

@@ -1,7 +1,8 @@
 //! `plimsoll soak`: a fixed seed, a fresh one, and what it refuses.
 //!
 //! `PLIMSOLL_SOAK_SECONDS` says how long the fresh seed may go on; without it, 20 seconds.
-use super::run::{Run, alone, can};
+use super::run::{Run, alone, can, wait_until};
+use rustix::process::Signal;
 
 /// Long enough for a crash a second and every kind of trouble.
 const SECONDS: u64 = 20;
@@ -60,6 +61,24 @@ fn a_fresh_schedule_costs_no_byte() {
     let _alone = alone();
     if can("userfaultfd") {
         soak(None, soak_seconds(), "auto");
+    }
+}
+
+/// As Ctrl-C does: the guests end by themselves, while somebody waits for a page of theirs that nobody will bring.
+#[test]
+fn a_soak_ends_although_a_reader_waits_for_a_page_of_a_guest_that_is_gone() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    for seed in ["1", "2", "3", "4"] {
+        let words = ["soak", "--seconds", "60", "--accel", "in-process", "--seed", seed];
+        let running = Run::new(&words).in_a_group_of_its_own().start();
+        wait_until("a guest's memory is read from outside", || running.has_thread("reader"));
+        running.signal_group(Signal::TERM);
+        let ended = running.wait();
+        ended.expect_code(1);
+        ended.expect_nothing_left();
     }
 }
 
