@@ -16,8 +16,9 @@ use plimsoll_types::PageCount;
 
 /// How much of its size a machine's floor grows in a second of stalling.
 const STEP: Ppm = Ppm::percent(1);
-/// How much of what it was raised by the floor loses in a second of calm.
-const SINK: Ppm = Ppm(15_625);
+/// How much of what it was raised by the floor loses in a second of calm: less than the dead band in a minute, or a machine at its
+/// objective would have its target moved back and forth, each time it waits a little more and a little less than that.
+const SINK: Ppm = Ppm(800);
 /// How much of what could be taken is taken at least: a machine that always stalls still gives a little.
 const APPETITE_MIN: Ppm = Ppm(15_625);
 /// How much more of it is taken again after a second of calm.
@@ -83,6 +84,7 @@ impl Stall {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::damper::DEAD_BAND;
     use crate::settings::{Face, MachineSettings, Shares};
     use plimsoll_types::{ByteCount, MachineId};
 
@@ -141,9 +143,11 @@ mod tests {
     #[test]
     fn a_raised_floor_sinks_to_the_guarantee() {
         let mut stall = Stall::new();
-        look(&mut stall, WAITS);
-        let floors: [PageCount; 600] = core::array::from_fn(|_| look(&mut stall, CALM));
+        let top = look(&mut stall, WAITS);
+        let floors: [PageCount; 20_000] = core::array::from_fn(|_| look(&mut stall, CALM));
         assert!(floors.is_sorted_by(|one, next| one >= next));
         assert_eq!(stall.raised, None);
+        let moved = top.saturating_sub(floors[59]);
+        assert!(moved.0 <= DEAD_BAND.apply(top.0), "in a minute {moved} of {top}");
     }
 }
