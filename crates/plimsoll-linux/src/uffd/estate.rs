@@ -52,13 +52,13 @@ use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// The slot of the register.
-pub const REGISTER: u32 = 0;
+const REGISTER: u32 = 0;
 /// Slots below this one are the daemon's own.
 pub const RESERVED: u32 = 8;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PLIMREGI");
 /// The version of the register that this build writes, and the newest it reads.
-pub const VERSION: u32 = 1;
+const VERSION: u32 = 1;
 const RECORDS: u32 = 4096;
 const RECORD_SIZE: usize = 2048;
 const HELLO_MAX: usize = RECORD_SIZE - 72;
@@ -110,6 +110,10 @@ impl Record {
 
     fn sum(&self) -> u64 {
         xxh3_64(&self.as_bytes()[size_of::<u64>()..])
+    }
+
+    fn is_damaged(&self) -> bool {
+        self.check != self.sum()
     }
 
     /// Slots that hold something of it while it is in that state. The agent's end is let go when the machine has been taken:
@@ -392,7 +396,12 @@ impl Estate {
 
     /// The machine has been welcomed.
     pub(super) fn taken(&self, machine: MachineId) {
-        for (at, _, record) in self.records_of(machine).filter(|(_, state, _)| *state == OFFERED) {
+        self.records_of(machine).for_each(|(at, state, record)| self.take(at, state, &record));
+    }
+
+    /// Marks an offered record as taken.
+    fn take(&self, at: usize, state: u64, record: &Record) {
+        if state == OFFERED {
             self.state(at).store(TAKEN, Ordering::Release);
             self.let_go(record.agent());
         }
@@ -400,35 +409,41 @@ impl Estate {
 
     /// Nothing of the machine is to be kept any more.
     pub(super) fn strike(&self, machine: MachineId) {
-        self.strike_all(self.records_of(machine).collect());
+        self.strike_all(&self.records_of(machine).collect::<Vec<_>>());
     }
 
     /// Nothing of the domain, whose machines are gone, is to be kept any more.
     pub(super) fn strike_domain(&self, domain: DomainId) {
-        let records = self.records();
-        self.strike_all(
-            records.filter(|(.., record)| record.kind == DOMAIN && record.domain == domain.0).collect(),
-        );
+        let is_its = |record: &Record| record.kind == DOMAIN && record.domain == domain.0;
+        self.strike_all(&self.sound().filter(|(.., record)| is_its(record)).collect::<Vec<_>>());
     }
 
-    fn strike_all(&self, records: Vec<(usize, u64, Record)>) {
+    fn strike_all(&self, records: &[(usize, u64, Record)]) {
         records.iter().for_each(|(at, ..)| self.state(*at).store(FREE, Ordering::Release));
         records.iter().for_each(|(_, state, record)| self.let_go(record.held(*state)));
     }
 
     fn records_of(&self, machine: MachineId) -> impl Iterator<Item = (usize, u64, Record)> + '_ {
-        self.records().filter(move |(_, _, record)| record.kind == SHARD && record.machine == machine.0)
+        self.sound().filter(move |(_, _, record)| record.kind == SHARD && record.machine == machine.0)
+    }
+
+    /// The records that can be believed: a damaged one may name another machine, or its slots.
+    fn sound(&self) -> impl Iterator<Item = (usize, u64, Record)> + '_ {
+        self.records().filter(|(.., record)| !record.is_damaged())
     }
 
     /// Puts together what an earlier manager left. Machines that were offered are welcomed once more. What belongs to nothing
     /// is let go.
     pub(super) fn inherit(&self) -> Inheritance {
         let mut inheritance = Inheritance::default();
-        let mut shards: BTreeMap<u32, Vec<(u64, Record)>> = BTreeMap::new();
+        let mut shards: BTreeMap<u32, Vec<(usize, u64, Record)>> = BTreeMap::new();
         let mut named = BTreeSet::new();
-        for (_, state, record) in self.records() {
-            if record.check != record.sum() {
-                // What it held stays unknown, and so everything that no other record names has to stay.
+        let mut is_damaged = false;
+        for (at, state, record) in self.records() {
+            if record.is_damaged() {
+                // What it held stays unknown, and so everything that no other record names has to stay. Of which machine it
+                // is, too: one of those that are not whole.
+                is_damaged = true;
                 let what = "a record of the machines' register is damaged".to_owned();
                 inheritance.lost.push((MachineId(record.machine), EstateError::Damaged { what }));
                 named.extend(self.taken.lock().iter());
@@ -441,15 +456,19 @@ impl Estate {
                     Err(error) => inheritance.lost.push((MachineId(0), error)),
                 }
             } else {
-                shards.entry(record.machine).or_default().push((state, record));
+                shards.entry(record.machine).or_default().push((at, state, record));
             }
         }
         for (machine, records) in shards {
             let id = MachineId(machine);
             match self.machine(id, &records) {
                 Ok(Some(machine)) => inheritance.machines.push(machine),
+                Ok(None) if is_damaged => {
+                    let what = "records of it are missing, and one of the register is damaged".to_owned();
+                    inheritance.lost.push((id, EstateError::Damaged { what }));
+                }
                 // It was being entered, or struck.
-                Ok(None) => self.strike(id),
+                Ok(None) => self.strike_all(&records),
                 Err(error) => inheritance.lost.push((id, error)),
             }
         }
@@ -470,9 +489,13 @@ impl Estate {
     }
 
     /// A machine from its records; `None` if they are not all there.
-    fn machine(&self, id: MachineId, records: &[(u64, Record)]) -> Result<Option<MachineVault>, EstateError> {
+    fn machine(
+        &self,
+        id: MachineId,
+        records: &[(usize, u64, Record)],
+    ) -> Result<Option<MachineVault>, EstateError> {
         let mut shards = Vec::new();
-        for (state, record) in records {
+        for (_, state, record) in records {
             let bytes = record.hello.get(..record.hello_bytes as usize).unwrap_or_default();
             let hello = Hello::decode(bytes, 2);
             shards.push((
@@ -514,7 +537,7 @@ impl Estate {
             let _ = first.custody.tell(&welcome.encode(), &agents);
         }
         // Also where the earlier manager has come only half way.
-        self.taken(id);
+        records.iter().for_each(|(at, state, record)| self.take(*at, *state, record));
         let membership = Membership {
             group: GroupId(first.group),
             domain: DomainId(first.domain),

@@ -265,6 +265,53 @@ fn nothing_is_let_go_because_of_a_damaged_record() {
 }
 
 #[test]
+fn a_machine_of_which_one_record_is_damaged_keeps_what_its_other_records_name() {
+    for damaged in 0..2 {
+        let keeper = Arc::new(Map::default());
+        let estate = keeper.open().unwrap();
+        let Some((machine, mut agents)) = machine(5, 2) else { return };
+        estate.offer(&machine, &[agents.remove(1)]).unwrap();
+        let held = keeper.slots_taken();
+        estate.place(damaged)[6].fetch_xor(1 << 40, Ordering::Relaxed);
+        drop((machine, estate));
+        let inheritance = keeper.open().unwrap().inherit();
+        assert!(inheritance.machines.is_empty());
+        assert_eq!(keeper.slots_taken(), held, "with record {damaged} damaged");
+        let lost: Vec<String> = inheritance.lost.iter().map(|(_, error)| explain(error)).collect();
+        assert_eq!(inheritance.lost.len(), 2, "{lost:?}");
+        assert!(inheritance.lost.iter().all(|(id, _)| *id == MachineId(5)), "{lost:?}");
+        assert!(lost.iter().any(|cause| cause.contains("records of it are missing")), "{lost:?}");
+        // The next manager finds it as this one did.
+        assert_eq!(keeper.open().unwrap().inherit().lost.len(), 2);
+    }
+}
+
+#[test]
+fn a_damaged_record_is_not_struck_with_whom_it_has_come_to_name() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let (Some((first, _agent)), Some((second, _second_agent))) = (machine(5, 1), machine(7, 1)) else {
+        return;
+    };
+    let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+    estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    estate.offer(&first, &[]).unwrap();
+    let held = keeper.slots_taken();
+    estate.offer(&second, &[]).unwrap();
+    // Machine 5 says that it is machine 7, and domain 2 that it is domain 3.
+    estate.place(1)[1].fetch_xor(2 << 32, Ordering::Relaxed);
+    estate.place(0)[3].fetch_xor(1, Ordering::Relaxed);
+    assert_eq!(estate.records().map(|(.., record)| record.machine).collect::<Vec<_>>(), [0, 7, 7]);
+    estate.taken(second.id);
+    estate.strike(second.id);
+    estate.strike_domain(DomainId(3));
+    assert_eq!(keeper.slots_taken(), held);
+    // Nor with whom it may have named.
+    estate.strike(first.id);
+    assert_eq!(keeper.slots_taken(), held);
+}
+
+#[test]
 fn a_register_that_is_newer_or_none_is_refused_and_left_alone() {
     let keeper = Arc::new(Map::default());
     let estate = keeper.open().unwrap();
