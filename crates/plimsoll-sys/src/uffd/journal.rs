@@ -15,6 +15,7 @@ use super::event::Event;
 use crate::mapping::SharedMapping;
 use plimsoll_types::ByteCount;
 use rustix::io::Errno;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,32 +52,33 @@ impl Journal {
 
     /// What an earlier reader has left. A descriptor that came with an event was that process's and is not among it.
     pub fn left(&self) -> Vec<Event> {
-        self.messages(0, self.filled).filter_map(|message| Event::without_descriptor(&message)).collect()
+        self.messages(0..self.filled).filter_map(|message| Event::without_descriptor(&message)).collect()
     }
 
     /// All events read so far have come into effect. Order does not matter: each is one word.
     pub fn forget(&mut self) {
-        for message in self.words(0, self.filled).chunks(WORDS) {
+        for message in self.words(0..self.filled).chunks(WORDS) {
             message.iter().for_each(|word| word.store(0, Ordering::Release));
         }
         self.filled = 0;
     }
 
-    fn words(&self, from: usize, to: usize) -> &[AtomicU64] {
-        &self.memory.as_atomic_u64s()[self.first + from * WORDS..self.first + to * WORDS]
+    fn words(&self, messages: Range<usize>) -> &[AtomicU64] {
+        let [start, end] = [messages.start, messages.end].map(|message| self.first + message * WORDS);
+        &self.memory.as_atomic_u64s()[start..end]
     }
 
-    fn messages(&self, from: usize, to: usize) -> impl Iterator<Item = Message> + '_ {
-        self.words(from, to).chunks(WORDS).map(load)
+    pub(super) fn messages(&self, which: Range<usize>) -> impl Iterator<Item = Message> + '_ {
+        self.words(which).chunks(WORDS).map(load)
     }
 
-    /// Reads at most `most` messages behind those that are there, without waiting, and returns them. None when there is no
-    /// room: the reader forgets first.
-    pub(super) fn read(&mut self, from: impl AsFd, most: usize) -> Result<Vec<Message>, Errno> {
+    /// Reads at most `most` messages behind those that are there, without waiting, and says which of the journal they are. None
+    /// when there is no room: the reader forgets first.
+    pub(super) fn read(&mut self, from: impl AsFd, most: usize) -> Result<Range<usize>, Errno> {
         let until = self.capacity.min(self.filled + most);
-        let room = self.words(self.filled, until);
+        let room = self.words(self.filled..until);
         if room.is_empty() {
-            return Ok(Vec::new());
+            return Ok(self.filled..self.filled);
         }
         let iov = libc::iovec { iov_base: room.as_ptr().cast_mut().cast(), iov_len: size_of_val(room) };
         // SAFETY: the kernel writes at most `iov_len` bytes from `iov_base`, which is the memory of `room`: atomics, which may
@@ -89,7 +91,7 @@ impl Journal {
         };
         let was = self.filled;
         self.filled += bytes / size_of::<Message>();
-        Ok(self.messages(was, self.filled).collect())
+        Ok(was..self.filled)
     }
 }
 

@@ -421,14 +421,8 @@ impl Userfaultfd {
     ///
     /// What the caller does not take out of the returned iterator is dropped with it.
     pub fn read_events<'b>(&self, buffer: &'b mut EventBuffer) -> io::Result<Drain<'b, Event>> {
-        let read = loop {
-            match self.read_now(buffer.messages().as_mut_bytes()) {
-                Ok(bytes) => break bytes / size_of::<Message>(),
-                Err(Errno::AGAIN) => break 0,
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        };
+        let bytes = until_read(|| self.read_now(buffer.messages().as_mut_bytes()))?.unwrap_or(0);
+        let read = bytes / size_of::<Message>();
         // SAFETY: the first `read` messages were written by the read above, from a descriptor that is known to be a
         // userfaultfd (`open` made it or `adopt` checked it), and are decoded here once.
         Ok(unsafe { buffer.decode(read) })
@@ -437,17 +431,10 @@ impl Userfaultfd {
     /// Like [`read_events`](Self::read_events), at most `most` of them, into memory that outlives this process: they stay in
     /// the journal until they are [forgotten](Journal::forget).
     pub fn read_journaled(&self, journal: &mut Journal, most: usize) -> io::Result<Vec<Event>> {
-        let messages = loop {
-            match journal.read(&self.0, most) {
-                Ok(messages) => break messages,
-                Err(Errno::AGAIN) => break Vec::new(),
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-        };
+        let read = until_read(|| journal.read(&self.0, most))?.unwrap_or(0..0);
         // SAFETY: these messages were written by the read above, from a descriptor that is known to be a userfaultfd, and are
         // decoded here once: a journal's next reader leaves descriptors out.
-        Ok(messages.iter().map(|message| unsafe { Event::decode(message) }).collect())
+        Ok(journal.messages(read).map(|message| unsafe { Event::decode(&message) }).collect())
     }
 
     /// Reads without waiting, whatever the descriptor's mode is now: O_NONBLOCK belongs to the open file, which whoever
@@ -473,6 +460,18 @@ impl Userfaultfd {
         // SAFETY: `Request` promises that the opcode and structure belong together; the descriptor is known to be a
         // userfaultfd; the effect on other memory is the caller's promise.
         unsafe { rustix::ioctl::ioctl(&self.0, Call(request)) }
+    }
+}
+
+/// Reads until that succeeds; `None` when nothing waits.
+fn until_read<T>(mut read: impl FnMut() -> Result<T, Errno>) -> io::Result<Option<T>> {
+    loop {
+        match read() {
+            Ok(read) => return Ok(Some(read)),
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
 }
 
