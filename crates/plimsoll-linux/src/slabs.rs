@@ -38,11 +38,7 @@ impl MemfdSlabs {
     /// # Errors
     /// [`MemfdError`] when the kernel gives no memfd of that size.
     pub fn create(name: &str, limit: ByteCount) -> Result<Self, MemfdError> {
-        let capacity = usize::try_from(limit.0).unwrap_or(usize::MAX).div_ceil(SLAB_SIZE).max(1);
-        let head = Self::head(capacity);
-        let mut memory = ExclusiveMapping::create(name, ByteCount((head + capacity * SLAB_SIZE) as u64))?;
-        memory.grow(ByteCount(head as u64))?;
-        Ok(Self { memory, capacity, held: 0, lowest: 0 })
+        Self::with_head(limit, |size| ExclusiveMapping::create(name, size))
     }
 
     /// Goes on with the slabs of an earlier manager, made with the same limit. What that one had begun to acquire, or to give
@@ -51,21 +47,27 @@ impl MemfdSlabs {
     /// # Errors
     /// [`MemfdError`] when the file cannot be mapped, or somebody has it mapped.
     pub fn inherit(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
-        let capacity = usize::try_from(limit.0).unwrap_or(usize::MAX).div_ceil(SLAB_SIZE).max(1);
-        let head = Self::head(capacity);
-        let memory = ExclusiveMapping::inherit(file, ByteCount((head + capacity * SLAB_SIZE) as u64))?;
-        let mut slabs = Self { memory, capacity, held: 0, lowest: 0 };
-        slabs.memory.grow(ByteCount(head as u64))?;
-        let present = (slabs.memory.len() - head) / SLAB_SIZE;
-        for slab in 0..present {
-            if slabs.tag(slab) != 0 {
-                slabs.held += 1;
-                continue;
-            }
-            let (offset, length) = Self::extent(capacity, slab);
-            slabs.memory.punch_hole(offset, length)?;
+        let mut slabs = Self::with_head(limit, |size| ExclusiveMapping::inherit(file, size))?;
+        let present = (slabs.memory.len() - Self::head(slabs.capacity)) / SLAB_SIZE;
+        let free: Vec<usize> = (0..present).filter(|slab| slabs.tag(*slab) == 0).collect();
+        slabs.held = present - free.len();
+        for run in free.chunk_by(|one, next| one + 1 == *next) {
+            let (offset, length) = Self::extent(slabs.capacity, run[0]);
+            slabs.memory.punch_hole(offset, ByteCount(length.0 * run.len() as u64))?;
         }
         Ok(slabs)
+    }
+
+    /// Slabs in a mapping of the size that `limit` bytes of them take, which has at least their tags.
+    fn with_head(
+        limit: ByteCount,
+        map: impl FnOnce(ByteCount) -> Result<ExclusiveMapping, MemfdError>,
+    ) -> Result<Self, MemfdError> {
+        let capacity = usize::try_from(limit.0).unwrap_or(usize::MAX).div_ceil(SLAB_SIZE).max(1);
+        let head = Self::head(capacity);
+        let mut memory = map(ByteCount((head + capacity * SLAB_SIZE) as u64))?;
+        memory.grow(ByteCount(head as u64))?;
+        Ok(Self { memory, capacity, held: 0, lowest: 0 })
     }
 
     /// The file, for whoever keeps a copy of its descriptor for the next manager.
