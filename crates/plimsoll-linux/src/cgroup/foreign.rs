@@ -109,14 +109,8 @@ impl ProcessCgroup {
     pub fn swap_right(&self) -> Result<SwapRight, CgroupError> {
         match self.home.version {
             Version::V1 => {
-                // The kernel has done the walk to the root.
                 let stat = self.home.path.join("memory.stat");
-                let text = read(&stat)?;
-                let lowest = |name| Ok::<_, CgroupError>(parse_field(&stat, &text, name)?.filter(is_limit));
-                let (limit, both) =
-                    (lowest("hierarchical_memory_limit")?, lowest("hierarchical_memsw_limit")?);
-                let swappiness = self.required("memory.swappiness", parse_plain)?;
-                Ok(swap_right_v1(limit, both, swappiness.0))
+                self.swap_right_of(&stat, &read(&stat)?)
             }
             Version::V2 => {
                 let limits = self.up_to_root("memory.swap.max")?;
@@ -129,6 +123,15 @@ impl ProcessCgroup {
         }
     }
 
+    /// That of v1, from its memory.stat.
+    fn swap_right_of(&self, stat: &Path, text: &str) -> Result<SwapRight, CgroupError> {
+        // The kernel has done the walk to the root.
+        let lowest = |name| Ok::<_, CgroupError>(parse_field(stat, text, name)?.filter(is_limit));
+        let (limit, both) = (lowest("hierarchical_memory_limit")?, lowest("hierarchical_memsw_limit")?);
+        let swappiness = self.required("memory.swappiness", parse_plain)?;
+        Ok(swap_right_v1(limit, both, swappiness.0))
+    }
+
     fn numbers_v1(&self) -> Result<CgroupNumbers, CgroupError> {
         let stat = self.home.path.join("memory.stat");
         let text = read(&stat)?;
@@ -139,7 +142,7 @@ impl ProcessCgroup {
             // The kernel has done the walk to the root.
             limit: field("hierarchical_memory_limit")?.filter(is_limit),
             swapped: field("total_swap")?,
-            swap: self.swap_right()?,
+            swap: self.swap_right_of(&stat, &text)?,
             limit_hits: self.required("memory.failcnt", parse_plain)?.0,
             oom_kills: parse_field(&kills, &read(&kills)?, "oom_kill")?.map_or(0, |count| count.0),
         })
