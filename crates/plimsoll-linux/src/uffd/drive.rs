@@ -31,7 +31,6 @@ pub(super) enum End {
 /// Runs a pager until its machine ends or its manager does.
 pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) -> End {
     let result = if origin == Origin::TakenOver { pager.resume() } else { Ok(()) };
-    *controls.stats.lock() = pager.stats().clone();
     let result = result.and_then(|()| turns(&mut pager, controls));
     *controls.stats.lock() = pager.stats().clone();
     match result {

@@ -10,12 +10,12 @@
 //!   the others, under locks that are held for instructions, not for system calls. It waits in poll(2) for events, for
 //!   the governor's kick, or for the end of the VMM.
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
-//!   [`Orders`](super::host::Orders) how much to give up.
+//!   [`Orders`] how much to give up.
 use super::drive::{End, drive};
 use super::estate::{Estate, EstateError, Inheritance};
 use super::governor::govern;
 use super::handover::{Handover, HandoverError};
-use super::host::{Domain, Host, Incident};
+use super::host::{Domain, Host, Incident, Orders};
 use super::housekeeper::{self, Domains, Housekeeping};
 use super::linux_space::{AGENT_PATIENCE, Custody, LinuxSpace};
 use super::pager::{Pager, PagerError};
@@ -416,11 +416,7 @@ impl Manager {
             Ok(_) => self.next_id += u32::try_from(ids.len()).unwrap_or(u32::MAX),
             Err(error) => {
                 handover.refuse(explain(error));
-                ids.iter().for_each(|id| self.strike(*id));
-                for id in ids {
-                    self.host.strike(id);
-                    let _ = self.host.ledger(|ledger| ledger.remove(id));
-                }
+                self.dismiss(MachineId(self.next_id), ids);
             }
         }
         admitted
@@ -473,6 +469,15 @@ impl Manager {
     fn strike(&self, id: MachineId) {
         if let Some(estate) = &self.estate {
             estate.strike(id);
+        }
+    }
+
+    /// Nothing is kept for the machine, and nothing counts for its shards, which have no pagers.
+    fn dismiss(&self, id: MachineId, shards: impl IntoIterator<Item = MachineId>) {
+        self.strike(id);
+        for shard in shards {
+            self.host.strike(shard);
+            let _ = self.host.ledger(|ledger| ledger.remove(shard));
         }
     }
 
@@ -529,23 +534,22 @@ impl Manager {
         origin: Origin,
     ) -> Result<Shard, AdmitError> {
         let id = shard.id;
+        let orders = Arc::<Orders>::default();
+        let dense = Box::new(Zstd::new().map_err(AdmitError::Codec)?);
+        let (host, domain) = (Arc::clone(&self.host), Arc::clone(domain));
+        let mut pager = Pager::new(id, host, domain, Arc::clone(&orders), machine, space, dense);
+        if origin == Origin::TakenOver {
+            pager.continue_stats(shard.stats.clone());
+        }
         let controls = Controls {
-            orders: Arc::default(),
+            orders,
             kick: Arc::new(EventFd::new().map_err(AdmitError::Thread)?),
-            stats: Arc::new(Mutex::new(shard.stats.clone())),
+            // Whoever looks before the thread runs sees all of the machine.
+            stats: Arc::new(Mutex::new(pager.stats().clone())),
             sabotage: Arc::clone(sabotage),
             is_buried: Arc::default(),
             custody: Arc::clone(&shard.custody),
         };
-        let dense = Box::new(Zstd::new().map_err(AdmitError::Codec)?);
-        let (host, domain, orders) =
-            (Arc::clone(&self.host), Arc::clone(domain), Arc::clone(&controls.orders));
-        let mut pager = Pager::new(id, host, domain, orders, machine, space, dense);
-        if origin == Origin::TakenOver {
-            pager.continue_stats(shard.stats.clone());
-        }
-        // Whoever looks before the thread runs sees all of the machine.
-        *controls.stats.lock() = pager.stats().clone();
         let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
         let run = move || {
             let driven = catch_unwind(AssertUnwindSafe(|| drive(pager, &thread_controls, origin)));
@@ -646,11 +650,7 @@ impl Manager {
     pub fn forget_gone(&mut self) -> Vec<MachineId> {
         let ended: Vec<MachineVault> = self.unmanaged.extract_if(.., |kept| kept.has_ended()).collect();
         for kept in &ended {
-            self.strike(kept.id);
-            for shard in &kept.shards {
-                self.host.strike(shard.id);
-                let _ = self.host.ledger(|ledger| ledger.remove(shard.id));
-            }
+            self.dismiss(kept.id, kept.shards.iter().map(|shard| shard.id));
         }
         let gone: Vec<MachineId> = self.machines.keys().copied().filter(|id| self.is_gone(*id)).collect();
         gone.iter().for_each(|id| self.forget(*id));
