@@ -58,6 +58,11 @@ impl Stats {
         self.same.0 + self.lz4.0 + self.raw.0 + self.dense.0
     }
 
+    /// Memory the store holds: slabs and what is beside them.
+    pub fn held(&self) -> ByteCount {
+        self.data_slabs + self.metadata
+    }
+
     /// The bytes of data slabs in which no object's data is.
     pub fn fragmentation(&self) -> Fragmentation {
         Fragmentation {

@@ -27,7 +27,7 @@ pub(super) fn run(source: &[PageBytes]) -> Result<Outcome> {
     let mut store = Store::new(slabs);
     let (handles, put) = timed(|| put_all(&memory, source.len(), &mut store));
     let handles = handles?;
-    let held_warm = held(&store);
+    let held_warm = store.stats().held();
     let (read, get) = timed(|| get_all(&store, &handles));
     read?;
     let mut page = [0; PAGE_SIZE];
@@ -48,13 +48,8 @@ pub(super) fn run(source: &[PageBytes]) -> Result<Outcome> {
         }
         check("the store of packed pages", place, &page, expected)?;
     }
-    let held_cold = (held(&store), Some(pack));
+    let held_cold = (store.stats().held(), Some(pack));
     Ok(Outcome::new((source.len(), put), held_warm, held_cold, (handles.len(), get)))
-}
-
-fn held(store: &Store<MemfdSlabs>) -> ByteCount {
-    let stats = store.stats();
-    stats.data_slabs + stats.metadata
 }
 
 /// Packs everything that can be packed densely, as the manager does with what has grown cold, and gives back what that

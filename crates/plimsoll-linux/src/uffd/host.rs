@@ -165,10 +165,7 @@ impl<M: SlabMemory> Domain<M> {
 
     /// Memory the store holds: slabs and what is beside them.
     pub fn held(&self) -> ByteCount {
-        self.store(|store| {
-            let stats = store.stats();
-            stats.data_slabs + stats.metadata
-        })
+        self.store(|store| store.stats().held())
     }
 
     /// Brings the ledger to what the store holds.

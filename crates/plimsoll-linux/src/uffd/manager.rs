@@ -32,7 +32,6 @@ use plimsoll_core::airlock::Shape;
 use plimsoll_core::ledger::{Budget, Kind, LedgerError};
 use plimsoll_core::machine::Machine;
 use plimsoll_core::map::MapError;
-use plimsoll_core::word::StateKind;
 use plimsoll_store::{Handle, Store};
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::MemfdError;
@@ -610,9 +609,9 @@ impl Manager {
         let Some(running) = self.machines.get(&id) else { return ByteCount(0) };
         let Some(domain) = self.domain(running.membership.domain) else { return ByteCount(0) };
         let stats = domain.store(|store| store.stats());
-        let held = u128::from((stats.data_slabs + stats.metadata).0);
-        let pages = running.totals().census.of(StateKind::Stored);
-        let part = held * u128::from(pages.0) / u128::from(stats.pages.0.max(pages.0).max(1));
+        let pages = running.stored();
+        let part =
+            u128::from(stats.held().0) * u128::from(pages.0) / u128::from(stats.pages.0.max(pages.0).max(1));
         ByteCount(u64::try_from(part).unwrap_or(u64::MAX))
     }
 

@@ -12,12 +12,12 @@ use super::stats::MachineStats;
 use parking_lot::Mutex;
 use plimsoll_core::ledger::Terms;
 use plimsoll_core::map::Words;
-use plimsoll_core::word::{PageState, PageWord};
+use plimsoll_core::word::{PageState, PageWord, StateKind};
 use plimsoll_store::Handle;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
 use plimsoll_sys::uffd::Journal;
-use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE, PageIndex};
+use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE, PageCount, PageIndex};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -223,6 +223,11 @@ impl Running {
     /// The counts of all shards, as last published.
     pub(super) fn totals(&self) -> MachineStats {
         MachineStats::merge(self.shards.iter().map(|shard| shard.controls.stats.lock().clone()))
+    }
+
+    /// Pages of all shards that are in the store, as last published.
+    pub(super) fn stored(&self) -> PageCount {
+        self.shards.iter().map(|shard| shard.controls.stats.lock().census.of(StateKind::Stored)).sum()
     }
 
     /// True once everything of every shard has been freed.
