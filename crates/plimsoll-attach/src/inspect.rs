@@ -3,7 +3,7 @@
 
 use crate::Refusal;
 use crate::argv::Options;
-use crate::control::ControlError;
+use crate::control::firecracker::HOTPLUG;
 use crate::control::http::Client;
 use crate::control::rest;
 use crate::dossier::{Acceleration, Dossier, Identity};
@@ -11,6 +11,7 @@ use crate::held::{Held, Program, Snapshot};
 use crate::qmp::{Limits, MemoryBackend, Qmp};
 use crate::ram::{FileKind, Finder, Located};
 use crate::rungs::Hazard;
+use crate::vmm::cloud_hypervisor::{DEFAULT_ZONE, backing, is_acpi};
 use crate::vmm::firecracker::{ConfigFile, HotMemory, MachineConfig};
 use crate::vmm::{self, Address, Backing, Block, Claim, Kind, Note, Origin, Protocol, Vmm};
 use plimsoll_linux::cgroup::foreign::{ProcessCgroup, SwapRight};
@@ -26,8 +27,6 @@ use std::time::Duration;
 
 /// `f_type` of tmpfs (linux/magic.h).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
-/// Where Firecracker tells of memory that can be plugged in.
-const HOTPLUG: &str = "/hotplug/memory";
 /// How long an API may take to tell a machine's memory.
 const API_PATIENCE: Duration = Duration::from_secs(3);
 /// How open files look that give a device access to guest RAM by physical address.
@@ -198,11 +197,7 @@ fn ask_api(claim: &mut Claim, vmm: Vmm, socket: &Path) -> Result<Option<String>,
     let mut client = Client::new(socket.to_owned(), interface, API_PATIENCE);
     if vmm == Vmm::Firecracker {
         let machine: MachineConfig = rest::ask(&mut client, rest::Request::get("/machine-config"))?;
-        let hot = match rest::ask::<HotMemory>(&mut client, rest::Request::get(HOTPLUG)) {
-            // It was not configured, or this version does not have it.
-            Err(ControlError::Refused { .. }) => None,
-            told => Some(told?),
-        };
+        let hot: Option<HotMemory> = rest::ask_if_there(&mut client, HOTPLUG)?;
         let block = ConfigFile::of(machine, hot).block();
         let absurd = || rest::garbage(&client, rest::Request::get(HOTPLUG), "possible sizes", b"other sizes");
         claim.blocks = vec![block.ok_or_else(absurd)?];
@@ -217,33 +212,23 @@ impl VmMemory {
     /// What was plugged in as modules is in the size; what virtio-mem devices may have is mapped from the start.
     fn blocks(self) -> Vec<Block> {
         let zones = self.zones.into_iter().flatten().flat_map(|zone| {
-            let hot = zone.hotplug_size.map(ByteCount);
             let block = Block {
                 size: Some(ByteCount(zone.size)),
                 node: zone.host_numa_node,
                 backing: backing(zone.file, zone.shared),
                 ..Block::unsaid(&zone.id)
             };
-            let hot = hot.map(|size| block.hot(size));
-            [Some(block), hot].into_iter().flatten()
+            block.with_hot(zone.hotplug_size.map(ByteCount))
         });
         let size = ByteCount(self.size);
-        let whole = Block { backing: backing(None, self.shared), ..Block::unsaid("mem0") };
-        let whole = match (self.hotplug_size, self.hotplug_method.as_deref().unwrap_or("acpi")) {
-            (None, _) => Block { size: Some(size), ..whole },
-            (Some(_), method) if method.eq_ignore_ascii_case("acpi") => whole.growing(size, ByteCount(0)),
-            (Some(hot), method) => whole.pluggable(size, ByteCount(hot), method),
+        let whole = Block { backing: backing(None, self.shared), ..Block::unsaid(DEFAULT_ZONE) };
+        let method = self.hotplug_method.as_deref();
+        let whole = match self.hotplug_size {
+            None => Block { size: Some(size), ..whole },
+            Some(_) if is_acpi(method) => whole.growing(size, ByteCount(0)),
+            Some(hot) => whole.pluggable(size, ByteCount(hot), method),
         };
         zones.chain([whole]).filter(|block| block.size != Some(ByteCount(0))).collect()
-    }
-}
-
-/// Private memory is anonymous in newer versions and a private memfd in older ones: unsaid.
-fn backing(file: Option<PathBuf>, is_shared: bool) -> Backing {
-    match file {
-        Some(path) => Backing::File(path),
-        None if is_shared => Backing::Memfd,
-        None => Backing::Unsaid,
     }
 }
 

@@ -13,6 +13,7 @@ use super::{
     Balloon, BalloonDevice, Capabilities, Control, Feature, HotMemory, HotMemoryId, HotplugMethod, RunState,
     checked_request,
 };
+use crate::vmm::cloud_hypervisor::is_acpi;
 use plimsoll_types::{ByteCount, PAGE_SIZE};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -103,11 +104,9 @@ impl Memory {
     /// The pieces of hot memory, if the machine was started with `first_size`.
     fn hot(&self, first_size: u64) -> Vec<HotMemory> {
         let whole = self.hotplug_size.filter(|size| *size > 0).map(|maximum| {
-            let is_acpi =
-                self.hotplug_method.as_deref().is_none_or(|method| method.eq_ignore_ascii_case("acpi"));
             let id = HotMemoryId(WHOLE.to_owned());
             let maximum = Some(ByteCount(maximum));
-            if is_acpi {
+            if is_acpi(self.hotplug_method.as_deref()) {
                 let added = ByteCount(self.size.saturating_sub(first_size));
                 let (method, block) = (HotplugMethod::Acpi, ACPI_BLOCK);
                 HotMemory { id, method, block, maximum, requested: added, plugged: Some(added) }

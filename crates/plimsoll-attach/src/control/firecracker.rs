@@ -17,7 +17,8 @@ use std::time::Duration;
 
 const BALLOON: &str = "/balloon";
 const STATISTICS: &str = "/balloon/statistics";
-const HOTPLUG: &str = "/hotplug/memory";
+/// Where it tells of memory that can be plugged in.
+pub(crate) const HOTPLUG: &str = "/hotplug/memory";
 /// The name of its only piece of hot memory.
 const HOT_MEMORY: &str = "virtio-mem";
 /// Hinting's commands (virtio: `VIRTIO_BALLOON_CMD_ID_STOP` and `_DONE`); larger numbers name runs.
@@ -124,11 +125,7 @@ impl Firecracker {
         &mut self,
         path: &str,
     ) -> Result<Option<T>, ControlError> {
-        match self.get(path) {
-            Ok(found) => Ok(Some(found)),
-            Err(ControlError::Refused { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        rest::ask_if_there(&mut self.client, path)
     }
 
     fn mib(&self, path: &str, count: u64) -> Result<ByteCount, ControlError> {

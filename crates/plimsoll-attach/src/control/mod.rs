@@ -19,7 +19,7 @@
 mod cloud_hypervisor;
 mod cooperation;
 mod error;
-mod firecracker;
+pub(crate) mod firecracker;
 pub(crate) mod http;
 mod libvirt;
 mod qemu;

@@ -30,6 +30,18 @@ pub(crate) fn ask<T: DeserializeOwned>(client: &mut Client, request: Request<'_>
         .map_err(|_| garbage(client, request, "the documented description", &answer.body))
 }
 
+/// Asks for the description of something that the machine may lack: it was not configured, or this version does not have it.
+pub(crate) fn ask_if_there<T: DeserializeOwned>(
+    client: &mut Client,
+    path: &str,
+) -> Result<Option<T>, ControlError> {
+    match ask(client, Request::get(path)) {
+        Ok(found) => Ok(Some(found)),
+        Err(ControlError::Refused { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Asks for something that is only done.
 pub(crate) fn tell(client: &mut Client, request: Request<'_>) -> Result<(), ControlError> {
     succeed(client, request).map(drop)

@@ -8,11 +8,11 @@ use super::{Address, Backing, Block, Claim, ControlSocket, Note, Origin, Protoco
 use crate::argv::{Options, Properties};
 use crate::rungs::Hazard;
 use plimsoll_types::ByteCount;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const BYTE: ByteCount = ByteCount(1);
 /// What it calls the whole when there are no zones.
-const DEFAULT_ZONE: &str = "mem0";
+pub(crate) const DEFAULT_ZONE: &str = "mem0";
 
 pub(super) fn claim(options: &Options<'_>) -> Claim {
     let socket =
@@ -45,9 +45,7 @@ fn blocks(options: &Options<'_>) -> Vec<Block> {
     let memory = options.properties(&["memory"]).map(|memory| whole(&memory));
     let zones = options.lists(&["memory-zone"]).map(Properties::new);
     let zones = zones.flat_map(|zone| {
-        let block = block(&zone, zone.get("id").unwrap_or("zone"));
-        let hot = zone.size("hotplug_size", BYTE).map(|size| block.hot(size));
-        [Some(block), hot].into_iter().flatten()
+        block(&zone, zone.get("id").unwrap_or("zone")).with_hot(zone.size("hotplug_size", BYTE))
     });
     let blocks: Vec<Block> = memory.chain(zones).filter(|block| block.size != Some(ByteCount(0))).collect();
     if !blocks.is_empty() {
@@ -60,25 +58,28 @@ fn blocks(options: &Options<'_>) -> Vec<Block> {
 fn whole(properties: &Properties) -> Block {
     let block = block(properties, DEFAULT_ZONE);
     match (block.size, properties.size("hotplug_size", BYTE)) {
-        (Some(size), Some(hot)) => {
-            let method = properties.get("hotplug_method").unwrap_or("acpi");
-            block.pluggable(size, hot, method)
-        }
+        (Some(size), Some(hot)) => block.pluggable(size, hot, properties.get("hotplug_method")),
         _ => block,
     }
 }
 
 impl Block {
     /// The same with what can be plugged in: mapped already, or not yet.
-    pub(crate) fn pluggable(self, size: ByteCount, hot: ByteCount, method: &str) -> Self {
-        match method.eq_ignore_ascii_case("acpi") {
+    pub(crate) fn pluggable(self, size: ByteCount, hot: ByteCount, method: Option<&str>) -> Self {
+        match is_acpi(method) {
             true => self.growing(size, hot),
             false => self.growing(ByteCount(size.0.saturating_add(hot.0)), ByteCount(0)),
         }
     }
 
+    /// A zone, and its virtio-mem device if it has one.
+    pub(crate) fn with_hot(self, size: Option<ByteCount>) -> impl Iterator<Item = Self> {
+        let hot = size.map(|size| self.hot(size));
+        [Some(self), hot].into_iter().flatten()
+    }
+
     /// The virtio-mem device of a zone. It is not in the zone's file.
-    pub(crate) fn hot(&self, size: ByteCount) -> Self {
+    fn hot(&self, size: ByteCount) -> Self {
         let backing = match &self.backing {
             Backing::File(_) => Backing::Unsaid,
             backing => backing.clone(),
@@ -88,13 +89,22 @@ impl Block {
     }
 }
 
+/// Whether memory is plugged in as modules, which is the default.
+pub(crate) fn is_acpi(method: Option<&str>) -> bool {
+    method.is_none_or(|method| method.eq_ignore_ascii_case("acpi"))
+}
+
 /// Private memory is anonymous in newer versions and a private memfd in older ones: unsaid.
-fn block(properties: &Properties, name: &str) -> Block {
-    let backing = match properties.get("file") {
-        Some(path) => Backing::File(path.into()),
-        None if properties.is_on("shared") => Backing::Memfd,
+pub(crate) fn backing(file: Option<PathBuf>, is_shared: bool) -> Backing {
+    match file {
+        Some(path) => Backing::File(path),
+        None if is_shared => Backing::Memfd,
         None => Backing::Unsaid,
-    };
+    }
+}
+
+fn block(properties: &Properties, name: &str) -> Block {
+    let backing = backing(properties.get("file").map(PathBuf::from), properties.is_on("shared"));
     let node = properties.get("host_numa_node").and_then(|node| node.parse().ok());
     Block { size: properties.size("size", BYTE), node, backing, ..Block::unsaid(name) }
 }

@@ -4,7 +4,7 @@
 //!
 //! A VMM is one line of the table `KINDS` and one file here.
 
-mod cloud_hypervisor;
+pub(crate) mod cloud_hypervisor;
 mod crosvm;
 pub(crate) mod firecracker;
 mod plimsoll;
