@@ -117,13 +117,7 @@ impl Program {
 /// # Errors
 /// What the kernel said.
 pub fn hold_signals() -> io::Result<()> {
-    let mut set = MaybeUninit::uninit();
-    // SAFETY: initialises what it is given; it cannot fail.
-    let set = unsafe {
-        libc::sigfillset(set.as_mut_ptr());
-        set.assume_init()
-    };
-    set_mask(&set)
+    set_mask(libc::sigfillset)
 }
 
 /// Takes the signals that wait, and later ones.
@@ -131,18 +125,19 @@ pub fn hold_signals() -> io::Result<()> {
 /// # Errors
 /// What the kernel said.
 pub fn accept_signals() -> io::Result<()> {
-    let mut set = MaybeUninit::uninit();
-    // SAFETY: initialises what it is given; it cannot fail.
-    let set = unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        set.assume_init()
-    };
-    set_mask(&set)
+    set_mask(libc::sigemptyset)
 }
 
-fn set_mask(set: &libc::sigset_t) -> io::Result<()> {
+/// Has those signals wait with which `fill`, one of libc's two, fills a set.
+fn set_mask(fill: unsafe extern "C" fn(*mut libc::sigset_t) -> libc::c_int) -> io::Result<()> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: both initialise what they are given, and cannot fail.
+    let set = unsafe {
+        fill(set.as_mut_ptr());
+        set.assume_init()
+    };
     // SAFETY: the set is initialised, and the one there was is not asked for.
-    check(unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, set, ptr::null_mut()) })
+    check(unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, ptr::null_mut()) })
 }
 
 impl Drop for Program {
