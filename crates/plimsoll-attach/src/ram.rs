@@ -186,7 +186,7 @@ impl<'a> Run<'a> {
     }
 
     fn overlaps(&self, other: HvaRange) -> bool {
-        self.range().is_some_and(|own| own.start() < other.end() && other.start() < own.end())
+        self.range().is_some_and(|own| own.overlaps(other))
     }
 }
 
@@ -249,8 +249,7 @@ impl<'a> Finder<'a> {
     /// Checks ranges that somebody named.
     pub(crate) fn verify(&self, ranges: &[HvaRange]) -> Result<Vec<RamRange>, RamError> {
         for (place, range) in ranges.iter().enumerate() {
-            let overlaps = |other: &&HvaRange| other.start() < range.end() && range.start() < other.end();
-            if let Some(other) = ranges[place + 1..].iter().find(overlaps) {
+            if let Some(other) = ranges[place + 1..].iter().find(|other| other.overlaps(*range)) {
                 return Err(RamError::Overlap { first: show(*range), second: show(*other) });
             }
         }
@@ -262,9 +261,7 @@ impl<'a> Finder<'a> {
         if !range.start().is_page_aligned() || !range.end().is_page_aligned() {
             return Err(bad("it does not begin and end at pages of 4 KiB"));
         }
-        let inside = |one: &MeasuredMapping| {
-            one.mapping.range.start() < range.end() && range.start() < one.mapping.range.end()
-        };
+        let inside = |one: &MeasuredMapping| one.mapping.range.overlaps(range);
         let first = self.mappings.iter().position(inside).ok_or_else(|| bad("nothing is mapped there"))?;
         let count = self.mappings[first..].iter().take_while(|one| inside(one)).count();
         let run = Run { mappings: &self.mappings[first..first + count] };

@@ -54,6 +54,11 @@ impl HvaRange {
         self.start.0 <= inner.start.0 && inner.end().0 <= self.end().0
     }
 
+    /// True when the two have a byte in common.
+    pub const fn overlaps(self, other: Self) -> bool {
+        self.start.0 < other.end().0 && other.start.0 < self.end().0
+    }
+
     /// What is left after the first `bytes`, or `None` if the range is shorter than that. This is how a call that
     /// stopped early is taken up again.
     pub const fn skip(self, bytes: ByteCount) -> Option<Self> {
@@ -121,6 +126,18 @@ mod tests {
         assert_eq!(HvaRange::between(Hva(2), Hva(1)), None);
         let last = HvaRange::new(Hva(u64::MAX - 1), ByteCount(1)).unwrap();
         assert_eq!(last.end(), Hva(u64::MAX));
+    }
+
+    #[test]
+    fn ranges_that_only_touch_do_not_overlap() {
+        let range = |start, end| HvaRange::between(Hva(start), Hva(end)).unwrap();
+        let middle = range(0x2000, 0x4000);
+        for other in [range(0x1000, 0x2001), range(0x3fff, 0x5000), range(0x2800, 0x3000), range(0, 0x9000)] {
+            assert!(middle.overlaps(other) && other.overlaps(middle), "{other}");
+        }
+        for other in [range(0x1000, 0x2000), range(0x4000, 0x5000), range(0x2000, 0x2000)] {
+            assert!(!middle.overlaps(other) && !other.overlaps(middle), "{other}");
+        }
     }
 
     #[test]

@@ -252,10 +252,8 @@ impl Backend for Attached {
 
     fn overhead(&mut self) -> Option<Overhead> {
         let dossier = self.follower.dossier();
-        let is_guest = |one: &MeasuredMapping| {
-            let ram = one.mapping.range;
-            dossier.ram.iter().any(|range| range.hva.start() < ram.end() && ram.start() < range.hva.end())
-        };
+        let is_guest =
+            |one: &MeasuredMapping| dossier.ram.iter().any(|ram| ram.hva.overlaps(one.mapping.range));
         let tables = ByteCount(self.memory.managed.as_ref().map_or(0, KernelMachine::table_bytes) as u64);
         Some(Overhead { tables, ..measure(self.follower.held().process(), is_guest).ok()? })
     }
