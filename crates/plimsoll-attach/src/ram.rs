@@ -284,11 +284,12 @@ impl<'a> Finder<'a> {
     fn runs_of(&self, group: &[&Block], taken: &[RamRange]) -> Result<Vec<Run<'a>>, RamError> {
         let Some(block) = group.first() else { return Ok(Vec::new()) };
         let is_free = |run: &Run<'_>| !taken.iter().any(|range| run.overlaps(range.hva));
+        let looks = || self.by_looks().into_iter().filter(is_free).collect::<Vec<_>>();
         let Some(size) = block.size else {
-            let runs = self.by_looks().into_iter().filter(is_free).collect::<Vec<_>>();
+            let runs = looks();
             return if runs.is_empty() { Err(self.not_found(group)) } else { Ok(runs) };
         };
-        if let Some(grown) = block.grows_to.and_then(|most| self.grown(size, most, &is_free)) {
+        if let Some(grown) = block.grows_to.and_then(|most| adding_up(looks(), size, most)) {
             return Ok(grown);
         }
         let fits = |size| {
@@ -388,18 +389,6 @@ impl<'a> Finder<'a> {
         })
     }
 
-    /// All that looks like RAM, if together it has a size from the one to the other.
-    fn grown(
-        &self,
-        least: ByteCount,
-        most: ByteCount,
-        is_free: &dyn Fn(&Run<'_>) -> bool,
-    ) -> Option<Vec<Run<'a>>> {
-        let runs: Vec<Run<'a>> = self.by_looks().into_iter().filter(|run| is_free(run)).collect();
-        let size: ByteCount = runs.iter().map(Run::len).sum();
-        (least <= size && size <= most && !runs.is_empty()).then_some(runs)
-    }
-
     /// What looks like RAM: shared memory, or private memory with the layout's mark, in whole MiB.
     fn by_looks(&self) -> Vec<Run<'a>> {
         let large = |run: &Run<'_>| run.len() >= LOOKS_MIN && run.len().is_multiple_of(1 << 20);
@@ -463,6 +452,12 @@ impl<'a> Finder<'a> {
         });
         RamError::NotFound { wanted: wanted(group), largest: shown.collect::<Vec<_>>().join(", ") }
     }
+}
+
+/// These, if together they have a size from the one to the other.
+fn adding_up(runs: Vec<Run<'_>>, least: ByteCount, most: ByteCount) -> Option<Vec<Run<'_>>> {
+    let size: ByteCount = runs.iter().map(Run::len).sum();
+    (least <= size && size <= most && !runs.is_empty()).then_some(runs)
 }
 
 fn wanted(group: &[&Block]) -> String {
