@@ -12,6 +12,9 @@ use plimsoll_types::{ByteCount, PageCount};
 use std::path::PathBuf;
 use std::time::Instant;
 
+/// Hot blocks to make huge again in a period: 7 ms each (FACTS.md).
+pub const COLLAPSED_MAX: u32 = 4;
+
 /// One machine's memory, as far as it can be taken. Driven by one thread.
 pub trait Reclaimer {
     /// Why a call failed altogether.
@@ -55,6 +58,13 @@ pub struct Reclaimed {
     pub taken: PageCount,
     /// Why they are fewer than wanted, if they are.
     pub short: Option<Short>,
+}
+
+impl Reclaimed {
+    /// Whether another request soon gets more.
+    pub const fn goes_on(&self) -> bool {
+        self.taken.0 > 0 || matches!(self.short, Some(Short::Paced { .. } | Short::Unseen))
+    }
 }
 
 /// What collapsing came to.

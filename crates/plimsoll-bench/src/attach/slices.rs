@@ -16,7 +16,7 @@ use crate::session::{BenchError, OneProcessor};
 use crate::swap::device;
 use anyhow::{Context, Result, ensure};
 use plimsoll_linux::kernel::PERIOD;
-use plimsoll_linux::reclaimer::Reclaimer;
+use plimsoll_linux::reclaimer::{COLLAPSED_MAX, Reclaimer};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::process_memory::{self, Advice};
 use plimsoll_sys::procfs::major_faults;
@@ -42,8 +42,6 @@ const WARM: Duration = Duration::from_secs(2);
 const SETTLE: Duration = Duration::from_millis(500);
 /// A slice of a guest of huge or split pages.
 const STEADY: Duration = Duration::from_secs(1);
-/// Blocks the `attach` command makes huge in a period.
-const COLLAPSED_MAX: u32 = 4;
 /// In slices without a manager at most one page in so many comes back of those that do in slices with one.
 const LATE_MAX: u64 = 10;
 

@@ -12,7 +12,7 @@ use super::{Backend, Done, Refused, Trouble};
 use plimsoll_attach::{AttachLock, Change, Follower, Rung as Offered};
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{KernelError, KernelMachine, Totals};
-use plimsoll_linux::reclaimer::{Reclaimer, Short, Usage};
+use plimsoll_linux::reclaimer::{COLLAPSED_MAX, Reclaimer, Short, Usage};
 use plimsoll_linux::zram::{self, SwapCost};
 use plimsoll_policy::ladder::Costs;
 use plimsoll_policy::view::{MachineView, Phase, Reading};
@@ -29,8 +29,6 @@ const PAUSE: Duration = Duration::from_millis(200);
 const LOOKING: u32 = 20;
 /// How long a machine is taken to be starting, when no balloon driver is heard before: Hyper-V's guests report within a minute.
 const STARTING: Duration = Duration::from_secs(60);
-/// Hot blocks made huge again in a period: 7 ms each (FACTS.md).
-const COLLAPSED_MAX: u32 = 4;
 
 /// A machine managed from outside.
 pub struct Attached {
@@ -240,8 +238,7 @@ impl Backend for Attached {
         // What left is no longer where the last look saw it.
         self.usage.resident = self.usage.resident.saturating_sub(got.taken);
         self.usage.elsewhere += got.taken;
-        let goes_on = got.taken.0 > 0 || matches!(got.short, Some(Short::Paced { .. } | Short::Unseen));
-        self.go_on_at = (goes_on && self.wanted.0 > 0).then(|| now + PAUSE);
+        self.go_on_at = (got.goes_on() && self.wanted.0 > 0).then(|| now + PAUSE);
         self.short = got.short;
         Ok(self.go_on_at)
     }

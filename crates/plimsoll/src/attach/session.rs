@@ -12,7 +12,7 @@ use plimsoll_host::backend::{
 };
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{KernelError, PERIOD};
-use plimsoll_linux::reclaimer::{Reclaimed, Reclaimer, Short};
+use plimsoll_linux::reclaimer::{COLLAPSED_MAX, Reclaimed, Reclaimer, Short};
 use plimsoll_linux::zram::{self, SwapCost};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, PageCount};
@@ -26,8 +26,6 @@ use std::time::{Duration, Instant};
 const STEP: Duration = Duration::from_millis(200);
 /// Between two looks for a migration that nothing announces.
 const ASK_EVERY: Duration = Duration::from_millis(500);
-/// Hot blocks made huge again in a period: 7 ms each (FACTS.md).
-const COLLAPSED_MAX: u32 = 4;
 /// How long a single request may take altogether when nothing else was said.
 const ONCE_MAX: Duration = Duration::from_secs(60);
 
@@ -199,7 +197,7 @@ impl Session {
         let excess = limit.map_or(PageCount(0), |limit| taken.excess(limit, self.cost));
         if let Some(machine) = memory.managed.as_mut().filter(|_| excess.0 > 0) {
             let got = machine.reclaim(excess, now)?;
-            next = if goes_on(&got) { now + STEP } else { machine.due() };
+            next = if got.goes_on() { now + STEP } else { machine.due() };
             short = got.short;
             taken = Taken::new(memory.usage()?, self.cost);
         }
@@ -262,7 +260,7 @@ impl Session {
             if self.keep_up(view, now)? == Phase::None {
                 let Some(machine) = &mut self.memory.managed else { return Ok(()) };
                 let more = machine.reclaim(wanted.saturating_sub(got.taken), now)?;
-                let may_go_on = goes_on(&more);
+                let may_go_on = more.goes_on();
                 *got = Reclaimed { taken: got.taken + more.taken, short: more.short };
                 if got.taken >= wanted || !may_go_on {
                     return Ok(());
@@ -305,11 +303,6 @@ impl Session {
             (false, false) => Ok(()),
         }
     }
-}
-
-/// Whether another request soon gets more.
-const fn goes_on(got: &Reclaimed) -> bool {
-    got.taken.0 > 0 || matches!(got.short, Some(Short::Paced { .. } | Short::Unseen))
 }
 
 /// What an operator can do something about. That a machine uses what it has is no news.
