@@ -288,12 +288,16 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn read_events(&mut self) -> Result<(), PagerError> {
         self.events.clear();
         self.space.read_events(&mut self.events)?;
-        if self.events.is_empty() {
-            // What was read and says nothing of the machine's pages must not fill the journal.
-            self.space.applied();
-            return Ok(());
+        if !self.events.is_empty() {
+            self.reached(Step::EventsRead)?;
+            self.apply_events()?;
         }
-        self.reached(Step::EventsRead)?;
+        // Also where what was read says nothing of the machine's pages: it must not fill the journal.
+        self.space.applied();
+        Ok(())
+    }
+
+    fn apply_events(&mut self) -> Result<(), PagerError> {
         let since = Instant::now();
         for event in std::mem::take(&mut self.events) {
             match event {
@@ -305,7 +309,6 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 SpaceEvent::Discard { first, pages } => self.discarded(first, pages)?,
             }
         }
-        self.space.applied();
         Ok(())
     }
 

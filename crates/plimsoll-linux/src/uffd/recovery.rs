@@ -30,7 +30,7 @@ use plimsoll_core::map::Words;
 use plimsoll_core::replacement::Run;
 use plimsoll_types::PageIndex;
 
-/// How often events are read at a take-over.
+/// How often events are read at most at a take-over, where they come few at a time: a journal that is full ends it, too.
 const DRAINS_MAX: usize = 64;
 
 /// Steps 1 to 4 for one machine. The objects its words name afterwards are [`Machine::objects`]: the domain's store

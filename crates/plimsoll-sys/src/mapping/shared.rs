@@ -10,7 +10,7 @@
 //!    mapping take a lock on the file that the kernel holds for exactly as long as the mapping's process or the mapping
 //!    lives, so there are never two, in whatever processes. That a keeper writes nothing through the descriptor it keeps is
 //!    its promise.
-//! 2. *This process maps it twice.* The mapping owns the file, and only `into_file` gives it back, after unmapping.
+//! 2. *This process maps it twice.* The mapping owns the file and never gives it back; the lock above keeps a second one away.
 //! 3. *A child inherits the mapping.* MADV_DONTFORK, set before the mapping is handed out.
 //! 4. *It shrinks, or a hole is punched.* Both need the descriptor, and nothing here shrinks. Punching needs `&mut`,
 //!    during which no slice is alive. Slices end where the file does, however far the mapping reaches.

@@ -22,7 +22,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Where the kernel's monitors are set up.
-pub const KDAMONDS: &str = "/sys/kernel/mm/damon/admin/kdamonds";
+const KDAMONDS: &str = "/sys/kernel/mm/damon/admin/kdamonds";
 
 const NUMBER: &str = "nr_kdamonds";
 /// What may be monitored, the better first.

@@ -20,7 +20,7 @@
 //! kernel that has them, `tests/kernel` compares them with the samples.
 mod damon;
 
-pub use damon::{Damon, KDAMONDS};
+pub use damon::Damon;
 
 use super::layout::Layout;
 use super::{KernelError, KernelMachine};
