@@ -223,6 +223,8 @@ impl KernelMachine {
         let old = self.view.layout();
         self.known = self.known.rearranged(new.blocks(), |block| old.block_at_base(new.base_of(block)?));
         self.view.set_layout(new);
+        // Samples are drawn anew; these pages would be looked for where others are now.
+        self.drawn.clear();
         Ok(())
     }
 
