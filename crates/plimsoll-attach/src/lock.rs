@@ -100,7 +100,7 @@ fn sweep(folder: &Path, directory: &OwnedFd) {
         else {
             continue;
         };
-        let has_ended = procfs::start_time(process).map_or(true, |now| now != start);
+        let has_ended = !procfs::lives(process, start).unwrap_or(false);
         // One that is held is its holder's to remove.
         if has_ended && let Ok(Locked::Ours(_held)) = try_lock(directory, name) {
             drop(fs::remove_file(entry.path()));
@@ -110,8 +110,7 @@ fn sweep(folder: &Path, directory: &OwnedFd) {
 
 /// Whose lock a file of that name is.
 fn machine_of(name: &str) -> Option<(ProcessId, StartTime)> {
-    let (process, start) = name.strip_suffix(".lock")?.split_once('-')?;
-    Some((ProcessId::new(process.parse().ok()?)?, StartTime(start.parse().ok()?)))
+    procfs::parse_identity(name.strip_suffix(".lock")?)
 }
 
 /// Who holds the lock, as far as the file says: it may just be written.

@@ -566,12 +566,7 @@ pub fn sweep_stale(prefix: &str) -> Result<Vec<PathBuf>, CgroupError> {
         else {
             continue;
         };
-        let lives = match procfs::start_time(owner) {
-            Ok(now) => now == started,
-            Err(ProcfsError::NoProcess(_)) => false,
-            Err(error) => return Err(CgroupError::Owner(error)),
-        };
-        if lives {
+        if procfs::lives(owner, started).map_err(CgroupError::Owner)? {
             continue;
         }
         match fs::remove_dir(entry.path()) {
@@ -592,8 +587,7 @@ fn check_prefix(prefix: &str) -> Result<(), CgroupError> {
 
 /// The owner and its start time from `PREFIX-PID-START`.
 fn parse_name(prefix: &str, name: &str) -> Option<(ProcessId, procfs::StartTime)> {
-    let (process, started) = name.strip_prefix(prefix)?.strip_prefix('-')?.split_once('-')?;
-    Some((ProcessId::new(process.parse().ok()?)?, procfs::StartTime(started.parse().ok()?)))
+    procfs::parse_identity(name.strip_prefix(prefix)?.strip_prefix('-')?)
 }
 
 fn is(error: &io::Error, errno: Errno) -> bool {

@@ -3,6 +3,7 @@
 //! Enters: a size, and whoever counts what of it is used. Leaves: what is free. What must never happen: more free than
 //! what the machines themselves leave, whatever a counter says.
 use plimsoll_linux::uffd::manager::Meter;
+use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_types::ByteCount;
 use std::fs;
 
@@ -28,7 +29,7 @@ impl Pool {
     /// # Errors
     /// When the kernel does not tell.
     pub fn host() -> std::io::Result<Self> {
-        let total = meminfo("MemTotal:")?;
+        let total = meminfo("MemTotal")?;
         Ok(Self::metered(total, Box::new(HostMeter { total })))
     }
 
@@ -58,14 +59,12 @@ struct HostMeter {
 impl Meter for HostMeter {
     fn used(&mut self) -> ByteCount {
         // Whatever cannot be read counts as all used up: nothing is granted for it.
-        self.total.saturating_sub(meminfo("MemAvailable:").unwrap_or_default())
+        self.total.saturating_sub(meminfo("MemAvailable").unwrap_or_default())
     }
 }
 
 /// A line of /proc/meminfo.
-fn meminfo(name: &str) -> std::io::Result<ByteCount> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let kib = text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse().ok());
-    let missing = || std::io::Error::other(format!("/proc/meminfo has no line {name}"));
-    kib.map(|kib: u64| ByteCount(kib.saturating_mul(1024))).ok_or_else(missing)
+fn meminfo(field: &'static str) -> std::io::Result<ByteCount> {
+    let missing = || std::io::Error::other(format!("/proc/meminfo has no line {field}:"));
+    parse_meminfo(&fs::read_to_string("/proc/meminfo")?, field).ok_or_else(missing)
 }

@@ -36,6 +36,7 @@ pub use undo::{Fit, Progress, Undo, Undone, Verdict, outlook, undo};
 use crate::system::System;
 use crate::zram::ZramError;
 use plimsoll_sys::process::{CapabilitySet, effective_capabilities};
+use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_types::ByteCount;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -259,9 +260,8 @@ pub fn default_size(system: &dyn System) -> Result<ByteCount, PrepareError> {
 fn memory(system: &dyn System, field: &'static str) -> Result<ByteCount, PrepareError> {
     let path = Path::new("/proc/meminfo");
     let text = system.read(path).map_err(PrepareError::io("read", path))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    let kib = line.and_then(|value| value.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024));
-    kib.map(ByteCount).ok_or_else(|| PrepareError::Malformed { path: path.into(), expected: field })
+    let malformed = || PrepareError::Malformed { path: path.into(), expected: field };
+    parse_meminfo(&text, field).ok_or_else(malformed)
 }
 
 /// This boot, as no other one is called.

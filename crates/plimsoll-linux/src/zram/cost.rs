@@ -4,6 +4,7 @@
 //! in swap. What must
 //! never happen: a budget that is met on paper, with the compressed pages beside it.
 use super::{SwapKind, ZramError, host_swap, malformed, parse_mm_stat, read};
+use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_types::{ByteCount, PageCount};
 use std::path::Path;
 
@@ -62,8 +63,7 @@ pub fn swap_cost() -> Result<SwapCost, ZramError> {
 
 /// What zswap's pool takes, from the text of /proc/meminfo; nothing where the kernel has no zswap.
 fn zswap_pool(meminfo: &str) -> ByteCount {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("Zswap:")?.trim().strip_suffix(" kB"));
-    ByteCount(line.and_then(|kib| kib.parse::<u64>().ok()).map_or(0, |kib| kib.saturating_mul(1024)))
+    parse_meminfo(meminfo, "Zswap").unwrap_or_default()
 }
 
 #[cfg(test)]

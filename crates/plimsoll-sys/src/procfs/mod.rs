@@ -1,4 +1,4 @@
-//! Numbers about a process from /proc: text enters, counts of bytes leave. Unknown lines are ignored (kernels add
+//! Numbers about a process, and the host's memory, from /proc: text enters, counts of bytes leave. Unknown lines are ignored (kernels add
 //! them), a missing or unreadable one that was asked for is an error that names it, never a zero.
 //!
 //! [`maps`] has what a process has mapped, [`program`] what it runs.
@@ -157,6 +157,15 @@ pub fn start_time(process: ProcessId) -> Result<StartTime, ProcfsError> {
     parse_start_time(&read(process, "stat")?)
 }
 
+/// True when the process of that number is still the one that started then.
+pub fn lives(process: ProcessId, started: StartTime) -> Result<bool, ProcfsError> {
+    match start_time(process) {
+        Ok(now) => Ok(now == started),
+        Err(ProcfsError::NoProcess(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Reads /proc/PID/ksm_stat. Needs the right to ptrace the process. A kernel thread has none of it.
 pub fn ksm_stat(process: ProcessId) -> Result<KsmStat, ProcfsError> {
     parse_ksm_stat(&read(process, "ksm_stat")?)
@@ -201,6 +210,17 @@ fn failed(process: ProcessId, file: &'static str, source: io::Error) -> ProcfsEr
         (io::ErrorKind::PermissionDenied, _) => ProcfsError::NotPermitted { process, file },
         _ => ProcfsError::Other { process, file, source },
     }
+}
+
+/// Parses `PID-START`, which names a process for all time.
+pub fn parse_identity(text: &str) -> Option<(ProcessId, StartTime)> {
+    let (process, started) = text.split_once('-')?;
+    Some((ProcessId::new(process.parse().ok()?)?, StartTime(started.parse().ok()?)))
+}
+
+/// Parses a size in the text of /proc/meminfo, where it says one.
+pub fn parse_meminfo(text: &str, field: &'static str) -> Option<ByteCount> {
+    Lines { file: "meminfo", text }.kib(field).ok()
 }
 
 /// Parses the text of a smaps_rollup file.
@@ -373,6 +393,28 @@ mod tests {
         assert_eq!(parse_major_faults(&text).unwrap(), 12);
         assert!(parse_start_time("17 (short) S 1").is_err());
         assert!(parse_start_time("").is_err());
+    }
+
+    #[test]
+    fn a_process_is_named_by_its_number_and_its_start_as_long_as_it_lives() {
+        let own = ProcessId::own();
+        let start = start_time(own).unwrap();
+        assert_eq!(parse_identity(&format!("{}-{}", own.get(), start.0)), Some((own, start)));
+        assert!(lives(own, start).unwrap());
+        assert!(!lives(own, StartTime(start.0 + 1)).unwrap());
+        for bad in ["", "17", "17-", "-5", "0-5", "17-5-3", "17-x", "99999999999-5"] {
+            assert_eq!(parse_identity(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_size_of_meminfo_is_read_by_its_whole_name() {
+        let text = "MemTotal:        8388608 kB\nZswapped:           7000 kB\nHugePages_Total:       0\n";
+        assert_eq!(parse_meminfo(text, "MemTotal"), Some(ByteCount::mib(8192)));
+        for missing in ["Zswap", "Mem", "HugePages_Total"] {
+            assert_eq!(parse_meminfo(text, missing), None, "{missing}");
+        }
+        assert_eq!(parse_meminfo("MemTotal: 99999999999999999 kB\n", "MemTotal"), None);
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod view;
 
 use plan::{HostLimits, Plan};
 use plimsoll_linux::explain;
+use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::config::AccelChoice;
 use report::Report;
@@ -188,9 +189,7 @@ fn write_json(args: &DemoArgs, report: &impl serde::Serialize) -> Result<(), Str
 
 pub(crate) fn limits() -> Result<HostLimits, String> {
     let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    let available = ByteCount(kib.ok_or("/proc/meminfo does not say MemAvailable")? << 10);
+    let available = parse_meminfo(&text, "MemAvailable").ok_or("/proc/meminfo does not say MemAvailable")?;
     let descriptors =
         rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     Ok(HostLimits { available, descriptors })
