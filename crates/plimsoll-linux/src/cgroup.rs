@@ -550,8 +550,8 @@ impl Drop for MemoryCgroup {
     }
 }
 
-/// Removes the empty cgroups of that prefix whose owners are gone, and returns their paths. One that still holds
-/// processes is left alone.
+/// Removes the empty cgroups of that prefix whose owners are gone, with empty ones inside, and returns their paths. One that
+/// still holds processes is left alone.
 ///
 /// # Errors
 /// When there is no place for cgroups, or an empty one cannot be removed.
@@ -569,7 +569,7 @@ pub fn sweep_stale(prefix: &str) -> Result<Vec<PathBuf>, CgroupError> {
         if procfs::lives(owner, started).map_err(CgroupError::Owner)? {
             continue;
         }
-        match fs::remove_dir(entry.path()) {
+        match remove_with_inner(&entry.path()) {
             Ok(()) => swept.push(entry.path()),
             // Processes are inside, or another sweep was faster.
             Err(error) if is(&error, Errno::BUSY) || error.kind() == io::ErrorKind::NotFound => {}
@@ -577,6 +577,16 @@ pub fn sweep_stale(prefix: &str) -> Result<Vec<PathBuf>, CgroupError> {
         }
     }
     Ok(swept)
+}
+
+/// Removes a cgroup, and first the empty ones inside: the run's guests may have had theirs.
+fn remove_with_inner(path: &Path) -> io::Result<()> {
+    let is_cgroup = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    for inner in fs::read_dir(path)?.flatten().filter(is_cgroup) {
+        // One that stays keeps the outer one.
+        let _ = fs::remove_dir(inner.path());
+    }
+    fs::remove_dir(path)
 }
 
 fn check_prefix(prefix: &str) -> Result<(), CgroupError> {

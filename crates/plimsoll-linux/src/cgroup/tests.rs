@@ -122,7 +122,10 @@ fn what_a_killed_run_leaves_is_swept() {
     let started = procfs::start_time(child.id()).unwrap().0;
     let path = own.path().with_file_name(format!("plimsoll-test-stale-{}-{started}", child.id().get()));
     assert!(path.exists());
+    let inner = path.join("inner");
+    std::fs::create_dir(&inner).unwrap();
     assert!(!sweep_stale("plimsoll-test-stale").unwrap().contains(&path), "its owner lives");
+    assert!(inner.exists());
     child.kill();
     // The kernel may take a moment to see the cgroup empty.
     let swept = (0..REMOVAL_TRIES).any(|_| {
