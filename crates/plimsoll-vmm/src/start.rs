@@ -21,7 +21,7 @@ use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::uffd::{Mode, OpenError};
 use plimsoll_types::{ByteCount, Gpa};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::Shutdown;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -247,16 +247,10 @@ fn hand_over_to_daemon(config: &VmmConfig, memory: &Memory, path: &Path) -> Resu
 }
 
 fn connect(path: &Path) -> Result<OwnedFd, VmmError> {
-    let failed = |errno: rustix::io::Errno| {
-        let why = format!("cannot connect to {}: {errno}; is `plimsoll daemon` running?", path.display());
+    fdpass::seqpacket_connect(path).map_err(|error| {
+        let why = format!("cannot connect to {}: {error}; is `plimsoll daemon` running?", path.display());
         VmmError::Handover(io::Error::other(why))
-    };
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(failed)?;
-    let address = SocketAddrUnix::new(path).map_err(failed)?;
-    rustix::net::connect(&socket, &address).map_err(failed)?;
-    Ok(socket)
+    })
 }
 
 /// Introduces the machine, shard by shard, and waits for its identity and the first epoch.

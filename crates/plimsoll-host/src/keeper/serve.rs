@@ -3,14 +3,15 @@
 //! Enters: slots, a program to start. Leaves: how it ended. Nothing here allocates after [`Keeper::new`]: not the messages,
 //! which lie on the stack, nor the slots, nor the start of a child.
 use super::protocol::{LISTING_MAX, LISTING_SIZE, REQUEST_SIZE, Request, Status, encode_listing};
+use plimsoll_sys::fdpass;
 use plimsoll_sys::launch::{Ending, Program, StartError, accept_signals, hold_signals, reap};
 use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::slots::Slots;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use std::io::{self, IoSlice, IoSliceMut, Read};
@@ -286,8 +287,7 @@ impl Keeper {
 }
 
 fn start(program: &Program) -> Result<Manager, StartError> {
-    let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
-    let (socket, theirs) = pair.map_err(|errno| StartError::Spawn(errno.into()))?;
+    let (socket, theirs) = fdpass::seqpacket_pair().map_err(StartError::Spawn)?;
     let process = program.start(theirs.as_fd())?;
     Ok(Manager { process, socket, heard: Instant::now() })
 }

@@ -24,7 +24,6 @@ use plimsoll_sys::process::end_with_parent;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::control::StopMode;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -115,9 +114,7 @@ impl Daemon {
 
     /// Asks the manager how it is; `None` while there is none, or it is killed meanwhile.
     fn status(&self) -> Option<Status> {
-        let socket =
-            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).ok()?;
-        connect(&socket, &SocketAddrUnix::new(self.directory.join(place::CONTROL)).ok()?).ok()?;
+        let socket = fdpass::seqpacket_connect(&self.directory.join(place::CONTROL)).ok()?;
         fdpass::send(&socket, &serde_json::to_vec(&Request::Status).ok()?, &[]).ok()?;
         let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
         poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&limit)).ok().filter(|ready| *ready > 0)?;

@@ -8,7 +8,6 @@ use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::config::Workload;
 use plimsoll_vmm::control::{Command as Order, Event, StopMode};
 use plimsoll_vmm::report::Summary;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::Signal;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -47,8 +46,7 @@ fn start(directory: &Directory) -> Running {
 
 /// The process of the manager that answers, if one does.
 fn manager_of(directory: &Directory) -> Option<u32> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-    connect(&socket, &SocketAddrUnix::new(directory.0.join("control.sock")).unwrap()).ok()?;
+    let socket = fdpass::seqpacket_connect(&directory.0.join("control.sock")).ok()?;
     fdpass::send(&socket, br#"{"do":"status"}"#, &[]).ok()?;
     let mut bytes = vec![0; 64 << 10];
     let received = fdpass::recv(&socket, &mut bytes, 0).ok()??;
