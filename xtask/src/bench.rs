@@ -2,11 +2,9 @@
 //!
 //! Enters: what the command line said. Leaves: nothing but an error, because the benchmark's program takes this one's
 //! place. So signals reach it, which has devices to remove, and its exit status is what the caller sees.
-use crate::cargo::{self, cargo};
-use anyhow::{Context, Result};
+use crate::cargo;
+use anyhow::Result;
 use std::convert::Infallible;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 
 /// The package, and the program in it.
 const PACKAGE: &str = "plimsoll-bench";
@@ -26,14 +24,11 @@ pub(crate) struct Choice {
 
 /// Builds the benchmarks and becomes them.
 pub(crate) fn run(choice: &Choice) -> Result<Infallible> {
-    cargo::run(cargo().args(["build", "--quiet", "--release", "--locked", "--package", PACKAGE]))?;
-    let target = cargo::metadata(&cargo::root().join("Cargo.toml"))?.target_directory;
-    let program = target.join("release").join(PACKAGE);
-    let mut command = Command::new(&program);
-    command.arg("--out").arg(target.join("bench"));
-    command.args(choice.list.then_some("--list")).args(&choice.name);
-    if let Some(prefix) = &choice.rows {
-        command.arg("--rows").arg(prefix);
-    }
-    Err(command.exec()).with_context(|| format!("cannot start {}", program.display()))
+    cargo::become_program(PACKAGE, |command, target| {
+        command.arg("--out").arg(target.join("bench"));
+        command.args(choice.list.then_some("--list")).args(&choice.name);
+        if let Some(prefix) = &choice.rows {
+            command.arg("--rows").arg(prefix);
+        }
+    })
 }

@@ -4,6 +4,8 @@
 //! `cargo metadata` that the other rooms read.
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
+use std::convert::Infallible;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -30,6 +32,19 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
         bail!("{command:?} failed: {status}");
     }
     Ok(())
+}
+
+/// Builds a package for speed and becomes its program. `arguments` adds to its command line, and is told where cargo builds.
+pub(crate) fn become_program(
+    package: &str,
+    arguments: impl FnOnce(&mut Command, &Path),
+) -> Result<Infallible> {
+    run(cargo().args(["build", "--quiet", "--release", "--locked", "--package", package]))?;
+    let target = metadata(&root().join("Cargo.toml"))?.target_directory;
+    let program = target.join("release").join(package);
+    let mut command = Command::new(&program);
+    arguments(&mut command, &target);
+    Err(command.exec()).with_context(|| format!("cannot start {}", program.display()))
 }
 
 /// What `cargo metadata` says.

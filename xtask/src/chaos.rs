@@ -2,11 +2,9 @@
 //!
 //! Enters: what the command line said. Leaves: nothing but an error, because the program takes this one's place: so signals reach
 //! it, which has processes to end, and its exit status is what the caller sees.
-use crate::cargo::{self, cargo};
-use anyhow::{Context, Result};
+use crate::cargo;
+use anyhow::Result;
 use std::convert::Infallible;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 
 /// How much.
 #[derive(clap::Args)]
@@ -24,14 +22,11 @@ pub(crate) struct Choice {
 
 /// Builds the program and becomes it.
 pub(crate) fn run(choice: &Choice) -> Result<Infallible> {
-    cargo::run(cargo().args(["build", "--quiet", "--release", "--locked", "--package", "plimsoll"]))?;
-    let target = cargo::metadata(&cargo::root().join("Cargo.toml"))?.target_directory;
-    let program = target.join("release").join("plimsoll");
-    let mut command = Command::new(&program);
-    command.arg("soak").arg("--kill-daemon").arg(choice.kills.to_string());
-    command.arg("--guests").arg(choice.guests.to_string());
-    if let Some(seed) = choice.seed {
-        command.arg("--seed").arg(seed.to_string());
-    }
-    Err(command.exec()).with_context(|| format!("cannot start {}", program.display()))
+    cargo::become_program("plimsoll", |command, _| {
+        command.arg("soak").arg("--kill-daemon").arg(choice.kills.to_string());
+        command.arg("--guests").arg(choice.guests.to_string());
+        if let Some(seed) = choice.seed {
+            command.arg("--seed").arg(seed.to_string());
+        }
+    })
 }
