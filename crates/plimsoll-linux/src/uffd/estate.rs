@@ -5,7 +5,7 @@
 //! a descriptor that is let go while a page of its guest is elsewhere.
 //!
 //! The keeper ([`Keep`]) understands nothing of this. It holds descriptors in numbered slots, the register in slot
-//! [`REGISTER`], and gives all of them to the next manager. Everything a manager can die in the middle of is ordered so that the
+//! `REGISTER`, and gives all of them to the next manager. Everything a manager can die in the middle of is ordered so that the
 //! next one can tell:
 //!
 //! ```text
