@@ -118,6 +118,36 @@ fn trials() -> Vec<Trial> {
     ]
 }
 
+/// What was measured, and why anything could not be. What was measured is worth more than what cannot be.
+#[derive(Default)]
+struct Rows {
+    measured: Vec<Comparison>,
+    left_out: Option<String>,
+}
+
+impl Rows {
+    /// Adds the rows of this name, or says why they are left out.
+    fn add(&mut self, name: &str, rows: Result<Vec<Comparison>, BenchError>) -> Result<(), BenchError> {
+        match rows {
+            Ok(rows) => self.measured.extend(rows),
+            Err(BenchError::NotHere(why)) => {
+                println!("  left out: {name}: {why}");
+                self.left_out.get_or_insert(why);
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// All of them; where nothing but what cannot be measured was wanted, why not.
+    fn results(self) -> Result<Vec<Comparison>, BenchError> {
+        match self.left_out {
+            Some(why) if self.measured.is_empty() => Err(BenchError::NotHere(why)),
+            _ => Ok(self.measured),
+        }
+    }
+}
+
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
 pub(crate) struct Settings {
@@ -142,25 +172,19 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
     NOTES.iter().for_each(|note| println!("note: {note}"));
     let is_wanted = |name: &str| name.starts_with(prefix);
     let stage = Stage { disguise: Disguise::new()?, interrupt };
-    let mut results = Vec::new();
+    let mut rows = Rows::default();
     for trial in trials() {
         if trial.subjects.iter().any(|subject| is_wanted(&subject.name)) {
             let names: Vec<&str> = trial.subjects.iter().map(|subject| subject.name.as_str()).collect();
-            eprintln!("measuring {}", names.join(", "));
-            for comparison in trial.measure(&stage)? {
-                println!("  {comparison}");
-                results.push(comparison);
-            }
+            let names = names.join(", ");
+            eprintln!("measuring {names}");
+            let measured = trial.measure(&stage);
+            measured.iter().flatten().for_each(|comparison| println!("  {comparison}"));
+            rows.add(&names, measured)?;
         }
     }
-    match ksm::measure(prefix, interrupt) {
-        Ok(rows) => results.extend(rows),
-        // What was measured is worth more than what cannot be.
-        Err(BenchError::NotHere(why)) if !results.is_empty() => {
-            println!("  left out: the rows of ksm: {why}")
-        }
-        Err(error) => return Err(error),
-    }
+    rows.add("the rows of ksm", ksm::measure(prefix, interrupt))?;
+    let results = rows.results()?;
     let settings = Settings {
         guest_ram_bytes: RAM.0,
         scanned_bytes: looks::SIZE.0,
@@ -206,4 +230,44 @@ fn attach(held: &Held, ranges: Vec<HvaRange>) -> Result<KernelMachine> {
     // As long as the first descriptor's process lives, the number is its own.
     held.confirm()?;
     KernelMachine::attach(process, ranges, SEED, Instant::now()).context("cannot attach to a machine")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Sample;
+
+    fn row(name: &str) -> Comparison {
+        let sample = Sample { value: 1.0, cpu_seconds: None };
+        let run = Run { ours: sample, peer: sample, peer_again: sample };
+        Comparison::new(lower(name, "ms", None), vec![run]).unwrap()
+    }
+
+    fn not_here() -> Result<Vec<Comparison>, BenchError> {
+        Err(BenchError::NotHere("no stock guest".to_owned()))
+    }
+
+    #[test]
+    fn rows_that_cannot_be_measured_here_are_left_out_and_the_others_kept() {
+        let mut rows = Rows::default();
+        rows.add("taken/1", Ok(vec![row("taken/1")])).unwrap();
+        rows.add("idle-debian", not_here()).unwrap();
+        rows.add("ksm", Ok(vec![row("ksm-merged")])).unwrap();
+        let results = rows.results().unwrap();
+        assert_eq!(results.iter().map(Comparison::name).collect::<Vec<_>>(), ["taken/1", "ksm-merged"]);
+    }
+
+    #[test]
+    fn where_nothing_could_be_measured_the_reason_is_the_answer() {
+        let mut rows = Rows::default();
+        rows.add("idle-debian", not_here()).unwrap();
+        assert!(matches!(rows.results(), Err(BenchError::NotHere(why)) if why == "no stock guest"));
+    }
+
+    #[test]
+    fn what_went_wrong_is_not_left_out() {
+        let mut rows = Rows::default();
+        rows.add("taken/1", Ok(vec![row("taken/1")])).unwrap();
+        assert!(matches!(rows.add("taken/4", Err(BenchError::Interrupted)), Err(BenchError::Interrupted)));
+    }
 }
