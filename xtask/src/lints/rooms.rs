@@ -82,8 +82,6 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "plimsoll-linux",
             "plimsoll-vmm",
             "plimsoll-attach",
-            "plimsoll-host",
-            "plimsoll-policy",
             "plimsoll-stock",
         ],
     ),
