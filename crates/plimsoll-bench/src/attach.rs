@@ -42,7 +42,7 @@ const NOTES: [&str; 5] = [
      64 MiB a second at first and at most 256 MiB later",
     "working-set: low and high are the lowest and the highest estimate of the counted periods; the peer is what the guest \
      says it touched in them, and A/A how far the first half of them lies from the second",
-    "fleet-200: the peer is one processor; measured once",
+    "fleet-200: the peer is one processor; it, idle-debian and the rows of slices are measured once",
     "the rows of ksm are those of the benchmark ksm, and its notes hold for them",
 ];
 

@@ -7,8 +7,8 @@
 //! * Nobody's target moves by more than 100 MiB in a cycle.
 //! * Who has more than a quarter of its minimum free shrinks first; only if that does not suffice do the others.
 //!
-//! A cycle lasts 10 s there. Here it lasts one, so that a run of 15 s has as many as two and a half minutes have. All guests have
-//! equal shares, and their reservation is their minimum. It knows nothing of working sets.
+//! A cycle lasts 10 s there. Here it lasts one, so that the 12 s in which a run's guests work have as many as two minutes have. All
+//! guests have equal shares, and their reservation is their minimum. It knows nothing of working sets.
 use crate::density::fleet::Member;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::control::{BalloonPiece, Command};
