@@ -188,9 +188,7 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
                     peer_again: again[peer][at],
                 };
                 let subject = subject(step, added, name, goal);
-                let name = subject.name.clone();
-                let comparison = Comparison::new(subject, rounds.iter().map(run).collect())
-                    .with_context(|| format!("{name}: a measured value is not a positive number"))?;
+                let comparison = Comparison::new(subject, rounds.iter().map(run).collect())?;
                 if comparison.name().starts_with(prefix) {
                     println!("  {comparison}");
                     results.push(comparison);

@@ -266,10 +266,7 @@ fn compare(row: &Row, all: &[Figures]) -> Result<Vec<Comparison>, BenchError> {
             peer: sample(peer),
             peer_again: sample(peer_again),
         });
-        let name = subject.name.clone();
-        let comparison = run.and_then(|run| Comparison::new(subject, vec![run]));
-        results
-            .push(comparison.with_context(|| format!("{name}: a measured value is not a positive number"))?);
+        results.push(Comparison::new(subject, Vec::from_iter(run))?);
     }
     Ok(results)
 }

@@ -137,9 +137,7 @@ pub(crate) fn measure(prefix: &str, interrupt: &Interrupt) -> Result<Vec<Compari
         let runs = runs.iter().map(run).collect::<anyhow::Result<Vec<_>>>()?;
         let Row { name, unit, better, goal, .. } = row;
         let subject = Subject { name: name.to_owned(), unit, better, goal };
-        let comparison = Comparison::new(subject, runs);
-        let comparison =
-            comparison.with_context(|| format!("{name}: a measured value is not a positive number"))?;
+        let comparison = Comparison::new(subject, runs)?;
         println!("  {comparison}");
         results.push(comparison);
     }

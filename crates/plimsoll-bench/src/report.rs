@@ -80,9 +80,14 @@ pub(crate) struct Comparison {
 }
 
 impl Comparison {
-    /// The medians of all runs, and how they compare. `None` where there are no runs, or a value is not a positive
+    /// The medians of all runs, and how they compare. An error where there are no runs, or a value is not a positive
     /// number.
-    pub(crate) fn new(subject: Subject, runs: Vec<Run>) -> Option<Self> {
+    pub(crate) fn new(subject: Subject, runs: Vec<Run>) -> anyhow::Result<Self> {
+        let name = subject.name.clone();
+        Self::of(subject, runs).with_context(|| format!("{name}: a measured value is not a positive number"))
+    }
+
+    fn of(subject: Subject, runs: Vec<Run>) -> Option<Self> {
         let ours = median(&runs.iter().map(|run| run.ours.value).collect::<Vec<_>>())?;
         let peer: Vec<f64> = runs.iter().flat_map(|run| [run.peer.value, run.peer_again.value]).collect();
         let peer = median(&peer)?;
@@ -95,14 +100,20 @@ impl Comparison {
     /// Of many short runs, each of which has its own ratio, to the mean of the peer before and after it: what changes steadily
     /// is not in the median of them. It is in the spread, which is how far from 1 the peer's median against itself may lie.
     /// A run is this share of what the ratio is of; in the rest of it both are alike.
-    pub(crate) fn paired(subject: Subject, runs: Vec<Run>, share: f64) -> Option<Self> {
+    pub(crate) fn paired(subject: Subject, runs: Vec<Run>, share: f64) -> anyhow::Result<Self> {
+        let name = subject.name.clone();
+        Self::of_pairs(subject, runs, share)
+            .with_context(|| format!("{name}: too few runs, or a measured value is not a positive number"))
+    }
+
+    fn of_pairs(subject: Subject, runs: Vec<Run>, share: f64) -> Option<Self> {
         let whole = |one, other| Some(1.0 + (ratio(one, other)? - 1.0) * share);
         let of = |run: &Run| whole(run.ours.value, f64::midpoint(run.peer.value, run.peer_again.value));
         let ratios = runs.iter().map(of).collect::<Option<Vec<_>>>()?;
         let own = |run: &Run| whole(run.peer_again.value, run.peer.value);
         let (low, high) = interval(&runs.iter().map(own).collect::<Option<Vec<_>>>()?)?;
         let spread = (1.0 - low).max(high - 1.0);
-        let all = Self::new(subject, runs)?;
+        let all = Self::of(subject, runs)?;
         Some(Self { ratio: median(&ratios)?, interval: interval(&ratios), spread, ..all })
     }
 
@@ -165,10 +176,8 @@ pub(crate) fn compare(
         }
     }
     let comparison = |(subject, runs): (Subject, Vec<Run>)| {
-        let name = subject.name.clone();
-        ensure!(runs.len() == rounds, "{name}: measured {} times", runs.len());
+        ensure!(runs.len() == rounds, "{}: measured {} times", subject.name, runs.len());
         Comparison::new(subject, runs)
-            .with_context(|| format!("{name}: a measured value is not a positive number"))
     };
     Ok(subjects.into_iter().zip(runs).map(comparison).collect::<anyhow::Result<_>>()?)
 }
@@ -179,11 +188,7 @@ pub(crate) fn compare_slices(
     runs: Vec<Vec<Run>>,
     share: f64,
 ) -> Result<Vec<Comparison>, BenchError> {
-    let comparison = |(subject, runs): (Subject, Vec<Run>)| {
-        let name = subject.name.clone();
-        Comparison::paired(subject, runs, share)
-            .with_context(|| format!("{name}: too few runs, or a measured value is not a positive number"))
-    };
+    let comparison = |(subject, runs)| Comparison::paired(subject, runs, share);
     Ok(subjects.into_iter().zip(runs).map(comparison).collect::<anyhow::Result<_>>()?)
 }
 
@@ -271,7 +276,7 @@ mod tests {
         let text = found.to_string();
         assert!(text.contains("95 % 0.950 to 0.950") && text.ends_with("MISSED"), "{text}");
         let few = vec![Run { ours: sample(1.0), peer: sample(1.0), peer_again: sample(1.0) }; 5];
-        assert!(Comparison::paired(higher("few", "ops/s", None), few, 1.0).is_none());
+        assert!(Comparison::paired(higher("few", "ops/s", None), few, 1.0).is_err());
     }
 
     #[test]

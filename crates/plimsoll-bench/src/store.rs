@@ -167,11 +167,8 @@ fn measure(row: &Row, source: &[PageBytes], interrupt: &Interrupt) -> Result<[Co
         held_cold.push(run(|outcome| outcome.held_cold));
         get.push(run(|outcome| outcome.get));
     }
-    let compare = |name: String, unit, better, goal, runs| {
-        let subject = Subject { name: name.clone(), unit, better, goal };
-        Comparison::new(subject, runs)
-            .with_context(|| format!("{name}: a measured value is not a positive number"))
-    };
+    let compare =
+        |name, unit, better, goal, runs| Comparison::new(Subject { name, unit, better, goal }, runs);
     let [put_name, held_name, cold_name, get_name] = row.names();
     Ok([
         compare(put_name, "pages/s", Better::Higher, None, put)?,
