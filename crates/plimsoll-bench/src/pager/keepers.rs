@@ -7,7 +7,7 @@ mod ours;
 mod zram;
 
 pub(super) use bare::Bare;
-pub(crate) use ours::Ours;
+pub(crate) use ours::{MEMBERSHIP, Managed, Ours, Running};
 pub(super) use zram::Zram;
 
 use super::Scene;

@@ -15,6 +15,7 @@ use super::{Cage, Host, merging, offer, start_in};
 use crate::density::fleet::Member;
 use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
+use crate::pager::keepers::{MEMBERSHIP, Managed, Running};
 use crate::session::{BenchError, Interrupt};
 use crate::swap::press;
 use anyhow::{Context, Result};
@@ -24,8 +25,7 @@ use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::kernel::{KernelError, KernelMachine};
 use plimsoll_linux::ksm::control::Ksm;
 use plimsoll_linux::reclaimer::{Reclaimer, Usage};
-use plimsoll_linux::uffd::manager::{Manager, Membership, Meter, Vault};
-use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_linux::uffd::manager::{Manager, Meter, Vault};
 use plimsoll_linux::uffd::stats::MachineStats;
 use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
 use plimsoll_policy::tree::Tree;
@@ -33,9 +33,8 @@ use plimsoll_policy::view::{HostView, MachineView, Phase, Reading};
 use plimsoll_policy::{PolicyState, Ppm, Rung, Rungs, Step, decide};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::{ProcessId, procfs};
-use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
+use plimsoll_types::{ByteCount, MachineId, PageCount};
 use plimsoll_vmm::VmmConfig;
-use plimsoll_vmm::config::Management;
 use plimsoll_vmm::control::{BalloonPiece, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,8 +43,6 @@ use std::time::{Duration, Instant};
 const DECIDE_EVERY: Duration = Duration::from_secs(1);
 /// How often the pager draws samples.
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
-const MEMBERSHIP: Membership =
-    Membership { group: GroupId(1), domain: DomainId(1), reservation: ByteCount(0) };
 /// What a guest waits for a page out of zram (FACTS).
 const BACK_NS: u64 = 11_000;
 /// No machine's part of what all share, and no limit, is smaller, or it could not run at all.
@@ -74,24 +71,6 @@ struct Machine {
     balloon: ByteCount,
 }
 
-/// The manager of the machines at rest. It is stopped when it is dropped.
-struct Pagers(Option<Manager>);
-
-impl Pagers {
-    fn manager(&mut self) -> Result<&mut Manager> {
-        self.0.as_mut().context("the manager was stopped")
-    }
-}
-
-impl Drop for Pagers {
-    fn drop(&mut self) {
-        if let Some(manager) = self.0.take() {
-            // The guests have ended: nobody needs what is in the vault.
-            drop(manager.stop());
-        }
-    }
-}
-
 /// What the pager's governor goes by.
 struct Counted(Arc<Cage>);
 
@@ -104,7 +83,8 @@ impl Meter for Counted {
 /// Everything.
 pub(in crate::density) struct Plimsoll {
     machines: Vec<Machine>,
-    pagers: Pagers,
+    /// The manager of the machines at rest.
+    pagers: Running,
     /// Machines of the kernel share pages as they do without plimsoll.
     ksm: Ksm,
     cage: Arc<Cage>,
@@ -122,10 +102,8 @@ impl Plimsoll {
         cage.cgroup.join_self()?;
         // Machines of the kernel may fill the host beyond the pager's high mark: so machines at rest always give first.
         let line = Budget::of(budget);
-        let manager = Manager::start(Vault::new(line, mix.asked()), Arc::new(NoProbe))
-            .context("cannot start a manager")?;
-        let mut pagers = Pagers(Some(manager));
-        pagers.manager()?.govern(Box::new(Counted(Arc::clone(&cage))), SAMPLE_PERIOD)?;
+        let mut pagers = Running::start(Vault::new(line, mix.asked()))?;
+        pagers.govern(Counted(Arc::clone(&cage)), SAMPLE_PERIOD)?;
         let mut settings = Settings::new(host_of(budget));
         for (nth, role) in mix.roles().enumerate() {
             let (size, reservation, shares) = (role.size, role.reservation, Shares::NORMAL);
@@ -149,14 +127,8 @@ impl Plimsoll {
 
     fn keep(&mut self, nth: usize, role: &Role, config: VmmConfig) -> Result<(Guest, Keeper), BenchError> {
         if role.program == WorkloadKind::Idle {
-            let config = VmmConfig { management: Management::Managed, ..config };
-            let (mut guest, socket) = Guest::launch(&config, &self.interrupt)?;
-            let process = guest.process().process();
-            self.cage.cgroup.enter(process).context("cannot put a guest into its cgroup")?;
-            let process = Pidfd::open(process).context("a guest has ended")?;
-            let admitted = self.pagers.manager()?.admit(socket, process, MEMBERSHIP);
-            let id = admitted.context("a guest was not admitted")?;
-            guest.until_started()?;
+            // This process is in the cage, and so is whatever it starts.
+            let Managed { id, guest } = self.pagers.admit(&config, &self.interrupt)?;
             return Ok((guest, Keeper::Pager(id)));
         }
         let cgroup = MemoryCgroup::create(&format!("{}-{nth}", super::PREFIX), ProcessId::own());
@@ -179,9 +151,10 @@ impl Plimsoll {
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
         let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
         let plan = decide(&view, &mut self.state);
+        let manager = self.pagers.manager()?;
         // A plan replaces the one before.
         for machine in &self.machines {
-            if let (Keeper::Pager(id), Some(manager)) = (&machine.keeper, &self.pagers.0) {
+            if let Keeper::Pager(id) = &machine.keeper {
                 manager.squeeze(*id, 0);
             }
         }
@@ -199,7 +172,7 @@ impl Plimsoll {
             if let Some((machine, member)) =
                 nth.and_then(|nth| Some((self.machines.get_mut(nth)?, members.get_mut(nth)?)))
             {
-                machine.apply(action.step, member, self.pagers.0.as_ref())?;
+                machine.apply(action.step, member, manager)?;
             }
         }
         Ok(())
@@ -207,12 +180,10 @@ impl Plimsoll {
 
     fn look(&mut self, members: &[Member], elapsed: Duration) -> Result<Vec<MachineView>> {
         let manager = self.pagers.manager()?;
-        let managed: Vec<(MachineId, MachineStats)> =
-            manager.machines().into_iter().map(|machine| (machine.id, machine.stats)).collect();
         let store = manager.domain(MEMBERSHIP.domain).map_or(ByteCount(0), |domain| domain.held());
         let mut seen = Vec::new();
         for machine in &mut self.machines {
-            seen.push(machine.look(&managed)?);
+            seen.push(machine.look(manager)?);
         }
         let (mut stored, mut swapped) = (0, 0);
         for (machine, seen) in self.machines.iter().zip(&seen) {
@@ -283,18 +254,15 @@ impl Machine {
         matches!(self.keeper, Keeper::Pager(_))
     }
 
-    fn look(&mut self, managed: &[(MachineId, MachineStats)]) -> Result<Seen> {
+    fn look(&mut self, manager: &Manager) -> Result<Seen> {
         match &mut self.keeper {
             Keeper::Pager(id) => {
-                let stats = managed
-                    .iter()
-                    .find(|(known, _)| known == id)
-                    .context("a machine is not managed any more")?;
-                let MachineStats { ram, working_set, waited, census, faults, .. } = &stats.1;
+                let machine = manager.machine(*id).context("a machine is not managed any more")?;
+                let MachineStats { ram, working_set, waited, census, faults, .. } = machine.stats;
                 let elsewhere = census.of(plimsoll_core::word::StateKind::Stored);
-                let usage = Usage { resident: *ram, elsewhere };
+                let usage = Usage { resident: ram, elsewhere };
                 let returned = faults.limbo + faults.stored;
-                Ok(Seen { usage, active: *working_set, returned, waited: *waited })
+                Ok(Seen { usage, active: working_set, returned, waited })
             }
             Keeper::Kernel { process, machine, .. } => match look_outside(*process, machine) {
                 // One that has ended is seen as it was: the fleet says that it died.
@@ -332,7 +300,7 @@ impl Machine {
         }
     }
 
-    fn apply(&mut self, step: Step, member: &mut Member, manager: Option<&Manager>) -> Result<()> {
+    fn apply(&mut self, step: Step, member: &mut Member, manager: &Manager) -> Result<()> {
         match step {
             Step::Balloon(target) if member.is_alive() => {
                 self.balloon = target;
@@ -341,17 +309,13 @@ impl Machine {
                 // One that is gone is found to be so when it is heard.
                 let _ = member.guest.tell(&Command::Balloon { target_bytes: target.0, piece });
             }
-            Step::Take { rung: Rung::Compress | Rung::Disk, pages, .. } => {
-                match (&mut self.keeper, manager) {
-                    (Keeper::Pager(id), Some(manager)) => {
-                        manager.squeeze(*id, u32::try_from(pages.0).unwrap_or(u32::MAX))
-                    }
-                    (Keeper::Kernel { machine, .. }, _) if !machine.is_gone()? => {
-                        machine.reclaim(pages, Instant::now())?;
-                    }
-                    _ => {}
+            Step::Take { rung: Rung::Compress | Rung::Disk, pages, .. } => match &mut self.keeper {
+                Keeper::Pager(id) => manager.squeeze(*id, u32::try_from(pages.0).unwrap_or(u32::MAX)),
+                Keeper::Kernel { machine, .. } if !machine.is_gone()? => {
+                    machine.reclaim(pages, Instant::now())?;
                 }
-            }
+                Keeper::Kernel { .. } => {}
+            },
             // Nobody reports free pages or twins here, and a machine at its limit waits by itself. Targets are those of positions.
             Step::Target(_) | Step::Take { .. } | Step::Balloon(_) | Step::Stall | Step::Resume => {}
         }
@@ -398,10 +362,7 @@ impl Host for Plimsoll {
     }
 
     fn refaults(&self, nth: usize, member: &Member) -> u64 {
-        let managed = |id: MachineId| {
-            let machines = self.pagers.0.as_ref()?.machines().into_iter();
-            machines.into_iter().find(|machine| machine.id == id).map(|machine| machine.stats.faults.stored)
-        };
+        let managed = |id| Some(self.pagers.manager().ok()?.machine(id)?.stats.faults.stored);
         let counted = match self.machines.get(nth).map(|machine| &machine.keeper) {
             Some(Keeper::Pager(id)) => managed(*id),
             _ => procfs::major_faults(member.guest.process().process()).ok(),

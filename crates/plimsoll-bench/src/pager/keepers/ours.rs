@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 /// So much that nobody is ever short.
 const PLENTY: ByteCount = ByteCount::mib(8192);
-const MEMBERSHIP: Membership =
+/// Of all guests of benchmarks.
+pub(crate) const MEMBERSHIP: Membership =
     Membership { group: GroupId(1), domain: DomainId(1), reservation: ByteCount(0) };
 /// How often the ledger is looked at.
 const LOOK_EVERY: Duration = Duration::from_micros(500);
@@ -30,7 +31,7 @@ const QUIET: Duration = Duration::from_millis(20);
 const TOLD_AFTER: Duration = Duration::from_millis(250);
 
 /// A manager that is stopped when it is dropped.
-struct Running(Option<Manager>);
+pub(crate) struct Running(Option<Manager>);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -42,24 +43,39 @@ impl Drop for Running {
 }
 
 impl Running {
-    fn manager(&mut self) -> Result<&mut Manager> {
-        self.0.as_mut().context("the manager was stopped")
+    pub(crate) fn start(vault: Vault) -> Result<Self> {
+        let manager = Manager::start(vault, Arc::new(NoProbe)).context("cannot start a manager")?;
+        Ok(Self(Some(manager)))
     }
 
-    fn admit(&mut self, config: &VmmConfig, interrupt: &Interrupt) -> Result<Managed, BenchError> {
+    pub(crate) fn manager(&self) -> Result<&Manager> {
+        self.0.as_ref().context("the manager was stopped")
+    }
+
+    pub(crate) fn govern(&mut self, meter: impl Meter + 'static, sample_period: Duration) -> Result<()> {
+        let manager = self.manager_mut()?;
+        manager.govern(Box::new(meter), sample_period).context("cannot start the governor")
+    }
+
+    /// Starts a guest that hands its memory over.
+    pub(crate) fn admit(&mut self, config: &VmmConfig, interrupt: &Interrupt) -> Result<Managed, BenchError> {
         let (mut guest, socket) = Guest::launch(config, interrupt)?;
         let process = Pidfd::open(guest.process().process()).context("a guest has ended")?;
-        let admitted = self.manager()?.admit(socket, process, MEMBERSHIP);
+        let admitted = self.manager_mut()?.admit(socket, process, MEMBERSHIP);
         let id = admitted.context("a guest was not admitted")?;
         guest.until_started()?;
         Ok(Managed { id, guest })
     }
+
+    fn manager_mut(&mut self) -> Result<&mut Manager> {
+        self.0.as_mut().context("the manager was stopped")
+    }
 }
 
 /// A guest and its identity under the manager.
-struct Managed {
-    id: MachineId,
-    guest: Guest,
+pub(crate) struct Managed {
+    pub(crate) id: MachineId,
+    pub(crate) guest: Guest,
 }
 
 /// Managed guests and their manager. The guests end first.
@@ -106,10 +122,8 @@ impl Ours {
         waiting: Waiting,
         interrupt: &Interrupt,
     ) -> Result<Self, BenchError> {
-        let vault = Vault::new(budget, PLENTY);
-        let manager = Manager::start(vault, Arc::new(NoProbe)).context("cannot start a manager")?;
-        manager.host().set_waiting(waiting);
-        let mut manager = Running(Some(manager));
+        let mut manager = Running::start(Vault::new(budget, PLENTY))?;
+        manager.manager()?.host().set_waiting(waiting);
         let first = manager.admit(config, interrupt)?;
         Ok(Self { first, others: Vec::new(), manager, interrupt: interrupt.clone() })
     }
@@ -130,9 +144,8 @@ impl Ours {
 
     /// Starts the governor.
     pub(crate) fn govern(&mut self, sample_period: Duration) -> Result<()> {
-        let manager = self.manager.manager()?;
-        let meter = Charged(Arc::clone(manager.host()));
-        manager.govern(Box::new(meter), sample_period).context("cannot start the governor")
+        let meter = Charged(Arc::clone(self.manager.manager()?.host()));
+        self.manager.govern(meter, sample_period)
     }
 
     /// Takes so many pages of the first guest, which may go on meanwhile.
@@ -178,8 +191,7 @@ impl Ours {
         // The pager tells what it has counted after at most this.
         std::thread::sleep(TOLD_AFTER);
         let id = self.first.id;
-        let machines = self.manager.manager()?.machines();
-        let machine = machines.into_iter().find(|machine| machine.id == id).context("a guest is gone")?;
+        let machine = self.manager.manager()?.machine(id).context("a guest is gone")?;
         Ok(machine.stats.faults.limbo)
     }
 
