@@ -27,6 +27,7 @@ use plimsoll_linux::ksm::control::Ksm;
 use plimsoll_linux::reclaimer::{Reclaimer, Usage};
 use plimsoll_linux::uffd::manager::{Manager, Meter, Vault};
 use plimsoll_linux::uffd::stats::MachineStats;
+use plimsoll_policy::ladder::Costs;
 use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView, Phase, Reading};
@@ -43,8 +44,8 @@ use std::time::{Duration, Instant};
 const DECIDE_EVERY: Duration = Duration::from_secs(1);
 /// How often the pager draws samples.
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
-/// What a guest waits for a page out of zram (FACTS).
-const BACK_NS: u64 = 11_000;
+/// What a guest waits for a page out of zram.
+const BACK_NS: u64 = Costs::MEASURED.of(Rung::Compress).back_ns;
 /// No machine's part of what all share, and no limit, is smaller, or it could not run at all.
 const PART_MIN: ByteCount = ByteCount::mib(16);
 /// Part of the budget that no machine is given: the kernel counts in batches.
