@@ -4,17 +4,17 @@
 //! Enters: nothing but the machine. Leaves: a ratio for each row; the peer is always the balloon of 4 KiB. Every run starts a new
 //! KVM guest of the kernel's memory, with huge pages advised, and takes and returns the same amount. What must never happen: a
 //! time for memory that did not go: the page map has to show that it went, and at the end the guest verifies what it has.
-use crate::contents::{MIX, POOL_PAGES, SEED};
-use crate::guest::Guest;
+use crate::contents::{MIX, SEED};
+use crate::guest::{self, Guest};
 use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
 use crate::session::{BenchError, Interrupt};
 use anyhow::{Context, anyhow};
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
-use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_types::{ByteCount, PAGE_SIZE};
-use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Management, Workload};
+use plimsoll_vmm::VmmConfig;
+use plimsoll_vmm::config::HugePages;
 use plimsoll_vmm::control::{BalloonPiece, FrameOrder, FrameVerb};
-use plimsoll_vmm::{Accel, VmmConfig};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -95,18 +95,13 @@ fn give_back(guest: &mut Guest, way: Way) -> Result<Duration, BenchError> {
 
 /// One guest's life, with a sample for each step.
 fn life(way: Way, interrupt: &Interrupt) -> Result<[Sample; 4], BenchError> {
-    let spec = WorkloadSpec { seed: SEED, ..WorkloadSpec::new(WorkloadKind::Frames) };
-    let workload = Workload { spec, mix: MIX, seed: SEED, pool_seed: SEED, pool_pages: POOL_PAGES };
     let config = VmmConfig {
-        hole: Hole::None,
-        accel: AccelChoice::Kvm,
-        management: Management::Unmanaged,
+        ram_bytes: RAM.0,
         huge_pages: HugePages::Advise,
         report_ms: 60_000,
-        ..VmmConfig::new("bench", RAM.0, workload)
+        ..guest::config(WorkloadKind::Frames, MIX)
     };
-    let (mut guest, _socket) = Guest::launch(&config, interrupt)?;
-    guest.until_started()?;
+    let mut guest = Guest::unmanaged(config, interrupt)?;
     let cpu = |guest: &Guest| guest.cpu_seconds();
 
     let before = cpu(&guest)?;
@@ -163,9 +158,7 @@ pub(crate) struct Settings {
 
 /// Measures all rows, which come from the same runs, and says those whose names begin so.
 pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
-    if let accel @ Accel::InProcess { .. } = plimsoll_vmm::probe() {
-        return Err(BenchError::NotHere(format!("guests need KVM: {accel}")));
-    }
+    guest::check_kvm()?;
     let machine = Machine::here();
     println!("{AMOUNT} of a guest of {RAM} that it has free, against a balloon of 4 KiB: {ROUNDS} rounds");
     println!("{machine}");

@@ -6,9 +6,9 @@
 //!
 //! The guest uses up to half of its memory: it allocates pages, compares and frees them in random order, so that what it uses
 //! moves through all of its memory, as in a kernel's page allocator. Outside nobody sees which pages it has free but its balloon.
-use crate::contents::{MIX, POOL_PAGES, SEED};
+use crate::contents::{MIX, SEED};
 use crate::figures::float;
-use crate::guest::Guest;
+use crate::guest::{self, Guest};
 use crate::pager::keepers::Ours;
 use crate::report::{Comparison, Machine, Report, Run, Sample, higher};
 use crate::session::{BenchError, Interrupt};
@@ -16,14 +16,13 @@ use crate::swap;
 use anyhow::{Context, anyhow};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
-use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_linux::cgroup::{self, MemoryCgroup};
 use plimsoll_linux::uffd::waiting::Waiting;
 use plimsoll_linux::zram::ZramSwap;
 use plimsoll_sys::ProcessId;
 use plimsoll_types::{ByteCount, PAGE_SIZE};
 use plimsoll_vmm::VmmConfig;
-use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Workload};
 use plimsoll_vmm::control::BalloonPiece;
 use serde::Serialize;
 use std::time::{Duration, Instant};
@@ -135,15 +134,7 @@ impl Held {
 }
 
 fn config() -> VmmConfig {
-    let spec = WorkloadSpec { seed: SEED, ..WorkloadSpec::new(WorkloadKind::Frames) };
-    let workload = Workload { spec, mix: MIX, seed: SEED, pool_seed: SEED, pool_pages: POOL_PAGES };
-    VmmConfig {
-        hole: Hole::None,
-        accel: AccelChoice::Kvm,
-        huge_pages: HugePages::Never,
-        report_ms: 60_000,
-        ..VmmConfig::new("bench", RAM.0, workload)
-    }
+    VmmConfig { ram_bytes: RAM.0, report_ms: 60_000, ..guest::config(WorkloadKind::Frames, MIX) }
 }
 
 fn start(row: Option<Row>, interrupt: &Interrupt) -> Result<Held, BenchError> {
@@ -231,7 +222,7 @@ pub(crate) struct Settings {
 
 /// Measures the rows whose names begin so.
 pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
-    crate::guest::check_kvm()?;
+    guest::check_kvm()?;
     swap::check_host()?;
     // What killed runs have left.
     cgroup::sweep_stale(CGROUP).map_err(|error| BenchError::NotHere(error.to_string()))?;

@@ -1,12 +1,12 @@
 //! The five mixes of guests, and what each guest of them is.
 //!
 //! Enters: nothing. Leaves: roles, the same for every way. What must never happen: a number here that depends on the way.
-use crate::contents::{MIX, POOL_PAGES, SEED};
+use crate::contents::{MIX, SEED};
+use crate::guest;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_types::{BLOCK_PAGES, ByteCount, PAGE_SIZE};
 use plimsoll_vmm::VmmConfig;
-use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Workload};
 
 /// When a guest begins to work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,22 +111,17 @@ impl Role {
     /// Its machine, the nth of its fleet.
     pub(super) fn config(&self, nth: usize) -> VmmConfig {
         let seed = SEED + nth as u64;
-        let spec = WorkloadSpec {
+        let mut config = guest::config(WorkloadKind::Frames, MIX);
+        config.workload.seed = seed;
+        config.workload.spec = WorkloadSpec {
             hot_permille: self.hot_permille,
             ops_per_second: self.ops_per_second,
             phase_ms: PHASE_MS,
             final_check: 1,
             seed,
-            ..WorkloadSpec::new(WorkloadKind::Frames)
+            ..config.workload.spec
         };
-        let workload = Workload { spec, mix: MIX, seed, pool_seed: SEED, pool_pages: POOL_PAGES };
-        VmmConfig {
-            hole: Hole::None,
-            accel: AccelChoice::Kvm,
-            huge_pages: HugePages::Never,
-            report_ms: 100,
-            ..VmmConfig::new(format!("{}{}", self.name, nth + 1), self.size.0, workload)
-        }
+        VmmConfig { name: format!("{}{}", self.name, nth + 1), ram_bytes: self.size.0, ..config }
     }
 
     /// Gets all the memory it will ever use, piece by piece, and frees what it no longer needs.
