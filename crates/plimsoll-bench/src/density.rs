@@ -288,6 +288,7 @@ pub(crate) fn run(
 ) -> Result<Report<Settings>, BenchError> {
     check_host()?;
     crate::guest::check_kvm()?;
+    ways::check_here()?;
     let machine = Machine::here();
     let asked = MIXES[0].asked();
     println!("guests of {asked} in all, four ways: {} s each, after they are warm", MEASURED.as_secs());

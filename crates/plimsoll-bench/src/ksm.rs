@@ -316,7 +316,8 @@ fn failed(error: ControlError) -> BenchError {
     BenchError::Failed(error.into())
 }
 
-fn not_here_or_failed(error: KsmError) -> BenchError {
+/// What is missing for KSM, or in its way, cannot be measured here.
+pub(crate) fn not_here_or_failed(error: KsmError) -> BenchError {
     match error {
         KsmError::Control(
             ControlError::NoKsm(_)

@@ -12,10 +12,12 @@ mod split;
 use super::fleet::Member;
 use super::mix::Role;
 use crate::guest::Guest;
+use crate::ksm::not_here_or_failed;
 use crate::session::{BenchError, Interrupt};
 use crate::swap::{device, press};
 use anyhow::{Context, Result};
 use plimsoll_linux::cgroup::{MemoryCgroup, sweep_stale};
+use plimsoll_linux::ksm::KsmError;
 use plimsoll_linux::ksm::control::{Ksm, Rate, Takeover};
 use plimsoll_linux::zram::ZramSwap;
 use plimsoll_sys::{ProcessId, procfs};
@@ -34,6 +36,13 @@ const PREFIX: &str = "plimsoll-density";
 const KSM_RATE: Rate = Rate { pages: 1000, sleep_ms: 20 };
 /// The limit never falls below this part of the budget, or nobody could run at all.
 const LIMIT_MIN_PART: u64 = 8;
+
+/// Whether there can be memory cgroups here, and KSM is nobody's.
+pub(super) fn check_here() -> Result<(), BenchError> {
+    sweep_stale(PREFIX).map_err(|error| BenchError::NotHere(error.to_string()))?;
+    let ksm = Ksm::take(Takeover::IfIdle).map_err(KsmError::from).map_err(not_here_or_failed)?;
+    Ok(ksm.restore().context("cannot give KSM back")?)
+}
 
 /// A host that runs guests in one of the ways.
 pub(super) trait Host {
