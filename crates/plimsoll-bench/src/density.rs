@@ -201,7 +201,7 @@ fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &Outcome) -> Figures 
         worst_guaranteed: guaranteed.map(|(_, share)| *share).min_by(f64::total_cmp),
         violations: outcome.violations,
         swings: outcome.swings,
-        died: outcome.works.iter().filter(|work| work.died.is_some()).count(),
+        died: outcome.works.iter().filter(|work| work.has_died).count(),
         peak_bytes: outcome.peak.0,
     }
 }
@@ -213,15 +213,15 @@ fn measure(row: &Row, interrupt: &Interrupt) -> Result<Vec<Figures>, BenchError>
         let mut outcome = run_once(row, way, interrupt)?;
         for _ in 0..REPEATS {
             // Others do better where one has died: such a run counts only if there is no other.
-            if outcome.works.iter().all(|work| work.died.is_none()) {
+            if outcome.works.iter().all(|work| !work.has_died) {
                 break;
             }
             outcome = run_once(row, way, interrupt)?;
         }
         outcomes.push((way, outcome));
     }
-    let enough = outcomes.first().map(|(_, outcome)| outcome.clone()).context("nothing was run")?;
-    Ok(outcomes.iter().map(|(way, outcome)| figures(*way, row, outcome, &enough)).collect())
+    let (_, enough) = outcomes.first().context("nothing was run")?;
+    Ok(outcomes.iter().map(|(way, outcome)| figures(*way, row, outcome, enough)).collect())
 }
 
 fn print(row: &Row, all: &[Figures]) {

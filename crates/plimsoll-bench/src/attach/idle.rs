@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// The guest's memory.
-pub(super) const SIZE: ByteCount = ByteCount::mib(512);
+const SIZE: ByteCount = ByteCount::mib(512);
 /// What it may end at, and how long it may take to answer.
 const MIB_MAX: f64 = 64.0;
 const MILLISECONDS_MAX: f64 = 2000.0;

@@ -226,7 +226,7 @@ impl Fleet<'_> {
             }
         }
         let work = |(member, before): (&Member, &Summary)| {
-            Work::between(member.role.name, before, &member.last, start.elapsed(), member.died.clone())
+            Work::between(before, &member.last, member.died.as_ref().map(|_| start.elapsed()))
         };
         let works = self.members.iter().zip(&before).map(work).collect();
         Ok(Outcome { works, violations, swings: swings.count, peak: self.peak })

@@ -5,7 +5,6 @@
 use crate::figures::float;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::report::Summary;
-use serde::Serialize;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -17,31 +16,22 @@ const SWING: f64 = 0.05;
 const SWING_WITHIN: Duration = Duration::from_secs(60);
 
 /// What a guest did while time was taken.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug)]
 pub(super) struct Work {
-    pub(super) name: String,
     pub(super) operations_per_second: f64,
-    pub(super) p99_us: f64,
     /// What an operation took on average.
     pub(super) mean_us: f64,
-    /// Why it ended, if it did.
-    pub(super) died: Option<String>,
-    #[serde(skip)]
+    /// Whether it ended meanwhile.
+    pub(super) has_died: bool,
     pub(super) latency: BTreeMap<u64, u64>,
 }
 
 impl Work {
-    /// Of a guest whose reports before and after, so long apart, were these.
-    pub(super) fn between(
-        name: &str,
-        before: &Summary,
-        after: &Summary,
-        elapsed: Duration,
-        died: Option<String>,
-    ) -> Self {
-        let by_its_clock = Duration::from_nanos(after.running_ns.saturating_sub(before.running_ns));
+    /// Of a guest whose reports before and after were these. Of one that died, so long has passed.
+    pub(super) fn between(before: &Summary, after: &Summary, died_in: Option<Duration>) -> Self {
         // One that died has no clock any more.
-        let elapsed = if died.is_some() { elapsed } else { by_its_clock };
+        let by_its_clock = || Duration::from_nanos(after.running_ns.saturating_sub(before.running_ns));
+        let elapsed = died_in.unwrap_or_else(by_its_clock);
         let operations = float(after.operations.saturating_sub(before.operations));
         let mut latency: BTreeMap<u64, u64> = after.latency.buckets.iter().copied().collect();
         for (floor, count) in &before.latency.buckets {
@@ -51,11 +41,9 @@ impl Work {
         }
         latency.retain(|_, count| *count > 0);
         Self {
-            name: name.to_owned(),
             operations_per_second: operations / elapsed.as_secs_f64().max(f64::MIN_POSITIVE),
-            p99_us: quantile_us(&latency, 0.99),
             mean_us: mean_us(&latency),
-            died,
+            has_died: died_in.is_some(),
             latency,
         }
     }
@@ -146,23 +134,18 @@ mod tests {
     fn only_what_was_done_between_the_two_reports_counts() {
         let before = summary(100, 1, &[(1000, 90), (1_000_000, 10)]);
         let after = summary(300, 3, &[(1000, 289), (1_000_000, 11)]);
-        let work = Work::between("web", &before, &after, Duration::from_secs(9), None);
+        let work = Work::between(&before, &after, None);
         assert!((work.operations_per_second - 100.0).abs() < 1e-9);
         assert_eq!(work.latency, BTreeMap::from([(1000, 199), (1_000_000, 1)]));
-        assert!((1.0..1.2).contains(&work.p99_us), "{}", work.p99_us);
+        let p99_us = quantile_us(&work.latency, 0.99);
+        assert!((1.0..1.2).contains(&p99_us), "{p99_us}");
         assert!((5.5..6.8).contains(&work.mean_us), "{}", work.mean_us);
     }
 
     #[test]
     fn a_guest_that_died_has_done_nothing_in_the_rest_of_the_time() {
         let after = summary(100, 2, &[]);
-        let work = Work::between(
-            "web",
-            &summary(0, 1, &[]),
-            &after,
-            Duration::from_secs(10),
-            Some("killed".to_owned()),
-        );
+        let work = Work::between(&summary(0, 1, &[]), &after, Some(Duration::from_secs(10)));
         assert!((work.operations_per_second - 10.0).abs() < 1e-9);
     }
 
