@@ -287,13 +287,25 @@ impl Guest {
 
     /// Operations a second, by its own clock; then it ends.
     pub(crate) fn operations(&mut self) -> Result<Sample, BenchError> {
-        let begin = self.until_worked(WARM_NS)?;
-        let cpu = self.cpu_seconds()?;
-        let end = self.until_worked(begin.running_ns + WORK_NS)?;
-        let cpu = self.cpu_seconds()? - cpu;
-        let seconds = float(end.running_ns - begin.running_ns) / 1e9;
+        let sample = self.operations_for(WARM_NS, WORK_NS, || Ok(()))?;
         self.finish()?;
-        Ok(Sample { value: float(end.operations - begin.operations) / seconds, cpu_seconds: Some(cpu) })
+        Ok(sample)
+    }
+
+    /// Operations a second for so long, by its own clock, once it has worked for so long; with what is done at the beginning.
+    pub(crate) fn operations_for(
+        &mut self,
+        warm_ns: u64,
+        work_ns: u64,
+        begin: impl FnOnce() -> Result<()>,
+    ) -> Result<Sample, BenchError> {
+        let from = self.until_worked(warm_ns)?;
+        let cpu = self.cpu_seconds()?;
+        begin()?;
+        let to = self.until_worked(from.running_ns + work_ns)?;
+        let cpu = self.cpu_seconds()? - cpu;
+        let seconds = float(to.running_ns - from.running_ns) / 1e9;
+        Ok(Sample { value: float(to.operations - from.operations) / seconds, cpu_seconds: Some(cpu) })
     }
 
     /// Its first report after it has worked for so long.

@@ -9,7 +9,6 @@
 //! pace changes by more than what is to be measured.
 use super::{Attached, Stage, guests};
 use crate::contents::MIX;
-use crate::figures::float;
 use crate::guest::{self, Guest};
 use crate::report::{Run, Sample};
 use crate::session::{BenchError, OneProcessor};
@@ -68,13 +67,8 @@ impl Watched {
         length: Duration,
         begin: impl FnOnce(&mut Attached) -> Result<()>,
     ) -> Result<Sample, BenchError> {
-        let from = self.guest.until_worked(0)?;
-        let cpu = self.guest.cpu_seconds()?;
-        begin(&mut self.attached)?;
-        let to = self.guest.until_worked(from.running_ns + nanoseconds(length))?;
-        let cpu = self.guest.cpu_seconds()? - cpu;
-        let seconds = float(to.running_ns - from.running_ns) / 1e9;
-        Ok(Sample { value: float(to.operations - from.operations) / seconds, cpu_seconds: Some(cpu) })
+        let Self { guest, attached } = self;
+        guest.operations_for(0, nanoseconds(length), || begin(attached))
     }
 
     fn faults(&self) -> Result<u64> {
