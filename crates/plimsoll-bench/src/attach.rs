@@ -238,7 +238,7 @@ mod tests {
     use crate::report::Sample;
 
     fn row(name: &str) -> Comparison {
-        let sample = Sample { value: 1.0, cpu_seconds: None };
+        let sample = Sample::untimed(1.0);
         let run = Run { ours: sample, peer: sample, peer_again: sample };
         Comparison::new(lower(name, "ms", None), vec![run]).unwrap()
     }

@@ -7,9 +7,9 @@
 //! The guest uses up to half of its memory: it allocates pages, compares and frees them in random order, so that what it uses
 //! moves through all of its memory, as in a kernel's page allocator. Outside nobody sees which pages it has free but its balloon.
 use crate::contents::{MIX, SEED};
-use crate::figures::float;
 use crate::guest::{self, Guest};
 use crate::pager::keepers::Ours;
+use crate::pager::measures::pages_per_second;
 use crate::report::{Comparison, Machine, Report, Run, Sample, higher};
 use crate::session::{BenchError, Interrupt};
 use crate::swap;
@@ -106,11 +106,11 @@ enum Held {
 }
 
 impl Held {
-    fn guest(&mut self) -> Result<&mut Guest, BenchError> {
-        Ok(match self {
+    fn guest(&mut self) -> &mut Guest {
+        match self {
             Self::Free(guest) | Self::Limited { guest, .. } => guest,
-            Self::Managed(ours) => ours.guests().next().context("a manager without a guest")?,
-        })
+            Self::Managed(ours) => ours.first(),
+        }
     }
 
     /// What the guest takes of the host, compressed pages included.
@@ -174,17 +174,17 @@ fn work(
 ) -> Result<(f64, Vec<ByteCount>), BenchError> {
     let pages = USED_MOST.pages_floor().0;
     let churn = ProbeCommand { pages, passes: 0, ..ProbeCommand::new(Task::Churn, Order::Random) };
-    held.guest()?.ask(churn)?;
+    held.guest().ask(churn)?;
     let (start, mut looks) = (Instant::now(), Vec::new());
     while start.elapsed() < length {
         held.keep_to(left)?;
         std::thread::sleep(LOOK_EVERY);
         looks.push(held.takes()?);
     }
-    let guest = held.guest()?;
+    let guest = held.guest();
     guest.window(window)?;
     let report = guest.answer()?;
-    Ok((float(report.pages) * 1e9 / float(report.ns), looks))
+    Ok((pages_per_second(&report), looks))
 }
 
 /// One guest's life: it has touched all of its memory once, then works.
@@ -192,16 +192,16 @@ fn life(row: Option<Row>, interrupt: &Interrupt) -> Result<Outcome, BenchError> 
     let left = row.map_or(RAM, Row::left);
     let mut held = start(row, interrupt)?;
     let everything = ProbeCommand { stride: 512, ..ProbeCommand::new(Task::Allocate, Order::Ascending) };
-    held.guest()?.probe(everything)?;
-    held.guest()?.probe(ProbeCommand::new(Task::Free, Order::Ascending))?;
+    held.guest().probe(everything)?;
+    held.guest().probe(ProbeCommand::new(Task::Free, Order::Ascending))?;
     if let Some(row @ Row { way: Way::Balloon, .. }) = row {
-        held.guest()?.balloon(row.taken().0, BalloonPiece::Page)?;
+        held.guest().balloon(row.taken().0, BalloonPiece::Page)?;
     }
     work(&mut held, left, WARM)?;
-    let before = held.guest()?.cpu_seconds()?;
+    let before = held.guest().cpu_seconds()?;
     let (rate, mut looks) = work(&mut held, left, WORK)?;
-    let cpu_seconds = held.guest()?.cpu_seconds()? - before;
-    held.guest()?.probe(ProbeCommand::new(Task::Verify, Order::Ascending))?;
+    let cpu_seconds = held.guest().cpu_seconds()? - before;
+    held.guest().probe(ProbeCommand::new(Task::Verify, Order::Ascending))?;
     looks.sort_unstable();
     let taken = looks.get(looks.len() / 2).copied().context("nobody looked")?;
     if taken > left + SLACK {

@@ -23,7 +23,7 @@ use plimsoll_types::ByteCount;
 use score::{Work, jain, pooled, quantile_us};
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use ways::ours::Plimsoll;
 use ways::{Alone, Host};
 
@@ -54,6 +54,9 @@ enum Way {
 }
 
 impl Way {
+    /// Those in which memory is short.
+    const SHORT: [Self; 3] = [Self::Plimsoll, Self::Kernel, Self::Balloon];
+
     const fn about(self) -> &'static str {
         match self {
             Self::Enough => "enough memory",
@@ -124,6 +127,11 @@ impl Row {
 
     fn name(&self) -> String {
         format!("{}/{}.{}", self.mix.name, self.tenths / 10, self.tenths % 10)
+    }
+
+    /// Its file in that folder.
+    fn path(&self, rows: &Path) -> PathBuf {
+        rows.join(format!("{}.json", self.name().replace('/', "-")))
     }
 
     fn budget(&self) -> ByteCount {
@@ -256,15 +264,14 @@ fn print(row: &Row, all: &[Figures]) {
 }
 
 fn compare(row: &Row, all: &[Figures]) -> Result<Vec<Comparison>, BenchError> {
-    let sample = |value: f64| Sample { value, cpu_seconds: None };
     let mut results = Vec::new();
     for (subject, peer, value) in row.subjects() {
         let of = |way: Way| all.iter().filter(move |figures| figures.way == way).map(value);
         let (ours, mut peers) = (of(Way::Plimsoll).next(), of(peer));
         let run = ours.zip(peers.next().zip(peers.next())).map(|(ours, (peer, peer_again))| Run {
-            ours: sample(ours),
-            peer: sample(peer),
-            peer_again: sample(peer_again),
+            ours: Sample::untimed(ours),
+            peer: Sample::untimed(peer),
+            peer_again: Sample::untimed(peer_again),
         });
         results.push(Comparison::new(subject, Vec::from_iter(run))?);
     }
@@ -314,7 +321,7 @@ pub(crate) fn run(
             budget_bytes: row.budget().0,
             ways: all,
         };
-        let path = rows.join(format!("{}.json", row.name().replace('/', "-")));
+        let path = row.path(&rows);
         let text = serde_json::to_string_pretty(&file).context("cannot write a row as JSON")?;
         fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -342,12 +349,12 @@ pub(crate) fn run(
 fn panels(rows: &Path) -> anyhow::Result<Vec<(&'static str, Vec<plot::Point>)>> {
     let mut panels: Vec<(&str, Vec<plot::Point>)> = MIXES.iter().map(|mix| (mix.name, Vec::new())).collect();
     for row in Row::all() {
-        let path = rows.join(format!("{}.json", row.name().replace('/', "-")));
+        let path = row.path(rows);
         let Ok(text) = fs::read_to_string(&path) else { continue };
         let file: RowFile = serde_json::from_str(&text)
             .with_context(|| format!("{} is of another version: remove it", path.display()))?;
         let Some((_, points)) = panels.iter_mut().find(|(name, _)| *name == row.mix.name) else { continue };
-        for way in [Way::Plimsoll, Way::Kernel, Way::Balloon] {
+        for way in Way::SHORT {
             let ratios: Vec<f64> = file
                 .ways
                 .iter()

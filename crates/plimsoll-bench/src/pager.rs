@@ -8,7 +8,7 @@
 //! `keepers`: the three ways to keep a guest's pages elsewhere. `measures`: what is done with any of them. `special`:
 //! what only the pager can be asked. The table of rows is here.
 pub(crate) mod keepers;
-mod measures;
+pub(crate) mod measures;
 mod special;
 
 use crate::contents::{MIX, NO_DUPLICATE, NO_ZERO_NO_DUPLICATE, POOL_PAGES, RANDOM, SEED};

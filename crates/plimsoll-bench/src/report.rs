@@ -29,6 +29,13 @@ pub(crate) struct Sample {
     pub(crate) cpu_seconds: Option<f64>,
 }
 
+impl Sample {
+    /// A value alone.
+    pub(crate) const fn untimed(value: f64) -> Self {
+        Self { value, cpu_seconds: None }
+    }
+}
+
 /// One round: the peer, ours, the peer again.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Run {
@@ -249,14 +256,13 @@ pub(crate) struct Report<S> {
 mod tests {
     use super::*;
 
-    fn sample(value: f64) -> Sample {
-        Sample { value, cpu_seconds: None }
-    }
-
     fn comparison(better: Better, goal: f64) -> Comparison {
         let subject = Subject { name: "put/mix".to_owned(), unit: "pages/s", better, goal: Some(goal) };
-        let run =
-            |ours, peer, again| Run { ours: sample(ours), peer: sample(peer), peer_again: sample(again) };
+        let run = |ours, peer, again| Run {
+            ours: Sample::untimed(ours),
+            peer: Sample::untimed(peer),
+            peer_again: Sample::untimed(again),
+        };
         let runs = vec![run(300.0, 100.0, 110.0), run(200.0, 100.0, 100.0), run(210.0, 90.0, 99.0)];
         Comparison::new(subject, runs).unwrap()
     }
@@ -268,14 +274,25 @@ mod tests {
             let (peer, peer_again) = (*pace, *pace * 0.8);
             *pace = peer_again;
             let ours = f64::midpoint(peer, peer_again) * 0.9;
-            Some(Run { ours: sample(ours), peer: sample(peer), peer_again: sample(peer_again) })
+            Some(Run {
+                ours: Sample::untimed(ours),
+                peer: Sample::untimed(peer),
+                peer_again: Sample::untimed(peer_again),
+            })
         });
         let found = Comparison::paired(higher("slow", "ops/s", Some(0.96)), runs.collect(), 0.5).unwrap();
         assert!((found.ratio - 0.95).abs() < 1e-9, "{found}");
         assert!((found.spread - 0.1).abs() < 1e-9, "half of what lies between two runs of the peer: {found}");
         let text = found.to_string();
         assert!(text.contains("95 % 0.950 to 0.950") && text.ends_with("MISSED"), "{text}");
-        let few = vec![Run { ours: sample(1.0), peer: sample(1.0), peer_again: sample(1.0) }; 5];
+        let few = vec![
+            Run {
+                ours: Sample::untimed(1.0),
+                peer: Sample::untimed(1.0),
+                peer_again: Sample::untimed(1.0)
+            };
+            5
+        ];
         assert!(Comparison::paired(higher("few", "ops/s", None), few, 1.0).is_err());
     }
 

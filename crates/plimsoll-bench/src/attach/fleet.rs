@@ -42,7 +42,7 @@ pub(super) fn round(stage: &Stage<'_>) -> Result<Vec<Run>, BenchError> {
         return Err(anyhow::anyhow!("only {} looks were counted", periods(&fleet) - before).into());
     }
     let share = elapsed.cpu_seconds / elapsed.seconds;
-    let peer = Sample { value: 1000.0, cpu_seconds: None };
+    let peer = Sample::untimed(1000.0);
     let ours = Sample { value: share * 1000.0, cpu_seconds: Some(elapsed.cpu_seconds) };
     Ok(vec![Run { ours, peer, peer_again: peer }])
 }

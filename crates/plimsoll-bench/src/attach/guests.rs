@@ -89,16 +89,15 @@ impl Observed {
 /// The lowest and the highest estimate, each against what was touched in the first and in the second half; of both in each
 /// period.
 fn against_touched(seen: &[(f64, f64)]) -> Option<[Run; 2]> {
-    let sample = |value| Sample { value, cpu_seconds: None };
     let mean = |part: &[(f64, f64)]| {
         let touched: f64 = part.iter().map(|(_, touched)| touched).sum();
-        (!part.is_empty()).then(|| sample(touched / float(part.len() as u64)))
+        (!part.is_empty()).then(|| Sample::untimed(touched / float(part.len() as u64)))
     };
     let (first, second) = seen.split_at(seen.len() / 2);
     let (peer, peer_again) = (mean(first)?, mean(second)?);
     let estimates = || seen.iter().map(|(believed, _)| *believed);
     let (low, high) = (estimates().min_by(f64::total_cmp)?, estimates().max_by(f64::total_cmp)?);
-    Some([low, high].map(|value| Run { ours: sample(value), peer, peer_again }))
+    Some([low, high].map(|value| Run { ours: Sample::untimed(value), peer, peer_again }))
 }
 
 /// Estimates of two guests that do the same all the time.

@@ -48,7 +48,7 @@ pub(super) fn svg(panels: &[(&str, Vec<Point>)]) -> String {
     for (panel, (name, points)) in panels.iter().enumerate() {
         let _ = draw(&mut text, panel, name, points);
     }
-    for (nth, way) in (0..).zip([Way::Plimsoll, Way::Kernel, Way::Balloon]) {
+    for (nth, way) in (0..).zip(Way::SHORT) {
         let (left, below) = (MARGIN + 160.0 * f64::from(nth), HEIGHT + 2.6 * MARGIN);
         let _ = writeln!(
             text,
@@ -76,7 +76,7 @@ fn draw(text: &mut String, panel: usize, name: &str, points: &[Point]) -> std::f
         let (at, below) = (x(panel, overcommit), HEIGHT + MARGIN + 14.0);
         writeln!(text, "<text x=\"{at}\" y=\"{below}\" text-anchor=\"middle\">{overcommit:.1}</text>")?;
     }
-    for way in [Way::Plimsoll, Way::Kernel, Way::Balloon] {
+    for way in Way::SHORT {
         let mut line: Vec<(f64, f64)> = points
             .iter()
             .filter(|point| point.way == way)

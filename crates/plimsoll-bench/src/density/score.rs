@@ -3,6 +3,7 @@
 //! Enters: what guests say before and after, what machines had meanwhile, the targets they were given. Leaves: figures. What
 //! must never happen: a guest that died counted as if it had not been there; it has done nothing since.
 use crate::figures::float;
+use plimsoll_policy::damper::{DEAD_BAND, REVERSAL_MS};
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::report::Summary;
 use std::collections::BTreeMap;
@@ -10,10 +11,8 @@ use std::time::Duration;
 
 /// A bucket of the guests' histograms ends so much above where it begins: four to each power of two.
 const BUCKET: f64 = 1.19;
-/// A target that goes back by more than this part of it has moved back and forth.
-const SWING: f64 = 0.05;
-/// Within which time.
-const SWING_WITHIN: Duration = Duration::from_secs(60);
+/// A target that goes back by more than the policy's dead band within this time has moved back and forth.
+const SWING_WITHIN: Duration = Duration::from_millis(REVERSAL_MS);
 
 /// What a guest did while time was taken.
 #[derive(Clone, Debug)]
@@ -106,8 +105,7 @@ impl Swings {
             self.last.insert(machine, Leg { from: target, to: target, since: now });
             return;
         };
-        let apart =
-            |one: ByteCount, other: ByteCount| float(one.0.abs_diff(other.0)) > SWING * float(one.0.max(1));
+        let apart = |one: ByteCount, other: ByteCount| one.0.abs_diff(other.0) > DEAD_BAND.apply(one.0);
         let goes_on = (target >= leg.to) == (leg.to >= leg.from);
         if target == leg.to {
         } else if goes_on || leg.from == leg.to {

@@ -51,7 +51,7 @@ pub(super) fn probe<K: Keeper>(
 }
 
 /// Pages a second by the guest's clock.
-pub(super) fn pages_per_second(report: &ProbeReport) -> f64 {
+pub(crate) fn pages_per_second(report: &ProbeReport) -> f64 {
     float(report.pages) * 1e9 / float(report.ns)
 }
 

@@ -162,7 +162,7 @@ pub(super) fn huge_kept(scene: &Scene<'_>) -> Result<Sample, BenchError> {
     ours.guest().window(1)?;
     ours.guest().answer()?;
     verify(&mut ours)?;
-    Ok(Sample { value: share, cpu_seconds: None })
+    Ok(Sample::untimed(share))
 }
 
 /// The same of an unmanaged guest from which nothing was taken.
@@ -171,7 +171,7 @@ pub(super) fn huge_untouched(scene: &Scene<'_>) -> Result<Sample, BenchError> {
     let blocks = Blocks::of(&config)?;
     let mut guest = Guest::unmanaged(config, scene.interrupt)?;
     guest.probe(ProbeCommand::new(Task::Populate, Order::Ascending))?;
-    Ok(Sample { value: blocks.share_huge(&guest)?, cpu_seconds: None })
+    Ok(Sample::untimed(blocks.share_huge(&guest)?))
 }
 
 /// What a managed guest does while nobody is short of memory.
@@ -221,9 +221,8 @@ fn at_once(scene: &Scene<'_>, count: usize) -> Result<[Sample; 3], BenchError> {
     let mut buckets: Vec<_> = answers.iter().flat_map(|answer| answer.latency.iter().copied()).collect();
     buckets.sort_by_key(|bucket| bucket.from_ns);
     let pages: u64 = answers.iter().map(|answer| answer.pages).sum();
-    let sample = |value| Sample { value, cpu_seconds: None };
     let at = |permille| quantile(&buckets, permille).context("guests touched nothing");
-    Ok([sample(float(pages) / seconds), sample(at(500)?), sample(at(990)?)])
+    Ok([float(pages) / seconds, at(500)?, at(990)?].map(Sample::untimed))
 }
 
 /// Pages a second of sixteen guests against one; and of the sixteen, the tail against the median.

@@ -137,6 +137,11 @@ impl Ours {
         std::iter::once(&mut self.first).chain(&mut self.others)
     }
 
+    /// The first guest.
+    pub(crate) fn first(&mut self) -> &mut Guest {
+        &mut self.first.guest
+    }
+
     /// All guests.
     pub(crate) fn guests(&mut self) -> impl Iterator<Item = &mut Guest> {
         self.machines().map(|machine| &mut machine.guest)
@@ -232,7 +237,7 @@ impl Keeper for Ours {
     }
 
     fn guest(&mut self) -> &mut Guest {
-        &mut self.first.guest
+        self.first()
     }
 
     fn page_out(&mut self) -> Result<Taken, BenchError> {
