@@ -93,7 +93,12 @@ fn round_trip_everywhere(raw: u64) {
             round_trip::<Lower<12, 48>>(raw, level, &caps);
             round_trip::<Upper<14, 48>>(raw, level, &caps);
             round_trip::<Second<12, 48>>(raw, level, &caps);
+            if level == Level::PAGES {
+                // A root of 64 entries, where the contiguous hint would join 128.
+                round_trip::<Second<14, 20>>(raw, level, &caps);
+            }
             if level.0 < 4 {
+                round_trip::<Lower<12, 31>>(raw, level, &caps);
                 round_trip::<Lower<16, 48>>(raw, level, &caps);
                 round_trip::<Second<14, 48>>(raw, level, &caps);
                 round_trip::<Second<16, 48>>(raw, level, &caps);

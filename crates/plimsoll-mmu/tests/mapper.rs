@@ -97,6 +97,7 @@ const FRAMES: u64 = 0x80_0000;
 const BASE: u64 = 0x1000_0000;
 const OPEN: Permissions = Permissions::all();
 const CLOSED: Permissions = Permissions::all().difference(Permissions::WRITE);
+const FIRST_STAGE: Memory = Memory::Mair(0, Shareability::Inner);
 
 fn pools<const N: usize>() -> Pools<N> {
     let mut pools = Pools::default();
@@ -202,7 +203,7 @@ proptest! {
         against_a_map::<Long4, 16>(x86::Caps::FULL, Memory::Pat(0), high, 1500, &ops);
         against_a_map::<Ept, 16>(ept::Caps::FULL, wb, 0x7f_ffe0_0000, 1500, &ops);
         against_a_map::<Sv39, 16>(riscv::Caps::FULL, Memory::Physical, 0x3fe0_0000, 1500, &ops);
-        let (first, second) = (Memory::Mair(0, Shareability::Inner), Memory::MemAttr(15, Shareability::Inner));
+        let (first, second) = (FIRST_STAGE, Memory::MemAttr(15, Shareability::Inner));
         against_a_map::<Upper<12, 48>, 16>(arm::Caps::FULL, first, 0xffff_ffff_c000_0000, 1500, &ops);
         against_a_map::<Lower<14, 47>, 16>(arm::Caps::FULL, first, 0x1e00_0000, 3000, &ops);
         against_a_map::<Second<12, 40>, 16>(arm::Caps::FULL, second, 0x3fe0_0000, 1500, &ops);
@@ -395,4 +396,47 @@ fn arm_breaks_an_entry_before_it_makes_another_of_it() {
     // With FEAT_BBM nothing is absent in between.
     let direct = arm::Caps { direct_resize: Feature::On, ..arm::Caps::FULL };
     assert!(!<Second<12, 40> as Format>::break_before_make(&direct));
+}
+
+#[test]
+fn a_root_smaller_than_a_group_has_none_and_nothing_beyond_it_is_touched() {
+    fn protect<F: Format<Caps = arm::Caps>>(first: u64) {
+        let (ram, broken) = (Ram::new(1 << 40), Broken::default());
+        let watched = Watched { ram: &ram, broken: &broken };
+        let (mut caches, mut frames) = (&broken, pools::<8>());
+        let leaf = |number: u64| {
+            let leaf = Leaf { accessed: true, ..Leaf::new(Output(number << 30), 30, OPEN, FIRST_STAGE) };
+            F::encode(&Entry::Leaf(leaf), F::root(), &arm::Caps::FULL).expect("a block") | 1 << 52
+        };
+        // Two entries of 1 GiB, each with the hint, and behind them somebody else's words that look like fourteen more.
+        (0..16).for_each(|index| ram.set(ROOT + index * 8, leaf(16 + index)));
+        let beyond = |ram: &Ram| (2..16).map(|index| ram.get(ROOT + index * 8)).collect::<Vec<_>>();
+        let before = beyond(&ram);
+        let mut mapper =
+            Mapper::<F, _, _, _>::new(Output(ROOT), arm::Caps::FULL, &watched, &mut frames, &mut caches)
+                .expect("aligned");
+        let walk = |mapper: &Mapper<'_, F, _, _, _>, at: u64| match mapper.walk(Input(first + at)) {
+            Ok(Translation::Mapped(output, mapping)) => {
+                Some((output.0, mapping.leaf.shift, mapping.permissions == CLOSED))
+            }
+            _ => None,
+        };
+        assert_eq!(walk(&mapper, 0x4000_5000), Some((0x4_4000_5000, 30, false)), "each is a block by itself");
+        assert_eq!(mapper.protect(Span::new(Input(first), 1 << 30).expect("fits"), CLOSED), Ok(1));
+        assert_eq!(broken.breaks.get(), 0, "there is no group to be taken apart");
+        assert_eq!(
+            mapper.protect(Span::new(Input(first + 0x4000_5000), 0x1000).expect("fits"), CLOSED),
+            Ok(1)
+        );
+        assert_eq!(walk(&mapper, 5), Some((0x4_0000_0005, 30, true)));
+        assert_eq!(
+            walk(&mapper, 0x4000_4000),
+            Some((0x4_4000_4000, 12, false)),
+            "nor is the block's page in one"
+        );
+        assert_eq!(walk(&mapper, 0x4000_5000), Some((0x4_4000_5000, 12, true)));
+        assert_eq!(beyond(&ram), before, "{}", F::NAME);
+    }
+    protect::<Lower<12, 31>>(0);
+    protect::<Upper<12, 31>>(0xffff_ffff_8000_0000);
 }

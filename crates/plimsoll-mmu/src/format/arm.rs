@@ -11,6 +11,7 @@
 //! ```
 //!
 //! t is 1 at the last level and 0 above it. T* are NSTable, APTable\[1:0\], UXNTable and PXNTable, in the first stage only.
+//! cont joins a naturally aligned run of leaves; in a root that has fewer entries than such a run it says nothing, and is kept.
 //! Levels are counted as everywhere in this crate: what the manual calls level 3 is [`Level`] 1, its level 0 is 4.
 //!
 //! What is writable but clean is DBM with write permission withheld; hardware grants it at the first write (D8.5.2). The
@@ -89,23 +90,15 @@ struct Shape {
     stage: Stage,
     granule: u32,
     level: Level,
+    /// log2 of what a leaf of this level maps.
+    shift: u32,
+    /// log2 of what a group of leaves maps that the contiguous hint joins; `None` where a table has fewer entries.
+    joined: Option<u32>,
+    /// The hint's bit, if the root maps memory in fewer entries than the hint joins: there it joins nothing.
+    idle: u64,
 }
 
 impl Shape {
-    /// log2 of what a leaf of this level maps.
-    const fn shift(self) -> u32 {
-        self.granule + (self.granule - 3) * self.level.0.saturating_sub(1) as u32
-    }
-
-    /// log2 of how many leaves of this level the contiguous hint joins.
-    const fn group_bits(self) -> u32 {
-        match (self.granule, self.level) {
-            (12, _) => 4,
-            (14, Level::PAGES) => 7,
-            _ => 5,
-        }
-    }
-
     const fn maps(self) -> bool {
         self.level.0 <= largest_leaf(self.granule).0
     }
@@ -120,6 +113,15 @@ const fn largest_leaf(granule: u32) -> Level {
     if granule == 12 { Level(3) } else { Level(2) }
 }
 
+/// log2 of how many leaves of `level` the contiguous hint joins.
+const fn group_bits(granule: u32, level: Level) -> u32 {
+    match (granule, level) {
+        (12, _) => 4,
+        (14, Level::PAGES) => 7,
+        _ => 5,
+    }
+}
+
 /// Levels that translate `bits` bits.
 const fn levels(granule: u32, bits: u32) -> u8 {
     (bits - granule).div_ceil(granule - 3).to_le_bytes()[0]
@@ -130,6 +132,22 @@ macro_rules! vmsa {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug)]
         pub struct $name<const GRANULE: u32, const BITS: u32>;
+
+        impl<const GRANULE: u32, const BITS: u32> $name<GRANULE, BITS> {
+            fn shape(level: Level) -> Shape {
+                let joins = |level| group_bits(GRANULE, level);
+                let fits = |level| Self::entries(level) >> joins(level) != 0;
+                let shift = Self::shift(level);
+                Shape {
+                    stage: Stage::$stage,
+                    granule: GRANULE,
+                    level,
+                    shift,
+                    joined: fits(level).then(|| shift + joins(level)),
+                    idle: set(Self::root() <= largest_leaf(GRANULE) && !fits(Self::root()), CONTIGUOUS),
+                }
+            }
+        }
 
         impl<const GRANULE: u32, const BITS: u32> Format for $name<GRANULE, BITS> {
             type Caps = Caps;
@@ -145,11 +163,11 @@ macro_rules! vmsa {
             const EXTENSION: Extension = Extension::$extension;
 
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
-                decode(raw, Shape { stage: Stage::$stage, granule: GRANULE, level }, caps)
+                decode(raw, Self::shape(level), caps)
             }
 
             fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-                encode(entry, Shape { stage: Stage::$stage, granule: GRANULE, level }, caps)
+                encode(entry, Self::shape(level), caps)
             }
 
             fn largest_leaf(_: &Caps) -> Level {
@@ -237,7 +255,7 @@ const fn leaf_bits(stage: Stage, caps: &Caps) -> u64 {
 }
 
 fn decode_leaf(raw: u64, shape: Shape, caps: &Caps) -> Entry {
-    let output = raw & shape.address(shape.shift());
+    let output = raw & shape.address(shape.shift);
     if output & caps.beyond() != 0 {
         return Entry::Malformed(Malformed::Beyond(Output(output)));
     }
@@ -278,13 +296,16 @@ fn decode_leaf(raw: u64, shape: Shape, caps: &Caps) -> Entry {
         (true, false) => 0,
         (false, _) => WAS_DIRTY,
     };
-    let software = raw & (kept | !(leaf_bits(shape.stage, caps) | shape.address(shape.shift())));
+    let (shift, hint) = match shape.joined {
+        Some(joined) => (if set(CONTIGUOUS) { joined } else { shape.shift }, 0),
+        None => (shape.shift, CONTIGUOUS),
+    };
+    let software = raw & (kept | hint | !(leaf_bits(shape.stage, caps) | shape.address(shape.shift)));
     let attributes = raw >> ATTRIBUTES_SHIFT;
     let memory = match shape.stage {
         Stage::First => Memory::Mair(low_byte(attributes & 7), share),
         Stage::Second => Memory::MemAttr(low_byte(attributes & 15), share),
     };
-    let shift = shape.shift() + if set(CONTIGUOUS) { shape.group_bits() } else { 0 };
     Entry::Leaf(Leaf {
         accessed: set(ACCESSED),
         dirty: manages && if writable { !clean } else { set(WAS_DIRTY) },
@@ -340,8 +361,8 @@ fn encode_table(table: &Table, shape: Shape, caps: &Caps) -> Result<u64, Unencod
 }
 
 fn encode_leaf(leaf: &Leaf, shape: Shape, caps: &Caps) -> Result<u64, Unencodable> {
-    let shift = shape.shift();
-    let contiguous = leaf.shift == shift + shape.group_bits();
+    let shift = shape.shift;
+    let contiguous = shape.joined == Some(leaf.shift);
     if !shape.maps() || !(leaf.shift == shift || contiguous) {
         return Err(Unencodable::Size { shift: leaf.shift });
     }
@@ -356,7 +377,7 @@ fn encode_leaf(leaf: &Leaf, shape: Shape, caps: &Caps) -> Result<u64, Unencodabl
     if (leaf.dirty && !manages) || (leaf.global && shape.stage == Stage::Second) {
         return Err(Unencodable::Flag);
     }
-    let foreign = leaf.software & !(LEAF_SOFTWARE | DIRTY_MANAGED);
+    let foreign = leaf.software & !(LEAF_SOFTWARE | DIRTY_MANAGED | shape.idle);
     if foreign != 0 {
         return Err(Unencodable::Software(foreign));
     }
@@ -364,6 +385,8 @@ fn encode_leaf(leaf: &Leaf, shape: Shape, caps: &Caps) -> Result<u64, Unencodabl
     let clean = manages && writable && !leaf.dirty;
     // Left in what may no longer be written, DBM would let it be written again.
     let software = if manages && !writable { leaf.software & !DIRTY_MANAGED } else { leaf.software };
+    // A hint that was idle in the root would say something further down.
+    let software = if shape.joined.is_some() { software & !shape.idle } else { software };
     Ok(VALID
         | set(shape.level == Level::PAGES, TABLE)
         | leaf.output.0
