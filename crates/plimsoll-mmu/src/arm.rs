@@ -12,7 +12,7 @@ use crate::format::arm::Caps;
 use crate::format::{Feature, Format};
 use crate::memory::TableMemory;
 use crate::nested::{self, GuestMemoryFault, Purpose, SecondStage};
-use crate::walk::{Access, Dead, End, Marked, Marks, TRIES, Walked, descend, mark};
+use crate::walk::{Access, Dead, End, Marks, Walked, attempt};
 use core::fmt;
 use core::marker::PhantomData;
 
@@ -197,29 +197,23 @@ impl Tables {
                 Dead::Memory(error) => Fault { kind: Kind::External, memory: Some(error), ..plain },
             }
         };
-        for _ in 0..TRIES {
-            let walked = descend::<F, M>(memory, root, &self.caps, input).map_err(ended)?;
+        let judge = |walked: &Walked| {
             let refused = |kind| fault(kind, walked.level, walked.step(walked.level).at);
             if !walked.leaf.accessed && self.access_flag == Feature::Off {
                 return Err(refused(Kind::AccessFlag));
             }
-            if !allowed(&walked) {
+            if !allowed(walked) {
                 return Err(refused(Kind::Permission));
             }
-            let marked = match marks {
-                Marks::Set if self.access_flag == Feature::On => {
-                    // Without dirty management nothing is writable and clean, and no bit is to be set for a write.
-                    let dirties = self.caps.dirty_management == Feature::On;
-                    let access = if dirties { access } else { Access::Read };
-                    mark::<F, M>(memory, &self.caps, &walked, access).map_err(ended)?
-                }
-                _ => Marked::Done,
-            };
-            if marked == Marked::Done {
-                return Ok(walked);
-            }
-        }
-        Err(fault(Kind::UnsupportedUpdate, F::root(), root))
+            // Without dirty management nothing is writable and clean, and no bit is to be set for a write.
+            let dirties = self.caps.dirty_management == Feature::On;
+            Ok(match (marks, self.access_flag) {
+                (Marks::Set, Feature::On) => Some(if dirties { access } else { Access::Read }),
+                _ => None,
+            })
+        };
+        attempt::<F, M, _>(memory, root, &self.caps, input, ended, judge)?
+            .ok_or_else(|| fault(Kind::UnsupportedUpdate, F::root(), root))
     }
 }
 
@@ -266,10 +260,12 @@ impl<F: Format<Caps = Caps>, M: TableMemory> SecondStage for Stage<'_, F, M> {
             (data, _) => data.needs(),
         };
         let allowed = |walked: &Walked| {
-            let device = matches!(walked.leaf.memory, Memory::MemAttr(number, _)
-                if matches!(Attributes::second(number, registers.forced_write_back), Some(Attributes::Device(_))));
+            let device = || {
+                matches!(walked.leaf.memory, Memory::MemAttr(number, _)
+                    if matches!(Attributes::second(number, registers.forced_write_back), Some(Attributes::Device(_))))
+            };
             let kept_out =
-                purpose == Purpose::GuestTable && registers.protected_walks == Feature::On && device;
+                purpose == Purpose::GuestTable && registers.protected_walks == Feature::On && device();
             walked.leaf.permissions.contains(needs) && !kept_out
         };
         stage

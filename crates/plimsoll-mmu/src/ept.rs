@@ -9,7 +9,7 @@ use crate::format::ept::{Caps, Ept};
 use crate::format::{Feature, Format};
 use crate::memory::TableMemory;
 use crate::nested::{Nested, Purpose, SecondStage};
-use crate::walk::{Access, Dead, End, Marked, Step, TRIES, Walked, descend, mark};
+use crate::walk::{Access, Dead, End, Step, Walked, attempt};
 use core::fmt;
 
 bitflags::bitflags! {
@@ -132,24 +132,17 @@ impl<M: TableMemory> SecondStage for Stage<'_, M> {
         let base = Qualification::from_access(needs)
             | Qualification::LINEAR
             | if table { Qualification::empty() } else { Qualification::FINAL };
-        for _ in 0..TRIES {
-            let walked = descend::<Ept, M>(self.memory, root, &self.caps, input)
-                .map_err(|end| ended(input, base, end))?;
+        let ended = |end| ended(input, base, end);
+        let judge = |walked: &Walked| {
             if !walked.permissions.contains(needs) {
                 let qualification = base | Qualification::from_permissions(walked.permissions);
                 let (level, step) = (walked.level, walked.step(walked.level));
                 return Err(Fault::Violation { input, qualification, level, step });
             }
-            if !keeps {
-                return Ok(walked);
-            }
-            let marked = mark::<Ept, M>(self.memory, &self.caps, &walked, acts)
-                .map_err(|end| ended(input, base, end))?;
-            if marked == Marked::Done {
-                return Ok(walked);
-            }
-        }
-        Err(Fault::Contended { input })
+            Ok(keeps.then_some(acts))
+        };
+        attempt::<Ept, M, _>(self.memory, root, &self.caps, input, ended, judge)?
+            .ok_or(Fault::Contended { input })
     }
 }
 

@@ -12,7 +12,7 @@ use crate::format::riscv::Caps;
 use crate::format::{Feature, Format};
 use crate::memory::TableMemory;
 use crate::nested::{self, GuestMemoryFault, Nested, Purpose, SecondStage};
-use crate::walk::{Access, Dead, End, Marked, Marks, Step, TRIES, Walked, descend, mark};
+use crate::walk::{Access, Dead, End, Marks, Step, Walked, attempt};
 use core::fmt;
 use core::marker::PhantomData;
 
@@ -244,28 +244,21 @@ fn translate<F: Format<Caps = Caps>, M: TableMemory>(
         Dead::Absent => page_fault(input, end.level, end.step, Why::Absent),
         Dead::Malformed(reason) => page_fault(input, end.level, end.step, Why::Malformed(reason)),
     };
-    for _ in 0..TRIES {
-        let walked = descend::<F, M>(memory, root, &registers.caps, input).map_err(ended)?;
+    let judge = |walked: &Walked| {
         let refused = |why| page_fault(input, walked.level, walked.step(walked.level), why);
         if !allowed(walked.permissions) {
             return Err(refused(Why::Permissions(walked.permissions)));
         }
         let leaf = walked.leaf;
         if leaf.accessed && (leaf.dirty || access != Access::Write) {
-            return Ok(walked);
+            return Ok(None);
         }
         if registers.updates == Feature::Off {
             return Err(refused(Why::Unmarked));
         }
-        let marked = match marks {
-            Marks::Leave => Marked::Done,
-            Marks::Set => mark::<F, M>(memory, &registers.caps, &walked, access).map_err(ended)?,
-        };
-        if marked == Marked::Done {
-            return Ok(walked);
-        }
-    }
-    Err(Fault::Contended { input })
+        Ok((marks == Marks::Set).then_some(access))
+    };
+    attempt::<F, M, _>(memory, root, &registers.caps, input, ended, judge)?.ok_or(Fault::Contended { input })
 }
 
 fn page_fault<E>(input: Input, level: Level, step: Step, why: Why) -> Fault<E> {

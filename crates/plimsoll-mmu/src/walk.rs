@@ -9,7 +9,7 @@ use crate::format::Format;
 use crate::memory::TableMemory;
 
 /// How often a walk begins again because an entry changed before its accessed bit was set.
-pub(crate) const TRIES: usize = 8;
+const TRIES: usize = 8;
 
 /// What an instruction does to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -136,9 +136,32 @@ pub(crate) fn descend<F: Format, M: TableMemory>(
     }
 }
 
+/// Goes the way of `input` and marks it as the access does that `judge` answers with; as none where it answers `None`. Begins
+/// again when an entry changed meanwhile. `None` when the entries change faster than they can be walked.
+pub(crate) fn attempt<F: Format, M: TableMemory, E>(
+    memory: &M,
+    root: Output,
+    caps: &F::Caps,
+    input: Input,
+    ended: impl Fn(End<M::Error>) -> E,
+    judge: impl Fn(&Walked) -> Result<Option<Access>, E>,
+) -> Result<Option<Walked>, E> {
+    for _ in 0..TRIES {
+        let walked = descend::<F, M>(memory, root, caps, input).map_err(&ended)?;
+        let marked = match judge(&walked)? {
+            None => Marked::Done,
+            Some(access) => mark::<F, M>(memory, caps, &walked, access).map_err(&ended)?,
+        };
+        if marked == Marked::Done {
+            return Ok(Some(walked));
+        }
+    }
+    Ok(None)
+}
+
 /// Whether a mark could be set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Marked {
+enum Marked {
     /// All are.
     Done,
     /// An entry is not what the walk read: walk again.
@@ -147,7 +170,7 @@ pub(crate) enum Marked {
 
 /// Sets the accessed bit in every entry on the way that keeps one, from the root on, and the dirty bit in the leaf after a
 /// write.
-pub(crate) fn mark<F: Format, M: TableMemory>(
+fn mark<F: Format, M: TableMemory>(
     memory: &M,
     caps: &F::Caps,
     walked: &Walked,

@@ -8,7 +8,7 @@ use crate::entry::{Malformed, Permissions};
 use crate::format::Feature;
 use crate::format::x86::{Caps, X86Format};
 use crate::memory::TableMemory;
-use crate::walk::{Access, Dead, End, Marked, Marks, Step, TRIES, Walked, descend, mark};
+use crate::walk::{Access, Dead, End, Marks, Step, Walked, attempt};
 use core::fmt;
 
 /// Who accesses.
@@ -149,24 +149,16 @@ pub fn walk<F: X86Format, M: TableMemory>(
     }
     let root = Output(registers.cr3 & crate::format::field(12, 40));
     let code = base_code(registers, access, mode);
-    for _ in 0..TRIES {
-        let walked =
-            descend::<F, M>(memory, root, &registers.caps, input).map_err(|end| ended(input, code, end))?;
-        if let Some(more) = refusal(registers, &walked, access, mode) {
+    let ended = |end| ended(input, code, end);
+    let judge = |walked: &Walked| match refusal(registers, walked, access, mode) {
+        None => Ok((marks == Marks::Set).then_some(access)),
+        Some(more) => {
             let (level, step) = (walked.level, walked.step(walked.level));
             let code = code | ErrorCode::PRESENT | more;
-            return Err(Fault::Page(PageFault { input, code, level, step, malformed: None }));
+            Err(Fault::Page(PageFault { input, code, level, step, malformed: None }))
         }
-        let marked = match marks {
-            Marks::Leave => Marked::Done,
-            Marks::Set => mark::<F, M>(memory, &registers.caps, &walked, access)
-                .map_err(|end| ended(input, code, end))?,
-        };
-        if marked == Marked::Done {
-            return Ok(walked);
-        }
-    }
-    Err(Fault::Contended { input })
+    };
+    attempt::<F, M, _>(memory, root, &registers.caps, input, ended, judge)?.ok_or(Fault::Contended { input })
 }
 
 /// The bits of the error code that describe the access.
