@@ -4,7 +4,7 @@
 //! one level down, so that tables that name themselves or each other end like any others. What may be done through the
 //! leaf, and what it is called when it may not, is for the architectures: [`crate::x86`], [`crate::ept`].
 use crate::address::{Input, Level, MAX_LEVELS, Output};
-use crate::entry::{Entry, Leaf, Malformed, Permissions};
+use crate::entry::{Entry, Leaf, Malformed, Permissions, Table};
 use crate::format::Format;
 use crate::memory::TableMemory;
 
@@ -103,8 +103,30 @@ pub(crate) fn descend<F: Format, M: TableMemory>(
     caps: &F::Caps,
     input: Input,
 ) -> Result<Walked, End<M::Error>> {
-    let (mut table, mut level) = (root, F::root());
-    let mut permissions = Permissions::all();
+    let begin = Begin { table: root, level: F::root(), permissions: Permissions::all() };
+    descend_from::<F, M>(memory, begin, caps, input, |_, _, _| {})
+}
+
+/// Where the rest of a way begins.
+pub(crate) struct Begin {
+    /// A table, aligned to its size.
+    pub(crate) table: Output,
+    /// The table's level.
+    pub(crate) level: Level,
+    /// What the entries before it permit together.
+    pub(crate) permissions: Permissions,
+}
+
+/// Goes the rest of the way of `input`. `passed` is shown each entry on it that names a table, its level, and what the entries
+/// up to it permit together.
+pub(crate) fn descend_from<F: Format, M: TableMemory>(
+    memory: &M,
+    begin: Begin,
+    caps: &F::Caps,
+    input: Input,
+    mut passed: impl FnMut(Level, &Table, Permissions),
+) -> Result<Walked, End<M::Error>> {
+    let Begin { mut table, mut level, mut permissions } = begin;
     let mut steps = [Step::default(); MAX_LEVELS];
     loop {
         let mut step = Step { at: Output(table.0 | F::index(input, level) << 3), raw: 0 };
@@ -119,6 +141,7 @@ pub(crate) fn descend<F: Format, M: TableMemory>(
             (Entry::Table(_), None) => return Err(end(step, Dead::Malformed(Malformed::TableAtLastLevel))),
             (Entry::Table(next), Some(below)) => {
                 permissions &= next.permissions;
+                passed(level, &next, permissions);
                 (table, level) = (next.at, below);
             }
             (Entry::Leaf(leaf), _) => {

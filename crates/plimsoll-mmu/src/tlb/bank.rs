@@ -6,10 +6,10 @@
 //! once here: that its moment is open is for [`super::check()`].
 use super::{Cached, Fence, Kind, Stage, Tag, Through};
 use crate::address::{Input, Level, Output, Span};
-use crate::entry::{Entry, Malformed, Permissions};
+use crate::entry::{Permissions, Table};
 use crate::format::Format;
 use crate::memory::TableMemory;
-use crate::walk::{Access, Dead, End, Step};
+use crate::walk::{Access, Begin, End, Walked, descend_from};
 use core::fmt;
 
 /// Something that is cached.
@@ -148,12 +148,6 @@ pub struct Tlb<'a> {
 }
 
 impl Tlb<'_> {
-    /// Everything cached.
-    pub fn iter(&self) -> impl Iterator<Item = &Found> {
-        let Self { instruction, data, shared, structures } = self;
-        [instruction, data, shared, structures].into_iter().flat_map(Bank::iter)
-    }
-
     /// Drops what the fence must drop.
     pub fn fence(&mut self, fence: &Fence) {
         for bank in [&mut self.instruction, &mut self.data, &mut self.shared, &mut self.structures] {
@@ -177,9 +171,8 @@ impl Tlb<'_> {
             Stage::Second => (Through::Second, Some(tables.root)),
         };
         let who = Who { tag: tables.tag, root, through };
-        let shared = self.shared.find(&who, input);
         let own = if access == Access::Fetch { &mut self.instruction } else { &mut self.data };
-        let leaf = match own.find(&who, input).or(shared) {
+        let leaf = match own.find(&who, input).or_else(|| self.shared.find(&who, input)) {
             Some(leaf) => leaf,
             None => walk(&mut self.structures, tables, &who, input)?,
         };
@@ -196,42 +189,34 @@ fn walk<F: Format, M: TableMemory>(
     who: &Who,
     input: Input,
 ) -> Result<Found, End<M::Error>> {
-    let (mut at, mut level, mut permissions) = (tables.root, F::root(), Permissions::all());
+    let mut begin = Begin { table: tables.root, level: F::root(), permissions: Permissions::all() };
     let mut global = false;
     if let Some(found) = structures.find(who, input) {
-        let below = found.level.below().unwrap_or(Level::PAGES);
-        (at, level, permissions, global) = (found.output, below, found.permissions, found.cached.global);
+        let level = found.level.below().unwrap_or(Level::PAGES);
+        begin = Begin { table: found.output, level, permissions: found.permissions };
+        global = found.cached.global;
     }
-    loop {
-        let place = Output(at.0 | F::index(input, level) << 3);
-        let mut step = Step { at: place, raw: 0 };
-        let end = |step, dead| End { level, step, permissions, dead };
-        step.raw = tables.memory.read(place).map_err(|error| end(step, Dead::Memory(error)))?;
-        let known_by = |kind, shift: u32, global| {
-            let span = Span::new(F::extend(F::offset(input) >> shift << shift), 1 << shift);
-            let (first, second) = match who.through {
-                Through::Second => (None, span),
-                Through::First | Through::Both => (span, None),
-            };
-            let Who { tag, root, through } = *who;
-            Cached { through, kind, tag, root, global, first, second }
+    let known_by = |kind, shift: u32, global| {
+        let span = Span::new(F::extend(F::offset(input) >> shift << shift), 1 << shift);
+        let (first, second) = match who.through {
+            Through::Second => (None, span),
+            Through::First | Through::Both => (span, None),
         };
-        match (F::decode(step.raw, level, &tables.caps), level.below()) {
-            (Entry::Absent { .. }, _) => return Err(end(step, Dead::Absent)),
-            (Entry::Malformed(reason), _) => return Err(end(step, Dead::Malformed(reason))),
-            (Entry::Table(_), None) => return Err(end(step, Dead::Malformed(Malformed::TableAtLastLevel))),
-            (Entry::Table(table), Some(below)) => {
-                permissions &= table.permissions;
-                global |= table.global;
-                let cached = known_by(Kind::Structure, F::shift(level), global);
-                structures.keep(Found { cached, output: table.at, level, permissions });
-                (at, level) = (table.at, below);
-            }
-            (Entry::Leaf(leaf), _) => {
-                permissions &= leaf.permissions;
-                let cached = known_by(Kind::Leaf, leaf.shift, global || leaf.global);
-                return Ok(Found { cached, output: leaf.base(), level, permissions });
-            }
-        }
-    }
+        let Who { tag, root, through } = *who;
+        Cached { through, kind, tag, root, global, first, second }
+    };
+    let walked = descend_from::<F, M>(
+        tables.memory,
+        begin,
+        &tables.caps,
+        input,
+        |level, table: &Table, permissions| {
+            global |= table.global;
+            let cached = known_by(Kind::Structure, F::shift(level), global);
+            structures.keep(Found { cached, output: table.at, level, permissions });
+        },
+    )?;
+    let Walked { leaf, level, permissions, .. } = walked;
+    let cached = known_by(Kind::Leaf, leaf.shift, global || leaf.global);
+    Ok(Found { cached, output: leaf.base(), level, permissions })
 }
