@@ -141,9 +141,6 @@ pub enum Fault<F, S> {
     Second(S),
 }
 
-/// What the guest's stage says, its tables being read through the second stage `S` from `M`.
-pub type GuestFault<S, M> = GuestMemoryFault<<S as SecondStage>::Fault, <M as TableMemory>::Error>;
-
 /// Translates a guest virtual address for an access through both stages: `first` walks the guest's tables, as
 /// [`x86::walk`] and [`crate::riscv::walk`] do, in the memory it is given. The guest's own rights are judged first.
 ///

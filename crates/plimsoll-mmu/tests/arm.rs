@@ -176,9 +176,9 @@ fn blocks_are_where_the_granule_has_them() {
 }
 
 /// Four tables of 4 KiB from `root` on, the last with `leaf` for the address 0x7000.
-fn chain(ram: &Ram, root: u64, upper: u64, leaf: u64) {
+fn chain(ram: &Ram, root: u64, leaf: u64) {
     for level in 0..3 {
-        ram.set(root + level * 0x1000, (root + (level + 1) * 0x1000) | PAGE | upper);
+        ram.set(root + level * 0x1000, (root + (level + 1) * 0x1000) | PAGE);
     }
     ram.set(root + 3 * 0x1000 + 7 * 8, leaf);
 }
@@ -196,7 +196,7 @@ fn rights_are_the_manuals_for_every_leaf_access_mode_and_control_bit() {
                     for access in ACCESSES {
                         for mode in MODES {
                             let ram = Ram::new(1 << 20);
-                            chain(&ram, 0x1000, 0, leaf);
+                            chain(&ram, 0x1000, leaf);
                             ram.set(0x1000, 0x2000 | PAGE | upper);
                             let registers = Registers { control, hierarchy_off, ..registers(0x1000) };
                             let how = (access, mode);
@@ -255,7 +255,7 @@ fn expected(leaf: u64, upper: u64, control: Control, access: Access, mode: Mode)
 fn the_access_flag_and_dirty_state_are_hardwares_or_a_fault() {
     let ram = Ram::new(1 << 20);
     let leaf = 0x9000 | PAGE | USER | READ_ONLY | DBM;
-    chain(&ram, 0x1000, 0, leaf);
+    chain(&ram, 0x1000, leaf);
     let walk = |registers: Registers, access| {
         arm::walk::<Lower<12, 48>, _>(&ram, &registers, Input(0x7000), (access, Mode::User), Marks::Set)
             .map(|walked| walked.output)
@@ -276,7 +276,7 @@ fn the_access_flag_and_dirty_state_are_hardwares_or_a_fault() {
 fn a_fault_has_the_level_of_the_entry_that_is_to_blame() {
     let walk = |change: &dyn Fn(&Ram), input| {
         let ram = Ram::new(1 << 20);
-        chain(&ram, 0x1000, 0, 0x9000 | PAGE | AF | USER);
+        chain(&ram, 0x1000, 0x9000 | PAGE | AF | USER);
         change(&ram);
         let small = Registers { caps: Caps { physical_bits: 36, ..PLAIN }, ..registers(0x1000) };
         arm::walk::<Lower<12, 48>, _>(&ram, &small, Input(input), (Access::Read, Mode::User), Marks::Set)
@@ -299,12 +299,12 @@ fn a_fault_has_the_level_of_the_entry_that_is_to_blame() {
 /// are at guest address 0x1000, and map 0x7000 to 0x9000.
 fn two_stages(page: impl Fn(u64) -> u64) -> Ram {
     let ram = Ram::new(1 << 30);
-    chain(&ram, 0x10_0000, 0, 0);
+    chain(&ram, 0x10_0000, 0);
     for number in 0..16 {
         ram.set(0x10_3000 + number * 8, page(number));
     }
     let guest = Ram::new(1 << 20);
-    chain(&guest, 0x1000, 0, 0x9000 | PAGE | AF | USER | 1 << 11);
+    chain(&guest, 0x1000, 0x9000 | PAGE | AF | USER | 1 << 11);
     for (at, word) in guest.image() {
         ram.set(0x20_0000 + at, word);
     }

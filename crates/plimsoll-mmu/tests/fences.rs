@@ -7,7 +7,7 @@ use plimsoll_mmu::tlb::{
     Architecture, Arm, Breaks, Cached, Change, Consequence, Fence, Kind, Missing, Owner, Regime, RiscV,
     Stage, Stages, Svm, Tag, Through, Vmx, X86, check, needed,
 };
-use plimsoll_mmu::{Entry, Input, Leaf, Level, Memory, Output, Permissions, Span, Table};
+use plimsoll_mmu::{Entry, Input, Leaf, Memory, Output, Permissions, Span, Table};
 use std::collections::BTreeSet;
 
 const PAGE: u64 = 4096;
@@ -401,7 +401,6 @@ fn cases(setting: &Setting) -> Vec<Case> {
             tag: setting.tag,
             root: setting.root.filter(|_| stage == Stage::Second),
             span: Span::new(Input(page * PAGE), pages * PAGE).expect("fits"),
-            level: Level(if pages == 2 { 2 } else { 1 }),
             page_shift: 12,
             table_shift: 13,
             old: entry(words.0, pages),
@@ -716,7 +715,6 @@ fn rights_and_marks_matter_by_what_can_be_lived_with() {
         tag,
         root: None,
         span: span(0, 1),
-        level: Level::PAGES,
         page_shift: 12,
         table_shift: 21,
         old: Entry::Leaf(old),

@@ -8,10 +8,11 @@ use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4};
 use plimsoll_mmu::format::x86::{self, Long4};
 use plimsoll_mmu::mapper::Translation;
 use plimsoll_mmu::tlb::{
-    Arm, Bank, Fence, Found, Kind, Owner, RiscV, Stage, Tables, Tag, Tlb, UnevenBank, X86,
+    Architecture, Arm, Bank, Breaks, Change, Consequence, Fence, Found, Kind, Owner, Regime, RiscV, Stage,
+    Stages, Tables, Tag, Tlb, UnevenBank, X86, needed,
 };
 use plimsoll_mmu::{
-    Access, Format, Input, Invalidate, Leaf, Level, MapError, Mapper, Memory, NothingCached, Output,
+    Access, Entry, Format, Input, Invalidate, Leaf, Level, MapError, Mapper, Memory, NothingCached, Output,
     Permissions, Pools, Shareability, Span,
 };
 use proptest::prelude::*;
@@ -199,6 +200,33 @@ fn by_address_a_riscv_fence_leaves_the_way_through_a_table_that_is_gone() {
     assert_eq!(replaced::<Lower<12, 48>>(arm.0, arm.1, last_level), (0, true), "the old table is walked");
     assert_eq!(replaced::<Lower<12, 48>>(arm.0, arm.1, vae1), (new, false));
     assert_eq!(replaced::<Long4>(x86::Caps::FULL, Memory::Pat(0), invlpg), (new, false));
+}
+
+#[test]
+fn what_two_words_say_is_a_change_of_all_that_their_entry_translates() {
+    let of = |input, level, words| {
+        Change::of::<Long4>((Stage::First, HOST, None), Input(input), level, &x86::Caps::FULL, words)
+    };
+    let (writable, read_only) = (0x4000_00e7, 0x4000_00e5);
+    let high = 0xffff_8000_4020_0000;
+    let change = of(high + 0x5678, Level(2), (writable, read_only)).expect("canonical");
+    let block =
+        Leaf { accessed: true, dirty: true, ..Leaf::new(Output(0x4000_0000), 21, OPEN, Memory::Pat(0)) };
+    let expected = Change {
+        stage: Stage::First,
+        tag: HOST,
+        root: None,
+        span: Span::new(Input(high), 0x20_0000).expect("fits"),
+        page_shift: 12,
+        table_shift: 21,
+        old: Entry::Leaf(block),
+        new: Entry::Leaf(Leaf { permissions: CLOSED, ..block }),
+    };
+    assert_eq!(change, expected);
+    let regime = Regime { architecture: Architecture::Intel, stages: Stages::One, breaks: Breaks::Spared };
+    let recipe = needed(&change, &regime, Consequence::MoreRights).expect("there is one");
+    assert_eq!(recipe.as_slice(), [invlpg(expected.span)]);
+    assert_eq!(of(1 << 47, Level(1), (writable, 0)), None, "the address is not canonical");
 }
 
 #[test]

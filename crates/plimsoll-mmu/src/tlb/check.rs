@@ -78,8 +78,6 @@ pub struct Change {
     pub root: Option<Output>,
     /// All that the entry translates.
     pub span: Span,
-    /// The table's level.
-    pub level: Level,
     /// log2 of the smallest page.
     pub page_shift: u32,
     /// log2 of what an entry that names a table of pages translates.
@@ -107,7 +105,6 @@ impl Change {
             tag,
             root,
             span: Span::new(first, 1 << shift).filter(|_| F::accepts(input))?,
-            level,
             page_shift: F::PAGE_SHIFT,
             table_shift: F::shift(Level(2)),
             old: F::decode(old, level, caps),
