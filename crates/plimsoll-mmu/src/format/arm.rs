@@ -18,7 +18,7 @@
 //! hardware has no word for what was written and may be written no longer: that is kept in bit 55, as Linux does.
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Shareability, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, field};
+use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, set, software};
 
 const VALID: u64 = 1;
 /// A table above the last level, a page at it.
@@ -75,13 +75,6 @@ impl Caps {
         let width = if self.physical_bits < ADDRESS_BITS { self.physical_bits } else { ADDRESS_BITS };
         field(0, ADDRESS_BITS) & !field(0, width)
     }
-}
-
-/// Which stage's bits an entry has.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    First,
-    Second,
 }
 
 /// What of a tree's shape decides about entries.
@@ -237,7 +230,7 @@ const TABLE_RIGHTS: [(u64, Permissions); 4] = [
 
 const fn table_rights(stage: Stage) -> u64 {
     match stage {
-        Stage::First => PXN_TABLE | UXN_TABLE | NO_USER_TABLE | NO_WRITE_TABLE,
+        Stage::First => field(59, 4),
         Stage::Second => 0,
     }
 }
@@ -315,19 +308,9 @@ fn decode_leaf(raw: u64, shape: Shape, caps: &Caps) -> Entry {
     })
 }
 
-/// A field of at most eight bits as a number.
-const fn low_byte(value: u64) -> u8 {
-    value.to_le_bytes()[0]
-}
-
-const fn set(condition: bool, bit: u64) -> u64 {
-    if condition { bit } else { 0 }
-}
-
 fn encode(entry: &Entry, shape: Shape, caps: &Caps) -> Result<u64, Unencodable> {
     match *entry {
-        Entry::Absent { software } if software & VALID == 0 => Ok(software),
-        Entry::Absent { software } => Err(Unencodable::Software(software & VALID)),
+        Entry::Absent { software: word } => software(word, !VALID),
         Entry::Table(table) => encode_table(&table, shape, caps),
         Entry::Leaf(leaf) => encode_leaf(&leaf, shape, caps),
         Entry::Malformed(_) => Err(Unencodable::Kind),
@@ -338,22 +321,17 @@ fn encode_table(table: &Table, shape: Shape, caps: &Caps) -> Result<u64, Unencod
     if shape.level == Level::PAGES {
         return Err(Unencodable::Kind);
     }
-    if table.at.0 & !(shape.address(shape.granule) & !caps.beyond()) != 0 {
-        return Err(Unencodable::Address(table.at));
-    }
+    let at = aligned(table.at, shape.address(shape.granule) & !caps.beyond())?;
     if table.memory != Memory::Physical {
         return Err(Unencodable::Memory(table.memory));
     }
     if table.accessed || table.global {
         return Err(Unencodable::Flag);
     }
-    let foreign = table.software & !TABLE_SOFTWARE;
-    if foreign != 0 {
-        return Err(Unencodable::Software(foreign));
-    }
+    let software = software(table.software, TABLE_SOFTWARE)?;
     let withheld = Permissions::all() - table.permissions;
     let rights = TABLE_RIGHTS.iter().filter(|(_, right)| withheld.contains(*right));
-    let word = rights.fold(VALID | TABLE | table.at.0 | table.software, |word, (bit, _)| word | bit);
+    let word = rights.fold(VALID | TABLE | at | software, |word, (bit, _)| word | bit);
     if withheld.contains(Permissions::READ) || (shape.stage == Stage::Second && !withheld.is_empty()) {
         return Err(Unencodable::Permissions(table.permissions));
     }
@@ -366,9 +344,7 @@ fn encode_leaf(leaf: &Leaf, shape: Shape, caps: &Caps) -> Result<u64, Unencodabl
     if !shape.maps() || !(leaf.shift == shift || contiguous) {
         return Err(Unencodable::Size { shift: leaf.shift });
     }
-    if leaf.output.0 & !(shape.address(shift) & !caps.beyond()) != 0 {
-        return Err(Unencodable::Address(leaf.output));
-    }
+    let output = aligned(leaf.output, shape.address(shift) & !caps.beyond())?;
     if leaf.key != 0 {
         return Err(Unencodable::Key(leaf.key));
     }
@@ -377,19 +353,16 @@ fn encode_leaf(leaf: &Leaf, shape: Shape, caps: &Caps) -> Result<u64, Unencodabl
     if (leaf.dirty && !manages) || (leaf.global && shape.stage == Stage::Second) {
         return Err(Unencodable::Flag);
     }
-    let foreign = leaf.software & !(LEAF_SOFTWARE | DIRTY_MANAGED | shape.idle);
-    if foreign != 0 {
-        return Err(Unencodable::Software(foreign));
-    }
+    let software = software(leaf.software, LEAF_SOFTWARE | DIRTY_MANAGED | shape.idle)?;
     let writable = can(Permissions::WRITE);
     let clean = manages && writable && !leaf.dirty;
     // Left in what may no longer be written, DBM would let it be written again.
-    let software = if manages && !writable { leaf.software & !DIRTY_MANAGED } else { leaf.software };
+    let software = if manages && !writable { software & !DIRTY_MANAGED } else { software };
     // A hint that was idle in the root would say something further down.
     let software = if shape.joined.is_some() { software & !shape.idle } else { software };
     Ok(VALID
         | set(shape.level == Level::PAGES, TABLE)
-        | leaf.output.0
+        | output
         | encode_rights(leaf, shape.stage, writable && !clean, caps)?
         | encode_memory(leaf.memory, shape.stage)?
         | set(leaf.accessed, ACCESSED)

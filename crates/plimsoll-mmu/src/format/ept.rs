@@ -14,7 +14,7 @@
 //! of (suppress #VE, supervisor shadow stacks, sub-page write, paging-write): they are kept as software's.
 use crate::address::{Level, Output};
 use crate::entry::{Cache, Entry, GuestPat, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, field};
+use crate::format::{Extension, Feature, Format, aligned, field, low_byte, set, software};
 
 const READ: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -123,7 +123,7 @@ impl Format for Ept {
         if raw & reserved != 0 {
             return Entry::Malformed(Malformed::Reserved(raw & reserved));
         }
-        let number = ((raw & TYPE) >> TYPE_SHIFT).to_le_bytes()[0];
+        let number = low_byte((raw & TYPE) >> TYPE_SHIFT);
         let Some(cache) = Cache::from_number(number).filter(|cache| *cache != Cache::UncacheableMinus) else {
             return Entry::Malformed(Malformed::MemoryType(number));
         };
@@ -138,10 +138,7 @@ impl Format for Ept {
 
     fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
         match *entry {
-            Entry::Absent { software } => match software & (READ | WRITE | EXECUTE) {
-                0 => Ok(software),
-                foreign => Err(Unencodable::Software(foreign)),
-            },
+            Entry::Absent { software: word } => software(word, !(READ | WRITE | EXECUTE)),
             Entry::Table(table) => encode_table(&table, level, caps),
             Entry::Leaf(leaf) => encode_leaf(&leaf, level, caps),
             Entry::Malformed(_) => Err(Unencodable::Kind),
@@ -170,30 +167,22 @@ fn encode_flags(accessed: bool, dirty: bool, caps: &Caps) -> Result<u64, Unencod
     Ok(set(accessed, ACCESSED) | set(dirty, DIRTY))
 }
 
-const fn set(condition: bool, bit: u64) -> u64 {
-    if condition { bit } else { 0 }
-}
-
 fn encode_table(table: &Table, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
     if level == Level::PAGES {
         return Err(Unencodable::Kind);
     }
-    if table.at.0 & !(ADDRESS & !caps.beyond()) != 0 {
-        return Err(Unencodable::Address(table.at));
-    }
+    let at = aligned(table.at, ADDRESS & !caps.beyond())?;
     if table.memory != Memory::Physical {
         return Err(Unencodable::Memory(table.memory));
     }
     if table.global {
         return Err(Unencodable::Flag);
     }
-    match table.software & !caps.ignored(level, Kind::Table) {
-        0 => Ok(encode_permissions(table.permissions, caps)?
-            | table.at.0
-            | encode_flags(table.accessed, false, caps)?
-            | table.software),
-        foreign => Err(Unencodable::Software(foreign)),
-    }
+    let software = software(table.software, caps.ignored(level, Kind::Table))?;
+    Ok(encode_permissions(table.permissions, caps)?
+        | at
+        | encode_flags(table.accessed, false, caps)?
+        | software)
 }
 
 fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
@@ -201,9 +190,7 @@ fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodabl
     if leaf.shift != shift || level > Ept::largest_leaf(caps) {
         return Err(Unencodable::Size { shift: leaf.shift });
     }
-    if leaf.output.0 & !(ADDRESS & !caps.beyond()) != 0 || leaf.output.0 & field(0, shift) != 0 {
-        return Err(Unencodable::Address(leaf.output));
-    }
+    let output = aligned(leaf.output, ADDRESS & !caps.beyond() & !field(0, shift))?;
     let (cache, guest_pat) = match leaf.memory {
         Memory::Ept(cache, guest_pat) if cache != Cache::UncacheableMinus => (cache, guest_pat),
         other => return Err(Unencodable::Memory(other)),
@@ -214,14 +201,12 @@ fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodabl
     if leaf.global {
         return Err(Unencodable::Flag);
     }
-    match leaf.software & !caps.ignored(level, Kind::Leaf) {
-        0 => Ok(encode_permissions(leaf.permissions, caps)?
-            | leaf.output.0
-            | set(level > Level::PAGES, LARGE)
-            | u64::from(cache.number()) << TYPE_SHIFT
-            | set(guest_pat == GuestPat::Ignored, IGNORE_PAT)
-            | encode_flags(leaf.accessed, leaf.dirty, caps)?
-            | leaf.software),
-        foreign => Err(Unencodable::Software(foreign)),
-    }
+    let software = software(leaf.software, caps.ignored(level, Kind::Leaf))?;
+    Ok(encode_permissions(leaf.permissions, caps)?
+        | output
+        | set(level > Level::PAGES, LARGE)
+        | u64::from(cache.number()) << TYPE_SHIFT
+        | set(guest_pat == GuestPat::Ignored, IGNORE_PAT)
+        | encode_flags(leaf.accessed, leaf.dirty, caps)?
+        | software)
 }

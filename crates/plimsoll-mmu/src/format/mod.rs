@@ -7,7 +7,7 @@ pub mod ept;
 pub mod riscv;
 pub mod x86;
 
-use crate::address::{Input, Level, MAX_LEVELS, Span};
+use crate::address::{Input, Level, MAX_LEVELS, Output, Span};
 use crate::entry::{Entry, Memory, Unencodable};
 use core::fmt;
 
@@ -125,6 +125,37 @@ pub trait Format: Copy + fmt::Debug + 'static {
             && last.0 - first.0 < 1 << Self::INPUT_BITS
             && first.0 >> 63 == last.0 >> 63
     }
+}
+
+/// Whose accesses a tree translates.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Of whoever runs.
+    First,
+    /// A guest's, and those to its tables.
+    Second,
+}
+
+/// A field of at most eight bits as a number.
+const fn low_byte(value: u64) -> u8 {
+    value.to_le_bytes()[0]
+}
+
+const fn set(condition: bool, bit: u64) -> u64 {
+    if condition { bit } else { 0 }
+}
+
+/// `kept`, if it has only bits that are software's.
+fn software(kept: u64, its: u64) -> Result<u64, Unencodable> {
+    match kept & !its {
+        0 => Ok(kept),
+        foreign => Err(Unencodable::Software(foreign)),
+    }
+}
+
+/// The address `at`, if it has only these bits: it is aligned, and not beyond physical memory.
+fn aligned(at: Output, bits: u64) -> Result<u64, Unencodable> {
+    if at.0 & !bits == 0 { Ok(at.0) } else { Err(Unencodable::Address(at)) }
 }
 
 /// A field of `bits` bits from bit `low` on.

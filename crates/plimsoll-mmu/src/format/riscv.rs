@@ -13,7 +13,7 @@
 //! leaf with A clear, or written with D clear, is well-formed either way.
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, field};
+use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, set, software};
 
 const VALID: u64 = 1;
 const READ: u64 = 1 << 1;
@@ -50,14 +50,6 @@ pub struct Caps {
 impl Caps {
     /// A hart with both.
     pub const FULL: Self = Self { napot: Feature::On, memory_types: Feature::On };
-}
-
-/// Whose accesses a stage translates.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    First,
-    /// All accesses count as a user's: a leaf without U would serve nobody, and is not written.
-    Second,
 }
 
 macro_rules! sv {
@@ -153,7 +145,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
         0 => Memory::Physical,
         1 => Memory::NonCacheable,
         2 => Memory::Io,
-        number => return Entry::Malformed(Malformed::MemoryType(number.to_le_bytes()[0])),
+        number => return Entry::Malformed(Malformed::MemoryType(low_byte(number))),
     };
     let mut permissions = Permissions::empty();
     permissions.set(Permissions::READ, raw & READ != 0);
@@ -174,22 +166,14 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     })
 }
 
-const fn set(condition: bool, bit: u64) -> u64 {
-    if condition { bit } else { 0 }
-}
-
 /// The address as the PPN's bits, if it has no others and is aligned to `shift`.
 fn ppn(at: Output, shift: u32) -> Result<u64, Unencodable> {
-    if at.0 & field(0, shift) != 0 || at.0 & !(PPN << DOWN) != 0 {
-        return Err(Unencodable::Address(at));
-    }
-    Ok(at.0 >> DOWN)
+    aligned(at, (PPN << DOWN) & !field(0, shift)).map(|at| at >> DOWN)
 }
 
 fn encode(entry: &Entry, level: Level, caps: &Caps, stage: Stage) -> Result<u64, Unencodable> {
     match *entry {
-        Entry::Absent { software } if software & VALID == 0 => Ok(software),
-        Entry::Absent { software } => Err(Unencodable::Software(software & VALID)),
+        Entry::Absent { software: word } => software(word, !VALID),
         Entry::Table(table) => encode_table(&table, level),
         Entry::Leaf(leaf) => encode_leaf(&leaf, level, caps, stage),
         Entry::Malformed(_) => Err(Unencodable::Kind),
@@ -209,10 +193,8 @@ fn encode_table(table: &Table, level: Level) -> Result<u64, Unencodable> {
     if table.accessed {
         return Err(Unencodable::Flag);
     }
-    match table.software & !SOFTWARE {
-        0 => Ok(VALID | ppn(table.at, 12)? | set(table.global, GLOBAL) | table.software),
-        foreign => Err(Unencodable::Software(foreign)),
-    }
+    let software = software(table.software, SOFTWARE)?;
+    Ok(VALID | ppn(table.at, 12)? | set(table.global, GLOBAL) | software)
 }
 
 fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps, stage: Stage) -> Result<u64, Unencodable> {
@@ -222,6 +204,7 @@ fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps, stage: Stage) -> Result<u
         shift => return Err(Unencodable::Size { shift }),
     };
     let can = |permission| leaf.permissions.contains(permission);
+    // In the second stage all accesses count as a user's: a leaf without U would serve nobody, and is not written.
     let possible = can(Permissions::READ) || (can(Permissions::EXECUTE) && !can(Permissions::WRITE));
     if !possible || leaf.permissions.execute_differs() || (stage == Stage::Second && !can(Permissions::USER))
     {
@@ -236,19 +219,17 @@ fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps, stage: Stage) -> Result<u
     if leaf.key != 0 {
         return Err(Unencodable::Key(leaf.key));
     }
-    match leaf.software & !SOFTWARE {
-        0 => Ok(VALID
-            | set(can(Permissions::READ), READ)
-            | set(can(Permissions::WRITE), WRITE)
-            | set(can(Permissions::EXECUTE), EXECUTE)
-            | set(can(Permissions::USER), USER)
-            | set(leaf.global, GLOBAL)
-            | set(leaf.accessed, ACCESSED)
-            | set(leaf.dirty, DIRTY)
-            | leaf.software
-            | ppn(leaf.output, leaf.shift)?
-            | pbmt << PBMT_SHIFT
-            | napot),
-        foreign => Err(Unencodable::Software(foreign)),
-    }
+    let software = software(leaf.software, SOFTWARE)?;
+    Ok(VALID
+        | set(can(Permissions::READ), READ)
+        | set(can(Permissions::WRITE), WRITE)
+        | set(can(Permissions::EXECUTE), EXECUTE)
+        | set(can(Permissions::USER), USER)
+        | set(leaf.global, GLOBAL)
+        | set(leaf.accessed, ACCESSED)
+        | set(leaf.dirty, DIRTY)
+        | software
+        | ppn(leaf.output, leaf.shift)?
+        | pbmt << PBMT_SHIFT
+        | napot)
 }

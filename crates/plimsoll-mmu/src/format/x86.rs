@@ -11,7 +11,7 @@
 //! ```
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, field};
+use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, set, software};
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -95,14 +95,6 @@ impl Caps {
 
 /// A format with x86-64's entries, which the walk of [`crate::x86`] understands.
 pub trait X86Format: Format<Caps = Caps> {}
-
-/// Whose accesses a format translates.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    First,
-    /// Every access is a user's: a leaf without U/S would serve nobody, and is not written.
-    Second,
-}
 
 macro_rules! x86 {
     ($(#[$doc:meta])* $name:ident, $text:literal, $levels:literal, $extension:ident, $stage:ident) => {
@@ -203,11 +195,6 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     })
 }
 
-/// A field of at most eight bits as a number.
-const fn low_byte(value: u64) -> u8 {
-    value.to_le_bytes()[0]
-}
-
 fn encode_permissions(permissions: Permissions, caps: &Caps) -> Result<u64, Unencodable> {
     let executable = permissions.contains(Permissions::EXECUTE);
     // Present is readable, and without NX everything can be executed.
@@ -224,19 +211,15 @@ fn encode_permissions(permissions: Permissions, caps: &Caps) -> Result<u64, Unen
         | if executable { 0 } else { NO_EXECUTE })
 }
 
-const fn set(condition: bool, bit: u64) -> u64 {
-    if condition { bit } else { 0 }
-}
-
 fn encode(entry: &Entry, level: Level, caps: &Caps, stage: Stage) -> Result<u64, Unencodable> {
     match *entry {
+        // Every access is a user's: what lacks U/S would serve nobody, and is not written.
         Entry::Table(Table { permissions, .. }) | Entry::Leaf(Leaf { permissions, .. })
             if stage == Stage::Second && !permissions.contains(Permissions::USER) =>
         {
             Err(Unencodable::Permissions(permissions))
         }
-        Entry::Absent { software } if software & PRESENT == 0 => Ok(software),
-        Entry::Absent { software } => Err(Unencodable::Software(software & PRESENT)),
+        Entry::Absent { software: word } => software(word, !PRESENT),
         Entry::Table(table) => encode_table(&table, level, caps),
         Entry::Leaf(leaf) => encode_leaf(&leaf, level, caps),
         Entry::Malformed(_) => Err(Unencodable::Kind),
@@ -247,24 +230,19 @@ fn encode_table(table: &Table, level: Level, caps: &Caps) -> Result<u64, Unencod
     if level == Level::PAGES {
         return Err(Unencodable::Kind);
     }
-    if table.at.0 & !(ADDRESS & !caps.reserved()) != 0 {
-        return Err(Unencodable::Address(table.at));
-    }
+    let at = aligned(table.at, ADDRESS & !caps.reserved())?;
     let Memory::Pat(pat @ 0..=3) = table.memory else {
         return Err(Unencodable::Memory(table.memory));
     };
     if table.global {
         return Err(Unencodable::Flag);
     }
-    let foreign = table.software & !(TABLE_IGNORED & !caps.table_reserved(level));
-    if foreign != 0 {
-        return Err(Unencodable::Software(foreign));
-    }
+    let software = software(table.software, TABLE_IGNORED & !caps.table_reserved(level))?;
     Ok(encode_permissions(table.permissions, caps)?
-        | table.at.0
+        | at
         | u64::from(pat) << PWT_SHIFT
         | set(table.accessed, ACCESSED)
-        | table.software)
+        | software)
 }
 
 fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
@@ -273,22 +251,17 @@ fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodabl
         return Err(Unencodable::Size { shift: leaf.shift });
     }
     let large = level > Level::PAGES;
-    if leaf.output.0 & !(ADDRESS & !caps.reserved()) != 0 || leaf.output.0 & field(0, shift) != 0 {
-        return Err(Unencodable::Address(leaf.output));
-    }
+    let output = aligned(leaf.output, ADDRESS & !caps.reserved() & !field(0, shift))?;
     let Memory::Pat(pat @ 0..=7) = leaf.memory else {
         return Err(Unencodable::Memory(leaf.memory));
     };
     if leaf.key > 15 || (leaf.key > 0 && caps.keys == Feature::Off) {
         return Err(Unencodable::Key(leaf.key));
     }
-    let foreign = leaf.software & !caps.leaf_ignored();
-    if foreign != 0 {
-        return Err(Unencodable::Software(foreign));
-    }
+    let software = software(leaf.software, caps.leaf_ignored())?;
     let pat_shift = if large { PAT_LARGE_SHIFT } else { PAT_SMALL_SHIFT };
     Ok(encode_permissions(leaf.permissions, caps)?
-        | leaf.output.0
+        | output
         | set(large, SIZE)
         | u64::from(pat & 3) << PWT_SHIFT
         | u64::from(pat >> 2) << pat_shift
@@ -296,5 +269,5 @@ fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodabl
         | set(leaf.dirty, DIRTY)
         | set(leaf.global, GLOBAL)
         | u64::from(leaf.key) << KEY_SHIFT
-        | leaf.software)
+        | software)
 }
