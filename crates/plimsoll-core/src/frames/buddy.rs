@@ -274,8 +274,13 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
     /// No frames yet, in a table that begins with the frame of `base` rounded down to 1 GiB.
     pub fn new(mut table: T, base: Pfn) -> Self {
         table.as_mut().fill(FrameEntry::default());
-        let base = base.0 - base.0 % Order::MAX.pages().0;
-        Self { table, base, free: [EMPTY; ORDERS], pools: [EMPTY; LEVELS], pages: PageCount(0) }
+        Self {
+            table,
+            base: base_of(base),
+            free: [EMPTY; ORDERS],
+            pools: [EMPTY; LEVELS],
+            pages: PageCount(0),
+        }
     }
 
     /// All usable memory of a map. [`entries_for`] says how large the table must be.
@@ -315,8 +320,7 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
     fn range(&self, first: Pfn, pages: PageCount) -> Result<Range<u32>, FramesError> {
         let room = self.table.as_ref().len();
         let end = first.0.saturating_add(pages.0);
-        let index = |frame: u64| frame.checked_sub(self.base).and_then(|index| u32::try_from(index).ok());
-        match (index(first.0), index(end)) {
+        match (self.offset(first.0), self.offset(end)) {
             (Some(start), Some(end)) if end as usize <= room && end < NONE => Ok(start..end),
             _ => Err(FramesError::OutOfTable { last: Pfn(end.saturating_sub(1)), room }),
         }
@@ -328,7 +332,7 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
     /// [`FramesError::NoMemory`].
     pub fn allocate(&mut self, order: Order, kind: Kind) -> Result<Piece, FramesError> {
         let enough = Order::all().skip(order.get()).find(|larger| self.free[larger.get()].len > 0);
-        let larger = enough.ok_or(FramesError::NoMemory { order, free: self.free_pages() })?;
+        let larger = enough.ok_or_else(|| FramesError::NoMemory { order, free: self.free_pages() })?;
         let index = self.free[larger.get()].head;
         self.unlink(index, larger)?;
         // The lower half is divided on, the upper halves stay free.
@@ -492,10 +496,14 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
         Pfn(self.base + u64::from(index))
     }
 
+    /// Where the entry of a frame is, or would be if the table went on.
+    fn offset(&self, frame: u64) -> Option<u32> {
+        frame.checked_sub(self.base).and_then(|offset| u32::try_from(offset).ok())
+    }
+
     fn index(&self, frame: Pfn) -> Result<u32, FramesError> {
         let no_such_frame = FramesError::NoSuchFrame { frame };
-        let index = frame.0.checked_sub(self.base).and_then(|index| u32::try_from(index).ok());
-        index.filter(|index| self.entry(*index).is_some()).ok_or(no_such_frame)
+        self.offset(frame.0).filter(|index| self.entry(*index).is_some()).ok_or(no_such_frame)
     }
 
     fn entry(&self, index: u32) -> Option<Entry> {
@@ -552,9 +560,14 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
     }
 }
 
+/// Where the largest piece that holds `frame` would begin.
+const fn base_of(frame: Pfn) -> u64 {
+    frame.0 - frame.0 % Order::MAX.pages().0
+}
+
 /// Entries that a table needs for all usable memory of a map: its gaps have entries, too.
 pub fn entries_for<const N: usize>(map: &HostMap<N>) -> u64 {
     let (first, last) = (map.usable().next(), map.usable().next_back());
-    let base = first.map_or(0, |region| region.first.0 - region.first.0 % Order::MAX.pages().0);
+    let base = first.map_or(0, |region| base_of(region.first));
     last.map_or(0, |region| region.end().0 - base)
 }
