@@ -14,11 +14,12 @@
 //! Several processors of one machine apart: they are one cache that holds what any of them does. A task that is only half
 //! done. A processor that forgets by itself: it does no less than one that remembers. Zeroing while another processor
 //! writes, which the fence before it rules out.
+#[path = "../explore/mod.rs"]
+mod explore;
 mod world;
 
 use plimsoll_core::frames::Rights;
-use stateright::{Checker, Expectation, HasDiscoveries, Model, Property};
-use std::time::Instant;
+use stateright::{Model, Property};
 use world::{Action, Ask, Host, MACHINES, Mistake, World, machines};
 
 impl Model for Host {
@@ -144,42 +145,14 @@ fn is_lent(host: &Host, world: &World) -> bool {
     })
 }
 
-/// Explores every state and fails on a broken rule or on something that never happened.
+impl explore::Explored for Host {}
+
 fn explore(name: &str, host: Host) {
-    let start = Instant::now();
-    let checker = host.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    println!(
-        "{name}: {} unique states, {} steps, depth {}, {:.1?}",
-        checker.unique_state_count(),
-        checker.state_count(),
-        checker.max_depth(),
-        start.elapsed()
-    );
-    let found = checker.discoveries();
-    for property in checker.model().properties() {
-        let path = found.get(property.name);
-        match (property.expectation, path) {
-            (Expectation::Always, Some(path)) => {
-                let state = path.last_state();
-                let trace = path.clone().into_actions();
-                panic!("{name}: not so: {}\n{trace:#?}\n{state:#?}", property.name);
-            }
-            (Expectation::Sometimes, None) => panic!("{name}: never seen: {}", property.name),
-            _ => {}
-        }
-    }
+    explore::explore(name, host, |_| true);
 }
 
-/// Explores until a rule is broken; returns which ones are, at the first state that breaks any.
 fn broken_rules(mistake: Mistake) -> Vec<&'static str> {
-    let host = Host { mistake: Some(mistake), ..one_frame() };
-    let checker = host.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    let found = checker.discoveries();
-    let rules = checker.model().properties().into_iter();
-    let rules = rules.filter(|rule| matches!(rule.expectation, Expectation::Always));
-    let broken: Vec<_> = rules.map(|rule| rule.name).filter(|rule| found.contains_key(rule)).collect();
-    broken.iter().for_each(|rule| println!("{rule}: {:?}", found[rule].clone().into_actions()));
-    broken
+    explore::broken_rules(Host { mistake: Some(mistake), ..one_frame() })
 }
 
 fn one_frame() -> Host {

@@ -34,13 +34,13 @@
 //! discard across two crashes. Replacement's choice is replaced by any choice. Words are written by one thread, so memory
 //! ordering is not explored here.
 mod driver;
+#[path = "../explore/mod.rs"]
+mod explore;
 mod properties;
 mod step;
 mod world;
 
 use plimsoll_core::airlock::Shape;
-use stateright::{Checker, Expectation, HasDiscoveries, Model};
-use std::time::Instant;
 use world::{Blocks, Drain, Mistake, MoveRule, Outcome, Pager, Race, Threads, Value};
 
 /// Reached with any machine that may crash once.
@@ -71,47 +71,16 @@ const DISCARDS: &[&str] = &[
     "it dies with a discard read",
 ];
 
-/// Explores every state and fails on a broken rule or on something expected that never happened.
+impl explore::Explored for Pager {}
+
+/// Of what need not happen, `expected` must have.
 fn explore(name: &str, pager: Pager, expected: &[&[&str]]) {
-    let start = Instant::now();
-    let checker = pager.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    println!(
-        "{name}: {} unique states, {} steps, depth {}, {:.1?}",
-        checker.unique_state_count(),
-        checker.state_count(),
-        checker.max_depth(),
-        start.elapsed()
-    );
-    let found = checker.discoveries();
-    for property in checker.model().properties() {
-        let path = found.get(property.name);
-        match property.expectation {
-            Expectation::Always => {
-                if let Some(path) = path {
-                    let state = path.last_state();
-                    let trace = path.clone().into_actions();
-                    panic!("{name}: not so: {}\n{trace:#?}\n{state:#?}", property.name);
-                }
-            }
-            Expectation::Sometimes => {
-                let is_expected = expected.iter().any(|names| names.contains(&property.name));
-                assert!(path.is_some() || !is_expected, "{name}: never seen: {}", property.name);
-            }
-            Expectation::Eventually => {}
-        }
-    }
+    explore::explore(name, pager, |seen| expected.iter().any(|names| names.contains(&seen)));
 }
 
 /// Explores until a rule is broken; returns which, or `None` when none can be.
 fn broken_rule(pager: Pager) -> Option<&'static str> {
-    let checker = pager.checker().finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
-    let found = checker.discoveries();
-    let rules = checker.model().properties().into_iter();
-    let mut rules = rules.filter(|rule| matches!(rule.expectation, Expectation::Always));
-    rules.find(|rule| found.contains_key(rule.name)).map(|rule| {
-        println!("{}: {:?}", rule.name, found[rule.name].clone().into_actions());
-        rule.name
-    })
+    explore::broken_rules(pager).first().copied()
 }
 
 /// One page of the machine's own and one that every guest has, so that the store shares it.
