@@ -99,6 +99,13 @@ struct Goal {
     reach: Reach,
 }
 
+impl Goal {
+    /// Its owner has it, and nobody else.
+    fn alone(owner: MachineId) -> Self {
+        Self { owner: Some(owner), reach: Reach::only(owner, Rights::all()) }
+    }
+}
+
 const FREED: Goal = Goal { owner: None, reach: Reach::NOBODY };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -144,6 +151,13 @@ pub struct Slot {
     generation: u32,
     serial: u32,
     content: Content,
+}
+
+impl Slot {
+    /// What names the extent of this slot, whose number is `extent`.
+    const fn handle(&self, extent: u32) -> Handle {
+        Handle { slot: extent, generation: self.generation }
+    }
 }
 
 /// A request that is refused. Nothing has changed.
@@ -338,7 +352,7 @@ where
             self.vacant = next;
         }
         slot.content = Content::Held(Held { piece, owner: to, reach: Reach::NOBODY, change: None });
-        self.change(extent, Goal { owner: Some(to), reach: Reach::only(to, Rights::all()) })
+        self.change(extent, Goal::alone(to))
     }
 
     /// The owner gives an extent to `to` for good.
@@ -351,7 +365,7 @@ where
         if handle.generation == u32::MAX {
             return Err(ExtentError::WornOut { handle });
         }
-        self.change(handle.slot, Goal { owner: Some(to), reach: Reach::only(to, Rights::all()) })
+        self.change(handle.slot, Goal::alone(to))
     }
 
     /// The owner lets `to` have an extent until it is given back or reclaimed, and does not reach it meanwhile.
@@ -399,7 +413,7 @@ where
         if self.owned(by, handle)?.is_owners_alone() {
             return Err(ExtentError::NotInUse { handle });
         }
-        self.change(handle.slot, Goal { owner: Some(by), reach: Reach::only(by, Rights::all()) })
+        self.change(handle.slot, Goal::alone(by))
     }
 
     /// A borrower or sharer gives up what it was let have.
@@ -434,10 +448,11 @@ where
             let Content::Held(held) = self.slots.as_ref()[extent as usize].content else { continue };
             let goal =
                 held.change.map_or(Goal { owner: Some(held.owner), reach: held.reach }, |(_, goal)| goal);
-            let is_concerned = held.owner == machine || !goal.reach.of(machine).is_empty();
             let goal = match goal.owner {
                 Some(_) if held.owner == machine => FREED,
-                Some(_) if is_concerned => left_by(machine, &Held { reach: goal.reach, ..held }),
+                Some(_) if !goal.reach.of(machine).is_empty() => {
+                    left_by(machine, &Held { reach: goal.reach, ..held })
+                }
                 _ => continue,
             };
             match held.change {
@@ -503,7 +518,7 @@ where
     pub fn at(&self, frame: Pfn) -> Option<Handle> {
         let Ok(Found::Used(_, Kind::Guest { extent })) = self.frames.look(frame) else { return None };
         let slot = self.slots.as_ref().get(extent as usize)?;
-        Some(Handle { slot: extent, generation: slot.generation })
+        Some(slot.handle(extent))
     }
 
     /// All pages a machine owns.
@@ -534,7 +549,7 @@ where
 
     fn each_held(&self) -> impl Iterator<Item = (Handle, Held)> + '_ {
         (0..u32::MAX).zip(self.slots.as_ref()).filter_map(|(index, slot)| match slot.content {
-            Content::Held(held) => Some((Handle { slot: index, generation: slot.generation }, held)),
+            Content::Held(held) => Some((slot.handle(index), held)),
             Content::Vacant { .. } | Content::WornOut => None,
         })
     }
@@ -570,12 +585,12 @@ where
     fn task(&self, extent: u32) -> Option<Task> {
         let slot = self.slots.as_ref().get(extent as usize)?;
         let Content::Held(Held { piece, change: Some((work, _)), .. }) = slot.content else { return None };
-        let handle = Handle { slot: extent, generation: slot.generation };
+        let handle = slot.handle(extent);
         Some(Task { handle, piece, work, serial: slot.serial })
     }
 
     fn change(&mut self, extent: u32, goal: Goal) -> Result<Task, ExtentError> {
-        let handle = Handle { slot: extent, generation: self.slots.as_ref()[extent as usize].generation };
+        let handle = self.slots.as_ref()[extent as usize].handle(extent);
         let held = self.held(handle).ok_or(ExtentError::NoSuchExtent { handle })?;
         self.step(extent, held, held.next_work(&goal), goal)
     }
@@ -587,14 +602,14 @@ where
         if work == Work::Nothing {
             return self.settle(extent);
         }
-        let handle = Handle { slot: extent, generation: slot.generation };
+        let handle = slot.handle(extent);
         Ok(Task { handle, piece: held.piece, work, serial: slot.serial })
     }
 
     /// Nobody reaches what it should not any more, and no byte is left that should not be.
     fn settle(&mut self, extent: u32) -> Result<Task, ExtentError> {
         let slot = &mut self.slots.as_mut()[extent as usize];
-        let handle = Handle { slot: extent, generation: slot.generation };
+        let handle = slot.handle(extent);
         let Content::Held(Held { piece, owner, change: Some((_, goal)), .. }) = slot.content else {
             return Err(ExtentError::Damaged { handle });
         };
@@ -608,7 +623,7 @@ where
             None if handle.generation == u32::MAX => slot.content = Content::WornOut,
             None => slot.content = Content::Vacant { next: self.vacant.replace(extent) },
         }
-        let handle = Handle { generation: slot.generation, ..handle };
+        let handle = slot.handle(extent);
         if goal.owner.is_none() {
             self.frames.free(piece, Kind::Guest { extent })?;
         }
