@@ -138,13 +138,13 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 (Entry::Absent { .. }, _) => {
                     self.write(level, at, 0)?;
                 }
-                (Entry::Leaf(_), _) if slot.covered == Covered::Wholly => {
-                    self.ungroup(table, level, &slot, (first, last))?;
+                (Entry::Leaf(leaf), _) if slot.covered == Covered::Wholly => {
+                    self.ungroup(table, level, (&slot, &leaf), (first, last))?;
                     self.write(level, at, 0)?;
                     removed += 1;
                 }
-                (Entry::Leaf(_), Some(below)) => {
-                    let next = self.split_entry(table, level, below, &slot)?;
+                (Entry::Leaf(leaf), Some(below)) => {
+                    let next = self.split_entry(table, level, below, (&slot, &leaf))?;
                     removed += self.clear(next, below, (slot.first, slot.last), dropped)?;
                 }
                 (Entry::Table(next), Some(below)) => {
@@ -195,15 +195,15 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
             let at = entry_at(table, slot.index);
             match (self.entry(level, at)?.1, level.below()) {
                 (Entry::Absent { .. }, _) => {}
-                (Entry::Leaf(_), _) if slot.covered == Covered::Wholly => {
-                    self.ungroup(table, level, &slot, (first, last))?;
+                (Entry::Leaf(leaf), _) if slot.covered == Covered::Wholly => {
+                    self.ungroup(table, level, (&slot, &leaf), (first, last))?;
                     self.change_leaf(level, at, |leaf| Leaf { permissions, ..leaf })?;
                     changed += 1;
                 }
                 (Entry::Leaf(leaf), Some(below)) => {
                     // Before the split: permissions that cannot be said change nothing.
                     self.encode(&Entry::Leaf(Leaf { permissions, ..leaf }), level)?;
-                    let next = self.split_entry(table, level, below, &slot)?;
+                    let next = self.split_entry(table, level, below, (&slot, &leaf))?;
                     changed += self.permit(next, below, (slot.first, slot.last), permissions)?;
                 }
                 (Entry::Table(next), Some(below)) => {

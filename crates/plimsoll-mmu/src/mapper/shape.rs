@@ -62,9 +62,9 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
             let at = entry_at(table, slot.index);
             let next = match self.entry(level, at)?.1 {
                 Entry::Table(next) => next.at,
-                Entry::Leaf(_) => {
+                Entry::Leaf(leaf) => {
                     split += 1;
-                    self.split_entry(table, level, below, &slot)?
+                    self.split_entry(table, level, below, (&slot, &leaf))?
                 }
                 _ => continue,
             };
@@ -73,16 +73,16 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         Ok(split)
     }
 
-    /// Replaces the leaf of `slot` in `table` by a table of leaves that say the same. The caller invalidates.
+    /// Replaces `leaf`, which is that of `slot`, in `table` by a table of leaves that say the same. The caller invalidates.
     pub(super) fn split_entry(
         &mut self,
         table: Output,
         level: Level,
         below: Level,
-        slot: &Slot,
+        (slot, leaf): (&Slot, &Leaf),
     ) -> Result<Output, MapError<M::Error>> {
         let at = entry_at(table, slot.index);
-        self.ungroup(table, level, slot, (slot.first, slot.last))?;
+        self.ungroup(table, level, (slot, leaf), (slot.first, slot.last))?;
         let table = self.take(below)?;
         let word = self.table_word(table, level)?;
         let breaks = F::break_before_make(&self.caps);
@@ -118,17 +118,16 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         Ok(())
     }
 
-    /// Where `slot`'s entry is one of a naturally aligned group that maps one run (Svnapot, Arm's contiguous hint) and the
+    /// Where `leaf`, which is `slot`'s, is one of a naturally aligned group that maps one run (Svnapot, Arm's contiguous hint) and the
     /// range does not cover the group, makes each entry of the group speak for itself. The caller invalidates.
     pub(super) fn ungroup(
         &mut self,
         table: Output,
         level: Level,
-        slot: &Slot,
+        (slot, leaf): (&Slot, &Leaf),
         (first, last): (u64, u64),
     ) -> Result<(), MapError<M::Error>> {
         let shift = F::shift(level);
-        let Entry::Leaf(leaf) = self.entry(level, entry_at(table, slot.index))?.1 else { return Ok(()) };
         let begin = slot.first >> leaf.shift << leaf.shift;
         if leaf.shift == shift || (first <= begin && begin + ((1 << leaf.shift) - 1) <= last) {
             return Ok(());
