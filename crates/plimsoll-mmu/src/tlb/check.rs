@@ -243,9 +243,7 @@ pub(super) fn stale(
 /// Whether the entry was live before and after with other sizes or other memory, where that is forbidden.
 fn must_break(change: &Change, regime: &Regime) -> bool {
     let other = match (&change.old, &change.new) {
-        (Entry::Leaf(old), Entry::Leaf(new)) => {
-            (old.base(), old.shift, old.memory) != (new.base(), new.shift, new.memory)
-        }
+        (Entry::Leaf(old), Entry::Leaf(new)) => leads_elsewhere(old, new),
         (Entry::Table(old), Entry::Table(new)) => old.at != new.at,
         (Entry::Leaf(_), Entry::Table(_)) | (Entry::Table(_), Entry::Leaf(_)) => true,
         _ => false,
@@ -278,7 +276,7 @@ fn consequence(change: &Change, architecture: Architecture) -> Option<Consequenc
         (Entry::Leaf(old), Entry::Leaf(new)) => {
             let lost = (old.accessed && !new.accessed) || (old.dirty && !new.dirty);
             let marked = (!old.accessed && new.accessed) || (!old.dirty && new.dirty);
-            if (old.base(), old.shift, old.memory) != (new.base(), new.shift, new.memory) {
+            if leads_elsewhere(old, new) {
                 Some(OtherMemory)
             } else if !new.permissions.contains(old.permissions) || leaks(old, new) {
                 Some(MoreRights)
@@ -294,6 +292,11 @@ fn consequence(change: &Change, architecture: Architecture) -> Option<Consequenc
         // Whoever splits a leaf does so to change a part: the whole must not stay. Merged leaves are changed as one.
         (Entry::Table(_) | Entry::Leaf(_), _) => Some(OtherMemory),
     }
+}
+
+/// Whether leaves differ in size, or in what memory they map, or how.
+fn leads_elsewhere(old: &Leaf, new: &Leaf) -> bool {
+    (old.base(), old.shift, old.memory) != (new.base(), new.shift, new.memory)
 }
 
 /// Whether a leaf was in reach of more than it is: of every address space, or of another protection key's holders.

@@ -150,24 +150,23 @@ fn riscv_first(pages: Span, owner: Owner, space: Space) -> Candidates {
             Owner::Guest(vmid) => RiscV::HfenceVvma { vmid, pages, asid },
             by => RiscV::SfenceVma { by, pages, asid },
         };
-        Some(Recipe::of([Fence::RiscV(fence)]))
+        Recipe::of([Fence::RiscV(fence)])
     };
-    let asid = space.is_some();
     some([
-        one(Some(pages), space).filter(|_| asid),
-        one(Some(pages), None),
-        one(None, space).filter(|_| asid),
-        one(None, None),
+        space.map(|asid| one(Some(pages), Some(asid))),
+        Some(one(Some(pages), None)),
+        space.map(|asid| one(None, Some(asid))),
+        Some(one(None, None)),
     ])
 }
 
 fn riscv_second(pages: Span, owner: Owner) -> Candidates {
     let vmid = guest(owner);
-    let one = |pages, vmid| Some(Recipe::of([Fence::RiscV(RiscV::HfenceGvma { pages, vmid })]));
+    let one = |pages, vmid| Recipe::of([Fence::RiscV(RiscV::HfenceGvma { pages, vmid })]);
     some([
-        one(Some(pages), vmid).filter(|_| vmid.is_some()),
-        one(Some(pages), None),
-        one(None, vmid).filter(|_| vmid.is_some()),
-        one(None, None),
+        vmid.map(|vmid| one(Some(pages), Some(vmid))),
+        Some(one(Some(pages), None)),
+        vmid.map(|vmid| one(None, Some(vmid))),
+        Some(one(None, None)),
     ])
 }
