@@ -1,4 +1,5 @@
 //! Arm: shapes of trees, every combination of rights against the manual's sentences, faults by stage, memory types.
+#[expect(dead_code, reason = "these tests use a part of it")]
 mod common;
 
 use common::{Outside, Ram};

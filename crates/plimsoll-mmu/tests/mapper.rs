@@ -1,4 +1,5 @@
 //! The mapper against a map of pages, in real formats and in one that nobody builds.
+#[expect(dead_code, reason = "these tests use a part of it")]
 mod common;
 
 use common::{Outside, Ram};
@@ -100,14 +101,7 @@ const CLOSED: Permissions = Permissions::all().difference(Permissions::WRITE);
 const FIRST_STAGE: Memory = Memory::Mair(0, Shareability::Inner);
 
 fn pools<const N: usize>() -> Pools<N> {
-    let mut pools = Pools::default();
-    let mut next = FRAMES;
-    for level in (1..=4).map(Level) {
-        while pools.add(level, Output(next)) {
-            next += 0x4000;
-        }
-    }
-    pools
+    common::pools(FRAMES, 0x4000)
 }
 
 /// Runs `ops` from the page at `start` on, with `N` frames a level, and compares with a map of pages after each.

@@ -2,35 +2,23 @@
 #[expect(dead_code, reason = "these tests use a part of it")]
 mod common;
 
-use common::Ram;
+use common::{Ram, pools};
 use plimsoll_mmu::format::ept::{self, Ept};
 use plimsoll_mmu::format::x86::{self, Long4};
 use plimsoll_mmu::splinter::{Reach, Splinter, measure};
 use plimsoll_mmu::{
-    Cache, Format, GuestPat, Input, Leaf, Level, Mapper, Memory, NothingCached, Output, Permissions, Pools,
-    Span,
+    Cache, Format, GuestPat, Input, Leaf, Mapper, Memory, NothingCached, Output, Permissions, Pools, Span,
 };
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-fn pools(first: u64) -> Pools<16> {
-    let mut pools = Pools::default();
-    let mut next = first;
-    for level in (1..=4).map(Level) {
-        while pools.add(level, Output(next)) {
-            next += 0x1000;
-        }
-    }
-    pools
-}
-
 /// What is mapped: from where, how much, to where, and log2 of the largest leaf.
 type Run = (u64, u64, u64, u32);
 
 fn tree<F: Format>(ram: &Ram, caps: F::Caps, memory: Memory, (root, frames): (u64, u64), runs: &[Run]) {
-    let (mut frames, mut caches) = (pools(frames), NothingCached);
+    let (mut frames, mut caches) = (pools::<16>(frames, 0x1000), NothingCached);
     let mut mapper =
         Mapper::<F, _, _, _>::new(Output(root), caps, ram, &mut frames, &mut caches).expect("aligned");
     for &(first, bytes, output, shift) in runs {

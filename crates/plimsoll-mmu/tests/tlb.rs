@@ -2,7 +2,7 @@
 #[expect(dead_code, reason = "these tests use a part of it")]
 mod common;
 
-use common::Ram;
+use common::{Ram, pools};
 use plimsoll_mmu::format::arm::{self, Lower, Second};
 use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4};
 use plimsoll_mmu::format::x86::{self, Long4};
@@ -13,7 +13,7 @@ use plimsoll_mmu::tlb::{
 };
 use plimsoll_mmu::{
     Access, Entry, Format, Input, Invalidate, Leaf, Level, MapError, Mapper, Memory, NothingCached, Output,
-    Permissions, Pools, Shareability, Span,
+    Permissions, Shareability, Span,
 };
 use proptest::prelude::*;
 use std::cell::RefCell;
@@ -37,17 +37,6 @@ impl Invalidate for Fenced<'_, '_> {
     fn invalidate(&mut self, span: Span) {
         self.tlb.borrow_mut().fence(&(self.fence)(span));
     }
-}
-
-fn pools() -> Pools<16> {
-    let mut pools = Pools::default();
-    let mut next = FRAMES;
-    for level in (1..=4).map(Level) {
-        while pools.add(level, Output(next)) {
-            next += 0x4000;
-        }
-    }
-    pools
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -85,7 +74,7 @@ fn follow<F: Format>(
     let pages = 1500;
     let mut slots = ([None; 8], [None; 16], [None; 64], [None; 16]);
     let tlb = RefCell::new(banks(&mut slots));
-    let (ram, mut frames) = (Ram::new(1 << 40), pools());
+    let (ram, mut frames) = (Ram::new(1 << 40), pools::<16>(FRAMES, 0x4000));
     let mut caches = Fenced { tlb: &tlb, fence };
     let tables = Tables::<F, _> { memory: &ram, root: Output(ROOT), caps, stage, tag };
     for &(op, first, count) in ops {
@@ -168,7 +157,7 @@ proptest! {
 fn replaced<F: Format>(caps: F::Caps, memory: Memory, fence: fn(Span) -> Fence) -> (u64, bool) {
     let mut slots = ([None; 8], [None; 16], [None; 64], [None; 16]);
     let mut tlb = banks(&mut slots);
-    let (ram, mut frames, mut caches) = (Ram::new(1 << 40), pools(), NothingCached);
+    let (ram, mut frames, mut caches) = (Ram::new(1 << 40), pools::<16>(FRAMES, 0x4000), NothingCached);
     let tables = Tables::<F, _> { memory: &ram, root: Output(ROOT), caps, stage: Stage::First, tag: HOST };
     let block = Span::new(Input(0), 0x20_0000).expect("fits");
     let mut mapper =

@@ -1,5 +1,5 @@
-//! Memory for tables: words by address, up to a limit, all of which can be compared.
-use plimsoll_mmu::{Output, TableMemory};
+//! Memory for tables: words by address, up to a limit, all of which can be compared; frames for tables; numbers at random.
+use plimsoll_mmu::{Level, Output, Pools, TableMemory};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
@@ -30,6 +30,29 @@ impl Ram {
     /// All words that are not zero.
     pub(crate) fn image(&self) -> BTreeMap<u64, u64> {
         self.words.borrow().iter().filter(|(_, word)| **word != 0).map(|(at, word)| (*at, *word)).collect()
+    }
+}
+
+/// `N` frames for tables of each of four levels, `step` bytes apart from `first` on.
+pub(crate) fn pools<const N: usize>(first: u64, step: u64) -> Pools<N> {
+    let mut pools = Pools::default();
+    let mut next = first;
+    for level in (1..=4).map(Level) {
+        while pools.add(level, Output(next)) {
+            next += step;
+        }
+    }
+    pools
+}
+
+/// Numbers that are the same each time (xorshift64).
+pub(crate) fn random(seed: u64) -> impl FnMut() -> u64 {
+    let mut state = seed;
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
     }
 }
 
