@@ -128,6 +128,8 @@ pub enum Memory {
     NonCacheable,
     /// RISC-V Svpbmt IO: not cached, not idempotent, strongly ordered.
     Io,
+    /// VT-d, SNP: caches are snooped, even where the device says that they need not be.
+    Snooped,
     /// Arm, first stage: index into MAIR_ELx, 0 to 7, and who else is to see what is cached.
     Mair(u8, Shareability),
     /// Arm, second stage: MemAttr, 0 to 15, whose meaning depends on HCR_EL2.FWB.

@@ -1,10 +1,12 @@
 //! Address translation: what page tables say, how they are changed, and what a processor makes of them.
 //!
 //! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, Arm's VMSAv8-64 in both stages,
-//!   RISC-V's Sv39 to Sv57 and Sv39x4 to Sv57x4. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
+//!   RISC-V's Sv39 to Sv57 and Sv39x4 to Sv57x4, the second stage of Intel's VT-d with three to five levels. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
 //! * [`mapper`]: map, unmap, protect, split, merge, walk, iterate and harvest ranges of a tree of any format.
 //! * [`x86`], [`ept`], [`arm`], [`riscv`]: a walk as the processor does it, down to error code, exit qualification, fault
 //!   status and cause.
+//! * [`vtd`]: a walk as the remapping hardware does it for a device, down to the fault reason. Arm's SMMUv3 has no tables of its
+//!   own: its second stage is [`format::arm::Second`].
 //! * [`nested`]: a guest's tables through a second stage.
 //! * [`splinter`]: how many large pages two stages leave whole.
 //! * [`tlb`]: what processors keep of translations, every fence, and which one a change needs.
@@ -21,6 +23,8 @@
 //!   A change of the tables between a walk and its marks is seen by their words only.
 //! * EPT: four levels; no mode-based execute control, sub-page writes, paging-write, supervisor shadow stacks or #VE.
 //! * NPT: no guest-mode execute trap, no SEV bits in addresses; the memory types of both stages are not combined.
+//! * VT-d: requests without PASID through the second stage alone; no execute requests, no memory types of scalable mode.
+//! * [`tlb`] knows nothing of what remapping hardware and devices keep of translations.
 //! * The mapper reads groups of pages (Svnapot, Arm's contiguous hint) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
 //! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.
 #![no_std]
@@ -37,6 +41,7 @@ pub mod nested;
 pub mod riscv;
 pub mod splinter;
 pub mod tlb;
+pub mod vtd;
 mod walk;
 pub mod x86;
 

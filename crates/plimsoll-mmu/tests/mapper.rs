@@ -6,6 +6,7 @@ use common::{Outside, Ram};
 use plimsoll_mmu::format::arm::{self, Lower, Second, Upper};
 use plimsoll_mmu::format::ept::{self, Ept};
 use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4};
+use plimsoll_mmu::format::vtd::{self, Second3, Second5};
 use plimsoll_mmu::format::x86::{self, Long4};
 use plimsoll_mmu::mapper::{Clear, Translation};
 use plimsoll_mmu::nested::Counted;
@@ -201,6 +202,7 @@ proptest! {
         against_a_map::<Upper<12, 48>, 16>(arm::Caps::FULL, first, 0xffff_ffff_c000_0000, 1500, &ops);
         against_a_map::<Lower<14, 47>, 16>(arm::Caps::FULL, first, 0x1e00_0000, 3000, &ops);
         against_a_map::<Second<12, 40>, 16>(arm::Caps::FULL, second, 0x3fe0_0000, 1500, &ops);
+        against_a_map::<Second5, 16>(vtd::Caps::FULL, Memory::Snooped, 0xff_ffff_ffe0_0000, 1500, &ops);
         against_a_map::<Odd, 200>((), Memory::Physical, 0, 1024, &ops);
     }
 
@@ -208,6 +210,7 @@ proptest! {
     fn what_lacks_a_frame_changes_nothing(ops in ops()) {
         against_a_map::<Long4, 2>(x86::Caps::FULL, Memory::Pat(0), 0x7fff_ffe0_0000, 512, &ops);
         against_a_map::<Sv39x4, 1>(riscv::Caps::FULL, Memory::Physical, 0x3fe0_0000, 1500, &ops);
+        against_a_map::<Second3, 2>(vtd::Caps::FULL, Memory::Physical, 0x3fe0_0000, 1500, &ops);
         against_a_map::<Odd, 5>((), Memory::Physical, 0, 1024, &ops);
     }
 }

@@ -5,6 +5,7 @@
 pub mod arm;
 pub mod ept;
 pub mod riscv;
+pub mod vtd;
 pub mod x86;
 
 use crate::address::{Input, Level, MAX_LEVELS, Output, Span};

@@ -1,0 +1,169 @@
+//! What Intel's remapping hardware does with a device's address: the translation, or the fault with its reason.
+//!
+//! Intel Virtualization Technology for Directed I/O, Architecture Specification: 3.7 "Second-Stage Translation" with its access
+//! rights and accessed and dirty flags, 7.1 "Fault Conditions" with the table of fault reasons, whose numbers here are those of
+//! requests in legacy mode.
+//!
+//! Reserved bits are judged entry by entry, rights over the whole way: of a way that lacks a right in one entry and has a
+//! reserved bit in another, the reserved bit is reported. QEMU's model, which judges both entry by entry, may report the right.
+use crate::address::{Input, Level, Output};
+use crate::entry::{Malformed, Permissions};
+use crate::format::Feature;
+use crate::format::vtd::{Caps, VtdFormat};
+use crate::memory::TableMemory;
+use crate::walk::{Access, Dead, End, Marks, Step, Walked, attempt};
+use core::fmt;
+
+/// What a device asks for, without PASID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Request {
+    /// To read memory.
+    Read,
+    /// To write it.
+    Write,
+    /// Both at once (AtomicOp).
+    Atomic,
+}
+
+impl Request {
+    /// What every entry must permit for it.
+    pub const fn needs(self) -> Permissions {
+        match self {
+            Self::Read => Permissions::READ,
+            Self::Write => Permissions::WRITE,
+            Self::Atomic => Permissions::READ.union(Permissions::WRITE),
+        }
+    }
+
+    /// What it leaves behind.
+    const fn access(self) -> Access {
+        match self {
+            Self::Read => Access::Read,
+            Self::Write | Self::Atomic => Access::Write,
+        }
+    }
+}
+
+/// The tables of a device's domain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registers {
+    /// SSPTPTR of its context entry or PASID-table entry. The low twelve bits are not looked at.
+    pub root: Output,
+    /// The remapping unit.
+    pub caps: Caps,
+}
+
+/// Why a device's address was not translated. `E` is what the tables' memory says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault<E> {
+    /// It has more bits than the tables translate.
+    TooLong(Input),
+    /// A right is missing, or an entry is absent.
+    Refused {
+        /// The device's address.
+        input: Input,
+        /// What was asked for.
+        request: Request,
+        /// What the entries permit together; nothing if one is absent.
+        permissions: Permissions,
+        /// The level of the entry where the walk ended.
+        level: Level,
+        /// That entry.
+        step: Step,
+    },
+    /// A reserved bit is set in an entry that is present: the host's fault.
+    Reserved {
+        /// The device's address.
+        input: Input,
+        /// The entry's level.
+        level: Level,
+        /// The entry.
+        step: Step,
+        /// What is wrong with it.
+        reason: Malformed,
+    },
+    /// An entry cannot be reached.
+    Memory {
+        /// The table's level.
+        level: Level,
+        /// The entry.
+        at: Output,
+        /// Why.
+        error: E,
+    },
+    /// An entry changed each time it was to be marked as accessed.
+    Contended {
+        /// The device's address.
+        input: Input,
+    },
+}
+
+impl<E> Fault<E> {
+    /// The fault reason that is recorded; `None` where hardware would go on trying.
+    pub const fn reason(&self) -> Option<u8> {
+        match self {
+            Self::TooLong(_) => Some(0x4),
+            Self::Refused { request: Request::Read, .. } => Some(0x6),
+            Self::Refused { permissions, .. } => {
+                Some(if permissions.contains(Permissions::WRITE) { 0x6 } else { 0x5 })
+            }
+            Self::Memory { .. } => Some(0x7),
+            Self::Reserved { .. } => Some(0xc),
+            Self::Contended { .. } => None,
+        }
+    }
+}
+
+impl<E: fmt::Debug> fmt::Display for Fault<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLong(input) => write!(f, "{input} has more bits than these tables translate"),
+            Self::Refused { input, request, level, step, .. } => {
+                write!(f, "{request:?} of {input} is refused, by the entry of {level} at {}", step.at)
+            }
+            Self::Reserved { input, level, step, reason } => {
+                write!(f, "{input} is not translated, by the entry of {level} at {}: {reason}", step.at)
+            }
+            Self::Memory { level, at, error } => {
+                write!(f, "the entry of {level} at {at} cannot be reached: {error:?}")
+            }
+            Self::Contended { input } => {
+                write!(f, "the entries for {input} change faster than they can be walked")
+            }
+        }
+    }
+}
+
+impl<E: fmt::Debug> core::error::Error for Fault<E> {}
+
+/// Translates `input` for a device's request, as the hardware would.
+///
+/// # Errors
+/// The fault.
+pub fn walk<F: VtdFormat, M: TableMemory>(
+    memory: &M,
+    registers: &Registers,
+    input: Input,
+    request: Request,
+    marks: Marks,
+) -> Result<Walked, Fault<M::Error>> {
+    if !F::accepts(input) {
+        return Err(Fault::TooLong(input));
+    }
+    let root = Output(registers.root.0 & crate::format::field(12, 40));
+    let refused = |permissions, level, step| Fault::Refused { input, request, permissions, level, step };
+    let ended = |end: End<M::Error>| match end.dead {
+        Dead::Absent => refused(Permissions::empty(), end.level, end.step),
+        Dead::Malformed(reason) => Fault::Reserved { input, level: end.level, step: end.step, reason },
+        Dead::Memory(error) => Fault::Memory { level: end.level, at: end.step.at, error },
+    };
+    let keeps = registers.caps.accessed_dirty == Feature::On && marks == Marks::Set;
+    let judge = |walked: &Walked| {
+        if !walked.permissions.contains(request.needs()) {
+            return Err(refused(walked.permissions, walked.level, walked.step(walked.level)));
+        }
+        Ok(keeps.then_some(request.access()))
+    };
+    attempt::<F, M, _>(memory, root, &registers.caps, input, ended, judge)?.ok_or(Fault::Contended { input })
+}
