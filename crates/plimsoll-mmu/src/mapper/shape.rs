@@ -139,39 +139,39 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
             shift,
             ..found
         };
-        let mut broken = [0; MAX_GROUP];
-        if F::break_before_make(&self.caps) {
-            for (member, word) in (0..size).zip(&mut broken) {
+        let joined = |entry| match entry {
+            Entry::Leaf(found) if found.shift == leaf.shift => Some(found),
+            _ => None,
+        };
+        if !F::break_before_make(&self.caps) {
+            for member in 0..size {
                 let at = entry_at(table, head + member);
-                if let Entry::Leaf(found) = self.entry(level, at)?.1
-                    && found.shift == leaf.shift
-                {
-                    // Before anything is broken: what cannot be said alone stays as it is.
-                    self.encode(&Entry::Leaf(alone(member, found)), level)?;
-                    *word = 1;
+                if joined(self.entry(level, at)?.1).is_some() {
+                    self.change_leaf(level, at, |found| alone(member, found))?;
                 }
             }
-            for (member, word) in (0..size).zip(&mut broken).filter(|(_, word)| **word != 0) {
-                *word = self.write(level, entry_at(table, head + member), 0)?;
-            }
-            self.forget(Span::new(F::extend(begin), 1 << leaf.shift));
+            return Ok(());
         }
-        for (member, word) in (0..size).zip(broken) {
-            let at = entry_at(table, head + member);
-            match word {
-                0 => {
-                    if let Entry::Leaf(found) = self.entry(level, at)?.1
-                        && found.shift == leaf.shift
-                    {
-                        self.change_leaf(level, at, |found| alone(member, found))?;
-                    }
-                }
-                raw => {
-                    if let Entry::Leaf(found) = F::decode(raw, level, &self.caps) {
-                        let word = self.encode(&Entry::Leaf(alone(member, found)), level)?;
-                        self.write(level, at, word)?;
-                    }
-                }
+        let mut broken = [None; MAX_GROUP];
+        for (member, place) in (0..size).zip(&mut broken) {
+            let (raw, entry) = self.entry(level, entry_at(table, head + member))?;
+            if let Some(found) = joined(entry) {
+                // Before anything is broken: what cannot be said alone stays as it is.
+                self.encode(&Entry::Leaf(alone(member, found)), level)?;
+                *place = Some(raw);
+            }
+        }
+        for (member, raw) in (0..size).zip(&mut broken) {
+            if let Some(raw) = raw {
+                *raw = self.write(level, entry_at(table, head + member), 0)?;
+            }
+        }
+        self.forget(Span::new(F::extend(begin), 1 << leaf.shift));
+        for (member, raw) in (0..size).zip(broken) {
+            // As it was when it was broken: a processor may have set bits in it until then.
+            if let Some(Entry::Leaf(found)) = raw.map(|raw| F::decode(raw, level, &self.caps)) {
+                let word = self.encode(&Entry::Leaf(alone(member, found)), level)?;
+                self.write(level, entry_at(table, head + member), word)?;
             }
         }
         Ok(())
