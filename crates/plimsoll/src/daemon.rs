@@ -98,12 +98,14 @@ pub(crate) fn main(args: &DaemonArgs) -> ExitCode {
 
 fn run(args: &DaemonArgs) -> Result<End, String> {
     let settings = args.settings()?;
-    let limits = limits()?;
-    if !args.resumed && settings.budget > limits.available {
-        return Err(format!(
-            "--budget {}: this host has {} available; use less, or free some",
-            settings.budget, limits.available
-        ));
+    if !args.resumed {
+        let available = limits()?.available;
+        if settings.budget > available {
+            return Err(format!(
+                "--budget {}: this host has {available} available; use less, or free some",
+                settings.budget
+            ));
+        }
     }
     let failed = |error: &dyn std::error::Error| explain(error);
     let path = std::env::current_exe().map_err(|error| failed(&error))?;

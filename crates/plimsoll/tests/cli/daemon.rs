@@ -125,6 +125,28 @@ fn a_killed_manager_is_replaced_and_an_upgrade_keeps_the_keepers_process() {
 }
 
 #[test]
+fn an_upgraded_keeper_goes_on_where_the_host_does_not_say_what_it_has() {
+    if !can("userfaultfd") || !can("root") {
+        return;
+    }
+    let directory = Directory::new("upgraded");
+    // In a mount namespace of its own, so that a file of /proc can be covered for it alone.
+    let words = ["--mount", env!("CARGO_BIN_EXE_plimsoll"), "daemon", "--budget", "64M", "--directory"];
+    let daemon = Run::of(Path::new("unshare"), &[&words[..], &[directory.text()]].concat()).start();
+    wait_until("its manager serves", || manager_of(&directory).is_some());
+    let before = manager_of(&directory).unwrap();
+    let covered = Command::new("nsenter")
+        .args(["--target", &daemon.pid().to_string(), "--mount"])
+        .args(["mount", "--bind", "/dev/null", "/proc/meminfo"])
+        .status();
+    assert!(covered.unwrap().success());
+    daemon.signal(Signal::USR2);
+    wait_until("another manager runs", || manager_of(&directory).is_some_and(|manager| manager != before));
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
+}
+
+#[test]
 fn a_manager_without_keeper_and_machines_ends_and_the_next_daemon_finds_a_stale_socket() {
     if !can("userfaultfd") {
         return;
