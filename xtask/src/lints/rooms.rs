@@ -49,7 +49,6 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "plimsoll-policy",
             "plimsoll-sys",
             "plimsoll-linux",
-            "plimsoll-vmm",
             "plimsoll-attach",
         ],
     ),

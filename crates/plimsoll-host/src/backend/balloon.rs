@@ -6,56 +6,22 @@
 //! happen: an ask that stays behind when the machine is let go in good order.
 use super::Done;
 use parking_lot::{Condvar, Mutex};
-use plimsoll_attach::balloon::{Controller, Observation, State};
+use plimsoll_attach::balloon::{Controller, Observation};
 use plimsoll_attach::control::{self, Control, ControlError, Cooperation, Migration};
 use plimsoll_policy::view;
 use plimsoll_sys::{ProcessId, procfs};
-use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
-use plimsoll_vmm::config::VmmConfig;
-use plimsoll_vmm::control::{BalloonPiece, Command};
-use std::io::Write;
-use std::os::unix::net::UnixStream;
+use plimsoll_types::{ByteCount, PageCount};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How often a balloon is looked at, and its guest asked for statistics: as often as the policy decides.
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Whoever speaks to a balloon. Its calls may wait.
-pub trait Driver: Send {
-    /// The balloon now.
-    ///
-    /// # Errors
-    /// Why it cannot be told.
-    fn look(&mut self) -> Result<control::Balloon, ControlError>;
-
-    /// What the guest last said of its memory, if it says anything.
-    fn statistics(&mut self) -> Option<control::GuestStatistics> {
-        None
-    }
-
-    /// Asks the guest to hold so much.
-    ///
-    /// # Errors
-    /// Why it cannot be asked.
-    fn ask(&mut self, size: ByteCount) -> Result<(), ControlError>;
-
-    /// The balloon's size can be asked for in multiples of this.
-    fn granularity(&self) -> ByteCount {
-        ByteCount(PAGE_SIZE as u64)
-    }
-
-    /// True while the machine is on its way to another host.
-    fn is_migrating(&mut self) -> bool {
-        false
-    }
-}
-
-/// A VMM's own interface.
-struct Interface {
+/// Speaks to a balloon through its VMM's own interface. Its calls may wait.
+pub struct Interface {
     control: Box<dyn Control>,
+    /// The balloon's size can be asked for in multiples of this.
     granularity: ByteCount,
 }
 
@@ -63,73 +29,20 @@ struct Interface {
 ///
 /// # Errors
 /// When its interface cannot be asked.
-pub fn of_interface(mut control: Box<dyn Control>) -> Result<Option<Box<dyn Driver>>, ControlError> {
+pub fn of_interface(mut control: Box<dyn Control>) -> Result<Option<Interface>, ControlError> {
     let Some(device) = control.probe()?.balloon else { return Ok(None) };
     match control.poll_statistics(PERIOD) {
         // Then it is driven without.
         Ok(()) | Err(ControlError::Unsupported { .. } | ControlError::Refused { .. }) => {}
         Err(error) => return Err(error),
     }
-    Ok(Some(Box::new(Interface { control, granularity: device.granularity })))
+    Ok(Some(Interface { control, granularity: device.granularity }))
 }
 
-impl Driver for Interface {
-    fn look(&mut self) -> Result<control::Balloon, ControlError> {
-        self.control.balloon()
-    }
-
-    fn statistics(&mut self) -> Option<control::GuestStatistics> {
-        self.control.statistics().ok()
-    }
-
-    fn ask(&mut self, size: ByteCount) -> Result<(), ControlError> {
-        self.control.set_balloon(size)
-    }
-
-    fn granularity(&self) -> ByteCount {
-        self.granularity
-    }
-
+impl Interface {
+    /// True while the machine is on its way to another host.
     fn is_migrating(&mut self) -> bool {
         matches!(self.control.migration(), Ok(Migration::Active | Migration::Completed))
-    }
-}
-
-/// The balloon of a guest of our own VMM that keeps frames.
-#[derive(Debug)]
-pub struct OwnBalloon {
-    control: UnixStream,
-    held: Arc<AtomicU64>,
-    memory: ByteCount,
-    asked: Option<ByteCount>,
-}
-
-impl OwnBalloon {
-    /// Speaks on the machine's control socket. Whoever reads its events keeps in `held` what the last
-    /// [`Ballooned`](plimsoll_vmm::control::Event::Ballooned) said.
-    pub fn new(control: UnixStream, held: Arc<AtomicU64>, config: &VmmConfig) -> Self {
-        Self { control, held, memory: ByteCount(config.ram_bytes), asked: None }
-    }
-}
-
-impl Driver for OwnBalloon {
-    fn look(&mut self) -> Result<control::Balloon, ControlError> {
-        let held = ByteCount(self.held.load(Ordering::Acquire));
-        Ok(control::Balloon { memory: self.memory, target: self.asked, actual: Some(held) })
-    }
-
-    fn ask(&mut self, size: ByteCount) -> Result<(), ControlError> {
-        let command = Command::Balloon { target_bytes: size.0, piece: BalloonPiece::Page };
-        let lost = |source| ControlError::Lost {
-            interface: "the machine's control socket".to_owned(),
-            request: format!("{command:?}"),
-            source: Some(source),
-        };
-        let mut line = serde_json::to_vec(&command).map_err(|error| lost(error.into()))?;
-        line.push(b'\n');
-        self.control.write_all(&line).map_err(lost)?;
-        self.asked = Some(size);
-        Ok(())
     }
 }
 
@@ -138,8 +51,6 @@ impl Driver for OwnBalloon {
 pub struct Seen {
     /// What it holds.
     pub held: ByteCount,
-    /// How it is doing.
-    pub state: State,
     /// Whether whoever speaks to it can be spoken to.
     pub is_cooperating: bool,
     /// Whether the machine is on its way to another host.
@@ -185,10 +96,10 @@ impl Balloon {
     ///
     /// # Errors
     /// When no thread is to be had.
-    pub fn start(driver: Box<dyn Driver>, process: ProcessId) -> std::io::Result<Self> {
+    pub fn start(interface: Interface, process: ProcessId) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
-        let drive = move || Worker { driver, process, shared: &theirs, started: Instant::now() }.run();
+        let drive = move || Worker { interface, process, shared: &theirs, started: Instant::now() }.run();
         let thread = std::thread::Builder::new().name(format!("balloon-{process}")).spawn(drive)?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -207,7 +118,7 @@ impl Balloon {
 }
 
 impl Drop for Balloon {
-    /// Gives back what was asked for. Waits for an answer that is under way, within the driver's patience.
+    /// Gives back what was asked for. Waits for an answer that is under way, within the interface's patience.
     fn drop(&mut self) {
         self.shared.board.lock().is_over = true;
         self.shared.changed.notify_one();
@@ -219,7 +130,7 @@ impl Drop for Balloon {
 
 /// What the thread works with.
 struct Worker<'a> {
-    driver: Box<dyn Driver>,
+    interface: Interface,
     process: ProcessId,
     shared: &'a Shared,
     started: Instant,
@@ -245,7 +156,7 @@ impl Worker<'_> {
         }
         if let Some((_, inherited)) = controller {
             // A guest that does not listen keeps what it has.
-            let _ = self.driver.ask(inherited);
+            let _ = self.interface.control.set_balloon(inherited);
         }
     }
 
@@ -255,23 +166,23 @@ impl Worker<'_> {
         controller: &mut Option<(Controller, ByteCount)>,
         now: Duration,
     ) -> Result<(), ControlError> {
-        let control::Balloon { memory, actual, target } = self.driver.look()?;
-        let is_migrating = self.driver.is_migrating();
+        let control::Balloon { memory, actual, target } = self.interface.control.balloon()?;
+        let is_migrating = self.interface.is_migrating();
         let (controller, inherited) = controller.get_or_insert_with(|| {
             let inherited = target.or(actual).unwrap_or_default();
-            (Controller::new(self.driver.granularity(), inherited), inherited)
+            (Controller::new(self.interface.granularity, inherited), inherited)
         });
         let held = actual.unwrap_or(*inherited);
-        let statistics = self.driver.statistics();
+        let statistics = self.interface.control.statistics().ok();
         let said = statistics.map(|said| (said, Instant::now()));
         let refaulted = PageCount(procfs::major_faults(self.process).unwrap_or_default()).bytes();
         let wanted = self.shared.board.lock().wanted.unwrap_or(*inherited);
         let seen = Observation { now, memory, actual: held, statistics, refaulted };
         let step = controller.step(&seen, wanted);
         if let Some(ask) = step.ask.filter(|_| !is_migrating) {
-            self.driver.ask(ask)?;
+            self.interface.control.set_balloon(ask)?;
         }
-        let seen = Seen { held, state: step.state, is_cooperating: true, is_migrating, said };
+        let seen = Seen { held, is_cooperating: true, is_migrating, said };
         self.shared.board.lock().seen = Some(seen);
         Ok(())
     }

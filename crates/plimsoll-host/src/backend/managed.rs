@@ -3,7 +3,6 @@
 //! Enters: steps. Leaves: a target in the ledger, which the governor works towards whenever the host is short, and orders
 //! to its pager. The pager's statistics say what came of them. Nothing here waits: the manager's lock is held for reading
 //! counters and writing numbers.
-use super::balloon::Balloon;
 use super::overhead::{Overhead, measure};
 use super::{Backend, Done, Refused, Trouble};
 use parking_lot::Mutex;
@@ -29,7 +28,6 @@ pub struct Managed {
     process: Option<ProcessId>,
     processors: u32,
     born: Instant,
-    balloon: Option<Balloon>,
     /// What the policy last wanted it to come to.
     target: Option<ByteCount>,
     last: Option<(Instant, Counters)>,
@@ -56,20 +54,13 @@ impl Managed {
     /// A machine that the manager has admitted under `id` just `now`, with so many virtual processors.
     pub fn new(manager: Arc<Mutex<Manager>>, id: MachineId, processors: u32, now: Instant) -> Self {
         let processors = processors.max(1);
-        Self { manager, id, process: None, processors, born: now, balloon: None, target: None, last: None }
+        Self { manager, id, process: None, processors, born: now, target: None, last: None }
     }
 
     /// Its VMM is that process: what it costs can be measured.
     #[must_use]
     pub fn in_process(mut self, process: ProcessId) -> Self {
         self.process = Some(process);
-        self
-    }
-
-    /// It has a balloon.
-    #[must_use]
-    pub fn with_balloon(mut self, balloon: Balloon) -> Self {
-        self.balloon = Some(balloon);
         self
     }
 
@@ -82,10 +73,7 @@ impl Managed {
             }
             // The ledger already has whoever is above its target wait for the others.
             Step::Stall | Step::Resume => Done::Begun,
-            Step::Balloon(holds) => match &self.balloon {
-                Some(balloon) => balloon.ask(holds),
-                None => Done::Refused(Refused::NoBalloon),
-            },
+            Step::Balloon(_) => Done::Refused(Refused::NoBalloon),
             Step::Take { rung: Rung::Compress, .. } => Done::Begun,
             Step::Take { rung, .. } => Done::Refused(Refused::NoSuchRung(rung)),
         }
@@ -113,20 +101,15 @@ impl Backend for Managed {
         let elapsed = now.saturating_duration_since(then) * self.processors;
         let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let waited = counters.waited.saturating_sub(before.waited).min(elapsed);
-        let seen = self.balloon.as_ref().and_then(Balloon::seen);
-        let has_balloon = seen.is_some_and(|seen| seen.is_cooperating);
-        let rungs = Rungs::NONE.with(Rung::Compress);
         let is_starting = now.saturating_duration_since(self.born) < STARTING;
         Ok(MachineView {
             phase: if is_starting { Phase::Starting } else { Phase::Running },
             stored,
             active: stats.working_set.map(reading),
-            guest: seen.and_then(|seen| seen.statistics(now)),
             taken: PageCount(counters.taken.saturating_sub(before.taken)),
             returned: PageCount(counters.returned.saturating_sub(before.returned)),
             stalled: Ppm::of(nanoseconds(waited), nanoseconds(elapsed)),
-            balloon: seen.map(|seen| seen.held),
-            rungs: if has_balloon { rungs.with(Rung::Balloon) } else { rungs },
+            rungs: Rungs::NONE.with(Rung::Compress),
             ..MachineView::new(id, stats.ram.bytes() + stored)
         })
     }

@@ -9,7 +9,7 @@
 //! | [`Managed`] | machines born under our own pager | a target in the ledger, which the governor keeps every 2 ms |
 //! | [`Attached`] | running VMMs, from outside | asking the kernel (`process_madvise`), paced |
 //!
-//! Both may have a [`Balloon`](balloon::Balloon) beside them.
+//! An attached one may have a [`Balloon`](balloon::Balloon) beside it.
 mod attached;
 pub mod balloon;
 mod managed;

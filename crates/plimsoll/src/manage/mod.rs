@@ -182,6 +182,6 @@ fn balloon(follower: &Follower, request: &Request) -> Result<Option<Balloon>, St
         ) => return Ok(None),
         Err(error) => return Err(explain(&error)),
     };
-    let Some(driver) = of_interface(control).map_err(|error| explain(&error))? else { return Ok(None) };
-    Balloon::start(driver, follower.held().process()).map(Some).map_err(|error| explain(&error))
+    let Some(interface) = of_interface(control).map_err(|error| explain(&error))? else { return Ok(None) };
+    Balloon::start(interface, follower.held().process()).map(Some).map_err(|error| explain(&error))
 }
