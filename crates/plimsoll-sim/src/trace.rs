@@ -190,6 +190,10 @@ impl Record {
         Millis(tick.view.now_ms.saturating_sub(self.start_ms()))
     }
 
+    fn length(&self) -> Millis {
+        self.ticks.last().map_or(Millis(0), |tick| self.at(tick))
+    }
+
     fn views(&self, id: MachineId) -> impl Iterator<Item = (Millis, &MachineView)> {
         self.ticks.iter().filter_map(move |tick| {
             let machine = tick.view.machines.iter().find(|machine| machine.id == id)?;
@@ -221,7 +225,8 @@ impl Record {
         let own = view.total.saturating_sub(view.free + consumed);
         let none =
             Overheads { tables_per_page: 0, page_tables_per_page: 0, store_per_page: 0, vmm: ByteCount(0) };
-        let duration = self.ticks.last().map_or(SECOND, |tick| self.at(tick)).max(SECOND);
+        // Up to and with the first second that is not before the last decision.
+        let duration = Millis(self.length().0.next_multiple_of(SECOND.0) + 1);
         let class = |(index, machine): (usize, &MachineSettings)| self.class(index, machine, &settings.costs);
         Scenario {
             title: format!("The host of {}", self.file),
@@ -308,7 +313,7 @@ impl Record {
         };
         Comparison {
             record: self.file.clone(),
-            seconds: scenario.duration.0 / 1000,
+            seconds: self.length().0 / 1000,
             machines: errors.iter().map(machine).collect(),
         }
     }
