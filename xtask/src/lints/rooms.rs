@@ -43,8 +43,6 @@ const ARROWS: [(&str, &[&str]); 17] = [
         "plimsoll-host",
         &[
             "plimsoll-types",
-            "plimsoll-guest",
-            "plimsoll-store",
             "plimsoll-core",
             "plimsoll-policy",
             "plimsoll-sys",
