@@ -15,6 +15,7 @@ mod replay;
 mod share;
 mod signals;
 mod soak;
+mod surface;
 mod trace;
 mod vmm;
 mod why;

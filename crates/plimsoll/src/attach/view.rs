@@ -1,18 +1,13 @@
 //! What `attach` shows: one live line on a terminal, a line every few seconds otherwise, JSON lines when asked for.
 use super::budget::{Budget, Taken};
 use super::session::End;
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::surface::Surface;
 use plimsoll_attach::{Discovery, Dossier};
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::Totals;
 use plimsoll_types::{ByteCount, PageCount};
 use serde_json::{Value, json};
-use std::fmt::Display;
-use std::io::{self, IsTerminal, Write, stdout};
-use std::time::{Duration, Instant};
-
-/// Without a terminal, how often a line is printed.
-const PLAIN_PERIOD: Duration = Duration::from_secs(5);
+use std::io;
 
 /// One machine at one moment.
 pub(super) struct Line {
@@ -26,77 +21,46 @@ pub(super) struct Line {
     pub(super) short: Option<String>,
 }
 
-enum Surface {
-    Live(ProgressBar),
-    Plain { printed: Option<Instant> },
-    Json,
-}
-
-pub(super) struct View {
-    surface: Surface,
-    /// Why nothing more can be said, if so.
-    broken: Option<io::Error>,
-}
+pub(super) struct View(Surface);
 
 impl View {
     pub(super) fn new(json: bool) -> Self {
-        let style =
-            || ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
-        let surface = match (json, std::io::stderr().is_terminal()) {
-            (true, _) => Surface::Json,
-            (false, false) => Surface::Plain { printed: None },
-            (false, true) => Surface::Live(ProgressBar::new_spinner().with_style(style())),
-        };
-        Self { surface, broken: None }
+        Self(Surface::new(json))
     }
 
     /// Why nobody can be told anything any more, if so.
     pub(super) const fn broken(&self) -> Option<&io::Error> {
-        self.broken.as_ref()
+        self.0.broken()
     }
 
     /// The machine was attached to; `counted_only` says why nothing is taken from it.
     pub(super) fn begin(&mut self, dossier: &Dossier, counted_only: Option<String>) {
-        if let Surface::Json = self.surface {
+        if self.0.is_json() {
             return self
+                .0
                 .say(json!({ "event": "attached", "machine": dossier, "counted_only": counted_only }));
         }
-        self.say(dossier.to_string().trim_end());
+        self.0.say(dossier.to_string().trim_end());
         if let Some(why) = counted_only {
-            self.say(format!("it is counted and nothing is taken from it: {why}"));
+            self.0.say(format!("it is counted and nothing is taken from it: {why}"));
         }
     }
 
     /// Something happened.
     pub(super) fn note(&mut self, text: &str) {
-        match self.surface {
-            Surface::Json => self.say(json!({ "event": "note", "text": text })),
-            Surface::Live(_) | Surface::Plain { .. } => self.say(text),
-        }
+        self.0.note(text);
     }
 
     /// A period has passed.
     pub(super) fn show(&mut self, dossier: &Dossier, line: &Line) {
-        match &mut self.surface {
-            Surface::Live(bar) => {
-                bar.set_message(format!("{} {}", drawn(line, dossier.size()), text(dossier, line)));
-                bar.tick();
-            }
-            Surface::Plain { printed } => {
-                if printed.is_none_or(|printed| printed.elapsed() >= PLAIN_PERIOD) {
-                    *printed = Some(Instant::now());
-                    self.say(format!("{:>5.0} s  {}", line.seconds, text(dossier, line)));
-                }
-            }
-            Surface::Json => self.say(values(line)),
-        }
+        let live = || format!("{} {}", drawn(line, dossier.size()), text(dossier, line));
+        let plain = || format!("{:>5.0} s  {}", line.seconds, text(dossier, line));
+        self.0.show(live, plain, || values(line));
     }
 
     /// It is over.
     pub(super) fn end(&mut self, end: &End) {
-        if let Surface::Live(bar) = &self.surface {
-            bar.finish();
-        }
+        self.0.finish();
         let (word, said) = match end {
             End::Interrupted => {
                 ("interrupted", "detached; the machine goes on, nothing of plimsoll remains".to_owned())
@@ -107,31 +71,21 @@ impl View {
             End::Migrated => ("migrated", "the machine has moved away and runs elsewhere now".to_owned()),
             End::Failed(why) => ("failed", format!("detached; the machine goes on: {why}")),
         };
-        match (&self.surface, end) {
-            (Surface::Json, End::Once { wanted, got }) => {
+        match (self.0.is_json(), end) {
+            (true, End::Once { wanted, got }) => {
                 let (wanted, taken) = (wanted.bytes().0, got.taken.bytes().0);
-                self.say(
+                self.0.say(
                     json!({ "event": "ended", "how": word, "text": said, "wanted": wanted, "taken": taken }),
                 );
             }
-            (Surface::Json, _) => self.say(json!({ "event": "ended", "how": word, "text": said })),
-            (_, End::Failed(_)) => {}
-            _ => self.say(&said),
+            (true, _) => self.0.say(json!({ "event": "ended", "how": word, "text": said })),
+            (false, End::Failed(_)) => {}
+            (false, _) => self.0.say(&said),
         }
         // Also where lines are JSON: it may be that nobody reads those.
         if let End::Failed(_) = end {
             eprintln!("plimsoll attach: {said}");
         }
-    }
-
-    /// A line on standard output.
-    fn say(&mut self, what: impl Display) {
-        let print = || writeln!(stdout(), "{what}");
-        let printed = match &self.surface {
-            Surface::Live(bar) => bar.suspend(print),
-            Surface::Plain { .. } | Surface::Json => print(),
-        };
-        self.broken = self.broken.take().or(printed.err());
     }
 }
 

@@ -1,5 +1,5 @@
 //! What `manage` shows: a table that is drawn anew on a terminal, every few seconds elsewhere, JSON lines when asked for.
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::surface::Surface;
 use plimsoll_host::backend::Done;
 use plimsoll_host::control::{Control, Outcome, Turn};
 use plimsoll_policy::host_state::min_free;
@@ -7,88 +7,41 @@ use plimsoll_policy::{Action, Position, Step};
 use plimsoll_types::{ByteCount, MachineId};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::io::{IsTerminal, Write, stdout};
-use std::time::{Duration, Instant};
 
-/// Without a terminal, how often a table is printed.
-const PLAIN_PERIOD: Duration = Duration::from_secs(5);
-
-enum Surface {
-    Live(ProgressBar),
-    Plain { printed: Option<Instant> },
-    Json,
-}
-
-pub(super) struct View {
-    surface: Surface,
-    /// Nobody reads what is said.
-    is_broken: bool,
-}
+pub(super) struct View(Surface);
 
 impl View {
     pub(super) fn new(json: bool) -> Self {
-        let style =
-            || ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
-        let surface = match (json, std::io::stderr().is_terminal()) {
-            (true, _) => Surface::Json,
-            (false, false) => Surface::Plain { printed: None },
-            (false, true) => Surface::Live(ProgressBar::new_spinner().with_style(style())),
-        };
-        Self { surface, is_broken: false }
+        Self(Surface::new(json))
     }
 
+    /// Nobody reads what is said.
     pub(super) const fn is_broken(&self) -> bool {
-        self.is_broken
+        self.0.broken().is_some()
     }
 
     /// Something happened.
     pub(super) fn note(&mut self, text: &str) {
-        match self.surface {
-            Surface::Json => self.say(json!({ "event": "note", "text": text })),
-            Surface::Live(_) | Surface::Plain { .. } => self.say(text),
-        }
+        self.0.note(text);
     }
 
     /// A turn is over.
     pub(super) fn turn(&mut self, turn: &Turn, control: &Control) {
         turn.events.iter().for_each(|event| self.note(&event.to_string()));
         let names: BTreeMap<MachineId, &str> = control.names().collect();
-        match &mut self.surface {
-            Surface::Json => self.say(values(turn, &names)),
-            Surface::Live(bar) => {
-                bar.set_message(table(turn, control, &names));
-                bar.tick();
-            }
-            Surface::Plain { printed } => {
-                if printed.is_none_or(|printed| printed.elapsed() >= PLAIN_PERIOD) {
-                    *printed = Some(Instant::now());
-                    self.say(table(turn, control, &names));
-                }
-            }
-        }
+        let table = || table(turn, control, &names);
+        self.0.show(table, table, || values(turn, &names));
     }
 
     /// It is over.
     pub(super) fn end(&mut self) {
-        if let Surface::Live(bar) = &self.surface {
-            bar.finish();
-        }
+        self.0.finish();
         let text = "all machines were let go, and go on; nothing of plimsoll remains with them";
-        match self.surface {
-            Surface::Json => self.say(json!({ "event": "ended", "text": text })),
-            Surface::Live(_) | Surface::Plain { .. } => self.say(text),
+        if self.0.is_json() {
+            self.0.say(json!({ "event": "ended", "text": text }));
+        } else {
+            self.0.say(text);
         }
-    }
-
-    /// A line, or some, on standard output.
-    fn say(&mut self, what: impl Display) {
-        let print = || writeln!(stdout(), "{what}");
-        let printed = match &self.surface {
-            Surface::Live(bar) => bar.suspend(print),
-            Surface::Plain { .. } | Surface::Json => print(),
-        };
-        self.is_broken |= printed.is_err();
     }
 }
 
