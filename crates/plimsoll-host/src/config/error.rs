@@ -1,5 +1,5 @@
 //! What can be wrong with a settings file, and where.
-use plimsoll_policy::settings::{Owner, SettingsError};
+use plimsoll_policy::settings::SettingsError;
 use plimsoll_types::ByteCount;
 use std::io;
 use thiserror::Error;
@@ -97,60 +97,22 @@ impl ConfigError {
     }
 }
 
-/// Whose setting is the first to look at, and which.
-pub(super) fn culprit(error: &SettingsError) -> (Owner, &'static str) {
+/// The key of the first setting to look at.
+pub(super) const fn key(error: &SettingsError) -> &'static str {
     use SettingsError as E;
-    let setting = |setting: plimsoll_policy::settings::Setting| {
-        use plimsoll_policy::settings::Setting as S;
-        match setting {
-            S::Size => "size",
-            S::Reservation => "reservation",
-            S::Limit => "limit",
-            S::Startup => "startup",
-            S::Minimum => "minimum",
-            S::Maximum => "maximum",
-        }
-    };
     match *error {
-        E::NoMemory { machine } => (Owner::Machine(machine), "size"),
-        E::NotWholePages { owner, setting: of, .. } | E::TooLarge { owner, setting: of, .. } => {
-            (owner, setting(of))
-        }
-        E::ReservationAboveLimit { owner, .. } => (owner, "reservation"),
-        E::LimitAboveSize { machine, .. } => (Owner::Machine(machine), "limit"),
-        E::MinimumAboveMaximum { machine, .. } => (Owner::Machine(machine), "minimum"),
-        E::StartupOutside { machine, .. } => (Owner::Machine(machine), "startup"),
-        E::BufferTooLarge { machine, .. } => (Owner::Machine(machine), "buffer"),
-        E::WeightTooHigh { machine, .. } => (Owner::Machine(machine), "weight"),
-        E::ZeroShares { owner } | E::TooManyShares { owner, .. } => (owner, "shares"),
-        E::ObjectiveTooHigh { machine, .. } => (Owner::Machine(machine), "stall-objective"),
-        E::Duplicate { owner } => (owner, ""),
-        E::UnknownParent { owner, .. } => (owner, "group"),
-        E::Cycle { group, .. } | E::TooDeep { group } => (Owner::Group(group), "group"),
-        E::Overreserved { group, .. } => (Owner::Group(group), "reservation"),
-        E::ReservedAboveLimit { group, .. } => (Owner::Group(group), "limit"),
-        E::HostOverreserved { .. } => (Owner::Host, "memory"),
-        _ => (Owner::Host, ""),
+        E::NoMemory { .. } => "size",
+        E::NotWholePages { setting, .. } | E::TooLarge { setting, .. } => setting.name(),
+        E::ReservationAboveLimit { .. } | E::Overreserved { .. } => "reservation",
+        E::LimitAboveSize { .. } | E::ReservedAboveLimit { .. } => "limit",
+        E::MinimumAboveMaximum { .. } => "minimum",
+        E::StartupOutside { .. } => "startup",
+        E::BufferTooLarge { .. } => "buffer",
+        E::WeightTooHigh { .. } => "weight",
+        E::ZeroShares { .. } | E::TooManyShares { .. } => "shares",
+        E::ObjectiveTooHigh { .. } => "stall-objective",
+        E::UnknownParent { .. } | E::Cycle { .. } | E::TooDeep { .. } => "group",
+        E::HostOverreserved { .. } => "memory",
+        _ => "",
     }
-}
-
-/// The error's sentence, in which machines and groups have the names the file gives them.
-pub(super) fn named(error: &SettingsError, name: impl Fn(Owner) -> Option<(&'static str, String)>) -> String {
-    use plimsoll_types::{GroupId, MachineId};
-    let number = |word: &str, prefix: &str| word.strip_prefix(prefix)?.parse().ok();
-    let owner = |word: &str| {
-        number(word, "vm")
-            .map(|id| Owner::Machine(MachineId(id)))
-            .or_else(|| number(word, "group").map(|id| Owner::Group(GroupId(id))))
-    };
-    let replaced = |word: &str| {
-        let bare = word.trim_end_matches([',', ':']);
-        let (_, known) = name(owner(bare)?)?;
-        Some(known + word.strip_prefix(bare)?)
-    };
-    let text = error.to_string();
-    text.split(' ')
-        .map(|word| replaced(word).unwrap_or_else(|| word.to_owned()))
-        .collect::<Vec<_>>()
-        .join(" ")
 }

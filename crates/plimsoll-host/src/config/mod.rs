@@ -189,12 +189,13 @@ impl Config {
             Owner::Host => None,
         };
         let wrong = |error: SettingsError| {
-            let (owner, key) = error::culprit(&error);
-            let line = match names(owner) {
+            let key = error::key(&error);
+            let line = match names(error.owner()) {
                 Some((kind, name)) => file::line_of(text, &[kind, &name, key]),
                 None => file::line_of(text, &["host", key]),
             };
-            ConfigError::new(path, line, Wrong::Settings { text: error::named(&error, names), error })
+            let text = error.named(&|owner| names(owner).map(|(_, name)| name)).to_string();
+            ConfigError::new(path, line, Wrong::Settings { text, error })
         };
         let machines: Vec<MachineSettings> = ids
             .iter()

@@ -3,6 +3,7 @@ use super::{BUFFER_MAX, Shares, WEIGHT_MAX};
 use crate::auction::{PAGES_MAX, SHARES_MAX};
 use crate::part::Ppm;
 use crate::tree::{DEPTH_MAX, NODES_MAX};
+use alloc::string::String;
 use core::fmt;
 use plimsoll_types::{ByteCount, GroupId, MachineId};
 
@@ -40,16 +41,23 @@ pub enum Setting {
     Maximum,
 }
 
-impl fmt::Display for Setting {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Setting {
+    /// What it is called, also in settings files.
+    pub const fn name(self) -> &'static str {
+        match self {
             Self::Size => "size",
             Self::Reservation => "reservation",
             Self::Limit => "limit",
             Self::Startup => "startup",
             Self::Minimum => "minimum",
             Self::Maximum => "maximum",
-        })
+        }
+    }
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -100,77 +108,140 @@ pub enum SettingsError {
     HostOverreserved { inside: ByteCount, capacity: ByteCount },
 }
 
+impl SettingsError {
+    /// Whose setting is the first to look at.
+    pub const fn owner(&self) -> Owner {
+        match *self {
+            Self::NoMemory { machine }
+            | Self::LimitAboveSize { machine, .. }
+            | Self::MinimumAboveMaximum { machine, .. }
+            | Self::StartupOutside { machine, .. }
+            | Self::BufferTooLarge { machine, .. }
+            | Self::WeightTooHigh { machine, .. }
+            | Self::ObjectiveTooHigh { machine, .. } => Owner::Machine(machine),
+            Self::NotWholePages { owner, .. }
+            | Self::TooLarge { owner, .. }
+            | Self::ReservationAboveLimit { owner, .. }
+            | Self::ZeroShares { owner }
+            | Self::TooManyShares { owner, .. }
+            | Self::Duplicate { owner }
+            | Self::UnknownParent { owner, .. } => owner,
+            Self::Cycle { group, .. }
+            | Self::TooDeep { group }
+            | Self::Overreserved { group, .. }
+            | Self::ReservedAboveLimit { group, .. } => Owner::Group(group),
+            Self::TooMany { .. } | Self::HostOverreserved { .. } => Owner::Host,
+        }
+    }
+
+    /// The sentence in which machines and groups have the names that `name` knows.
+    pub fn named<'a>(&'a self, name: &'a Names<'a>) -> impl fmt::Display + 'a {
+        Named { error: self, name }
+    }
+}
+
+/// The names that somebody gives to machines and groups.
+pub type Names<'a> = dyn Fn(Owner) -> Option<String> + 'a;
+
 impl fmt::Display for SettingsError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::NoMemory { machine } => write!(f, "{machine} has a size of 0: give it at least one page"),
-            Self::NotWholePages { owner, setting, bytes } => {
-                write!(f, "{owner} has a {setting} of {} bytes: use a multiple of 4096", bytes.0)
+        self.named(&|_| None).fmt(f)
+    }
+}
+
+/// An owner by its name, or else by its number.
+struct Called<'a>(Owner, &'a Names<'a>);
+
+impl fmt::Display for Called<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.1)(self.0) {
+            Some(name) => f.write_str(&name),
+            None => self.0.fmt(f),
+        }
+    }
+}
+
+struct Named<'a> {
+    error: &'a SettingsError,
+    name: &'a Names<'a>,
+}
+
+impl fmt::Display for Named<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use SettingsError as E;
+        let whose = Called(self.error.owner(), self.name);
+        let group = |id| Called(Owner::Group(id), self.name);
+        match *self.error {
+            E::NoMemory { .. } => write!(f, "{whose} has a size of 0: give it at least one page"),
+            E::NotWholePages { setting, bytes, .. } => {
+                write!(f, "{whose} has a {setting} of {} bytes: use a multiple of 4096", bytes.0)
             }
-            Self::TooLarge { owner, setting, bytes } => {
-                write!(f, "{owner} has a {setting} of {bytes}: use at most {}", PAGES_MAX.bytes())
+            E::TooLarge { setting, bytes, .. } => {
+                write!(f, "{whose} has a {setting} of {bytes}: use at most {}", PAGES_MAX.bytes())
             }
-            Self::ReservationAboveLimit { owner, reservation, limit } => write!(
+            E::ReservationAboveLimit { reservation, limit, .. } => write!(
                 f,
-                "{owner} reserves {reservation}, more than its limit of {limit}: lower one or raise the other"
+                "{whose} reserves {reservation}, more than its limit of {limit}: lower one or raise the other"
             ),
-            Self::LimitAboveSize { machine, limit, size } => {
+            E::LimitAboveSize { limit, size, .. } => {
                 write!(
                     f,
-                    "{machine} has a limit of {limit}, more than its size of {size}: use at most its size"
+                    "{whose} has a limit of {limit}, more than its size of {size}: use at most its size"
                 )
             }
-            Self::MinimumAboveMaximum { machine, minimum, maximum } => {
+            E::MinimumAboveMaximum { minimum, maximum, .. } => {
                 write!(
                     f,
-                    "{machine} has a minimum of {minimum}, more than its maximum of {maximum}: exchange them"
+                    "{whose} has a minimum of {minimum}, more than its maximum of {maximum}: exchange them"
                 )
             }
-            Self::StartupOutside { machine, startup, minimum, maximum } => write!(
+            E::StartupOutside { startup, minimum, maximum, .. } => write!(
                 f,
-                "{machine} starts with {startup}, which is not between its minimum of {minimum} and its maximum of \
+                "{whose} starts with {startup}, which is not between its minimum of {minimum} and its maximum of \
                  {maximum}: use a value between them"
             ),
-            Self::BufferTooLarge { machine, buffer } => {
-                write!(f, "{machine} has a buffer of {buffer}: use at most {BUFFER_MAX}")
+            E::BufferTooLarge { buffer, .. } => {
+                write!(f, "{whose} has a buffer of {buffer}: use at most {BUFFER_MAX}")
             }
-            Self::WeightTooHigh { machine, weight } => {
-                write!(f, "{machine} has a weight of {weight}: use at most {WEIGHT_MAX}")
+            E::WeightTooHigh { weight, .. } => {
+                write!(f, "{whose} has a weight of {weight}: use at most {WEIGHT_MAX}")
             }
-            Self::ZeroShares { owner } => write!(f, "{owner} has 0 shares: give it at least 1"),
-            Self::TooManyShares { owner, shares } => {
-                write!(f, "{owner} has {} shares: use at most {SHARES_MAX}", shares.0)
+            E::ZeroShares { .. } => write!(f, "{whose} has 0 shares: give it at least 1"),
+            E::TooManyShares { shares, .. } => {
+                write!(f, "{whose} has {} shares: use at most {SHARES_MAX}", shares.0)
             }
-            Self::ObjectiveTooHigh { machine, objective } => {
-                write!(f, "{machine} has a stall objective of {objective}: use at most {}", Ppm::WHOLE)
+            E::ObjectiveTooHigh { objective, .. } => {
+                write!(f, "{whose} has a stall objective of {objective}: use at most {}", Ppm::WHOLE)
             }
-            Self::Duplicate { owner } => write!(f, "{owner} is there twice: give each a number of its own"),
-            Self::UnknownParent { owner, parent } => {
-                write!(f, "{owner} belongs to {parent}, which is not there: add it, or leave the parent out")
+            E::Duplicate { .. } => write!(f, "{whose} is there twice: give each a number of its own"),
+            E::UnknownParent { parent, .. } => {
+                let parent = group(parent);
+                write!(f, "{whose} belongs to {parent}, which is not there: add it, or leave the parent out")
             }
-            Self::Cycle { group, parent } => {
+            E::Cycle { parent, .. } => {
+                let parent = group(parent);
                 write!(
                     f,
-                    "{group} is nested in {parent}, which is nested in {group}: leave out one of the two"
+                    "{whose} is nested in {parent}, which is nested in {whose}: leave out one of the two"
                 )
             }
-            Self::TooDeep { group } => {
-                write!(f, "{group} is nested too deep: use at most {DEPTH_MAX} levels")
+            E::TooDeep { .. } => {
+                write!(f, "{whose} is nested too deep: use at most {DEPTH_MAX} levels")
             }
-            Self::TooMany { found } => {
+            E::TooMany { found } => {
                 write!(f, "{found} machines and groups are too many: use at most {NODES_MAX}")
             }
-            Self::Overreserved { group, inside, reservation } => write!(
+            E::Overreserved { inside, reservation, .. } => write!(
                 f,
-                "{group} reserves {reservation}, but what is nested in it reserves {inside}: raise the one or lower \
+                "{whose} reserves {reservation}, but what is nested in it reserves {inside}: raise the one or lower \
                  the other"
             ),
-            Self::ReservedAboveLimit { group, inside, limit } => write!(
+            E::ReservedAboveLimit { inside, limit, .. } => write!(
                 f,
-                "{group} has a limit of {limit}, but what is nested in it reserves {inside}: raise the one or lower \
+                "{whose} has a limit of {limit}, but what is nested in it reserves {inside}: raise the one or lower \
                  the other"
             ),
-            Self::HostOverreserved { inside, capacity } => {
+            E::HostOverreserved { inside, capacity } => {
                 write!(
                     f,
                     "the host has {capacity} for machines, but {inside} is reserved: lower a reservation"

@@ -16,7 +16,7 @@
 //! * *weight* becomes as many shares, 0 becomes 1. [`Shares::NORMAL`] is Hyper-V's usual weight, so the faces mix.
 mod error;
 
-pub use error::{Owner, Setting, SettingsError};
+pub use error::{Names, Owner, Setting, SettingsError};
 
 use crate::auction::{IdleTax, PAGES_MAX, SHARES_MAX};
 use crate::ladder::{Costs, Rung};

@@ -641,20 +641,9 @@ fn check_together(
     source: &Source<'_>,
 ) -> Result<(), ScenarioError> {
     let Err(error) = Tree::new(scenario.empty_host()) else { return Ok(()) };
-    let id = match error {
-        SettingsError::Cycle { group, .. }
-        | SettingsError::TooDeep { group }
-        | SettingsError::Overreserved { group, .. }
-        | SettingsError::ReservedAboveLimit { group, .. } => Some(group),
-        SettingsError::NotWholePages { owner, .. }
-        | SettingsError::TooLarge { owner, .. }
-        | SettingsError::ReservationAboveLimit { owner, .. }
-        | SettingsError::ZeroShares { owner }
-        | SettingsError::TooManyShares { owner, .. } => match owner {
-            Owner::Group(group) => Some(group),
-            Owner::Machine(_) | Owner::Host => None,
-        },
-        _ => None,
+    let id = match error.owner() {
+        Owner::Group(group) => Some(group),
+        Owner::Machine(_) | Owner::Host => None,
     };
     let place = id.and_then(|id| usize::try_from(id.0).ok()?.checked_sub(1));
     let table = place.and_then(|place| groups.get(place));
