@@ -228,7 +228,7 @@ fn simulate(ticks: &[Tick], tree: Tree) -> Fate {
             let recorded = tick.view.machines.iter().find(|machine| machine.id == seen.machine);
             let narrow = |ns: u128| u64::try_from(ns).unwrap_or(u64::MAX);
             machines.push(MachineView {
-                active: Some(Reading { bytes: i64::try_from(seen.active.0).unwrap_or(i64::MAX), age_ms: 0 }),
+                active: Some(Reading::of(seen.active, 0)),
                 stalled: Ppm::of(narrow(stalled_ns), narrow(elapsed_ns)),
                 rungs: recorded.map(|machine| machine.rungs.without(Rung::Balloon)).unwrap_or_default(),
                 ..MachineView::new(seen.machine, ByteCount(*has))

@@ -43,6 +43,13 @@ pub struct Reading {
     pub age_ms: u64,
 }
 
+impl Reading {
+    /// A size that was found so long ago.
+    pub fn of(size: ByteCount, age_ms: u64) -> Self {
+        Self { bytes: i64::try_from(size.0).unwrap_or(i64::MAX), age_ms }
+    }
+}
+
 /// What a guest says about its own memory. It is a hint: nothing is granted for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]

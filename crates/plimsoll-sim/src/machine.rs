@@ -324,7 +324,7 @@ impl<'a> Machine<'a> {
             pinned: if is_held { resident.bytes() } else { ByteCount(0) },
             reported_free: freed.bytes(),
             mergeable: if shares_pages { twins.bytes() } else { ByteCount(0) },
-            active: self.sampler.estimate().map(|pages| reading(pages, now.0 - self.sampled.0)),
+            active: self.sampler.estimate().map(|pages| Reading::of(pages.bytes(), now.0 - self.sampled.0)),
             guest: has_balloon.then(|| self.statistics()),
             taken: since.taken,
             returned: since.returned,
@@ -584,10 +584,6 @@ impl<'a> Machine<'a> {
         let pages = ByteCount(u64::try_from(bytes).unwrap_or(u64::MAX)).pages_ceil();
         self.take_on(Rung::Compress, pages, physics.mistakes).0 * cost.take_ns
     }
-}
-
-fn reading(pages: PageCount, age_ms: u64) -> Reading {
-    Reading { bytes: i64::try_from(pages.bytes().0).unwrap_or(i64::MAX), age_ms }
 }
 
 /// Takes up to `most` out of a place.

@@ -196,10 +196,8 @@ impl Backend for Attached {
         let seen = self.seen();
         let is_starting = seen.is_none() && now.saturating_duration_since(self.began) < STARTING;
         let age = now.saturating_duration_since(self.sampled);
-        let active = self.memory.working_set().map(|pages| Reading {
-            bytes: i64::try_from(pages.bytes().0).unwrap_or(i64::MAX),
-            age_ms: u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
-        });
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        let active = self.memory.working_set().map(|pages| Reading::of(pages.bytes(), age_ms));
         Ok(MachineView {
             phase: if is_starting { Phase::Starting } else { Phase::Running },
             stored,

@@ -105,7 +105,7 @@ impl Backend for Managed {
         Ok(MachineView {
             phase: if is_starting { Phase::Starting } else { Phase::Running },
             stored,
-            active: stats.working_set.map(reading),
+            active: stats.working_set.map(|pages| Reading::of(pages.bytes(), 0)),
             taken: PageCount(counters.taken.saturating_sub(before.taken)),
             returned: PageCount(counters.returned.saturating_sub(before.returned)),
             stalled: Ppm::of(nanoseconds(waited), nanoseconds(elapsed)),
@@ -153,10 +153,6 @@ impl Drop for Managed {
         manager.set_target(self.id, None);
         manager.squeeze(self.id, 0);
     }
-}
-
-fn reading(pages: PageCount) -> Reading {
-    Reading { bytes: i64::try_from(pages.bytes().0).unwrap_or(i64::MAX), age_ms: 0 }
 }
 
 impl std::fmt::Debug for Managed {

@@ -286,12 +286,11 @@ impl Machine {
         // What a balloon could not bring it will not bring a moment later.
         let gives = started && member.settled.is_none_or(|settled| settled >= self.balloon);
         let rungs = Rungs::NONE.with(Rung::Compress);
-        let bytes = |pages: &PageCount| i64::try_from(pages.bytes().0).unwrap_or(i64::MAX);
         let most = member.role.size.pages_floor().0;
         MachineView {
             phase: if started { Phase::Running } else { Phase::Starting },
             stored: self.stored,
-            active: active.as_ref().map(|pages| Reading { bytes: bytes(pages), age_ms: 0 }),
+            active: active.map(|pages| Reading::of(pages.bytes(), 0)),
             taken: PageCount(left),
             returned: PageCount(came_back.min(most)),
             stalled: Ppm::of(micros(waits), micros(elapsed)).min(Ppm::WHOLE),
