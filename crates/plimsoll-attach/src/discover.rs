@@ -59,17 +59,27 @@ pub fn discover() -> Result<Discovery, Refusal> {
 
 /// The machine of that name, process id or UUID.
 pub fn find(wanted: &str) -> Result<Sighting, Refusal> {
-    if let Ok(number) = wanted.parse::<u32>() {
-        return sight(ProcessId::new(number).ok_or(Refusal::NoProcess(number))?);
-    }
-    choose(wanted, discover()?.machines)
+    numbered(wanted).unwrap_or_else(|| choose(wanted, &discover()?.machines))
 }
 
-fn choose(wanted: &str, machines: Vec<Sighting>) -> Result<Sighting, Refusal> {
-    let is_wanted = |machine: &Sighting| machine.name == wanted || machine.uuid.as_deref() == Some(wanted);
-    let (mut matching, others): (Vec<_>, Vec<_>) = machines.into_iter().partition(is_wanted);
+impl Discovery {
+    /// The machine of that name or UUID among those that were found, or, whether or not it was, that process id.
+    pub fn find(&self, wanted: &str) -> Result<Sighting, Refusal> {
+        numbered(wanted).unwrap_or_else(|| choose(wanted, &self.machines))
+    }
+}
+
+/// The machine of that process, if a process is named.
+fn numbered(wanted: &str) -> Option<Result<Sighting, Refusal>> {
+    let number = wanted.parse().ok()?;
+    Some(ProcessId::new(number).ok_or(Refusal::NoProcess(number)).and_then(sight))
+}
+
+fn choose(wanted: &str, machines: &[Sighting]) -> Result<Sighting, Refusal> {
+    let is_wanted = |machine: &&Sighting| machine.name == wanted || machine.uuid.as_deref() == Some(wanted);
+    let (mut matching, others): (Vec<_>, Vec<_>) = machines.iter().partition(is_wanted);
     match (matching.pop(), matching.is_empty()) {
-        (Some(only), true) => Ok(only),
+        (Some(only), true) => Ok(only.clone()),
         (Some(last), false) => {
             let shown = matching
                 .iter()
@@ -132,15 +142,15 @@ mod tests {
     #[test]
     fn a_name_that_several_machines_have_lists_them() {
         let machines = || vec![machine(1, "web"), machine(2, "db"), machine(3, "web")];
-        assert_eq!(choose("db", machines()).unwrap().identity.process.get(), 2);
-        assert_eq!(choose("uuid-3", machines()).unwrap().identity.process.get(), 3);
-        let text = choose("web", machines()).unwrap_err().to_string();
+        assert_eq!(choose("db", &machines()).unwrap().identity.process.get(), 2);
+        assert_eq!(choose("uuid-3", &machines()).unwrap().identity.process.get(), 3);
+        let text = choose("web", &machines()).unwrap_err().to_string();
         assert_eq!(
             text,
             "several machines are called \"web\": pid 1 (QEMU), pid 3 (QEMU); give the process id"
         );
-        let text = choose("mail", machines()).unwrap_err().to_string();
+        let text = choose("mail", &machines()).unwrap_err().to_string();
         assert_eq!(text, "no machine is called \"mail\"; there are web, db, web");
-        assert!(choose("mail", Vec::new()).unwrap_err().to_string().ends_with("there are no machines here"));
+        assert!(choose("mail", &[]).unwrap_err().to_string().ends_with("there are no machines here"));
     }
 }

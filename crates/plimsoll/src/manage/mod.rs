@@ -7,7 +7,7 @@ mod view;
 
 use crate::signals::signals;
 use crate::trace::{USUAL, ended};
-use plimsoll_attach::{AttachLock, Follower, Held, NoInterface, Request, find, join};
+use plimsoll_attach::{AttachLock, Follower, Held, Identity, NoInterface, Request, discover, find, join};
 use plimsoll_host::backend::balloon::{Balloon, of_interface};
 use plimsoll_host::backend::{Attached, why_counted_only};
 use plimsoll_host::config::Config;
@@ -16,7 +16,7 @@ use plimsoll_host::trace::Recorder;
 use plimsoll_linux::explain;
 use plimsoll_sys::psi::{self, PressureTrigger};
 use plimsoll_types::MachineId;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -122,14 +122,22 @@ impl Wanted {
 
     /// Takes in whoever is there, and says of each other why not, once. One that went is waited for again.
     fn take_in(&mut self, control: &mut Control, config: &Config, view: &mut View) {
-        let here: Vec<MachineId> = control.names().map(|(id, _)| id).collect();
+        let here: BTreeSet<MachineId> = control.names().map(|(id, _)| id).collect();
         let gone = self.managed.extract_if(.., |id, _| !here.contains(id)).map(|(_, name)| (name, None));
         self.waiting.extend(gone);
-        for (wanted, told) in &mut self.waiting {
-            match open(wanted, control, config, view) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        // All of /proc is read once for all, not once for each, between two decisions.
+        let seen = discover();
+        self.waiting.retain(|wanted, told| {
+            // Where that failed, it says so of each.
+            let found = seen.as_ref().map_or_else(|_| find(wanted), |seen| seen.find(wanted));
+            let opened = found.map_err(|refusal| explain(&refusal));
+            match opened.and_then(|found| open(found.identity, wanted, control, config, view)) {
                 Ok(id) => {
-                    *told = None;
                     self.managed.insert(id, wanted.clone());
+                    return false;
                 }
                 Err(why) if told.as_ref() == Some(&why) => {}
                 Err(why) => {
@@ -137,14 +145,19 @@ impl Wanted {
                     *told = Some(why);
                 }
             }
-        }
-        self.waiting.retain(|name, _| !self.managed.values().any(|managed| managed == name));
+            true
+        });
     }
 }
 
 /// Attaches to a machine and has it taken in.
-fn open(wanted: &str, control: &mut Control, config: &Config, view: &mut View) -> Result<MachineId, String> {
-    let identity = find(wanted).map_err(|refusal| explain(&refusal))?.identity;
+fn open(
+    identity: Identity,
+    wanted: &str,
+    control: &mut Control,
+    config: &Config,
+    view: &mut View,
+) -> Result<MachineId, String> {
     let held = Held::reopen(identity.process, identity.start).map_err(|refusal| explain(&refusal))?;
     let lock = AttachLock::acquire(&held).map_err(|refusal| explain(&refusal))?;
     // The monitor serves one client, which is the balloon's thread: it also tells of migrations.
