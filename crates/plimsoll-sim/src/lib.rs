@@ -34,6 +34,7 @@
 #![forbid(unsafe_code)]
 
 mod chance;
+pub mod comparison;
 pub mod demand;
 pub mod fleet;
 pub mod host;

@@ -7,6 +7,7 @@
 //!
 //! What a guest keeps is not on record: it is what it has in RAM, and what its compressed pages were before, at the costs of
 //! the record's settings. Pages on a disk are not seen, so a record of a host that uses one shows too little.
+use crate::comparison::{Comparison, Pairs};
 use crate::demand::{Curve, Demand, Locality, Track};
 use crate::host::{Host, Placed, SECOND};
 use crate::machine::{Begin, Boot, Class, Estimator, Physics};
@@ -18,8 +19,7 @@ use plimsoll_policy::settings::MachineSettings;
 use plimsoll_policy::view::{HostView, MachineView};
 use plimsoll_policy::{Plan, PolicyState, Ppm, Rung, Rungs};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
-use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use serde::Deserialize;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
@@ -279,42 +279,22 @@ impl Record {
             .zip(&tree.settings().machines)
             .map(|(class, machine)| Placed { id: machine.id, class: class.index })
             .collect();
-        let mut predicted = Sums::default();
-        let mut real = Sums::default();
-        let mut errors: BTreeMap<MachineId, Errors> = BTreeMap::new();
+        let mut pairs = Pairs::default();
         let mut next = self.ticks.iter().peekable();
         Host::new(&scenario, 0, tree, &placed).run(SECOND, &mut |view, plan| {
-            predicted.add(view, plan);
-            while let Some(tick) = next.next_if(|tick| self.at(tick).0 <= view.now_ms) {
-                real.add(&tick.view, &tick.plan);
-                for now in &view.machines {
-                    let then = tick.view.machines.iter().find(|machine| machine.id == now.id);
-                    let Some(then) = then else { continue };
-                    let (target, was) = (target(plan, now.id), target(&tick.plan, now.id));
-                    let error = errors.entry(now.id).or_default();
-                    error.count += 1;
-                    error.consumed += u128::from(now.consumed.0.abs_diff(then.consumed.0));
-                    error.target += u128::from(target.0.abs_diff(was.0));
-                }
+            pairs.would(view);
+            // A host does not decide at whole seconds: with the nearest.
+            while let Some(tick) = next.next_if(|tick| self.at(tick).0 <= view.now_ms + SECOND.0 / 2) {
+                pairs.came(&tick.view);
+                pairs.compare((&tick.view, &tick.plan), (view, plan));
             }
         });
-        let machine = |(id, error): (&MachineId, &Errors)| {
-            let size = self.basis.state.tree().terms(*id).map_or(ByteCount(0), |terms| terms.size.bytes());
-            let part = |sum: u128| crate::record::ppm(sum, u128::from(size.0) * u128::from(error.count));
-            MachineComparison {
-                machine: self.name_of(*id),
-                decisions: error.count,
-                consumed: real.pair(&predicted, *id, |sum| sum.consumed),
-                target: real.pair(&predicted, *id, |sum| sum.target),
-                stall_ppm: [real.stall(*id).0, predicted.stall(*id).0],
-                consumed_error_ppm: part(error.consumed).0,
-                target_error_ppm: part(error.target).0,
-            }
-        };
+        let tree = self.basis.state.tree();
+        let size = |id| tree.terms(id).map_or(ByteCount(0), |terms| terms.size.bytes());
         Comparison {
             record: self.file.clone(),
             seconds: self.length().0 / 1000,
-            machines: errors.iter().map(machine).collect(),
+            machines: pairs.machines(|id| (self.name_of(id), size(id))),
         }
     }
 }
@@ -327,126 +307,6 @@ fn places(view: &MachineView, costs: &Costs) -> crate::machine::Seen {
         resident: view.consumed.saturating_sub(view.stored).pages_ceil(),
         stored: ByteCount(u64::try_from(stored).unwrap_or(u64::MAX)).pages_ceil(),
         balloon: view.balloon.unwrap_or_default().pages_floor(),
-    }
-}
-
-fn target(plan: &Plan, id: MachineId) -> ByteCount {
-    plan.machines
-        .iter()
-        .find(|position| position.machine == id)
-        .map_or(ByteCount(0), |position| position.target)
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Errors {
-    count: u64,
-    consumed: u128,
-    target: u128,
-}
-
-/// Sums over time of one machine.
-#[derive(Clone, Copy, Debug, Default)]
-struct Sum {
-    count: u128,
-    consumed: u128,
-    target: u128,
-    stalled: u128,
-    time_ms: u128,
-}
-
-#[derive(Default)]
-struct Sums {
-    machines: BTreeMap<MachineId, Sum>,
-    before_ms: Option<u64>,
-}
-
-impl Sums {
-    fn add(&mut self, view: &HostView, plan: &Plan) {
-        let before = self.before_ms.replace(view.now_ms).unwrap_or(view.now_ms);
-        let elapsed = u128::from(view.now_ms.saturating_sub(before));
-        for machine in &view.machines {
-            let sum = self.machines.entry(machine.id).or_default();
-            sum.count += 1;
-            sum.consumed += u128::from(machine.consumed.0);
-            sum.target += u128::from(target(plan, machine.id).0);
-            sum.stalled += u128::from(machine.stalled.0) * elapsed;
-            sum.time_ms += elapsed;
-        }
-    }
-
-    fn of(&self, id: MachineId) -> Sum {
-        self.machines.get(&id).copied().unwrap_or_default()
-    }
-
-    fn stall(&self, id: MachineId) -> Ppm {
-        let Sum { stalled, time_ms, .. } = self.of(id);
-        Ppm(stalled.checked_div(time_ms).and_then(|ppm| u32::try_from(ppm).ok()).unwrap_or(0))
-    }
-
-    fn pair(&self, predicted: &Self, id: MachineId, value: fn(&Sum) -> u128) -> [u64; 2] {
-        [self.of(id), predicted.of(id)].map(|sum| {
-            value(&sum).checked_div(sum.count).and_then(|mean| u64::try_from(mean).ok()).unwrap_or(0)
-        })
-    }
-}
-
-/// What was predicted beside what came. Pairs are first what came, then what was predicted; means over time.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Comparison {
-    /// The record.
-    pub record: String,
-    /// Its length.
-    pub seconds: u64,
-    /// By machine.
-    pub machines: Vec<MachineComparison>,
-}
-
-/// The same of a machine.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct MachineComparison {
-    /// Its name.
-    pub machine: String,
-    /// Decisions that were compared.
-    pub decisions: u64,
-    /// What it consumed, in bytes.
-    pub consumed: [u64; 2],
-    /// Its target, in bytes.
-    pub target: [u64; 2],
-    /// What it waited for memory.
-    pub stall_ppm: [u32; 2],
-    /// How far apart the two consumptions were, in parts of its size: mean over decisions.
-    pub consumed_error_ppm: u32,
-    /// How far apart the targets were.
-    pub target_error_ppm: u32,
-}
-
-impl std::fmt::Display for Comparison {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "{}: {} s, what came and what was predicted\n", self.record, self.seconds)?;
-        writeln!(
-            f,
-            "{:16} {:>9} {:>8} {:>9} {:>8} {:>9} {:>8} {:>10} {:>10}",
-            "machine", "consumed", "", "target", "", "waited", "", "consumed", "target"
-        )?;
-        let [came, predicted, off] = ["came", "predict", "off by"];
-        writeln!(
-            f,
-            "{:16} {came:>9} {predicted:>8} {came:>9} {predicted:>8} {came:>9} {predicted:>8} {off:>10} {off:>10}",
-            ""
-        )?;
-        for machine in &self.machines {
-            let [[consumed, would], [target, aimed]] =
-                [machine.consumed, machine.target].map(|pair| pair.map(ByteCount));
-            let [waited, expected] = machine.stall_ppm.map(|ppm| Ppm(ppm).to_string());
-            let [off, astray] =
-                [machine.consumed_error_ppm, machine.target_error_ppm].map(|ppm| Ppm(ppm).to_string());
-            writeln!(
-                f,
-                "{:16} {consumed:>9} {would:>8} {target:>9} {aimed:>8} {waited:>9} {expected:>8} {off:>10} {astray:>10}",
-                machine.machine
-            )?;
-        }
-        Ok(())
     }
 }
 
@@ -519,11 +379,11 @@ demand = { bursts = { low = "500M", high = "2G", every = "5m", lasts = "1m" } }
         assert_eq!(comparison.machines.len(), 3);
         for machine in &comparison.machines {
             assert!(machine.decisions > 900, "{comparison}");
-            assert!(Ppm(machine.consumed_error_ppm) < Ppm::percent(5), "{comparison}");
-            assert!(machine.stall_ppm[0].abs_diff(machine.stall_ppm[1]) < 10_000, "{comparison}");
+            assert!(machine.consumed.apart_ppm.unwrap() < Ppm::percent(5).0, "{comparison}");
+            assert!(machine.stall.recorded.abs_diff(machine.stall.predicted) < 10_000, "{comparison}");
         }
         let noisy = comparison.machines.iter().find(|machine| machine.machine == "noisy").unwrap();
-        assert!(noisy.consumed[0] > 0 && comparison.to_string().contains("noisy"));
+        assert!(noisy.consumed.recorded > 0 && comparison.to_string().contains("noisy"));
     }
 
     #[test]

@@ -59,6 +59,6 @@ fn what_the_recorder_writes_is_decided_again_and_simulated() {
     let read: Vec<_> = comparison.machines.iter().map(|one| (&*one.machine, one.decisions)).collect();
     assert_eq!(read, [("web", 2), ("database", 2)]);
     for machine in &comparison.machines {
-        assert_eq!((machine.consumed[0], machine.stall_ppm[0]), (MIB(480).0, 300), "{comparison}");
+        assert_eq!((machine.consumed.recorded, machine.stall.recorded), (MIB(480).0, 300), "{comparison}");
     }
 }
