@@ -199,8 +199,8 @@ impl fmt::Display for Comparison {
             let part = |ppm: u64| Ppm(u32::try_from(ppm).unwrap_or(u32::MAX)).to_string();
             let (came, predicted, error, apart) = ("came", "predicted", "error", "apart by");
             writeln!(f, "\n{:<24.24} {came:>14} {predicted:>14} {error:>12} {apart:>12}", machine.machine)?;
-            let rows: [(&str, &Compared, &dyn Fn(u64) -> String); 6] = [
-                ("takes up", consumed, &size),
+            let rows = [
+                ("takes up", consumed, &size as &dyn Fn(u64) -> String),
                 ("  in its RAM", resident, &size),
                 ("  compressed", stored, &size),
                 ("target", target, &size),

@@ -333,14 +333,18 @@ struct Grants {
 impl Grants {
     fn of(guests: &[Guest<'_>], wants: &[Wants], free: ByteCount, scenario: &Scenario) -> Self {
         let (mut guaranteed, mut beyond) = (PageCount(0), PageCount(0));
+        let mut free = free.pages_floor();
         for (guest, wants) in guests.iter().zip(wants) {
+            if guest.machine.is_refused_nothing() {
+                free = free.saturating_sub(wants.net);
+                continue;
+            }
             let within = guest.machine.guaranteed(wants, &scenario.physics);
             guaranteed += within;
             if !guest.machine.must_wait() {
                 beyond += wants.net.saturating_sub(within);
             }
         }
-        let free = free.pages_floor();
         let kept = PageCount(HostState::Low.line(scenario.hosts.capacity.total).pages_floor().0 / 2);
         let left = free.saturating_sub(guaranteed + kept);
         Self { guaranteed: (free.min(guaranteed), guaranteed), beyond: (left.min(beyond), beyond) }
@@ -351,6 +355,9 @@ impl Grants {
             let product = (u128::from(amount.0) * u128::from(part.0)).checked_div(u128::from(whole.0));
             PageCount(product.and_then(|pages| u64::try_from(pages).ok()).unwrap_or(0))
         };
+        if machine.is_refused_nothing() {
+            return wants.net;
+        }
         let within = machine.guaranteed(wants, physics);
         let granted = part(within, self.guaranteed);
         if machine.must_wait() {

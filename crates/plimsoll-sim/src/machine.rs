@@ -95,6 +95,17 @@ pub struct Class {
     pub boot: Boot,
     /// How they are met first.
     pub begin: Begin,
+    /// Who keeps their memory.
+    pub keeper: Keeper,
+}
+
+/// Who keeps the memory of a machine, and so whether the host can refuse it any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeper {
+    /// A pager that has it wait where it is told to, or where nothing is free.
+    Pager,
+    /// The kernel, which gives whatever is touched: what the host may use is a number to keep, not all there is.
+    Kernel,
 }
 
 /// How a machine is met first.
@@ -367,7 +378,12 @@ impl<'a> Machine<'a> {
     }
 
     pub(crate) const fn stall(&mut self, is_stalled: bool) {
-        self.is_stalled = is_stalled;
+        self.is_stalled = is_stalled && !self.is_refused_nothing();
+    }
+
+    /// True when nobody can keep it from what it touches.
+    pub(crate) const fn is_refused_nothing(&self) -> bool {
+        matches!(self.class.keeper, Keeper::Kernel)
     }
 
     /// Does what was ordered, in `budget_ns` of the host's time at most; returns what is left of it.

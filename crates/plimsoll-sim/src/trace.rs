@@ -10,14 +10,14 @@
 use crate::comparison::{Comparison, Pairs};
 use crate::demand::{Curve, Demand, Locality, Track};
 use crate::host::{Host, Placed, SECOND};
-use crate::machine::{Begin, Boot, Class, Estimator, Physics};
+use crate::machine::{Begin, Boot, Class, Estimator, Keeper, Physics};
 use crate::scenario::{Hosts, Order, Placement, Scenario};
 use crate::time::Millis;
 use plimsoll_policy::admission::{Capacity, Overheads};
 use plimsoll_policy::ladder::Costs;
 use plimsoll_policy::settings::MachineSettings;
 use plimsoll_policy::view::{HostView, MachineView};
-use plimsoll_policy::{Plan, PolicyState, Ppm, Rung, Rungs};
+use plimsoll_policy::{Plan, PolicyState, Ppm, Rung, Rungs, Step};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use serde::Deserialize;
 use std::fs::File;
@@ -98,6 +98,16 @@ struct Basis {
 struct Tick {
     view: HostView,
     plan: Plan,
+    #[serde(default)]
+    outcomes: Vec<Outcome>,
+}
+
+/// What became of a step; what else than this can be, and why, is the loop's.
+#[derive(Deserialize)]
+struct Outcome {
+    machine: MachineId,
+    step: Step,
+    done: serde_json::Value,
 }
 
 #[derive(Deserialize)]
@@ -266,7 +276,15 @@ impl Record {
             twins: Ppm::ZERO,
             boot: Boot { lasts: Millis(0), touches: PageCount(0) },
             begin,
+            keeper: self.keeper_of(settings.id),
         }
+    }
+
+    /// A machine that was to wait and could not is the kernel's.
+    fn keeper_of(&self, id: MachineId) -> Keeper {
+        let mut outcomes = self.ticks.iter().flat_map(|tick| &tick.outcomes);
+        let is_refused = |one: &Outcome| one.machine == id && one.step == Step::Stall && one.done != "Begun";
+        if outcomes.any(is_refused) { Keeper::Kernel } else { Keeper::Pager }
     }
 
     /// Simulates the record's host with the record's demands, and holds it against the record.

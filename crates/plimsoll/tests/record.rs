@@ -1,5 +1,4 @@
 //! A record has two readers, one that decides again and one that simulates: both read what the recorder writes.
-#![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
 
 use plimsoll_host::backend::{Done, Refused};
 use plimsoll_host::control::Outcome;

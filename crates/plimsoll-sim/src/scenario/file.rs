@@ -6,7 +6,7 @@
 use super::words::{As, Nanos, Times};
 use super::{Hosts, Order, Placement, Restart, Scenario, ScenarioError};
 use crate::demand::{Curve, Locality};
-use crate::machine::{Begin, Boot, Class, Estimator, Physics};
+use crate::machine::{Begin, Boot, Class, Estimator, Keeper, Physics};
 use crate::time::Millis;
 use crate::trace::{Record, TraceError};
 use plimsoll_policy::admission::{Capacity, Overheads};
@@ -487,6 +487,7 @@ fn class(
                 .map_or(ByteCount::mib(256).pages_floor(), |pages| pages.0),
         },
         begin: Begin::Booting,
+        keeper: Keeper::Pager,
     };
     let whose = || format!("class {}", class.name);
     let terms = Terms::of(&class.settings(MachineId(1)))

