@@ -1,5 +1,6 @@
 //! `plimsoll advise`: what size each machine should have been.
-use crate::trace::{TraceArgs, ended};
+use crate::trace::TraceArgs;
+use crate::verb::ended;
 use plimsoll_linux::explain;
 use std::process::ExitCode;
 

@@ -4,6 +4,7 @@
 //! could be had, 2 when it could not be started. Keeper and manager are told the same: the manager's command line is the
 //! keeper's.
 use crate::demo::limits;
+use crate::verb::ended;
 use clap::Args;
 use plimsoll_host::daemon::{self, Beginning, Counted, Settings, Sharing};
 use plimsoll_host::keeper::protocol::VERSION;
@@ -83,17 +84,14 @@ impl DaemonArgs {
 }
 
 pub(crate) fn main(args: &DaemonArgs) -> ExitCode {
-    match run(args) {
-        Ok(End::Stopped | End::Upgrade) => ExitCode::SUCCESS,
-        Ok(End::Failed(ending)) => {
+    let code = |end| match end {
+        End::Stopped | End::Upgrade => ExitCode::SUCCESS,
+        End::Failed(ending) => {
             eprintln!("plimsoll daemon: no manager can be had: the last ended with {ending}");
             ExitCode::FAILURE
         }
-        Err(error) => {
-            eprintln!("plimsoll daemon: {error}");
-            ExitCode::from(2)
-        }
-    }
+    };
+    ended("daemon", run(args).map(code))
 }
 
 fn run(args: &DaemonArgs) -> Result<End, String> {
@@ -136,11 +134,5 @@ pub(crate) fn manager(args: &ManagerArgs) -> ExitCode {
         }
         daemon::manage::manage(&settings, HANDED).map_err(|error| explain(&error))
     });
-    match managed {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("plimsoll manager: {error}");
-            ExitCode::from(2)
-        }
-    }
+    ended("manager", managed.map(|()| ExitCode::SUCCESS))
 }

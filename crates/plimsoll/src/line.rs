@@ -1,5 +1,6 @@
 //! `plimsoll line`: how deep the host is loaded, by the last decision on record.
-use crate::trace::{TraceArgs, ended};
+use crate::trace::TraceArgs;
+use crate::verb::ended;
 use plimsoll_host::line::Line;
 use plimsoll_host::trace::{Record, TraceError};
 use plimsoll_linux::explain;

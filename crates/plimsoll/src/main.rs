@@ -17,6 +17,7 @@ mod signals;
 mod soak;
 mod surface;
 mod trace;
+mod verb;
 mod vmm;
 mod why;
 

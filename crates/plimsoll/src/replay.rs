@@ -1,5 +1,6 @@
 //! `plimsoll replay`: the decisions of a record, made again.
-use crate::trace::{ended, say};
+use crate::trace::say;
+use crate::verb::ended;
 use plimsoll_host::trace::{Difference, Reader, Replayed, replay};
 use plimsoll_linux::explain;
 use serde::Serialize;

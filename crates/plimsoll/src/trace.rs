@@ -1,11 +1,10 @@
-//! What the verbs that read a record have in common: where it is, and how they end.
+//! What the verbs that read a record have in common: where it is, and how what follows from it is said.
 use plimsoll_host::trace::{Reader, TraceError};
 use plimsoll_linux::explain;
 use serde::Serialize;
 use std::fmt::Display;
 use std::io::{Write, stdout};
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 /// Where `manage --record` puts its record when it is not told.
 pub(crate) const USUAL: &str = "/var/lib/plimsoll/trace";
@@ -41,12 +40,4 @@ pub(crate) fn say(json: bool, value: &(impl Serialize + Display)) -> Result<(), 
     // A reader that wants no more is not in the wrong.
     let _ = stdout().write_all(text.as_bytes());
     Ok(())
-}
-
-/// The exit status of a verb: 2 where what was asked cannot be done.
-pub(crate) fn ended(verb: &str, outcome: Result<ExitCode, String>) -> ExitCode {
-    outcome.unwrap_or_else(|error| {
-        eprintln!("plimsoll {verb}: {error}");
-        ExitCode::from(2)
-    })
 }

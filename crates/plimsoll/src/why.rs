@@ -2,7 +2,8 @@
 //!
 //! Enters: a record and a name. Leaves: where the machine stands, and each thing that was done or found since it last changed.
 //! A sentence that is repeated decision after decision, numbers apart, is shown once with how often it was.
-use crate::trace::{TraceArgs, ended};
+use crate::trace::TraceArgs;
+use crate::verb::ended;
 use plimsoll_host::backend::Done;
 use plimsoll_host::trace::{Record, Tick, TraceError};
 use plimsoll_linux::explain;

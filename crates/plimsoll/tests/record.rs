@@ -1,5 +1,4 @@
 //! A record has two readers, one that decides again and one that simulates: both read what the recorder writes.
-
 use plimsoll_host::backend::{Done, Refused};
 use plimsoll_host::control::Outcome;
 use plimsoll_host::trace::{Basis, Reader, Recorder, Tick, replay};

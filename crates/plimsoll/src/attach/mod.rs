@@ -10,6 +10,7 @@ mod budget;
 mod session;
 mod view;
 
+use crate::verb::ended;
 use budget::Budget;
 use plimsoll_attach::{
     AttachLock, Discovery, Follower, Hazard, Held, Refusal, Request, discover, find, parse_range,
@@ -57,13 +58,7 @@ pub(crate) struct AttachArgs {
 }
 
 pub(crate) fn main(args: &AttachArgs) -> ExitCode {
-    match run(args) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("plimsoll attach: {error}");
-            ExitCode::from(2)
-        }
-    }
+    ended("attach", run(args))
 }
 
 fn run(args: &AttachArgs) -> Result<ExitCode, String> {

@@ -13,6 +13,7 @@ mod report;
 mod swap;
 mod view;
 
+use crate::verb::ended;
 use plan::{HostLimits, Plan};
 use plimsoll_linux::explain;
 use plimsoll_sys::procfs::parse_meminfo;
@@ -83,13 +84,7 @@ pub(crate) enum Accel {
 }
 
 pub(crate) fn main(args: &DemoArgs) -> ExitCode {
-    match if args.linux { linux::run(args) } else { run(args) } {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("plimsoll demo: {error}");
-            ExitCode::from(2)
-        }
-    }
+    ended("demo", if args.linux { linux::run(args) } else { run(args) })
 }
 
 /// What interrupts a run: a signal, once.

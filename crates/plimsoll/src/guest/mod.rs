@@ -11,6 +11,7 @@ mod show;
 mod view;
 
 use crate::demo::Interrupt;
+use crate::verb::ended;
 use plimsoll_attach::control::Control;
 use plimsoll_attach::{Held, Refusal, Request, find, inspect, join};
 use plimsoll_linux::explain;
@@ -58,10 +59,7 @@ enum End {
 }
 
 pub(crate) fn main(args: &GuestArgs) -> ExitCode {
-    run(args).unwrap_or_else(|error| {
-        eprintln!("plimsoll guest: {error}");
-        ExitCode::from(2)
-    })
+    ended("guest", run(args))
 }
 
 fn run(args: &GuestArgs) -> Result<ExitCode, String> {

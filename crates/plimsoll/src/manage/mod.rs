@@ -6,7 +6,8 @@
 mod view;
 
 use crate::signals::signals;
-use crate::trace::{USUAL, ended};
+use crate::trace::USUAL;
+use crate::verb::ended;
 use plimsoll_attach::{AttachLock, Follower, Held, Identity, NoInterface, Request, discover, find, join};
 use plimsoll_host::backend::balloon::{Balloon, of_interface};
 use plimsoll_host::backend::{Attached, why_counted_only};

@@ -13,6 +13,7 @@ mod schedule;
 mod session;
 
 use crate::demo::{Accel, Interrupt, limits, plan};
+use crate::verb::ended;
 use plimsoll_guest::abi;
 use plimsoll_guest::random::hash3;
 use plimsoll_linux::explain;
@@ -62,13 +63,7 @@ pub(crate) struct Plan {
 }
 
 pub(crate) fn main(args: &SoakArgs) -> ExitCode {
-    match run(args) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("plimsoll soak: {error}");
-            ExitCode::from(2)
-        }
-    }
+    ended("soak", run(args))
 }
 
 fn run(args: &SoakArgs) -> Result<ExitCode, String> {
