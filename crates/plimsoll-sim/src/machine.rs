@@ -40,6 +40,13 @@ pub struct Physics {
     pub takers: u64,
 }
 
+impl Physics {
+    /// What is wrongly taken where nobody says.
+    pub const MISTAKES_USUAL: Ppm = Ppm::percent(5);
+    /// Threads where nobody says.
+    pub const TAKERS_USUAL: u64 = 4;
+}
+
 /// How working sets are estimated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Estimator {
@@ -134,6 +141,15 @@ pub struct Seen {
 }
 
 impl Class {
+    /// What a guest touches, how unevenly, how fast it grows and on how many processors, where nobody says.
+    pub const TOUCHES_USUAL: u64 = 20_000;
+    /// See [`Self::TOUCHES_USUAL`].
+    pub const SKEW_USUAL: Ppm = Ppm::percent(80);
+    /// See [`Self::TOUCHES_USUAL`].
+    pub const GROWS_USUAL: ByteCount = ByteCount::mib(64);
+    /// See [`Self::TOUCHES_USUAL`].
+    pub const PROCESSORS_USUAL: u64 = 2;
+
     /// The RAM a guest of it owns.
     pub const fn size(&self) -> ByteCount {
         match self.face {

@@ -345,13 +345,13 @@ fn physics(table: &CostsTable, source: &Source<'_>) -> Result<Physics, ScenarioE
             keeps,
         };
     }
-    let takers = table.threads.as_ref().map_or(4, |threads| *threads.get_ref());
+    let takers = table.threads.as_ref().map_or(Physics::TAKERS_USUAL, |threads| *threads.get_ref());
     if let Some(given) = table.threads.as_ref().filter(|_| !(1..=1024).contains(&takers)) {
         return Err(source.wrong(&given.span(), format!("{takers} threads: use 1 to 1024")));
     }
     Ok(Physics {
         costs,
-        mistakes: table.mistakes.map_or(Ppm::percent(5), |part| part.0.min(Ppm::WHOLE)),
+        mistakes: table.mistakes.map_or(Physics::MISTAKES_USUAL, |part| part.0.min(Ppm::WHOLE)),
         takers,
     })
 }
@@ -449,11 +449,12 @@ fn class(
         let found = groups.iter().find(|(name, _)| name == group.get_ref());
         found.map(|(_, settings)| settings.id).ok_or_else(unknown)
     });
-    let skew = table.skew.as_ref().map_or(Ppm::percent(80), |skew| skew.get_ref().0);
+    let skew = table.skew.as_ref().map_or(Class::SKEW_USUAL, |skew| skew.get_ref().0);
     if let Some(given) = table.skew.as_ref().filter(|_| skew > Ppm::percent(99)) {
         return Err(source.wrong(&given.span(), format!("a skew of {skew}: use 0% (all pages alike) to 99%")));
     }
-    let processors = table.processors.as_ref().map_or(2, |processors| *processors.get_ref());
+    let processors =
+        table.processors.as_ref().map_or(Class::PROCESSORS_USUAL, |processors| *processors.get_ref());
     if let Some(given) = table.processors.as_ref().filter(|_| !(1..=4096).contains(&processors)) {
         return Err(source.wrong(&given.span(), format!("{processors} processors: use 1 to 4096")));
     }
@@ -475,9 +476,9 @@ fn class(
         rungs: rungs.iter().fold(Rungs::NONE, |rungs, rung| rungs.with(rung.0)),
         curve: Curve::Constant { active: PageCount(0) },
         keeps: table.keeps.as_ref().map(|pages| pages.get_ref().0),
-        touches: table.touches.unwrap_or(20_000),
+        touches: table.touches.unwrap_or(Class::TOUCHES_USUAL),
         locality: Locality::zipf(skew),
-        grows: table.grows.map_or(ByteCount::mib(64).pages_floor(), |pages| pages.0),
+        grows: table.grows.map_or(Class::GROWS_USUAL.pages_floor(), |pages| pages.0),
         processors,
         twins,
         boot: Boot {
