@@ -5,7 +5,7 @@ use plimsoll_policy::settings::{BUFFER_USUAL, Face, GroupSettings, STALL_OBJECTI
 use plimsoll_policy::{Ppm, Rung};
 use plimsoll_types::{ByteCount, DomainId, GroupId};
 use serde::Deserialize;
-use serde::de::{Deserializer, Error, Unexpected, Visitor};
+use serde::de::{Deserializer, Error, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -132,9 +132,6 @@ impl<'de, T: FromStr<Err: fmt::Display>> Deserialize<'de> for Text<T> {
             }
             fn visit_str<E: Error>(self, text: &str) -> Result<Text<T>, E> {
                 text.parse().map(Text).map_err(|error| E::custom(format!("{text:?}: {error}")))
-            }
-            fn visit_i64<E: Error>(self, number: i64) -> Result<Text<T>, E> {
-                Err(E::invalid_type(Unexpected::Signed(number), &self))
             }
         }
         deserializer.deserialize_any(Words(std::marker::PhantomData))

@@ -9,7 +9,7 @@ use plimsoll_sys::fdpass;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 /// A manager's keeper.
 #[derive(Debug)]
@@ -91,11 +91,5 @@ impl Keep for Client {
 
     fn slots(&self) -> u32 {
         self.slots
-    }
-}
-
-impl AsFd for Client {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.watched.as_fd()
     }
 }

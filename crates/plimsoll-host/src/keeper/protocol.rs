@@ -90,7 +90,7 @@ impl Status {
     }
 }
 
-/// Writes the head of a listing of `count` slots, whose numbers the caller writes behind it. Returns its length.
+/// Writes a listing: how many slots there are, and the numbers of those listed. Returns its length.
 pub fn encode_listing(bytes: &mut [u8; LISTING_SIZE], slots: u32, listed: &[u32]) -> usize {
     let count = u32::try_from(listed.len()).unwrap_or(u32::MAX);
     let (head, rest) = bytes.split_at_mut(REQUEST_SIZE);
