@@ -72,6 +72,8 @@ pub struct Options {
     pub devices: Vec<String>,
     /// Further arguments of QEMU. libvirt does not get them.
     pub arguments: Vec<String>,
+    /// Further words on the kernel's command line.
+    pub parameters: Vec<String>,
     /// How long it may take to boot.
     pub patience: Duration,
 }
@@ -91,6 +93,7 @@ impl Options {
             user: None,
             devices: vec!["virtio-balloon-pci,id=balloon0".to_owned()],
             arguments: Vec::new(),
+            parameters: Vec::new(),
             patience: BOOT_PATIENCE,
         }
     }
@@ -106,6 +109,9 @@ impl Options {
         let mut line = "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable".to_owned();
         if self.accel == Accel::Tcg {
             line += " no_timer_check tsc=unstable";
+        }
+        for word in &self.parameters {
+            line += &format!(" {word}");
         }
         let disk = self.disk.as_ref().map_or(0, |disk| disk.seed());
         let work: Vec<String> =

@@ -298,6 +298,9 @@ impl<Q: Qmp> Control for Qemu<Q> {
             };
             let reporting: Option<bool> = is_on("free-page-reporting")?;
             found.features.extend((reporting == Some(true)).then_some(Feature::FreePageReporting));
+            // QEMU does not start with this but without the thread that it needs, so that need not be asked for.
+            let hinting: Option<bool> = is_on("free-page-hint")?;
+            found.features.extend((hinting == Some(true)).then_some(Feature::HintingInMigration));
             let deflate_on_oom = is_on("deflate-on-oom")?;
             found.balloon = Some(BalloonDevice { granularity: PAGE, deflate_on_oom });
         }

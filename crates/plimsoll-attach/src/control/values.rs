@@ -35,6 +35,8 @@ pub enum Feature {
     FreePageReporting,
     /// The guest can be asked what it has free (free page hinting).
     FreePageHinting,
+    /// The guest is asked what it has free whenever the machine migrates, and only then: nobody else can ask.
+    HintingInMigration,
     /// The vCPUs can be stopped and let go on.
     Pause,
     /// The interface says whether the machine is being migrated.

@@ -2,7 +2,7 @@
 use super::hot;
 use super::recorded::reply_of;
 use plimsoll_attach::control::{
-    Control, ControlError, ControlEvent, Feature, Migration, Qemu, Qmp, QmpEvent, RunState,
+    Control, ControlError, ControlEvent, Feature, HintingCommand, Migration, Qemu, Qmp, QmpEvent, RunState,
 };
 use plimsoll_types::ByteCount;
 use serde_json::{Value, json};
@@ -132,6 +132,20 @@ fn a_real_qemu_does_what_the_recorded_one_did() {
     qemu.pause().unwrap();
     assert_eq!(qemu.run_state().unwrap(), RunState::Paused);
     assert!(qemu.events().unwrap().contains(&ControlEvent::RunState));
+}
+
+#[test]
+fn a_real_qemu_hints_while_it_migrates_if_its_balloon_was_started_so() {
+    for (is_on, balloon) in
+        [(false, "virtio-balloon-pci"), (true, "virtio-balloon-pci,free-page-hint=on,iothread=hints")]
+    {
+        let arguments = ["-object", "iothread,id=hints", "-device", balloon];
+        let Some(mut qemu) = machine(&arguments) else { return };
+        let found = qemu.probe().unwrap();
+        assert_eq!(found.has(Feature::HintingInMigration), is_on, "{balloon}");
+        // Nobody can have it done: there is no command.
+        assert!(!found.has(Feature::FreePageHinting) && qemu.hint(HintingCommand::Start).is_err());
+    }
 }
 
 #[test]

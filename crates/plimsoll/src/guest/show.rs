@@ -77,9 +77,14 @@ pub(super) fn look(control: &mut dyn Control) -> Result<Vec<Row>, String> {
         },
         false => without("statistics", "no balloon driver of the guest's tells any: try --statistics 1"),
     });
-    rows.extend(FEATURES.map(|(feature, name, why_not)| match capabilities.has(feature) {
-        true => Row { name, found: Ok(Found { text: "yes".to_owned(), value: json!({}) }) },
-        false => without(name, why_not),
+    rows.extend(FEATURES.map(|(feature, name, why_not)| match feature {
+        feature if capabilities.has(feature) => {
+            Row { name, found: Ok(Found { text: "yes".to_owned(), value: json!({}) }) }
+        }
+        Feature::FreePageHinting if capabilities.has(Feature::HintingInMigration) => {
+            Row { name, found: Ok(word("whenever the machine migrates, and only then")) }
+        }
+        _ => without(name, why_not),
     }));
     rows.push(hot(&capabilities, HotplugMethod::VirtioMem, "virtio-mem", "the machine has no such device"));
     let none = "the machine has no room for memory modules, or the interface does not tell";

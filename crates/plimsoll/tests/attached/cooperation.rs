@@ -71,7 +71,7 @@ fn there(lines: &[Value]) -> &Value {
 }
 
 /// The one line of a description.
-fn described(guest: &Guest, words: &[&str]) -> Value {
+pub(crate) fn described(guest: &Guest, words: &[&str]) -> Value {
     let lines = guest_verb(guest, words);
     let [description] = lines.as_slice() else { panic!("{lines:?}") };
     description.clone()

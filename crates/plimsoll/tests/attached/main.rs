@@ -3,6 +3,7 @@
 mod attach;
 mod cooperation;
 mod demo;
+mod hinting;
 mod liar;
 #[path = "../../../plimsoll-stock/tests/stock/machine.rs"]
 mod machine;
