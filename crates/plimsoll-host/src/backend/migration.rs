@@ -7,9 +7,10 @@
 //!
 //! Background snapshots are migrations to QEMU. Others (`savevm`, `snapshot-save`, `loadvm`) hold its main loop from
 //! beginning to end, so that its monitor stays silent: a monitor that does not answer means that nothing is taken. Without a
-//! socket they are not seen; what is taken meanwhile is then read again, and nothing is wrong.
+//! socket they are known by who brings pages back: the main thread by the hundred, and no other, because vCPUs stand still. That
+//! shows once something was brought back, so that a little may be taken at their beginning; it is read again, and nothing is wrong.
 use plimsoll_attach::qmp::{Limits, Qmp, QmpError};
-use plimsoll_sys::ProcessId;
+use plimsoll_sys::{ProcessId, procfs};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -22,6 +23,15 @@ const RETRY: Duration = Duration::from_secs(10);
 /// The same where nothing is taken until it answers.
 const RETRY_SILENT: Duration = Duration::from_secs(1);
 
+/// Major faults of the main thread between two looks that no guest at work causes. It touches a guest's memory for disk and
+/// network: never for more than 20 pages in 200 ms, in a guest of 50 disk reads a second that was kept at 48 of 192 MiB. Saving
+/// brought back up to 3917 in 200 ms, and 24 on a busy host.
+const READ_OUT: u64 = 64;
+/// One fault of others for so many of the main thread's: vCPUs run until the snapshot begins.
+const OTHERS_SHARE: u64 = 16;
+/// How long that is taken to go on after it was seen: pages that are in RAM are saved without faults.
+const READ_OUT_LASTS: Duration = Duration::from_secs(2);
+
 /// What is known of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -29,6 +39,8 @@ pub enum Phase {
     None,
     /// Its monitor does not answer.
     Unknown,
+    /// Nothing is known, but all of it seems to be read while it stands still.
+    ReadOut,
     /// One is under way.
     Running,
     /// The machine runs elsewhere now.
@@ -42,6 +54,34 @@ pub struct Watch {
     socket: Option<PathBuf>,
     /// Set while the monitor is of no use.
     trouble: Option<Trouble>,
+    /// At the last look.
+    faults: Option<Faults>,
+    read_out_until: Option<Instant>,
+}
+
+/// Major faults so far.
+#[derive(Clone, Copy, Debug)]
+struct Faults {
+    main: u64,
+    others: u64,
+}
+
+impl Faults {
+    /// None of a process with one thread: that is its vCPU.
+    fn of(process: ProcessId) -> Option<Self> {
+        fs::read_dir(format!("/proc/{}/task", process.get())).ok()?.nth(1)?.ok()?;
+        // Those of the main thread are in both: read first, they are not more than there are.
+        let main = procfs::major_faults_of_first_thread(process).ok()?;
+        let all = procfs::major_faults(process).ok()?;
+        Some(Self { main, others: all.saturating_sub(main) })
+    }
+
+    /// Whether since then one thread, at rest else, has had page after page brought back while all others had none.
+    const fn is_read_out(self, before: Self) -> bool {
+        let (main, others) =
+            (self.main.saturating_sub(before.main), self.others.saturating_sub(before.others));
+        main >= READ_OUT && others <= main / OTHERS_SHARE
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -63,7 +103,7 @@ pub struct Seen {
 impl Watch {
     /// Watches a process, through that QMP socket if there is one.
     pub const fn new(process: ProcessId, socket: Option<PathBuf>) -> Self {
-        Self { process, socket, trouble: None }
+        Self { process, socket, trouble: None, faults: None, read_out_until: None }
     }
 
     /// True when somebody has to look often: nothing wakes this program when a migration begins.
@@ -91,8 +131,24 @@ impl Watch {
                 trouble = (is_new && !is_silent).then_some(error);
             }
         }
+        let is_read_out = self.is_read_out(now);
         let known = self.trouble.map_or(Phase::None, |trouble| trouble.phase);
-        Seen { phase: if sends(self.process) { Phase::Running } else { known }, trouble }
+        let phase = match known {
+            _ if sends(self.process) => Phase::Running,
+            Phase::None if is_read_out => Phase::ReadOut,
+            known => known,
+        };
+        Seen { phase, trouble }
+    }
+
+    /// Whether somebody seems to read all of the machine's memory now.
+    fn is_read_out(&mut self, now: Instant) -> bool {
+        let seen = Faults::of(self.process);
+        let before = std::mem::replace(&mut self.faults, seen);
+        if seen.zip(before).is_some_and(|(seen, before)| seen.is_read_out(before)) {
+            self.read_out_until = Some(now + READ_OUT_LASTS);
+        }
+        self.read_out_until.is_some_and(|until| now < until)
     }
 
     /// What QEMU says, if it can be asked now. The monitor is let go each time: whoever looks for plugged memory needs it,
@@ -122,4 +178,21 @@ fn sends(process: ProcessId) -> bool {
         fs::read_to_string(thread.path().join("comm"))
             .is_ok_and(|name| THREADS.iter().any(|known| name.trim_end().starts_with(known)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_out_where_the_main_thread_alone_brings_it_back() {
+        let before = Faults { main: 1000, others: 5000 };
+        // Windows of 200 ms as they were seen: a snapshot's first, in which vCPUs ran at first, one amidst it, and a guest at work.
+        for (main, others, is_read_out) in
+            [(3314, 143, true), (733, 0, true), (286, 232, false), (20, 0, false), (0, 900, false)]
+        {
+            let now = Faults { main: before.main + main, others: before.others + others };
+            assert_eq!(now.is_read_out(before), is_read_out, "{main} {others}");
+        }
+    }
 }

@@ -152,6 +152,13 @@ pub fn major_faults(process: ProcessId) -> Result<u64, ProcfsError> {
     parse_major_faults(&read(process, "stat")?)
 }
 
+/// The same of the thread the process began with, from /proc/PID/task/PID/stat.
+pub fn major_faults_of_first_thread(process: ProcessId) -> Result<u64, ProcfsError> {
+    let path = path(process, &format!("task/{}/stat", process.get()));
+    let bytes = std::fs::read(path).map_err(|source| failed(process, "task/stat", source))?;
+    parse_major_faults(&String::from_utf8_lossy(&bytes))
+}
+
 /// Reads the start time from /proc/PID/stat.
 pub fn start_time(process: ProcessId) -> Result<StartTime, ProcfsError> {
     parse_start_time(&read(process, "stat")?)

@@ -176,6 +176,11 @@ impl Session {
                             another client has the monitor";
                 self.tell(view, Some(what.to_owned()));
             }
+            Phase::ReadOut => {
+                let what = "nothing is taken while all of its memory seems to be read and its processors rest: it may be \
+                            saving a snapshot";
+                self.tell(view, Some(what.to_owned()));
+            }
             Phase::None => self.tell(view, unseen),
         }
         Ok(seen.phase)

@@ -138,6 +138,33 @@ fn a_snapshot_that_is_saved_and_loaded_under_a_manager_is_right() {
     sweep(&mut guest);
 }
 
+/// Only what it does is seen: page after page comes back to its main thread, and to no other.
+#[test]
+fn taking_stops_during_a_snapshot_also_where_there_is_no_monitor_to_ask() {
+    const READ_OUT: &str = "all of its memory seems to be read";
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let _swap = swap(ByteCount::mib(1024));
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::start(options(74)).unwrap();
+    add_snapshot_disk(&mut guest, &folder.path().join("snapshots.qcow2"));
+    let pid = guest.process().get().to_string();
+    let mut manager = Manager::attach(&[&pid, "--budget", "48M"]);
+    takes_more(&mut manager, 10_000);
+    let snapshot =
+        json!({ "job-id": "save", "tag": "one", "vmstate": "snapshots", "devices": ["snapshots"] });
+    guest.monitor().unwrap().call("snapshot-save", &snapshot).unwrap();
+    manager.until(READ_OUT, |line| {
+        line["event"] == "note" && line["text"].as_str().is_some_and(|text| text.contains(READ_OUT))
+    });
+    finish(&mut guest, "save");
+    takes_more(&mut manager, 1000);
+    manager.interrupt();
+    sweep(&mut guest);
+}
+
 /// As it is while QEMU saves or loads a snapshot, which holds its main loop.
 #[test]
 fn nothing_is_taken_while_the_monitor_is_silent() {
