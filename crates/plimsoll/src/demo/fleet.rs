@@ -10,7 +10,7 @@ use plimsoll_sys::process::make_inheritable;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::config::Management;
-use plimsoll_vmm::control::{Command, Event, StopMode};
+use plimsoll_vmm::control::{Command, Event, MergeRange, Ram, StopMode};
 use plimsoll_vmm::report::Summary;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -18,6 +18,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 /// How much memory is put in place between two lines about it.
@@ -27,6 +28,8 @@ const PROGRESS_BYTES: u64 = 64 << 20;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct GuestState {
     pub(crate) accel: Option<String>,
+    /// Where its memory is in its process, once it runs.
+    pub(crate) ram: Vec<Ram>,
     pub(crate) summary: Summary,
     /// Distinct pages touched in each complete window, oldest first.
     pub(crate) windows: Vec<u64>,
@@ -34,6 +37,13 @@ pub(crate) struct GuestState {
     pub(crate) done: bool,
     /// The control socket has closed: the process is ending.
     pub(crate) closed: bool,
+}
+
+/// A machine has done what it was asked about pages that may be merged, or says why not.
+#[derive(Debug)]
+pub(crate) struct Merging {
+    pub(crate) range: MergeRange,
+    pub(crate) refused: Option<String>,
 }
 
 /// Where a machine meets its manager.
@@ -49,6 +59,7 @@ pub(crate) struct Guest {
     pub(crate) size: ByteCount,
     control: UnixStream,
     state: Arc<Mutex<GuestState>>,
+    merging: Option<Receiver<Merging>>,
     reader: Option<JoinHandle<()>>,
     child: Child,
 }
@@ -102,15 +113,17 @@ impl Guest {
         let state = Arc::new(Mutex::new(GuestState::default()));
         let name = config.name.clone();
         let (events, kept) = (control.try_clone().map_err(|error| failed(&error))?, Arc::clone(&state));
+        let (answers, merging) = channel();
         let reader = std::thread::Builder::new()
             .name(format!("events-{}", config.name))
-            .spawn(move || collect(&name, events, &kept))
+            .spawn(move || collect(&name, events, &kept, &answers))
             .map_err(|error| failed(&error))?;
         Ok(Self {
             name: config.name.clone(),
             size: ByteCount(config.ram_bytes),
             control,
             state,
+            merging: Some(merging),
             reader: Some(reader),
             child,
         })
@@ -130,10 +143,17 @@ impl Guest {
 
     /// Tells the machine something. One that is gone shows in its state.
     pub(crate) fn tell(&self, command: &Command) {
-        if let Ok(mut line) = serde_json::to_vec(command) {
-            line.push(b'\n');
-            let _ = (&self.control).write_all(&line);
-        }
+        let _ = send(&self.control, command);
+    }
+
+    /// A second hold on the line to the machine, and what it answers about merging; once.
+    pub(crate) fn merging(&mut self) -> Result<(UnixStream, Receiver<Merging>), String> {
+        let failed = |error: std::io::Error| format!("{}: {}", self.name, explain(&error));
+        let control = self.control.try_clone().map_err(failed)?;
+        self.merging
+            .take()
+            .map(|answers| (control, answers))
+            .ok_or_else(|| format!("{} is asked by another", self.name))
     }
 
     /// How the process ended, if it ended without having been told to.
@@ -183,7 +203,14 @@ impl Drop for Guest {
     }
 }
 
-fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>) {
+/// Sends a machine a command.
+pub(crate) fn send(mut control: &UnixStream, command: &Command) -> std::io::Result<()> {
+    let mut line = serde_json::to_vec(command)?;
+    line.push(b'\n');
+    control.write_all(&line)
+}
+
+fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>, merging: &Sender<Merging>) {
     for line in BufReader::new(events).lines() {
         let Ok(line) = line else { break };
         let Ok(event) = serde_json::from_str::<Event>(&line) else { continue };
@@ -196,7 +223,10 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>) {
                     eprintln!("{name}: {done} of {total} in place");
                 }
             }
-            Event::Started { accel, .. } => state.accel = Some(accel.to_string()),
+            Event::Started { accel, ram, .. } => {
+                state.accel = Some(accel.to_string());
+                state.ram = ram;
+            }
             Event::Report(summary) => state.take(summary),
             Event::Done(summary) => {
                 state.take(summary);
@@ -205,8 +235,10 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>) {
             Event::Died { vcpu, reason } => state.died = Some(format!("vCPU {vcpu}: {reason}")),
             Event::ManagerLost => state.died = Some("its manager is gone".to_owned()),
             Event::Error { message } => state.died = Some(message),
+            // Nobody waits for it where nothing is shared.
+            Event::Merging { range, refused } => drop(merging.send(Merging { range, refused })),
             // Nobody here asks a guest to probe.
-            Event::Probed(_) | Event::Merging { .. } | Event::Ballooned { .. } | Event::Frames { .. } => {}
+            Event::Probed(_) | Event::Ballooned { .. } | Event::Frames { .. } => {}
         }
     }
     state.lock().closed = true;

@@ -6,6 +6,7 @@ use super::fleet::{self, Guest};
 use super::meter::Accounting;
 use super::plan::Plan;
 use super::report::{GuestReport, HostReport, Report, bytes_of, quantile_us, rate};
+use super::sharing::Sharing;
 use super::view::{GuestLine, GuestMemory, HostLine, View};
 use plimsoll_core::ledger::{Budget, Kind};
 use plimsoll_core::word::StateKind;
@@ -41,6 +42,27 @@ pub(super) fn run(
     let mut manager =
         Manager::start(Vault::new(Budget::within(plan.budget), plan.asked()), Arc::new(NoProbe))
             .map_err(|error| explain(&error))?;
+    let (guests, ids, sharing) = match begin(plan, &mut manager, &accounting) {
+        Ok(begun) => begun,
+        Err(why) => {
+            // The guests have ended. The manager's threads hold the accounting, and its control group goes with the last of them.
+            drop(manager.stop());
+            accounting.finish()?;
+            return Err(why);
+        }
+    };
+    let mut session =
+        Session { plan, manager, guests, ids, accounting, sharing, failures: Vec::new(), poisoned: 0 };
+    let seen = session.work(sabotage, interrupt);
+    session.check(interrupt);
+    Ok(session.finish(run_by, seen))
+}
+
+/// What runs.
+type Begun = (Vec<Guest>, Vec<MachineId>, Option<Sharing>);
+
+/// Starts the guests.
+fn begin(plan: &Plan, manager: &mut Manager, accounting: &Accounting) -> Result<Begun, String> {
     let mut guests = Vec::new();
     let mut ids = Vec::new();
     manager.govern(accounting.meter(), SAMPLE_PERIOD).map_err(|error| explain(&error))?;
@@ -59,10 +81,8 @@ pub(super) fn run(
         }
         guests.push(guest);
     }
-    let mut session = Session { plan, manager, guests, ids, accounting, failures: Vec::new(), poisoned: 0 };
-    let seen = session.work(sabotage, interrupt);
-    session.check(interrupt);
-    Ok(session.finish(run_by, seen))
+    let sharing = if plan.share { Some(Sharing::start(&mut guests, &ids, DOMAIN)?) } else { None };
+    Ok((guests, ids, sharing))
 }
 
 /// What the guests and the host looked like at the end of the work, before the last check brings every page back.
@@ -80,6 +100,7 @@ struct Session<'a> {
     guests: Vec<Guest>,
     ids: Vec<MachineId>,
     accounting: Accounting,
+    sharing: Option<Sharing>,
     failures: Vec<String>,
     poisoned: u64,
 }
@@ -105,10 +126,17 @@ impl Session<'_> {
                 damaged = true;
                 self.ids.iter().for_each(|id| self.manager.sabotage(*id));
             }
+            if let Some(sharing) = &mut self.sharing {
+                sharing.turn();
+            }
             self.draw(&mut view, "working");
             self.take_incidents();
         }
-        let seen = self.look(started.elapsed());
+        let mut seen = self.look(started.elapsed());
+        match self.sharing.take().map(Sharing::end).transpose() {
+            Ok(sharing) => seen.host.sharing = sharing,
+            Err(why) => self.failures.push(why),
+        }
         view.finish();
         seen
     }

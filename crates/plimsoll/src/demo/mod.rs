@@ -10,6 +10,7 @@ mod managed;
 pub(crate) mod meter;
 pub(crate) mod plan;
 mod report;
+mod sharing;
 mod swap;
 mod view;
 
@@ -57,8 +58,12 @@ pub(crate) struct DemoArgs {
     accel: Accel,
     /// Stock Linux guests under QEMU (TCG), managed from outside, instead of programs without a kernel. Needs what
     /// `cargo xtask setup` brings.
-    #[arg(long, conflicts_with_all = ["accel", "vcpus", "prefault", "sabotage"])]
+    #[arg(long, conflicts_with_all = ["accel", "vcpus", "prefault", "sabotage", "share"])]
     linux: bool,
+    /// Keep pages once that guests have in common while they stay in use: KSM, over the blocks that have twins and no others. The
+    /// guests have no huge pages then.
+    #[arg(long)]
+    share: bool,
     /// Have all guest memory in place before the guests start.
     #[arg(long)]
     prefault: bool,

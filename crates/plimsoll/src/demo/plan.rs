@@ -7,7 +7,7 @@ use plimsoll_guest::abi;
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_types::{BLOCK_SIZE, ByteCount, PAGE_SIZE};
-use plimsoll_vmm::config::{AccelChoice, Management, Prefault, VmmConfig, Workload};
+use plimsoll_vmm::config::{AccelChoice, HugePages, Management, Prefault, VmmConfig, Workload};
 
 /// What one machine costs beside its guest's pages: the VMM's own memory and KVM's page tables. Measured here as
 /// 5 to 9 MiB for guests of 256 MiB; the tables grow with the guest.
@@ -102,6 +102,8 @@ pub(crate) struct Plan {
     pub(crate) mix: Mix,
     pub(crate) seed: u64,
     pub(crate) seconds: u64,
+    /// Whether pages in use that guests have in common are kept once.
+    pub(crate) share: bool,
     /// What was changed to make it possible, for the reader.
     pub(crate) fitted: Vec<String>,
 }
@@ -166,7 +168,8 @@ pub(crate) fn plan(args: &DemoArgs, accel: AccelChoice, limits: HostLimits) -> R
         };
         fitted.push(format!("the budget is {chosen} instead of {budget}, because {why}"));
     }
-    Ok(Plan { guests, budget: chosen, mix, seed: args.seed, seconds: args.seconds, fitted })
+    let DemoArgs { seed, seconds, share, .. } = *args;
+    Ok(Plan { guests, budget: chosen, mix, seed, seconds, share, fitted })
 }
 
 /// The budget when none is given.
@@ -234,6 +237,10 @@ fn guest(args: &DemoArgs, nth: u32, size: ByteCount, mix: Mix, accel: AccelChoic
     let mut config = VmmConfig::new(format!("{}{}", role.name, nth + 1), size.0, workload);
     config.vcpus = args.vcpus;
     config.accel = accel;
+    if args.share {
+        // Twins are sought page by page: huge pages are left alone.
+        config.huge_pages = HugePages::Never;
+    }
     config.prefault = if args.prefault { Prefault::All } else { Prefault::OnDemand };
     // Room for an eighth of the guest in limbo, in slots that may each be half used.
     config.airlock_slots = u32::try_from(size.0 / BLOCK_SIZE as u64 / 4).unwrap_or(u32::MAX).clamp(8, 512);

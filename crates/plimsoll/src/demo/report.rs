@@ -70,6 +70,27 @@ pub(crate) struct HostReport {
     pub(crate) blocks_collapsed: u64,
     /// CPU time of the thread that packs, compacts and collapses.
     pub(crate) housekeeping_cpu_seconds: f64,
+    /// Pages in use that are kept once for several, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sharing: Option<SharingReport>,
+}
+
+/// What sharing pages in use brought and cost.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct SharingReport {
+    /// On the whole host.
+    pub(crate) saved_bytes: u64,
+    /// By this run.
+    pub(crate) merged_bytes: u64,
+    /// Blocks of 2 MiB that are marked for KSM, of all that guests have; and those their VMMs did not mark.
+    pub(crate) marked_blocks: u64,
+    pub(crate) blocks: u64,
+    pub(crate) refused_blocks: u64,
+    /// Of KSM's thread, and of looking for twins.
+    pub(crate) ksmd_cpu_seconds: f64,
+    pub(crate) looking_cpu_seconds: f64,
+    /// Both together; null where nothing was merged.
+    pub(crate) us_a_merged_page: Option<f64>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -293,6 +314,17 @@ impl Report {
             host.blocks_left_to_kernel,
             host.blocks_taken_whole,
             host.blocks_returned_whole
+        )?;
+        let Some(sharing) = &host.sharing else { return Ok(()) };
+        let cost = sharing.us_a_merged_page.map_or(String::new(), |us| format!(", {us:.1} us a page"));
+        writeln!(
+            out,
+            "      shared while in use: {} merged, {} of {} blocks marked; ksmd {:.1} s, looking {:.1} s{cost}",
+            bytes(sharing.merged_bytes),
+            sharing.marked_blocks,
+            sharing.blocks,
+            sharing.ksmd_cpu_seconds,
+            sharing.looking_cpu_seconds
         )
     }
 

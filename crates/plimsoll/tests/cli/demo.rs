@@ -1,5 +1,7 @@
 //! `plimsoll demo` as a user starts it: what it says, how it ends, what it leaves.
 use super::run::{Ended, Run, alone, can, cgroups_of, is_root, wait_until};
+use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Merging};
+use plimsoll_types::ByteCount;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
@@ -106,6 +108,69 @@ fn a_user_without_rights_gets_the_guests_in_process_or_one_sentence_that_names_t
             assert!(names_it, "{sentence}");
         }
     }
+    ended.expect_nothing_left();
+}
+
+/// What the report says of sharing, of guests with that content. `None` where KSM cannot be had, which is said.
+fn shared(mix: &str) -> Option<Value> {
+    const KSM: &str = "/sys/kernel/mm/ksm";
+    let settings =
+        || ["run", "pages_to_scan", "sleep_millisecs"].map(|name| fs::read(format!("{KSM}/{name}")).unwrap());
+    let before = settings();
+    let words = ["--seconds", "16", "--share", "--mix", mix, "--json", "report.json"];
+    let words: Vec<&str> = ["demo", "--no-compare", "--guests", "3", "--size", "96M", "--budget", "240M"]
+        .into_iter()
+        .chain(words)
+        .collect();
+    let ended = Run::new(&words).output();
+    if ended.code() == Some(2) && ended.stderr.contains("--share") {
+        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|name| name == "ksm"), "{}", ended.stderr);
+        println!("SKIPPED: {}", ended.stderr.trim());
+        return None;
+    }
+    ended.expect_code(0);
+    let sharing = ended.json("report.json")["host"]["sharing"].clone();
+    expect_good_report(&ended, 3);
+    ended.expect_nothing_left();
+    assert_eq!(settings(), before, "KSM is not as it was found");
+    println!("{mix}: {sharing}");
+    Some(sharing)
+}
+
+#[test]
+fn blocks_of_our_own_guests_that_have_twins_are_marked_and_merged_and_others_are_not() {
+    let _alone = alone();
+    if !can("userfaultfd") || !can("ksm") {
+        return;
+    }
+    let Some(alike) = shared("zero=10,dup=60,text=20,random=10") else { return };
+    let Some(different) = shared("zero=10,dup=0,text=70,random=20") else { return };
+    let number = |of: &Value, field: &str| of[field].as_u64().unwrap_or_else(|| panic!("no {field} in {of}"));
+    assert!(number(&alike, "merged_bytes") > 8 << 20, "{alike}");
+    assert!(
+        number(&alike, "marked_blocks") > 0 && alike["us_a_merged_page"].as_f64().unwrap() > 0.0,
+        "{alike}"
+    );
+    assert_eq!(number(&alike, "refused_blocks"), 0, "{alike}");
+    // What all guests have alike is their program, less than a block.
+    assert!(number(&different, "marked_blocks") <= 3 && number(&different, "blocks") == 144, "{different}");
+    assert!(number(&different, "merged_bytes") < 1 << 20, "{different}");
+}
+
+#[test]
+fn guests_do_not_share_where_a_stranger_could_be_merged_with_them() {
+    let _alone = alone();
+    if !can("userfaultfd") || !can("ksm") {
+        return;
+    }
+    let stranger = AnonymousMapping::new(ByteCount::mib(2), HugePages::Never).unwrap();
+    stranger.advise_merging(stranger.range(), Merging::Offered).unwrap();
+    let ended = Run::new(&small(&["--seconds", "4", "--share"])).output();
+    drop(stranger);
+    ended.expect_code(2);
+    let words = ended.stderr.trim();
+    assert!(words.contains("KSM knows no domains") && words.lines().count() == 1, "{words}");
     ended.expect_nothing_left();
 }
 

@@ -30,6 +30,8 @@ pub(crate) fn can(capability: &str) -> bool {
         "cgroup" => Some("this user may make no memory cgroup".to_owned()),
         "zram" if is_root() && Path::new("/sys/class/zram-control").exists() => None,
         "zram" => Some("this user may make no zram device, or the kernel has none".to_owned()),
+        "ksm" if is_root() && Path::new("/sys/kernel/mm/ksm/general_profit").exists() => None,
+        "ksm" => Some("not root, or this kernel's KSM does not count its profit".to_owned()),
         "root" if is_root() => None,
         "root" => Some("not root".to_owned()),
         other => panic!("no test knows of {other}"),

@@ -1,0 +1,175 @@
+//! Pages that the demo's guests have in common, kept once while they stay in use.
+//!
+//! Enters: running guests of one sharing domain. Leaves: KSM run over the blocks that have twins, which their VMMs were asked
+//! to mark, and what that saved and cost. At the end KSM is as it was found. What must never happen: a VMM that does not answer
+//! keeps the demo waiting.
+//!
+//! Only a process itself can mark its memory, and a VMM of ours obeys nobody but its starter. That is the demo, so it is here
+//! that our own machines are guided; `plimsoll share` has no line to a machine that somebody else started.
+use super::fleet::{Guest, Merging as Answer, send};
+use super::report::SharingReport;
+use plimsoll_linux::explain;
+use plimsoll_linux::ksm::{Guide, KsmError, Marker, Member, Merged, Options};
+use plimsoll_sys::mapping::Merging;
+use plimsoll_sys::{HvaRange, ProcessId};
+use plimsoll_types::{BLOCK_SIZE, ByteCount, DomainId, Hva, MachineId};
+use plimsoll_vmm::control::{Command, MergeMode, MergeRange, Ram};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+/// Between two looks at what is worth merging. KSM's pace is set at every turn.
+const ROUND: Duration = Duration::from_secs(2);
+/// How long a guest may take until it runs: all of its memory may have to be put in place before.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked whether it does.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How long a VMM may take to mark some blocks, for which it waits for no page.
+const MARK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Guided sharing of the demo's guests.
+pub(super) struct Sharing {
+    guide: Guide,
+    next_round: Instant,
+    blocks: u64,
+    /// Why nothing is shared any more, if so.
+    failed: Option<String>,
+}
+
+impl Sharing {
+    /// Takes KSM for these guests, once they run.
+    pub(super) fn start(guests: &mut [Guest], ids: &[MachineId], domain: DomainId) -> Result<Self, String> {
+        let members = guests.iter_mut().zip(ids).map(|(guest, id)| member(guest, *id, domain));
+        let members: Vec<Member> = members.collect::<Result<_, _>>()?;
+        let bytes = members.iter().flat_map(|member| &member.ranges).map(|range| range.len().0).sum::<u64>();
+        let guide = Guide::start(members, Options::default())
+            .map_err(|error| format!("--share: {}", explain(&error)))?;
+        Ok(Self { guide, next_round: Instant::now(), blocks: bytes / BLOCK_SIZE as u64, failed: None })
+    }
+
+    /// Looks for twins when that is due, and sets KSM's pace.
+    pub(super) fn turn(&mut self) {
+        if self.failed.is_some() {
+            return;
+        }
+        let mut outcome = Ok(());
+        if Instant::now() >= self.next_round {
+            self.next_round = Instant::now() + ROUND;
+            outcome = self.guide.round().map(drop);
+        }
+        match outcome.and_then(|()| self.guide.tick()) {
+            // Everything is unmerged, and merged again once nobody is in the way any more.
+            Ok(_) | Err(KsmError::Domains(_)) => {}
+            Err(error) => self.failed = Some(explain(&error)),
+        }
+    }
+
+    /// Gives KSM back. What is merged stays so until it is written or captured, and goes with its guests.
+    pub(super) fn end(self) -> Result<SharingReport, String> {
+        let report = self.guide.end(Merged::Keep).map_err(|error| explain(&error))?;
+        if let Some(why) = self.failed {
+            return Err(format!("pages were not shared to the end: {why}"));
+        }
+        Ok(SharingReport {
+            saved_bytes: report.saved.bytes().0,
+            merged_bytes: report.merged.bytes().0,
+            marked_blocks: report.seen.marked,
+            blocks: self.blocks,
+            refused_blocks: report.refused,
+            ksmd_cpu_seconds: report.ksmd.as_secs_f64(),
+            looking_cpu_seconds: report.scout.as_secs_f64(),
+            us_a_merged_page: report.cost().map(|cost| cost.as_secs_f64() * 1e6),
+        })
+    }
+}
+
+fn member(guest: &mut Guest, id: MachineId, domain: DomainId) -> Result<Member, String> {
+    let ram = started(guest)?;
+    let range = |ram: &Ram| HvaRange::new(Hva(ram.hva), ByteCount(ram.bytes));
+    let ranges = ram.iter().map(range).collect::<Option<_>>();
+    let ranges = ranges.ok_or_else(|| format!("{} says that its memory is nowhere", guest.name))?;
+    let (control, answers) = guest.merging()?;
+    let process = ProcessId::new(guest.pid()).ok_or_else(|| format!("{} has no process", guest.name))?;
+    let marker: Box<dyn Marker> = Box::new(Asked { ram, control, answers });
+    Ok(Member { id, name: guest.name.clone(), process, domain: Some(domain), ranges, marker: Some(marker) })
+}
+
+/// Waits until a guest runs, and says where its memory is.
+fn started(guest: &mut Guest) -> Result<Vec<Ram>, String> {
+    let begun = Instant::now();
+    loop {
+        let state = guest.state();
+        if !state.ram.is_empty() {
+            return Ok(state.ram);
+        }
+        let ended = state.died.or_else(|| guest.untimely_end());
+        if let Some(why) = ended {
+            return Err(format!("{} did not start: {why}", guest.name));
+        }
+        if begun.elapsed() > START_PATIENCE {
+            return Err(format!("{} did not start within {} s", guest.name, START_PATIENCE.as_secs()));
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Marks through the VMM itself.
+struct Asked {
+    ram: Vec<Ram>,
+    control: UnixStream,
+    answers: Receiver<Answer>,
+}
+
+impl Marker for Asked {
+    fn mark(&mut self, range: HvaRange, merging: Merging) -> io::Result<()> {
+        let nowhere = || io::Error::other(format!("{range} is no memory of the guest's"));
+        let asked = in_guest(&self.ram, range, merging).ok_or_else(nowhere)?;
+        send(&self.control, &Command::Merge(asked))?;
+        let until = Instant::now() + MARK_PATIENCE;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let answer = self.answers.recv_timeout(left).map_err(io::Error::other)?;
+            // Another is one to what was given up.
+            if answer.range == asked {
+                return answer.refused.map_or(Ok(()), |why| Err(io::Error::other(why)));
+            }
+        }
+    }
+}
+
+/// The same range by the guest's addresses.
+fn in_guest(ram: &[Ram], range: HvaRange, merging: Merging) -> Option<MergeRange> {
+    let merging = match merging {
+        Merging::Offered => MergeMode::Offered,
+        Merging::Withdrawn => MergeMode::Withdrawn,
+    };
+    let bytes = range.len().0;
+    ram.iter().find_map(|ram| {
+        let offset = range.start().0.checked_sub(ram.hva)?;
+        let is_inside = offset.checked_add(bytes).is_some_and(|end| end <= ram.bytes);
+        is_inside.then_some(MergeRange { gpa: ram.gpa + offset, bytes, merging })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_asked_for_by_the_guests_addresses_and_only_inside_of_one_region() {
+        const MIB: u64 = 1 << 20;
+        let ram = [
+            Ram { gpa: 0, hva: 0x7000_0000_0000, bytes: 64 * MIB },
+            Ram { gpa: 4096 * MIB, hva: 0x7100_0000_0000, bytes: 64 * MIB },
+        ];
+        let asked = |hva: u64, bytes: u64| {
+            let range = HvaRange::new(Hva(hva), ByteCount(bytes)).unwrap();
+            in_guest(&ram, range, Merging::Offered).map(|asked| (asked.gpa, asked.bytes))
+        };
+        assert_eq!(asked(0x7000_0000_0000 + 2 * MIB, 4 * MIB), Some((2 * MIB, 4 * MIB)));
+        assert_eq!(asked(0x7100_0000_0000 + 62 * MIB, 2 * MIB), Some((4158 * MIB, 2 * MIB)));
+        assert_eq!(asked(0x7000_0000_0000 + 62 * MIB, 4 * MIB), None);
+        assert_eq!(asked(0x6fff_0000_0000, 2 * MIB), None);
+    }
+}
