@@ -14,6 +14,7 @@
 //! * [`AttachLock`] keeps two managers from one machine.
 //! * [`control`] speaks to a machine's own management interface; [`join`](join()) finds who speaks to a given one.
 //! * [`balloon`] decides what to ask of a machine's balloon.
+//! * [`physical`] says where guest RAM lies in the guest.
 //! * [`qmp`] is a client of QEMU's machine protocol for whoever needs one.
 //!
 //! A machine with a hazard (locked, huge or encrypted memory, a device with direct access, no swap) is not refused: it is
@@ -43,6 +44,7 @@ mod inspect;
 mod join;
 mod json;
 mod lock;
+pub mod physical;
 pub mod qmp;
 mod ram;
 mod refusal;

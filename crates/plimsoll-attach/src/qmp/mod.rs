@@ -17,8 +17,12 @@
 //! A QMP monitor serves one client at a time: while another has it, connecting succeeds and the greeting does not come.
 //! So nothing connects unasked, and nobody keeps a connection longer than needed.
 
+mod processors;
 mod queries;
 
+pub use processors::{
+    FlatKind, FlatRange, GENERAL, Registers, SEGMENTS, Segment, parse_flat_view, parse_registers,
+};
 pub use queries::{MemoryBackend, MemoryDevice, MemorySize, Migration, RamBlock, RunState, parse_ram_blocks};
 
 use crate::unix::{connect_within, is_timeout, limit_to};

@@ -143,7 +143,7 @@ impl Qmp {
         Ok(text(&answer, "status").map(|status| Migration { status }))
     }
 
-    fn list<T>(
+    pub(super) fn list<T>(
         &mut self,
         command: &'static str,
         expected: &'static str,
@@ -163,7 +163,7 @@ fn bytes(answer: &Value, key: &str) -> Option<ByteCount> {
     answer.get(key).and_then(Value::as_u64).map(ByteCount)
 }
 
-fn unexpected(command: &'static str, expected: &'static str, answer: &Value) -> QmpError {
+pub(super) fn unexpected(command: &'static str, expected: &'static str, answer: &Value) -> QmpError {
     QmpError::Unexpected { command, expected, found: beginning(&answer.to_string()) }
 }
 
