@@ -28,6 +28,7 @@ compile_error!("plimsoll-sys speaks to 64-bit little-endian Linux kernels only")
 
 pub mod eventfd;
 pub mod fdpass;
+pub mod frames;
 pub mod launch;
 pub mod mapping;
 pub mod pagemap;
