@@ -25,7 +25,7 @@ const KERNEL: u8 = 1;
 /// Tests that need QEMU, libvirt and a stock Linux for guests.
 const STOCK: u8 = 2;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 17] = [
+const LEVELS: [(&str, u8); 18] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-inside", PURE),
@@ -36,6 +36,7 @@ const LEVELS: [(&str, u8); 17] = [
     ("plimsoll-store", PURE),
     ("plimsoll-guest", PURE),
     ("plimsoll-sys", KERNEL),
+    ("plimsoll-inspect", KERNEL),
     ("plimsoll-linux", KERNEL),
     ("plimsoll-vmm", KERNEL),
     ("plimsoll-attach", KERNEL),

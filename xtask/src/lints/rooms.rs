@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use std::fs;
 
 /// Each room and the rooms it may know, lowest first. A new room, or a new arrow, is a decision about the architecture.
-const ARROWS: [(&str, &[&str]); 17] = [
+const ARROWS: [(&str, &[&str]); 18] = [
     ("plimsoll-types", &[]),
     ("plimsoll-inside", &[]),
     ("plimsoll-mmu", &["plimsoll-types"]),
@@ -21,6 +21,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
     ("plimsoll-policy", &["plimsoll-types"]),
     ("plimsoll-sim", &["plimsoll-types", "plimsoll-core", "plimsoll-policy"]),
     ("plimsoll-sys", &["plimsoll-types"]),
+    ("plimsoll-inspect", &["plimsoll-types", "plimsoll-mmu", "plimsoll-sys"]),
     ("plimsoll-linux", &["plimsoll-types", "plimsoll-store", "plimsoll-core", "plimsoll-sys"]),
     (
         "plimsoll-vmm",
@@ -54,10 +55,12 @@ const ARROWS: [(&str, &[&str]); 17] = [
         "plimsoll",
         &[
             "plimsoll-types",
+            "plimsoll-mmu",
             "plimsoll-guest",
             "plimsoll-store",
             "plimsoll-core",
             "plimsoll-sys",
+            "plimsoll-inspect",
             "plimsoll-linux",
             "plimsoll-vmm",
             "plimsoll-attach",
