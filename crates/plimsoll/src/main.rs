@@ -16,6 +16,7 @@ mod share;
 mod signals;
 mod soak;
 mod surface;
+mod tools;
 mod trace;
 mod verb;
 mod vmm;
@@ -49,6 +50,10 @@ enum Verb {
     Replay(replay::ReplayArgs),
     /// Keep equal pages of machines of one sharing domain once, while that pays (KSM).
     Share(share::ShareArgs),
+    /// Follow guest virtual addresses of a running machine through both stages to the host's frames.
+    Translate(tools::translate::TranslateArgs),
+    /// Show a running machine's physical address space, and what the host has under each piece of it.
+    Maps(tools::maps::MapsArgs),
     /// See what a machine's balloon and hot memory offer, and bring them to where they are wanted.
     Guest(guest::GuestArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
@@ -77,6 +82,8 @@ fn main() -> ExitCode {
         Verb::Advise(args) => advise::main(&args),
         Verb::Replay(args) => replay::main(&args),
         Verb::Share(args) => share::main(&args),
+        Verb::Translate(args) => tools::translate::main(&args),
+        Verb::Maps(args) => tools::maps::main(&args),
         Verb::Guest(args) => guest::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),

@@ -1,4 +1,4 @@
-//! `plimsoll attach`, `plimsoll manage`, `plimsoll guest` and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
+//! `plimsoll attach`, `plimsoll manage`, `plimsoll guest`, the tools that see through both stages, and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
 #![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
 mod attach;
 mod cooperation;
@@ -9,7 +9,9 @@ mod liar;
 mod machine;
 mod manage;
 mod manager;
+mod maps;
 mod migration;
 mod plug;
 mod share;
 mod snapshot;
+mod translate;

@@ -1,0 +1,170 @@
+//! The machine that is looked at, and what a walk of its tables begins with.
+//!
+//! Enters: a name and what the operator knows. Leaves: where guest RAM lies in both its address spaces, and a processor's paging: from
+//! the machine's monitor where one is given, by the VMM's rule and from flags otherwise.
+use super::{hex, parse_address, said};
+use plimsoll_attach::physical::{Placed, ask, by_rule};
+use plimsoll_attach::qmp::{Limits, Qmp, Registers};
+use plimsoll_attach::{Dossier, Hazard, Held, Request, find, inspect, parse_range};
+use plimsoll_inspect::{GuestRam, Levels, Outside, Paging, Piece};
+use plimsoll_sys::HvaRange;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(super) struct MachineArgs {
+    /// The machine: its process id, its name or its UUID.
+    machine: String,
+    /// A QMP socket of the machine's that nobody else uses: tells of registers, and of where RAM lies in the guest.
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<PathBuf>,
+    /// Where guest RAM lies, as START-END in hexadecimal, when it cannot be told from outside. May be repeated.
+    #[arg(long = "range", value_name = "START-END", value_parser = parse_range)]
+    ranges: Vec<HvaRange>,
+    /// JSON instead of text.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(clap::Args)]
+pub(super) struct ProcessorArgs {
+    /// The processor whose tables are walked, by its number in QMP: 0 without.
+    #[arg(long, value_name = "N", conflicts_with = "cr3")]
+    cpu: Option<u32>,
+    /// The guest's CR3 in hexadecimal, instead of a processor's.
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
+    cr3: Option<u64>,
+    /// How many levels of tables there are under that CR3: 4 without.
+    #[arg(long, value_name = "4|5", requires = "cr3", value_parser = clap::value_parser!(u8).range(4..=5))]
+    levels: Option<u8>,
+}
+
+/// Whose paging it is.
+pub(super) enum Whose {
+    /// A processor's, with all its registers.
+    Processor(u32, Box<Registers>),
+    /// The operator's word.
+    Given,
+}
+
+/// A machine that is looked at.
+pub(super) struct Machine {
+    held: Held,
+    pub(super) dossier: Dossier,
+    pub(super) qmp: Option<Qmp>,
+    pub(super) placed: Vec<Placed>,
+    pub(super) ram: GuestRam,
+}
+
+impl Machine {
+    pub(super) fn open(args: &MachineArgs) -> Result<Self, String> {
+        let found = find(&args.machine).map_err(said)?.identity;
+        let held = Held::reopen(found.process, found.start).map_err(said)?;
+        let request = Request { ranges: args.ranges.clone(), qmp: args.qmp.clone(), api: None };
+        let dossier = inspect(&held, &request).map_err(said)?;
+        let protected = dossier.hazards.iter().find(|hazard| matches!(hazard, Hazard::Confidential { .. }));
+        if let Some(hazard) = protected {
+            return Err(format!("{} cannot be looked into: {hazard}", dossier.name));
+        }
+        let (qmp, placed) = match &args.qmp {
+            Some(path) => {
+                let mut qmp = Qmp::connect(path, Limits::default()).map_err(said)?;
+                let placed = ask(&mut qmp, &dossier).map_err(said)?;
+                (Some(qmp), placed)
+            }
+            None => (None, by_rule(&held, &dossier).map_err(said)?),
+        };
+        let pieces = placed.iter().map(|piece| Piece { gpa: piece.gpa, hva: piece.hva }).collect();
+        let ram = GuestRam::new(pieces).map_err(said)?;
+        Ok(Self { held, dossier, qmp, placed, ram })
+    }
+
+    /// Its memory.
+    pub(super) fn outside(&self) -> Outside<'_> {
+        Outside::new(self.held.process(), &self.ram)
+    }
+
+    /// Fails unless the machine is still the one that was looked at.
+    pub(super) fn confirm(&self) -> Result<(), String> {
+        self.held.confirm().map_err(said)
+    }
+
+    /// The paging that was asked for.
+    pub(super) fn paging(&mut self, args: &ProcessorArgs) -> Result<(Paging, Whose), String> {
+        if let Some(cr3) = args.cr3 {
+            let levels = if args.levels == Some(5) { Levels::Five } else { Levels::Four };
+            return Ok((Paging::assumed(cr3, levels), Whose::Given));
+        }
+        let Some(qmp) = &mut self.qmp else {
+            return Err(format!(
+                "the registers of {} cannot be told from outside: give its monitor with --qmp, or a CR3 with --cr3",
+                self.dossier.name
+            ));
+        };
+        let all = qmp.processors().map_err(said)?;
+        let number = args.cpu.unwrap_or(0);
+        if !all.contains(&number) {
+            return Err(format!("{} has no processor {number}: it has {all:?}", self.dossier.name));
+        }
+        let registers = qmp.registers(number).map_err(said)?;
+        let paging = paging_of(&registers).map_err(|error| format!("processor {number}: {error}"))?;
+        Ok((paging, Whose::Processor(number, Box::new(registers))))
+    }
+
+    /// The first line of what is shown.
+    pub(super) fn title(&self, paging: &Paging, whose: &Whose) -> String {
+        let whose = match whose {
+            Whose::Processor(number, registers) => {
+                format!("processor {number} at {:#x}, CPL {}", registers.rip, registers.privilege)
+            }
+            Whose::Given => "given".to_owned(),
+        };
+        let (name, vmm, process) = (&self.dossier.name, self.dossier.vmm, self.dossier.identity.process);
+        let levels = levels(paging);
+        format!(
+            "{name}: {vmm}, {process}; CR3 {:#x} ({whose}), {levels} levels; RAM {}",
+            paging.cr3,
+            self.by()
+        )
+    }
+
+    /// By whose word RAM lies where it does.
+    pub(super) fn by(&self) -> &'static str {
+        if self.qmp.is_some() { "as its monitor says" } else { "by rule" }
+    }
+
+    /// The same in one word.
+    pub(super) const fn layout(&self) -> &'static str {
+        if self.qmp.is_some() { "monitor" } else { "rule" }
+    }
+
+    /// The first line as fields.
+    pub(super) fn values(&self, paging: &Paging, whose: &Whose) -> Value {
+        let processor = match whose {
+            Whose::Processor(number, _) => Some(number),
+            Whose::Given => None,
+        };
+        json!({
+            "name": self.dossier.name,
+            "vmm": self.dossier.vmm,
+            "process": self.dossier.identity.process.get(),
+            "processor": processor,
+            "cr3": hex(paging.cr3),
+            "levels": levels(paging),
+            "layout": self.layout(),
+        })
+    }
+}
+
+fn levels(paging: &Paging) -> u8 {
+    match paging.levels {
+        Levels::Four => 4,
+        Levels::Five => 5,
+    }
+}
+
+/// What a walk needs of these registers.
+pub(super) fn paging_of(registers: &Registers) -> Result<Paging, String> {
+    let [cr0, _, cr3, cr4] = registers.control;
+    Paging::of(cr0, cr3, cr4, registers.efer).map_err(said)
+}
