@@ -7,6 +7,7 @@
 //!
 //! * [`GuestRam`]: guest physical addresses, and where they lie in the process. [`Outside`]: tables there, for `plimsoll-mmu`'s walks.
 //! * [`Paging`]: what of a processor's registers a walk needs. [`trace()`]: one address, every entry on its way.
+//! * [`visit()`]: all that the tables map. [`Under`]: how large the host's pages are under that.
 //! * [`HostPage`]: what the host has there. [`Census`]: what it has of a whole range.
 //!
 //! # Known holes
@@ -19,11 +20,15 @@ mod host;
 mod outside;
 mod paging;
 mod ram;
+mod tables;
 mod trace;
+mod under;
 
 pub use census::{Census, MergedError, merged};
 pub use host::{HostPage, State};
 pub use outside::{Outside, Unreadable};
 pub use paging::{Levels, NotLong, Paging};
 pub use ram::{GuestRam, Piece, RamError};
+pub use tables::{Mapped, Tables, Visited, Wrong, visit};
 pub use trace::{Reached, Seen, Stop, Trace, trace};
+pub use under::Under;

@@ -77,6 +77,13 @@ impl GuestRam {
         let end = gpa.0.checked_add(len)?;
         (end <= piece.end()).then(|| Hva(piece.hva.start().0 + (gpa.0 - piece.gpa.0)))
     }
+
+    /// Whether any of `len` bytes from `gpa` on is RAM.
+    pub fn reaches(&self, gpa: Gpa, len: u64) -> bool {
+        let end = gpa.0.saturating_add(len);
+        let first = self.pieces.partition_point(|piece| piece.end() <= gpa.0);
+        self.pieces.get(first).is_some_and(|piece| piece.gpa.0 < end)
+    }
 }
 
 #[cfg(test)]
@@ -97,6 +104,14 @@ mod tests {
         assert_eq!(ram.hva(Gpa(0x10_1ff8), 8), Some(Hva(0xaff8)));
         for gpa in [0x1000, 0xf_ffff, 0x10_2000, u64::MAX, u64::MAX - 8] {
             assert_eq!(ram.hva(Gpa(gpa), 8), None, "{gpa:#x}");
+        }
+        for (gpa, len, reaches) in [
+            (0x1000, 0x1000, false),
+            (0x1000, 0xf_f001, true),
+            (0xfff, 1, true),
+            (0x10_2000, u64::MAX, false),
+        ] {
+            assert_eq!(ram.reaches(Gpa(gpa), len), reaches, "{gpa:#x} {len:#x}");
         }
     }
 

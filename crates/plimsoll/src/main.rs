@@ -54,6 +54,8 @@ enum Verb {
     Translate(tools::translate::TranslateArgs),
     /// Show a running machine's physical address space, and what the host has under each piece of it.
     Maps(tools::maps::MapsArgs),
+    /// Say how many large pages of a running guest are large in the host too, and what the rest costs in TLB reach.
+    Splinter(tools::splinter::SplinterArgs),
     /// See what a machine's balloon and hot memory offer, and bring them to where they are wanted.
     Guest(guest::GuestArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
@@ -84,6 +86,7 @@ fn main() -> ExitCode {
         Verb::Share(args) => share::main(&args),
         Verb::Translate(args) => tools::translate::main(&args),
         Verb::Maps(args) => tools::maps::main(&args),
+        Verb::Splinter(args) => tools::splinter::main(&args),
         Verb::Guest(args) => guest::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),

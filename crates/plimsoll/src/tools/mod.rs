@@ -1,4 +1,4 @@
-//! Tools that see through both stages of a running machine, from outside: `translate`, `maps`.
+//! Tools that see through both stages of a running machine, from outside: `translate`, `maps`, `splinter`.
 //!
 //! Enters: which machine, and addresses. Leaves: what the guest's tables and the host's page map say, as text or one JSON object.
 //! Exit status 1 is for what was looked at and is not there, 2 for what could not be looked at. What must never happen: a byte of
@@ -8,6 +8,7 @@
 mod entry;
 mod machine;
 pub(crate) mod maps;
+pub(crate) mod splinter;
 pub(crate) mod translate;
 
 use plimsoll_linux::explain;

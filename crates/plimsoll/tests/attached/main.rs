@@ -14,4 +14,5 @@ mod migration;
 mod plug;
 mod share;
 mod snapshot;
+mod splinter;
 mod translate;
