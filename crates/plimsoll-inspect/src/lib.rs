@@ -9,6 +9,7 @@
 //! * [`Paging`]: what of a processor's registers a walk needs. [`trace()`]: one address, every entry on its way.
 //! * [`visit()`]: all that the tables map. [`Under`]: how large the host's pages are under that.
 //! * [`HostPage`]: what the host has there. [`Census`]: what it has of a whole range.
+//! * [`audit()`]: which frames machines have, and which of them must not be shared.
 //!
 //! # Known holes
 //!
@@ -18,6 +19,7 @@
 mod census;
 mod host;
 mod outside;
+mod owners;
 mod paging;
 mod ram;
 mod tables;
@@ -27,6 +29,7 @@ mod under;
 pub use census::{Census, MergedError, merged};
 pub use host::{HostPage, State};
 pub use outside::{Outside, Unreadable};
+pub use owners::{Audit, AuditError, Held, Owner, Shared, audit};
 pub use paging::{Levels, NotLong, Paging};
 pub use ram::{GuestRam, Piece, RamError};
 pub use tables::{Mapped, Tables, Visited, Wrong, visit};

@@ -56,6 +56,8 @@ enum Verb {
     Maps(tools::maps::MapsArgs),
     /// Say how many large pages of a running guest are large in the host too, and what the rest costs in TLB reach.
     Splinter(tools::splinter::SplinterArgs),
+    /// Check that machines' frames are disjoint, but for what a sharing domain shares.
+    Audit(tools::audit::AuditArgs),
     /// See what a machine's balloon and hot memory offer, and bring them to where they are wanted.
     Guest(guest::GuestArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
@@ -87,6 +89,7 @@ fn main() -> ExitCode {
         Verb::Translate(args) => tools::translate::main(&args),
         Verb::Maps(args) => tools::maps::main(&args),
         Verb::Splinter(args) => tools::splinter::main(&args),
+        Verb::Audit(args) => tools::audit::main(&args),
         Verb::Guest(args) => guest::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),

@@ -1,10 +1,11 @@
-//! Tools that see through both stages of a running machine, from outside: `translate`, `maps`, `splinter`.
+//! Tools that see through both stages of a running machine, from outside: `translate`, `maps`, `splinter`, `audit`.
 //!
 //! Enters: which machine, and addresses. Leaves: what the guest's tables and the host's page map say, as text or one JSON object.
 //! Exit status 1 is for what was looked at and is not there, 2 for what could not be looked at. What must never happen: a byte of
 //! the guest changed, or the guest's word taken for an address that was not looked up.
 //!
 //! [`machine`]: the machine and its registers. [`entry`]: an entry of a table in words.
+pub(crate) mod audit;
 mod entry;
 mod machine;
 pub(crate) mod maps;

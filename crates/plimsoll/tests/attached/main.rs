@@ -1,6 +1,7 @@
 //! `plimsoll attach`, `plimsoll manage`, `plimsoll guest`, the tools that see through both stages, and `plimsoll demo --linux` over stock Linux guests in an unmodified QEMU, which verify what they read.
 #![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
 mod attach;
+mod audit;
 mod cooperation;
 mod demo;
 mod hinting;

@@ -1,0 +1,203 @@
+//! `plimsoll audit`: the frames of all machines are disjoint, but for what a sharing domain shares.
+use super::{end, hex, said};
+use plimsoll_attach::vmm::Vmm;
+use plimsoll_attach::{Dossier, Held, Identity, Request, discover, find, inspect};
+use plimsoll_inspect::{Audit, Census, Owner, Shared, audit};
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::frames::Frames;
+use plimsoll_sys::pagemap::Pagemap;
+use plimsoll_types::PageCount;
+use serde_json::{Value, json};
+use std::io::{Write, stdout};
+use std::process::ExitCode;
+
+/// Violations that are told of as text.
+const SHOWN_MAX: usize = 16;
+
+#[derive(clap::Args)]
+pub(crate) struct AuditArgs {
+    /// The machines: process ids, names or UUIDs. Without any: all of this host.
+    machines: Vec<String>,
+    /// Machines that may share merged pages with each other, separated by commas. May be repeated; a machine of none is a domain of its
+    /// own.
+    #[arg(long = "domain", value_name = "NAME,NAME...")]
+    domains: Vec<String>,
+    /// JSON instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn main(args: &AuditArgs) -> ExitCode {
+    end("audit", run(args))
+}
+
+/// A machine that is audited.
+struct Machine {
+    held: Held,
+    dossier: Dossier,
+    pagemap: Pagemap,
+    ranges: Vec<HvaRange>,
+    domain: usize,
+    census: Census,
+}
+
+fn run(args: &AuditArgs) -> Result<ExitCode, String> {
+    let (mut machines, left_out) = machines(&args.machines)?;
+    for (number, domain) in (machines.len()..).zip(&args.domains) {
+        join(&mut machines, domain, number)?;
+    }
+    for machine in &mut machines {
+        for range in &machine.ranges {
+            machine.census += Census::take(&machine.pagemap, *range).map_err(said)?;
+        }
+    }
+    let owners: Vec<Owner<'_>> = machines
+        .iter()
+        .map(|machine| Owner { pagemap: &machine.pagemap, ranges: &machine.ranges, domain: machine.domain })
+        .collect();
+    let found = audit(&owners, &Frames::open().map_err(said)?).map_err(said)?;
+    for machine in &machines {
+        machine.held.confirm().map_err(said)?;
+    }
+    let shown = match args.json {
+        true => format!("{}\n", values(&machines, &left_out, &found)),
+        false => text(&machines, &left_out, &found),
+    };
+    stdout().write_all(shown.as_bytes()).map_err(said)?;
+    Ok(if found.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The machines that were asked for, or all; and why some of all are left out.
+fn machines(wanted: &[String]) -> Result<(Vec<Machine>, Vec<String>), String> {
+    let (mut machines, mut left_out) = (Vec::new(), Vec::new());
+    if wanted.is_empty() {
+        let found = discover().map_err(said)?;
+        if found.unreadable > 0 {
+            left_out.push(format!("{} machines of other users", found.unreadable));
+        }
+        for sighting in found.machines {
+            match open(sighting.identity, machines.len()) {
+                Ok(machine) => machines.push(machine),
+                Err(why) => left_out.push(format!("{}: {why}", sighting.name)),
+            }
+        }
+    }
+    for name in wanted {
+        let identity = find(name).map_err(said)?.identity;
+        if machines.iter().any(|machine: &Machine| machine.dossier.identity == identity) {
+            return Err(format!("{name} is named twice"));
+        }
+        machines.push(open(identity, machines.len())?);
+    }
+    Ok((machines, left_out))
+}
+
+fn open(identity: Identity, domain: usize) -> Result<Machine, String> {
+    let held = Held::reopen(identity.process, identity.start).map_err(said)?;
+    let dossier = inspect(&held, &Request::default()).map_err(said)?;
+    if dossier.vmm == Vmm::Plimsoll {
+        return Err("its pager has its memory, and audits that itself".to_owned());
+    }
+    let pagemap = Pagemap::open(identity.process).map_err(said)?;
+    let ranges = dossier.ram.iter().map(|range| range.hva).collect();
+    Ok(Machine { held, dossier, pagemap, ranges, domain, census: Census::default() })
+}
+
+/// Puts the machines of a list into one domain.
+fn join(machines: &mut [Machine], names: &str, domain: usize) -> Result<(), String> {
+    for name in names.split(',').filter(|name| !name.is_empty()) {
+        let is_it = |machine: &&mut Machine| {
+            let Dossier { name: own, uuid, identity, .. } = &machine.dossier;
+            own == name || uuid.as_deref() == Some(name) || identity.process.get().to_string() == name
+        };
+        let mut found = machines.iter_mut().filter(is_it);
+        match (found.next(), found.next()) {
+            (Some(machine), None) => machine.domain = domain,
+            (Some(_), Some(_)) => {
+                return Err(format!("several machines are called {name}: give process ids"));
+            }
+            (None, _) => {
+                return Err(format!("{name} of --domain is not among the machines that are audited"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A frame that must not be shared, in a sentence.
+fn complaint(machines: &[Machine], shared: &Shared) -> String {
+    let pages = shared.pages.iter().filter_map(|held| {
+        let machine = machines.get(held.machine)?;
+        Some(format!("{} at {:#x}", machine.dossier.name, held.hva.0))
+    });
+    let how =
+        if shared.is_merged { "was merged across sharing domains" } else { "belongs to more than one page" };
+    format!("frame {:#x} {how}: {}", shared.frame.0, pages.collect::<Vec<_>>().join(", "))
+}
+
+fn text(machines: &[Machine], left_out: &[String], found: &Audit) -> String {
+    let width = machines.iter().map(|machine| machine.dossier.name.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for machine in machines {
+        let Census { present, zero, swapped, absent, .. } = machine.census;
+        text += &format!(
+            "{:<width$}  {}: {present} present, {zero} zero, {swapped} swapped, {absent} absent\n",
+            machine.dossier.name,
+            machine.census.total()
+        );
+    }
+    let [frames, merged] = [found.frames, found.merged].map(|count| PageCount(count).bytes());
+    text += &format!("{frames} in frames; {merged} of the machines' pages share one as they may\n");
+    if found.passing > 0 {
+        text += &format!("{} frames changed hands while they were looked at\n", found.passing);
+    }
+    left_out.iter().for_each(|why| text += &format!("left out: {why}\n"));
+    let shown = found.violations.iter().take(SHOWN_MAX);
+    shown.for_each(|shared| text += &format!("violation: {}\n", complaint(machines, shared)));
+    if found.violations.len() > SHOWN_MAX {
+        text += &format!("violation: {} frames more, see --json\n", found.violations.len() - SHOWN_MAX);
+    }
+    text + match (found.violations.len(), machines.len()) {
+        (0, 0) => "there is no machine to audit\n",
+        (0, _) => "no frame is shared that must not be\n",
+        _ => "frames are shared that must not be\n",
+    }
+}
+
+fn values(machines: &[Machine], left_out: &[String], found: &Audit) -> Value {
+    let machine = |machine: &Machine| {
+        let Census { present, huge, zero, swapped, absent } = machine.census;
+        json!({
+            "name": machine.dossier.name,
+            "process": machine.dossier.identity.process.get(),
+            "domain": machine.domain,
+            "size": machine.census.total().0,
+            "present_bytes": present.0,
+            "huge_bytes": huge.0,
+            "zero_bytes": zero.0,
+            "swapped_bytes": swapped.0,
+            "absent_bytes": absent.0,
+        })
+    };
+    let violation = |shared: &Shared| {
+        let pages = shared.pages.iter().filter_map(|held| {
+            let name = &machines.get(held.machine)?.dossier.name;
+            Some(json!({ "name": name, "hva": hex(held.hva.0) }))
+        });
+        let pages: Vec<Value> = pages.collect();
+        json!({
+            "frame": hex(shared.frame.0),
+            "merged": shared.is_merged,
+            "pages": pages,
+            "text": complaint(machines, shared),
+        })
+    };
+    json!({
+        "machines": machines.iter().map(machine).collect::<Vec<_>>(),
+        "left_out": left_out,
+        "frames": found.frames,
+        "merged_pages": found.merged,
+        "passing": found.passing,
+        "violations": found.violations.iter().map(violation).collect::<Vec<_>>(),
+    })
+}
