@@ -29,6 +29,7 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (1, "ksm", is_root() && can_merge()),
         (2, "qemu", is_there("qemu-system-x86_64")),
         (2, "libvirt", has_libvirt),
+        (2, "gdb", is_there("gdb")),
         (2, "cloud-kernel", has_kernel()),
     ]
     .map(|(level, name, is_here)| Capability { name, level, is_here })

@@ -10,6 +10,7 @@
 //! * [`visit()`]: all that the tables map. [`Under`]: how large the host's pages are under that.
 //! * [`HostPage`]: what the host has there. [`Census`]: what it has of a whole range.
 //! * [`audit()`]: which frames machines have, and which of them must not be shared.
+//! * [`headers()`]: a core file of it all.
 //!
 //! # Known holes
 //!
@@ -17,6 +18,7 @@
 //!   what the processor would refuse as reserved is refused here as outside of RAM.
 //! * What is read of a running guest is as old as the read. Entries of one walk may be of different moments.
 mod census;
+mod elf;
 mod host;
 mod outside;
 mod owners;
@@ -27,11 +29,12 @@ mod trace;
 mod under;
 
 pub use census::{Census, MergedError, merged};
+pub use elf::{Load, headers, note};
 pub use host::{HostPage, State};
 pub use outside::{Outside, Unreadable};
 pub use owners::{Audit, AuditError, Held, Owner, Shared, audit};
 pub use paging::{Levels, NotLong, Paging};
-pub use ram::{GuestRam, Piece, RamError};
+pub use ram::{GuestRam, Part, Piece, RamError};
 pub use tables::{Mapped, Tables, Visited, Wrong, visit};
 pub use trace::{Reached, Seen, Stop, Trace, trace};
 pub use under::Under;

@@ -18,6 +18,17 @@ impl Piece {
     }
 }
 
+/// A part of guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Where the guest has it.
+    pub gpa: Gpa,
+    /// Where it lies in the process.
+    pub hva: HvaRange,
+    /// Where it would be if all RAM lay together.
+    pub offset: u64,
+}
+
 /// Pieces that are no RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -78,6 +89,20 @@ impl GuestRam {
         (end <= piece.end()).then(|| Hva(piece.hva.start().0 + (gpa.0 - piece.gpa.0)))
     }
 
+    /// The parts of `len` bytes from `gpa` on that are RAM, and where each would be if all RAM lay together, lowest first.
+    pub fn parts(&self, gpa: Gpa, len: u64) -> impl Iterator<Item = Part> {
+        let end = gpa.0.saturating_add(len);
+        let mut before = 0;
+        self.pieces.iter().filter_map(move |piece| {
+            let (from, to) = (piece.gpa.0.max(gpa.0), piece.end().min(end));
+            let offset = before + from.saturating_sub(piece.gpa.0);
+            before += piece.hva.len().0;
+            let hva = Hva(piece.hva.start().0 + from.saturating_sub(piece.gpa.0));
+            let hva = HvaRange::new(hva, ByteCount(to.checked_sub(from)?)).filter(|hva| !hva.is_empty())?;
+            Some(Part { gpa: Gpa(from), hva, offset })
+        })
+    }
+
     /// Whether any of `len` bytes from `gpa` on is RAM.
     pub fn reaches(&self, gpa: Gpa, len: u64) -> bool {
         let end = gpa.0.saturating_add(len);
@@ -113,6 +138,17 @@ mod tests {
         ] {
             assert_eq!(ram.reaches(Gpa(gpa), len), reaches, "{gpa:#x} {len:#x}");
         }
+    }
+
+    #[test]
+    fn parts_leave_out_what_is_no_ram() {
+        let ram = GuestRam::new(vec![piece(0, 0x5000, 0x2000), piece(0x4000, 0x9000, 0x1000)]).unwrap();
+        let parts: Vec<_> = ram
+            .parts(Gpa(0x1000), 0x10_0000)
+            .map(|part| (part.gpa.0, part.hva.start().0, part.hva.len().0, part.offset))
+            .collect();
+        assert_eq!(parts, [(0x1000, 0x6000, 0x1000, 0x1000), (0x4000, 0x9000, 0x1000, 0x2000)]);
+        assert_eq!(ram.parts(Gpa(0x2000), 0x2000).count(), 0);
     }
 
     #[test]

@@ -58,6 +58,8 @@ enum Verb {
     Splinter(tools::splinter::SplinterArgs),
     /// Check that machines' frames are disjoint, but for what a sharing domain shares.
     Audit(tools::audit::AuditArgs),
+    /// Write a running machine's memory and registers as an ELF core file.
+    Dump(tools::dump::DumpArgs),
     /// See what a machine's balloon and hot memory offer, and bring them to where they are wanted.
     Guest(guest::GuestArgs),
     /// Qualify a host: crash, squeeze, delay and refuse at random while guests check every byte.
@@ -90,6 +92,7 @@ fn main() -> ExitCode {
         Verb::Maps(args) => tools::maps::main(&args),
         Verb::Splinter(args) => tools::splinter::main(&args),
         Verb::Audit(args) => tools::audit::main(&args),
+        Verb::Dump(args) => tools::dump::main(&args),
         Verb::Guest(args) => guest::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Host(args) => host::main(&args),

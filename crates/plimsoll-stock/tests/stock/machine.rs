@@ -19,6 +19,7 @@ pub(crate) fn can(capabilities: &[&str]) -> bool {
     for &capability in capabilities {
         let missing = match capability {
             "qemu" => absent("qemu-system-x86_64"),
+            "gdb" => absent("gdb"),
             "libvirt" => absent("libvirtd").or_else(|| absent("virtlogd")).or_else(|| absent("virsh")),
             "cloud-kernel" => Kernel::find().err().map(|error| error.to_string()),
             "root" => (!rustix::process::geteuid().is_root()).then(|| "not root".to_owned()),

@@ -39,6 +39,19 @@ pub(super) struct ProcessorArgs {
     levels: Option<u8>,
 }
 
+impl ProcessorArgs {
+    /// The paging that the operator gives.
+    pub(super) fn given(&self) -> Option<Paging> {
+        let levels = if self.levels == Some(5) { Levels::Five } else { Levels::Four };
+        self.cr3.map(|cr3| Paging::assumed(cr3, levels))
+    }
+
+    /// The processor's number.
+    pub(super) fn number(&self) -> u32 {
+        self.cpu.unwrap_or(0)
+    }
+}
+
 /// Whose paging it is.
 pub(super) enum Whose {
     /// A processor's, with all its registers.
@@ -91,9 +104,8 @@ impl Machine {
 
     /// The paging that was asked for.
     pub(super) fn paging(&mut self, args: &ProcessorArgs) -> Result<(Paging, Whose), String> {
-        if let Some(cr3) = args.cr3 {
-            let levels = if args.levels == Some(5) { Levels::Five } else { Levels::Four };
-            return Ok((Paging::assumed(cr3, levels), Whose::Given));
+        if let Some(given) = args.given() {
+            return Ok((given, Whose::Given));
         }
         let Some(qmp) = &mut self.qmp else {
             return Err(format!(
@@ -102,7 +114,7 @@ impl Machine {
             ));
         };
         let all = qmp.processors().map_err(said)?;
-        let number = args.cpu.unwrap_or(0);
+        let number = args.number();
         if !all.contains(&number) {
             return Err(format!("{} has no processor {number}: it has {all:?}", self.dossier.name));
         }

@@ -1,4 +1,4 @@
-//! Tools that see through both stages of a running machine, from outside: `translate`, `maps`, `splinter`, `audit`.
+//! Tools that see through both stages of a running machine, from outside: `translate`, `maps`, `splinter`, `audit`, `dump`.
 //!
 //! Enters: which machine, and addresses. Leaves: what the guest's tables and the host's page map say, as text or one JSON object.
 //! Exit status 1 is for what was looked at and is not there, 2 for what could not be looked at. What must never happen: a byte of
@@ -6,6 +6,7 @@
 //!
 //! [`machine`]: the machine and its registers. [`entry`]: an entry of a table in words.
 pub(crate) mod audit;
+pub(crate) mod dump;
 mod entry;
 mod machine;
 pub(crate) mod maps;

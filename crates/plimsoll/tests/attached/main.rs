@@ -4,6 +4,7 @@ mod attach;
 mod audit;
 mod cooperation;
 mod demo;
+mod dump;
 mod hinting;
 mod liar;
 #[path = "../../../plimsoll-stock/tests/stock/machine.rs"]

@@ -1,0 +1,182 @@
+//! Bytes of guest RAM into a file. What is absent or zero is a hole in the file.
+use super::super::said;
+use super::Machine;
+use crate::demo::Interrupt;
+use indicatif::ProgressBar;
+use plimsoll_attach::RamBacking;
+use plimsoll_inspect::{Load, Outside};
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::pagemap::{Categories, Filter, Pagemap};
+use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
+use std::fs::{File, OpenOptions};
+use std::io::IsTerminal;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Read at once.
+const STEP: u64 = 1 << 20;
+
+/// A file that goes again unless it is kept.
+pub(super) struct Unfinished {
+    path: PathBuf,
+    file: File,
+    is_kept: AtomicBool,
+}
+
+impl Unfinished {
+    /// For nobody else's eyes: it holds what the guest holds.
+    pub(super) fn create(path: &Path) -> Result<Self, String> {
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(|error| format!("cannot make {}: {error}", path.display()))?;
+        Ok(Self { path: path.to_owned(), file, is_kept: AtomicBool::new(false) })
+    }
+
+    pub(super) fn keep(&self) {
+        self.is_kept.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.is_kept.load(Ordering::Relaxed) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// A copy on its way.
+pub(super) struct Copied<'a> {
+    machine: &'a Machine,
+    interrupt: &'a Interrupt,
+    pagemap: Pagemap,
+    file: &'a Unfinished,
+    /// Pages wait here, with where they belong, while the machine stands still.
+    kept: Option<Vec<(u64, Vec<u8>)>>,
+    written: ByteCount,
+}
+
+impl<'a> Copied<'a> {
+    pub(super) fn new(
+        machine: &'a Machine,
+        interrupt: &'a Interrupt,
+        in_memory_first: bool,
+        file: &'a Unfinished,
+    ) -> Result<Self, String> {
+        let pagemap = Pagemap::open(machine.dossier.identity.process).map_err(said)?;
+        let kept = in_memory_first.then(Vec::new);
+        Ok(Self { machine, interrupt, pagemap, file, kept, written: ByteCount(0) })
+    }
+
+    /// Copies what these name, once, to where it belongs behind `content`.
+    pub(super) fn copy(&mut self, loads: &[Load], content: u64) -> Result<(), String> {
+        let mut wanted: Vec<(u64, u64)> =
+            loads.iter().map(|load| (load.gpa.0, load.gpa.0 + load.len)).collect();
+        wanted.sort_unstable();
+        wanted.dedup_by(|next, last| {
+            let touches = next.0 <= last.1;
+            if touches {
+                last.1 = last.1.max(next.1);
+            }
+            touches
+        });
+        let all = wanted.iter().map(|(from, to)| to - from).sum();
+        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(all) } else { ProgressBar::hidden() };
+        for (from, to) in wanted {
+            for part in self.machine.ram.parts(Gpa(from), to - from) {
+                for (start, len) in self.populated(part.hva)? {
+                    let skip = start - part.hva.start().0;
+                    self.range(Gpa(part.gpa.0 + skip), len, content + part.offset + skip)?;
+                }
+                bar.inc(part.hva.len().0);
+            }
+        }
+        bar.finish_and_clear();
+        Ok(())
+    }
+
+    /// Where there is something to read. Of shared memory the page map does not show what is in swap, so all of it is read.
+    fn populated(&self, range: HvaRange) -> Result<Vec<(u64, u64)>, String> {
+        let mut ram = self.machine.dossier.ram.iter();
+        let is_private =
+            ram.any(|ram| ram.hva.contains(range) && ram.backing == RamBacking::PrivateAnonymous);
+        if !is_private {
+            return Ok(vec![(range.start().0, range.len().0)]);
+        }
+        let mut found = Vec::new();
+        let told = Categories::ZERO_PAGE;
+        let filter = Filter {
+            all_of: Categories::empty(),
+            any_of: Categories::PRESENT | Categories::SWAPPED,
+            report: told,
+        };
+        let scanned = self.pagemap.scan(range, filter, |run| {
+            if run.categories.is_empty() {
+                found.push((run.range.start().0, run.range.len().0));
+            }
+        });
+        scanned.map(|()| found).map_err(said)
+    }
+
+    fn range(&mut self, gpa: Gpa, len: u64, at: u64) -> Result<(), String> {
+        let outside: Outside<'_> = self.machine.outside();
+        let mut done = 0;
+        while done < len {
+            if self.interrupt.is_set() {
+                return Err("a signal asked for the end; nothing is left of the file".to_owned());
+            }
+            let step = (len - done).min(STEP);
+            let mut bytes = vec![0; usize::try_from(step).map_err(said)?];
+            outside.bytes(Gpa(gpa.0 + done), &mut bytes).map_err(said)?;
+            for (place, page) in (0..).zip(bytes.chunks(PAGE_SIZE)) {
+                if page.iter().any(|byte| *byte != 0) {
+                    let at = at + done + place * PAGE_SIZE as u64;
+                    self.written += ByteCount(page.len() as u64);
+                    match &mut self.kept {
+                        Some(kept) => kept.push((at, page.to_vec())),
+                        None => self.write(page, at)?,
+                    }
+                }
+            }
+            done += step;
+        }
+        Ok(())
+    }
+
+    fn write(&self, bytes: &[u8], at: u64) -> Result<(), String> {
+        let path = self.file.path.display();
+        self.file.file.write_all_at(bytes, at).map_err(|error| format!("cannot write {path}: {error}"))
+    }
+
+    /// Writes what waits, and the beginning; the file has its whole length then. Gives what in it is not zero.
+    pub(super) fn finish(mut self, head: &[u8], ram: ByteCount) -> Result<ByteCount, String> {
+        for (at, page) in self.kept.take().unwrap_or_default() {
+            self.write(&page, at)?;
+        }
+        self.write(head, 0)?;
+        let len = head.len() as u64 + ram.0;
+        self.file
+            .file
+            .set_len(len)
+            .map_err(|error| format!("cannot write {}: {error}", self.file.path.display()))?;
+        Ok(self.written)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_there_only_if_it_was_kept_and_never_written_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("core");
+        drop(Unfinished::create(&path).unwrap());
+        assert!(!path.exists());
+        let file = Unfinished::create(&path).unwrap();
+        file.keep();
+        drop(file);
+        assert!(Unfinished::create(&path).is_err_and(|why| why.contains("cannot make")));
+        assert!(path.exists());
+    }
+}

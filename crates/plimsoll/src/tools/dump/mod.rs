@@ -1,0 +1,243 @@
+//! `plimsoll dump`: memory and registers of a running machine as an ELF core file.
+//!
+//! Enters: a machine, what of it is wanted, and a path that is not there yet. Leaves: a whole file, or none. What must never happen: a
+//! machine that stays paused after this has ended in any way it can notice, or a file that is overwritten.
+//!
+//! [`notes`]: registers. [`copy`]: bytes.
+mod copy;
+mod notes;
+
+use super::machine::{Machine, MachineArgs, ProcessorArgs, paging_of};
+use super::{end, said};
+use crate::demo::Interrupt;
+use copy::{Copied, Unfinished};
+use plimsoll_attach::qmp::{Qmp, Registers};
+use plimsoll_inspect::{Load, Paging, headers, trace, visit};
+use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = PAGE_SIZE as u64;
+/// Around a stack pointer: a stack of Linux has four pages, and absent ones on both sides.
+const STACK_PAGES: u64 = 8;
+
+#[derive(clap::Args)]
+pub(crate) struct DumpArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    /// The file; it must not be there yet.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// All RAM by physical addresses, all that the kernel's half of the address space maps, or registers and kernel stacks.
+    #[arg(long, value_enum, default_value = "all")]
+    kind: Kind,
+    /// Stop the machine while its memory is copied, into memory first, so that all is of one moment. Needs --qmp.
+    #[arg(long)]
+    paused: bool,
+    #[command(flatten)]
+    processor: ProcessorArgs,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Kind {
+    All,
+    Kernel,
+    Stacks,
+}
+
+pub(crate) fn main(args: &DumpArgs) -> ExitCode {
+    end("dump", run(args))
+}
+
+/// A monitor, and whether the machine is to go on when it is let go.
+struct Monitor {
+    qmp: Qmp,
+    stopped: Option<Instant>,
+}
+
+impl Monitor {
+    fn stop(&mut self) -> Result<(), String> {
+        if self.qmp.run_state().map_err(said)?.running {
+            // From here on it is let go on, whatever becomes of the command.
+            self.stopped = Some(Instant::now());
+            self.qmp.stop().map_err(said)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the machine go on and says how long it stood still.
+    fn resume(&mut self) -> Result<Option<Duration>, String> {
+        let Some(since) = self.stopped else { return Ok(None) };
+        self.qmp.resume().map_err(said)?;
+        self.stopped = None;
+        Ok(Some(since.elapsed()))
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        if let Err(error) = self.resume() {
+            eprintln!("plimsoll dump: the machine may stand still: {error}; let it go on with `cont`");
+        }
+    }
+}
+
+fn run(args: &DumpArgs) -> Result<ExitCode, String> {
+    let interrupt = Interrupt::install()?;
+    let mut machine = Machine::open(&args.machine)?;
+    let mut monitor = machine.qmp.take().map(|qmp| Monitor { qmp, stopped: None });
+    if monitor.is_none() && (args.paused || args.kind == Kind::Stacks) {
+        return Err("it takes the machine's monitor for that: give it with --qmp".to_owned());
+    }
+    let file = Unfinished::create(&args.output)?;
+    if let Some(monitor) = monitor.as_mut().filter(|_| args.paused) {
+        monitor.stop()?;
+    }
+    let processors = match &mut monitor {
+        Some(monitor) => registers(&mut monitor.qmp)?,
+        None => Vec::new(),
+    };
+    let (mut loads, wrongs) = match args.kind {
+        Kind::All => (all(&machine), Vec::new()),
+        Kind::Kernel => kernel(&machine, &paging(args, &processors)?),
+        Kind::Stacks => (stacks(&machine, &processors), Vec::new()),
+    };
+    join(&mut loads);
+    let mut copied = Copied::new(&machine, &interrupt, args.paused, &file)?;
+    let notes: Vec<u8> =
+        processors.iter().flat_map(|(number, registers)| notes::notes(*number, registers)).collect();
+    let head = headers(&loads, &notes);
+    copied.copy(&loads, head.len() as u64)?;
+    let paused = match &mut monitor {
+        Some(monitor) => monitor.resume()?,
+        None => None,
+    };
+    machine.confirm()?;
+    let written = copied.finish(&head, machine.ram.size())?;
+    file.keep();
+    say(args, &machine, loads.len(), written, paused, &wrongs);
+    Ok(if wrongs.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn registers(qmp: &mut Qmp) -> Result<Vec<(u32, Registers)>, String> {
+    let numbers = qmp.processors().map_err(said)?;
+    numbers.into_iter().map(|number| Ok((number, qmp.registers(number).map_err(said)?))).collect()
+}
+
+fn paging(args: &DumpArgs, processors: &[(u32, Registers)]) -> Result<Paging, String> {
+    if let Some(given) = args.processor.given() {
+        return Ok(given);
+    }
+    let number = args.processor.number();
+    let found = processors.iter().find(|(other, _)| *other == number);
+    let (_, registers) = found.ok_or_else(|| {
+        format!("there are no registers of processor {number}: give --qmp, or a CR3 with --cr3")
+    })?;
+    paging_of(registers)
+}
+
+/// All RAM, where the guest has it physically.
+fn all(machine: &Machine) -> Vec<Load> {
+    let parts = machine.ram.parts(Gpa(0), u64::MAX);
+    parts
+        .map(|part| Load { gva: part.gpa.0, gpa: part.gpa, len: part.hva.len().0, offset: part.offset })
+        .collect()
+}
+
+/// RAM that the upper half of the address space maps, and what is wrong with the tables.
+fn kernel(machine: &Machine, paging: &Paging) -> (Vec<Load>, Vec<String>) {
+    let mut loads = Vec::new();
+    let visited = visit(&machine.outside(), paging, |mapped| {
+        if mapped.gva >> 63 == 1 {
+            add(&mut loads, machine, mapped.gva, mapped.gpa, 1u64.checked_shl(mapped.shift).unwrap_or(0));
+        }
+    });
+    (loads, visited.wrongs.iter().map(ToString::to_string).collect())
+}
+
+fn add(loads: &mut Vec<Load>, machine: &Machine, gva: u64, gpa: Gpa, len: u64) {
+    loads.extend(machine.ram.parts(gpa, len).map(|part| Load {
+        gva: gva + (part.gpa.0 - gpa.0),
+        gpa: part.gpa,
+        len: part.hva.len().0,
+        offset: part.offset,
+    }));
+}
+
+/// The pages around each processor's stack pointer and instruction, and around the stacks that its task state names.
+fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Vec<Load> {
+    let outside = machine.outside();
+    let mut loads = Vec::new();
+    for (_, registers) in processors {
+        let Ok(paging) = paging_of(registers) else { continue };
+        let page_of = |gva: u64| {
+            let reached = trace(&outside, &paging, gva / PAGE * PAGE).end.ok()?;
+            Some(reached.gpa)
+        };
+        let word = |gva: u64| {
+            let gpa = trace(&outside, &paging, gva).end.ok()?.gpa;
+            let mut bytes = [0; 8];
+            outside.bytes(gpa, &mut bytes).ok()?;
+            Some(u64::from_le_bytes(bytes))
+        };
+        let [.., task] = registers.segments;
+        // RSP0 to RSP2 at 4, IST1 to IST7 at 36 (SDM vol. 3, figure "64-Bit TSS Format").
+        let named = [4, 12, 20].into_iter().chain((0..7).map(|stack| 36 + 8 * stack));
+        let tops = named.filter_map(|at| word(task.base.checked_add(at)?)?.checked_sub(8));
+        for pointer in [registers.general[7]].into_iter().chain(tops) {
+            let around = |step: fn(u64, u64) -> u64| {
+                let pages = (0..STACK_PAGES).map(move |count| step(pointer / PAGE * PAGE, count * PAGE));
+                pages.map_while(|gva| Some((gva, page_of(gva)?))).collect::<Vec<_>>()
+            };
+            for (gva, gpa) in around(u64::wrapping_sub).into_iter().chain(around(u64::wrapping_add)) {
+                add(&mut loads, machine, gva, gpa, PAGE);
+            }
+        }
+        let code = registers.rip / PAGE * PAGE;
+        page_of(code).into_iter().for_each(|gpa| add(&mut loads, machine, code, gpa, PAGE));
+    }
+    loads.sort_by_key(|load| load.gva);
+    loads.dedup_by_key(|load| load.gva);
+    loads
+}
+
+/// Loads that go on where the one before ends, in both address spaces, become one.
+fn join(loads: &mut Vec<Load>) {
+    loads.dedup_by(|next, load| {
+        let goes_on = load.gva.checked_add(load.len) == Some(next.gva)
+            && load.gpa.0 + load.len == next.gpa.0
+            && load.offset + load.len == next.offset;
+        if goes_on {
+            load.len += next.len;
+        }
+        goes_on
+    });
+}
+
+fn say(
+    args: &DumpArgs,
+    machine: &Machine,
+    loads: usize,
+    written: ByteCount,
+    paused: Option<Duration>,
+    wrongs: &[String],
+) {
+    let name = &machine.dossier.name;
+    if args.machine.json {
+        let value = json!({
+            "name": name,
+            "file": args.output,
+            "loads": loads,
+            "written_bytes": written.0,
+            "paused_seconds": paused.map(|paused| paused.as_secs_f64()),
+            "wrongs": wrongs,
+        });
+        return println!("{value}");
+    }
+    let stood =
+        paused.map_or_else(String::new, |paused| format!("; it stood still for {} ms", paused.as_millis()));
+    println!("{name}: {written} that are not zero, in {loads} segments, in {}{stood}", args.output.display());
+    wrongs.iter().for_each(|wrong| println!("  wrong: {wrong}"));
+}
