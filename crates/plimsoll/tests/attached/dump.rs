@@ -1,5 +1,5 @@
 //! `plimsoll dump` of stock guests: the bytes that they have, as debuggers read them, of one moment where that was asked for.
-use crate::manager::{Manager, STOCK, alone, ask, bytes, can, sweep};
+use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, bytes, can, sweep};
 use crate::translate::{human, resume, stop};
 use plimsoll_guest::versions::PageState;
 use plimsoll_stock::{Command, Guest, Options, content};
@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Instant;
 
 const PAGES: u64 = 10_000;
 
@@ -213,6 +214,11 @@ fn a_paused_dump_under_full_load_is_of_one_moment() {
     let mut guest = Guest::start(options).unwrap();
     ask(&mut guest, Command::Alloc { pages: PAGES });
     ask(&mut guest, Command::Hot { pages: PAGES, per_second: 1_000_000 });
+    // Every fifth operation writes; by then hundreds of pages are not as they were first.
+    let deadline = Instant::now() + PATIENCE;
+    while guest.console().report(PATIENCE).unwrap().operations < 4000 {
+        assert!(Instant::now() < deadline, "the guest does not work");
+    }
     let (code, line, said) = dump(&guest, &file, &["--paused"]);
     assert_eq!(code, Some(0), "{said}");
     let line = line.unwrap();

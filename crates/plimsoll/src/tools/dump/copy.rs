@@ -122,9 +122,7 @@ impl<'a> Copied<'a> {
         let outside: Outside<'_> = self.machine.outside();
         let mut done = 0;
         while done < len {
-            if self.interrupt.is_set() {
-                return Err("a signal asked for the end; nothing is left of the file".to_owned());
-            }
+            self.go_on()?;
             let step = (len - done).min(STEP);
             let mut bytes = vec![0; usize::try_from(step).map_err(said)?];
             outside.bytes(Gpa(gpa.0 + done), &mut bytes).map_err(said)?;
@@ -143,6 +141,13 @@ impl<'a> Copied<'a> {
         Ok(())
     }
 
+    fn go_on(&self) -> Result<(), String> {
+        match self.interrupt.is_set() {
+            true => Err("a signal asked for the end; nothing is left of the file".to_owned()),
+            false => Ok(()),
+        }
+    }
+
     fn write(&self, bytes: &[u8], at: u64) -> Result<(), String> {
         let path = self.file.path.display();
         self.file.file.write_all_at(bytes, at).map_err(|error| format!("cannot write {path}: {error}"))
@@ -151,6 +156,7 @@ impl<'a> Copied<'a> {
     /// Writes what waits, and the beginning; the file has its whole length then. Gives what in it is not zero.
     pub(super) fn finish(mut self, head: &[u8], ram: ByteCount) -> Result<ByteCount, String> {
         for (at, page) in self.kept.take().unwrap_or_default() {
+            self.go_on()?;
             self.write(&page, at)?;
         }
         self.write(head, 0)?;

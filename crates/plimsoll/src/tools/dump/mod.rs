@@ -12,7 +12,8 @@ use super::{end, said};
 use crate::demo::Interrupt;
 use copy::{Copied, Unfinished};
 use plimsoll_attach::qmp::{Qmp, Registers};
-use plimsoll_inspect::{Load, Paging, headers, trace, visit};
+use plimsoll_inspect::{Census, Load, Paging, headers, trace, visit};
+use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
 use std::path::PathBuf;
@@ -93,6 +94,9 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     }
     let file = Unfinished::create(&args.output)?;
     if let Some(monitor) = monitor.as_mut().filter(|_| args.paused) {
+        if args.kind != Kind::Stacks {
+            has_room(&machine)?;
+        }
         monitor.stop()?;
     }
     let processors = match &mut monitor {
@@ -119,6 +123,24 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     file.keep();
     say(args, &machine, loads.len(), written, paused, &wrongs);
     Ok(if wrongs.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Fails where the copy might not fit into memory: whoever is killed for that leaves the machine standing still.
+fn has_room(machine: &Machine) -> Result<(), String> {
+    let pagemap = Pagemap::open(machine.dossier.identity.process).map_err(said)?;
+    let mut taken = Census::default();
+    for piece in machine.ram.pieces() {
+        taken += Census::take(&pagemap, piece.hva).map_err(said)?;
+    }
+    let (needed, available) = (taken.present + taken.swapped, crate::demo::limits()?.available);
+    match needed <= available {
+        true => Ok(()),
+        false => Err(format!(
+            "a copy of {} takes up to {needed} of memory and {available} are available: dump it without --paused, or stop it \
+             yourself meanwhile",
+            machine.dossier.name
+        )),
+    }
 }
 
 fn registers(qmp: &mut Qmp) -> Result<Vec<(u32, Registers)>, String> {
