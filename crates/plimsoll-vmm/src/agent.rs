@@ -498,6 +498,24 @@ mod tests {
     }
 
     #[test]
+    fn whoever_waits_for_a_page_that_the_kernel_moved_without_waking_is_woken() {
+        let Some(mut bench) = Bench::new() else { return };
+        assert_eq!(bench.one(Op::MoveOut, 2, 512, 1), Outcome { done: 1, stop: None });
+        let memory = Arc::clone(&bench.memory);
+        let guest = thread::spawn(move || memory.read_u64(Gpa(2 * PAGE)).unwrap());
+        assert!(matches!(bench.events()[..], [Event::PageFault { .. }]));
+        let (ram, airlock) = (bench.memory.mappings()[0].base(), &bench.managed().airlock);
+        let slot = HvaRange::new(airlock.base().checked_add(512 * PAGE).unwrap(), ByteCount(PAGE)).unwrap();
+        let mode = MoveMode { wake: Wake::No, holes: Holes::Refuse };
+        let place = ram.checked_add(2 * PAGE).unwrap();
+        let moved = bench.managed().ram.move_pages(place, airlock.unborrowed(slot).unwrap(), mode);
+        assert!(moved.is_complete() && !guest.is_finished());
+        assert_eq!(bench.one(Op::MoveIn, 2, 512, 1), Outcome { done: 1, stop: None });
+        assert_eq!(guest.join().unwrap(), 2000);
+        bench.end();
+    }
+
+    #[test]
     fn a_pinned_page_stops_a_move_until_it_is_released() {
         let Some(mut bench) = Bench::new() else { return };
         let memory = Arc::clone(&bench.memory);

@@ -185,7 +185,6 @@ impl Guest {
                 Err(format!("{} ended with {status}: {words}", self.name))
             }
             _ => {
-                let _ = self.child.kill().and_then(|()| self.child.wait());
                 let words = self.last_words();
                 Err(format!("{} did not end when told to and was killed. {words}", self.name))
             }
