@@ -17,7 +17,8 @@
 //! # Known holes
 //!
 //! * Arm: addresses of up to 48 bits, the EL1&0 regime, no realms, no permission indirection (S1PIE, S2PIE) or overlays, no
-//!   guarded pages (BTI) or tags (MTE), and FEAT_HAFT's accessed bits in tables are not kept.
+//!   guarded pages (BTI) or tags (MTE), and FEAT_HAFT's accessed bits in tables are not kept. A contiguous hint in a root too
+//!   small for it is ignored, where some processors have a translation fault.
 //! * RISC-V: no shadow stacks (Zicfiss), and neither stage may be bare.
 //! * x86-64: no 32-bit or PAE paging, no supervisor keys (PKS), no shadow stacks, no SMEP or SMAP exemption for enclaves.
 //!   A change of the tables between a walk and its marks is seen by their words only.

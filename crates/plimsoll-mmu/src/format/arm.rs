@@ -11,7 +11,8 @@
 //! ```
 //!
 //! t is 1 at the last level and 0 above it. T* are NSTable, APTable\[1:0\], UXNTable and PXNTable, in the first stage only.
-//! cont joins a naturally aligned run of leaves; in a root that has fewer entries than such a run it says nothing, and is kept.
+//! cont joins a naturally aligned run of leaves. In a root that has fewer entries than such a run it is misprogrammed: some
+//! processors fault, others, and this crate, ignore it and keep it.
 //! Levels are counted as everywhere in this crate: what the manual calls level 3 is [`Level`] 1, its level 0 is 4.
 //!
 //! What is writable but clean is DBM with write permission withheld; hardware grants it at the first write (D8.5.2). The
@@ -87,7 +88,7 @@ struct Shape {
     shift: u32,
     /// log2 of what a group of leaves maps that the contiguous hint joins; `None` where a table has fewer entries.
     joined: Option<u32>,
-    /// The hint's bit, if the root maps memory in fewer entries than the hint joins: there it joins nothing.
+    /// The hint's bit, if the root maps memory in fewer entries than the hint joins: there it is misprogrammed, and ignored.
     idle: u64,
 }
 
