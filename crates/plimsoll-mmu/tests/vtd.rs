@@ -22,13 +22,15 @@ const WEAK: Caps = Caps {
     physical_bits: 39,
     largest_leaf: Level(1),
     snoop_control: Feature::Off,
-    device_tlb: Feature::Off,
+    transient: Feature::Off,
     accessed_dirty: Feature::Off,
 };
+/// Before revision 3.2.
+const EARLY: Caps = Caps { transient: Feature::On, ..Caps::FULL };
 const REQUESTS: [Request; 3] = [Request::Read, Request::Write, Request::Atomic];
 
 fn round_trip<F: Format<Caps = Caps>>(raw: u64, level: Level) {
-    for caps in [Caps::FULL, WEAK] {
+    for caps in [Caps::FULL, EARLY, WEAK] {
         let entry = F::decode(raw, level, &caps);
         match F::encode(&entry, level, &caps) {
             Ok(word) => assert_eq!(word, raw, "{} {level} {entry:?}", F::NAME),
@@ -80,7 +82,7 @@ fn reserved(word: u64, level: u8, caps: &Caps) -> u64 {
     if !maps || caps.snoop_control == Feature::Off {
         bits.push(11);
     }
-    if !maps || caps.device_tlb == Feature::Off {
+    if !maps || caps.transient == Feature::Off {
         bits.push(62);
     }
     match level {
@@ -101,7 +103,7 @@ fn reserved(word: u64, level: u8, caps: &Caps) -> u64 {
 fn what_is_reserved_is_refused_bit_by_bit_and_all_else_is_not() {
     let narrow = Caps { physical_bits: 42, ..Caps::FULL };
     let mib = Caps { largest_leaf: Level(2), ..Caps::FULL };
-    for caps in [Caps::FULL, narrow, mib, WEAK] {
+    for caps in [Caps::FULL, EARLY, narrow, mib, WEAK] {
         for level in 1..=5 {
             for bit in 2..64 {
                 for base in [R, W, R | W, R | W | PS] {
@@ -137,6 +139,9 @@ fn a_leaf_says_rights_size_and_snooping() {
     assert_eq!(says(page, &WEAK), Ok(0x1000 | R | W));
     let write_only = Leaf { permissions: Permissions::all() - Permissions::READ, ..page };
     assert_eq!(says(write_only, &WEAK), Ok(0x1000 | W), "a device may write what it cannot read");
+    let transient = Leaf { software: TM, ..page };
+    assert_eq!(says(transient, &EARLY), Ok(0x1000 | R | W | TM));
+    assert_eq!(says(transient, &Caps::FULL), Err(Unencodable::Software(TM)), "the bit has gone");
     let snooped = Leaf { memory: Memory::Snooped, ..page };
     assert_eq!(says(snooped, &WEAK), Err(Unencodable::Memory(Memory::Snooped)));
     assert_eq!(says(Leaf { accessed: true, ..page }, &WEAK), Err(Unencodable::Flag));
@@ -195,7 +200,7 @@ fn compare<F: VtdFormat>(next: &mut impl FnMut() -> u64, seen: &mut [u32; 16]) {
         physical_bits: if next().is_multiple_of(4) { 36 } else { 52 },
         largest_leaf: Level([3, 3, 2, 1][usize::try_from(next() % 4).expect("small")]),
         snoop_control: if next().is_multiple_of(4) { Feature::Off } else { Feature::On },
-        device_tlb: if next().is_multiple_of(4) { Feature::Off } else { Feature::On },
+        transient: if next().is_multiple_of(4) { Feature::On } else { Feature::Off },
         accessed_dirty: if next().is_multiple_of(2) { Feature::Off } else { Feature::On },
     };
     let ram = Ram::new(LIMIT);

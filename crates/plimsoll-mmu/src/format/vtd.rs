@@ -10,6 +10,8 @@
 //!      ign.  0   ign.    address  0    ign.  ign.  A  0     ign.  W  R    a table
 //! ```
 //!
+//! TM was removed in revision 3.2: 0 since then.
+//!
 //! An entry is absent when R and W are both clear. Rights are hierarchical, and a device neither is a user nor executes: both
 //! permissions are always there. Bits 6:2 belong to what this crate does not speak of (execute requests, memory types of
 //! scalable mode): they are kept as software's, as is TM, which is a hint to the device's own cache.
@@ -37,19 +39,20 @@ pub struct Caps {
     pub largest_leaf: Level,
     /// ECAP.SC: a leaf can have caches snooped whatever the device asks for.
     pub snoop_control: Feature,
-    /// ECAP.DT: devices have caches of their own, and a leaf may say that it is not for long.
-    pub device_tlb: Feature,
+    /// A unit of a revision before 3.2, with ECAP.DT: a leaf may say that it is not for long (TM), which devices with caches of
+    /// their own may heed.
+    pub transient: Feature,
     /// ECAP.SSADS, and switched on: accessed and dirty bits. Switched off, both are software's.
     pub accessed_dirty: Feature,
 }
 
 impl Caps {
-    /// A unit with everything and 52 bits of physical addresses.
+    /// A unit of today with everything, and 52 bits of physical addresses.
     pub const FULL: Self = Self {
         physical_bits: 52,
         largest_leaf: Level(3),
         snoop_control: Feature::On,
-        device_tlb: Feature::On,
+        transient: Feature::Off,
         accessed_dirty: Feature::On,
     };
 
@@ -75,7 +78,7 @@ impl Caps {
                     field(12, shift - 12)
                         | set(level > self.largest_leaf(), LARGE)
                         | set(self.snoop_control == Feature::Off, SNOOP)
-                        | set(self.device_tlb == Feature::Off, TRANSIENT)
+                        | set(self.transient == Feature::Off, TRANSIENT)
                 }
             }
     }
@@ -88,7 +91,7 @@ impl Caps {
                 IGNORED
                     | set(level == Level::PAGES, LARGE)
                     | set(!self.keeps(), ACCESSED | DIRTY)
-                    | set(self.device_tlb == Feature::On, TRANSIENT)
+                    | set(self.transient == Feature::On, TRANSIENT)
             }
         }
     }
