@@ -24,7 +24,8 @@
 //!   A change of the tables between a walk and its marks is seen by their words only.
 //! * EPT: four levels; no mode-based execute control, sub-page writes, paging-write, supervisor shadow stacks or #VE.
 //! * NPT: no guest-mode execute trap, no SEV bits in addresses; the memory types of both stages are not combined.
-//! * VT-d: requests without PASID through the second stage alone; no execute requests, no memory types of scalable mode.
+//! * VT-d: requests without PASID through the second stage alone; no execute requests, no memory types of scalable mode, and no
+//!   fault where an accessed or dirty bit is to be set by accesses that do not snoop (reason 0x7C).
 //! * [`tlb`] knows nothing of what remapping hardware and devices keep of translations.
 //! * The mapper reads groups of pages (Svnapot, Arm's contiguous hint) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
 //! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.

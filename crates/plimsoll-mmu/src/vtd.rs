@@ -1,8 +1,7 @@
 //! What Intel's remapping hardware does with a device's address: the translation, or the fault with its reason.
 //!
 //! Intel Virtualization Technology for Directed I/O, Architecture Specification: 3.7 "Second-Stage Translation" with its access
-//! rights and accessed and dirty flags, 7.1 "Fault Conditions" with the table of fault reasons, whose numbers here are those of
-//! requests in legacy mode.
+//! rights and accessed and dirty flags, 7.1 "Fault Conditions" with the table of fault reasons.
 //!
 //! Reserved bits are judged entry by entry, rights over the whole way: of a way that lacks a right in one entry and has a
 //! reserved bit in another, the reserved bit is reported. QEMU's model, which judges both entry by entry, may report the right.
@@ -44,6 +43,15 @@ impl Request {
     }
 }
 
+/// How the unit finds a device's tables, and so how it numbers the reasons of faults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// By a context entry.
+    Legacy,
+    /// By an entry of a PASID table. Accessed and dirty bits exist in this mode only.
+    Scalable,
+}
+
 /// The tables of a device's domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Registers {
@@ -83,7 +91,14 @@ pub enum Fault<E> {
         /// What is wrong with it.
         reason: Malformed,
     },
-    /// An entry cannot be reached.
+    /// The root cannot be reached: what names it is at fault.
+    Root {
+        /// The entry of it.
+        at: Output,
+        /// Why.
+        error: E,
+    },
+    /// An entry of a table below the root cannot be reached.
     Memory {
         /// The table's level.
         level: Level,
@@ -100,18 +115,25 @@ pub enum Fault<E> {
 }
 
 impl<E> Fault<E> {
-    /// The fault reason that is recorded; `None` where hardware would go on trying.
-    pub const fn reason(&self) -> Option<u8> {
-        match self {
-            Self::TooLong(_) => Some(0x4),
-            Self::Refused { request: Request::Read, .. } => Some(0x6),
-            Self::Refused { permissions, .. } => {
-                Some(if permissions.contains(Permissions::WRITE) { 0x6 } else { 0x5 })
+    /// The fault reason that is recorded in this mode; `None` where hardware would go on trying.
+    pub const fn reason(&self, mode: Mode) -> Option<u8> {
+        let (legacy, scalable) = match self {
+            Self::TooLong(_) => (0x4, 0x84),
+            Self::Refused { request: Request::Write | Request::Atomic, permissions, .. }
+                if !permissions.contains(Permissions::WRITE) =>
+            {
+                (0x5, 0x85)
             }
-            Self::Memory { .. } => Some(0x7),
-            Self::Reserved { .. } => Some(0xc),
-            Self::Contended { .. } => None,
-        }
+            Self::Refused { .. } => (0x6, 0x86),
+            Self::Root { .. } => (0x3, 0x7b),
+            Self::Memory { .. } => (0x7, 0x78),
+            Self::Reserved { .. } => (0xc, 0x7a),
+            Self::Contended { .. } => return None,
+        };
+        Some(match mode {
+            Mode::Legacy => legacy,
+            Mode::Scalable => scalable,
+        })
     }
 }
 
@@ -125,6 +147,7 @@ impl<E: fmt::Debug> fmt::Display for Fault<E> {
             Self::Reserved { input, level, step, reason } => {
                 write!(f, "{input} is not translated, by the entry of {level} at {}: {reason}", step.at)
             }
+            Self::Root { at, error } => write!(f, "the root's entry at {at} cannot be reached: {error:?}"),
             Self::Memory { level, at, error } => {
                 write!(f, "the entry of {level} at {at} cannot be reached: {error:?}")
             }
@@ -156,6 +179,7 @@ pub fn walk<F: VtdFormat, M: TableMemory>(
     let ended = |end: End<M::Error>| match end.dead {
         Dead::Absent => refused(Permissions::empty(), end.level, end.step),
         Dead::Malformed(reason) => Fault::Reserved { input, level: end.level, step: end.step, reason },
+        Dead::Memory(error) if end.level == F::root() => Fault::Root { at: end.step.at, error },
         Dead::Memory(error) => Fault::Memory { level: end.level, at: end.step.at, error },
     };
     let keeps = registers.caps.accessed_dirty == Feature::On && marks == Marks::Set;

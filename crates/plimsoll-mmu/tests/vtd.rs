@@ -5,7 +5,7 @@ mod common;
 
 use common::{Outside, Ram, random};
 use plimsoll_mmu::format::vtd::{Caps, Second3, Second4, Second5, VtdFormat};
-use plimsoll_mmu::vtd::{self, Fault, Registers, Request};
+use plimsoll_mmu::vtd::{self, Fault, Mode, Registers, Request};
 use plimsoll_mmu::{
     Entry, Feature, Format, Input, Leaf, Level, Malformed, Marks, Memory, Output, Permissions, Unencodable,
 };
@@ -160,8 +160,12 @@ fn a_leaf_says_rights_size_and_snooping() {
 
 const LIMIT: u64 = 0x10_0000;
 
-/// Where the specification has an address go, or the fault reason.
-fn model(ram: &Ram, levels: u8, input: u64, request: Request, caps: &Caps) -> Result<u64, u8> {
+/// Reasons of legacy mode and what they are called in scalable mode.
+const REASONS: [(u8, u8); 6] = [(0x3, 0x7b), (0x4, 0x84), (0x5, 0x85), (0x6, 0x86), (0x7, 0x78), (0xc, 0x7a)];
+
+/// Where the specification has an address go through `levels` tables, the first of them at `root`, or the fault reason of
+/// legacy mode.
+fn model(ram: &Ram, (root, levels): (u64, u8), input: u64, request: Request, caps: &Caps) -> Result<u64, u8> {
     if input >> (12 + 9 * levels) != 0 {
         return Err(0x4);
     }
@@ -171,12 +175,12 @@ fn model(ram: &Ram, levels: u8, input: u64, request: Request, caps: &Caps) -> Re
         Request::Atomic if !write => Some(0x5),
         Request::Atomic => (!read).then_some(0x6),
     };
-    let (mut table, mut read, mut write) = (0x1000, true, true);
+    let (mut table, mut read, mut write) = (root, true, true);
     for level in (1..=levels).rev() {
         let below = 12 + 9 * (level - 1);
         let at = table + (input >> below & 511) * 8;
         if at >= LIMIT {
-            return Err(0x7);
+            return Err(if level == levels { 0x3 } else { 0x7 });
         }
         let word = ram.get(at);
         if word & (R | W) == 0 {
@@ -232,14 +236,19 @@ fn compare<F: VtdFormat>(next: &mut impl FnMut() -> u64, seen: &mut [u32; 16]) {
         }
         ram.set(table + (input >> (12 + 9 * (level - 1)) & 511) * 8, word);
     }
-    let registers = Registers { root: Output(0x1000 | (next() & 0xfff)), caps };
+    let root = if next().is_multiple_of(24) { LIMIT } else { 0x1000 };
+    let registers = Registers { root: Output(root | (next() & 0xfff)), caps };
     for request in REQUESTS {
-        let expected = model(&ram, F::LEVELS, input, request, &caps);
+        let expected = model(&ram, (root, F::LEVELS), input, request, &caps);
         let before = ram.image();
         let walked = vtd::walk::<F, _>(&ram, &registers, Input(input), request, Marks::Leave);
         assert_eq!(ram.image(), before, "an observer leaves nothing behind");
-        let found = walked.map(|walked| walked.output.0).map_err(|fault| fault.reason().expect("it ends"));
-        assert_eq!(found, expected, "{} {input:#x} {request:?} {caps:?} {before:#x?}", F::NAME);
+        let said =
+            |mode| walked.map(|walked| walked.output.0).map_err(|fault| fault.reason(mode).expect("it ends"));
+        let case = format!("{} {input:#x} {request:?} {caps:?} {before:#x?}", F::NAME);
+        assert_eq!(said(Mode::Legacy), expected, "{case}");
+        let renamed = |reason| REASONS.iter().find(|(legacy, _)| *legacy == reason).expect("one of them").1;
+        assert_eq!(said(Mode::Scalable), expected.map_err(renamed), "{case}");
         seen[usize::from(expected.err().unwrap_or(0))] += 1;
     }
 }
@@ -253,7 +262,7 @@ fn walks_end_where_the_model_does_with_its_fault_reasons() {
         compare::<Second4>(&mut next, &mut seen);
         compare::<Second5>(&mut next, &mut seen);
     }
-    for end in [0x0, 0x4, 0x5, 0x6, 0x7, 0xc] {
+    for end in [0x0, 0x3, 0x4, 0x5, 0x6, 0x7, 0xc] {
         assert!(seen[end] > 500, "{end:#x}: {seen:?}");
     }
 }
