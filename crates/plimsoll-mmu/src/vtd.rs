@@ -65,7 +65,7 @@ pub struct Registers {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault<E> {
-    /// It has more bits than the tables translate.
+    /// It has more bits than the tables or the unit translate.
     TooLong(Input),
     /// A right is missing, or an entry is absent.
     Refused {
@@ -140,7 +140,9 @@ impl<E> Fault<E> {
 impl<E: fmt::Debug> fmt::Display for Fault<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TooLong(input) => write!(f, "{input} has more bits than these tables translate"),
+            Self::TooLong(input) => {
+                write!(f, "{input} has more bits than these tables or the unit translate")
+            }
             Self::Refused { input, request, level, step, .. } => {
                 write!(f, "{request:?} of {input} is refused, by the entry of {level} at {}", step.at)
             }
@@ -171,7 +173,7 @@ pub fn walk<F: VtdFormat, M: TableMemory>(
     request: Request,
     marks: Marks,
 ) -> Result<Walked, Fault<M::Error>> {
-    if !F::accepts(input) {
+    if !F::accepts(input) || registers.caps.beyond_input(input) {
         return Err(Fault::TooLong(input));
     }
     let root = Output(registers.root.0 & crate::format::field(12, 40));

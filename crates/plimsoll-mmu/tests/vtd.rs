@@ -20,6 +20,7 @@ const SNP: u64 = 1 << 11;
 const TM: u64 = 1 << 62;
 const WEAK: Caps = Caps {
     physical_bits: 39,
+    input_bits: 39,
     largest_leaf: Level(1),
     snoop_control: Feature::Off,
     transient: Feature::Off,
@@ -166,7 +167,7 @@ const REASONS: [(u8, u8); 6] = [(0x3, 0x7b), (0x4, 0x84), (0x5, 0x85), (0x6, 0x8
 /// Where the specification has an address go through `levels` tables, the first of them at `root`, or the fault reason of
 /// legacy mode.
 fn model(ram: &Ram, (root, levels): (u64, u8), input: u64, request: Request, caps: &Caps) -> Result<u64, u8> {
-    if input >> (12 + 9 * levels) != 0 {
+    if input >> caps.input_bits.min(12 + 9 * u32::from(levels)) != 0 {
         return Err(0x4);
     }
     let lacks = |read: bool, write: bool| match request {
@@ -202,6 +203,7 @@ fn model(ram: &Ram, (root, levels): (u64, u8), input: u64, request: Request, cap
 fn compare<F: VtdFormat>(next: &mut impl FnMut() -> u64, seen: &mut [u32; 16]) {
     let caps = Caps {
         physical_bits: if next().is_multiple_of(4) { 36 } else { 52 },
+        input_bits: [57, 57, 48, 36][usize::try_from(next() % 4).expect("small")],
         largest_leaf: Level([3, 3, 2, 1][usize::try_from(next() % 4).expect("small")]),
         snoop_control: if next().is_multiple_of(4) { Feature::Off } else { Feature::On },
         transient: if next().is_multiple_of(4) { Feature::On } else { Feature::Off },
@@ -209,7 +211,11 @@ fn compare<F: VtdFormat>(next: &mut impl FnMut() -> u64, seen: &mut [u32; 16]) {
     };
     let ram = Ram::new(LIMIT);
     // One table a level at 0x1000, 0x2000, ..., and words in each that mostly lead on.
-    let input = if next().is_multiple_of(16) { next() } else { next() & ((1 << (12 + 9 * F::LEVELS)) - 1) };
+    let input = match next() % 16 {
+        0 => next(),
+        1 => next() & ((1 << F::INPUT_BITS) - 1),
+        _ => next() & ((1 << caps.input_bits.min(F::INPUT_BITS)) - 1),
+    };
     for level in (1..=F::LEVELS).rev() {
         let table = 0x1000 * u64::from(F::LEVELS - level + 1);
         let frame = match next() % 24 {
@@ -307,6 +313,7 @@ fn a_fault_names_the_entry_that_is_to_blame() {
         matches!(error, Fault::Refused { level: Level(1), step, .. } if step.at == Output(0x4038)),
         "{error}"
     );
+    assert_eq!(walk(1 << 39), Err(Fault::TooLong(Input(1 << 39))), "the unit has 39 bits");
     assert_eq!(walk(1 << 48), Err(Fault::TooLong(Input(1 << 48))));
     ram.set(0x3000, 0x4000 | R | SNP);
     let error = walk(0x7008).expect_err("a table has no SNP");

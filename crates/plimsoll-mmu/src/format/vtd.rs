@@ -15,7 +15,7 @@
 //! An entry is absent when R and W are both clear. Rights are hierarchical, and a device neither is a user nor executes: both
 //! permissions are always there. Bits 6:2 belong to what this crate does not speak of (execute requests, memory types of
 //! scalable mode): they are kept as software's, as is TM, which is a hint to the device's own cache.
-use crate::address::{Level, Output};
+use crate::address::{Input, Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
 use crate::format::{Extension, Feature, Format, aligned, field, set, software};
 
@@ -30,11 +30,14 @@ const ADDRESS: u64 = field(12, 40);
 /// Ignored in every entry.
 const IGNORED: u64 = field(2, 5) | 1 << 10 | field(52, 10) | 1 << 63;
 
-/// What a remapping unit has: its capability registers, and SSADE of the PASID-table entry.
+/// What a remapping unit has, by its capability registers and ACPI's DMAR table, and SSADE of the PASID-table entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Caps {
-    /// HAW: bits of a host physical address.
+    /// HAW of the DMAR table: bits of a host physical address.
     pub physical_bits: u32,
+    /// CAP.MGAW, plus one: bits of a device's address, where the format has as many. Walks heed it; who maps more maps it for
+    /// nobody.
+    pub input_bits: u32,
     /// CAP.SSLPS: the highest level that may map memory. 2 for 2 MiB pages, 3 for 1 GiB pages.
     pub largest_leaf: Level,
     /// ECAP.SC: a leaf can have caches snooped whatever the device asks for.
@@ -47,9 +50,10 @@ pub struct Caps {
 }
 
 impl Caps {
-    /// A unit of today with everything, and 52 bits of physical addresses.
+    /// A unit of today with everything, 52 bits of physical addresses and 57 of devices'.
     pub const FULL: Self = Self {
         physical_bits: 52,
+        input_bits: 57,
         largest_leaf: Level(3),
         snoop_control: Feature::On,
         transient: Feature::Off,
@@ -59,6 +63,11 @@ impl Caps {
     const fn beyond(&self) -> u64 {
         let width = if self.physical_bits < 52 { self.physical_bits } else { 52 };
         ADDRESS & !field(0, width)
+    }
+
+    /// Whether `input` has more bits than the unit translates.
+    pub(crate) fn beyond_input(&self, input: Input) -> bool {
+        input.0.checked_shr(self.input_bits).is_some_and(|more| more != 0)
     }
 
     fn largest_leaf(&self) -> Level {
