@@ -1,7 +1,8 @@
 //! What Intel's remapping hardware does with a device's address: the translation, or the fault with its reason.
 //!
 //! Intel Virtualization Technology for Directed I/O, Architecture Specification: 3.7 "Second-Stage Translation" with its access
-//! rights and accessed and dirty flags, 7.1 "Fault Conditions" with the table of fault reasons.
+//! rights and accessed and dirty flags, "Handling Requests to Interrupt Address Range" (LGN.4, SGN.8), 7.1 "Fault Conditions"
+//! with the table of fault reasons.
 //!
 //! Reserved bits are judged entry by entry, rights over the whole way: of a way that lacks a right in one entry and has a
 //! reserved bit in another, the reserved bit is reported. QEMU's model, which judges both entry by entry, may report the right.
@@ -80,6 +81,13 @@ pub enum Fault<E> {
         /// That entry.
         step: Step,
     },
+    /// It is 0xFEEx_xxxx, or leads there, where interrupts are and no memory.
+    Interrupt {
+        /// The device's address.
+        input: Input,
+        /// Where it leads; `None` if it is there itself: an interrupt request, which is not translated.
+        output: Option<Output>,
+    },
     /// A reserved bit is set in an entry that is present: the host's fault.
     Reserved {
         /// The device's address.
@@ -115,7 +123,8 @@ pub enum Fault<E> {
 }
 
 impl<E> Fault<E> {
-    /// The fault reason that is recorded in this mode; `None` where hardware would go on trying.
+    /// The fault reason that is recorded in this mode; `None` where hardware would go on trying, and for interrupt requests, whose
+    /// faults are of interrupt remapping.
     pub const fn reason(&self, mode: Mode) -> Option<u8> {
         let (legacy, scalable) = match self {
             Self::TooLong(_) => (0x4, 0x84),
@@ -128,7 +137,8 @@ impl<E> Fault<E> {
             Self::Root { .. } => (0x3, 0x7b),
             Self::Memory { .. } => (0x7, 0x78),
             Self::Reserved { .. } => (0xc, 0x7a),
-            Self::Contended { .. } => return None,
+            Self::Interrupt { output: Some(_), .. } => (0xe, 0x87),
+            Self::Interrupt { output: None, .. } | Self::Contended { .. } => return None,
         };
         Some(match mode {
             Mode::Legacy => legacy,
@@ -145,6 +155,12 @@ impl<E: fmt::Debug> fmt::Display for Fault<E> {
             }
             Self::Refused { input, request, level, step, .. } => {
                 write!(f, "{request:?} of {input} is refused, by the entry of {level} at {}", step.at)
+            }
+            Self::Interrupt { input, output: Some(output) } => {
+                write!(f, "{input} leads to {output}, which is an interrupt's")
+            }
+            Self::Interrupt { input, output: None } => {
+                write!(f, "{input} is an interrupt's, and not translated")
             }
             Self::Reserved { input, level, step, reason } => {
                 write!(f, "{input} is not translated, by the entry of {level} at {}: {reason}", step.at)
@@ -173,6 +189,9 @@ pub fn walk<F: VtdFormat, M: TableMemory>(
     request: Request,
     marks: Marks,
 ) -> Result<Walked, Fault<M::Error>> {
+    if interrupts(input.0) {
+        return Err(Fault::Interrupt { input, output: None });
+    }
     if !F::accepts(input) || registers.caps.beyond_input(input) {
         return Err(Fault::TooLong(input));
     }
@@ -189,7 +208,15 @@ pub fn walk<F: VtdFormat, M: TableMemory>(
         if !walked.permissions.contains(request.needs()) {
             return Err(refused(walked.permissions, walked.level, walked.step(walked.level)));
         }
+        if interrupts(walked.output.0) {
+            return Err(Fault::Interrupt { input, output: Some(walked.output) });
+        }
         Ok(keeps.then_some(request.access()))
     };
     attempt::<F, M, _>(memory, root, &registers.caps, input, ended, judge)?.ok_or(Fault::Contended { input })
+}
+
+/// Whether writing there is an interrupt: the range is the addresses', not their page's.
+const fn interrupts(address: u64) -> bool {
+    address >> 20 == 0xfee
 }

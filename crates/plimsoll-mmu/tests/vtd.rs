@@ -162,7 +162,8 @@ fn a_leaf_says_rights_size_and_snooping() {
 const LIMIT: u64 = 0x10_0000;
 
 /// Reasons of legacy mode and what they are called in scalable mode.
-const REASONS: [(u8, u8); 6] = [(0x3, 0x7b), (0x4, 0x84), (0x5, 0x85), (0x6, 0x86), (0x7, 0x78), (0xc, 0x7a)];
+const REASONS: [(u8, u8); 7] =
+    [(0x3, 0x7b), (0x4, 0x84), (0x5, 0x85), (0x6, 0x86), (0x7, 0x78), (0xc, 0x7a), (0xe, 0x87)];
 
 /// Where the specification has an address go through `levels` tables, the first of them at `root`, or the fault reason of
 /// legacy mode.
@@ -194,7 +195,12 @@ fn model(ram: &Ram, (root, levels): (u64, u8), input: u64, request: Request, cap
         table = word & 0x000f_ffff_ffff_f000;
         if level == 1 || word & PS != 0 {
             let inside = (1 << below) - 1;
-            return lacks(read, write).map_or(Ok((table & !inside) | (input & inside)), Err);
+            let output = (table & !inside) | (input & inside);
+            return match lacks(read, write) {
+                Some(reason) => Err(reason),
+                None if (0xfee0_0000..=0xfeef_ffff).contains(&output) => Err(0xe),
+                None => Ok(output),
+            };
         }
     }
     unreachable!("level 1 ends every walk")
@@ -211,8 +217,13 @@ fn compare<F: VtdFormat>(next: &mut impl FnMut() -> u64, seen: &mut [u32; 16]) {
     };
     let ram = Ram::new(LIMIT);
     // One table a level at 0x1000, 0x2000, ..., and words in each that mostly lead on.
+    let within = next() & 0xf_ffff;
     let input = match next() % 16 {
         0 => next(),
+        // An interrupt's address, and what pages of 2 MiB and of 1 GiB lead there.
+        2 => 0xfee0_0000 | within,
+        3 => 0x00e0_0000 | within,
+        4 => 0x3ee0_0000 | within,
         1 => next() & ((1 << F::INPUT_BITS) - 1),
         _ => next() & ((1 << caps.input_bits.min(F::INPUT_BITS)) - 1),
     };
@@ -221,12 +232,14 @@ fn compare<F: VtdFormat>(next: &mut impl FnMut() -> u64, seen: &mut [u32; 16]) {
         let frame = match next() % 24 {
             0 => next() & 0x000f_ffff_ffff_f000,
             1 => LIMIT,
+            // A page that is an interrupt's, or memory just above.
+            2 | 3 if level == 1 => 0xfee0_0000 | (next() & 0x1f_f000),
             _ => table + 0x1000,
         };
         let mut word = frame | R | W;
         if level > 1 && next().is_multiple_of(12) {
-            // Aligned to 1 GiB, so that it may be a page.
-            word = (next() % 4) << 30 | R | W | PS;
+            // Aligned, so that it may be a page; half of the one of 2 MiB is memory.
+            word = if level == 2 { 0xfee0_0000 } else { (next() % 4) << 30 } | R | W | PS;
         }
         if next().is_multiple_of(6) {
             word &= !(1 << (next() % 2));
@@ -245,17 +258,20 @@ fn compare<F: VtdFormat>(next: &mut impl FnMut() -> u64, seen: &mut [u32; 16]) {
     let root = if next().is_multiple_of(24) { LIMIT } else { 0x1000 };
     let registers = Registers { root: Output(root | (next() & 0xfff)), caps };
     for request in REQUESTS {
-        let expected = model(&ram, (root, F::LEVELS), input, request, &caps);
+        let expected = match input >> 20 {
+            0xfee => Err(None),
+            _ => model(&ram, (root, F::LEVELS), input, request, &caps).map_err(Some),
+        };
         let before = ram.image();
         let walked = vtd::walk::<F, _>(&ram, &registers, Input(input), request, Marks::Leave);
         assert_eq!(ram.image(), before, "an observer leaves nothing behind");
-        let said =
-            |mode| walked.map(|walked| walked.output.0).map_err(|fault| fault.reason(mode).expect("it ends"));
+        let said = |mode| walked.map(|walked| walked.output.0).map_err(|fault| fault.reason(mode));
         let case = format!("{} {input:#x} {request:?} {caps:?} {before:#x?}", F::NAME);
         assert_eq!(said(Mode::Legacy), expected, "{case}");
         let renamed = |reason| REASONS.iter().find(|(legacy, _)| *legacy == reason).expect("one of them").1;
-        assert_eq!(said(Mode::Scalable), expected.map_err(renamed), "{case}");
-        seen[usize::from(expected.err().unwrap_or(0))] += 1;
+        assert_eq!(said(Mode::Scalable), expected.map_err(|reason| reason.map(renamed)), "{case}");
+        // 1 stands for no reason.
+        seen[expected.err().map_or(0, |reason| usize::from(reason.unwrap_or(1)))] += 1;
     }
 }
 
@@ -268,7 +284,7 @@ fn walks_end_where_the_model_does_with_its_fault_reasons() {
         compare::<Second4>(&mut next, &mut seen);
         compare::<Second5>(&mut next, &mut seen);
     }
-    for end in [0x0, 0x3, 0x4, 0x5, 0x6, 0x7, 0xc] {
+    for end in [0x0, 0x1, 0x3, 0x4, 0x5, 0x6, 0x7, 0xc, 0xe] {
         assert!(seen[end] > 500, "{end:#x}: {seen:?}");
     }
 }
@@ -324,4 +340,31 @@ fn a_fault_names_the_entry_that_is_to_blame() {
     ram.set(0x2000, LIMIT | R);
     let at = Output(LIMIT);
     assert_eq!(walk(0x7008), Err(Fault::Memory { level: Level(2), at, error: Outside(at) }));
+}
+
+#[test]
+fn an_interrupts_address_is_not_translated_and_not_translated_to() {
+    let ram = Ram::new(LIMIT);
+    let registers = Registers { root: Output(0x1000), caps: Caps::FULL };
+    // The fourth GiB is translated to itself, and 2 MiB to where interrupts are.
+    ram.set(0x1000, 0x2000 | R | W);
+    ram.set(0x2000 + 3 * 8, 0xc000_0000 | R | W | PS);
+    ram.set(0x2000, 0x3000 | R | W);
+    ram.set(0x3000 + 8, 0xfee0_0000 | R | W | PS);
+    let before = ram.image();
+    let walk = |input| vtd::walk::<Second4, _>(&ram, &registers, Input(input), Request::Write, Marks::Set);
+    let end = |input| walk(input).map(|walked| walked.output.0).map_err(|fault| fault.reason(Mode::Legacy));
+    for input in [0xfee0_0000, 0xfeef_ffff] {
+        assert_eq!(walk(input), Err(Fault::Interrupt { input: Input(input), output: None }));
+        assert_eq!(end(input), Err(None), "it is for interrupt remapping");
+    }
+    for (input, output) in [(0x20_0000, 0xfee0_0000), (0x2f_ffff, 0xfeef_ffff)] {
+        let fault = Fault::Interrupt { input: Input(input), output: Some(Output(output)) };
+        assert_eq!((walk(input), end(input)), (Err(fault), Err(Some(0xe))));
+    }
+    assert_eq!(ram.image(), before, "nothing was accessed");
+    for (input, output) in [(0xfedf_ffff, 0xfedf_ffff), (0xfef0_0000, 0xfef0_0000), (0x30_0000, 0xfef0_0000)]
+    {
+        assert_eq!(end(input), Ok(output), "the addresses are an interrupt's, not their whole page");
+    }
 }
