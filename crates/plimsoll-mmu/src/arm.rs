@@ -105,7 +105,7 @@ impl<E> Fault<E> {
 impl<E: fmt::Debug> fmt::Display for Fault<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { input, kind, level, at, .. } = self;
-        write!(f, "{kind:?} fault at {input}, by the entry of {level} at {at}")?;
+        write!(f, "{kind:?} fault at {input}, and the walk ended at the entry of {level} at {at}")?;
         match (&self.malformed, &self.memory) {
             (Some(reason), _) => write!(f, ": {reason}"),
             (None, Some(error)) => write!(f, ": {error:?}"),

@@ -87,7 +87,7 @@ impl<E: fmt::Debug> fmt::Display for Fault<E> {
                 let (bits, at) = (qualification.bits(), step.at);
                 write!(
                     f,
-                    "EPT violation at {input}, qualification {bits:#x}, by the entry of {level} at {at}"
+                    "EPT violation at {input}, qualification {bits:#x}, and the walk ended at the entry of {level} at {at}"
                 )
             }
             Self::Misconfiguration { input, level, step, reason } => {

@@ -154,7 +154,11 @@ impl<E: fmt::Debug> fmt::Display for Fault<E> {
                 write!(f, "{input} has more bits than these tables or the unit translate")
             }
             Self::Refused { input, request, level, step, .. } => {
-                write!(f, "{request:?} of {input} is refused, by the entry of {level} at {}", step.at)
+                let at = step.at;
+                write!(
+                    f,
+                    "{request:?} of {input} is refused, and the walk ended at the entry of {level} at {at}"
+                )
             }
             Self::Interrupt { input, output: Some(output) } => {
                 write!(f, "{input} leads to {output}, which is an interrupt's")

@@ -91,7 +91,7 @@ pub enum Fault<E> {
     },
 }
 
-/// A page fault, and the entry that is to blame.
+/// A page fault, and where the walk ended: any entry on the way may have withheld the right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageFault {
     /// CR2.
@@ -114,7 +114,7 @@ impl<E: fmt::Debug> fmt::Display for Fault<E> {
                 let (code, at) = (fault.code.bits(), fault.step.at);
                 write!(
                     f,
-                    "page fault at {}, code {code:#x}, by the entry of {} at {at}",
+                    "page fault at {}, code {code:#x}, and the walk ended at the entry of {} at {at}",
                     fault.input, fault.level
                 )
             }

@@ -331,6 +331,15 @@ fn a_fault_names_the_entry_that_is_to_blame() {
     );
     assert_eq!(walk(1 << 39), Err(Fault::TooLong(Input(1 << 39))), "the unit has 39 bits");
     assert_eq!(walk(1 << 48), Err(Fault::TooLong(Input(1 << 48))));
+    ram.set(0x2000, 0x3000 | W);
+    ram.set(0x4038, 0x9000 | R | W);
+    let error = walk(0x7008).expect_err("its table withholds the right");
+    assert!(matches!(error, Fault::Refused { permissions, .. } if !permissions.contains(Permissions::READ)));
+    assert_eq!(
+        error.to_string(),
+        "Read of in:0x7008 is refused, and the walk ended at the entry of level 1 at out:0x4038"
+    );
+    ram.set(0x2000, 0x3000 | R | W);
     ram.set(0x3000, 0x4000 | R | SNP);
     let error = walk(0x7008).expect_err("a table has no SNP");
     assert!(

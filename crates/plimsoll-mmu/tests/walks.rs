@@ -131,6 +131,25 @@ fn an_absent_entry_below_wins_over_a_missing_right_above_and_names_its_level() {
 }
 
 #[test]
+fn a_right_that_a_table_withholds_is_not_laid_at_the_leafs_door() {
+    let ram = Ram::new(1 << 20);
+    chain(&ram, P | US, 0x9000 | P | RW | US);
+    let access = (Access::Write, Mode::User);
+    let fault = x86::walk::<Long4, _>(&ram, &registers(0x1000), Input(0x7000), access, Marks::Set);
+    assert_eq!(
+        fault.expect_err("all tables withhold it").to_string(),
+        "page fault at in:0x7000, code 0x7, and the walk ended at the entry of level 1 at out:0x4038"
+    );
+    chain(&ram, 0b101, 0x9000 | 7 | 6 << 3);
+    let stage = walk::Stage { memory: &ram, root: Output(0x1000), caps: ept::Caps::FULL };
+    let fault = stage.translate(Input(0x7000), Access::Write, Purpose::Final);
+    assert_eq!(
+        fault.expect_err("as do these").to_string(),
+        "EPT violation at in:0x7000, qualification 0x1aa, and the walk ended at the entry of level 1 at out:0x4038"
+    );
+}
+
+#[test]
 fn an_allowed_access_marks_every_entry_and_a_refused_one_none() {
     let ram = Ram::new(1 << 20);
     chain(&ram, P | US, 0x9000 | P | US);
