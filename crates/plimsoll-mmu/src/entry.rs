@@ -229,7 +229,7 @@ pub enum Entry {
 }
 
 /// Why the hardware refuses an entry: a page fault with RSVD on x86-64, a misconfiguration in EPT, a page fault on RISC-V, a
-/// translation or address size fault on Arm.
+/// translation or address size fault on Arm, a fault for reserved fields on VT-d.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Malformed {

@@ -25,7 +25,8 @@
 //! * EPT: four levels; no mode-based execute control, sub-page writes, paging-write, supervisor shadow stacks or #VE.
 //! * NPT: no guest-mode execute trap, no SEV bits in addresses; the memory types of both stages are not combined.
 //! * VT-d: requests without PASID through the second stage alone; no execute requests, no memory types of scalable mode, and no
-//!   fault where an accessed or dirty bit is to be set by accesses that do not snoop (reason 0x7C).
+//!   fault where an accessed or dirty bit is to be set by accesses that do not snoop (reason 0x7C). Translation requests of
+//!   devices (ATS) and reads of no bytes (CAP.ZLR), which some units let through to what may only be written, are not told apart.
 //! * [`tlb`] knows nothing of what remapping hardware and devices keep of translations.
 //! * The mapper reads groups of pages (Svnapot, Arm's contiguous hint) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
 //! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.

@@ -4,8 +4,9 @@
 //! rights and accessed and dirty flags, "Handling Requests to Interrupt Address Range" (LGN.4, SGN.8), 7.1 "Fault Conditions"
 //! with the table of fault reasons.
 //!
-//! Reserved bits are judged entry by entry, rights over the whole way: of a way that lacks a right in one entry and has a
-//! reserved bit in another, the reserved bit is reported. QEMU's model, which judges both entry by entry, may report the right.
+//! Reserved bits are judged entry by entry, rights at the end of the way over all of it: where a right is lacking, a reserved bit
+//! in the same entry or another, and a table that cannot be read, is reported before it. That is this crate's choice. QEMU's and
+//! VirtualBox's models judge each entry's right first.
 use crate::address::{Input, Level, Output};
 use crate::entry::{Malformed, Permissions};
 use crate::format::Feature;
