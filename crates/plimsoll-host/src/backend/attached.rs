@@ -65,7 +65,7 @@ impl Attached {
     ) -> Result<Self, String> {
         let memory = Memory::open(follower.held(), follower.dossier())?;
         Ok(Self {
-            migration: Watch::new(follower.held().process(), None),
+            migration: Watch::new(follower.held().process(), follower.dossier().vmm, None),
             memory,
             balloon,
             began: now,

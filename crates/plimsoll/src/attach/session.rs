@@ -110,7 +110,7 @@ impl Session {
         let started = Instant::now();
         view.begin(dossier, why);
         Ok(Self {
-            migration: Watch::new(process.process(), settings.qmp.clone()),
+            migration: Watch::new(process.process(), dossier.vmm, settings.qmp.clone()),
             memory,
             process,
             signals,
