@@ -98,7 +98,7 @@ pub enum Refused {
     NoBalloon,
     /// A machine that is not ours cannot be made to wait.
     CannotStall,
-    /// It is being migrated: nothing may be taken.
+    /// It is being migrated, or a snapshot of it saved: nothing may be taken.
     Migrating,
     /// What whoever takes the pages says.
     Short(String),
@@ -110,7 +110,7 @@ impl fmt::Display for Refused {
             Self::NoSuchRung(rung) => write!(f, "{rung} is not to be had of it"),
             Self::NoBalloon => f.write_str("it has no balloon that could be asked"),
             Self::CannotStall => f.write_str("a machine managed from outside cannot be made to wait"),
-            Self::Migrating => f.write_str("it is being migrated"),
+            Self::Migrating => f.write_str("it is being migrated, or a snapshot of it saved"),
             Self::Short(why) => f.write_str(why),
         }
     }
