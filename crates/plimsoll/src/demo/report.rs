@@ -91,6 +91,9 @@ pub(crate) struct SharingReport {
     pub(crate) looking_cpu_seconds: f64,
     /// Both together; null where nothing was merged.
     pub(crate) us_a_merged_page: Option<f64>,
+    /// Why everything was unmerged meanwhile, the last time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) hindered: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -325,7 +328,11 @@ impl Report {
             sharing.blocks,
             sharing.ksmd_cpu_seconds,
             sharing.looking_cpu_seconds
-        )
+        )?;
+        match &sharing.hindered {
+            Some(why) => writeln!(out, "      everything was unmerged meanwhile: {why}"),
+            None => Ok(()),
+        }
     }
 
     fn write_comparison(&self, out: &mut String, without: &Without) -> std::fmt::Result {

@@ -33,6 +33,8 @@ pub(super) struct Sharing {
     guide: Guide,
     next_round: Instant,
     blocks: u64,
+    /// Why everything was unmerged last, if so.
+    hindered: Option<String>,
     /// Why nothing is shared any more, if so.
     failed: Option<String>,
 }
@@ -45,7 +47,8 @@ impl Sharing {
         let bytes = members.iter().flat_map(|member| &member.ranges).map(|range| range.len().0).sum::<u64>();
         let guide = Guide::start(members, Options::default())
             .map_err(|error| format!("--share: {}", explain(&error)))?;
-        Ok(Self { guide, next_round: Instant::now(), blocks: bytes / BLOCK_SIZE as u64, failed: None })
+        let blocks = bytes / BLOCK_SIZE as u64;
+        Ok(Self { guide, next_round: Instant::now(), blocks, hindered: None, failed: None })
     }
 
     /// Looks for twins when that is due, and sets KSM's pace.
@@ -59,8 +62,9 @@ impl Sharing {
             outcome = self.guide.round().map(drop);
         }
         match outcome.and_then(|()| self.guide.tick()) {
+            Ok(_) => {}
             // Everything is unmerged, and merged again once nobody is in the way any more.
-            Ok(_) | Err(KsmError::Domains(_)) => {}
+            Err(error @ KsmError::Domains(_)) => self.hindered = Some(explain(&error)),
             Err(error) => self.failed = Some(explain(&error)),
         }
     }
@@ -72,6 +76,7 @@ impl Sharing {
             return Err(format!("pages were not shared to the end: {why}"));
         }
         Ok(SharingReport {
+            hindered: self.hindered,
             saved_bytes: report.saved.bytes().0,
             merged_bytes: report.merged.bytes().0,
             marked_blocks: report.seen.marked,
