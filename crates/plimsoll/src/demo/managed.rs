@@ -47,7 +47,8 @@ pub(super) fn run(
         Err(why) => {
             // The guests have ended. The manager's threads hold the accounting, and its control group goes with the last of them.
             drop(manager.stop());
-            accounting.finish()?;
+            // Whatever else goes wrong now, that is why.
+            let _ = accounting.finish();
             return Err(why);
         }
     };
