@@ -16,7 +16,7 @@ use plimsoll_types::{BLOCK_SIZE, ByteCount, DomainId, Hva, MachineId};
 use plimsoll_vmm::control::{Command, MergeMode, MergeRange, Ram};
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 /// Between two looks at what is worth merging. KSM's pace is set at every turn.
@@ -25,7 +25,8 @@ const ROUND: Duration = Duration::from_secs(2);
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// How often it is looked whether it does.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-/// How long a VMM may take to mark some blocks, for which it waits for no page.
+/// How long a VMM may take to mark some blocks, for which it waits for no page. It is waited for that long once: after that it is
+/// asked again only when its answer has come.
 const MARK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Guided sharing of the demo's guests.
@@ -96,7 +97,8 @@ fn member(guest: &mut Guest, id: MachineId, domain: DomainId) -> Result<Member, 
     let ranges = ranges.ok_or_else(|| format!("{} says that its memory is nowhere", guest.name))?;
     let (control, answers) = guest.merging()?;
     let process = ProcessId::new(guest.pid()).ok_or_else(|| format!("{} has no process", guest.name))?;
-    let marker: Box<dyn Marker> = Box::new(Asked { ram, control, answers });
+    let marker: Box<dyn Marker> =
+        Box::new(Asked { ram, control, answers, patience: MARK_PATIENCE, owes: false });
     Ok(Member { id, name: guest.name.clone(), process, domain: Some(domain), ranges, marker: Some(marker) })
 }
 
@@ -124,18 +126,28 @@ struct Asked {
     ram: Vec<Ram>,
     control: UnixStream,
     answers: Receiver<Answer>,
+    patience: Duration,
+    /// It has not answered what it was asked last.
+    owes: bool,
 }
 
 impl Marker for Asked {
     fn mark(&mut self, range: HvaRange, merging: Merging) -> io::Result<()> {
         let nowhere = || io::Error::other(format!("{range} is no memory of the guest's"));
         let asked = in_guest(&self.ram, range, merging).ok_or_else(nowhere)?;
+        self.owes &= self.answers.try_recv().is_err();
+        if self.owes {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         send(&self.control, &Command::Merge(asked))?;
-        let until = Instant::now() + MARK_PATIENCE;
+        let until = Instant::now() + self.patience;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let answer = self.answers.recv_timeout(left).map_err(io::Error::other)?;
-            // Another is one to what was given up.
+            let answer = self.answers.recv_timeout(left).map_err(|error| {
+                self.owes = error == RecvTimeoutError::Timeout;
+                io::Error::other(error)
+            })?;
+            // Another is none to this.
             if answer.range == asked {
                 return answer.refused.map_or(Ok(()), |why| Err(io::Error::other(why)));
             }
@@ -160,6 +172,7 @@ fn in_guest(ram: &[Ram], range: HvaRange, merging: Merging) -> Option<MergeRange
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
 
     #[test]
     fn a_range_is_asked_for_by_the_guests_addresses_and_only_inside_of_one_region() {
@@ -176,5 +189,44 @@ mod tests {
         assert_eq!(asked(0x7100_0000_0000 + 62 * MIB, 2 * MIB), Some((4158 * MIB, 2 * MIB)));
         assert_eq!(asked(0x7000_0000_0000 + 62 * MIB, 4 * MIB), None);
         assert_eq!(asked(0x6fff_0000_0000, 2 * MIB), None);
+    }
+
+    #[test]
+    fn a_vmm_that_does_not_answer_is_waited_for_once_and_asked_again_when_it_did() {
+        const PATIENCE: Duration = Duration::from_millis(200);
+        const BLOCK: u64 = BLOCK_SIZE as u64;
+        let (control, vmm) = UnixStream::pair().unwrap();
+        let (sender, answers) = std::sync::mpsc::channel();
+        let ram = vec![Ram { gpa: 0, hva: 0x7000_0000_0000, bytes: 64 * BLOCK }];
+        let mut asked = Asked { ram, control, answers, patience: PATIENCE, owes: false };
+        let block = |index| HvaRange::new(Hva(0x7000_0000_0000 + index * BLOCK), ByteCount(BLOCK)).unwrap();
+        let answer = |refused| {
+            let range = MergeRange { gpa: 0, bytes: BLOCK, merging: MergeMode::Offered };
+            sender.send(Answer { range, refused }).unwrap();
+        };
+        let begun = Instant::now();
+        for index in 0..24 {
+            asked.mark(block(index), Merging::Offered).unwrap_err();
+        }
+        let waited = begun.elapsed();
+        assert!((PATIENCE..2 * PATIENCE).contains(&waited), "{waited:?}");
+        // One question is on the line, and no more.
+        let mut questions = [0; 4096];
+        let length = (&vmm).read(&mut questions).unwrap();
+        assert_eq!(questions[..length].iter().filter(|byte| **byte == b'\n').count(), 1);
+
+        // Its late answer is not taken for one to what is asked then.
+        answer(Some("late".to_owned()));
+        let reply = std::thread::spawn({
+            let sender = sender.clone();
+            move || {
+                assert!((&vmm).read(&mut questions).unwrap() > 0);
+                let range = MergeRange { gpa: 30 * BLOCK, bytes: BLOCK, merging: MergeMode::Offered };
+                sender.send(Answer { range, refused: None }).unwrap();
+            }
+        });
+        asked.patience = MARK_PATIENCE;
+        asked.mark(block(30), Merging::Offered).unwrap();
+        reply.join().unwrap();
     }
 }
