@@ -42,7 +42,7 @@ pub(super) fn run(
     let mut manager =
         Manager::start(Vault::new(Budget::within(plan.budget), plan.asked()), Arc::new(NoProbe))
             .map_err(|error| explain(&error))?;
-    let (guests, ids, sharing) = match begin(plan, &mut manager, &accounting) {
+    let (guests, ids, sharing) = match begin(plan, &mut manager, &accounting, interrupt) {
         Ok(begun) => begun,
         Err(why) => {
             // The guests have ended. The manager's threads hold the accounting, and its control group goes with the last of them.
@@ -63,7 +63,12 @@ pub(super) fn run(
 type Begun = (Vec<Guest>, Vec<MachineId>, Option<Sharing>);
 
 /// Starts the guests.
-fn begin(plan: &Plan, manager: &mut Manager, accounting: &Accounting) -> Result<Begun, String> {
+fn begin(
+    plan: &Plan,
+    manager: &mut Manager,
+    accounting: &Accounting,
+    interrupt: &Interrupt,
+) -> Result<Begun, String> {
     let mut guests = Vec::new();
     let mut ids = Vec::new();
     manager.govern(accounting.meter(), SAMPLE_PERIOD).map_err(|error| explain(&error))?;
@@ -82,7 +87,7 @@ fn begin(plan: &Plan, manager: &mut Manager, accounting: &Accounting) -> Result<
         }
         guests.push(guest);
     }
-    let sharing = if plan.share { Some(Sharing::start(&mut guests, &ids, DOMAIN)?) } else { None };
+    let sharing = if plan.share { Some(Sharing::start(&mut guests, &ids, DOMAIN, interrupt)?) } else { None };
     Ok((guests, ids, sharing))
 }
 

@@ -6,6 +6,7 @@
 //!
 //! Only a process itself can mark its memory, and a VMM of ours obeys nobody but its starter. That is the demo, so it is here
 //! that our own machines are guided; `plimsoll share` has no line to a machine that somebody else started.
+use super::Interrupt;
 use super::fleet::{Guest, Merging as Answer, send};
 use super::report::SharingReport;
 use plimsoll_linux::explain;
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 
 /// Between two looks at what is worth merging. KSM's pace is set at every turn.
 const ROUND: Duration = Duration::from_secs(2);
-/// How long a guest may take until it runs: all of its memory may have to be put in place before.
+/// How long a guest may take until it runs, once its memory is in place and handed over.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// How often it is looked whether it does.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -42,8 +43,13 @@ pub(super) struct Sharing {
 
 impl Sharing {
     /// Takes KSM for these guests, once they run.
-    pub(super) fn start(guests: &mut [Guest], ids: &[MachineId], domain: DomainId) -> Result<Self, String> {
-        let members = guests.iter_mut().zip(ids).map(|(guest, id)| member(guest, *id, domain));
+    pub(super) fn start(
+        guests: &mut [Guest],
+        ids: &[MachineId],
+        domain: DomainId,
+        interrupt: &Interrupt,
+    ) -> Result<Self, String> {
+        let members = guests.iter_mut().zip(ids).map(|(guest, id)| member(guest, *id, domain, interrupt));
         let members: Vec<Member> = members.collect::<Result<_, _>>()?;
         let bytes = members.iter().flat_map(|member| &member.ranges).map(|range| range.len().0).sum::<u64>();
         let guide = Guide::start(members, Options::default())
@@ -90,8 +96,13 @@ impl Sharing {
     }
 }
 
-fn member(guest: &mut Guest, id: MachineId, domain: DomainId) -> Result<Member, String> {
-    let ram = started(guest)?;
+fn member(
+    guest: &mut Guest,
+    id: MachineId,
+    domain: DomainId,
+    interrupt: &Interrupt,
+) -> Result<Member, String> {
+    let ram = started(guest, interrupt)?;
     let range = |ram: &Ram| HvaRange::new(Hva(ram.hva), ByteCount(ram.bytes));
     let ranges = ram.iter().map(range).collect::<Option<_>>();
     let ranges = ranges.ok_or_else(|| format!("{} says that its memory is nowhere", guest.name))?;
@@ -103,7 +114,7 @@ fn member(guest: &mut Guest, id: MachineId, domain: DomainId) -> Result<Member, 
 }
 
 /// Waits until a guest runs, and says where its memory is.
-fn started(guest: &mut Guest) -> Result<Vec<Ram>, String> {
+fn started(guest: &mut Guest, interrupt: &Interrupt) -> Result<Vec<Ram>, String> {
     let begun = Instant::now();
     loop {
         let state = guest.state();
@@ -113,6 +124,9 @@ fn started(guest: &mut Guest) -> Result<Vec<Ram>, String> {
         let ended = state.died.or_else(|| guest.untimely_end());
         if let Some(why) = ended {
             return Err(format!("{} did not start: {why}", guest.name));
+        }
+        if interrupt.is_set() {
+            return Err(format!("interrupted before {} ran", guest.name));
         }
         if begun.elapsed() > START_PATIENCE {
             return Err(format!("{} did not start within {} s", guest.name, START_PATIENCE.as_secs()));
