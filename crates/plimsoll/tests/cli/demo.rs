@@ -111,6 +111,17 @@ fn a_user_without_rights_gets_the_guests_in_process_or_one_sentence_that_names_t
     ended.expect_nothing_left();
 }
 
+/// Whether KSM could not be had, which is said.
+fn lacks_ksm(ended: &Ended) -> bool {
+    let lacks = ended.code() == Some(2) && ended.stderr.contains("--share");
+    if lacks {
+        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+        assert!(!required.split(',').any(|name| name == "ksm"), "{}", ended.stderr);
+        println!("SKIPPED: {}", ended.stderr.trim());
+    }
+    lacks
+}
+
 /// What the report says of sharing, of guests with that content. `None` where KSM cannot be had, which is said.
 fn shared(mix: &str) -> Option<Value> {
     const KSM: &str = "/sys/kernel/mm/ksm";
@@ -123,10 +134,7 @@ fn shared(mix: &str) -> Option<Value> {
         .chain(words)
         .collect();
     let ended = Run::new(&words).output();
-    if ended.code() == Some(2) && ended.stderr.contains("--share") {
-        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-        assert!(!required.split(',').any(|name| name == "ksm"), "{}", ended.stderr);
-        println!("SKIPPED: {}", ended.stderr.trim());
+    if lacks_ksm(&ended) {
         return None;
     }
     ended.expect_code(0);
@@ -171,6 +179,36 @@ fn guests_do_not_share_where_a_stranger_could_be_merged_with_them() {
     ended.expect_code(2);
     let words = ended.stderr.trim();
     assert!(words.contains("KSM knows no domains") && words.lines().count() == 1, "{words}");
+    ended.expect_nothing_left();
+}
+
+#[test]
+fn a_stranger_that_comes_later_is_named_beside_what_was_not_merged() {
+    /// Long enough until the guests share, and shorter than they run.
+    const LATER: Duration = Duration::from_secs(5);
+    let _alone = alone();
+    if !can("userfaultfd") || !can("ksm") {
+        return;
+    }
+    let words =
+        ["--seconds", "12", "--share", "--mix", "zero=10,dup=60,text=20,random=10", "--json", "report.json"];
+    let mut running = Run::new(&small(&words)).start();
+    running.wait_for_machines(2);
+    std::thread::sleep(LATER);
+    let stranger = AnonymousMapping::new(ByteCount::mib(2), HugePages::Never).unwrap();
+    stranger.advise_merging(stranger.range(), Merging::Offered).unwrap();
+    let ended = running.wait();
+    drop(stranger);
+    if lacks_ksm(&ended) {
+        return;
+    }
+    ended.expect_code(0);
+    let sharing = ended.json("report.json")["host"]["sharing"].clone();
+    assert_eq!(sharing["merged_bytes"], 0, "{sharing}");
+    let why = sharing["hindered"].as_str().unwrap_or_else(|| panic!("no reason in {sharing}"));
+    assert!(why.contains("KSM knows no domains"), "{why}");
+    assert!(ended.stdout.contains(why), "{}", ended.stdout);
+    ended.remove("report.json");
     ended.expect_nothing_left();
 }
 
