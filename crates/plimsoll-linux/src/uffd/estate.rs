@@ -437,6 +437,7 @@ impl Estate {
     pub(super) fn inherit(&self) -> Inheritance {
         let mut inheritance = Inheritance::default();
         let mut shards: BTreeMap<u32, Vec<(usize, u64, Record)>> = BTreeMap::new();
+        let mut domains: BTreeMap<u32, Vec<Record>> = BTreeMap::new();
         let mut named = BTreeSet::new();
         let mut is_damaged = false;
         for (at, state, record) in self.records() {
@@ -451,12 +452,15 @@ impl Estate {
             }
             named.extend(record.held(state));
             if record.kind == DOMAIN {
-                match self.domain(&record) {
-                    Ok(domain) => inheritance.domains.push(domain),
-                    Err(error) => inheritance.lost.push((MachineId(0), error)),
-                }
+                domains.entry(record.domain).or_default().push(record);
             } else {
                 shards.entry(record.machine).or_default().push((at, state, record));
+            }
+        }
+        for (domain, records) in domains {
+            match self.domain(DomainId(domain), &records) {
+                Ok(domain) => inheritance.domains.push(domain),
+                Err(error) => inheritance.lost.push((MachineId(0), error)),
             }
         }
         for (machine, records) in shards {
@@ -483,9 +487,19 @@ impl Estate {
         self.kept.lock().remove(&slot).ok_or_else(what)
     }
 
-    fn domain(&self, record: &Record) -> Result<(DomainId, GroupId, MemfdSlabs), EstateError> {
+    /// A domain from its record. Of two stores it cannot be told which one has a machine's pages.
+    fn domain(
+        &self,
+        id: DomainId,
+        records: &[Record],
+    ) -> Result<(DomainId, GroupId, MemfdSlabs), EstateError> {
+        let [record] = records else {
+            return Err(EstateError::Damaged {
+                what: format!("the register has {} stores of {id}", records.len()),
+            });
+        };
         let slabs = MemfdSlabs::inherit(self.claim(record.slots[0])?, ByteCount(record.amount))?;
-        Ok((DomainId(record.domain), GroupId(record.group), slabs))
+        Ok((id, GroupId(record.group), slabs))
     }
 
     /// A machine from its records; `None` if they are not all there.

@@ -92,9 +92,15 @@ pub enum AdmitError {
     /// It could not be entered into what outlives this process.
     #[error("the machine could not be entered into the register")]
     Estate(#[from] EstateError),
-    /// A bug: its domain has no store.
+    /// Its domain has no store, and a machine that is to be taken over needs one.
     #[error("{domain} has no store")]
     NoSuchDomain {
+        /// The domain.
+        domain: DomainId,
+    },
+    /// Its domain's store could not be taken over, and its machines wait for that one.
+    #[error("the store of {domain} could not be taken over, and its machines wait: end them first")]
+    StoreAwaited {
         /// The domain.
         domain: DomainId,
     },
@@ -435,8 +441,14 @@ impl Manager {
             return Err(AdmitError::TooLarge { size, limit });
         }
         if !self.domains.contains_key(&membership.domain.0) {
+            // The next manager would look for their pages in a store that never had them.
+            if self.is_awaited(membership.domain) {
+                return Err(AdmitError::StoreAwaited { domain: membership.domain });
+            }
             let slabs = MemfdSlabs::create("plimsoll-store", self.store_limit)?;
             if let Some(estate) = &self.estate {
+                // One that could not be taken over, and that nobody needs any more.
+                estate.strike_domain(membership.domain);
                 estate.enter_domain(membership.domain, membership.group, &slabs, self.store_limit)?;
             }
             let domain = Domain::new(membership.domain, membership.group, Store::new(slabs));
@@ -462,6 +474,11 @@ impl Manager {
         }
         self.launch(kept, parts, Origin::New).map_err(|(_, error)| error)?;
         Ok(id)
+    }
+
+    /// Whether machines that could not be taken over are of the domain.
+    fn is_awaited(&self, domain: DomainId) -> bool {
+        self.unmanaged.iter().any(|kept| kept.membership.domain == domain)
     }
 
     /// Nothing of the machine outlives this process any more.

@@ -2,10 +2,10 @@
 use super::*;
 use crate::explain;
 use crate::uffd::linux_space::LinuxSpace;
-use crate::uffd::manager::{Manager, Vault};
+use crate::uffd::manager::{AdmitError, Manager, Vault};
 use crate::uffd::probe::NoProbe;
 use crate::uffd::space::{Space, SpaceError};
-use crate::uffd::wire::{self, DATAGRAM_MAX, FEATURES_NEEDED};
+use crate::uffd::wire::{self, DATAGRAM_MAX, FEATURES_NEEDED, Outcome};
 use plimsoll_core::layout::{GuestLayout, Region};
 use plimsoll_core::ledger::Budget;
 use plimsoll_core::map::Words;
@@ -13,6 +13,7 @@ use plimsoll_store::{SlabKind, SlabMemory, SlabTag};
 use plimsoll_sys::fdpass;
 use plimsoll_sys::uffd::Mode;
 use plimsoll_types::{Gpa, Hva};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Holds copies, as the keeper does.
@@ -87,6 +88,34 @@ fn machine(id: u32, shards: u32) -> Option<(MachineVault, Vec<OwnedFd>)> {
     Some((MachineVault { id: MachineId(id), membership, shards: vaults }, agents))
 }
 
+/// Does whatever it is asked, until nobody can ask any more.
+fn serve(agent: OwnedFd) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let (mut bytes, mut reply) = ([0; DATAGRAM_MAX], Vec::new());
+        while let Ok(Some(received)) = fdpass::recv(&agent, &mut bytes, 0) {
+            let (ticket, items) = wire::decode_request(&bytes[..received.bytes]).unwrap();
+            let done: Vec<Outcome> =
+                items.iter().map(|item| Outcome { done: item.pages, stop: None }).collect();
+            wire::encode_reply(&mut reply, ticket, &done);
+            let _ = fdpass::send(&agent, &reply, &[]);
+        }
+    })
+}
+
+/// A manager of this process as the keeper's next one.
+fn manage(keeper: &Arc<Map>) -> Manager {
+    let vault = Vault::of_estate(keeper.open().unwrap(), Budget::of(ByteCount::mib(64)), LIMIT);
+    Manager::start(vault, Arc::new(NoProbe)).unwrap()
+}
+
+/// What comes of handing that machine over to the manager, and the VMM's end of the socket.
+fn admit(manager: &mut Manager, machine: &MachineVault) -> (Result<MachineId, AdmitError>, OwnedFd) {
+    let custody = &machine.shards[0].custody;
+    let (ours, theirs) = fdpass::seqpacket_pair().unwrap();
+    fdpass::send(&theirs, &custody.hello.encode(), &custody.descriptors()[..2]).unwrap();
+    (manager.admit(ours, Pidfd::open(ProcessId::own()).unwrap(), machine.membership), theirs)
+}
+
 fn heard(agent: &OwnedFd) -> Option<(Welcome, usize)> {
     let mut ready = [rustix::event::PollFd::new(agent, rustix::event::PollFlags::IN)];
     let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -128,8 +157,7 @@ fn a_domain_whose_machines_ended_before_they_could_be_taken_over_does_not_stay()
     let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
     keeper.open().unwrap().enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
     drop(slabs);
-    let vault = Vault::of_estate(keeper.open().unwrap(), Budget::of(ByteCount::mib(64)), LIMIT);
-    let mut manager = Manager::start(vault, Arc::new(NoProbe)).unwrap();
+    let mut manager = manage(&keeper);
     assert_eq!(manager.domains().count(), 1);
     assert!(manager.forget_gone().is_empty());
     assert_eq!((manager.domains().count(), keeper.slots_taken()), (0, vec![REGISTER]));
@@ -284,6 +312,56 @@ fn a_machine_of_which_one_record_is_damaged_keeps_what_its_other_records_name() 
         // The next manager finds it as this one did.
         assert_eq!(keeper.open().unwrap().inherit().lost.len(), 2);
     }
+}
+
+#[test]
+fn a_domain_whose_record_is_damaged_gets_no_second_store_while_its_machines_wait() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let (Some((first, mut agents)), Some((second, _))) = (machine(5, 1), machine(7, 1)) else { return };
+    let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+    estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    first.shards[0].words.words()[5].store(0, Ordering::Relaxed);
+    estate.offer(&first, &[]).unwrap();
+    estate.taken(first.id);
+    let agent = serve(agents.remove(0));
+    let held = keeper.slots_taken();
+    estate.place(0)[6].fetch_xor(1 << 40, Ordering::Relaxed);
+    drop((first, slabs, estate));
+    for _ in 0..2 {
+        let mut manager = manage(&keeper);
+        let (admitted, vmm) = admit(&mut manager, &second);
+        let found = explain(&admitted.expect_err("a second store was made"));
+        assert!(found.contains("could not be taken over, and its machines wait"), "{found}");
+        assert_eq!(heard(&vmm), Some((Welcome::Refused { reason: found }, 0)));
+        assert_eq!((manager.unmanaged(), manager.machines().len()), (1, 0));
+        drop(manager.stop());
+        assert_eq!(keeper.slots_taken(), held);
+    }
+    drop(keeper);
+    agent.join().unwrap();
+}
+
+#[test]
+fn of_two_stores_of_a_domain_none_is_taken_for_the_right_one() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    for _ in 0..2 {
+        let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+        estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    }
+    drop(estate);
+    let inheritance = keeper.open().unwrap().inherit();
+    assert_eq!((inheritance.domains.len(), inheritance.lost.len()), (0, 1));
+    assert_eq!(keeper.slots_taken().len(), 1 + 2);
+    // Nobody needs them: the next machine of the domain gets a store of its own, the only one.
+    let Some((machine, _)) = machine(5, 1) else { return };
+    let mut manager = manage(&keeper);
+    let (admitted, _vmm) = admit(&mut manager, &machine);
+    admitted.unwrap();
+    drop(manager.stop());
+    assert_eq!(keeper.slots_taken().len(), 1 + 1 + 5);
+    assert_eq!(keeper.open().unwrap().inherit().domains.len(), 1);
 }
 
 #[test]
