@@ -79,6 +79,8 @@ const SHARD: u32 = 1;
 const DOMAIN: u32 = 2;
 /// A slot that a record does not use.
 const NO_SLOT: u32 = u32::MAX;
+/// Which of a shard's slots is that of its process.
+const PROCESS: usize = 4;
 /// Which of a shard's slots is that of the agent's end of its socket.
 const AGENT: usize = 5;
 
@@ -193,6 +195,22 @@ pub(super) struct Inheritance {
     pub(super) domains: Vec<(DomainId, GroupId, MemfdSlabs)>,
     /// Machines that cannot be put together again, and why. Their descriptors stay where they are: their guests wait.
     pub(super) lost: Vec<(MachineId, EstateError)>,
+    /// What is known of those machines.
+    pub(super) fragments: BTreeMap<MachineId, Fragment>,
+}
+
+/// A machine that cannot be put together, as its sound records tell of it, if there are any.
+#[derive(Default)]
+pub(super) struct Fragment {
+    pub(super) domain: Option<DomainId>,
+    process: Option<Pidfd>,
+}
+
+impl Fragment {
+    /// True once its VMM has ended. One that is not known has not.
+    pub(super) fn has_ended(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| matches!(process.is_alive(), Ok(false)))
+    }
 }
 
 /// The register and the keeper.
@@ -448,6 +466,10 @@ impl Estate {
                 let what = "a record of the machines' register is damaged".to_owned();
                 inheritance.lost.push((MachineId(record.machine), EstateError::Damaged { what }));
                 named.extend(self.taken.lock().iter());
+                // No single bit makes a shard's kind a domain's, whose machines are counted themselves.
+                if record.kind != DOMAIN {
+                    inheritance.fragments.entry(MachineId(record.machine)).or_default();
+                }
                 continue;
             }
             named.extend(record.held(state));
@@ -465,15 +487,21 @@ impl Estate {
         }
         for (machine, records) in shards {
             let id = MachineId(machine);
+            // Before its descriptors are claimed.
+            let fragment = self.fragment(&records);
             match self.machine(id, &records) {
                 Ok(Some(machine)) => inheritance.machines.push(machine),
                 Ok(None) if is_damaged => {
                     let what = "records of it are missing, and one of the register is damaged".to_owned();
                     inheritance.lost.push((id, EstateError::Damaged { what }));
+                    inheritance.fragments.insert(id, fragment);
                 }
                 // It was being entered, or struck.
                 Ok(None) => self.strike_all(&records),
-                Err(error) => inheritance.lost.push((id, error)),
+                Err(error) => {
+                    inheritance.lost.push((id, error));
+                    inheritance.fragments.insert(id, fragment);
+                }
             }
         }
         let unnamed: Vec<u32> = self.taken.lock().difference(&named).copied().collect();
@@ -500,6 +528,18 @@ impl Estate {
         };
         let slabs = MemfdSlabs::inherit(self.claim(record.slots[0])?, ByteCount(record.amount))?;
         Ok((id, GroupId(record.group), slabs))
+    }
+
+    /// What sound records tell of a machine, whether it can be put together from them or not.
+    fn fragment(&self, records: &[(usize, u64, Record)]) -> Fragment {
+        let process = |record: &Record| {
+            let held = self.kept.lock().get(&record.slots[PROCESS])?.try_clone().ok()?;
+            Pidfd::adopt(held, ProcessId::new(record.process)?).ok()
+        };
+        Fragment {
+            domain: records.first().map(|(.., record)| DomainId(record.domain)),
+            process: records.iter().find_map(|(.., record)| process(record)),
+        }
     }
 
     /// A machine from its records; `None` if they are not all there.

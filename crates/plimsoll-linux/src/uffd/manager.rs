@@ -12,7 +12,7 @@
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
 //!   [`Orders`] how much to give up.
 use super::drive::{End, drive};
-use super::estate::{Estate, EstateError, Inheritance};
+use super::estate::{Estate, EstateError, Fragment, Inheritance};
 use super::governor::govern;
 use super::handover::{Handover, HandoverError};
 use super::host::{Domain, Host, Incident, Orders};
@@ -138,6 +138,8 @@ pub struct Vault {
     domains: Vec<(DomainId, GroupId, MemfdSlabs)>,
     /// Machines that could not be put together.
     lost: Vec<(MachineId, EstateError)>,
+    /// What is known of them.
+    fragments: BTreeMap<MachineId, Fragment>,
     estate: Option<Arc<Estate>>,
 }
 
@@ -152,13 +154,14 @@ impl Vault {
             machines: Vec::new(),
             domains: Vec::new(),
             lost: Vec::new(),
+            fragments: BTreeMap::new(),
             estate: None,
         }
     }
 
     /// What a manager in another process has left, if any, and what outlives this process from now on.
     pub fn of_estate(estate: Estate, budget: Budget, store_limit: ByteCount) -> Self {
-        let Inheritance { machines, domains, lost } = estate.inherit();
+        let Inheritance { machines, domains, lost, fragments } = estate.inherit();
         Self {
             epoch: estate.epoch(),
             next_id: estate.next_id(),
@@ -167,6 +170,7 @@ impl Vault {
             machines,
             domains,
             lost,
+            fragments,
             estate: Some(Arc::new(estate)),
         }
     }
@@ -209,6 +213,8 @@ pub struct Manager {
     machines: BTreeMap<MachineId, Running>,
     /// Machines that could not be taken over. They stall, and keep their bytes for the next manager.
     unmanaged: Vec<MachineVault>,
+    /// Machines that could not even be put together. They stall, too.
+    fragments: BTreeMap<MachineId, Fragment>,
     /// What outlives this process, if anything is to.
     estate: Option<Arc<Estate>>,
     governed: Governed,
@@ -237,6 +243,7 @@ impl Manager {
             domains: BTreeMap::new(),
             machines: BTreeMap::new(),
             unmanaged: Vec::new(),
+            fragments: vault.fragments,
             estate: vault.estate,
             governed: Governed::default(),
             tended: Domains::default(),
@@ -364,9 +371,14 @@ impl Manager {
         self.domains.values().map(Arc::as_ref)
     }
 
-    /// How many machines could not be taken over: they stall, and keep their bytes for the next manager.
-    pub const fn unmanaged(&self) -> usize {
-        self.unmanaged.len()
+    /// How many machines could not be taken over: they stall, and keep their bytes for the next manager. One that could not
+    /// be put together counts until its VMM is known to have ended.
+    pub fn unmanaged(&self) -> usize {
+        self.unmanaged.len() + self.stalled_fragments().count()
+    }
+
+    fn stalled_fragments(&self) -> impl Iterator<Item = &Fragment> {
+        self.fragments.values().filter(|fragment| !fragment.has_ended())
     }
 
     /// Counts managers of these machines.
@@ -479,6 +491,7 @@ impl Manager {
     /// Whether machines that could not be taken over are of the domain.
     fn is_awaited(&self, domain: DomainId) -> bool {
         self.unmanaged.iter().any(|kept| kept.membership.domain == domain)
+            || self.stalled_fragments().any(|fragment| fragment.domain == Some(domain))
     }
 
     /// Nothing of the machine outlives this process any more.
@@ -679,7 +692,8 @@ impl Manager {
     fn close_domains(&mut self) {
         let running = self.machines.values().map(|running| running.membership.domain);
         let kept = self.unmanaged.iter().map(|kept| kept.membership.domain);
-        let used: BTreeSet<u32> = running.chain(kept).map(|domain| domain.0).collect();
+        let stalled = self.stalled_fragments().filter_map(|fragment| fragment.domain);
+        let used: BTreeSet<u32> = running.chain(kept).chain(stalled).map(|domain| domain.0).collect();
         let unused: Vec<u32> = self.domains.keys().copied().filter(|id| !used.contains(id)).collect();
         for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
             domain.close(&self.host);
@@ -757,6 +771,7 @@ impl Manager {
             machines,
             domains,
             lost: Vec::new(),
+            fragments: self.fragments,
             estate: self.estate,
         }
     }

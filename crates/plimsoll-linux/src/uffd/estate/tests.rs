@@ -13,6 +13,7 @@ use plimsoll_store::{SlabKind, SlabMemory, SlabTag};
 use plimsoll_sys::fdpass;
 use plimsoll_sys::uffd::Mode;
 use plimsoll_types::{Gpa, Hva};
+use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -56,10 +57,13 @@ impl Keep for Map {
 
 const LIMIT: ByteCount = ByteCount::mib(4);
 
-/// A machine of so many shards, and its VMM's ends of the sockets. `None` where there is no userfaultfd.
+/// A machine of so many shards, of this process, and its VMM's ends of the sockets. `None` where there is no userfaultfd.
 fn machine(id: u32, shards: u32) -> Option<(MachineVault, Vec<OwnedFd>)> {
-    let own = ProcessId::own();
-    let process = Arc::new(Pidfd::open(own).unwrap());
+    machine_of(Pidfd::open(ProcessId::own()).unwrap(), id, shards)
+}
+
+fn machine_of(process: Pidfd, id: u32, shards: u32) -> Option<(MachineVault, Vec<OwnedFd>)> {
+    let process = Arc::new(process);
     let (mut vaults, mut agents) = (Vec::new(), Vec::new());
     for shard in 0..shards {
         let at = u64::from(shard) << 30;
@@ -362,6 +366,50 @@ fn of_two_stores_of_a_domain_none_is_taken_for_the_right_one() {
     drop(manager.stop());
     assert_eq!(keeper.slots_taken().len(), 1 + 1 + 5);
     assert_eq!(keeper.open().unwrap().inherit().domains.len(), 1);
+}
+
+#[test]
+fn a_machine_that_cannot_be_put_together_counts_until_its_vmm_is_known_to_have_ended() {
+    // Of two shards the sound one names the process; of one nobody knows it.
+    for (shards, left) in [(2, 0), (1, 1)] {
+        // Ends with this test, whatever becomes of that.
+        let mut vmm = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let keeper = Arc::new(Map::default());
+        let estate = keeper.open().unwrap();
+        let machine = machine_of(Pidfd::from_child(&mut vmm).unwrap(), 5, shards);
+        if let Some((machine, mut agents)) = machine {
+            let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+            estate.offer(&machine, &agents.split_off(1)).unwrap();
+            estate.taken(machine.id);
+            estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+            estate.place(0)[6].fetch_xor(1 << 40, Ordering::Relaxed);
+            drop((machine, slabs, estate));
+            let mut manager = manage(&keeper);
+            manager.forget_gone();
+            assert_eq!((manager.unmanaged(), manager.machines().len()), (1, 0));
+            // Its process is asked, not its records.
+            vmm.kill().unwrap();
+            vmm.wait().unwrap();
+            assert_eq!(manager.unmanaged(), left, "of {shards} shards");
+            manager.forget_gone();
+            assert_eq!(manager.domains().count(), 0);
+            drop(manager.stop());
+            assert_eq!(manage(&keeper).unmanaged(), left);
+        }
+        let _ = vmm.kill();
+        let _ = vmm.wait();
+    }
+}
+
+#[test]
+fn a_domain_of_which_only_the_record_is_damaged_is_no_machine() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+    estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    estate.place(0)[6].fetch_xor(1 << 40, Ordering::Relaxed);
+    drop((slabs, estate));
+    assert_eq!(manage(&keeper).unmanaged(), 0);
 }
 
 #[test]
