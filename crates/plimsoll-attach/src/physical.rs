@@ -8,7 +8,8 @@
 //!
 //! * QEMU's pc (hw/i386/pc_piix.c): from 3.5 GiB on, all beyond 3 GiB moves to 4 GiB. q35 (pc_q35.c): from 2.75 GiB on, all beyond
 //!   2 GiB does. What lies between 640 KiB and 1 MiB may be ROM or a device's and is left out.
-//! * Cloud Hypervisor, Firecracker, crosvm: one cut at the hole below 4 GiB, where they map RAM in two pieces or one.
+//! * Cloud Hypervisor, Firecracker, crosvm: one cut at the hole below 4 GiB, where RAM lies in two mappings; none where it is smaller.
+//!   Two pieces that the kernel joined into one mapping are in either order.
 
 use crate::argv::{Options, Properties};
 use crate::qmp::{FlatKind, Qmp, QmpError};
@@ -132,7 +133,7 @@ pub fn by_rule(held: &Held, dossier: &Dossier) -> Result<Vec<Placed>, PhysicalEr
             let lens: Vec<ByteCount> = ranges.iter().map(|ram| ram.hva.len()).collect();
             let hole = cut(kind.layout.cuts, &lens);
             let hole = hole
-                .ok_or_else(|| unknown(format!("a {vmm} may have cut RAM of this size in several places")))?;
+                .ok_or_else(|| unknown(format!("a {vmm} may have laid RAM of this size out in several ways")))?;
             Ok(place(&ranges, hole, None))
         }
     }
@@ -200,10 +201,7 @@ fn cut(cuts: &[ByteCount], ranges: &[ByteCount]) -> Option<u64> {
     match ranges {
         [first, _] => cuts.iter().find(|cut| *cut == first).map(|cut| cut.0),
         [_] if cuts.iter().all(|cut| size <= *cut) => Some(ABOVE),
-        [_] => match cuts {
-            [only] => Some(only.0),
-            _ => None,
-        },
+        // Its pieces, joined by the kernel: mmap hands out addresses from above, so what the guest has first may lie behind.
         _ => None,
     }
 }
@@ -328,7 +326,9 @@ mod tests {
         assert_eq!(cut(&[three, more], &[ByteCount(GIB)]), Some(ABOVE));
         assert_eq!(cut(&[three, more], &[ByteCount(4 * GIB)]), None);
         assert_eq!(cut(&[three, more], &[more, ByteCount(GIB)]), Some(more.0));
-        assert_eq!(cut(&[three], &[ByteCount(4 * GIB)]), Some(3 * GIB));
+        assert_eq!(cut(&[three], &[ByteCount(4 * GIB)]), None, "joined, in an order that does not show");
+        assert_eq!(cut(&[three], &[three]), Some(ABOVE));
+        assert_eq!(cut(&[three], &[three, ByteCount(GIB)]), Some(3 * GIB));
         assert_eq!(cut(&[three], &[ByteCount(GIB), ByteCount(GIB)]), None);
     }
 }
