@@ -7,12 +7,14 @@
 //! The rules, each for RAM of a given size:
 //!
 //! * QEMU's pc (hw/i386/pc_piix.c): from 3.5 GiB on, all beyond 3 GiB moves to 4 GiB. q35 (pc_q35.c): from 2.75 GiB on, all beyond
-//!   2 GiB does. What lies between 640 KiB and 1 MiB may be ROM or a device's and is left out.
+//!   2 GiB does. NUMA nodes lie one after the other by number. What lies between 640 KiB and 1 MiB may be
+//!   ROM or a device's and is left out.
 //! * Cloud Hypervisor, Firecracker, crosvm: one cut at the hole below 4 GiB, where RAM lies in two mappings; none where it is smaller.
 //!   Two pieces that the kernel joined into one mapping are in either order.
 
 use crate::argv::{Options, Properties};
 use crate::qmp::{FlatKind, Qmp, QmpError};
+use crate::ram::GIVEN;
 use crate::vmm::{self, Block, Note, Origin, Vmm};
 use crate::{Dossier, Held, RamRange, Refusal};
 use plimsoll_sys::HvaRange;
@@ -20,6 +22,11 @@ use plimsoll_types::{ByteCount, Gpa};
 
 /// Where RAM goes on above the hole.
 const ABOVE: u64 = 4 << 30;
+/// Where the HyperTransport hole below 1 TiB begins. Since 7.1, a QEMU with an AMD processor moves RAM behind it from 4 GiB to 1 TiB
+/// once the 64-bit hole of PCI, which follows RAM, reaches it.
+const HYPERTRANSPORT: u64 = 0xfd_0000_0000;
+/// How far behind its RAM that hole of a QEMU ends at most: RAM has moved by up to 4 GiB, q35's has 32 GiB, and begins at a whole GiB.
+const HOLE_64: u64 = 37 << 30;
 /// The part of the first MiB of a PC that may be something else than RAM.
 const LEGACY: (u64, u64) = (0xa_0000, 0x10_0000);
 
@@ -114,26 +121,23 @@ pub fn by_rule(held: &Held, dossier: &Dossier) -> Result<Vec<Placed>, PhysicalEr
     let blocks = (kind.claim)(&options).blocks;
     match dossier.vmm {
         Vmm::Qemu => {
-            let unseen = |why: &str| PhysicalError::Unseen { why: why.to_owned() };
-            let machine = Machine::of(&options).map_err(|why| PhysicalError::Unseen { why })?;
-            if dossier.notes.iter().any(|note| matches!(note, Note::Interchangeable { .. })) {
-                return Err(unseen("it has blocks of equal size"));
-            }
-            let ranges = in_order(&blocks, &dossier.ram);
-            let ranges =
-                ranges.ok_or_else(|| unseen("its blocks were not found as they are on its command line"))?;
-            Ok(place(&ranges, machine.hole(dossier.size()), Some(LEGACY)))
+            let pieces = of_qemu(&options, &blocks, &dossier.ram, &dossier.notes);
+            pieces.map_err(|why| PhysicalError::Unseen { why })
         }
         vmm => {
             let unknown = |why: String| PhysicalError::Unknown { why };
             if blocks.iter().any(|block| block.grows_to.is_some() || block.origin == Origin::Device) {
                 return Err(unknown(format!("a {vmm} with hot memory does not say where that is")));
             }
+            if !is_whole(&blocks, &dossier.ram) {
+                return Err(unknown("whether the ranges given are all of its RAM does not show".to_owned()));
+            }
             let ranges: Vec<&RamRange> = dossier.ram.iter().collect();
             let lens: Vec<ByteCount> = ranges.iter().map(|ram| ram.hva.len()).collect();
             let hole = cut(kind.layout.cuts, &lens);
-            let hole = hole
-                .ok_or_else(|| unknown(format!("a {vmm} may have laid RAM of this size out in several ways")))?;
+            let hole = hole.ok_or_else(|| {
+                unknown(format!("a {vmm} may have laid RAM of this size out in several ways"))
+            })?;
             Ok(place(&ranges, hole, None))
         }
     }
@@ -150,6 +154,36 @@ fn has_ram(dossier: &Dossier) -> Result<(), PhysicalError> {
     Err(PhysicalError::NoRam { name: dossier.name.clone(), why: why.to_owned() })
 }
 
+/// Whether ranges that the operator gave are together as long as the blocks that are there from the start.
+fn is_whole(blocks: &[Block], ram: &[RamRange]) -> bool {
+    let size: Option<ByteCount> = blocks.iter().map(|block| block.size).sum();
+    let is_given = ram.iter().any(|ram| ram.block == GIVEN);
+    !is_given || size == Some(ram.iter().map(|ram| ram.hva.len()).sum())
+}
+
+/// QEMU's rule, or what stands in its way.
+fn of_qemu(
+    options: &Options<'_>,
+    blocks: &[Block],
+    ram: &[RamRange],
+    notes: &[Note],
+) -> Result<Vec<Placed>, String> {
+    let machine = Machine::of(options)?;
+    if notes.iter().any(|note| matches!(note, Note::Interchangeable { .. })) {
+        return Err("it has blocks of equal size".to_owned());
+    }
+    if notes.contains(&Note::HotPlug) || blocks.iter().any(|block| block.origin == Origin::Device) {
+        return Err("memory devices choose their own addresses".to_owned());
+    }
+    let ranges = in_order(options, blocks, ram)
+        .ok_or_else(|| "its blocks were not found as they are on its command line".to_owned())?;
+    let size: ByteCount = ranges.iter().map(|ram| ram.hva.len()).sum();
+    if size.0 >= HYPERTRANSPORT - HOLE_64 {
+        return Err("with an AMD processor RAM of this size may go on at 1 TiB".to_owned());
+    }
+    Ok(place(&ranges, machine.hole(size), Some(LEGACY)))
+}
+
 /// QEMU's machines that have a rule here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Machine {
@@ -164,12 +198,24 @@ impl Machine {
         if machines.iter().any(|machine| machine.get("max-ram-below-4g").is_some()) {
             return Err("max-ram-below-4g is set".to_owned());
         }
+        if options.has("readconfig") {
+            return Err("a file that -readconfig names may say what machine it is".to_owned());
+        }
+        // What reaches the HyperTransport hole moves RAM, and either of these may make it do so.
+        let is_hole = |text: &str| text.contains("pci-hole64-size");
+        if options.lists(&["global", "set"]).any(is_hole)
+            || machines.iter().any(|machine| machine.is_on("cxl"))
+        {
+            return Err("the 64-bit hole of its PCI is not the usual one".to_owned());
+        }
         let kind = machines.iter().filter_map(|machine| machine.first_or("type")).next_back().unwrap_or("pc");
         match kind {
             "pc" => Ok(Self::Pc),
             "q35" => Ok(Self::Q35),
             // Those of before 2014 cut at 3.5 GiB.
-            old if old.starts_with("pc-i440fx-1.") => Err(format!("the machine is an old one, {old}")),
+            old if old.starts_with("pc-i440fx-1.") || old.starts_with("pc-q35-1.") => {
+                Err(format!("the machine is an old one, {old}"))
+            }
             named if named.starts_with("pc-i440fx-") => Ok(Self::Pc),
             named if named.starts_with("pc-q35-") => Ok(Self::Q35),
             other => Err(format!("the machine is a {other}")),
@@ -186,13 +232,33 @@ impl Machine {
     }
 }
 
-/// The ranges of the base blocks in the order of the command line, which is the guest's. `None` if they do not correspond.
-fn in_order<'a>(blocks: &[Block], ram: &'a [RamRange]) -> Option<Vec<&'a RamRange>> {
-    let base: Vec<&Block> = blocks.iter().filter(|block| block.origin == Origin::Base).collect();
-    if let ([_], [only]) = (base.as_slice(), ram) {
-        return Some(vec![only]);
+/// The ranges of the base blocks in the guest's order: by node, whatever the order of the command line. `None` if they do not correspond,
+/// each to one range of its size.
+fn in_order<'a>(options: &Options<'_>, blocks: &[Block], ram: &'a [RamRange]) -> Option<Vec<&'a RamRange>> {
+    let is_all = |block: &Block, ram: &RamRange| block.size == Some(ram.hva.len());
+    if let ([block], [only]) = (blocks, ram) {
+        return is_all(block, only).then(|| vec![only]);
     }
-    base.iter().map(|block| ram.iter().find(|ram| ram.block == block.name)).collect()
+    let mut order = nodes(options)?;
+    order.sort_by_key(|(node, _)| *node);
+    if order.len() != blocks.len() || order.len() != ram.len() {
+        return None;
+    }
+    let find = |name: &str| {
+        let block = blocks.iter().find(|block| block.name == name)?;
+        ram.iter().find(|ram| ram.block == name && is_all(block, ram))
+    };
+    order.iter().map(|(_, name)| find(name)).collect()
+}
+
+/// The guest's nodes: their numbers and back ends. One without a number gets that of the nodes before it (hw/core/numa.c).
+fn nodes(options: &Options<'_>) -> Option<Vec<(u32, String)>> {
+    let nodes = options.properties(&["numa"]).filter(|numa| numa.first_or("type") == Some("node"));
+    let node = |(place, node): (u32, Properties)| {
+        let number = node.get("nodeid").map_or(Some(place), |number| number.parse().ok());
+        Some((number?, node.get("memdev")?.to_owned()))
+    };
+    (0..).zip(nodes).map(node).collect()
 }
 
 /// Where RAM in these ranges is cut, if there is one answer.
@@ -315,8 +381,75 @@ mod tests {
         assert_eq!(machine("qemu -m 64"), Ok(Machine::Pc));
         assert_eq!(machine("qemu -machine pc-i440fx-7.2,usb=off"), Ok(Machine::Pc));
         assert_eq!(machine("qemu -machine accel=kvm -M type=pc-q35-8.0"), Ok(Machine::Q35));
-        for line in ["qemu -M microvm", "qemu -M q35,max-ram-below-4g=1G", "qemu -M pc-i440fx-1.4"] {
+        for line in [
+            "qemu -M microvm",
+            "qemu -M q35,max-ram-below-4g=1G",
+            "qemu -M pc-i440fx-1.4",
+            "qemu -M pc-q35-1.7",
+        ] {
             assert!(machine(line).is_err(), "{line}");
+        }
+    }
+
+    fn by_qemus_rule(line: &str, ram: &[RamRange]) -> Result<Vec<(u64, u64, u64)>, String> {
+        let argv: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        let options = Options::new(&argv);
+        let program = std::path::Path::new("/usr/bin/qemu-system-x86_64");
+        let claim = (vmm::recognise(program, &argv).unwrap().claim)(&options);
+        of_qemu(&options, &claim.blocks, ram, &claim.notes).map(|pieces| shown(&pieces))
+    }
+
+    fn named(block: &str, at: u64, len: u64) -> RamRange {
+        RamRange { block: block.to_owned(), ..ram(at, len) }
+    }
+
+    #[test]
+    fn nodes_lie_by_number_and_not_as_they_were_named() {
+        let ram = [named("a", AT, GIB), named("b", 2 * AT, GIB / 2)];
+        let line = |nodes: &str| {
+            format!(
+                "qemu -m 1536 -object memory-backend-ram,id=a,size=1G -object memory-backend-ram,id=b,size=512M {nodes}"
+            )
+        };
+        let first = |nodes| by_qemus_rule(&line(nodes), &ram).map(|pieces| pieces[0].1);
+        assert_eq!(first("-numa node,nodeid=1,memdev=a -numa node,nodeid=0,memdev=b"), Ok(2 * AT));
+        assert_eq!(first("-numa node,nodeid=0,memdev=a -numa node,nodeid=1,memdev=b"), Ok(AT));
+        assert_eq!(first("-numa node,memdev=a -numa node,memdev=b"), Ok(AT));
+        assert!(first("-numa node,nodeid=x,memdev=a -numa node,memdev=b").is_err());
+        assert!(by_qemus_rule(&line("-numa node,memdev=a -numa node,memdev=b"), &ram[..1]).is_err());
+    }
+
+    #[test]
+    fn a_part_of_a_block_that_was_given_is_not_taken_for_the_whole() {
+        assert!(by_qemus_rule("qemu -m 1G", &[named(GIVEN, AT, GIB)]).is_ok());
+        assert!(by_qemus_rule("qemu -m 1G", &[named(GIVEN, AT, GIB / 2)]).is_err());
+        let block = |size| [Block { size, ..Block::unsaid("ram") }];
+        assert!(is_whole(&block(Some(ByteCount(GIB))), &[named(GIVEN, AT, GIB)]));
+        assert!(is_whole(&block(None), &[named("ram", AT, GIB)]));
+        for size in [None, Some(ByteCount(2 * GIB))] {
+            assert!(!is_whole(&block(size), &[named(GIVEN, AT, GIB)]), "{size:?}");
+        }
+    }
+
+    #[test]
+    fn memory_devices_have_no_rule() {
+        let ram = [named("ram", AT, GIB), named("d", 2 * AT, GIB)];
+        let device = "-object memory-backend-ram,id=d,size=1G -device pc-dimm,memdev=d";
+        assert!(by_qemus_rule(&format!("qemu -m 1G {device}"), &ram).is_err());
+        assert!(by_qemus_rule("qemu -m 1G,maxmem=2G,slots=2", &ram[..1]).is_err());
+        assert!(by_qemus_rule("qemu -m 1G", &ram[..1]).is_ok());
+    }
+
+    #[test]
+    fn ram_that_may_move_to_1_tib_has_no_rule() {
+        let by_rule = |gib: u64, more: &str| {
+            by_qemus_rule(&format!("qemu -m {gib}G {more}"), &[named("ram", AT, gib * GIB)])
+                .map(|pieces| pieces.len())
+        };
+        assert_eq!(by_rule(974, "-cpu host"), Ok(3));
+        assert!(by_rule(975, "-cpu host").is_err());
+        for more in ["-global q35-pcihost.pci-hole64-size=1T", "-M q35,cxl=on", "-readconfig file"] {
+            assert!(by_rule(8, more).is_err(), "{more}");
         }
     }
 

@@ -18,6 +18,8 @@ use std::path::Path;
 
 /// RAM told from its looks has at least this, in whole MiB: the smallest guests have; allocators' arenas do not.
 const LOOKS_MIN: ByteCount = ByteCount::mib(16);
+/// The name of the block of a range that the operator gave.
+pub(crate) const GIVEN: &str = "given";
 /// Mappings that an error shows.
 const SHOWN: usize = 6;
 
@@ -274,7 +276,7 @@ impl<'a> Finder<'a> {
         if !run.first().is_some_and(is_eligible) {
             return Err(bad("it is a program, a stack or a heap, or cannot be written"));
         }
-        let block = Block::unsaid("given");
+        let block = Block::unsaid(GIVEN);
         let found = self.range(&block, run).ok_or_else(|| bad("nothing is mapped there"))?;
         Ok(RamRange { hva: range, ..found })
     }
