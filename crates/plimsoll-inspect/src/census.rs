@@ -81,17 +81,18 @@ pub enum MergedError {
     Frames(#[from] FrameError),
 }
 
-/// Bytes of a range whose pages KSM has merged, with others or with the page of zeros. Takes a look at each frame.
+/// Bytes of a range whose pages KSM has merged, with others or with the page of zeros; `None` if the kernel names no frames. Takes a
+/// look at each frame.
 ///
 /// # Errors
 /// Page map or frames cannot be read: both are root's.
-pub fn merged(pagemap: &Pagemap, frames: &Frames, range: HvaRange) -> Result<ByteCount, MergedError> {
+pub fn merged(pagemap: &Pagemap, frames: &Frames, range: HvaRange) -> Result<Option<ByteCount>, MergedError> {
     let mut sum = ByteCount(0);
     let mut rest = range;
     while !rest.is_empty() {
         let len = ByteCount(rest.len().0.min(STEP.0));
         let Some((part, left)) = HvaRange::new(rest.start(), len).zip(rest.skip(len)) else { break };
-        let present: Vec<Pfn> = pagemap.frames(part)?.into_iter().flatten().collect();
+        let Some(present) = named(pagemap.frames(part)?) else { return Ok(None) };
         frames.each(&present, |_, flags| {
             if flags.contains(FrameFlags::KSM) {
                 sum += ByteCount(4096);
@@ -99,7 +100,12 @@ pub fn merged(pagemap: &Pagemap, frames: &Frames, range: HvaRange) -> Result<Byt
         })?;
         rest = left;
     }
-    Ok(sum)
+    Ok(Some(sum))
+}
+
+/// The frames of those pages that are in RAM; `None` if one has no name, as without CAP_SYS_ADMIN.
+fn named(frames: Vec<Option<Pfn>>) -> Option<Vec<Pfn>> {
+    frames.into_iter().flatten().map(|frame| (frame != Pfn(0)).then_some(frame)).collect()
 }
 
 #[cfg(test)]
@@ -125,6 +131,12 @@ mod tests {
         let found = Census::take(&pagemap, mapping.range()).unwrap();
         assert_eq!((found.present, found.zero), (ByteCount(4 * page), ByteCount(3 * page)));
         assert_eq!((found.total(), found.huge), (ByteCount(64 * page), ByteCount(0)));
+    }
+
+    #[test]
+    fn frames_without_names_are_unknown_and_not_unmerged() {
+        assert_eq!(named(vec![Some(Pfn(7)), None, Some(Pfn(9))]), Some(vec![Pfn(7), Pfn(9)]));
+        assert_eq!(named(vec![None, Some(Pfn(0))]), None);
     }
 
     #[test]

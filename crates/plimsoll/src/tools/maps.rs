@@ -46,7 +46,7 @@ fn run(args: &MapsArgs) -> Result<ExitCode, String> {
         let backing =
             machine.dossier.ram.iter().find(of).map(|range| range.backing.to_string()).unwrap_or_default();
         let merged = match &frames {
-            Ok(Some(frames)) => Some(merged(&pagemap, frames, piece.hva).map_err(said)?),
+            Ok(Some(frames)) => merged(&pagemap, frames, piece.hva).map_err(said)?,
             Ok(None) => Some(ByteCount(0)),
             Err(_) => None,
         };
@@ -119,7 +119,7 @@ fn text(machine: &Machine, rows: &[Row]) -> String {
     text += &format!("  {:<27}{:>8}{}\n", "together", size.to_string(), counted(&all, merged));
     text += &format!("  devices  {}\n", reach(machine));
     if merged.is_none() {
-        text += "  note     it takes root to see which pages are merged\n";
+        text += "  note     it takes CAP_SYS_ADMIN to see which pages are merged\n";
     }
     dossier.notes.iter().for_each(|note| text += &format!("  note     {note}\n"));
     text
