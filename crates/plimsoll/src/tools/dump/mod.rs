@@ -16,6 +16,7 @@ use plimsoll_inspect::{Census, Load, Paging, headers, trace, visit};
 use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
+use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -121,7 +122,7 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     machine.confirm()?;
     let written = copied.finish(&head, machine.ram.size())?;
     file.keep();
-    say(args, &machine, loads.len(), written, paused, &wrongs);
+    say(args, &machine, loads.len(), written, paused, &wrongs)?;
     Ok(if wrongs.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -245,7 +246,7 @@ fn say(
     written: ByteCount,
     paused: Option<Duration>,
     wrongs: &[String],
-) {
+) -> Result<(), String> {
     let name = &machine.dossier.name;
     if args.machine.json {
         let value = json!({
@@ -256,10 +257,14 @@ fn say(
             "paused_seconds": paused.map(|paused| paused.as_secs_f64()),
             "wrongs": wrongs,
         });
-        return println!("{value}");
+        return stdout().write_all(format!("{value}\n").as_bytes()).map_err(said);
     }
     let stood =
         paused.map_or_else(String::new, |paused| format!("; it stood still for {} ms", paused.as_millis()));
-    println!("{name}: {written} that are not zero, in {loads} segments, in {}{stood}", args.output.display());
-    wrongs.iter().for_each(|wrong| println!("  wrong: {wrong}"));
+    let mut text = format!(
+        "{name}: {written} that are not zero, in {loads} segments, in {}{stood}\n",
+        args.output.display()
+    );
+    wrongs.iter().for_each(|wrong| text += &format!("  wrong: {wrong}\n"));
+    stdout().write_all(text.as_bytes()).map_err(said)
 }
