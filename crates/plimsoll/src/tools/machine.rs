@@ -8,6 +8,7 @@ use plimsoll_attach::qmp::{Limits, Qmp, Registers};
 use plimsoll_attach::{Dossier, Hazard, Held, Request, find, inspect, parse_range};
 use plimsoll_inspect::{GuestRam, Levels, Outside, Paging, Piece};
 use plimsoll_sys::HvaRange;
+use plimsoll_sys::pagemap::Pagemap;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -63,6 +64,7 @@ pub(super) enum Whose {
 /// A machine that is looked at.
 pub(super) struct Machine {
     held: Held,
+    pub(super) pagemap: Pagemap,
     pub(super) dossier: Dossier,
     pub(super) qmp: Option<Qmp>,
     pub(super) placed: Vec<Placed>,
@@ -73,6 +75,8 @@ impl Machine {
     pub(super) fn open(args: &MachineArgs) -> Result<Self, String> {
         let found = find(&args.machine).map_err(said)?.identity;
         let held = Held::reopen(found.process, found.start).map_err(said)?;
+        // Before it is looked at: once it executes another program, this is of nothing and not of that.
+        let pagemap = Pagemap::open(found.process).map_err(said)?;
         let request = Request { ranges: args.ranges.clone(), qmp: args.qmp.clone(), api: None };
         let dossier = inspect(&held, &request).map_err(said)?;
         let protected = dossier.hazards.iter().find(|hazard| matches!(hazard, Hazard::Confidential { .. }));
@@ -89,7 +93,7 @@ impl Machine {
         };
         let pieces = placed.iter().map(|piece| Piece { gpa: piece.gpa, hva: piece.hva }).collect();
         let ram = GuestRam::new(pieces).map_err(said)?;
-        Ok(Self { held, dossier, qmp, placed, ram })
+        Ok(Self { held, pagemap, dossier, qmp, placed, ram })
     }
 
     /// Its memory.
@@ -99,7 +103,7 @@ impl Machine {
 
     /// Fails unless the machine is still the one that was looked at.
     pub(super) fn confirm(&self) -> Result<(), String> {
-        self.held.confirm().map_err(said)
+        confirm(&self.held, &self.pagemap)
     }
 
     /// The paging that was asked for.
@@ -165,6 +169,16 @@ impl Machine {
             "levels": levels(paging),
             "layout": self.layout(),
         })
+    }
+}
+
+/// Fails unless the process is still there, with the address space of this page map: of one that is gone scans find nothing, without an
+/// error.
+pub(super) fn confirm(held: &Held, pagemap: &Pagemap) -> Result<(), String> {
+    held.confirm().map_err(said)?;
+    match pagemap.is_alive().map_err(said)? {
+        true => Ok(()),
+        false => Err(format!("{} ended or executed another program while it was looked at", held.process())),
     }
 }
 

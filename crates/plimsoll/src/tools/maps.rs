@@ -4,7 +4,6 @@ use super::{end, hex, said};
 use plimsoll_attach::{Hazard, RamRange};
 use plimsoll_inspect::{Census, merged};
 use plimsoll_sys::frames::Frames;
-use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::{HvaRange, procfs};
 use plimsoll_types::ByteCount;
 use serde_json::{Value, json};
@@ -35,7 +34,7 @@ struct Row {
 fn run(args: &MapsArgs) -> Result<ExitCode, String> {
     let machine = Machine::open(&args.machine)?;
     let process = machine.dossier.identity.process;
-    let pagemap = Pagemap::open(process).map_err(said)?;
+    let pagemap = &machine.pagemap;
     let frames = match procfs::is_mergeable(process).map_err(said)? {
         true => Frames::open().map(Some),
         // Nothing of it can be merged, whoever asks.
@@ -46,11 +45,11 @@ fn run(args: &MapsArgs) -> Result<ExitCode, String> {
         let backing =
             machine.dossier.ram.iter().find(of).map(|range| range.backing.to_string()).unwrap_or_default();
         let merged = match &frames {
-            Ok(Some(frames)) => merged(&pagemap, frames, piece.hva).map_err(said)?,
+            Ok(Some(frames)) => merged(pagemap, frames, piece.hva).map_err(said)?,
             Ok(None) => Some(ByteCount(0)),
             Err(_) => None,
         };
-        let census = Census::take(&pagemap, piece.hva).map_err(said)?;
+        let census = Census::take(pagemap, piece.hva).map_err(said)?;
         Ok(Row { gpa: piece.gpa.0, hva: piece.hva, block: piece.block.clone(), backing, census, merged })
     });
     let rows = rows.collect::<Result<Vec<Row>, String>>()?;

@@ -3,7 +3,6 @@ use super::machine::{Machine, MachineArgs, ProcessorArgs};
 use super::{end, said};
 use plimsoll_inspect::{Under, Unreadable, Visited, visit};
 use plimsoll_mmu::splinter::Splinter;
-use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_types::ByteCount;
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
@@ -38,8 +37,7 @@ struct Half {
 fn run(args: &SplinterArgs) -> Result<ExitCode, String> {
     let mut machine = Machine::open(&args.machine)?;
     let (paging, whose) = machine.paging(&args.processor)?;
-    let pagemap = Pagemap::open(machine.dossier.identity.process).map_err(said)?;
-    let under = Under::look(&pagemap, &machine.ram).map_err(said)?;
+    let under = Under::look(&machine.pagemap, &machine.ram).map_err(said)?;
     let (mut user, mut kernel) = (Half::default(), Half::default());
     let visited = visit(&machine.outside(), &paging, |mapped| {
         let half = if mapped.gva >> 63 == 0 { &mut user } else { &mut kernel };

@@ -2,7 +2,6 @@
 use super::machine::{Machine, MachineArgs, ProcessorArgs};
 use super::{end, entry, hex, parse_address, said, size_of};
 use plimsoll_inspect::{HostPage, Reached, State, Stop, Trace, Unreadable, trace};
-use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_types::{Hva, PAGE_SHIFT};
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
@@ -36,7 +35,6 @@ enum Host {
 fn run(args: &TranslateArgs) -> Result<ExitCode, String> {
     let mut machine = Machine::open(&args.machine)?;
     let (paging, whose) = machine.paging(&args.processor)?;
-    let pagemap = Pagemap::open(machine.dossier.identity.process).map_err(said)?;
     let mut code = ExitCode::SUCCESS;
     let mut found = String::new();
     if !args.machine.json {
@@ -45,7 +43,7 @@ fn run(args: &TranslateArgs) -> Result<ExitCode, String> {
     for &gva in &args.gvas {
         let trace = trace(&machine.outside(), &paging, gva);
         let host = match &trace.end {
-            Ok(reached) => under(&machine, &pagemap, reached)?,
+            Ok(reached) => under(&machine, reached)?,
             Err(_) => Host::Nowhere,
         };
         if !matches!(host, Host::Page { .. }) {
@@ -61,13 +59,13 @@ fn run(args: &TranslateArgs) -> Result<ExitCode, String> {
     Ok(code)
 }
 
-fn under(machine: &Machine, pagemap: &Pagemap, reached: &Reached) -> Result<Host, String> {
+fn under(machine: &Machine, reached: &Reached) -> Result<Host, String> {
     let Some(hva) = machine.ram.hva(reached.gpa, 1) else { return Ok(Host::NotRam) };
     let placed = machine.placed.iter().find(|piece| piece.hva.start() <= hva && hva < piece.hva.end());
     let block = placed.map(|piece| piece.block.clone()).unwrap_or_default();
     let range = machine.dossier.ram.iter().find(|range| range.hva.start() <= hva && hva < range.hva.end());
     let backing = range.map(|range| range.backing.to_string()).unwrap_or_default();
-    let page = HostPage::look(pagemap, hva).map_err(said)?;
+    let page = HostPage::look(&machine.pagemap, hva).map_err(said)?;
     Ok(Host::Page { hva, block, backing, page })
 }
 

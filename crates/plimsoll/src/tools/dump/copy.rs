@@ -6,7 +6,7 @@ use indicatif::ProgressBar;
 use plimsoll_attach::RamBacking;
 use plimsoll_inspect::{Load, Outside};
 use plimsoll_sys::HvaRange;
-use plimsoll_sys::pagemap::{Categories, Filter, Pagemap};
+use plimsoll_sys::pagemap::{Categories, Filter};
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use std::fs::{File, OpenOptions};
 use std::io::IsTerminal;
@@ -49,7 +49,6 @@ impl Drop for Unfinished {
 pub(super) struct Copied<'a> {
     machine: &'a Machine,
     interrupt: &'a Interrupt,
-    pagemap: Pagemap,
     file: &'a Unfinished,
     /// Pages wait here, with where they belong, while the machine stands still.
     kept: Option<Vec<(u64, Vec<u8>)>>,
@@ -62,10 +61,9 @@ impl<'a> Copied<'a> {
         interrupt: &'a Interrupt,
         in_memory_first: bool,
         file: &'a Unfinished,
-    ) -> Result<Self, String> {
-        let pagemap = Pagemap::open(machine.dossier.identity.process).map_err(said)?;
+    ) -> Self {
         let kept = in_memory_first.then(Vec::new);
-        Ok(Self { machine, interrupt, pagemap, file, kept, written: ByteCount(0) })
+        Self { machine, interrupt, file, kept, written: ByteCount(0) }
     }
 
     /// Copies what these name, once, to where it belongs behind `content`.
@@ -110,7 +108,7 @@ impl<'a> Copied<'a> {
             any_of: Categories::PRESENT | Categories::SWAPPED,
             report: told,
         };
-        let scanned = self.pagemap.scan(range, filter, |run| {
+        let scanned = self.machine.pagemap.scan(range, filter, |run| {
             if run.categories.is_empty() {
                 found.push((run.range.start().0, run.range.len().0));
             }

@@ -13,7 +13,6 @@ use crate::demo::Interrupt;
 use copy::{Copied, Unfinished};
 use plimsoll_attach::qmp::{Qmp, Registers};
 use plimsoll_inspect::{Census, Load, Paging, headers, trace, visit};
-use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
 use std::io::{Write, stdout};
@@ -110,7 +109,7 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
         Kind::Stacks => (stacks(&machine, &processors), Vec::new()),
     };
     join(&mut loads);
-    let mut copied = Copied::new(&machine, &interrupt, args.paused, &file)?;
+    let mut copied = Copied::new(&machine, &interrupt, args.paused, &file);
     let notes: Vec<u8> =
         processors.iter().flat_map(|(number, registers)| notes::notes(*number, registers)).collect();
     let head = headers(&loads, &notes);
@@ -128,10 +127,9 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
 
 /// Fails where the copy might not fit into memory: whoever is killed for that leaves the machine standing still.
 fn has_room(machine: &Machine) -> Result<(), String> {
-    let pagemap = Pagemap::open(machine.dossier.identity.process).map_err(said)?;
     let mut taken = Census::default();
     for piece in machine.ram.pieces() {
-        taken += Census::take(&pagemap, piece.hva).map_err(said)?;
+        taken += Census::take(&machine.pagemap, piece.hva).map_err(said)?;
     }
     let (needed, available) = (taken.present + taken.swapped, crate::demo::limits()?.available);
     match needed <= available {
