@@ -1,8 +1,8 @@
 //! Which frames machines have, and which of them more than one has: pages with their frames enter, frames that are shared and must not
 //! be leave.
 //!
-//! A frame may be under several pages where KSM merged them, and where they are the page of zeros. KSM's pages may be shared inside of one
-//! sharing domain only. All other frames have one page. The machines go on meanwhile: a frame that one gives up and another gets
+//! A frame may be under several pages where KSM merged them, where private mappings of a file read the file's page, which a write would
+//! copy, and where they are the page of zeros. KSM's and files' pages may be shared inside of one sharing domain only. All other frames have one page. The machines go on meanwhile: a frame that one gives up and another gets
 //! between two looks seems to be shared, so what seems so is looked at again, both pages one after the other and back.
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::frames::{FrameError, FrameFlags, Frames};
@@ -22,8 +22,17 @@ pub struct Owner<'a> {
     pub pagemap: &'a Pagemap,
     /// Its RAM.
     pub ranges: &'a [HvaRange],
+    /// What of it is private mappings of files.
+    pub files: &'a [HvaRange],
     /// The sharing domain that it is in; machines of one may share merged pages.
     pub domain: usize,
+}
+
+impl Owner<'_> {
+    /// Whether a private mapping of a file lies there.
+    fn is_file(&self, hva: Hva) -> bool {
+        self.files.iter().any(|file| file.start() <= hva && hva < file.end())
+    }
 }
 
 /// A page of a machine's.
@@ -53,8 +62,10 @@ pub struct Audit {
     pub frames: u64,
     /// Pages that lie in them.
     pub pages: u64,
-    /// Pages that share a frame with others as they may.
+    /// Pages that share a frame with others as they may, by KSM.
     pub merged: u64,
+    /// Pages of files, mapped private and never written, that share a frame with others as they may.
+    pub files: u64,
     /// What seemed to be shared, and was not any more when it was looked at again.
     pub passing: u64,
     /// Frames that are shared and must not be.
@@ -139,12 +150,18 @@ fn judge(
     found.frames += 1;
     found.pages += group.len() as u64;
     let is_merged = flags.contains(FrameFlags::KSM);
+    // What a private mapping has of a file is the file's page until it is written, and anonymous then.
+    let is_files = !flags.contains(FrameFlags::ANONYMOUS)
+        && group
+            .iter()
+            .all(|(_, held)| owners.get(held.machine).is_some_and(|owner| owner.is_file(held.hva)));
     let domain = |held: &Held| owners.get(held.machine).map(|owner| owner.domain);
     let Some((_, first)) = group.first() else { return Ok(()) };
     let is_foreign = |(_, other): &&(Pfn, Held)| domain(other) != domain(first);
-    let other = if is_merged { group.iter().find(is_foreign) } else { group.get(1) };
+    let other = if is_merged || is_files { group.iter().find(is_foreign) } else { group.get(1) };
     let Some((_, other)) = other else {
-        found.merged += group.len() as u64;
+        let shared = if is_merged { &mut found.merged } else { &mut found.files };
+        *shared += group.len() as u64;
         return Ok(());
     };
     // In this order: a frame that was given from one to the other is not found with the first again.
@@ -171,11 +188,20 @@ mod tests {
     use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Memfd, SharedMapping};
 
     fn look(ranges: &[HvaRange], domains: [usize; 2]) -> Option<Audit> {
+        look_at(ranges, &[], domains)
+    }
+
+    fn look_at(ranges: &[HvaRange], files: &[HvaRange], domains: [usize; 2]) -> Option<Audit> {
         let pagemap = Pagemap::open(ProcessId::own()).unwrap();
         let owners: Vec<Owner<'_>> = ranges
             .iter()
             .zip(domains)
-            .map(|(range, domain)| Owner { pagemap: &pagemap, ranges: std::slice::from_ref(range), domain })
+            .map(|(range, domain)| Owner {
+                pagemap: &pagemap,
+                ranges: std::slice::from_ref(range),
+                files,
+                domain,
+            })
             .collect();
         match Frames::open().map_err(AuditError::from).and_then(|frames| audit(&owners, &frames)) {
             Ok(found) => Some(found),
@@ -212,5 +238,13 @@ mod tests {
         let [violation] = found.violations.as_slice() else { panic!("{found:?}") };
         let expected = [0, 1].map(|machine| Held { machine, hva: Hva(ranges[machine].start().0 + PAGE) });
         assert_eq!((violation.pages.as_slice(), violation.is_merged), (&expected[..], false));
+
+        // Were they private mappings of a file, which they are to the frame, it would be one across domains only.
+        let Some(found) = look_at(&ranges, &ranges, [0, 0]) else { return };
+        assert_eq!((found.files, found.merged, found.violations), (2, 0, Vec::new()));
+        let Some(found) = look_at(&ranges, &ranges, [0, 1]) else { return };
+        assert_eq!((found.files, found.violations.len()), (0, 1));
+        let Some(found) = look_at(&ranges, &ranges[..1], [0, 0]) else { return };
+        assert_eq!((found.files, found.violations.len()), (0, 1), "one of them is mapped shared");
     }
 }

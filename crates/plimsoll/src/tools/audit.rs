@@ -1,7 +1,7 @@
 //! `plimsoll audit`: the frames of all machines are disjoint, but for what a sharing domain shares.
 use super::{end, hex, said};
 use plimsoll_attach::vmm::Vmm;
-use plimsoll_attach::{Dossier, Held, Identity, Request, discover, find, inspect};
+use plimsoll_attach::{Dossier, Held, Identity, RamBacking, RamRange, Request, discover, find, inspect};
 use plimsoll_inspect::{Audit, Census, Owner, Shared, audit};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::frames::Frames;
@@ -37,6 +37,8 @@ struct Machine {
     dossier: Dossier,
     pagemap: Pagemap,
     ranges: Vec<HvaRange>,
+    /// Those that are private mappings of files.
+    files: Vec<HvaRange>,
     domain: usize,
     census: Census,
 }
@@ -53,7 +55,10 @@ fn run(args: &AuditArgs) -> Result<ExitCode, String> {
     }
     let owners: Vec<Owner<'_>> = machines
         .iter()
-        .map(|machine| Owner { pagemap: &machine.pagemap, ranges: &machine.ranges, domain: machine.domain })
+        .map(|machine| {
+            let Machine { pagemap, ranges, files, domain, .. } = machine;
+            Owner { pagemap, ranges, files, domain: *domain }
+        })
         .collect();
     let found = audit(&owners, &Frames::open().map_err(said)?).map_err(said)?;
     for machine in &machines {
@@ -100,7 +105,11 @@ fn open(identity: Identity, domain: usize) -> Result<Machine, String> {
     }
     let pagemap = Pagemap::open(identity.process).map_err(said)?;
     let ranges = dossier.ram.iter().map(|range| range.hva).collect();
-    Ok(Machine { held, dossier, pagemap, ranges, domain, census: Census::default() })
+    let is_file = |range: &&RamRange| {
+        matches!(range.backing, RamBacking::PrivateFile { .. } | RamBacking::PrivateMemory { .. })
+    };
+    let files = dossier.ram.iter().filter(is_file).map(|range| range.hva).collect();
+    Ok(Machine { held, dossier, pagemap, ranges, files, domain, census: Census::default() })
 }
 
 /// Puts the machines of a list into one domain.
@@ -148,6 +157,12 @@ fn text(machines: &[Machine], left_out: &[String], found: &Audit) -> String {
     }
     let [frames, merged] = [found.frames, found.merged].map(|count| PageCount(count).bytes());
     text += &format!("{frames} in frames; {merged} of the machines' pages share one as they may\n");
+    if found.files > 0 {
+        text += &format!(
+            "{} of their pages are a file's, mapped private and never written, and share one as they may\n",
+            PageCount(found.files).bytes()
+        );
+    }
     if found.passing > 0 {
         text += &format!("{} frames changed hands while they were looked at\n", found.passing);
     }
@@ -197,6 +212,7 @@ fn values(machines: &[Machine], left_out: &[String], found: &Audit) -> Value {
         "left_out": left_out,
         "frames": found.frames,
         "merged_pages": found.merged,
+        "file_pages": found.files,
         "passing": found.passing,
         "violations": found.violations.iter().map(violation).collect::<Vec<_>>(),
     })
