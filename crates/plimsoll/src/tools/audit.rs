@@ -1,4 +1,5 @@
 //! `plimsoll audit`: the frames of all machines are disjoint, but for what a sharing domain shares.
+use super::machine::confirm;
 use super::{end, hex, said};
 use plimsoll_attach::vmm::Vmm;
 use plimsoll_attach::{Dossier, Held, Identity, RamBacking, RamRange, Request, discover, find, inspect};
@@ -44,32 +45,62 @@ struct Machine {
 }
 
 fn run(args: &AuditArgs) -> Result<ExitCode, String> {
-    let (mut machines, left_out) = machines(&args.machines)?;
+    let (mut machines, mut left_out) = machines(&args.machines)?;
     for (number, domain) in (machines.len()..).zip(&args.domains) {
         join(&mut machines, domain, number)?;
     }
-    for machine in &mut machines {
-        for range in &machine.ranges {
-            machine.census += Census::take(&machine.pagemap, *range).map_err(said)?;
-        }
+    let frames = Frames::open().map_err(said)?;
+    let gone = |machine: &Machine| {
+        let why = confirm(&machine.held, &machine.pagemap).err()?;
+        Some(format!("{}: {why}", machine.dossier.name))
+    };
+    let (found, ended) = settle(&mut machines, |machines| look(machines, &frames), gone)?;
+    if machines.is_empty() && !ended.is_empty() && !args.machines.is_empty() {
+        return Err(ended.join("; "));
     }
-    let owners: Vec<Owner<'_>> = machines
-        .iter()
-        .map(|machine| {
-            let Machine { pagemap, ranges, files, domain, .. } = machine;
-            Owner { pagemap, ranges, files, domain: *domain }
-        })
-        .collect();
-    let found = audit(&owners, &Frames::open().map_err(said)?).map_err(said)?;
-    for machine in &machines {
-        machine.held.confirm().map_err(said)?;
-    }
+    left_out.extend(ended);
     let shown = match args.json {
         true => format!("{}\n", values(&machines, &left_out, &found)),
         false => text(&machines, &left_out, &found),
     };
     stdout().write_all(shown.as_bytes()).map_err(said)?;
     Ok(if found.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What a look at those finds that stay to its end, and why the others are left out: their frames may be another's by then.
+fn settle<M, R>(
+    machines: &mut Vec<M>,
+    mut look: impl FnMut(&mut [M]) -> Result<R, String>,
+    gone: impl Fn(&M) -> Option<String>,
+) -> Result<(R, Vec<String>), String> {
+    let mut ended = Vec::new();
+    loop {
+        let looked = look(machines);
+        let count = machines.len();
+        machines.retain(|machine| {
+            let why = gone(machine);
+            ended.extend(why.clone());
+            why.is_none()
+        });
+        if machines.len() == count {
+            return Ok((looked?, ended));
+        }
+    }
+}
+
+/// Counts their memory, and looks at their frames.
+fn look(machines: &mut [Machine], frames: &Frames) -> Result<Audit, String> {
+    for machine in &mut *machines {
+        machine.census = Census::default();
+        for range in &machine.ranges {
+            machine.census += Census::take(&machine.pagemap, *range).map_err(said)?;
+        }
+    }
+    let owners = machines.iter().map(|machine| {
+        let Machine { pagemap, ranges, files, domain, .. } = machine;
+        Owner { pagemap, ranges, files, domain: *domain }
+    });
+    audit(&owners.collect::<Vec<_>>(), frames).map_err(said)
 }
 
 /// The machines that were asked for, or all; and why some of all are left out.
@@ -99,11 +130,12 @@ fn machines(wanted: &[String]) -> Result<(Vec<Machine>, Vec<String>), String> {
 
 fn open(identity: Identity, domain: usize) -> Result<Machine, String> {
     let held = Held::reopen(identity.process, identity.start).map_err(said)?;
+    // Before it is looked at: once it executes another program, this is of nothing and not of that.
+    let pagemap = Pagemap::open(identity.process).map_err(said)?;
     let dossier = inspect(&held, &Request::default()).map_err(said)?;
     if dossier.vmm == Vmm::Plimsoll {
         return Err("its pager has its memory, and audits that itself".to_owned());
     }
-    let pagemap = Pagemap::open(identity.process).map_err(said)?;
     let ranges = dossier.ram.iter().map(|range| range.hva).collect();
     let is_file = |range: &&RamRange| {
         matches!(range.backing, RamBacking::PrivateFile { .. } | RamBacking::PrivateMemory { .. })
@@ -216,4 +248,31 @@ fn values(machines: &[Machine], left_out: &[String], found: &Audit) -> Value {
         "passing": found.passing,
         "violations": found.violations.iter().map(violation).collect::<Vec<_>>(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_ends_meanwhile_is_left_out_and_the_others_are_looked_at_again() {
+        let mut machines = vec![1, 2, 3];
+        let mut looks = 0;
+        let look = |machines: &mut [i32]| {
+            looks += 1;
+            match machines.contains(&2) {
+                true => Err("2 is gone".to_owned()),
+                false => Ok(machines.to_vec()),
+            }
+        };
+        let gone = |machine: &i32| (*machine == 2).then(|| "2 ended".to_owned());
+        assert_eq!(settle(&mut machines, look, gone), Ok((vec![1, 3], vec!["2 ended".to_owned()])));
+        assert_eq!(looks, 2);
+    }
+
+    #[test]
+    fn what_fails_while_all_are_there_is_an_error() {
+        let look = |_: &mut [i32]| Err::<(), _>("no frames".to_owned());
+        assert_eq!(settle(&mut vec![1], look, |_| None), Err("no frames".to_owned()));
+    }
 }
