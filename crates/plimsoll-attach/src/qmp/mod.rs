@@ -250,6 +250,11 @@ impl Qmp {
         }
     }
 
+    /// From now on waits so long for the answer to a command.
+    pub fn wait_for_replies(&mut self, limit: Duration) {
+        self.limits.reply = limit;
+    }
+
     /// The socket.
     pub fn path(&self) -> &Path {
         &self.path

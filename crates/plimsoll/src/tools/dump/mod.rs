@@ -3,22 +3,26 @@
 //! Enters: a machine, what of it is wanted, and a path that is not there yet. Leaves: a whole file, or none. What must never happen: a
 //! machine that stays paused after this has ended in any way it can notice, or a file that is overwritten.
 //!
-//! [`notes`]: registers. [`copy`]: bytes.
+//! [`pause`]: a machine that stands still meanwhile. [`notes`]: registers. [`copy`]: bytes.
 mod copy;
 mod notes;
+mod pause;
 
 use super::machine::{Machine, MachineArgs, ProcessorArgs, paging_of};
 use super::{end, said};
 use crate::demo::Interrupt;
 use copy::{Copied, Unfinished};
+use pause::Monitor;
+use plimsoll_attach::Hazard;
 use plimsoll_attach::qmp::{Qmp, Registers};
 use plimsoll_inspect::{Census, Load, Paging, headers, trace, visit};
+use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
 use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Around a stack pointer: a stack of Linux has four pages, and absent ones on both sides.
@@ -52,45 +56,16 @@ pub(crate) fn main(args: &DumpArgs) -> ExitCode {
     end("dump", run(args))
 }
 
-/// A monitor, and whether the machine is to go on when it is let go.
-struct Monitor {
-    qmp: Qmp,
-    stopped: Option<Instant>,
-}
-
-impl Monitor {
-    fn stop(&mut self) -> Result<(), String> {
-        if self.qmp.run_state().map_err(said)?.running {
-            // From here on it is let go on, whatever becomes of the command.
-            self.stopped = Some(Instant::now());
-            self.qmp.stop().map_err(said)?;
-        }
-        Ok(())
-    }
-
-    /// Lets the machine go on and says how long it stood still.
-    fn resume(&mut self) -> Result<Option<Duration>, String> {
-        let Some(since) = self.stopped else { return Ok(None) };
-        self.qmp.resume().map_err(said)?;
-        self.stopped = None;
-        Ok(Some(since.elapsed()))
-    }
-}
-
-impl Drop for Monitor {
-    fn drop(&mut self) {
-        if let Err(error) = self.resume() {
-            eprintln!("plimsoll dump: the machine may stand still: {error}; let it go on with `cont`");
-        }
-    }
-}
-
 fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     let interrupt = Interrupt::install()?;
     let mut machine = Machine::open(&args.machine)?;
-    let mut monitor = machine.qmp.take().map(|qmp| Monitor { qmp, stopped: None });
+    let mut monitor = monitor(&mut machine)?;
     if monitor.is_none() && (args.paused || args.kind == Kind::Stacks) {
         return Err("it takes the machine's monitor for that: give it with --qmp".to_owned());
+    }
+    let migration = machine.dossier.hazards.iter().find(|hazard| matches!(hazard, Hazard::Migrating { .. }));
+    if let Some(hazard) = migration.filter(|_| args.paused) {
+        return Err(format!("{} is not stopped: {hazard}", machine.dossier.name));
     }
     let file = Unfinished::create(&args.output)?;
     if let Some(monitor) = monitor.as_mut().filter(|_| args.paused) {
@@ -123,6 +98,15 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     file.keep();
     say(args, &machine, loads.len(), written, paused, &wrongs)?;
     Ok(if wrongs.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The machine's monitor, if one was named.
+fn monitor(machine: &mut Machine) -> Result<Option<Monitor>, String> {
+    let Some(qmp) = machine.qmp.take() else { return Ok(None) };
+    let vmm = Pidfd::open(machine.dossier.identity.process).map_err(said)?;
+    // The number was the machine's when it was opened if the machine is still there.
+    machine.confirm()?;
+    Ok(Some(Monitor::new(qmp, vmm)))
 }
 
 /// Fails where the copy might not fit into memory: whoever is killed for that leaves the machine standing still.
