@@ -97,12 +97,15 @@ pub(crate) struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
     pub(crate) fn install() -> Result<Self, String> {
-        let flag = Arc::new(AtomicBool::new(false));
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP]
-        {
-            signal_hook::flag::register(signal, Arc::clone(&flag)).map_err(|error| explain(&error))?;
-        }
-        Ok(Self(flag))
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        let interrupt = Self(Arc::new(AtomicBool::new(false)));
+        [SIGINT, SIGTERM, SIGHUP].into_iter().try_for_each(|signal| interrupt.add(signal))?;
+        Ok(interrupt)
+    }
+
+    /// Another signal asks for the end, too.
+    pub(crate) fn add(&self, signal: i32) -> Result<(), String> {
+        signal_hook::flag::register(signal, Arc::clone(&self.0)).map(drop).map_err(|error| explain(&error))
     }
 
     pub(crate) fn is_set(&self) -> bool {

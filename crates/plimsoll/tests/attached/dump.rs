@@ -1,10 +1,12 @@
 //! `plimsoll dump` of stock guests: the bytes that they have, as debuggers read them, of one moment where that was asked for.
+use crate::liar::{Liar, Lie};
 use crate::manager::{Manager, PATIENCE, STOCK, alone, ask, bytes, can, sweep};
 use crate::translate::{human, resume, stop};
 use plimsoll_guest::versions::PageState;
 use plimsoll_stock::{Command, Guest, Options, content};
 use plimsoll_sys::process_memory::read;
 use plimsoll_types::ByteCount;
+use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -175,6 +177,37 @@ fn a_dump_that_fails_leaves_no_file_and_lets_the_machine_go_on() {
         let (status, lines, said) = Manager::run("dump", &all).end();
         assert_eq!((status.code(), lines), (Some(2), Vec::new()));
         assert!(said.contains("--qmp") && !other.exists(), "{said}");
+    }
+    sweep(&mut guest);
+}
+
+#[test]
+fn a_signal_while_the_machine_stands_still_lets_it_go_on() {
+    if !can(&STOCK) {
+        return;
+    }
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::start(Options::new(ByteCount::mib(192))).unwrap();
+    let process = guest.process().get().to_string();
+    for signal in [Signal::QUIT, Signal::TERM] {
+        let (file, socket) = (folder.path().join("core"), folder.path().join(format!("{signal:?}")));
+        // The answer after the stop takes a second, in which the signal comes.
+        let slow = Liar::start(&socket, &guest.qmp(), 192 << 20, Lie::SlowAt("query-cpus-fast"));
+        let words = ["--qmp", socket.to_str().unwrap(), "-o", file.to_str().unwrap(), "--paused"];
+        let run = Manager::run("dump", &[&[&*process], &words[..]].concat());
+        let deadline = Instant::now() + PATIENCE;
+        while human(&mut guest, "info status").contains("running") {
+            assert!(Instant::now() < deadline, "it is never stopped");
+        }
+        // What a terminal suspends would leave it standing still.
+        run.send(Signal::TSTP);
+        run.send(signal);
+        let (status, lines, said) = run.end();
+        assert_eq!((status.code(), lines.len()), (Some(2), 0), "{said}");
+        assert!(said.contains("a signal asked for the end") && !file.exists(), "{said}");
+        assert!(human(&mut guest, "info status").contains("running"));
+        drop(slow);
     }
     sweep(&mut guest);
 }

@@ -20,6 +20,8 @@ pub(crate) enum Lie {
     Refusing,
     /// It hangs up when it is asked this.
     HangingUpAt(&'static str),
+    /// The answer to this takes a second.
+    SlowAt(&'static str),
     /// Once the guest was asked for something, answers are to questions that were not put yet.
     Ahead,
     /// None: all that is said is the truth.
@@ -105,6 +107,9 @@ impl Session<'_> {
             }
             if matches!(lie, Lie::HangingUpAt(asked) if command["execute"] == asked) {
                 return Ok(());
+            }
+            if matches!(lie, Lie::SlowAt(asked) if command["execute"] == asked) {
+                std::thread::sleep(std::time::Duration::from_secs(1));
             }
             writeln!(qemu, "{line}")?;
             if command["execute"] == "balloon" {

@@ -128,8 +128,13 @@ impl Manager {
 
     /// Asks it to end, as a terminal does.
     pub(crate) fn signal(&self) {
+        self.send(rustix::process::Signal::INT);
+    }
+
+    /// Sends it that signal.
+    pub(crate) fn send(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
     }
 
     /// Asks it to end and reads its last word.

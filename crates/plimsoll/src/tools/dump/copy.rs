@@ -1,6 +1,6 @@
 //! Bytes of guest RAM into a file. What is absent or zero is a hole in the file.
 use super::super::said;
-use super::Machine;
+use super::{Machine, go_on};
 use crate::demo::Interrupt;
 use indicatif::ProgressBar;
 use plimsoll_attach::RamBacking;
@@ -79,7 +79,9 @@ impl<'a> Copied<'a> {
             touches
         });
         let all = wanted.iter().map(|(from, to)| to - from).sum();
-        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(all) } else { ProgressBar::hidden() };
+        // A terminal may hold up whoever writes to it, and then the machine stands still.
+        let is_shown = self.kept.is_none() && std::io::stderr().is_terminal();
+        let bar = if is_shown { ProgressBar::new(all) } else { ProgressBar::hidden() };
         for (from, to) in wanted {
             for part in self.machine.ram.parts(Gpa(from), to - from) {
                 for (start, len) in self.populated(part.hva)? {
@@ -120,7 +122,7 @@ impl<'a> Copied<'a> {
         let outside: Outside<'_> = self.machine.outside();
         let mut done = 0;
         while done < len {
-            self.go_on()?;
+            go_on(self.interrupt)?;
             let step = (len - done).min(STEP);
             let mut bytes = vec![0; usize::try_from(step).map_err(said)?];
             outside.bytes(Gpa(gpa.0 + done), &mut bytes).map_err(said)?;
@@ -139,13 +141,6 @@ impl<'a> Copied<'a> {
         Ok(())
     }
 
-    fn go_on(&self) -> Result<(), String> {
-        match self.interrupt.is_set() {
-            true => Err("a signal asked for the end; nothing is left of the file".to_owned()),
-            false => Ok(()),
-        }
-    }
-
     fn write(&self, bytes: &[u8], at: u64) -> Result<(), String> {
         let path = self.file.path.display();
         self.file.file.write_all_at(bytes, at).map_err(|error| format!("cannot write {path}: {error}"))
@@ -154,7 +149,7 @@ impl<'a> Copied<'a> {
     /// Writes what waits, and the beginning; the file has its whole length then. Gives what in it is not zero.
     pub(super) fn finish(mut self, head: &[u8], ram: ByteCount) -> Result<ByteCount, String> {
         for (at, page) in self.kept.take().unwrap_or_default() {
-            self.go_on()?;
+            go_on(self.interrupt)?;
             self.write(&page, at)?;
         }
         self.write(head, 0)?;

@@ -58,6 +58,7 @@ pub(crate) fn main(args: &DumpArgs) -> ExitCode {
 
 fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     let interrupt = Interrupt::install()?;
+    interrupt.add(signal_hook::consts::SIGQUIT)?;
     let mut machine = Machine::open(&args.machine)?;
     let mut monitor = monitor(&mut machine)?;
     if monitor.is_none() && (args.paused || args.kind == Kind::Stacks) {
@@ -75,7 +76,7 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
         monitor.stop()?;
     }
     let processors = match &mut monitor {
-        Some(monitor) => registers(&mut monitor.qmp)?,
+        Some(monitor) => registers(&mut monitor.qmp, &interrupt)?,
         None => Vec::new(),
     };
     let (mut loads, wrongs) = match args.kind {
@@ -126,9 +127,21 @@ fn has_room(machine: &Machine) -> Result<(), String> {
     }
 }
 
-fn registers(qmp: &mut Qmp) -> Result<Vec<(u32, Registers)>, String> {
+fn registers(qmp: &mut Qmp, interrupt: &Interrupt) -> Result<Vec<(u32, Registers)>, String> {
     let numbers = qmp.processors().map_err(said)?;
-    numbers.into_iter().map(|number| Ok((number, qmp.registers(number).map_err(said)?))).collect()
+    let one = |number| {
+        go_on(interrupt)?;
+        Ok((number, qmp.registers(number).map_err(said)?))
+    };
+    numbers.into_iter().map(one).collect()
+}
+
+/// Fails when a signal asked for the end.
+fn go_on(interrupt: &Interrupt) -> Result<(), String> {
+    match interrupt.is_set() {
+        true => Err("a signal asked for the end; nothing is left of the file".to_owned()),
+        false => Ok(()),
+    }
 }
 
 fn paging(args: &DumpArgs, processors: &[(u32, Registers)]) -> Result<Paging, String> {

@@ -7,6 +7,9 @@ use super::super::said;
 use plimsoll_attach::qmp::{Limits, Qmp, QmpError};
 use plimsoll_linux::explain;
 use plimsoll_sys::pidfd::Pidfd;
+use signal_hook::consts::{SIGTSTP, SIGTTIN, SIGTTOU};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// The longest wait for one answer of a machine that is being stopped, or is: its disks may be behind a network that is away.
@@ -23,12 +26,14 @@ pub(super) struct Monitor {
     vmm: Pidfd,
     patience: Duration,
     stopped: Option<Instant>,
+    /// Whether a terminal may suspend this process.
+    may_rest: Arc<AtomicBool>,
 }
 
 impl Monitor {
     /// The monitor of the machine that runs in that process.
-    pub(super) const fn new(qmp: Qmp, vmm: Pidfd) -> Self {
-        Self { qmp, vmm, patience: PATIENCE, stopped: None }
+    pub(super) fn new(qmp: Qmp, vmm: Pidfd) -> Self {
+        Self { qmp, vmm, patience: PATIENCE, stopped: None, may_rest: Arc::new(AtomicBool::new(true)) }
     }
 
     /// Stops a machine that runs. One that is paused is left so.
@@ -43,6 +48,11 @@ impl Monitor {
                 ));
             }
         }
+        for signal in [SIGTSTP, SIGTTIN, SIGTTOU] {
+            signal_hook::flag::register_conditional_default(signal, Arc::clone(&self.may_rest))
+                .map_err(said)?;
+        }
+        self.may_rest.store(false, Ordering::Relaxed);
         self.qmp.wait_for_replies(self.patience);
         // From here on it is let go on, whatever becomes of the command.
         self.stopped = Some(Instant::now());
@@ -68,6 +78,7 @@ impl Monitor {
             });
         }
         self.stopped = None;
+        self.may_rest.store(true, Ordering::Relaxed);
         if !state.running {
             eprintln!(
                 "plimsoll dump: the machine is {}, which `cont` is not for: it is left so",
