@@ -6,6 +6,7 @@
 use crate::outside::{Outside, Unreadable};
 use crate::paging::{Levels, Paging};
 use core::fmt;
+use core::ops::ControlFlow;
 use plimsoll_mmu::format::x86::{Long4, Long5, X86Format};
 use plimsoll_mmu::{Entry, Input, Level, Malformed, Permissions};
 use plimsoll_types::Gpa;
@@ -101,31 +102,37 @@ pub struct Visited<E> {
     pub wrong: u64,
 }
 
-/// Shows every page that is mapped, each table's once.
-pub fn visit<M: Tables>(memory: &M, paging: &Paging, mut show: impl FnMut(&Mapped)) -> Visited<M::Error> {
+/// Shows every page that is mapped, each table's once, until `show` has enough.
+pub fn visit<M: Tables>(
+    memory: &M,
+    paging: &Paging,
+    mut show: impl FnMut(&Mapped) -> ControlFlow<()>,
+) -> Visited<M::Error> {
     match paging.levels {
-        Levels::Four => Visit::<Long4, M>::all(memory, paging, &mut show),
-        Levels::Five => Visit::<Long5, M>::all(memory, paging, &mut show),
+        Levels::Four => Visit::<Long4, M>::all(memory, paging, &mut show).found,
+        Levels::Five => Visit::<Long5, M>::all(memory, paging, &mut show).found,
     }
 }
 
 struct Visit<'a, F: X86Format, M: Tables> {
     memory: &'a M,
     caps: F::Caps,
-    show: &'a mut dyn FnMut(&Mapped),
+    show: &'a mut dyn FnMut(&Mapped) -> ControlFlow<()>,
+    /// Tables that were read: no others, of which hostile ones name any number.
     entered: HashSet<(Level, u64)>,
     path: Vec<(Level, u64)>,
     found: Visited<M::Error>,
 }
 
 impl<'a, F: X86Format, M: Tables> Visit<'a, F, M> {
-    fn all(memory: &'a M, paging: &Paging, show: &'a mut dyn FnMut(&Mapped)) -> Visited<M::Error> {
+    fn all(memory: &'a M, paging: &Paging, show: &'a mut dyn FnMut(&Mapped) -> ControlFlow<()>) -> Self {
         let found = Visited { tables: 0, aliases: 0, wrongs: Vec::new(), wrong: 0 };
         let (entered, path) = (HashSet::new(), Vec::new());
         let mut visit = Self { memory, caps: paging.caps, show, entered, path, found };
         let from = (Level(F::LEVELS + 1), Gpa(paging.cr3));
-        visit.table(paging.root(), F::root(), from, 0, Permissions::all());
-        visit.found
+        // Whoever has enough knows of it.
+        let _ = visit.table(paging.root(), F::root(), from, 0, Permissions::all());
+        visit
     }
 
     fn wrong(&mut self, wrong: Wrong<M::Error>) {
@@ -136,19 +143,29 @@ impl<'a, F: X86Format, M: Tables> Visit<'a, F, M> {
     }
 
     /// Goes through a table that an entry of `from` names.
-    fn table(&mut self, table: u64, level: Level, from: (Level, Gpa), offset: u64, permissions: Permissions) {
+    fn table(
+        &mut self,
+        table: u64,
+        level: Level,
+        from: (Level, Gpa),
+        offset: u64,
+        permissions: Permissions,
+    ) -> ControlFlow<()> {
         let (above, entry) = from;
         if let Some(&(again, _)) = self.path.iter().find(|(_, other)| *other == table) {
-            return self.wrong(Wrong::Loop { level: above, at: entry, again });
+            self.wrong(Wrong::Loop { level: above, at: entry, again });
+            return ControlFlow::Continue(());
         }
-        if !self.entered.insert((level, table)) {
+        if self.entered.contains(&(level, table)) {
             self.found.aliases += 1;
-            return;
+            return ControlFlow::Continue(());
         }
         let mut words = [0; ENTRIES];
         if let Err(error) = self.memory.table(Gpa(table), &mut words) {
-            return self.wrong(Wrong::Table { level: above, at: entry, error });
+            self.wrong(Wrong::Table { level: above, at: entry, error });
+            return ControlFlow::Continue(());
         }
+        self.entered.insert((level, table));
         self.found.tables += 1;
         self.path.push((level, table));
         for (index, &raw) in (0..).zip(&words) {
@@ -158,7 +175,7 @@ impl<'a, F: X86Format, M: Tables> Visit<'a, F, M> {
                 (Entry::Absent { .. }, _) => {}
                 (Entry::Malformed(reason), _) => self.wrong(Wrong::Malformed { level, at, reason }),
                 (Entry::Table(next), Some(below)) => {
-                    self.table(next.at.0, below, (level, at), offset, permissions & next.permissions);
+                    self.table(next.at.0, below, (level, at), offset, permissions & next.permissions)?;
                 }
                 (Entry::Table(_), None) => {
                     self.wrong(Wrong::Malformed { level, at, reason: Malformed::TableAtLastLevel });
@@ -166,11 +183,12 @@ impl<'a, F: X86Format, M: Tables> Visit<'a, F, M> {
                 (Entry::Leaf(leaf), _) => {
                     let Input(gva) = F::extend(offset);
                     let permissions = permissions & leaf.permissions;
-                    (self.show)(&Mapped { gva, gpa: Gpa(leaf.base().0), shift: leaf.shift, permissions });
+                    (self.show)(&Mapped { gva, gpa: Gpa(leaf.base().0), shift: leaf.shift, permissions })?;
                 }
             }
         }
         self.path.pop();
+        ControlFlow::Continue(())
     }
 }
 
@@ -204,7 +222,10 @@ mod tests {
 
     fn all(frames: &Frames, levels: Levels) -> (Vec<Mapped>, Visited<Unreadable>) {
         let mut mapped = Vec::new();
-        let visited = visit(frames, &Paging::assumed(PAGE, levels), |one| mapped.push(*one));
+        let visited = visit(frames, &Paging::assumed(PAGE, levels), |one| {
+            mapped.push(*one);
+            ControlFlow::Continue(())
+        });
         (mapped, visited)
     }
 
@@ -267,6 +288,30 @@ mod tests {
         assert_eq!((mapped.len(), visited.tables, visited.aliases), (512, 4, 3 * 511));
     }
 
+    #[test]
+    fn a_visit_ends_when_whoever_is_shown_pages_has_enough() {
+        let frames = frames(&[(1, 0, 0x2003), (2, 0, 0x83), (2, 1, 0x83), (1, 1, 0x3003)]);
+        let mut shown = 0;
+        let visited = visit(&frames, &Paging::assumed(PAGE, Levels::Four), |_| {
+            shown += 1;
+            ControlFlow::Break(())
+        });
+        assert_eq!((shown, visited.tables), (1, 2));
+    }
+
+    #[test]
+    fn tables_outside_of_ram_are_not_remembered() {
+        let mut frames = frames(&[(1, 0, 0x2003), (1, 1, 0x3003)]);
+        for (place, frame) in [(0, 2), (1, 3)] {
+            frames.0[frame] =
+                std::array::from_fn(|index| ((1 << 30) + (place * 512 + index as u64) * PAGE) | 3);
+        }
+        let paging = Paging::assumed(PAGE, Levels::Four);
+        let mut show = |_: &Mapped| ControlFlow::Continue(());
+        let visit = Visit::<Long4, _>::all(&frames, &paging, &mut show);
+        assert_eq!((visit.found.wrong, visit.entered.len()), (1024, 3));
+    }
+
     fn word() -> impl Strategy<Value = u64> {
         let table = (0..FRAMES as u64 + 1, 0..4096u64).prop_map(|(frame, flags)| (frame * PAGE) | flags | 1);
         prop_oneof![4 => table, 1 => any::<u64>()]
@@ -283,6 +328,12 @@ mod tests {
                 let (mapped, visited) = all(&frames, levels);
                 assert!(visited.tables <= count * FRAMES as u64);
                 assert!(mapped.len() <= ENTRIES * usize::try_from(visited.tables).unwrap());
+                let mut show = |_: &Mapped| ControlFlow::Continue(());
+                let entered = match levels {
+                    Levels::Four => Visit::<Long4, _>::all(&frames, &Paging::assumed(PAGE, levels), &mut show).entered,
+                    Levels::Five => Visit::<Long5, _>::all(&frames, &Paging::assumed(PAGE, levels), &mut show).entered,
+                };
+                assert_eq!(entered.len() as u64, visited.tables);
             }
         }
     }

@@ -6,6 +6,7 @@ use plimsoll_mmu::splinter::Splinter;
 use plimsoll_types::ByteCount;
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 /// Entries of the second-level TLB of Intel's server cores since 2015, for pages of 4 KiB and 2 MiB together.
@@ -47,6 +48,7 @@ fn run(args: &SplinterArgs) -> Result<ExitCode, String> {
         } else {
             half.devices += size;
         }
+        ControlFlow::Continue(())
     });
     machine.confirm()?;
     let halves = [("kernel", kernel), ("user", user)];

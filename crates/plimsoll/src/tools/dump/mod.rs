@@ -20,6 +20,7 @@ use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
 use std::io::{Write, stdout};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -27,6 +28,8 @@ use std::time::Duration;
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Around a stack pointer: a stack of Linux has four pages, and absent ones on both sides.
 const STACK_PAGES: u64 = 8;
+/// A guest of 4 GiB whose kernel maps every page apart has as many. 56 MB of headers.
+const LOADS_MAX: usize = 1 << 20;
 
 #[derive(clap::Args)]
 pub(crate) struct DumpArgs {
@@ -79,13 +82,12 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
         Some(monitor) => registers(&mut monitor.qmp, &interrupt)?,
         None => Vec::new(),
     };
-    let (mut loads, wrongs) = match args.kind {
+    let (loads, wrongs) = match args.kind {
         Kind::All => (all(&machine), Vec::new()),
-        Kind::Kernel => kernel(&machine, &paging(args, &processors)?),
+        Kind::Kernel => kernel(&machine, &paging(args, &processors)?, &interrupt)?,
         Kind::Stacks => (stacks(&machine, &processors), Vec::new()),
     };
-    join(&mut loads);
-    let mut copied = Copied::new(&machine, &interrupt, args.paused, &file);
+    let mut copied = Copied::new(&machine, &interrupt, args.paused, &file)?;
     let notes: Vec<u8> =
         processors.iter().flat_map(|(number, registers)| notes::notes(*number, registers)).collect();
     let head = headers(&loads, &notes);
@@ -158,36 +160,67 @@ fn paging(args: &DumpArgs, processors: &[(u32, Registers)]) -> Result<Paging, St
 
 /// All RAM, where the guest has it physically.
 fn all(machine: &Machine) -> Vec<Load> {
-    let parts = machine.ram.parts(Gpa(0), u64::MAX);
-    parts
-        .map(|part| Load { gva: part.gpa.0, gpa: part.gpa, len: part.hva.len().0, offset: part.offset })
-        .collect()
+    let mut loads = Loads::default();
+    for piece in machine.ram.pieces() {
+        loads.add(machine, piece.gpa.0, piece.gpa, piece.hva.len().0);
+    }
+    loads.0
 }
 
 /// RAM that the upper half of the address space maps, and what is wrong with the tables.
-fn kernel(machine: &Machine, paging: &Paging) -> (Vec<Load>, Vec<String>) {
-    let mut loads = Vec::new();
+fn kernel(
+    machine: &Machine,
+    paging: &Paging,
+    interrupt: &Interrupt,
+) -> Result<(Vec<Load>, Vec<String>), String> {
+    let mut loads = Loads::default();
     let visited = visit(&machine.outside(), paging, |mapped| {
         if mapped.gva >> 63 == 1 {
-            add(&mut loads, machine, mapped.gva, mapped.gpa, 1u64.checked_shl(mapped.shift).unwrap_or(0));
+            loads.add(machine, mapped.gva, mapped.gpa, 1u64.checked_shl(mapped.shift).unwrap_or(0));
+        }
+        match loads.0.len() > LOADS_MAX || interrupt.is_set() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     });
-    (loads, visited.wrongs.iter().map(ToString::to_string).collect())
+    go_on(interrupt)?;
+    if loads.0.len() > LOADS_MAX {
+        return Err(format!(
+            "the guest's tables map RAM in more than {LOADS_MAX} pieces, which no core file is written of: dump it with --kind all"
+        ));
+    }
+    Ok((loads.0, visited.wrongs.iter().map(ToString::to_string).collect()))
 }
 
-fn add(loads: &mut Vec<Load>, machine: &Machine, gva: u64, gpa: Gpa, len: u64) {
-    loads.extend(machine.ram.parts(gpa, len).map(|part| Load {
-        gva: gva + (part.gpa.0 - gpa.0),
-        gpa: part.gpa,
-        len: part.hva.len().0,
-        offset: part.offset,
-    }));
+/// Loads, of which one that goes on where the one before ends, in both address spaces, becomes a part of it.
+#[derive(Default)]
+struct Loads(Vec<Load>);
+
+impl Loads {
+    fn add(&mut self, machine: &Machine, gva: u64, gpa: Gpa, len: u64) {
+        for part in machine.ram.parts(gpa, len) {
+            let gva = gva + (part.gpa.0 - gpa.0);
+            self.push(Load { gva, gpa: part.gpa, len: part.hva.len().0, offset: part.offset });
+        }
+    }
+
+    fn push(&mut self, next: Load) {
+        let before = self.0.last_mut().filter(|load| {
+            load.gva.checked_add(load.len) == Some(next.gva)
+                && load.gpa.0 + load.len == next.gpa.0
+                && load.offset + load.len == next.offset
+        });
+        match before {
+            Some(load) => load.len += next.len,
+            None => self.0.push(next),
+        }
+    }
 }
 
 /// The pages around each processor's stack pointer and instruction, and around the stacks that its task state names.
 fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Vec<Load> {
     let outside = machine.outside();
-    let mut loads = Vec::new();
+    let mut pages = Vec::new();
     for (_, registers) in processors {
         let Ok(paging) = paging_of(registers) else { continue };
         let page_of = |gva: u64| {
@@ -210,28 +243,17 @@ fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Vec<Load> {
                 pages.map_while(|gva| Some((gva, page_of(gva)?))).collect::<Vec<_>>()
             };
             for (gva, gpa) in around(u64::wrapping_sub).into_iter().chain(around(u64::wrapping_add)) {
-                add(&mut loads, machine, gva, gpa, PAGE);
+                pages.push((gva, gpa));
             }
         }
         let code = registers.rip / PAGE * PAGE;
-        page_of(code).into_iter().for_each(|gpa| add(&mut loads, machine, code, gpa, PAGE));
+        pages.extend(page_of(code).map(|gpa| (code, gpa)));
     }
-    loads.sort_by_key(|load| load.gva);
-    loads.dedup_by_key(|load| load.gva);
-    loads
-}
-
-/// Loads that go on where the one before ends, in both address spaces, become one.
-fn join(loads: &mut Vec<Load>) {
-    loads.dedup_by(|next, load| {
-        let goes_on = load.gva.checked_add(load.len) == Some(next.gva)
-            && load.gpa.0 + load.len == next.gpa.0
-            && load.offset + load.len == next.offset;
-        if goes_on {
-            load.len += next.len;
-        }
-        goes_on
-    });
+    pages.sort_unstable();
+    pages.dedup_by_key(|(gva, _)| *gva);
+    let mut loads = Loads::default();
+    pages.into_iter().for_each(|(gva, gpa)| loads.add(machine, gva, gpa, PAGE));
+    loads.0
 }
 
 fn say(
