@@ -3,10 +3,11 @@
 //! Enters: a machine, what of it is wanted, and a path that is not there yet. Leaves: a whole file, or none. What must never happen: a
 //! machine that stays paused after this has ended in any way it can notice, or a file that is overwritten.
 //!
-//! [`pause`]: a machine that stands still meanwhile. [`notes`]: registers. [`copy`]: bytes.
+//! [`pause`]: a machine that stands still meanwhile. [`room`]: whether it fits into memory. [`notes`]: registers. [`copy`]: bytes.
 mod copy;
 mod notes;
 mod pause;
+mod room;
 
 use super::machine::{Machine, MachineArgs, ProcessorArgs, paging_of};
 use super::{end, said};
@@ -15,7 +16,7 @@ use copy::{Copied, Unfinished};
 use pause::Monitor;
 use plimsoll_attach::Hazard;
 use plimsoll_attach::qmp::{Qmp, Registers};
-use plimsoll_inspect::{Census, Load, Paging, headers, trace, visit};
+use plimsoll_inspect::{GuestRam, Load, Paging, headers, trace, visit};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
@@ -71,27 +72,30 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     if let Some(hazard) = migration.filter(|_| args.paused) {
         return Err(format!("{} is not stopped: {hazard}", machine.dossier.name));
     }
+    if args.kind != Kind::Stacks {
+        room::check(&machine, args.paused)?;
+    }
     let file = Unfinished::create(&args.output)?;
     if let Some(monitor) = monitor.as_mut().filter(|_| args.paused) {
-        if args.kind != Kind::Stacks {
-            has_room(&machine)?;
-        }
         monitor.stop()?;
     }
     let processors = match &mut monitor {
         Some(monitor) => registers(&mut monitor.qmp, &interrupt)?,
         None => Vec::new(),
     };
-    let (loads, wrongs) = match args.kind {
-        Kind::All => (all(&machine), Vec::new()),
-        Kind::Kernel => kernel(&machine, &paging(args, &processors)?, &interrupt)?,
-        Kind::Stacks => (stacks(&machine, &processors), Vec::new()),
+    let found = match args.kind {
+        Kind::All => all(&machine),
+        Kind::Kernel => {
+            let (paging, doubt) = paging(args, &processors)?;
+            Found { doubts: doubt.into_iter().collect(), ..kernel(&machine, &paging, &interrupt)? }
+        }
+        Kind::Stacks => stacks(&machine, &processors),
     };
-    let mut copied = Copied::new(&machine, &interrupt, args.paused, &file)?;
+    let mut copied = Copied::new(&machine, &interrupt, args.paused, &file);
     let notes: Vec<u8> =
         processors.iter().flat_map(|(number, registers)| notes::notes(*number, registers)).collect();
-    let head = headers(&loads, &notes);
-    copied.copy(&loads, head.len() as u64)?;
+    let head = headers(&found.loads, &notes);
+    copied.copy(&found.loads, head.len() as u64)?;
     let paused = match &mut monitor {
         Some(monitor) => monitor.resume()?,
         None => None,
@@ -99,8 +103,9 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     machine.confirm()?;
     let written = copied.finish(&head, machine.ram.size())?;
     file.keep();
-    say(args, &machine, loads.len(), written, paused, &wrongs)?;
-    Ok(if wrongs.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    say(args, &machine, written, paused, &found)?;
+    let is_whole = found.wrong == 0 && !found.loads.is_empty();
+    Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The machine's monitor, if one was named.
@@ -110,23 +115,6 @@ fn monitor(machine: &mut Machine) -> Result<Option<Monitor>, String> {
     // The number was the machine's when it was opened if the machine is still there.
     machine.confirm()?;
     Ok(Some(Monitor::new(qmp, vmm)))
-}
-
-/// Fails where the copy might not fit into memory: whoever is killed for that leaves the machine standing still.
-fn has_room(machine: &Machine) -> Result<(), String> {
-    let mut taken = Census::default();
-    for piece in machine.ram.pieces() {
-        taken += Census::take(&machine.pagemap, piece.hva).map_err(said)?;
-    }
-    let (needed, available) = (taken.present + taken.swapped, crate::demo::limits()?.available);
-    match needed <= available {
-        true => Ok(()),
-        false => Err(format!(
-            "a copy of {} takes up to {needed} of memory and {available} are available: dump it without --paused, or stop it \
-             yourself meanwhile",
-            machine.dossier.name
-        )),
-    }
 }
 
 fn registers(qmp: &mut Qmp, interrupt: &Interrupt) -> Result<Vec<(u32, Registers)>, String> {
@@ -146,37 +134,61 @@ fn go_on(interrupt: &Interrupt) -> Result<(), String> {
     }
 }
 
-fn paging(args: &DumpArgs, processors: &[(u32, Registers)]) -> Result<Paging, String> {
+/// The paging whose kernel half is wanted, and what there is to say against it. Under page-table isolation a processor that runs a
+/// user's program has tables that map next to nothing of the kernel.
+fn paging(args: &DumpArgs, processors: &[(u32, Registers)]) -> Result<(Paging, Option<String>), String> {
     if let Some(given) = args.processor.given() {
-        return Ok(given);
+        return Ok((given, None));
     }
-    let number = args.processor.number();
-    let found = processors.iter().find(|(other, _)| *other == number);
-    let (_, registers) = found.ok_or_else(|| {
+    let (number, registers) = chosen(args.processor.named(), processors).ok_or_else(|| {
+        let number = args.processor.number();
         format!("there are no registers of processor {number}: give --qmp, or a CR3 with --cr3")
     })?;
-    paging_of(registers)
+    let doubt = (registers.privilege != 0).then(|| {
+        format!(
+            "processor {number} is at CPL {}: where the guest isolates its tables, these map next to nothing of its kernel; try again, \
+             or name another with --cpu",
+            registers.privilege
+        )
+    });
+    Ok((paging_of(registers)?, doubt))
+}
+
+/// The processor that was named, or else one that is in its kernel, one whose tables are walked, or the first.
+fn chosen(named: Option<u32>, processors: &[(u32, Registers)]) -> Option<&(u32, Registers)> {
+    let rank = |registers: &Registers| (paging_of(registers).is_err(), registers.privilege != 0);
+    match named {
+        Some(named) => processors.iter().find(|(number, _)| *number == named),
+        None => processors.iter().min_by_key(|(_, registers)| rank(registers)),
+    }
+}
+
+/// What goes into the file, and what there is to say of it.
+#[derive(Default)]
+struct Found {
+    loads: Vec<Load>,
+    /// What is wrong with the tables, the first few, and all.
+    wrongs: Vec<String>,
+    wrong: u64,
+    /// What may be missing, and why.
+    doubts: Vec<String>,
 }
 
 /// All RAM, where the guest has it physically.
-fn all(machine: &Machine) -> Vec<Load> {
+fn all(machine: &Machine) -> Found {
     let mut loads = Loads::default();
     for piece in machine.ram.pieces() {
-        loads.add(machine, piece.gpa.0, piece.gpa, piece.hva.len().0);
+        loads.add(&machine.ram, piece.gpa.0, piece.gpa, piece.hva.len().0);
     }
-    loads.0
+    Found { loads: loads.0, ..Found::default() }
 }
 
 /// RAM that the upper half of the address space maps, and what is wrong with the tables.
-fn kernel(
-    machine: &Machine,
-    paging: &Paging,
-    interrupt: &Interrupt,
-) -> Result<(Vec<Load>, Vec<String>), String> {
+fn kernel(machine: &Machine, paging: &Paging, interrupt: &Interrupt) -> Result<Found, String> {
     let mut loads = Loads::default();
     let visited = visit(&machine.outside(), paging, |mapped| {
         if mapped.gva >> 63 == 1 {
-            loads.add(machine, mapped.gva, mapped.gpa, 1u64.checked_shl(mapped.shift).unwrap_or(0));
+            loads.add(&machine.ram, mapped.gva, mapped.gpa, 1u64.checked_shl(mapped.shift).unwrap_or(0));
         }
         match loads.0.len() > LOADS_MAX || interrupt.is_set() {
             true => ControlFlow::Break(()),
@@ -189,7 +201,8 @@ fn kernel(
             "the guest's tables map RAM in more than {LOADS_MAX} pieces, which no core file is written of: dump it with --kind all"
         ));
     }
-    Ok((loads.0, visited.wrongs.iter().map(ToString::to_string).collect()))
+    let wrongs = visited.wrongs.iter().map(ToString::to_string).collect();
+    Ok(Found { loads: loads.0, wrongs, wrong: visited.wrong, doubts: Vec::new() })
 }
 
 /// Loads, of which one that goes on where the one before ends, in both address spaces, becomes a part of it.
@@ -197,8 +210,8 @@ fn kernel(
 struct Loads(Vec<Load>);
 
 impl Loads {
-    fn add(&mut self, machine: &Machine, gva: u64, gpa: Gpa, len: u64) {
-        for part in machine.ram.parts(gpa, len) {
+    fn add(&mut self, ram: &GuestRam, gva: u64, gpa: Gpa, len: u64) {
+        for part in ram.parts(gpa, len) {
             let gva = gva + (part.gpa.0 - gpa.0);
             self.push(Load { gva, gpa: part.gpa, len: part.hva.len().0, offset: part.offset });
         }
@@ -218,11 +231,17 @@ impl Loads {
 }
 
 /// The pages around each processor's stack pointer and instruction, and around the stacks that its task state names.
-fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Vec<Load> {
+fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Found {
     let outside = machine.outside();
-    let mut pages = Vec::new();
-    for (_, registers) in processors {
-        let Ok(paging) = paging_of(registers) else { continue };
+    let (mut pages, mut doubts) = (Vec::new(), Vec::new());
+    for (number, registers) in processors {
+        let paging = match paging_of(registers) {
+            Ok(paging) => paging,
+            Err(error) => {
+                doubts.push(format!("processor {number} is left out: {error}"));
+                continue;
+            }
+        };
         let page_of = |gva: u64| {
             let reached = trace(&outside, &paging, gva / PAGE * PAGE).end.ok()?;
             Some(reached.gpa)
@@ -250,21 +269,21 @@ fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Vec<Load> {
         pages.extend(page_of(code).map(|gpa| (code, gpa)));
     }
     pages.sort_unstable();
-    pages.dedup_by_key(|(gva, _)| *gva);
+    // Processors with other tables may have other pages at the same address: each is kept.
+    pages.dedup();
     let mut loads = Loads::default();
-    pages.into_iter().for_each(|(gva, gpa)| loads.add(machine, gva, gpa, PAGE));
-    loads.0
+    pages.into_iter().for_each(|(gva, gpa)| loads.add(&machine.ram, gva, gpa, PAGE));
+    Found { loads: loads.0, doubts, ..Found::default() }
 }
 
 fn say(
     args: &DumpArgs,
     machine: &Machine,
-    loads: usize,
     written: ByteCount,
     paused: Option<Duration>,
-    wrongs: &[String],
+    found: &Found,
 ) -> Result<(), String> {
-    let name = &machine.dossier.name;
+    let (name, loads) = (&machine.dossier.name, found.loads.len());
     if args.machine.json {
         let value = json!({
             "name": name,
@@ -272,7 +291,9 @@ fn say(
             "loads": loads,
             "written_bytes": written.0,
             "paused_seconds": paused.map(|paused| paused.as_secs_f64()),
-            "wrongs": wrongs,
+            "doubts": found.doubts,
+            "wrong": found.wrong,
+            "wrongs": found.wrongs,
         });
         return stdout().write_all(format!("{value}\n").as_bytes()).map_err(said);
     }
@@ -282,6 +303,60 @@ fn say(
         "{name}: {written} that are not zero, in {loads} segments, in {}{stood}\n",
         args.output.display()
     );
-    wrongs.iter().for_each(|wrong| text += &format!("  wrong: {wrong}\n"));
+    found.doubts.iter().for_each(|doubt| text += &format!("  warning: {doubt}\n"));
+    found.wrongs.iter().for_each(|wrong| text += &format!("  wrong: {wrong}\n"));
+    match found.wrong.saturating_sub(found.wrongs.len() as u64) {
+        0 => {}
+        more => text += &format!("  wrong: {more} more, {} in all\n", found.wrong),
+    }
     stdout().write_all(text.as_bytes()).map_err(said)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plimsoll_inspect::Piece;
+    use plimsoll_sys::HvaRange;
+    use plimsoll_types::Hva;
+
+    #[test]
+    fn loads_are_joined_as_they_come_where_both_addresses_go_on() {
+        let piece =
+            |gpa, hva, len| Piece { gpa: Gpa(gpa), hva: HvaRange::new(Hva(hva), ByteCount(len)).unwrap() };
+        let ram =
+            GuestRam::new(vec![piece(0, 0x10_0000, 4 * PAGE), piece(8 * PAGE, 0x90_0000, 4 * PAGE)]).unwrap();
+        let mut loads = Loads::default();
+        // Three that go on, one that does not in the guest's RAM, one half of which is no RAM.
+        for (gva, gpa, len) in [(0, 0, 1), (1, 1, 1), (2, 2, 1), (3, 8, 1), (4, 10, 4)] {
+            loads.add(&ram, gva * PAGE, Gpa(gpa * PAGE), len * PAGE);
+        }
+        let shown: Vec<_> = loads
+            .0
+            .iter()
+            .map(|load| [load.gva, load.gpa.0, load.len, load.offset].map(|bytes| bytes / PAGE))
+            .collect();
+        assert_eq!(shown, [[0, 0, 3, 0], [3, 8, 1, 4], [4, 10, 2, 6]]);
+    }
+
+    /// In 64-bit mode.
+    fn processor(number: u32, privilege: u64) -> (u32, Registers) {
+        let registers = Registers {
+            privilege,
+            control: [0x8005_0033, 0, 0x1000, 0x6f0],
+            efer: 0xd01,
+            ..Registers::default()
+        };
+        (number, registers)
+    }
+
+    #[test]
+    fn a_processor_in_its_kernel_is_preferred_unless_another_was_named() {
+        let reset = (0, Registers::default());
+        let processors = [reset, processor(1, 3), processor(2, 0), processor(3, 0)];
+        let number = |named| chosen(named, &processors).map(|(number, _)| *number);
+        assert_eq!([None, Some(1), Some(7)].map(number), [Some(2), Some(1), None]);
+        let in_programs = [(3, Registers::default()), processor(4, 3), processor(5, 3)];
+        assert_eq!(chosen(None, &in_programs).map(|(number, _)| *number), Some(4));
+        assert_eq!(chosen(None, &[]), None);
+    }
 }
