@@ -77,7 +77,7 @@ pub enum Wrong<E> {
         /// Why.
         error: E,
     },
-    /// The entry names a table on the way to itself: a self map, or a loop. It is not followed.
+    /// The entry names a table on the way to itself. It is not followed.
     #[error("the entry of {level} at {at} names a table of {again} on the way to itself")]
     Loop {
         /// The table's level.
@@ -96,6 +96,9 @@ pub struct Visited<E> {
     pub tables: u64,
     /// Entries that name a table that was entered by another one already; what is below was shown once.
     pub aliases: u64,
+    /// Entries of the root that name the root: kernels that reach their tables by themselves (Windows, FreeBSD) have one. It is not
+    /// followed.
+    pub self_maps: u64,
     /// What is wrong, the first few.
     pub wrongs: Vec<Wrong<E>>,
     /// All that is wrong.
@@ -126,7 +129,7 @@ struct Visit<'a, F: X86Format, M: Tables> {
 
 impl<'a, F: X86Format, M: Tables> Visit<'a, F, M> {
     fn all(memory: &'a M, paging: &Paging, show: &'a mut dyn FnMut(&Mapped) -> ControlFlow<()>) -> Self {
-        let found = Visited { tables: 0, aliases: 0, wrongs: Vec::new(), wrong: 0 };
+        let found = Visited { tables: 0, aliases: 0, self_maps: 0, wrongs: Vec::new(), wrong: 0 };
         let (entered, path) = (HashSet::new(), Vec::new());
         let mut visit = Self { memory, caps: paging.caps, show, entered, path, found };
         let from = (Level(F::LEVELS + 1), Gpa(paging.cr3));
@@ -152,6 +155,10 @@ impl<'a, F: X86Format, M: Tables> Visit<'a, F, M> {
         permissions: Permissions,
     ) -> ControlFlow<()> {
         let (above, entry) = from;
+        if matches!(self.path.as_slice(), &[(_, root)] if root == table) {
+            self.found.self_maps += 1;
+            return ControlFlow::Continue(());
+        }
         if let Some(&(again, _)) = self.path.iter().find(|(_, other)| *other == table) {
             self.wrong(Wrong::Loop { level: above, at: entry, again });
             return ControlFlow::Continue(());
@@ -257,23 +264,25 @@ mod tests {
             (1, 3, 0x1003),
             (1, 4, 0x2003),
             (2, 0, 0x2003),
+            (2, 3, 0x1003),
             (2, 1, 0x99_0000_0003),
             (2, 2, 0x2083),
             (2, 9, 0x83),
         ]);
         let (mapped, visited) = all(&frames, Levels::Four);
-        assert_eq!((mapped.len(), visited.wrong), (1, 4));
+        // The root's own entry for itself is none of them.
+        assert_eq!((mapped.len(), visited.wrong, visited.self_maps), (1, 4, 1));
         let beyond = Unreadable::OutsideRam(Gpa(0x99_0000_0000));
         let expected = [
-            Wrong::Loop { level: Level(4), at: Gpa(0x1018), again: Level(4) },
             Wrong::Loop { level: Level(3), at: Gpa(0x2000), again: Level(3) },
             Wrong::Table { level: Level(3), at: Gpa(0x2008), error: beyond },
             Wrong::Malformed { level: Level(3), at: Gpa(0x2010), reason: Malformed::Reserved(0x2000) },
+            Wrong::Loop { level: Level(3), at: Gpa(0x2018), again: Level(4) },
         ];
         assert_eq!(visited.wrongs, expected);
         assert_eq!(
-            visited.wrongs[0].to_string(),
-            "the entry of level 4 at gpa:0x1018 names a table of level 4 on the way to itself"
+            visited.wrongs[3].to_string(),
+            "the entry of level 3 at gpa:0x2018 names a table of level 4 on the way to itself"
         );
     }
 

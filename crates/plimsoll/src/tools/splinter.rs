@@ -87,6 +87,9 @@ fn text(halves: &[(&str, Half)], visited: &Visited<Unreadable>, tlb: u64) -> Str
         "  {} tables read, {} entries name one of them again; reach is of {tlb} entries\n",
         visited.tables, visited.aliases
     );
+    if visited.self_maps > 0 {
+        text += &format!("  {} entries of the root name the root: a self map, left out\n", visited.self_maps);
+    }
     for wrong in &visited.wrongs {
         text += &format!("  wrong: {wrong}\n");
     }
@@ -118,6 +121,7 @@ fn values(mut object: Value, halves: &[(&str, Half)], visited: &Visited<Unreadab
     object["tlb_entries"] = tlb.into();
     object["tables"] = visited.tables.into();
     object["aliases"] = visited.aliases.into();
+    object["self_maps"] = visited.self_maps.into();
     object["wrong"] = visited.wrong.into();
     object["wrongs"] = visited.wrongs.iter().map(ToString::to_string).collect();
     object
