@@ -29,7 +29,7 @@ pub(super) struct MachineArgs {
 
 #[derive(clap::Args)]
 pub(super) struct ProcessorArgs {
-    /// The processor whose tables are walked, by its number in QMP: 0 without.
+    /// The processor whose tables are walked, by its number in QMP: 0 without (`dump`: one that is in its kernel).
     #[arg(long, value_name = "N", conflicts_with = "cr3")]
     cpu: Option<u32>,
     /// The guest's CR3 in hexadecimal, instead of a processor's.
@@ -45,6 +45,11 @@ impl ProcessorArgs {
     pub(super) fn given(&self) -> Option<Paging> {
         let levels = if self.levels == Some(5) { Levels::Five } else { Levels::Four };
         self.cr3.map(|cr3| Paging::assumed(cr3, levels))
+    }
+
+    /// The number of the processor that was named.
+    pub(super) const fn named(&self) -> Option<u32> {
+        self.cpu
     }
 
     /// The processor's number.
