@@ -9,7 +9,6 @@ use plimsoll_attach::RamBacking;
 use plimsoll_inspect::Census;
 use plimsoll_linux::cgroup::foreign::ProcessCgroup;
 use plimsoll_sys::ProcessId;
-use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_types::ByteCount;
 use std::ops::AddAssign;
@@ -62,11 +61,10 @@ impl Cost {
 /// Fails where a dump, with a copy or without, might not fit.
 pub(super) fn check(machine: &Machine, is_copied: bool) -> Result<(), String> {
     let process = machine.dossier.identity.process;
-    let pagemap = Pagemap::open(process).map_err(said)?;
     let mut cost = Cost::default();
     for piece in machine.ram.pieces() {
         let ram = machine.dossier.ram.iter().find(|ram| ram.hva.contains(piece.hva));
-        let taken = Census::take(&pagemap, piece.hva).map_err(said)?;
+        let taken = Census::take(&machine.pagemap, piece.hva).map_err(said)?;
         cost += Cost::of(ram.map(|ram| &ram.backing), &taken);
     }
     let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
