@@ -194,9 +194,15 @@ impl Guide {
     pub fn start(members: Vec<Member>, options: Options) -> Result<Self, KsmError> {
         domains::check(&members.iter().map(party).collect::<Vec<_>>())?;
         let mut ksm = Ksm::take(options.takeover)?;
-        if !members.iter().any(|member| procfs::is_mergeable(member.process).unwrap_or(true)) {
-            // Nobody's memory is mergeable, so this unmerges nothing. It settles the counters, which otherwise go on counting
-            // pages of processes that are gone until ksmd gets there.
+        // Whoever else's memory is mergeable was in the way of those whose is.
+        let has_nothing_merged = |member: &Member| {
+            let merged = procfs::ksm_stat(member.process).map(|stat| stat.merging + stat.zero);
+            !procfs::is_mergeable(member.process).unwrap_or(true)
+                || merged.is_ok_and(|pages| pages == PageCount(0))
+        };
+        if members.iter().all(has_nothing_merged) {
+            // Nothing of anybody who is there is merged, so this unmerges nothing. It settles the counters, which otherwise go on
+            // counting pages of processes that are gone until ksmd gets there.
             ksm.unmerge_all()?;
         }
         let began = ksm.counters()?;
