@@ -90,7 +90,8 @@ fn a_machine_restarts_on_a_full_host_and_nobody_falls_below_its_reservation() {
     fleet.populate();
     let mut turns = fleet.turns(SECONDS(8));
     let full = fleet.used();
-    assert!(full > MIB(300), "the host is not full: {full}");
+    // A fifth is about what the policy keeps free before it takes anything.
+    assert!(full > MIB(352 / 5 * 4), "the host is not full: {full}");
     fleet.guests.pop().unwrap().kill();
     fleet.ids.pop();
     turns.extend(fleet.turns(SECONDS(1)));
