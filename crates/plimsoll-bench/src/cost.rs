@@ -17,11 +17,12 @@ use anyhow::{Context, anyhow};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::WorkloadKind;
-use plimsoll_linux::cgroup::{self, MemoryCgroup};
 use plimsoll_linux::uffd::waiting::Waiting;
 use plimsoll_linux::zram::ZramSwap;
-use plimsoll_sys::ProcessId;
-use plimsoll_types::{ByteCount, PAGE_SIZE};
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::pagemap::Entry;
+use plimsoll_sys::process_memory::{self, Advice, Refusal};
+use plimsoll_types::{ByteCount, Hva, PAGE_SIZE, PageCount};
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::control::BalloonPiece;
 use serde::Serialize;
@@ -38,20 +39,16 @@ const ROUNDS: usize = 3;
 /// How long it works before it counts, and how long it counts, each with the number of the window that ends it.
 const WARM: (u64, Duration) = (1, Duration::from_millis(700));
 const WORK: (u64, Duration) = (2, Duration::from_secs(1));
-/// How often the peer's limit is set anew, and what is taken is looked at.
+/// How often the kernel is asked for what is too much, and what is taken is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// What a guest may have beyond what it was to be left, at the median look: 1 % of its memory, and what the kernel counts in batches.
 const SLACK: ByteCount = ByteCount(RAM.0 / 100 + (1 << 20));
-/// How the peer's cgroups are called, with their process behind.
-const CGROUP: &str = "plimsoll-cost";
-/// A cgroup that may use less than this kills its guest.
-const LIMIT_MIN: ByteCount = ByteCount::mib(12);
 
 const NOTES: [&str; 5] = [
     "ours is the guest from which something is taken, by whatever way; the peer is the same guest left alone",
     "what the host keeps for the guest counts as the guest's: compressed pages, and the store's tables; so 30 means that 30 % of its \
      memory are there for others",
-    "kernel: a memory cgroup whose limit is what the guest is left, less what the zram device (lz4) takes; what goes is the kernel's choice",
+    "kernel: MADV_PAGEOUT from outside of as much as the guest has above what it is left, in the order of its memory, to a zram device (lz4)",
     "pager: our manager with what the guest is left as its budget",
     "CPU is user and system time of this process and of the guest's, all threads",
 ];
@@ -101,14 +98,19 @@ impl Row {
 /// A guest, and what holds it to what it is left. The guest ends first.
 enum Held {
     Free(Guest),
-    Limited { guest: Guest, cgroup: MemoryCgroup, device: ZramSwap },
+    /// The hand is the page of the guest's memory at which taking goes on.
+    Paged {
+        guest: Guest,
+        device: ZramSwap,
+        hand: usize,
+    },
     Managed(Ours),
 }
 
 impl Held {
     fn guest(&mut self) -> &mut Guest {
         match self {
-            Self::Free(guest) | Self::Limited { guest, .. } => guest,
+            Self::Free(guest) | Self::Paged { guest, .. } => guest,
             Self::Managed(ours) => ours.first(),
         }
     }
@@ -117,20 +119,46 @@ impl Held {
     fn takes(&mut self) -> Result<ByteCount, BenchError> {
         Ok(match self {
             Self::Free(guest) => ByteCount((guest.present()? * PAGE_SIZE) as u64),
-            Self::Limited { cgroup, device, .. } => {
-                cgroup.used().context("a cgroup's use")? + device.memory_used().context("zram's use")?
+            Self::Paged { guest, device, .. } => {
+                let present = ByteCount((guest.present()? * PAGE_SIZE) as u64);
+                present + device.memory_used().context("zram's use")?
             }
             Self::Managed(ours) => ours.charged()?,
         })
     }
 
-    /// Has the kernel keep to what the guest is left. What it cannot reclaim at once it reclaims later.
-    fn keep_to(&self, left: ByteCount) -> Result<(), BenchError> {
-        let Self::Limited { cgroup, device, .. } = self else { return Ok(()) };
-        let compressed = device.memory_used().context("zram's use")?;
-        swap::press(cgroup, left.saturating_sub(compressed).max(LIMIT_MIN));
-        Ok(())
+    /// Has the kernel keep to what the guest is left: takes what is too much, in the order of the guest's memory, round and round. What
+    /// it takes up compressed goes the next time.
+    fn keep_to(&mut self, left: ByteCount) -> Result<(), BenchError> {
+        let excess = self.takes()?.saturating_sub(left).pages_ceil();
+        let Self::Paged { guest, hand, .. } = self else { return Ok(()) };
+        let transfer =
+            process_memory::advise(guest.process(), &present_from(guest, hand, excess)?, Advice::PageOut);
+        match transfer.stop {
+            // The page at hand was in use just then.
+            None | Some(Refusal::TryLater) => Ok(()),
+            Some(refusal) => Err(anyhow!(refusal).context("the kernel refused MADV_PAGEOUT").into()),
+        }
     }
+}
+
+/// So many pages that are in memory, from the hand on, which moves behind the last of them.
+fn present_from(guest: &Guest, hand: &mut usize, pages: PageCount) -> Result<Vec<HvaRange>, BenchError> {
+    let page_bytes = PAGE_SIZE as u64;
+    let pages_of = |range: HvaRange| {
+        (0..range.len().pages_floor().0).map(move |page| Hva(range.start().0 + page * page_bytes))
+    };
+    let places = guest.ram().into_iter().flat_map(pages_of);
+    let mut present: Vec<(usize, Hva)> = (0..)
+        .zip(places)
+        .zip(guest.entries()?)
+        .filter_map(|(place, entry)| entry.contains(Entry::PRESENT).then_some(place))
+        .collect();
+    let behind = present.partition_point(|(place, _)| place < hand);
+    present.rotate_left(behind);
+    present.truncate(usize::try_from(pages.0).unwrap_or(usize::MAX));
+    *hand = present.last().map_or(*hand, |(place, _)| place + 1);
+    Ok(present.into_iter().filter_map(|(_, at)| HvaRange::new(at, ByteCount(page_bytes))).collect())
 }
 
 fn config() -> VmmConfig {
@@ -148,12 +176,8 @@ fn start(row: Option<Row>, interrupt: &Interrupt) -> Result<Held, BenchError> {
         }
         Some(Row { way: Way::Kernel, .. }) => {
             let device = swap::device(ByteCount(RAM.0 * 2)).context("cannot make a zram device")?;
-            let cgroup = MemoryCgroup::create(CGROUP, ProcessId::own());
-            let cgroup = cgroup.map_err(|error| BenchError::NotHere(error.to_string()))?;
-            cgroup.join_self().context("cannot join a cgroup")?;
-            let guest = Guest::unmanaged(config, interrupt);
-            cgroup.leave_self().context("cannot leave a cgroup")?;
-            Ok(Held::Limited { guest: guest?, cgroup, device })
+            let guest = Guest::unmanaged(config, interrupt)?;
+            Ok(Held::Paged { guest, device, hand: 0 })
         }
         Some(Row { way: Way::Balloon, .. }) | None => Ok(Held::Free(Guest::unmanaged(config, interrupt)?)),
     }
@@ -224,8 +248,6 @@ pub(crate) struct Settings {
 pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
     guest::check_kvm()?;
     swap::check_host()?;
-    // What killed runs have left.
-    cgroup::sweep_stale(CGROUP).map_err(|error| BenchError::NotHere(error.to_string()))?;
     let machine = Machine::here();
     println!("what taking memory costs a guest of {RAM} that uses up to {USED_MOST}: {ROUNDS} rounds");
     println!("{machine}");
