@@ -73,12 +73,13 @@ enum Verb {
     /// The daemon's manager: started by its keeper.
     #[command(hide = true)]
     Manager(daemon::ManagerArgs),
-    /// Run one machine: started by the other verbs, with its configuration on standard input.
-    #[command(hide = true)]
-    Vmm(vmm::VmmArgs),
 }
 
 fn main() -> ExitCode {
+    // A command line of its own: what all the verbs take to be parsed would stay in the memory of every machine.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == vmm::VERB) {
+        return vmm::main(&vmm::VmmArgs::parse_from(std::env::args_os().skip(1)));
+    }
     match Cli::parse().verb {
         Verb::Demo(args) => demo::main(&args),
         Verb::Attach(args) => attach::main(&args),
@@ -99,6 +100,5 @@ fn main() -> ExitCode {
         Verb::Plan(args) => plan::main(&args),
         Verb::Daemon(args) => daemon::main(&args),
         Verb::Manager(args) => daemon::manager(&args),
-        Verb::Vmm(args) => vmm::main(&args),
     }
 }

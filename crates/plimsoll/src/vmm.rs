@@ -10,7 +10,12 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-#[derive(clap::Args)]
+/// How it is called.
+pub(crate) const VERB: &str = "vmm";
+
+/// Run one machine: started by the other verbs, with its configuration on standard input.
+#[derive(clap::Parser)]
+#[command(bin_name = "plimsoll vmm")]
 pub(crate) struct VmmArgs {
     /// Descriptor of a connected SOCK_SEQPACKET socket to a manager.
     #[arg(long)]
