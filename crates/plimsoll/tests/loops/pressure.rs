@@ -89,9 +89,15 @@ fn a_machine_restarts_on_a_full_host_and_nobody_falls_below_its_reservation() {
     fleet.start(&restarted, face);
     fleet.populate();
     let mut turns = fleet.turns(SECONDS(8));
+    // What is taken at first is more than what has to be; guests then have it back.
+    for _ in 0..20 {
+        if fleet.used() > MIB(300) {
+            break;
+        }
+        turns.extend(fleet.turns(SECONDS(1)));
+    }
     let full = fleet.used();
-    // A fifth is about what the policy keeps free before it takes anything.
-    assert!(full > MIB(352 / 5 * 4), "the host is not full: {full}");
+    assert!(full > MIB(300), "the host is not full: {full}");
     fleet.guests.pop().unwrap().kill();
     fleet.ids.pop();
     turns.extend(fleet.turns(SECONDS(1)));
