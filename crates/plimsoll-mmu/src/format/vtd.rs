@@ -83,8 +83,8 @@ impl Caps {
         self.beyond()
             | match kind {
                 Kind::Table => SNOOP | TRANSIENT | set(level > Level(3), LARGE),
-                Kind::Leaf(shift) => {
-                    field(12, shift - 12)
+                Kind::Leaf => {
+                    field(12, Second4::shift(level) - 12)
                         | set(level > self.largest_leaf(), LARGE)
                         | set(self.snoop_control == Feature::Off, SNOOP)
                         | set(self.transient == Feature::Off, TRANSIENT)
@@ -96,7 +96,7 @@ impl Caps {
     fn ignored(&self, level: Level, kind: Kind) -> u64 {
         match kind {
             Kind::Table => IGNORED | DIRTY | set(!self.keeps(), ACCESSED),
-            Kind::Leaf(_) => {
+            Kind::Leaf => {
                 IGNORED
                     | set(level == Level::PAGES, LARGE)
                     | set(!self.keeps(), ACCESSED | DIRTY)
@@ -108,8 +108,7 @@ impl Caps {
 
 #[derive(Clone, Copy)]
 enum Kind {
-    /// Of so many bytes, as log2.
-    Leaf(u32),
+    Leaf,
     Table,
 }
 
@@ -131,11 +130,11 @@ macro_rules! vtd {
             const EXTENSION: Extension = Extension::Zero;
 
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
-                decode(raw, (level, Self::shift(level)), caps)
+                decode(raw, level, caps)
             }
 
             fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-                encode(entry, (level, Self::shift(level)), caps)
+                encode(entry, level, caps)
             }
 
             fn largest_leaf(caps: &Caps) -> Level {
@@ -158,12 +157,12 @@ vtd!(
     Second5, "Intel VT-d second stage, five levels", 5
 );
 
-fn decode(raw: u64, (level, shift): (Level, u32), caps: &Caps) -> Entry {
+fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & (READ | WRITE) == 0 {
         return Entry::Absent { software: raw };
     }
     let maps = level == Level::PAGES || (raw & LARGE != 0 && level <= Level(3));
-    let kind = if maps { Kind::Leaf(shift) } else { Kind::Table };
+    let kind = if maps { Kind::Leaf } else { Kind::Table };
     let reserved = raw & caps.reserved(level, kind);
     if reserved != 0 {
         return Entry::Malformed(Malformed::Reserved(reserved));
@@ -188,7 +187,7 @@ fn decode(raw: u64, (level, shift): (Level, u32), caps: &Caps) -> Entry {
         accessed,
         dirty: caps.keeps() && raw & DIRTY != 0,
         software,
-        ..Leaf::new(output, shift, permissions, memory)
+        ..Leaf::new(output, Second4::shift(level), permissions, memory)
     })
 }
 
@@ -208,11 +207,11 @@ fn encode_flags(accessed: bool, dirty: bool, caps: &Caps) -> Result<u64, Unencod
     Ok(set(accessed, ACCESSED) | set(dirty, DIRTY))
 }
 
-fn encode(entry: &Entry, (level, shift): (Level, u32), caps: &Caps) -> Result<u64, Unencodable> {
+fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
     match *entry {
         Entry::Absent { software: word } => software(word, !(READ | WRITE)),
         Entry::Table(table) => encode_table(&table, level, caps),
-        Entry::Leaf(leaf) => encode_leaf(&leaf, (level, shift), caps),
+        Entry::Leaf(leaf) => encode_leaf(&leaf, level, caps),
         Entry::Malformed(_) => Err(Unencodable::Kind),
     }
 }
@@ -232,7 +231,8 @@ fn encode_table(table: &Table, level: Level, caps: &Caps) -> Result<u64, Unencod
     Ok(encode_permissions(table.permissions)? | at | encode_flags(table.accessed, false, caps)? | software)
 }
 
-fn encode_leaf(leaf: &Leaf, (level, shift): (Level, u32), caps: &Caps) -> Result<u64, Unencodable> {
+fn encode_leaf(leaf: &Leaf, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
+    let shift = Second4::shift(level);
     if leaf.shift != shift || level > caps.largest_leaf() {
         return Err(Unencodable::Size { shift: leaf.shift });
     }
@@ -248,7 +248,7 @@ fn encode_leaf(leaf: &Leaf, (level, shift): (Level, u32), caps: &Caps) -> Result
     if leaf.global {
         return Err(Unencodable::Flag);
     }
-    let software = software(leaf.software, caps.ignored(level, Kind::Leaf(shift)))?;
+    let software = software(leaf.software, caps.ignored(level, Kind::Leaf))?;
     Ok(encode_permissions(leaf.permissions)?
         | output
         | set(level > Level::PAGES, LARGE)
