@@ -19,7 +19,7 @@
 //! hardware has no word for what was written and may be written no longer: that is kept in bit 55, as Linux does.
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Shareability, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, set, software};
+use crate::format::{Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, set, software};
 
 const VALID: u64 = 1;
 /// A table above the last level, a page at it.
@@ -73,8 +73,7 @@ impl Caps {
     };
 
     const fn beyond(&self) -> u64 {
-        let width = if self.physical_bits < ADDRESS_BITS { self.physical_bits } else { ADDRESS_BITS };
-        field(0, ADDRESS_BITS) & !field(0, width)
+        beyond(field(0, ADDRESS_BITS), self.physical_bits)
     }
 }
 

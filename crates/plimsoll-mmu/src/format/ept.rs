@@ -14,7 +14,7 @@
 //! of (suppress #VE, supervisor shadow stacks, sub-page write, paging-write): they are kept as software's.
 use crate::address::{Level, Output};
 use crate::entry::{Cache, Entry, GuestPat, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, aligned, field, low_byte, set, software};
+use crate::format::{Extension, Feature, Format, aligned, beyond, field, low_byte, set, software};
 
 const READ: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -52,8 +52,7 @@ impl Caps {
     };
 
     const fn beyond(&self) -> u64 {
-        let width = if self.physical_bits < 52 { self.physical_bits } else { 52 };
-        ADDRESS & !(((1u64 << width) - 1) & ADDRESS)
+        beyond(ADDRESS, self.physical_bits)
     }
 
     /// Bits of a leaf (`DIRTY` with it) or a table (without) that the hardware ignores.

@@ -154,6 +154,14 @@ fn software(kept: u64, its: u64) -> Result<u64, Unencodable> {
     }
 }
 
+/// What of an address is beyond so many `bits`.
+const fn beyond(address: u64, bits: u32) -> u64 {
+    match address.checked_shr(bits) {
+        Some(above) => above << bits,
+        None => 0,
+    }
+}
+
 /// The address `at`, if it has only these bits: it is aligned, and not beyond physical memory.
 fn aligned(at: Output, bits: u64) -> Result<u64, Unencodable> {
     if at.0 & !bits == 0 { Ok(at.0) } else { Err(Unencodable::Address(at)) }

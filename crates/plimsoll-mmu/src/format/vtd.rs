@@ -17,7 +17,7 @@
 //! scalable mode): they are kept as software's, as is TM, which is a hint to the device's own cache.
 use crate::address::{Input, Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, aligned, field, set, software};
+use crate::format::{Extension, Feature, Format, aligned, beyond, field, set, software};
 
 const READ: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -61,13 +61,12 @@ impl Caps {
     };
 
     const fn beyond(&self) -> u64 {
-        let width = if self.physical_bits < 52 { self.physical_bits } else { 52 };
-        ADDRESS & !field(0, width)
+        beyond(ADDRESS, self.physical_bits)
     }
 
     /// Whether `input` has more bits than the unit translates.
     pub(crate) fn beyond_input(&self, input: Input) -> bool {
-        input.0.checked_shr(self.input_bits).is_some_and(|more| more != 0)
+        beyond(input.0, self.input_bits) != 0
     }
 
     fn largest_leaf(&self) -> Level {

@@ -11,7 +11,7 @@
 //! ```
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, set, software};
+use crate::format::{Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, set, software};
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -70,8 +70,7 @@ impl Caps {
 
     /// Bits reserved in every present entry.
     const fn reserved(&self) -> u64 {
-        let width = if self.physical_bits < 52 { self.physical_bits } else { 52 };
-        let high = ADDRESS & !(((1u64 << width) - 1) & ADDRESS);
+        let high = beyond(ADDRESS, self.physical_bits);
         if matches!(self.no_execute, Feature::On) { high } else { high | NO_EXECUTE }
     }
 
