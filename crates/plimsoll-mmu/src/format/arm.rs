@@ -230,7 +230,7 @@ const TABLE_RIGHTS: [(u64, Permissions); 4] = [
 
 const fn table_rights(stage: Stage) -> u64 {
     match stage {
-        Stage::First => field(59, 4),
+        Stage::First => PXN_TABLE | UXN_TABLE | NO_USER_TABLE | NO_WRITE_TABLE,
         Stage::Second => 0,
     }
 }
