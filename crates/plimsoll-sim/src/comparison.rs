@@ -3,6 +3,7 @@
 //! Enters: what was seen and decided on a host, and in a simulation of it, decision by decision. Leaves: for each machine and
 //! quantity what came, what was predicted, and how wrong that was. What must not happen: means over other decisions
 //! on one side than on the other.
+use crate::record::{mean, ppm};
 use plimsoll_policy::view::{HostView, MachineView};
 use plimsoll_policy::{Plan, Ppm};
 use plimsoll_types::{ByteCount, MachineId};
@@ -100,14 +101,6 @@ impl Side {
     fn size(&mut self, sizes: Sizes) {
         self.sizes.iter_mut().zip(sizes).for_each(|(sum, size)| *sum += u128::from(size));
     }
-
-    fn mean(&self, which: usize, count: u64) -> u64 {
-        mean(self.sizes[which], count)
-    }
-}
-
-fn mean(sum: u128, count: u64) -> u64 {
-    sum.checked_div(count.into()).and_then(|mean| u64::try_from(mean).ok()).unwrap_or(0)
 }
 
 /// Both sides of a machine.
@@ -122,9 +115,10 @@ struct Pair {
 impl Pair {
     fn of(&self, machine: String, size: ByteCount) -> MachineComparison {
         let sized = |which: usize| {
-            let whole = u128::from(size.0) * u128::from(self.count);
-            let apart = crate::record::ppm(self.apart[which], whole).0;
-            Compared::of([&self.real, &self.predicted].map(|side| side.mean(which, self.count)), Some(apart))
+            let count = u128::from(self.count);
+            let apart = ppm(self.apart[which], u128::from(size.0) * count).0;
+            let means = [&self.real, &self.predicted].map(|side| mean(side.sizes[which], count));
+            Compared::of(means, Some(apart))
         };
         let counted = |value: fn(&Side) -> u64| Compared::of([&self.real, &self.predicted].map(value), None);
         MachineComparison {
@@ -135,7 +129,7 @@ impl Pair {
             stored: sized(2),
             target: sized(3),
             returned: counted(|side| side.returned),
-            stall: counted(|side| mean(side.stalled, side.time_ms)),
+            stall: counted(|side| mean(side.stalled, side.time_ms.into())),
         }
     }
 }

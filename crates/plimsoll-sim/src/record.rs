@@ -330,6 +330,11 @@ impl HostRecord {
     }
 }
 
+/// The mean of a sum that may be more than 64 bits; 0 of nothing.
+pub(crate) fn mean(sum: u128, count: u128) -> u64 {
+    sum.checked_div(count).and_then(|mean| u64::try_from(mean).ok()).unwrap_or(0)
+}
+
 /// A part of a whole that may be more than 64 bits.
 pub(crate) fn ppm(part: u128, whole: u128) -> Ppm {
     let ppm = (part * u128::from(Ppm::WHOLE.0)).checked_div(whole).unwrap_or(0);

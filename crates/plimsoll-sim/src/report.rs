@@ -4,7 +4,7 @@
 //! in millionths (`_ppm`), sizes in bytes, times in seconds; means are over time and machines.
 use crate::machine::Class;
 use crate::placement::Unplaced;
-use crate::record::{ClassSums, First, HostRecord, Moment, STATES, Timeline, Trouble, ppm};
+use crate::record::{ClassSums, First, HostRecord, Moment, STATES, Timeline, Trouble, mean, ppm};
 use crate::scenario::{Order, Scenario};
 use crate::time::{Clock, Millis};
 use plimsoll_policy::Ppm;
@@ -322,8 +322,7 @@ pub(crate) fn plural(count: u64, word: &str) -> String {
 
 /// The mean of page-milliseconds over so many milliseconds, in bytes.
 fn mean_bytes(area: u128, time_ms: u128) -> u64 {
-    let pages = area.checked_div(time_ms).and_then(|pages| u64::try_from(pages).ok()).unwrap_or(0);
-    PageCount(pages).bytes().0
+    PageCount(mean(area, time_ms)).bytes().0
 }
 
 fn steps(records: &[HostRecord], duration: Millis) -> Steps {
