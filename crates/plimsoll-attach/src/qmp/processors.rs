@@ -6,7 +6,8 @@ use super::{Qmp, QmpError};
 use plimsoll_types::{ByteCount, Gpa, Hva};
 use serde_json::{Value, json};
 
-const HMP: &str = "human-monitor-command";
+/// The command of QMP that hands a line to the human monitor.
+pub(super) const HMP: &str = "human-monitor-command";
 /// Names of the general registers in 64-bit mode, in the order in which [`Registers::general`] has them.
 pub const GENERAL: [&str; 16] = [
     "RAX", "RBX", "RCX", "RDX", "RSI", "RDI", "RBP", "RSP", "R8", "R9", "R10", "R11", "R12", "R13", "R14",

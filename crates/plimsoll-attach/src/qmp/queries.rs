@@ -1,6 +1,7 @@
 //! The questions about memory, with typed answers. What QEMU leaves out of an answer that older versions do not have is
 //! `None`; what should be there and is not is an error that shows the answer.
 
+use super::processors::HMP;
 use super::{Qmp, QmpError, beginning};
 use plimsoll_types::{ByteCount, Hva};
 use serde_json::{Value, json};
@@ -131,10 +132,8 @@ impl Qmp {
 
     /// All blocks of memory.
     pub fn ram_blocks(&mut self) -> Result<Vec<RamBlock>, QmpError> {
-        let command = "human-monitor-command";
-        let answer = self.execute(command, json!({ "command-line": "info ramblock" }))?;
-        let text = answer.as_str().ok_or_else(|| unexpected(command, "text", &answer))?;
-        parse_ram_blocks(text).ok_or_else(|| unexpected(command, "a table of RAM blocks", &answer))
+        let text = self.human("info ramblock", None)?;
+        parse_ram_blocks(&text).ok_or_else(|| unexpected(HMP, "a table of RAM blocks", &text.into()))
     }
 
     /// The migration that runs or ran last.
