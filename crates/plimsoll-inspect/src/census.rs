@@ -6,7 +6,7 @@ use plimsoll_sys::frames::{FrameError, FrameFlags, Frames};
 use plimsoll_sys::pagemap::{Categories, Filter, Pagemap, PagemapError};
 use plimsoll_types::{ByteCount, Pfn};
 
-/// Frames looked up at once: 64 MiB of a range.
+/// Frames looked up at once: those of 64 MiB of a range.
 const STEP: ByteCount = ByteCount::mib(64);
 
 /// Bytes by state.
@@ -88,19 +88,26 @@ pub enum MergedError {
 /// Page map or frames cannot be read: both are root's.
 pub fn merged(pagemap: &Pagemap, frames: &Frames, range: HvaRange) -> Result<Option<ByteCount>, MergedError> {
     let mut sum = ByteCount(0);
-    let mut rest = range;
-    while !rest.is_empty() {
-        let len = ByteCount(rest.len().0.min(STEP.0));
-        let Some((part, left)) = HvaRange::new(rest.start(), len).zip(rest.skip(len)) else { break };
+    for part in steps(range) {
         let Some(present) = named(pagemap.frames(part)?) else { return Ok(None) };
         frames.each(&present, |_, flags| {
             if flags.contains(FrameFlags::KSM) {
                 sum += ByteCount(4096);
             }
         })?;
-        rest = left;
     }
     Ok(Some(sum))
+}
+
+/// The range in parts whose frames are looked up at once.
+pub(crate) fn steps(range: HvaRange) -> impl Iterator<Item = HvaRange> {
+    let mut rest = range;
+    core::iter::from_fn(move || {
+        let len = rest.len().min(STEP);
+        let part = HvaRange::new(rest.start(), len).filter(|part| !part.is_empty())?;
+        rest = rest.skip(len)?;
+        Some(part)
+    })
 }
 
 /// The frames of those pages that are in RAM; `None` if one has no name, as without CAP_SYS_ADMIN.
@@ -113,7 +120,7 @@ mod tests {
     use super::*;
     use plimsoll_sys::ProcessId;
     use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
-    use plimsoll_types::PAGE_SIZE;
+    use plimsoll_types::{Hva, PAGE_SIZE};
 
     #[test]
     fn a_census_adds_up_to_the_range_whatever_was_touched() {
@@ -134,6 +141,16 @@ mod tests {
     }
 
     #[test]
+    fn steps_are_the_whole_range_one_after_the_other() {
+        let range = |start, end| HvaRange::between(Hva(start), Hva(end)).unwrap();
+        let (first, end) = (4096, 4096 + 2 * STEP.0 + 8192);
+        let cuts = [first, first + STEP.0, first + 2 * STEP.0, end];
+        let expected: Vec<HvaRange> = cuts.windows(2).map(|ends| range(ends[0], ends[1])).collect();
+        assert_eq!(steps(range(first, end)).collect::<Vec<_>>(), expected);
+        assert_eq!(steps(range(first, first)).count(), 0);
+    }
+
+    #[test]
     fn frames_without_names_are_unknown_and_not_unmerged() {
         assert_eq!(named(vec![Some(Pfn(7)), None, Some(Pfn(9))]), Some(vec![Pfn(7), Pfn(9)]));
         assert_eq!(named(vec![None, Some(Pfn(0))]), None);
@@ -143,7 +160,7 @@ mod tests {
     fn a_huge_page_counts_as_huge() {
         let mapping = AnonymousMapping::new(ByteCount::mib(4), HugePages::Prefer).unwrap();
         let start = mapping.range().start().0.next_multiple_of(2 << 20);
-        let block = HvaRange::new(plimsoll_types::Hva(start), ByteCount::mib(2)).unwrap();
+        let block = HvaRange::new(Hva(start), ByteCount::mib(2)).unwrap();
         if mapping.populate_write(block).and_then(|()| mapping.collapse(block)).is_err() {
             return println!("SKIPPED: this kernel makes no huge page here");
         }

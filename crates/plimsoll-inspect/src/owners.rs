@@ -4,14 +4,13 @@
 //! A frame may be under several pages where KSM merged them, where private mappings of a file read the file's page, which a write would
 //! copy, and where they are the page of zeros. KSM's and files' pages may be shared inside of one sharing domain only. All other frames have one page. The machines go on meanwhile: a frame that one gives up and another gets
 //! between two looks seems to be shared, so what seems so is looked at again, both pages one after the other and back.
+use crate::census::steps;
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::frames::{FrameError, FrameFlags, Frames};
 use plimsoll_sys::pagemap::{Pagemap, PagemapError};
 use plimsoll_types::{ByteCount, Hva, PAGE_SIZE, Pfn};
 
 const PAGE: u64 = PAGE_SIZE as u64;
-/// Frames read at once: 64 MiB of a range.
-const STEP: ByteCount = ByteCount::mib(64);
 /// Pages of a frame that are told of, at most: a merged page can be under a million.
 const TOLD_MAX: usize = 8;
 
@@ -119,10 +118,7 @@ fn collect(
     range: HvaRange,
     held: &mut Vec<(Pfn, Held)>,
 ) -> Result<(), AuditError> {
-    let mut rest = range;
-    while !rest.is_empty() {
-        let len = ByteCount(rest.len().0.min(STEP.0));
-        let Some((part, left)) = HvaRange::new(rest.start(), len).zip(rest.skip(len)) else { break };
+    for part in steps(range) {
         for (place, frame) in (0..).zip(pagemap.frames(part)?) {
             let Some(frame) = frame else { continue };
             if frame == Pfn(0) {
@@ -130,7 +126,6 @@ fn collect(
             }
             held.push((frame, Held { machine, hva: Hva(part.start().0 + place * PAGE) }));
         }
-        rest = left;
     }
     Ok(())
 }
