@@ -120,26 +120,10 @@ pub fn by_rule(held: &Held, dossier: &Dossier) -> Result<Vec<Placed>, PhysicalEr
     let options = Options::new(&program.argv);
     let blocks = (kind.claim)(&options).blocks;
     match dossier.vmm {
-        Vmm::Qemu => {
-            let pieces = of_qemu(&options, &blocks, &dossier.ram, &dossier.notes);
-            pieces.map_err(|why| PhysicalError::Unseen { why })
-        }
-        vmm => {
-            let unknown = |why: String| PhysicalError::Unknown { why };
-            if blocks.iter().any(|block| block.grows_to.is_some() || block.origin == Origin::Device) {
-                return Err(unknown(format!("a {vmm} with hot memory does not say where that is")));
-            }
-            if !is_whole(&blocks, &dossier.ram) {
-                return Err(unknown("whether the ranges given are all of its RAM does not show".to_owned()));
-            }
-            let ranges: Vec<&RamRange> = dossier.ram.iter().collect();
-            let lens: Vec<ByteCount> = ranges.iter().map(|ram| ram.hva.len()).collect();
-            let hole = cut(kind.layout.cuts, &lens);
-            let hole = hole.ok_or_else(|| {
-                unknown(format!("a {vmm} may have laid RAM of this size out in several ways"))
-            })?;
-            Ok(place(&ranges, hole, None))
-        }
+        Vmm::Qemu => of_qemu(&options, &blocks, &dossier.ram, &dossier.notes)
+            .map_err(|why| PhysicalError::Unseen { why }),
+        vmm => of_other(vmm, kind.layout.cuts, &blocks, &dossier.ram)
+            .map_err(|why| PhysicalError::Unknown { why }),
     }
 }
 
@@ -159,6 +143,21 @@ fn is_whole(blocks: &[Block], ram: &[RamRange]) -> bool {
     let size: Option<ByteCount> = blocks.iter().map(|block| block.size).sum();
     let is_given = ram.iter().any(|ram| ram.block == GIVEN);
     !is_given || size == Some(ram.iter().map(|ram| ram.hva.len()).sum())
+}
+
+/// The rule of a VMM with one hole, which cuts RAM at one of these addresses, or what stands in its way.
+fn of_other(vmm: Vmm, cuts: &[ByteCount], blocks: &[Block], ram: &[RamRange]) -> Result<Vec<Placed>, String> {
+    if blocks.iter().any(|block| block.grows_to.is_some() || block.origin == Origin::Device) {
+        return Err(format!("a {vmm} with hot memory does not say where that is"));
+    }
+    if !is_whole(blocks, ram) {
+        return Err("whether the ranges given are all of its RAM does not show".to_owned());
+    }
+    let ranges: Vec<&RamRange> = ram.iter().collect();
+    let lens: Vec<ByteCount> = ranges.iter().map(|ram| ram.hva.len()).collect();
+    let hole = cut(cuts, &lens)
+        .ok_or_else(|| format!("a {vmm} may have laid RAM of this size out in several ways"))?;
+    Ok(place(&ranges, hole, None))
 }
 
 /// QEMU's rule, or what stands in its way.
