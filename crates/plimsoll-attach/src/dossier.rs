@@ -6,8 +6,8 @@ use crate::ram::{RamRange, show};
 use crate::rungs::{Hazard, Rung, Rungs};
 use crate::vmm::{ControlSocket, Note, Vmm};
 use core::fmt;
-use plimsoll_sys::ProcessId;
 use plimsoll_sys::procfs::StartTime;
+use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::ByteCount;
 use serde::ser::SerializeStruct;
 use serde::{Serialize, Serializer};
@@ -74,6 +74,11 @@ impl Dossier {
     /// The size of all guest RAM.
     pub fn size(&self) -> ByteCount {
         self.ram.iter().map(|range| range.hva.len()).sum()
+    }
+
+    /// The range of guest RAM that has all of these addresses.
+    pub fn range_with(&self, hva: HvaRange) -> Option<&RamRange> {
+        self.ram.iter().find(|range| range.hva.contains(hva))
     }
 
     /// True when something turns rungs off that ends of itself.

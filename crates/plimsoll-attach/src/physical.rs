@@ -92,8 +92,7 @@ pub fn ask(qmp: &mut Qmp, dossier: &Dossier) -> Result<Vec<Placed>, PhysicalErro
     for seen in qmp.flat_view()? {
         let start = qmp.hva(seen.gpa)?;
         let hva = HvaRange::new(start, seen.len);
-        let of = |hva: HvaRange| dossier.ram.iter().find(|ram| ram.hva.contains(hva));
-        match hva.and_then(|hva| Some((hva, of(hva)?))) {
+        match hva.and_then(|hva| Some((hva, dossier.range_with(hva)?))) {
             Some((hva, ram)) => pieces.push(Placed { gpa: seen.gpa, hva, block: ram.block.clone() }),
             // Firmware, and what video cards have, is memory and not the machine's RAM.
             None if seen.kind == FlatKind::Rom || !is_ram(&seen.name, dossier) => {}

@@ -1,7 +1,7 @@
 //! `plimsoll maps`: the guest's physical address space, and what the host has under each piece of it.
 use super::machine::{Machine, MachineArgs};
 use super::{end, hex, said};
-use plimsoll_attach::{Hazard, RamRange};
+use plimsoll_attach::Hazard;
 use plimsoll_inspect::{Census, merged};
 use plimsoll_sys::frames::Frames;
 use plimsoll_sys::{HvaRange, procfs};
@@ -41,9 +41,8 @@ fn run(args: &MapsArgs) -> Result<ExitCode, String> {
         false => Ok(None),
     };
     let rows = machine.placed.iter().map(|piece| {
-        let of = |range: &&RamRange| range.hva.contains(piece.hva);
-        let backing =
-            machine.dossier.ram.iter().find(of).map(|range| range.backing.to_string()).unwrap_or_default();
+        let range = machine.dossier.range_with(piece.hva);
+        let backing = range.map(|range| range.backing.to_string()).unwrap_or_default();
         let merged = match &frames {
             Ok(Some(frames)) => merged(pagemap, frames, piece.hva).map_err(said)?,
             Ok(None) => Some(ByteCount(0)),

@@ -2,7 +2,8 @@
 use super::machine::{Machine, MachineArgs, ProcessorArgs};
 use super::{end, entry, hex, parse_address, said, size_of};
 use plimsoll_inspect::{HostPage, Reached, State, Stop, Trace, Unreadable, trace};
-use plimsoll_types::{Hva, PAGE_SHIFT};
+use plimsoll_sys::HvaRange;
+use plimsoll_types::{ByteCount, Hva, PAGE_SHIFT};
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
 use std::process::ExitCode;
@@ -61,10 +62,9 @@ fn run(args: &TranslateArgs) -> Result<ExitCode, String> {
 
 fn under(machine: &Machine, reached: &Reached) -> Result<Host, String> {
     let Some(hva) = machine.ram.hva(reached.gpa, 1) else { return Ok(Host::NotRam) };
-    let placed = machine.placed.iter().find(|piece| piece.hva.start() <= hva && hva < piece.hva.end());
-    let block = placed.map(|piece| piece.block.clone()).unwrap_or_default();
-    let range = machine.dossier.ram.iter().find(|range| range.hva.start() <= hva && hva < range.hva.end());
-    let backing = range.map(|range| range.backing.to_string()).unwrap_or_default();
+    let range = HvaRange::new(hva, ByteCount(1)).and_then(|byte| machine.dossier.range_with(byte));
+    let (block, backing) =
+        range.map(|range| (range.block.clone(), range.backing.to_string())).unwrap_or_default();
     let page = HostPage::look(&machine.pagemap, hva).map_err(said)?;
     Ok(Host::Page { hva, block, backing, page })
 }

@@ -97,10 +97,8 @@ impl<'a> Copied<'a> {
 
     /// Where there is something to read. Of shared memory the page map does not show what is in swap, so all of it is read.
     fn populated(&self, range: HvaRange) -> Result<Vec<(u64, u64)>, String> {
-        let mut ram = self.machine.dossier.ram.iter();
-        let is_private =
-            ram.any(|ram| ram.hva.contains(range) && ram.backing == RamBacking::PrivateAnonymous);
-        if !is_private {
+        let ram = self.machine.dossier.range_with(range);
+        if !ram.is_some_and(|ram| ram.backing == RamBacking::PrivateAnonymous) {
             return Ok(vec![(range.start().0, range.len().0)]);
         }
         let mut found = Vec::new();

@@ -63,7 +63,7 @@ pub(super) fn check(machine: &Machine, is_copied: bool) -> Result<(), String> {
     let process = machine.dossier.identity.process;
     let mut cost = Cost::default();
     for piece in machine.ram.pieces() {
-        let ram = machine.dossier.ram.iter().find(|ram| ram.hva.contains(piece.hva));
+        let ram = machine.dossier.range_with(piece.hva);
         let taken = Census::take(&machine.pagemap, piece.hva).map_err(said)?;
         cost += Cost::of(ram.map(|ram| &ram.backing), &taken);
     }
