@@ -1,6 +1,7 @@
 //! `plimsoll audit`: the frames of all machines are disjoint, but for what a sharing domain shares.
 use super::machine::confirm;
-use super::{end, hex, said};
+use super::{hex, said};
+use crate::verb::ended;
 use plimsoll_attach::vmm::Vmm;
 use plimsoll_attach::{Dossier, Held, Identity, RamBacking, RamRange, Request, discover, find, inspect};
 use plimsoll_inspect::{Audit, Census, Owner, Shared, audit};
@@ -29,7 +30,7 @@ pub(crate) struct AuditArgs {
 }
 
 pub(crate) fn main(args: &AuditArgs) -> ExitCode {
-    end("audit", run(args))
+    ended("audit", run(args))
 }
 
 /// A machine that is audited.

@@ -1,6 +1,7 @@
 //! `plimsoll maps`: the guest's physical address space, and what the host has under each piece of it.
 use super::machine::{Machine, MachineArgs};
-use super::{end, hex, said};
+use super::{hex, said};
+use crate::verb::ended;
 use plimsoll_attach::Hazard;
 use plimsoll_inspect::{Census, merged};
 use plimsoll_sys::frames::Frames;
@@ -17,7 +18,7 @@ pub(crate) struct MapsArgs {
 }
 
 pub(crate) fn main(args: &MapsArgs) -> ExitCode {
-    end("maps", run(args))
+    ended("maps", run(args))
 }
 
 /// A piece of guest RAM and what the host has of it.

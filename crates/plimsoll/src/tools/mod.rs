@@ -14,15 +14,6 @@ pub(crate) mod splinter;
 pub(crate) mod translate;
 
 use plimsoll_linux::explain;
-use std::process::ExitCode;
-
-/// Runs a verb; what it cannot do is said in one line.
-fn end(verb: &str, outcome: Result<ExitCode, String>) -> ExitCode {
-    outcome.unwrap_or_else(|error| {
-        eprintln!("plimsoll {verb}: {error}");
-        ExitCode::from(2)
-    })
-}
 
 fn said(error: impl std::error::Error) -> String {
     explain(&error)

@@ -1,6 +1,7 @@
 //! `plimsoll splinter`: how many of a guest's large pages are large through both stages, and what of a TLB's reach the rest costs.
 use super::machine::{Machine, MachineArgs, ProcessorArgs};
-use super::{end, said};
+use super::said;
+use crate::verb::ended;
 use plimsoll_inspect::{Under, Unreadable, Visited, visit};
 use plimsoll_mmu::splinter::Splinter;
 use plimsoll_types::ByteCount;
@@ -24,7 +25,7 @@ pub(crate) struct SplinterArgs {
 }
 
 pub(crate) fn main(args: &SplinterArgs) -> ExitCode {
-    end("splinter", run(args))
+    ended("splinter", run(args))
 }
 
 /// One half of the address space.

@@ -1,6 +1,7 @@
 //! `plimsoll translate`: guest virtual addresses through both stages to the host's frames.
 use super::machine::{Machine, MachineArgs, ProcessorArgs};
-use super::{end, entry, hex, parse_address, said, size_of};
+use super::{entry, hex, parse_address, said, size_of};
+use crate::verb::ended;
 use plimsoll_inspect::{HostPage, Reached, State, Stop, Trace, Unreadable, trace};
 use plimsoll_sys::HvaRange;
 use plimsoll_types::{ByteCount, Hva, PAGE_SHIFT};
@@ -20,7 +21,7 @@ pub(crate) struct TranslateArgs {
 }
 
 pub(crate) fn main(args: &TranslateArgs) -> ExitCode {
-    end("translate", run(args))
+    ended("translate", run(args))
 }
 
 /// What the host has under the address, as far as it goes.

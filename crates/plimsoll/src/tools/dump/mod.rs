@@ -10,8 +10,9 @@ mod pause;
 mod room;
 
 use super::machine::{Machine, MachineArgs, ProcessorArgs, paging_of};
-use super::{end, said};
+use super::said;
 use crate::demo::Interrupt;
+use crate::verb::ended;
 use copy::{Copied, Unfinished};
 use pause::Monitor;
 use plimsoll_attach::Hazard;
@@ -57,7 +58,7 @@ enum Kind {
 }
 
 pub(crate) fn main(args: &DumpArgs) -> ExitCode {
-    end("dump", run(args))
+    ended("dump", run(args))
 }
 
 fn run(args: &DumpArgs) -> Result<ExitCode, String> {
