@@ -1,9 +1,9 @@
 //! `plimsoll audit`: the frames of all machines are disjoint, but for what a sharing domain shares.
-use super::machine::confirm;
+use super::machine::{confirm, hold};
 use super::{hex, said};
 use crate::verb::ended;
 use plimsoll_attach::vmm::Vmm;
-use plimsoll_attach::{Dossier, Held, Identity, RamBacking, RamRange, Request, discover, find, inspect};
+use plimsoll_attach::{Dossier, Held, Identity, RamBacking, RamRange, Request, discover, find};
 use plimsoll_inspect::{Audit, Census, Owner, Shared, audit};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::frames::Frames;
@@ -130,10 +130,7 @@ fn machines(wanted: &[String]) -> Result<(Vec<Machine>, Vec<String>), String> {
 }
 
 fn open(identity: Identity, domain: usize) -> Result<Machine, String> {
-    let held = Held::reopen(identity.process, identity.start).map_err(said)?;
-    // Before it is looked at: once it executes another program, this is of nothing and not of that.
-    let pagemap = Pagemap::open(identity.process).map_err(said)?;
-    let dossier = inspect(&held, &Request::default()).map_err(said)?;
+    let (held, pagemap, dossier) = hold(identity, &Request::default())?;
     if dossier.vmm == Vmm::Plimsoll {
         return Err("its pager has its memory, and audits that itself".to_owned());
     }

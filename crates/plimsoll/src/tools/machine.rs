@@ -5,7 +5,7 @@
 use super::{hex, parse_address, said};
 use plimsoll_attach::physical::{Placed, ask, by_rule};
 use plimsoll_attach::qmp::{Limits, Qmp, Registers};
-use plimsoll_attach::{Dossier, Hazard, Held, Request, find, inspect, parse_range};
+use plimsoll_attach::{Dossier, Hazard, Held, Identity, Request, find, inspect, parse_range};
 use plimsoll_inspect::{GuestRam, Levels, Outside, Paging, Piece};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::pagemap::Pagemap;
@@ -79,11 +79,8 @@ pub(super) struct Machine {
 impl Machine {
     pub(super) fn open(args: &MachineArgs) -> Result<Self, String> {
         let found = find(&args.machine).map_err(said)?.identity;
-        let held = Held::reopen(found.process, found.start).map_err(said)?;
-        // Before it is looked at: once it executes another program, this is of nothing and not of that.
-        let pagemap = Pagemap::open(found.process).map_err(said)?;
         let request = Request { ranges: args.ranges.clone(), qmp: args.qmp.clone(), api: None };
-        let dossier = inspect(&held, &request).map_err(said)?;
+        let (held, pagemap, dossier) = hold(found, &request)?;
         let protected = dossier.hazards.iter().find(|hazard| matches!(hazard, Hazard::Confidential { .. }));
         if let Some(hazard) = protected {
             return Err(format!("{} cannot be looked into: {hazard}", dossier.name));
@@ -175,6 +172,15 @@ impl Machine {
             "layout": self.layout(),
         })
     }
+}
+
+/// Takes hold of a machine, and looks at it.
+pub(super) fn hold(machine: Identity, request: &Request) -> Result<(Held, Pagemap, Dossier), String> {
+    let held = Held::reopen(machine.process, machine.start).map_err(said)?;
+    // Before it is looked at: once it executes another program, this is of nothing and not of that.
+    let pagemap = Pagemap::open(machine.process).map_err(said)?;
+    let dossier = inspect(&held, request).map_err(said)?;
+    Ok((held, pagemap, dossier))
 }
 
 /// Fails unless the process is still there, with the address space of this page map: of one that is gone scans find nothing, without an
