@@ -3,7 +3,7 @@ use super::machine::{confirm, hold};
 use super::{hex, said};
 use crate::verb::ended;
 use plimsoll_attach::vmm::Vmm;
-use plimsoll_attach::{Dossier, Held, Identity, RamBacking, RamRange, Request, discover, find};
+use plimsoll_attach::{Dossier, Held, Identity, RamBacking, RamRange, Request, discover};
 use plimsoll_inspect::{Audit, Census, Owner, Shared, audit};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::frames::Frames;
@@ -107,12 +107,12 @@ fn look(machines: &mut [Machine], frames: &Frames) -> Result<Audit, String> {
 /// The machines that were asked for, or all; and why some of all are left out.
 fn machines(wanted: &[String]) -> Result<(Vec<Machine>, Vec<String>), String> {
     let (mut machines, mut left_out) = (Vec::new(), Vec::new());
+    let found = discover().map_err(said)?;
     if wanted.is_empty() {
-        let found = discover().map_err(said)?;
         if found.unreadable > 0 {
             left_out.push(format!("{} machines of other users", found.unreadable));
         }
-        for sighting in found.machines {
+        for sighting in &found.machines {
             match open(sighting.identity, machines.len()) {
                 Ok(machine) => machines.push(machine),
                 Err(why) => left_out.push(format!("{}: {why}", sighting.name)),
@@ -120,7 +120,7 @@ fn machines(wanted: &[String]) -> Result<(Vec<Machine>, Vec<String>), String> {
         }
     }
     for name in wanted {
-        let identity = find(name).map_err(said)?.identity;
+        let identity = found.find(name).map_err(said)?.identity;
         if machines.iter().any(|machine: &Machine| machine.dossier.identity == identity) {
             return Err(format!("{name} is named twice"));
         }
