@@ -9,6 +9,7 @@ use plimsoll_attach::{Dossier, Hazard, Held, Identity, Request, find, inspect, p
 use plimsoll_inspect::{GuestRam, Levels, Outside, Paging, Piece};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::pagemap::Pagemap;
+use plimsoll_sys::pidfd::Pidfd;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -96,6 +97,11 @@ impl Machine {
         let pieces = placed.iter().map(|piece| Piece { gpa: piece.gpa, hva: piece.hva }).collect();
         let ram = GuestRam::new(pieces).map_err(said)?;
         Ok(Self { held, pagemap, dossier, qmp, placed, ram })
+    }
+
+    /// The process that runs it.
+    pub(super) fn vmm(&self) -> &Pidfd {
+        self.held.pidfd()
     }
 
     /// Its memory.

@@ -18,7 +18,6 @@ use pause::Monitor;
 use plimsoll_attach::Hazard;
 use plimsoll_attach::qmp::{Qmp, Registers};
 use plimsoll_inspect::{GuestRam, Load, Paging, headers, trace, visit};
-use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
 use std::io::{Write, stdout};
@@ -65,7 +64,8 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     let interrupt = Interrupt::install()?;
     interrupt.add(signal_hook::consts::SIGQUIT)?;
     let mut machine = Machine::open(&args.machine)?;
-    let mut monitor = monitor(&mut machine)?;
+    let qmp = machine.qmp.take();
+    let mut monitor = qmp.map(|qmp| Monitor::new(qmp, machine.vmm()));
     if monitor.is_none() && (args.paused || args.kind == Kind::Stacks) {
         return Err("it takes the machine's monitor for that: give it with --qmp".to_owned());
     }
@@ -107,15 +107,6 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     say(args, &machine, written, paused, &found)?;
     let is_whole = found.wrong == 0 && !found.loads.is_empty();
     Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// The machine's monitor, if one was named.
-fn monitor(machine: &mut Machine) -> Result<Option<Monitor>, String> {
-    let Some(qmp) = machine.qmp.take() else { return Ok(None) };
-    let vmm = Pidfd::open(machine.dossier.identity.process).map_err(said)?;
-    // The number was the machine's when it was opened if the machine is still there.
-    machine.confirm()?;
-    Ok(Some(Monitor::new(qmp, vmm)))
 }
 
 fn registers(qmp: &mut Qmp, interrupt: &Interrupt) -> Result<Vec<(u32, Registers)>, String> {

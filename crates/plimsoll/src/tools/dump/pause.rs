@@ -21,18 +21,18 @@ const BETWEEN: Duration = Duration::from_secs(1);
 const PAUSED: &str = "paused";
 
 /// A monitor, and whether the machine is to go on when it is let go.
-pub(super) struct Monitor {
+pub(super) struct Monitor<'a> {
     pub(super) qmp: Qmp,
-    vmm: Pidfd,
+    vmm: &'a Pidfd,
     patience: Duration,
     stopped: Option<Instant>,
     /// Whether a terminal may suspend this process.
     may_rest: Arc<AtomicBool>,
 }
 
-impl Monitor {
+impl<'a> Monitor<'a> {
     /// The monitor of the machine that runs in that process.
-    pub(super) fn new(qmp: Qmp, vmm: Pidfd) -> Self {
+    pub(super) fn new(qmp: Qmp, vmm: &'a Pidfd) -> Self {
         Self { qmp, vmm, patience: PATIENCE, stopped: None, may_rest: Arc::new(AtomicBool::new(true)) }
     }
 
@@ -89,7 +89,7 @@ impl Monitor {
     }
 }
 
-impl Drop for Monitor {
+impl Drop for Monitor<'_> {
     fn drop(&mut self) {
         let mut is_told = false;
         while let Err(error) = self.go_on() {
@@ -130,6 +130,8 @@ mod tests {
     /// A machine that is only a monitor.
     struct Fake {
         folder: TempDir,
+        /// Its process: the test's own where no other is put here.
+        vmm: Pidfd,
         status: Arc<Mutex<&'static str>>,
         log: Arc<Mutex<Vec<String>>>,
     }
@@ -148,7 +150,8 @@ mod tests {
         fn start(status: &'static str, trouble: Trouble) -> Self {
             let folder = tempfile::tempdir().unwrap();
             let listener = UnixListener::bind(folder.path().join("qmp")).unwrap();
-            let fake = Self { folder, status: Arc::new(Mutex::new(status)), log: Arc::default() };
+            let vmm = Pidfd::open(ProcessId::own()).unwrap();
+            let fake = Self { folder, vmm, status: Arc::new(Mutex::new(status)), log: Arc::default() };
             let (status, log) = (Arc::clone(&fake.status), Arc::clone(&fake.log));
             // It ends with the test's process.
             std::thread::spawn(move || {
@@ -160,9 +163,9 @@ mod tests {
             fake
         }
 
-        fn monitor(&self, patience: Duration, vmm: ProcessId) -> Monitor {
+        fn monitor(&self, patience: Duration) -> Monitor<'_> {
             let qmp = Qmp::connect(&self.folder.path().join("qmp"), Limits::default()).unwrap();
-            let mut monitor = Monitor::new(qmp, Pidfd::open(vmm).unwrap());
+            let mut monitor = Monitor::new(qmp, &self.vmm);
             monitor.patience = patience;
             monitor
         }
@@ -218,7 +221,7 @@ mod tests {
     #[test]
     fn a_machine_goes_on_although_it_was_stopped_after_the_patience_had_ended() {
         let fake = Fake::start("running", Trouble::Late(6 * SHORT));
-        let mut monitor = fake.monitor(SHORT, ProcessId::own());
+        let mut monitor = fake.monitor(SHORT);
         assert!(monitor.stop().is_err_and(|error| error.contains("has not sent the answer to stop")));
         drop(monitor);
         assert_eq!((fake.status(), fake.count("cont")), ("running", 1));
@@ -227,7 +230,7 @@ mod tests {
     #[test]
     fn a_machine_goes_on_although_its_monitor_hung_up() {
         let fake = Fake::start("running", Trouble::HangsUp);
-        let mut monitor = fake.monitor(PATIENCE, ProcessId::own());
+        let mut monitor = fake.monitor(PATIENCE);
         monitor.stop().unwrap();
         assert_eq!(fake.status(), "paused");
         drop(monitor);
@@ -237,8 +240,9 @@ mod tests {
     #[test]
     fn the_wait_for_a_machine_ends_with_its_process() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
-        let fake = Fake::start("running", Trouble::Late(60 * SHORT));
-        let mut monitor = fake.monitor(SHORT, ProcessId::new(child.id()).unwrap());
+        let mut fake = Fake::start("running", Trouble::Late(60 * SHORT));
+        fake.vmm = Pidfd::open(ProcessId::new(child.id()).unwrap()).unwrap();
+        let mut monitor = fake.monitor(SHORT);
         assert!(monitor.stop().is_err());
         child.kill().unwrap();
         child.wait().unwrap();
@@ -252,20 +256,20 @@ mod tests {
             ["inmigrate", "postmigrate", "finish-migrate", "prelaunch", "guest-panicked", "shutdown"]
         {
             let fake = Fake::start(status, Trouble::None);
-            let mut monitor = fake.monitor(PATIENCE, ProcessId::own());
+            let mut monitor = fake.monitor(PATIENCE);
             assert!(monitor.stop().is_err_and(|error| error.contains(status)));
             drop(monitor);
             assert_eq!((fake.count("stop"), fake.count("cont")), (0, 0));
         }
         let paused = Fake::start("paused", Trouble::None);
-        let mut monitor = paused.monitor(PATIENCE, ProcessId::own());
+        let mut monitor = paused.monitor(PATIENCE);
         monitor.stop().unwrap();
         assert_eq!(monitor.resume(), Ok(None));
         drop(monitor);
         assert_eq!((paused.count("stop"), paused.count("cont")), (0, 0));
         // Meanwhile somebody else migrated it away.
         let other = Fake::start("running", Trouble::None);
-        let mut monitor = other.monitor(PATIENCE, ProcessId::own());
+        let mut monitor = other.monitor(PATIENCE);
         monitor.stop().unwrap();
         *other.status.lock().unwrap() = "postmigrate";
         assert!(monitor.resume().unwrap().is_some());
