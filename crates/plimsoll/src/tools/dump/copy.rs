@@ -9,10 +9,9 @@ use plimsoll_sys::HvaRange;
 use plimsoll_sys::pagemap::{Categories, Filter};
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use std::fs::{File, OpenOptions};
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Read at once.
 const STEP: u64 = 1 << 20;
@@ -21,7 +20,7 @@ const STEP: u64 = 1 << 20;
 pub(super) struct Unfinished {
     path: PathBuf,
     file: File,
-    is_kept: AtomicBool,
+    is_kept: bool,
 }
 
 impl Unfinished {
@@ -29,17 +28,22 @@ impl Unfinished {
     pub(super) fn create(path: &Path) -> Result<Self, String> {
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(|error| format!("cannot make {}: {error}", path.display()))?;
-        Ok(Self { path: path.to_owned(), file, is_kept: AtomicBool::new(false) })
+        Ok(Self { path: path.to_owned(), file, is_kept: false })
     }
 
-    pub(super) fn keep(&self) {
-        self.is_kept.store(true, Ordering::Relaxed);
+    /// Whole, it stays.
+    pub(super) fn keep(mut self) {
+        self.is_kept = true;
+    }
+
+    fn cannot_write(&self, error: &io::Error) -> String {
+        format!("cannot write {}: {error}", self.path.display())
     }
 }
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        if !self.is_kept.load(Ordering::Relaxed) {
+        if !self.is_kept {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -80,7 +84,7 @@ impl<'a> Copied<'a> {
         });
         let all = wanted.iter().map(|(from, to)| to - from).sum();
         // A terminal may hold up whoever writes to it, and then the machine stands still.
-        let is_shown = self.kept.is_none() && std::io::stderr().is_terminal();
+        let is_shown = self.kept.is_none() && io::stderr().is_terminal();
         let bar = if is_shown { ProgressBar::new(all) } else { ProgressBar::hidden() };
         for (from, to) in wanted {
             for part in self.machine.ram.parts(Gpa(from), to - from) {
@@ -140,8 +144,7 @@ impl<'a> Copied<'a> {
     }
 
     fn write(&self, bytes: &[u8], at: u64) -> Result<(), String> {
-        let path = self.file.path.display();
-        self.file.file.write_all_at(bytes, at).map_err(|error| format!("cannot write {path}: {error}"))
+        self.file.file.write_all_at(bytes, at).map_err(|error| self.file.cannot_write(&error))
     }
 
     /// Writes what waits, and the beginning; the file has its whole length then. Gives what in it is not zero.
@@ -152,10 +155,7 @@ impl<'a> Copied<'a> {
         }
         self.write(head, 0)?;
         let len = head.len() as u64 + ram.0;
-        self.file
-            .file
-            .set_len(len)
-            .map_err(|error| format!("cannot write {}: {error}", self.file.path.display()))?;
+        self.file.file.set_len(len).map_err(|error| self.file.cannot_write(&error))?;
         Ok(self.written)
     }
 }
@@ -172,7 +172,6 @@ mod tests {
         assert!(!path.exists());
         let file = Unfinished::create(&path).unwrap();
         file.keep();
-        drop(file);
         assert!(Unfinished::create(&path).is_err_and(|why| why.contains("cannot make")));
         assert!(path.exists());
     }
