@@ -234,14 +234,10 @@ fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Found {
                 continue;
             }
         };
-        let page_of = |gva: u64| {
-            let reached = trace(&outside, &paging, gva / PAGE * PAGE).end.ok()?;
-            Some(reached.gpa)
-        };
+        let leads_to = |gva: u64| Some(trace(&outside, &paging, gva).end.ok()?.gpa);
         let word = |gva: u64| {
-            let gpa = trace(&outside, &paging, gva).end.ok()?.gpa;
             let mut bytes = [0; 8];
-            outside.bytes(gpa, &mut bytes).ok()?;
+            outside.bytes(leads_to(gva)?, &mut bytes).ok()?;
             Some(u64::from_le_bytes(bytes))
         };
         let [.., task] = registers.segments;
@@ -250,15 +246,14 @@ fn stacks(machine: &Machine, processors: &[(u32, Registers)]) -> Found {
         let tops = named.filter_map(|at| word(task.base.checked_add(at)?)?.checked_sub(8));
         for pointer in [registers.general[7]].into_iter().chain(tops) {
             let around = |step: fn(u64, u64) -> u64| {
-                let pages = (0..STACK_PAGES).map(move |count| step(pointer / PAGE * PAGE, count * PAGE));
-                pages.map_while(|gva| Some((gva, page_of(gva)?))).collect::<Vec<_>>()
+                let page = pointer / PAGE * PAGE;
+                let gvas = (0..STACK_PAGES).map(move |count| step(page, count * PAGE));
+                gvas.map_while(|gva| Some((gva, leads_to(gva)?)))
             };
-            for (gva, gpa) in around(u64::wrapping_sub).into_iter().chain(around(u64::wrapping_add)) {
-                pages.push((gva, gpa));
-            }
+            pages.extend(around(u64::wrapping_sub).chain(around(u64::wrapping_add)));
         }
         let code = registers.rip / PAGE * PAGE;
-        pages.extend(page_of(code).map(|gpa| (code, gpa)));
+        pages.extend(leads_to(code).map(|gpa| (code, gpa)));
     }
     pages.sort_unstable();
     // Processors with other tables may have other pages at the same address: each is kept.
