@@ -1,5 +1,6 @@
 //! `plimsoll audit` of stock guests: apart, and after KSM has merged what they have alike.
 use crate::manager::{Manager, alone, bytes, can, sweep};
+use crate::share::share;
 use plimsoll_stock::{Command, Guest, Options};
 use plimsoll_types::ByteCount;
 use serde_json::Value;
@@ -36,11 +37,8 @@ fn frames_of_guests_are_disjoint_until_they_are_merged_which_only_a_domain_may()
         assert_eq!(states.iter().map(|state| bytes(machine, state)).sum::<u64>(), 192 << 20, "{machine}");
     }
 
-    let share = std::process::Command::new(env!("CARGO_BIN_EXE_plimsoll"))
-        .args(["share", &one, &other, "--seconds", SECONDS])
-        .output()
-        .unwrap();
-    assert!(share.status.success(), "{}", String::from_utf8_lossy(&share.stderr));
+    let output = share(&[&one, &other, "--seconds", SECONDS]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let (code, together) = audit(&[&one, &other, "--domain", &domain]);
     assert_eq!((code, &together["violations"]), (Some(0), &Value::Array(Vec::new())), "{together}");
     assert!(bytes(&together, "merged_pages") > 1000, "{together}");

@@ -5,7 +5,8 @@ use plimsoll_types::ByteCount;
 use serde_json::Value;
 use std::process::Output;
 
-fn share(words: &[&str]) -> Output {
+/// `plimsoll share` with these words.
+pub(crate) fn share(words: &[&str]) -> Output {
     std::process::Command::new(env!("CARGO_BIN_EXE_plimsoll")).arg("share").args(words).output().unwrap()
 }
 
