@@ -1,7 +1,6 @@
 //! What the tests need from this machine, and the guests they start.
-pub(crate) use crate::machine::{alone, can, swap};
+pub(crate) use crate::machine::{alone, can, page_out, swap};
 use plimsoll_stock::{Command, Counts, Disk, Guest, Options};
-use plimsoll_sys::process_memory::{Advice, advise};
 use plimsoll_types::ByteCount;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,10 +27,4 @@ pub(crate) fn ask(guest: &mut Guest, command: Command) -> Counts {
 /// Verifies everything once and counts the wrong words.
 pub(crate) fn sweep(guest: &mut Guest) -> u64 {
     ask(guest, Command::Sweep).get("wrong").unwrap()
-}
-
-/// Has the kernel take all of the guest's RAM that nothing holds.
-pub(crate) fn page_out(guest: &Guest) {
-    let transfer = advise(guest.pidfd(), &guest.ram().unwrap(), Advice::PageOut);
-    assert_eq!(transfer.stop, None, "{transfer:?}");
 }

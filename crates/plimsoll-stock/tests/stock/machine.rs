@@ -1,8 +1,9 @@
 //! What tests with stock guests need from this machine. The tests of `plimsoll attach` use this file, too.
 use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::zram::ZramSwap;
-use plimsoll_stock::Kernel;
+use plimsoll_stock::{Guest, Kernel};
 use plimsoll_sys::ProcessId;
+use plimsoll_sys::process_memory::{Advice, advise};
 use plimsoll_sys::swap::{SwapPriority, SwapRank};
 use plimsoll_types::ByteCount;
 use std::path::Path;
@@ -55,4 +56,10 @@ fn absent(program: &str) -> Option<String> {
 pub(crate) fn swap(size: ByteCount) -> ZramSwap {
     let priority = SwapRank::new(1).map_or(SwapPriority::Lowest, SwapPriority::Fixed);
     ZramSwap::create(size, &["lz4", "lzo-rle", "lzo"], priority).unwrap()
+}
+
+/// Has the kernel take all of the guest's RAM that nothing holds.
+pub(crate) fn page_out(guest: &Guest) {
+    let transfer = advise(guest.pidfd(), &guest.ram().unwrap(), Advice::PageOut);
+    assert_eq!(transfer.stop, None, "{transfer:?}");
 }

@@ -1,5 +1,5 @@
 //! What the tests need from this machine: guests, swap, and `plimsoll attach` as a process that is read line by line.
-pub(crate) use crate::machine::{alone, can, swap};
+pub(crate) use crate::machine::{alone, can, page_out, swap};
 use plimsoll_stock::{Command, Counts, Guest};
 use plimsoll_sys::pagemap::{Entry, Pagemap};
 use plimsoll_types::{ByteCount, PageCount};

@@ -1,8 +1,7 @@
 //! `plimsoll maps` of stock guests whose memory is of several kinds, and partly in swap.
-use crate::manager::{Manager, STOCK, alone, ask, bytes, can, swap};
+use crate::manager::{Manager, STOCK, alone, ask, bytes, can, page_out, swap};
 use crate::translate::{address, human};
 use plimsoll_stock::{Backing, Command, Guest, Node, Options};
-use plimsoll_sys::process_memory::{Advice, advise};
 use plimsoll_types::ByteCount;
 use serde_json::Value;
 
@@ -72,8 +71,7 @@ fn a_guests_map_is_what_its_qemu_says_and_states_follow_its_memory() {
     assert_eq!(pieces(&by_rule)[1..].iter().map(|(_, len)| len).sum::<u64>(), (223 << 20));
 
     // What is taken shows as swapped, of private memory; shared memory in swap shows nothing at all.
-    let taken = advise(guest.pidfd(), &guest.ram().unwrap(), Advice::PageOut);
-    assert_eq!(taken.stop, None);
+    page_out(&guest);
     let after = maps(&guest, &["--qmp", &qmp]);
     assert!(bytes(&after["states"], "swapped_bytes") > 16 << 20, "{after}");
     assert!(bytes(&after["states"], "present_bytes") < present / 2, "{after}");

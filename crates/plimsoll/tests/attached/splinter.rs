@@ -1,8 +1,7 @@
 //! `plimsoll splinter` of a stock kernel, against what its own QEMU says it maps.
-use crate::manager::{Manager, STOCK, alone, ask, bytes, can, swap};
+use crate::manager::{Manager, STOCK, alone, ask, bytes, can, page_out, swap};
 use crate::translate::{Shown, kernel_mappings, resume, stop};
 use plimsoll_stock::{Command, Guest, Options};
-use plimsoll_sys::process_memory::{Advice, advise};
 use plimsoll_types::ByteCount;
 use serde_json::Value;
 
@@ -46,8 +45,7 @@ fn a_kernels_pages_are_those_that_its_qemu_lists_and_splinter_when_the_hosts_do(
     }
 
     // What is in swap is mapped by nobody, and a huge page comes back as small ones.
-    let taken = advise(guest.pidfd(), &guest.ram().unwrap(), Advice::PageOut);
-    assert_eq!(taken.stop, None);
+    page_out(&guest);
     let after = splinter(&guest);
     println!("{listed} listed, {large} large; {found}; paged out: {after}");
     assert_eq!(bytes(&after["kernel"], "large"), bytes(kernel, "large"), "{after}");
