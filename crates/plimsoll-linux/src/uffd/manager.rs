@@ -454,7 +454,7 @@ impl Manager {
         }
         if !self.domains.contains_key(&membership.domain.0) {
             // The next manager would look for their pages in a store that never had them.
-            if self.is_awaited(membership.domain) {
+            if self.awaited().any(|domain| domain == membership.domain) {
                 return Err(AdmitError::StoreAwaited { domain: membership.domain });
             }
             let slabs = MemfdSlabs::create("plimsoll-store", self.store_limit)?;
@@ -488,10 +488,10 @@ impl Manager {
         Ok(id)
     }
 
-    /// Whether machines that could not be taken over are of the domain.
-    fn is_awaited(&self, domain: DomainId) -> bool {
-        self.unmanaged.iter().any(|kept| kept.membership.domain == domain)
-            || self.stalled_fragments().any(|fragment| fragment.domain == Some(domain))
+    /// The domains of machines that could not be taken over, which wait for their stores.
+    fn awaited(&self) -> impl Iterator<Item = DomainId> {
+        let kept = self.unmanaged.iter().map(|kept| kept.membership.domain);
+        kept.chain(self.stalled_fragments().filter_map(|fragment| fragment.domain))
     }
 
     /// Nothing of the machine outlives this process any more.
@@ -691,9 +691,7 @@ impl Manager {
     /// Frees the stores of domains without machines.
     fn close_domains(&mut self) {
         let running = self.machines.values().map(|running| running.membership.domain);
-        let kept = self.unmanaged.iter().map(|kept| kept.membership.domain);
-        let stalled = self.stalled_fragments().filter_map(|fragment| fragment.domain);
-        let used: BTreeSet<u32> = running.chain(kept).chain(stalled).map(|domain| domain.0).collect();
+        let used: BTreeSet<u32> = running.chain(self.awaited()).map(|domain| domain.0).collect();
         let unused: Vec<u32> = self.domains.keys().copied().filter(|id| !used.contains(id)).collect();
         for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
             domain.close(&self.host);
