@@ -11,10 +11,11 @@
 //!   the governor's kick, or for the end of the VMM.
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
 //!   [`Orders`] how much to give up.
+//!
+//! `admit` takes machines in. Everything else is here.
 use super::drive::{End, drive};
 use super::estate::{Estate, EstateError, Fragment, Inheritance};
 use super::governor::govern;
-use super::handover::{Handover, HandoverError};
 use super::host::{Domain, Host, Incident, Orders};
 use super::housekeeper::{self, Domains, Housekeeping};
 use super::linux_space::{AGENT_PATIENCE, Custody, LinuxSpace};
@@ -31,80 +32,23 @@ use parking_lot::Mutex;
 use plimsoll_core::airlock::Shape;
 use plimsoll_core::ledger::{Budget, Kind, LedgerError};
 use plimsoll_core::machine::Machine;
-use plimsoll_core::map::MapError;
 use plimsoll_store::{Handle, Store};
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::MemfdError;
-use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use thiserror::Error;
 
-/// How long a VMM may take to hand its machine over.
-const HANDOVER_PATIENCE: Duration = Duration::from_secs(30);
+mod admit;
 
-/// A machine may own this many times the budget and no more: its tables are made before it uses anything.
-const OVERCOMMIT_MAX: u64 = 64;
-
+pub use self::admit::AdmitError;
 pub use super::governor::Meter;
 pub(super) use super::shards::Controls;
 pub use super::shards::MemfdWords;
-
-/// A machine was not taken.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum AdmitError {
-    /// The VMM did not hand over properly.
-    #[error("the machine could not be taken over")]
-    Handover(#[from] HandoverError),
-    /// The ledger has no room for it.
-    #[error("the machine was not admitted")]
-    Ledger(#[from] LedgerError),
-    /// Its memory could not be looked at.
-    #[error("the machine's memory could not be looked at")]
-    Space(#[from] SpaceError),
-    /// No memory for its tables or its store.
-    #[error("no memory for the machine's tables")]
-    Memory(#[from] MemfdError),
-    /// A bug: fresh words were not fresh.
-    #[error("the machine's page words could not be set up")]
-    Map(#[from] MapError),
-    /// zstd has no memory.
-    #[error("no memory for the dense codec")]
-    Codec(#[source] std::io::Error),
-    /// A thread could not be started.
-    #[error("no thread for the machine")]
-    Thread(#[source] std::io::Error),
-    /// It owns more memory than a machine of this host may.
-    #[error("the machine owns {size}; a machine of this host may own at most {limit}")]
-    TooLarge {
-        /// What it owns.
-        size: ByteCount,
-        /// What it may own.
-        limit: ByteCount,
-    },
-    /// It could not be entered into what outlives this process.
-    #[error("the machine could not be entered into the register")]
-    Estate(#[from] EstateError),
-    /// Its domain has no store, and a machine that is to be taken over needs one.
-    #[error("{domain} has no store")]
-    NoSuchDomain {
-        /// The domain.
-        domain: DomainId,
-    },
-    /// Its domain's store could not be taken over, and its machines wait for that one.
-    #[error("the store of {domain} could not be taken over, and its machines wait: end them first")]
-    StoreAwaited {
-        /// The domain.
-        domain: DomainId,
-    },
-}
 
 /// Where a pager starts from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -409,85 +353,6 @@ impl Manager {
         self.host.report(Incident::Lost { machine, cause: explain(error) });
     }
 
-    /// Takes the machine that `process` hands over on `socket` and starts managing it.
-    ///
-    /// # Errors
-    /// [`AdmitError`]; the VMM is told why before the socket closes.
-    pub fn admit(
-        &mut self,
-        socket: OwnedFd,
-        process: Pidfd,
-        membership: Membership,
-    ) -> Result<MachineId, AdmitError> {
-        self.welcome(Handover::receive(socket, process, HANDOVER_PATIENCE)?, membership)
-    }
-
-    /// Takes a machine that was handed over and starts managing it.
-    ///
-    /// # Errors
-    /// [`AdmitError`]; the VMM is told why.
-    pub fn welcome(&mut self, handover: Handover, membership: Membership) -> Result<MachineId, AdmitError> {
-        let ids: Vec<MachineId> = (self.next_id..).map(MachineId).take(handover.shards.len()).collect();
-        let admitted = self.take(&ids, &handover, membership);
-        match &admitted {
-            Ok(_) => self.next_id += u32::try_from(ids.len()).unwrap_or(u32::MAX),
-            Err(error) => {
-                handover.refuse(explain(error));
-                self.dismiss(MachineId(self.next_id), ids);
-            }
-        }
-        admitted
-    }
-
-    fn take(
-        &mut self,
-        ids: &[MachineId],
-        handover: &Handover,
-        membership: Membership,
-    ) -> Result<MachineId, AdmitError> {
-        let sizes = handover.shards.iter().map(|custody| custody.hello.layout.pages().bytes());
-        let size: ByteCount = sizes.sum();
-        let hard = self.host.ledger(|ledger| ledger.budget().hard);
-        let limit = ByteCount(hard.0.saturating_mul(OVERCOMMIT_MAX));
-        if size > limit {
-            return Err(AdmitError::TooLarge { size, limit });
-        }
-        if !self.domains.contains_key(&membership.domain.0) {
-            // The next manager would look for their pages in a store that never had them.
-            if self.awaited().any(|domain| domain == membership.domain) {
-                return Err(AdmitError::StoreAwaited { domain: membership.domain });
-            }
-            let slabs = MemfdSlabs::create("plimsoll-store", self.store_limit)?;
-            if let Some(estate) = &self.estate {
-                // One that could not be taken over, and that nobody needs any more.
-                estate.strike_domain(membership.domain);
-                estate.enter_domain(membership.domain, membership.group, &slabs, self.store_limit)?;
-            }
-            let domain = Domain::new(membership.domain, membership.group, Store::new(slabs));
-            self.add_domain(domain);
-        }
-        let id = ids.first().copied().unwrap_or(MachineId(self.next_id));
-        let mut kept = MachineVault { id, membership, shards: Vec::new() };
-        let mut parts = Vec::new();
-        for (id, custody) in ids.iter().zip(&handover.shards) {
-            let (shard, part) = self.furnish(*id, custody)?;
-            kept.shards.push(shard);
-            parts.push(part);
-        }
-        kept.enlist(&self.host);
-        self.enter(&kept, &parts)?;
-        if let Some(estate) = &self.estate {
-            estate.set_next_id(self.next_id.saturating_add(u32::try_from(ids.len()).unwrap_or(u32::MAX)));
-            estate.offer(&kept, handover.agents())?;
-        }
-        handover.accept(id, self.epoch)?;
-        if let Some(estate) = &self.estate {
-            estate.taken(id);
-        }
-        self.launch(kept, parts, Origin::New).map_err(|(_, error)| error)?;
-        Ok(id)
-    }
-
     /// The domains of machines that could not be taken over, which wait for their stores.
     fn awaited(&self) -> impl Iterator<Item = DomainId> {
         let kept = self.unmanaged.iter().map(|kept| kept.membership.domain);
@@ -508,21 +373,6 @@ impl Manager {
             self.host.strike(shard);
             let _ = self.host.ledger(|ledger| ledger.remove(shard));
         }
-    }
-
-    /// Makes the tables of a shard that was just handed over.
-    fn furnish(&self, id: MachineId, custody: &Arc<Custody>) -> Result<(ShardVault, Part), AdmitError> {
-        let hello = &custody.hello;
-        let words = Arc::new(MemfdWords::create(hello.layout.page_limit().get())?);
-        let presence = custody.presence()?;
-        let shape = Shape::blocks(hello.airlock_slots);
-        let seed = u64::from(id.0);
-        let machine = Machine::new(hello.layout.clone(), Arc::clone(&words), shape, seed, |page| {
-            presence.has_page(page)
-        })?;
-        let space = LinuxSpace::new(Arc::clone(custody), words.journal()?, self.epoch);
-        let stats = MachineStats::default();
-        Ok((ShardVault { id, custody: Arc::clone(custody), words, stats }, (machine, space)))
     }
 
     /// Starts the pagers of a machine whose shards are in the ledger: all of them, or none.
