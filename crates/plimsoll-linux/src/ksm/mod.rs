@@ -196,9 +196,8 @@ impl Guide {
         let mut ksm = Ksm::take(options.takeover)?;
         // Whoever else's memory is mergeable was in the way of those whose is.
         let has_nothing_merged = |member: &Member| {
-            let merged = procfs::ksm_stat(member.process).map(|stat| stat.merging + stat.zero);
             !procfs::is_mergeable(member.process).unwrap_or(true)
-                || merged.is_ok_and(|pages| pages == PageCount(0))
+                || merged(member).is_some_and(|pages| pages == PageCount(0))
         };
         if members.iter().all(has_nothing_merged) {
             // Nothing of anybody who is there is merged, so this unmerges nothing. It settles the counters, which otherwise go on
@@ -324,9 +323,8 @@ impl Guide {
     /// [`KsmError::Control`].
     pub fn report(&self) -> Result<Report, KsmError> {
         let now = self.ksm.counters()?;
-        let merged = |machine: &Machine| {
-            procfs::ksm_stat(machine.member.process).map_or(PageCount(0), |stat| stat.merging + stat.zero)
-        };
+        let of_machine =
+            |(id, machine): (&MachineId, &Machine)| (*id, merged(&machine.member).unwrap_or_default());
         Ok(Report {
             saved: now.saved(),
             merged: now.saved().saturating_sub(self.began.saved()),
@@ -335,7 +333,7 @@ impl Guide {
             scout: self.scout,
             seen: self.twins.seen(),
             refused: self.refused,
-            machines: self.machines.iter().map(|(id, machine)| (*id, merged(machine))).collect(),
+            machines: self.machines.iter().map(of_machine).collect(),
         })
     }
 
@@ -444,6 +442,11 @@ impl Guide {
 fn party(member: &Member) -> Party {
     let domain = member.domain.map_or(Domain::Own, Domain::Shared);
     Party { name: member.name.clone(), process: member.process, domain }
+}
+
+/// Pages of a machine that are merged, as its process counts them, if that can be seen.
+fn merged(member: &Member) -> Option<PageCount> {
+    procfs::ksm_stat(member.process).ok().map(|stat| stat.merging + stat.zero)
 }
 
 /// User and system time of this thread.
