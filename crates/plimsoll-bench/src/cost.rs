@@ -118,10 +118,9 @@ impl Held {
     /// What the guest takes of the host, compressed pages included.
     fn takes(&mut self) -> Result<ByteCount, BenchError> {
         Ok(match self {
-            Self::Free(guest) => ByteCount((guest.present()? * PAGE_SIZE) as u64),
+            Self::Free(guest) => bytes(guest.present()?),
             Self::Paged { guest, device, .. } => {
-                let present = ByteCount((guest.present()? * PAGE_SIZE) as u64);
-                present + device.memory_used().context("zram's use")?
+                bytes(guest.present()?) + device.memory_used().context("zram's use")?
             }
             Self::Managed(ours) => ours.charged()?,
         })
@@ -130,10 +129,11 @@ impl Held {
     /// Has the kernel keep to what the guest is left: takes what is too much, in the order of the guest's memory, round and round. What
     /// it takes up compressed goes the next time.
     fn keep_to(&mut self, left: ByteCount) -> Result<(), BenchError> {
-        let excess = self.takes()?.saturating_sub(left).pages_ceil();
-        let Self::Paged { guest, hand, .. } = self else { return Ok(()) };
-        let transfer =
-            process_memory::advise(guest.process(), &present_from(guest, hand, excess)?, Advice::PageOut);
+        let Self::Paged { guest, device, hand } = self else { return Ok(()) };
+        let present = present(guest)?;
+        let takes = bytes(present.len()) + device.memory_used().context("zram's use")?;
+        let excess = from_hand(present, hand, takes.saturating_sub(left).pages_ceil());
+        let transfer = process_memory::advise(guest.process(), &excess, Advice::PageOut);
         match transfer.stop {
             // The page at hand was in use just then.
             None | Some(Refusal::TryLater) => Ok(()),
@@ -142,23 +142,27 @@ impl Held {
     }
 }
 
-/// So many pages that are in memory, from the hand on, which moves behind the last of them.
-fn present_from(guest: &Guest, hand: &mut usize, pages: PageCount) -> Result<Vec<HvaRange>, BenchError> {
-    let page_bytes = PAGE_SIZE as u64;
+const fn bytes(pages: usize) -> ByteCount {
+    PageCount(pages as u64).bytes()
+}
+
+/// The pages that are in memory: which of the guest's, and where.
+fn present(guest: &Guest) -> Result<Vec<(usize, Hva)>, BenchError> {
     let pages_of = |range: HvaRange| {
-        (0..range.len().pages_floor().0).map(move |page| Hva(range.start().0 + page * page_bytes))
+        (0..range.len().pages_floor().0).map(move |page| Hva(range.start().0 + PageCount(page).bytes().0))
     };
     let places = guest.ram().into_iter().flat_map(pages_of);
-    let mut present: Vec<(usize, Hva)> = (0..)
-        .zip(places)
-        .zip(guest.entries()?)
-        .filter_map(|(place, entry)| entry.contains(Entry::PRESENT).then_some(place))
-        .collect();
+    let is_present = |(place, entry): ((usize, Hva), Entry)| entry.contains(Entry::PRESENT).then_some(place);
+    Ok((0..).zip(places).zip(guest.entries()?).filter_map(is_present).collect())
+}
+
+/// So many of the pages that are in memory, from the hand on, which moves behind the last of them.
+fn from_hand(mut present: Vec<(usize, Hva)>, hand: &mut usize, pages: PageCount) -> Vec<HvaRange> {
     let behind = present.partition_point(|(place, _)| place < hand);
     present.rotate_left(behind);
     present.truncate(usize::try_from(pages.0).unwrap_or(usize::MAX));
     *hand = present.last().map_or(*hand, |(place, _)| place + 1);
-    Ok(present.into_iter().filter_map(|(_, at)| HvaRange::new(at, ByteCount(page_bytes))).collect())
+    present.into_iter().filter_map(|(_, at)| HvaRange::new(at, ByteCount(PAGE_SIZE as u64))).collect()
 }
 
 fn config() -> VmmConfig {
