@@ -5,6 +5,7 @@
 use crate::figures::{interval, median, ratio, spread};
 use crate::session::BenchError;
 use anyhow::{Context, ensure};
+use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_types::ByteCount;
 use serde::Serialize;
 use std::fmt;
@@ -214,17 +215,15 @@ impl Machine {
     /// This machine. What /proc does not tell is empty, never guessed.
     pub(crate) fn here() -> Self {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
-        let field = |text: String, name: &str| {
-            let line = text.lines().find(|line| line.starts_with(name));
-            line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
-        };
-        let kib = field(read("/proc/meminfo"), "MemTotal");
-        let kib = kib.and_then(|kib| kib.trim_end_matches(" kB").parse::<u64>().ok());
+        let cpuinfo = read("/proc/cpuinfo");
+        let cpu = cpuinfo.lines().find(|line| line.starts_with("model name"));
+        let cpu = cpu.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned());
+        let memory = parse_meminfo(&read("/proc/meminfo"), "MemTotal");
         let load = read("/proc/loadavg").split(' ').next().and_then(|load| load.parse().ok());
         Self {
-            cpu: field(read("/proc/cpuinfo"), "model name").unwrap_or_default(),
+            cpu: cpu.unwrap_or_default(),
             cpus: std::thread::available_parallelism().map_or(0, usize::from),
-            memory_bytes: kib.and_then(|kib| kib.checked_mul(1024)).unwrap_or_default(),
+            memory_bytes: memory.unwrap_or_default().0,
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             load_average: load.unwrap_or_default(),
         }
