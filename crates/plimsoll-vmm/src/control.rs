@@ -9,6 +9,8 @@ use crate::probe::Accel;
 use crate::report::{ProbeReport, Summary};
 use plimsoll_guest::abi;
 use plimsoll_guest::probe::ProbeCommand;
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::mapping::Merging;
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use serde::{Deserialize, Serialize};
@@ -180,6 +182,22 @@ pub struct MergeRange {
     pub merging: MergeMode,
 }
 
+impl MergeRange {
+    /// Names a range of the machine's process by the guest's addresses, where it is inside of one region.
+    pub fn in_guest(ram: &[Ram], range: HvaRange, merging: Merging) -> Option<Self> {
+        let merging = match merging {
+            Merging::Offered => MergeMode::Offered,
+            Merging::Withdrawn => MergeMode::Withdrawn,
+        };
+        let bytes = range.len().0;
+        ram.iter().find_map(|ram| {
+            let offset = range.start().0.checked_sub(ram.hva)?;
+            let is_inside = offset.checked_add(bytes).is_some_and(|end| end <= ram.bytes);
+            is_inside.then_some(Self { gpa: ram.gpa + offset, bytes, merging })
+        })
+    }
+}
+
 /// Whether pages may be merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -335,6 +353,7 @@ impl AsFd for Control {
 mod tests {
     use super::*;
     use plimsoll_guest::probe::{Order, Task};
+    use plimsoll_types::{ByteCount, Hva};
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -379,6 +398,23 @@ mod tests {
             panic!("{answer}");
         };
         assert_eq!(named, range);
+    }
+
+    #[test]
+    fn a_range_is_asked_for_by_the_guests_addresses_and_only_inside_of_one_region() {
+        const MIB: u64 = 1 << 20;
+        let ram = [
+            Ram { gpa: 0, hva: 0x7000_0000_0000, bytes: 64 * MIB },
+            Ram { gpa: 4096 * MIB, hva: 0x7100_0000_0000, bytes: 64 * MIB },
+        ];
+        let asked = |hva: u64, bytes: u64| {
+            let range = HvaRange::new(Hva(hva), ByteCount(bytes)).unwrap();
+            MergeRange::in_guest(&ram, range, Merging::Offered).map(|asked| (asked.gpa, asked.bytes))
+        };
+        assert_eq!(asked(0x7000_0000_0000 + 2 * MIB, 4 * MIB), Some((2 * MIB, 4 * MIB)));
+        assert_eq!(asked(0x7100_0000_0000 + 62 * MIB, 2 * MIB), Some((4158 * MIB, 2 * MIB)));
+        assert_eq!(asked(0x7000_0000_0000 + 62 * MIB, 4 * MIB), None);
+        assert_eq!(asked(0x6fff_0000_0000, 2 * MIB), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use plimsoll_sys::mapping::Merging;
 use plimsoll_sys::{HvaRange, procfs};
 use plimsoll_types::{ByteCount, Hva};
 use plimsoll_vmm::config::{HugePages, VmmConfig};
-use plimsoll_vmm::control::{Command, MergeMode, MergeRange};
+use plimsoll_vmm::control::{Command, MergeRange};
 use std::io;
 use std::sync::Arc;
 
@@ -22,15 +22,9 @@ struct Asked(Arc<Guest>);
 impl Marker for Asked {
     fn mark(&mut self, range: HvaRange, merging: Merging) -> io::Result<()> {
         let before = self.0.state();
-        let start = range.start().0;
-        let ram = before.ram.iter().find(|ram| start >= ram.hva && start - ram.hva < ram.bytes);
-        let ram = ram.ok_or_else(|| io::Error::other("not the machine's memory"))?;
-        let merging = match merging {
-            Merging::Offered => MergeMode::Offered,
-            Merging::Withdrawn => MergeMode::Withdrawn,
-        };
-        let (gpa, bytes) = (ram.gpa + (start - ram.hva), range.len().0);
-        self.0.command(&Command::Merge(MergeRange { gpa, bytes, merging }));
+        let asked = MergeRange::in_guest(&before.ram, range, merging);
+        let asked = asked.ok_or_else(|| io::Error::other("not the machine's memory"))?;
+        self.0.command(&Command::Merge(asked));
         until("an answer about merging", || (self.0.state().merging > before.merging).then_some(()));
         self.0.state().died.map_or(Ok(()), |why| Err(io::Error::other(why)))
     }

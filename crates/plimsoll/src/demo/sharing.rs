@@ -14,7 +14,7 @@ use plimsoll_linux::ksm::{Guide, KsmError, Marker, Member, Merged, Options};
 use plimsoll_sys::mapping::Merging;
 use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{BLOCK_SIZE, ByteCount, DomainId, Hva, MachineId};
-use plimsoll_vmm::control::{Command, MergeMode, MergeRange, Ram};
+use plimsoll_vmm::control::{Command, MergeRange, Ram};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -148,7 +148,7 @@ struct Asked {
 impl Marker for Asked {
     fn mark(&mut self, range: HvaRange, merging: Merging) -> io::Result<()> {
         let nowhere = || io::Error::other(format!("{range} is no memory of the guest's"));
-        let asked = in_guest(&self.ram, range, merging).ok_or_else(nowhere)?;
+        let asked = MergeRange::in_guest(&self.ram, range, merging).ok_or_else(nowhere)?;
         self.owes &= self.answers.try_recv().is_err();
         if self.owes {
             return Err(io::ErrorKind::TimedOut.into());
@@ -169,41 +169,11 @@ impl Marker for Asked {
     }
 }
 
-/// The same range by the guest's addresses.
-fn in_guest(ram: &[Ram], range: HvaRange, merging: Merging) -> Option<MergeRange> {
-    let merging = match merging {
-        Merging::Offered => MergeMode::Offered,
-        Merging::Withdrawn => MergeMode::Withdrawn,
-    };
-    let bytes = range.len().0;
-    ram.iter().find_map(|ram| {
-        let offset = range.start().0.checked_sub(ram.hva)?;
-        let is_inside = offset.checked_add(bytes).is_some_and(|end| end <= ram.bytes);
-        is_inside.then_some(MergeRange { gpa: ram.gpa + offset, bytes, merging })
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plimsoll_vmm::control::MergeMode;
     use std::io::Read;
-
-    #[test]
-    fn a_range_is_asked_for_by_the_guests_addresses_and_only_inside_of_one_region() {
-        const MIB: u64 = 1 << 20;
-        let ram = [
-            Ram { gpa: 0, hva: 0x7000_0000_0000, bytes: 64 * MIB },
-            Ram { gpa: 4096 * MIB, hva: 0x7100_0000_0000, bytes: 64 * MIB },
-        ];
-        let asked = |hva: u64, bytes: u64| {
-            let range = HvaRange::new(Hva(hva), ByteCount(bytes)).unwrap();
-            in_guest(&ram, range, Merging::Offered).map(|asked| (asked.gpa, asked.bytes))
-        };
-        assert_eq!(asked(0x7000_0000_0000 + 2 * MIB, 4 * MIB), Some((2 * MIB, 4 * MIB)));
-        assert_eq!(asked(0x7100_0000_0000 + 62 * MIB, 2 * MIB), Some((4158 * MIB, 2 * MIB)));
-        assert_eq!(asked(0x7000_0000_0000 + 62 * MIB, 4 * MIB), None);
-        assert_eq!(asked(0x6fff_0000_0000, 2 * MIB), None);
-    }
 
     #[test]
     fn a_vmm_that_does_not_answer_is_waited_for_once_and_asked_again_when_it_did() {
