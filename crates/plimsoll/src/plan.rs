@@ -2,6 +2,7 @@
 //!
 //! Enters: a scenario. Leaves: what came of simulating it, as text or JSON, and as an HTML page if one is asked for. Exit
 //! status 0 when it holds, 1 when a guarantee would be broken or a machine finds no host, 2 when the scenario is refused.
+use crate::verb::ended;
 use indicatif::{ProgressBar, ProgressStyle};
 use plimsoll_linux::explain;
 use plimsoll_sim::trace::Record;
@@ -37,13 +38,7 @@ pub(crate) struct PlanArgs {
 }
 
 pub(crate) fn main(args: &PlanArgs) -> ExitCode {
-    match plan(args) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("plimsoll plan: {}", explain(&*error));
-            ExitCode::from(2)
-        }
-    }
+    ended("plan", plan(args).map_err(|error| explain(&*error)))
 }
 
 fn plan(args: &PlanArgs) -> Result<ExitCode, Box<dyn Error>> {

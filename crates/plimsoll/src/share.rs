@@ -4,6 +4,7 @@
 //! Cloud Hypervisor with `mergeable=on`), as long as that pays, and lines that say what it saves and costs. At the end KSM is
 //! as it was found. What must never happen: pages merged with those of anybody who was not named.
 use crate::demo::Interrupt;
+use crate::verb::ended;
 use plimsoll_attach::{Discovery, Dossier, Held, Refusal, Request, Rung, discover, find, inspect};
 use plimsoll_linux::explain;
 use plimsoll_linux::ksm::pace::Order;
@@ -36,13 +37,7 @@ pub(crate) struct ShareArgs {
 }
 
 pub(crate) fn main(args: &ShareArgs) -> ExitCode {
-    match run(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("plimsoll share: {error}");
-            ExitCode::from(2)
-        }
-    }
+    ended("share", run(args).map(|()| ExitCode::SUCCESS))
 }
 
 fn run(args: &ShareArgs) -> Result<(), String> {
