@@ -80,13 +80,16 @@ impl Accounting {
         Box::new(self.clone())
     }
 
-    /// Leaves the control group and removes it.
+    /// Leaves the control group and removes it, with what a killed run has left and was still ending when this one began.
     pub(crate) fn finish(self) -> Result<(), String> {
         // The governor that had the other reference has ended.
-        match Arc::into_inner(self.counter).map(Mutex::into_inner) {
+        let removed = match Arc::into_inner(self.counter).map(Mutex::into_inner) {
             Some(Counter::Cgroup(cgroup)) => cgroup.remove().map_err(|error| explain(&error)),
             Some(Counter::Processes(_)) | None => Ok(()),
-        }
+        };
+        // Afterwards: groups are looked for where this process would create one, which is not inside its own.
+        let _ = sweep_stale(PREFIX);
+        removed
     }
 }
 
