@@ -155,6 +155,14 @@ impl RecordTable {
         read_at(memory, held.slab, place)
     }
 
+    /// The numbers of all records there can be in the slabs, taken or not.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = RecordNumber> + use<> {
+        let sequences = (0..SEQUENCES).take(self.slabs.len());
+        sequences.flat_map(|sequence| {
+            (0..RECORDS_PER_SLAB).map(move |place| RecordNumber(sequence * RECORDS_PER_SLAB + place))
+        })
+    }
+
     /// The key of a record for the index. Of one that is damaged or free, anything.
     pub(crate) fn key(&self, memory: &impl SlabMemory, number: RecordNumber) -> u64 {
         self.peek(memory, number).map_or(0, |record| record.key())

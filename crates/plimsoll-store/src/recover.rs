@@ -69,10 +69,31 @@ pub struct RecoveryReport {
     pub rejected: Vec<RejectedHandle>,
 }
 
+/// How many of the page words that name objects could be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    All,
+    Some,
+}
+
 impl<M: SlabMemory> Store<M> {
     /// Rebuilds a store from memory that a manager left, and from one handle for each page word that has one.
     /// Objects that no handle names are freed.
     pub fn recover(memory: M, handles: impl IntoIterator<Item = Handle>) -> (Self, RecoveryReport) {
+        Self::recover_known(memory, handles, Known::All)
+    }
+
+    /// The same where page words exist that cannot be read: every object gets one reference more, which nobody gives back.
+    /// So all that is there stays until the store is recovered anew, or is gone.
+    pub fn recover_partly(memory: M, handles: impl IntoIterator<Item = Handle>) -> (Self, RecoveryReport) {
+        Self::recover_known(memory, handles, Known::Some)
+    }
+
+    fn recover_known(
+        memory: M,
+        handles: impl IntoIterator<Item = Handle>,
+        known: Known,
+    ) -> (Self, RecoveryReport) {
         let mut store = Self {
             memory,
             records: RecordTable::new(),
@@ -91,6 +112,16 @@ impl<M: SlabMemory> Store<M> {
             match store.adopt_reference(handle) {
                 Ok(()) => report.references += 1,
                 Err(why) => report.rejected.push(RejectedHandle { handle, why }),
+            }
+        }
+        if known == Known::Some {
+            // After those that a word names: of two records that claim one slot, theirs is believed.
+            for number in store.records.numbers() {
+                if let Ok(record) = store.records.peek(&store.memory, number)
+                    && store.adopt_reference(record.handle(number)).is_ok()
+                {
+                    report.references += 1;
+                }
             }
         }
         let (freed_objects, record_slabs) = store.records.sweep(&mut store.memory);

@@ -221,8 +221,10 @@ impl Manager {
             let members = managed.chain(&manager.unmanaged).filter(|kept| kept.membership.domain == id);
             let shards = members.flat_map(|kept| &kept.shards);
             let handles: Vec<Handle> = shards.flat_map(|shard| shard.words.handles()).collect();
+            let is_partly_known = manager.stalled_fragments().any(|fragment| fragment.domain == Some(id));
+            let recover = if is_partly_known { Store::recover_partly } else { Store::recover };
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
-            let (store, _) = Store::recover(slabs, handles);
+            let (store, _) = recover(slabs, handles);
             manager.host.ledger(|ledger| ledger.add_group(group));
             manager.add_domain(Domain::new(id, group, store));
         }

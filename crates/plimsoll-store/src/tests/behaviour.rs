@@ -228,6 +228,37 @@ fn recovery_counts_references_anew_and_frees_what_no_word_names() {
 }
 
 #[test]
+fn recovery_without_all_words_keeps_what_they_may_name_until_all_are_there() {
+    let mut store = store(64);
+    let (shared, other) = (page_of(1, 100), random_page(2));
+    let (handle, lost) = (put(&mut store, &shared).handle, put(&mut store, &other).handle);
+    assert_eq!(put(&mut store, &shared).handle, handle);
+    // One of three words is known, and goes.
+    let (mut store, report) = Store::recover_partly(store.into_memory(), [handle]);
+    assert_eq!((report.objects, report.references, report.freed_objects), (2, 3, 0));
+    assert_eq!(store.release(handle), Ok(()));
+    let (mut store, report) = Store::recover(store.into_memory(), [handle, lost]);
+    assert_eq!((report.objects, report.references, report.rejected.len()), (2, 2, 0));
+    assert_eq!((read(&store, handle), read(&store, lost)), (Ok(shared), Ok(other)));
+    for handle in [handle, lost] {
+        assert_eq!(store.release(handle), Ok(()));
+    }
+    assert_eq!(store.memory().held(), 0);
+}
+
+#[test]
+fn a_record_that_no_word_names_takes_no_slot_from_one_that_is_named() {
+    let mut store = store(64);
+    let (liar, named) = (put(&mut store, &page_of(1, 100)).handle, put(&mut store, &page_of(2, 100)).handle);
+    let victim = store.records.peek(&store.memory, named.number()).unwrap();
+    let lie = store.records.peek(&store.memory, liar.number()).unwrap();
+    store.records.write(&mut store.memory, liar.number(), &Record { body: victim.body, ..lie });
+    let (store, report) = Store::recover_partly(store.into_memory(), [named]);
+    assert_eq!((report.objects, report.references, report.rejected.len()), (1, 2, 0));
+    assert_eq!(read(&store, named), Ok(page_of(2, 100)));
+}
+
+#[test]
 fn recovery_reports_handles_that_name_nothing() {
     let mut store = store(64);
     let gone = put(&mut store, &page_of(1, 100)).handle;

@@ -9,7 +9,8 @@ use crate::uffd::wire::{self, DATAGRAM_MAX, FEATURES_NEEDED, Outcome};
 use plimsoll_core::layout::{GuestLayout, Region};
 use plimsoll_core::ledger::Budget;
 use plimsoll_core::map::Words;
-use plimsoll_store::{SlabKind, SlabMemory, SlabTag};
+use plimsoll_core::word::{ObjectRef, PageState, PageWord};
+use plimsoll_store::{Encoder, SlabKind, SlabMemory, SlabTag, Store};
 use plimsoll_sys::fdpass;
 use plimsoll_sys::uffd::Mode;
 use plimsoll_types::{Gpa, Hva};
@@ -399,6 +400,44 @@ fn a_machine_that_cannot_be_put_together_counts_until_its_vmm_is_known_to_have_e
         let _ = vmm.kill();
         let _ = vmm.wait();
     }
+}
+
+#[test]
+fn a_machine_that_a_manager_could_not_put_together_finds_its_pages_in_the_store_all_the_same() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let Some((machine, mut agents)) = machine(5, 1) else { return };
+    let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+    estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    let (mut store, page) =
+        (Store::new(slabs), std::array::from_fn(|place| u8::try_from(place / 16).unwrap()));
+    let handle = store.put(&page, &mut Encoder::new()).unwrap().unwrap().handle;
+    let object = ObjectRef::new(handle.to_bits()).unwrap();
+    machine.shards[0].words.words()[5].store(PageWord::new(PageState::Stored(object)).0, Ordering::Relaxed);
+    estate.offer(&machine, &[]).unwrap();
+    estate.taken(machine.id);
+    drop((machine, store, estate));
+    let is_stored = |manager: &Manager| {
+        let mut found = [0; PAGE_SIZE];
+        let read = manager.domain(DomainId(2)).unwrap().store(|store| store.get(handle, &mut found));
+        read.is_ok() && found == page
+    };
+    // Its words are not to be had for a moment, as when the host is short of memory.
+    let records = keeper.open().unwrap();
+    let words = records.records().find(|(.., record)| record.kind == SHARD).unwrap().2.slots[3];
+    drop(records);
+    let missing = keeper.0.lock().remove(&words).unwrap();
+    let manager = manage(&keeper);
+    assert_eq!((manager.unmanaged(), manager.machines().len()), (1, 0));
+    assert!(is_stored(&manager));
+    drop(manager.stop());
+    keeper.0.lock().insert(words, missing);
+    // Then it is taken for what it is, as far as this machine without memory can be.
+    assert_eq!(keeper.open().unwrap().inherit().machines.len(), 1);
+    let agent = serve(agents.remove(0));
+    assert!(is_stored(&manage(&keeper)));
+    drop(keeper);
+    agent.join().unwrap();
 }
 
 #[test]
