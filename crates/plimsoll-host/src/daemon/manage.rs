@@ -232,13 +232,12 @@ impl<'a> Session<'a> {
         let keeper = Arc::new(keeper);
         let used = Used::new(settings.counted)?;
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
-        let vault = Vault::of_estate(estate, Budget::within(settings.budget), settings.store_limit);
+        let mut vault = Vault::of_estate(estate, Budget::within(settings.budget), settings.store_limit);
+        vault.processes().for_each(|process| used.add(process));
+        vault.set_used(used.now());
         let milestones = Arc::new(Milestones::default());
         let mut manager = Manager::start(vault, Arc::clone(&milestones) as Arc<dyn Probe>)?;
         manager.govern(Box::new(used.clone()), SAMPLE_PERIOD)?;
-        for view in manager.machines() {
-            manager.custody(view.id).into_iter().for_each(|custody| used.add(custody.process()));
-        }
         let serving_ns = now_ns();
         // Best effort: a keeper that is gone is noticed below.
         let _ = keeper.serving();

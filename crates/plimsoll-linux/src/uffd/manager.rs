@@ -33,6 +33,7 @@ use plimsoll_core::airlock::Shape;
 use plimsoll_core::ledger::{Budget, Kind, LedgerError};
 use plimsoll_core::machine::Machine;
 use plimsoll_store::{Handle, Store};
+use plimsoll_sys::ProcessId;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::MemfdError;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
@@ -85,6 +86,7 @@ pub struct Vault {
     /// What is known of them.
     fragments: BTreeMap<MachineId, Fragment>,
     estate: Option<Arc<Estate>>,
+    used: ByteCount,
 }
 
 impl Vault {
@@ -100,10 +102,12 @@ impl Vault {
             lost: Vec::new(),
             fragments: BTreeMap::new(),
             estate: None,
+            used: ByteCount(0),
         }
     }
 
-    /// What a manager in another process has left, if any, and what outlives this process from now on.
+    /// What a manager in another process has left, if any, and what outlives this process from now on. Whoever starts the
+    /// next one says what is [in use](Self::set_used).
     pub fn of_estate(estate: Estate, budget: Budget, store_limit: ByteCount) -> Self {
         let Inheritance { machines, domains, lost, fragments } = estate.inherit();
         Self {
@@ -116,7 +120,19 @@ impl Vault {
             lost,
             fragments,
             estate: Some(Arc::new(estate)),
+            used: ByteCount(0),
         }
+    }
+
+    /// States what everybody the budget is for has in use, as a [`Meter`] counts it. What of it is no machine's is known to the
+    /// next manager before it serves a fault. Otherwise it would take that for room until it looks the first time.
+    pub const fn set_used(&mut self, used: ByteCount) {
+        self.used = used;
+    }
+
+    /// The processes of the machines in it.
+    pub fn processes(&self) -> impl Iterator<Item = ProcessId> {
+        self.machines.iter().filter_map(|kept| kept.shards.first()).map(|shard| shard.custody.process())
     }
 
     /// Machines in it.
@@ -244,6 +260,10 @@ impl Manager {
             // The group was added with the domain.
             let _ = domain.settle(&manager.host);
         }
+        manager.host.ledger(|ledger| {
+            let overhead = vault.used.saturating_sub(ledger.charged());
+            ledger.set_overhead(overhead);
+        });
         for (kept, parts) in entered {
             if let Err((kept, error)) = manager.launch(kept, parts, Origin::TakenOver) {
                 manager.lost(kept.id, &error);
@@ -604,7 +624,7 @@ impl Manager {
         let running = std::mem::take(&mut self.machines).into_iter();
         let mut machines = std::mem::take(&mut self.unmanaged);
         machines.extend(running.filter_map(|(id, running)| running.stopped(id, asked)));
-        let budget = self.host.ledger(|ledger| ledger.budget());
+        let (budget, used) = self.host.ledger(|ledger| (ledger.budget(), ledger.used()));
         let mut domains = Vec::new();
         for domain in std::mem::take(&mut self.domains).into_values() {
             let (id, group) = (domain.id, domain.group);
@@ -623,6 +643,7 @@ impl Manager {
             lost: Vec::new(),
             fragments: self.fragments,
             estate: self.estate,
+            used,
         }
     }
 }

@@ -441,6 +441,25 @@ fn a_machine_that_a_manager_could_not_put_together_finds_its_pages_in_the_store_
 }
 
 #[test]
+fn what_is_in_use_beside_machines_is_known_before_the_first_fault_is_served() {
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let slabs = MemfdSlabs::create("test-slabs", LIMIT).unwrap();
+    estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+    drop((slabs, estate));
+    let used = ByteCount::mib(7);
+    let mut vault = Vault::of_estate(keeper.open().unwrap(), Budget::of(ByteCount::mib(64)), LIMIT);
+    vault.set_used(used);
+    for _ in 0..2 {
+        let manager = Manager::start(vault, Arc::new(NoProbe)).unwrap();
+        let (counted, charged) = manager.host().ledger(|ledger| (ledger.used(), ledger.charged()));
+        assert_eq!((counted, charged > ByteCount(0)), (used, true), "the store is charged once");
+        // The next one in this process goes on with what this one knew.
+        vault = manager.stop();
+    }
+}
+
+#[test]
 fn a_domain_of_which_only_the_record_is_damaged_is_no_machine() {
     let keeper = Arc::new(Map::default());
     let estate = keeper.open().unwrap();
