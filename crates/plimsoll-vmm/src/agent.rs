@@ -7,7 +7,9 @@
 //! lock under which somebody faults (see [`crate::memory`], "Locks"), or doing anything unasked.
 //!
 //! When the manager closes its end the agent ends and closes nothing: pages that are away stay out of reach and the
-//! guest stalls. A datagram that makes no sense is counted and not answered: without a sequence number there is
+//! guest stalls. Where it said before that the machine is given back, no page is away. A discard that began before that
+//! waits for somebody to read its event, which nobody else does now: the agent reads until there is none.
+//! A datagram that makes no sense is counted and not answered: without a sequence number there is
 //! nothing to answer to, and a manager that sends such has to notice by itself.
 use crate::memory::{Managed, Memory, Shard};
 use crate::pins::PageRun;
@@ -18,18 +20,27 @@ use plimsoll_sys::fdpass::{self, RecvError, SendError};
 use plimsoll_sys::mapping::RangeError;
 use plimsoll_sys::pagemap::Entry;
 use plimsoll_sys::uffd::{
-    Holes, MoveMode, Outcome as Moved, RegisterError, RegisterMode, Stop as KernelStop, Wake,
+    EventBuffer, Holes, MoveMode, Outcome as Moved, RegisterError, RegisterMode, Stop as KernelStop, Wake,
 };
 use plimsoll_types::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, Hva, PAGE_SIZE, PageCount, PageIndex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::BorrowedFd;
 
+/// How long the last discards are waited for between two looks.
+const DISCARD_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+const EVENTS_PER_READ: usize = 16;
+
 /// Why the agent ended.
 #[derive(Debug)]
 pub(crate) enum Ended {
     /// The manager closed its end, or this process did.
     Closed {
+        /// Datagrams that made no sense.
+        malformed: u64,
+    },
+    /// The manager has given the shard back: the kernel brings its pages from now on.
+    GivenBack {
         /// Datagrams that made no sense.
         malformed: u64,
     },
@@ -58,6 +69,11 @@ pub(crate) fn serve(socket: BorrowedFd<'_>, memory: &Memory, shard: usize, epoch
             Err(other) => return Ended::Failed(io::Error::other(other)),
         };
         let Ok((ticket, items)) = wire::decode_request(bytes) else {
+            if told(bytes) == Some(Welcome::GivenBack) {
+                return agent
+                    .see_discards_off()
+                    .map_or_else(Ended::Failed, |()| Ended::GivenBack { malformed });
+            }
             malformed += u64::from(!is_welcome(bytes));
             continue;
         };
@@ -72,10 +88,14 @@ pub(crate) fn serve(socket: BorrowedFd<'_>, memory: &Memory, shard: usize, epoch
     }
 }
 
+/// What a manager says beside its requests.
+fn told(bytes: &[u8]) -> Option<Welcome> {
+    Welcome::decode(bytes.get(..wire::WELCOME_SIZE)?).ok()
+}
+
 /// A manager that takes over from one that died while it welcomed the machine does so once more.
 fn is_welcome(bytes: &[u8]) -> bool {
-    let welcome = bytes.get(..wire::WELCOME_SIZE).map(Welcome::decode);
-    matches!(welcome, Some(Ok(Welcome::Accepted { .. })))
+    matches!(told(bytes), Some(Welcome::Accepted { .. }))
 }
 
 fn is_open(socket: BorrowedFd<'_>) -> bool {
@@ -283,6 +303,19 @@ impl Agent<'_> {
         Some(whole(item, self.managed.ram.unregister(range)))
     }
 
+    /// Returns when no discard is left that may have seen memory registered: those that begin now make no events.
+    fn see_discards_off(&self) -> io::Result<()> {
+        let ram = &self.managed.ram;
+        let mut events = EventBuffer::new(EVENTS_PER_READ);
+        while self.memory.discard_gate.try_write().is_err() {
+            let mut ready = [PollFd::new(ram, PollFlags::IN)];
+            poll(&mut ready, Some(&DISCARD_PATIENCE))?;
+            // What they tell is nobody's business any more.
+            ram.read_events(&mut events).map_err(io::Error::other)?.for_each(drop);
+        }
+        Ok(())
+    }
+
     /// Only pages that are present, and with discards shut out, so that it cannot become a fault.
     fn populate(&self, item: &Item) -> Option<Outcome> {
         let (run, range) = self.guest_range(item)?;
@@ -440,7 +473,7 @@ mod tests {
         fn end(self) -> u64 {
             drop(self.socket);
             match self.agent.join().unwrap() {
-                Ended::Closed { malformed } => malformed,
+                Ended::Closed { malformed } | Ended::GivenBack { malformed } => malformed,
                 Ended::Failed(error) => panic!("{error}"),
             }
         }
@@ -681,6 +714,26 @@ mod tests {
         fdpass::send(&bench.socket, b"with a descriptor", &[bench.socket.as_fd()]).unwrap();
         assert_eq!(bench.one(Op::MoveOut, 0, 0, 1), Outcome { done: 1, stop: None });
         assert_eq!(bench.end(), 7);
+    }
+
+    #[test]
+    fn a_discard_whose_event_nobody_has_read_when_the_memory_is_given_back_comes_to_its_end() {
+        let Some(mut bench) = Bench::new() else { return };
+        let memory = Arc::clone(&bench.memory);
+        let discard = thread::spawn(move || memory.discard(Gpa(0), 2 * PAGE));
+        let mut ready = [PollFd::new(&bench.managed().ram, PollFlags::IN)];
+        assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+        assert_eq!(bench.one(Op::Unwatch, 0, 0, 512), Outcome { done: 512, stop: None });
+        assert!(!discard.is_finished());
+        fdpass::send(&bench.socket, &Welcome::GivenBack.encode(), &[]).unwrap();
+        discard.join().unwrap().unwrap();
+        // From now on a page that is not there is the kernel's to bring, and a discard is nobody's business.
+        let memory = Arc::clone(&bench.memory);
+        memory.discard(Gpa(3 * PAGE), PAGE).unwrap();
+        assert_eq!([0, 3, 4].map(|page| memory.read_u64(Gpa(page * PAGE)).unwrap()), [0, 0, 4000]);
+        let Bench { socket, agent, .. } = bench;
+        assert!(matches!(agent.join().unwrap(), Ended::GivenBack { malformed: 0 }));
+        drop(socket);
     }
 
     #[test]

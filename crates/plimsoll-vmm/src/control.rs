@@ -83,6 +83,8 @@ pub enum Event {
     },
     /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
     ManagerLost,
+    /// The manager has given the machine back: all its pages are here, and the kernel serves it from now on.
+    GivenBack,
     /// A command made no sense.
     Error {
         /// Why.

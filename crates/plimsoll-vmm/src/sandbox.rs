@@ -153,6 +153,8 @@ fn free_calls() -> Vec<i64> {
         libc::SYS_writev,
         // The agent reads its own page map, opened before.
         libc::SYS_pread64,
+        // It reads the last events of memory that was given back.
+        libc::SYS_preadv2,
         // Mutexes, condition variables, joining.
         libc::SYS_futex,
         // Sleeping vCPUs and waiting kicks.

@@ -295,6 +295,9 @@ fn hand_over(config: &VmmConfig, memory: &Memory, socket: OwnedFd) -> Result<Acc
             Ok(Accepted { machine, epoch, sockets })
         }
         Welcome::Refused { reason } => Err(wire::WireError::Refused { reason }.into()),
+        Welcome::GivenBack => {
+            Err(wire::WireError::Refused { reason: "it was given back at once".to_owned() }.into())
+        }
     }
 }
 

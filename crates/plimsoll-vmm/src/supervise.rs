@@ -54,6 +54,8 @@ pub enum ManagerEnd {
     Present,
     /// It closed its socket, or the socket failed.
     Lost,
+    /// It gave the machine back, with all its pages.
+    GivenBack,
 }
 
 /// A running machine.
@@ -234,10 +236,11 @@ impl Supervisor {
     fn look(&mut self) -> Result<(), VmmError> {
         let ended: Vec<_> = self.agents.extract_if(.., |agent| agent.is_finished()).collect();
         for agent in ended {
-            self.join(agent)?;
+            let end = self.join(agent)?;
             if self.manager == ManagerEnd::Present {
-                self.manager = ManagerEnd::Lost;
-                self.send(&Event::ManagerLost)?;
+                self.manager = end;
+                let is_given_back = end == ManagerEnd::GivenBack;
+                self.send(if is_given_back { &Event::GivenBack } else { &Event::ManagerLost })?;
             }
         }
         for (vcpu, answer) in self.machine.answers() {
@@ -290,13 +293,16 @@ impl Supervisor {
         Ok(self.malformed)
     }
 
-    fn join(&mut self, agent: JoinHandle<agent::Ended>) -> Result<(), VmmError> {
-        match agent.join() {
-            Ok(agent::Ended::Closed { malformed }) => self.malformed += malformed,
+    /// What an agent that has ended knows of its manager.
+    fn join(&mut self, agent: JoinHandle<agent::Ended>) -> Result<ManagerEnd, VmmError> {
+        let (end, malformed) = match agent.join() {
+            Ok(agent::Ended::Closed { malformed }) => (ManagerEnd::Lost, malformed),
+            Ok(agent::Ended::GivenBack { malformed }) => (ManagerEnd::GivenBack, malformed),
             Ok(agent::Ended::Failed(error)) => return Err(VmmError::Handover(error)),
             Err(_) => return Err(VmmError::Handover(io::Error::other("the agent's thread panicked"))),
-        }
-        Ok(())
+        };
+        self.malformed += malformed;
+        Ok(end)
     }
 }
 

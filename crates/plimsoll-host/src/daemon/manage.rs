@@ -1,7 +1,7 @@
 //! The manager's process: takes over what the keeper has, takes machines, answers an operator.
 //!
 //! Enters: settings, and the keeper's socket. Leaves: managed machines, until the process is killed, which may be at any instant, or
-//! is told to stop while it has none. What must never happen: a VMM, or somebody on a socket, keeping this thread waiting.
+//! is told to stop and has given its machines back. What must never happen: a VMM, or somebody on a socket, keeping this thread waiting.
 //! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one.
 use super::milestones::{Milestones, now_ns};
 use super::status::{Answer, DomainStatus, MachineStatus, Request, Status};
@@ -20,6 +20,7 @@ use plimsoll_linux::uffd::manager::{MachineView, Manager, Membership, Meter, Vau
 use plimsoll_linux::uffd::probe::Probe;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::fdpass;
+use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_sys::{ProcessId, process};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -29,6 +30,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::collections::VecDeque;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -48,6 +50,9 @@ const LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 const SIGN_PERIOD: Duration = Duration::from_secs(1);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 const INCIDENTS_MAX: usize = 100;
+/// How long machines are given to come home before the daemon goes on with them, and the bytes that add a second to that.
+const PARTING_PATIENCE: Duration = Duration::from_secs(60);
+const PARTING_PACE: u64 = 64 << 20;
 /// The longest request.
 const REQUEST_MAX: usize = 4096;
 const GROUP: GroupId = GroupId(1);
@@ -164,9 +169,11 @@ struct Session<'a> {
     is_alone: bool,
     /// When the keeper was told last that this manager lives.
     told: Instant,
+    /// By when the machines must have been given back, while they are.
+    parting: Option<Instant>,
 }
 
-/// Manages machines until the process is killed, or told to stop when it has none. `keeper` is the number of the
+/// Manages machines until the process is killed, or told to stop and without any. `keeper` is the number of the
 /// descriptor under which the keeper's socket was inherited.
 ///
 /// # Errors
@@ -195,8 +202,10 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
                 Left::Nothing => break,
                 Left::Ending => {}
                 Left::Machines if is_told => {
-                    is_told = false;
-                    session.refuse_to_stop();
+                    if let Err(refusal) = session.part() {
+                        is_told = false;
+                        session.tell(refusal);
+                    }
                 }
                 Left::Machines => {}
             }
@@ -258,6 +267,7 @@ impl<'a> Session<'a> {
             serving_ns,
             is_alone: false,
             told: Instant::now(),
+            parting: None,
         })
     }
 
@@ -319,6 +329,10 @@ impl<'a> Session<'a> {
     }
 
     fn take(&mut self, handover: Handover) -> Result<(), String> {
+        if self.parting.is_some() {
+            handover.refuse("the daemon is stopping".to_owned());
+            return Err("a machine was turned away: the daemon is stopping".to_owned());
+        }
         let domain = match self.settings.sharing {
             Sharing::Together => DomainId(0),
             Sharing::Apart => DomainId(self.manager.next_id().0),
@@ -398,20 +412,60 @@ impl<'a> Session<'a> {
         if machines.is_empty() { Left::Nothing } else { Left::Ending }
     }
 
-    /// A guest whose manager goes for good stalls, so one that has pages elsewhere is not left.
-    fn refuse_to_stop(&mut self) {
+    /// Gives the machines back, a step at a time: a guest whose manager goes for good would stall at what is elsewhere. Says why
+    /// where that cannot be; they are managed as before then.
+    fn part(&mut self) -> Result<(), String> {
         let machines = self.manager.machines();
-        let elsewhere =
-            |view: &MachineView| view.stats.limbo.bytes() + view.stats.census.of(StateKind::Stored).bytes();
+        let elsewhere = |view: &MachineView| view.stats.census.of(StateKind::Stored).bytes();
         let away: ByteCount = machines.iter().map(elsewhere).sum();
+        let due = match self.parting {
+            Some(due) => due,
+            None => self.begin_parting(&machines, away)?,
+        };
+        if Instant::now() >= due {
+            self.parting = None;
+            machines.iter().for_each(|view| self.manager.go_home(view.id, false));
+            return Err(format!(
+                "not stopped: {away} of {} machines are still elsewhere; they are managed as before",
+                machines.len()
+            ));
+        }
+        for view in machines {
+            self.manager.let_go(view.id);
+        }
+        Ok(())
+    }
+
+    fn begin_parting(&mut self, machines: &[MachineView], away: ByteCount) -> Result<Instant, String> {
+        let unmanaged = self.manager.unmanaged();
+        if unmanaged > 0 {
+            return Err(format!(
+                "not stopped: {unmanaged} machines could not be taken over and wait for the next manager; end them first"
+            ));
+        }
         let used = self.used.now();
         let room = self.settings.budget.saturating_sub(used);
-        self.tell(format!(
-            "not stopped: {} machines run, and {away} of their memory are elsewhere; the budget of {} has {room} left \
-             ({used} in use); end the machines first",
-            machines.len() + self.manager.unmanaged(),
-            self.settings.budget,
-        ));
+        let running = machines.len();
+        if away > room {
+            return Err(format!(
+                "not stopped: {running} machines run, and {away} of their memory are stored; the budget of {} has {room} \
+                 left ({used} in use) for giving them back; end machines first",
+                self.settings.budget,
+            ));
+        }
+        let available = fs::read_to_string("/proc/meminfo").ok();
+        let available = available.and_then(|text| parse_meminfo(&text, "MemAvailable"));
+        if let Some(available) = available.filter(|available| away > *available) {
+            return Err(format!(
+                "not stopped: {running} machines run, and {away} of their memory are stored; the host has {available} \
+                 available for giving them back; end machines first"
+            ));
+        }
+        machines.iter().for_each(|view| self.manager.go_home(view.id, true));
+        self.tell(format!("stopping: {running} machines are given back, {away} of them from the store"));
+        let due = Instant::now() + PARTING_PATIENCE + Duration::from_secs(away.0 / PARTING_PACE);
+        self.parting = Some(due);
+        Ok(due)
     }
 
     fn status(&self) -> Status {

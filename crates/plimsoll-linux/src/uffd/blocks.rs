@@ -166,7 +166,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// Forgets faults whose waiters have been woken with the pages of the run.
-    fn settle_faults_of(&mut self, run: Run) {
+    pub(super) fn settle_faults_of(&mut self, run: Run) {
         let pages = run.first.0..run.first.0 + run.pages;
         self.pending.retain(|fault| !pages.contains(&fault.page.0));
     }

@@ -26,6 +26,8 @@ pub(super) enum End {
     Gone,
     /// The manager is stopping, or a test killed the pager: the machine waits for the next manager.
     Left,
+    /// All of the machine is its VMM's again.
+    GivenBack,
 }
 
 /// Runs a pager until its machine ends or its manager does.
@@ -34,7 +36,12 @@ pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) 
     let result = result.and_then(|()| turns(&mut pager, controls));
     *controls.stats.lock() = pager.stats().clone();
     match result {
-        Ok(()) | Err(PagerError::Killed(_)) => return End::Left,
+        Ok(Turned::LetGo) => {
+            *controls.stats.lock() = pager.bury();
+            controls.is_given_back.store(true, Ordering::Release);
+            return End::GivenBack;
+        }
+        Ok(Turned::Stopped) | Err(PagerError::Killed(_)) => return End::Left,
         Err(PagerError::Space(SpaceError::Gone)) => {}
         Err(error) => {
             pager.report_lost(explain(&error));
@@ -49,7 +56,15 @@ pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) 
     End::Gone
 }
 
-fn turns(pager: &mut LinuxPager, controls: &Controls) -> Result<(), PagerError> {
+/// Why a pager takes no more turns.
+enum Turned {
+    /// The manager is stopping.
+    Stopped,
+    /// Its machine was let go.
+    LetGo,
+}
+
+fn turns(pager: &mut LinuxPager, controls: &Controls) -> Result<Turned, PagerError> {
     let mut gaps = Gaps::new();
     let result = turns_until_the_end(pager, controls, &mut gaps);
     gaps.end(pager.host().watchfulness());
@@ -60,10 +75,15 @@ fn turns_until_the_end(
     pager: &mut LinuxPager,
     controls: &Controls,
     gaps: &mut Gaps,
-) -> Result<(), PagerError> {
+) -> Result<Turned, PagerError> {
     let mut published = Instant::now();
     while !controls.orders.stop.load(Ordering::Relaxed) {
         let turn = pager.turn()?;
+        let orders = &controls.orders;
+        let is_to_go = orders.let_go.load(Ordering::Relaxed) && orders.is_home.load(Ordering::Relaxed);
+        if is_to_go && pager.let_go()? {
+            return Ok(Turned::LetGo);
+        }
         if published.elapsed() >= PUBLISH_PERIOD {
             *controls.stats.lock() = pager.stats().clone();
             published = Instant::now();
@@ -81,7 +101,7 @@ fn turns_until_the_end(
             return Err(SpaceError::Gone.into());
         }
     }
-    Ok(())
+    Ok(Turned::Stopped)
 }
 
 /// Waits until there is something to do, awake for a moment where that pays. True when the VMM has ended.

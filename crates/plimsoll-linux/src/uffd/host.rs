@@ -217,6 +217,12 @@ pub struct Orders {
     pub park: AtomicBool,
     /// The machine is about to go on: its working set is to be brought back.
     pub wake: AtomicBool,
+    /// Everything of the machine is to come back into its RAM, and nothing more to be taken.
+    pub go_home: AtomicBool,
+    /// The pager's answer: nothing of the machine is elsewhere.
+    pub is_home: AtomicBool,
+    /// The machine is to be left to its VMM.
+    pub let_go: AtomicBool,
     /// The pager should end.
     pub stop: AtomicBool,
 }

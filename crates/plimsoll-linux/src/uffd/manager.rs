@@ -449,6 +449,7 @@ impl Manager {
             stats: Arc::new(Mutex::new(pager.stats().clone())),
             sabotage: Arc::clone(sabotage),
             is_buried: Arc::default(),
+            is_given_back: Arc::default(),
             custody: Arc::clone(&shard.custody),
         };
         let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
@@ -527,7 +528,27 @@ impl Manager {
         }
     }
 
-    /// True once the machine's VMM has ended and everything of it has been freed.
+    /// Has everything of the machine brought back into its RAM, and nothing more taken from it; or, with `false`, goes on
+    /// with it as before, unless it was [let go](Self::let_go).
+    pub fn go_home(&self, id: MachineId, is_to: bool) {
+        if let Some(running) = self.machines.get(&id).filter(|running| !running.is_let_go()) {
+            running.order(|orders| orders.go_home.store(is_to, Ordering::Relaxed));
+        }
+    }
+
+    /// True once nothing of a machine that was told to [`go_home`](Self::go_home) is elsewhere.
+    pub fn is_home(&self, id: MachineId) -> bool {
+        self.machines.get(&id).is_some_and(Running::is_home)
+    }
+
+    /// Leaves a machine that [`is_home`](Self::is_home) to its VMM, for good; false if it is not. It goes on without us, and
+    /// is gone here when [`forget_gone`](Self::forget_gone) names it.
+    pub fn let_go(&self, id: MachineId) -> bool {
+        let running = self.machines.get(&id).filter(|running| running.is_home());
+        running.map(|running| running.order(|orders| orders.let_go.store(true, Ordering::Relaxed))).is_some()
+    }
+
+    /// True once the machine's VMM has ended, or is alone with it, and everything of it has been freed.
     pub fn is_gone(&self, id: MachineId) -> bool {
         let is_waiting = |kept: &MachineVault| kept.id == id && !kept.has_ended();
         !self.unmanaged.iter().any(is_waiting) && self.machines.get(&id).is_none_or(Running::is_buried)
@@ -538,6 +559,8 @@ impl Manager {
         if self.is_gone(id)
             && let Some(running) = self.machines.remove(&id)
         {
+            // Before it is struck: a manager that dies between the two leaves the next one a machine that it cannot have.
+            running.part();
             self.strike(id);
             for shard in running.shards {
                 let _ = shard.thread.join();

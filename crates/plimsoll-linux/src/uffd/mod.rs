@@ -54,6 +54,8 @@
 //!
 //! Nothing is taken from a block between 1 and 5.
 //!
+//! *Giving a machine back* for good: `giveback.rs`.
+//!
 //! *A discard* (`MADV_DONTNEED` in the VMM: a balloon, free page reporting). The kernel queues an event and holds the
 //! discarder until the pager has read it. Then the discarder goes on, and the pages go away at some later moment. The
 //! pager applies the event to the words before it does anything else, and only then looks at faults.
@@ -136,6 +138,7 @@ mod ahead;
 mod blocks;
 mod drive;
 pub mod estate;
+mod giveback;
 pub mod governor;
 pub mod handover;
 pub mod host;

@@ -137,6 +137,8 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) store_was_full: bool,
     /// Rounds of the replacement's hand, one after the other, that found nothing to take.
     pub(super) barren_rounds: u32,
+    /// The page at which bringing the machine home goes on.
+    pub(super) homeward: u32,
 }
 
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
@@ -174,6 +176,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             refaulted: None,
             store_was_full: false,
             barren_rounds: 0,
+            homeward: 0,
         }
     }
 
@@ -190,7 +193,12 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.replay();
         }
         let served = self.serve()?;
-        let worked = self.bring()? | self.reclaim(served)?;
+        let worked = if self.orders.go_home.load(Ordering::Relaxed) {
+            self.come_home()?
+        } else {
+            self.stay();
+            self.bring()? | self.reclaim(served)?
+        };
         self.watch_quiet();
         self.settle()?;
         self.tell();
@@ -416,17 +424,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
             return Ok(Served::NoMemory);
         }
-        match source {
-            Source::Limbo(at) => self.space.read_slots(at, &mut self.buffer[..1])?,
-            Source::Stored(object) => {
-                if let Err(cause) = self.load(object, 0) {
-                    return self.lose(page, cause);
-                }
-            }
-            Source::Zero => self.buffer[0].fill(0),
-            Source::File(offset) => return self.lose(page, format!("no snapshot file holds page {offset}")),
+        if let Err(cause) = self.read(source)? {
+            return self.lose(page, cause);
         }
-        self.reached(Step::SourceRead)?;
         let installed = self.space.copy(page, &self.buffer[..1])?;
         let is_done = installed.stop.is_none();
         let served = self.finish(page, installed)?;
@@ -445,6 +445,23 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(served)
     }
 
+    /// Reads a page's bytes into the buffer's first place, or says why they are lost.
+    pub(super) fn read(&mut self, source: Source) -> Result<Result<(), String>, PagerError> {
+        let read = match source {
+            Source::Limbo(at) => self.space.read_slots(at, &mut self.buffer[..1]).map(Ok)?,
+            Source::Stored(object) => self.load(object, 0),
+            Source::Zero => {
+                self.buffer[0].fill(0);
+                Ok(())
+            }
+            Source::File(offset) => Err(format!("no snapshot file holds page {offset}")),
+        };
+        if read.is_ok() {
+            self.reached(Step::SourceRead)?;
+        }
+        Ok(read)
+    }
+
     /// Reads a stored page into the buffer.
     pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<(), String> {
         let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
@@ -455,7 +472,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// Marks what was installed, and decides what a stop means.
-    fn finish(&mut self, first: PageIndex, installed: Installed) -> Result<Served, PagerError> {
+    pub(super) fn finish(&mut self, first: PageIndex, installed: Installed) -> Result<Served, PagerError> {
         self.reached(Step::Copied)?;
         for page in (first.0..first.0 + installed.pages).map(PageIndex) {
             self.mark_installed(page)?;
@@ -485,7 +502,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// The page's bytes are lost: from now on a touch fails, and the operator is told.
-    fn lose(&mut self, page: PageIndex, cause: String) -> Result<Served, PagerError> {
+    pub(super) fn lose(&mut self, page: PageIndex, cause: String) -> Result<Served, PagerError> {
         if let Released::Object(object) = self.machine.poisoned(page)? {
             self.release(object);
         }
@@ -494,7 +511,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.poison(page)
     }
 
-    fn poison(&mut self, page: PageIndex) -> Result<Served, PagerError> {
+    pub(super) fn poison(&mut self, page: PageIndex) -> Result<Served, PagerError> {
         match self.space.poison(page)?.stop {
             None => {}
             Some(InstallStop::Present) => self.space.wake(page, 1)?,

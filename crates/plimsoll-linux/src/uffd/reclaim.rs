@@ -359,7 +359,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// Gives back memory that no word names.
-    fn zap(&mut self) -> Result<(), PagerError> {
+    pub(super) fn zap(&mut self) -> Result<(), PagerError> {
         let runs = self.machine.zap_runs(ITEMS_MAX);
         let items: Vec<Item> = runs.iter().map(|(at, pages)| Item::new(PageIndex(0), *at, *pages)).collect();
         self.space.zap(&items)?;

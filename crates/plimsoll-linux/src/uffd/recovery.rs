@@ -73,14 +73,22 @@ pub fn take_over<S: Space, W: Words>(
 
 /// Registers every block: which of them the earlier manager had left to the kernel shows in no word for certain.
 fn watch_all<S: Space>(space: &mut S, layout: &GuestLayout) -> Result<(), PagerError> {
-    let mut first = PageIndex(0);
-    for region in layout.regions() {
-        let pages = u32::try_from(region.bytes.pages_floor().0).unwrap_or(u32::MAX);
-        if let Some(stop) = space.watch(Run { first, pages })?.stop {
-            let cause = format!("{stop:?}");
-            return Err(SpaceError::Call { call: "watch", first: first.0, pages, cause }.into());
+    for run in regions(layout) {
+        if let Some(stop) = space.watch(run)?.stop {
+            let (first, pages, cause) = (run.first.0, run.pages, format!("{stop:?}"));
+            return Err(SpaceError::Call { call: "watch", first, pages, cause }.into());
         }
-        first.0 += pages;
     }
     Ok(())
+}
+
+/// The pages of each region.
+pub(super) fn regions(layout: &GuestLayout) -> impl Iterator<Item = Run> {
+    let mut next = 0;
+    layout.regions().iter().map(move |region| {
+        let first = PageIndex(next);
+        let pages = u32::try_from(region.bytes.pages_floor().0).unwrap_or(u32::MAX);
+        next += pages;
+        Run { first, pages }
+    })
 }

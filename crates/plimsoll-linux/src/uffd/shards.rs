@@ -9,6 +9,7 @@ use super::host::{Host, Orders};
 use super::linux_space::Custody;
 use super::manager::Membership;
 use super::stats::MachineStats;
+use super::wire::Welcome;
 use parking_lot::Mutex;
 use plimsoll_core::ledger::Terms;
 use plimsoll_core::map::Words;
@@ -164,6 +165,8 @@ pub(super) struct Controls {
     pub(super) sabotage: Arc<AtomicBool>,
     /// The VMM has ended and everything of the shard has been freed.
     pub(super) is_buried: Arc<AtomicBool>,
+    /// All of the shard is the VMM's again, and everything that was kept for it has been freed.
+    pub(super) is_given_back: Arc<AtomicBool>,
     pub(super) custody: Arc<Custody>,
 }
 
@@ -232,7 +235,33 @@ impl Running {
 
     /// True once everything of every shard has been freed.
     pub(super) fn is_buried(&self) -> bool {
-        self.shards.iter().all(|shard| shard.controls.is_buried.load(Ordering::Acquire))
+        let is_freed = |controls: &Controls| {
+            controls.is_buried.load(Ordering::Acquire) || controls.is_given_back.load(Ordering::Acquire)
+        };
+        self.shards.iter().all(|shard| is_freed(&shard.controls))
+    }
+
+    /// True once nothing of the machine is elsewhere, as far as its pagers have been told to see to that.
+    pub(super) fn is_home(&self) -> bool {
+        self.shards.iter().all(|shard| shard.controls.orders.is_home.load(Ordering::Acquire))
+    }
+
+    /// True once its pagers have been told to leave it: some may have, so there is no way back.
+    pub(super) fn is_let_go(&self) -> bool {
+        self.shards.iter().any(|shard| shard.controls.orders.let_go.load(Ordering::Relaxed))
+    }
+
+    /// Tells the VMM, shard by shard in their order, that it is alone with its memory. True if it is.
+    pub(super) fn part(&self) -> bool {
+        let is_given_back = |shard: &Shard| shard.controls.is_given_back.load(Ordering::Acquire);
+        if !self.shards.iter().all(is_given_back) {
+            return false;
+        }
+        for shard in &self.shards {
+            // One that has ended needs no telling.
+            let _ = shard.controls.custody.tell(&Welcome::GivenBack.encode(), &[]);
+        }
+        true
     }
 
     /// Gives every pager an order and wakes it.

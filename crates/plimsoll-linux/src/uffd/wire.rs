@@ -22,6 +22,9 @@
 //!  |--------------------------------------->|
 //! ```
 //!
+//! A manager that gives a machine back says so with a `Welcome` of that status on each shard's socket, when all of it is
+//! unregistered, and closes the socket.
+//!
 //! The agent answers every request in the order received and does nothing of its own accord. A request carries the
 //! manager's *epoch*. `SetEpoch` raises it; because the socket is ordered, the answer to `SetEpoch` proves that
 //! everything queued by an earlier manager has been done or refused, and from then on the agent refuses every item of
@@ -429,6 +432,8 @@ pub enum Welcome {
         /// Why, for the operator.
         reason: String,
     },
+    /// To an agent: the machine is its VMM's alone from now on.
+    GivenBack,
 }
 
 fn fixed_text<const N: usize>(text: &str) -> [u8; N] {
@@ -568,6 +573,7 @@ impl Welcome {
         let (status, epoch, machine, reason) = match self {
             Self::Accepted { machine, epoch } => (0, *epoch, *machine, ""),
             Self::Refused { reason } => (1, 0, 0, reason.as_str()),
+            Self::GivenBack => (2, 0, 0, ""),
         };
         RawWelcome {
             magic: MAGIC,
@@ -595,10 +601,11 @@ impl Welcome {
         if raw.version != VERSION {
             return Err(WireError::Version { found: raw.version });
         }
-        if raw.status == 0 {
-            return Ok(Self::Accepted { machine: raw.machine, epoch: raw.epoch });
-        }
-        Ok(Self::Refused { reason: text_of(&raw.reason).ok_or(WireError::Name)? })
+        Ok(match raw.status {
+            0 => Self::Accepted { machine: raw.machine, epoch: raw.epoch },
+            2 => Self::GivenBack,
+            _ => Self::Refused { reason: text_of(&raw.reason).ok_or(WireError::Name)? },
+        })
     }
 }
 

@@ -172,7 +172,9 @@ pub(crate) struct State {
     pub(crate) is_calm: bool,
     /// Managers and agent may end.
     pub(crate) is_over: bool,
-    /// Pages discarded so far, with an event.
+    /// The machine is being given back, or was: then words say what was there when it was.
+    pub(crate) is_leaving: bool,
+    /// Pages discarded so far, of which words tell something else.
     pub(crate) discarded_pages: u64,
     /// Bytes the guest may see.
     pub(crate) expected: Vec<Expected>,
@@ -304,6 +306,7 @@ impl Kernel {
             epoch: 0,
             is_calm: false,
             is_over: false,
+            is_leaving: false,
             discarded_pages: 0,
             expected: vec![Expected::untouched(); pages as usize],
             words,
@@ -330,6 +333,29 @@ impl Kernel {
     /// A manager waits until the answer is not `None`.
     pub(crate) fn manager_waits<T>(&self, mut look: impl FnMut(&mut State) -> Option<T>) -> T {
         Self::wait(self.state(), &self.managers, &mut look)
+    }
+
+    /// The VMM is alone with the machine: it reads events for those who wait for that, and nobody learns of them.
+    pub(crate) fn is_alone_until(&self, is_over: impl Fn() -> bool) {
+        loop {
+            let goes_on = self.manager_waits(|state| match (state.has_event(), is_over()) {
+                (true, _) => Some(true),
+                (false, is_over) => is_over.then_some(false),
+            });
+            let mut state = self.state();
+            if !goes_on {
+                return;
+            }
+            assert!(
+                state.faults.is_empty(),
+                "model: somebody waits for a page of a machine that is given back"
+            );
+            for discard in &mut state.discards {
+                discard.notice = if discard.notice == Notice::Unread { Notice::Read } else { discard.notice };
+            }
+            drop(state);
+            self.ring();
+        }
     }
 
     /// The agent waits until the answer is not `None`.
@@ -416,9 +442,11 @@ impl Kernel {
             let ticket = state.ticket();
             let writes = state.expected[range.clone()].iter_mut().map(Expected::discarding).collect();
             let notice = if is_heard { Notice::Unread } else { Notice::Silent };
+            if is_heard || state.is_leaving {
+                state.discarded_pages += u64::from(pages);
+            }
             if is_heard {
                 state.changing += 1;
-                state.discarded_pages += u64::from(pages);
                 state.note("discard queued", first, pages);
             } else {
                 SEEN.silent.fetch_add(1, Ordering::Relaxed);

@@ -20,6 +20,7 @@
 //! * A slot page is zapped, by this manager or a dead one, and used again.
 //! * A block is left to the kernel while vCPUs wait in it, a discard of it is queued, or the manager dies.
 //! * A block is watched again while a discard that nobody hears of is taking pages out of it.
+//! * A machine is given back while its guest works, and taken over again because nobody was told.
 //! * A block that was taken whole has a page discarded, or is moved back half way, or was when the manager died.
 //!
 //! # What is not modelled
@@ -40,7 +41,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler};
 use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use world::{Plan, SEEN, Start};
+use world::{Parting, Plan, SEEN, Start};
 
 mod agent;
 mod content;
@@ -168,6 +169,25 @@ fn a_manager_killed_at_any_step_loses_no_block() {
         let fates = (0..2).map(|_| fate(&mut random)).collect();
         Plan { discards: one_in(2), fates, ..with_blocks() }
     });
+}
+
+#[test]
+fn a_machine_that_is_given_back_has_every_page_and_so_has_whoever_takes_it_over_again() {
+    explore(250, || Plan { discards: one_in(2), parting: Parting::WhenHome, steps: 24, ..Plan::default() });
+    explore(250, || {
+        let mut random = thread_rng();
+        let fate = |random: &mut shuttle::rand::rngs::ThreadRng| match random.gen_range(0..3) {
+            0 => Fate::DiesIn(random.gen_range(1..60)),
+            1 => Fate::DiesAt(any_step(), random.gen_range(1..8)),
+            _ => Fate::DiesAt(Step::Unwatched, 1),
+        };
+        let fates = (0..2).map(|_| fate(&mut random)).collect();
+        Plan { discards: one_in(2), parting: Parting::WhenHome, fates, ..with_blocks() }
+    });
+    assert_seen(&[
+        ("a machine given back", &SEEN.given_back),
+        ("a touch served by the kernel", &SEEN.filled),
+    ]);
 }
 
 #[test]
@@ -310,6 +330,11 @@ fn a_take_over_that_overlooks_the_airlock_is_noticed() {
 fn with_blocks() -> Plan {
     let (layout, airlock) = (GuestLayout::dense(3), Shape { slots: 3, slot_pages: 3 });
     Plan { start: Start::Writing, layout, airlock, pages: 3, steps: 20, ..Plan::default() }
+}
+
+#[test]
+fn a_machine_given_back_before_it_is_home_is_noticed() {
+    assert_noticed(Flaw::None, || Plan { parting: Parting::TooEarly, steps: 24, ..Plan::default() });
 }
 
 #[test]

@@ -62,6 +62,8 @@ pub(crate) struct Seen {
     pub(crate) silent: AtomicU64,
     /// Discards read again after a take-over.
     pub(crate) replayed: AtomicU64,
+    /// Machines given back, and taken over again.
+    pub(crate) given_back: AtomicU64,
 }
 
 /// Of all runs.
@@ -81,6 +83,7 @@ pub(crate) static SEEN: Seen = Seen {
     filled: AtomicU64::new(0),
     silent: AtomicU64::new(0),
     replayed: AtomicU64::new(0),
+    given_back: AtomicU64::new(0),
 };
 
 /// What guests do first.
@@ -90,6 +93,17 @@ pub(crate) enum Start {
     Anyhow,
     /// Write.
     Writing,
+}
+
+/// Whether a manager gives its machines back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parting {
+    /// No.
+    Never,
+    /// Once nothing of them is elsewhere.
+    WhenHome,
+    /// Without waiting for that: a mistake.
+    TooEarly,
 }
 
 /// How a run goes.
@@ -105,6 +119,8 @@ pub(crate) struct Plan {
     pub(crate) start: Start,
     /// Guests give pages back, too.
     pub(crate) discards: bool,
+    /// Whether every manager but the last gives its machines back to their VMMs, if it lives to.
+    pub(crate) parting: Parting,
     /// Each machine's memory.
     pub(crate) layout: GuestLayout,
     /// Pages that guests use, from the first.
@@ -127,6 +143,7 @@ impl Default for Plan {
             steps: 12,
             start: Start::Anyhow,
             discards: false,
+            parting: Parting::Never,
             layout: GuestLayout::dense(6),
             pages: 6,
             airlock: Shape { slots: 3, slot_pages: 6 },
@@ -176,8 +193,11 @@ impl Plan {
             let life = Arc::new(Life::new(fate, self.held_up, kernels.clone()));
             slabs = match self.start_manager(&mut vms, life, slabs, epoch) {
                 Ok((office, pagers)) => {
-                    let pagers = drive_all(&vms, &office, pagers);
-                    if office.life.is_alive() {
+                    // Whoever has given a machine back is followed as if it had died before anybody was told.
+                    let is_last = epoch > self.fates.len() as u64;
+                    let parting = if is_last { Parting::Never } else { self.parting };
+                    let pagers = drive_all(&vms, &office, pagers, parting);
+                    if office.life.is_alive() && parting == Parting::Never {
                         break (office, pagers);
                     }
                     bequeath(&mut vms, office, pagers)
@@ -452,19 +472,34 @@ mod deaf {
 }
 
 /// Runs a manager's pagers, each on its thread, until all guests are done or the manager is killed.
-fn drive_all(vms: &[Vm], office: &Office, pagers: Vec<SimPager>) -> Vec<SimPager> {
+fn drive_all(vms: &[Vm], office: &Office, pagers: Vec<SimPager>, parting: Parting) -> Vec<SimPager> {
     let threads = vms.iter().zip(pagers).map(|(vm, pager)| {
         let (life, kernel, orders) =
             (Arc::clone(&office.life), Arc::clone(&vm.kernel), Arc::clone(&vm.orders));
-        thread::spawn(move || drive(pager, &life, &kernel, &orders))
+        thread::spawn(move || drive(pager, &life, &kernel, &orders, parting))
     });
     let threads: Vec<_> = threads.collect();
     threads.into_iter().map(|thread| thread.join().expect("pagers do not fail quietly")).collect()
 }
 
-fn drive(mut pager: SimPager, life: &Life, kernel: &Kernel, orders: &Orders) -> SimPager {
+fn drive(mut pager: SimPager, life: &Life, kernel: &Kernel, orders: &Orders, parting: Parting) -> SimPager {
     let mut next = pager.resume().map(|()| Turn::Busy);
     loop {
+        let leaves = match parting {
+            Parting::Never => false,
+            Parting::WhenHome => orders.is_home.load(Ordering::Relaxed),
+            Parting::TooEarly => orders.go_home.load(Ordering::Relaxed),
+        };
+        if leaves && one_in(2) {
+            let gone = pager.let_go();
+            let is_gone = matches!(gone, Ok(true));
+            next = gone.map(|_| Turn::Busy);
+            if is_gone {
+                SEEN.given_back.fetch_add(1, Ordering::Relaxed);
+                kernel.is_alone_until(|| orders.stop.load(Ordering::Relaxed) || !life.is_alive());
+                return pager;
+            }
+        }
         match next {
             Err(error) => {
                 assert!(!life.is_alive(), "model: the pager failed: {error:?}");
@@ -486,6 +521,10 @@ fn drive(mut pager: SimPager, life: &Life, kernel: &Kernel, orders: &Orders) -> 
         let is_spared = pager.machine().is_unwatched(BlockIndex(0)) && !one_in(6);
         let want = if is_spared || one_in(4) { 0 } else { 1000 };
         let is_stopping = orders.stop.load(Ordering::Relaxed);
+        if parting != Parting::Never && one_in(8) {
+            kernel.state().is_leaving = true;
+            orders.go_home.store(true, Ordering::Relaxed);
+        }
         orders.reclaim.store(if is_stopping { 0 } else { want }, Ordering::Relaxed);
         next = pager.turn();
     }
@@ -495,6 +534,8 @@ fn drive(mut pager: SimPager, life: &Life, kernel: &Kernel, orders: &Orders) -> 
 fn bequeath(vms: &mut [Vm], office: Office, pagers: Vec<SimPager>) -> HeapSlabs {
     for (vm, mut pager) in vms.iter_mut().zip(pagers) {
         point();
+        vm.orders.go_home.store(false, Ordering::Relaxed);
+        vm.orders.is_home.store(false, Ordering::Relaxed);
         let stats = pager.stats().clone();
         check_anomalies(vm, &stats);
         vm.missing += stats.anomalies.missing;

@@ -140,6 +140,8 @@ pub(crate) struct State {
     pub(crate) ordered: Vec<u64>,
     /// Whether the machine was told that it has no manager any more.
     pub(crate) manager_lost: bool,
+    /// Whether it was told that it is its own again.
+    pub(crate) is_given_back: bool,
 }
 
 /// A machine and its process.
@@ -243,6 +245,7 @@ fn collect(events: UnixStream, state: &Mutex<State>) {
             }
             Event::Died { reason, .. } => state.died = Some(reason),
             Event::ManagerLost => state.manager_lost = true,
+            Event::GivenBack => state.is_given_back = true,
             Event::Error { message } => state.died = Some(message),
             Event::Started { ram, .. } => state.ram = ram,
             Event::Merging { refused, .. } => {

@@ -11,6 +11,7 @@ mod balloon;
 mod crash;
 mod evict;
 mod fleet;
+mod giveback;
 mod handover;
 mod hostile;
 mod impostor;
@@ -29,7 +30,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 25] = [
+const TESTS: [Test; 28] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
     ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
@@ -51,6 +52,12 @@ const TESTS: [Test; 25] = [
     ("a_live_vmm_that_closes_its_socket_is_reported_and_stays_charged", hostile::closes_and_lives),
     ("a_guest_that_touches_everything_does_not_starve_the_others", sharing::fairness),
     ("the_hard_line_holds_while_guests_populate_three_budgets", sharing::hard_line),
+    ("a_machine_that_is_given_back_goes_on_alone_with_every_page", giveback::goes_on_alone),
+    ("a_machine_that_was_to_be_given_back_and_is_not_is_managed_as_before", giveback::stays_after_all),
+    (
+        "a_manager_that_crashes_while_it_gives_back_leaves_the_machine_to_the_next",
+        giveback::is_taken_over_in_the_middle,
+    ),
     ("pages_that_ksm_has_merged_are_captured_and_come_back_right", merged::are_captured),
     ("what_the_balloon_has_is_neither_stored_nor_in_limbo", balloon::is_not_kept),
     ("a_balloon_and_taken_frames_outlive_manager_crashes_without_a_wrong_word", balloon::outlives_managers),

@@ -233,6 +233,8 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>, merging: &
             }
             Event::Died { vcpu, reason } => state.died = Some(format!("vCPU {vcpu}: {reason}")),
             Event::ManagerLost => state.died = Some("its manager is gone".to_owned()),
+            // Only a manager that ends gives machines back, and a run's is there to its end.
+            Event::GivenBack => state.died = Some("its manager has given it back".to_owned()),
             Event::Error { message } => state.died = Some(message),
             // Nobody waits for it where nothing is shared.
             Event::Merging { range, refused } => drop(merging.send(Merging { range, refused })),

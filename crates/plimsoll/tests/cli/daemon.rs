@@ -39,19 +39,38 @@ impl Drop for Directory {
 }
 
 fn start(directory: &Directory) -> Running {
-    let running = Run::new(&["daemon", "--budget", "64M", "--directory", directory.text()]).start();
+    start_with(directory, "64M")
+}
+
+fn start_with(directory: &Directory, budget: &str) -> Running {
+    let running = Run::new(&["daemon", "--budget", budget, "--directory", directory.text()]).start();
     wait_until("its manager serves", || manager_of(directory).is_some());
     running
 }
 
-/// The process of the manager that answers, if one does.
-fn manager_of(directory: &Directory) -> Option<u32> {
+/// What the manager answers, if one does.
+fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
     let socket = fdpass::seqpacket_connect(&directory.0.join("control.sock")).ok()?;
-    fdpass::send(&socket, br#"{"do":"status"}"#, &[]).ok()?;
+    fdpass::send(&socket, request.as_bytes(), &[]).ok()?;
     let mut bytes = vec![0; 64 << 10];
     let received = fdpass::recv(&socket, &mut bytes, 0).ok()??;
-    let answer: serde_json::Value = serde_json::from_slice(&bytes[..received.bytes]).unwrap();
-    u32::try_from(answer["status"]["pid"].as_u64()?).ok()
+    Some(serde_json::from_slice(&bytes[..received.bytes]).unwrap())
+}
+
+fn status_of(directory: &Directory) -> serde_json::Value {
+    ask(directory, r#"{"do":"status"}"#).unwrap()["status"].take()
+}
+
+/// The least that a machine has in the store, in bytes.
+fn stored_by_all(directory: &Directory) -> u64 {
+    let status = status_of(directory);
+    let machines = status["machines"].as_array().unwrap().iter();
+    machines.map(|machine| machine["stored_bytes"].as_u64().unwrap()).min().unwrap_or(0)
+}
+
+/// The process of the manager that answers, if one does.
+fn manager_of(directory: &Directory) -> Option<u32> {
+    u32::try_from(ask(directory, r#"{"do":"status"}"#)?["status"]["pid"].as_u64()?).ok()
 }
 
 fn exists(pid: u32) -> bool {
@@ -198,8 +217,12 @@ struct Machine {
 
 impl Machine {
     fn start(directory: &Directory) -> Self {
+        Self::that_uses(directory, 48 << 20)
+    }
+
+    fn that_uses(directory: &Directory, footprint_bytes: u64) -> Self {
         let mut spec = WorkloadSpec::new(WorkloadKind::Sweep);
-        spec.footprint_bytes = 48 << 20;
+        spec.footprint_bytes = footprint_bytes;
         spec.final_check = 1;
         let mix = Mix { zero: 10, duplicate: 10, text: 80, random: 0 };
         let workload = Workload { spec, mix, seed: 1, pool_seed: 2, pool_pages: 64 };
@@ -284,8 +307,8 @@ fn a_daemon_with_machines_refuses_to_stop_and_says_what_is_where() {
     }
     let directory = Directory::new("busy");
     let daemon = start(&directory);
-    let mut machine = Machine::start(&directory);
-    machine.verifies(1000);
+    let mut machine = Machine::that_uses(&directory, 80 << 20);
+    wait_until("what it uses is more than the budget", || stored_by_all(&directory) > 16 << 20);
     daemon.signal(Signal::TERM);
     machine.verifies(30_000);
     machine.finish();
@@ -294,5 +317,36 @@ fn a_daemon_with_machines_refuses_to_stop_and_says_what_is_where() {
     ended.expect_code(0).expect_nothing_left();
     let refusals: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("not stopped")).collect();
     let [refusal, ..] = refusals[..] else { panic!("it did not refuse: {}", ended.stderr) };
+    println!("{refusal}");
     assert!(refusal.contains("1 machines run") && refusal.contains("the budget of 64M"), "{refusal}");
+}
+
+#[test]
+fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("parting");
+    let daemon = start_with(&directory, "256M");
+    let mut machines = [(); 2].map(|()| Machine::start(&directory));
+    machines.iter_mut().for_each(|machine| machine.verifies(1000));
+    wait_until("some of both is stored", || {
+        for machine in status_of(&directory)["machines"].as_array().unwrap() {
+            let order = format!(r#"{{"do":"squeeze","machine":{},"pages":8000}}"#, machine["id"]);
+            assert_eq!(ask(&directory, &order).unwrap(), "done");
+        }
+        stored_by_all(&directory) > 1 << 20
+    });
+    daemon.signal(Signal::TERM);
+    let ended = daemon.wait();
+    ended.expect_code(0).expect_nothing_left();
+    println!("{}", ended.stderr);
+    assert!(ended.stderr.contains("stopping: 2 machines are given back"), "{}", ended.stderr);
+    for mut machine in machines {
+        // It says so before anything that comes later.
+        machine.until(|event| matches!(event, Event::GivenBack));
+        machine.verifies(30_000);
+        machine.finish();
+    }
 }

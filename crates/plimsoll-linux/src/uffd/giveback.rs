@@ -1,0 +1,131 @@
+//! Giving a machine back to its VMM: everything of it into guest RAM, and then all of it to the kernel.
+//!
+//! Enters: the manager's order to bring a machine *home*, and later the one to let go. Leaves: a machine that goes on as if
+//! nobody had ever managed it. What must never happen: a page that is unregistered while its bytes are elsewhere. The
+//! guest's next touch would find zeros.
+//!
+//! ```text
+//!  1  pagers: take nothing more, bring back what is in limbo and in the store, give the airlock back
+//!     ... a shard of which nothing is elsewhere is home, and stays so: discards and first touches need nobody's bytes ...
+//!  2  manager: all shards of the machine are home; orders them to let go
+//!  3  agents: UNREGISTER everything           waiters go on; the kernel serves touches, with zeros
+//!  4  manager: tells the VMM, shard by shard, then strikes the machine from what outlives it, and closes
+//! ```
+//!
+//! The interleavings that worry us:
+//!
+//! * **The manager dies before 4.** The next one registers everything again and looks, as at every take-over: what the guest has
+//!   put there since is found, and what it has discarded unheard is not. So until the VMM is told, nothing is final.
+//! * **It dies while it tells.** Shards are told in order and taken over in order. The first one's agent has ended, so the next
+//!   manager cannot have the machine, and registers nothing of it. It counts as lost until its VMM ends; its guest goes on.
+//! * **A discard that saw its pages registered and queues its event after 3.** Nobody of the manager reads it any more. The VMM
+//!   reads such events until no discard is left that began before (`plimsoll_vmm::agent`).
+//! * **A region cannot be unregistered**, for want of memory in the kernel. It is tried again. Meanwhile its faults are served, and
+//!   those of regions that can are nobody's: whoever waited there has gone on.
+//! * **Memory runs out on the way.** A page that is refused memory is tried again until the order is withdrawn; then the machine
+//!   is managed as before.
+use super::pager::{Pager, PagerError, Served};
+use super::probe::Step;
+use super::recovery::regions;
+use super::space::Space;
+use super::wire::Stop;
+use plimsoll_core::ledger::Purpose;
+use plimsoll_core::machine::{FaultEffect, Source};
+use plimsoll_core::map::Words;
+use plimsoll_core::word::{PageState, StateKind};
+use plimsoll_store::SlabMemory;
+use plimsoll_types::{PageCount, PageIndex};
+use std::sync::atomic::Ordering;
+
+/// Pages brought between two looks at the guest's faults.
+const BROUGHT_MAX: usize = 64;
+/// Pages looked at between two looks at the guest's faults.
+const LOOKED_MAX: u32 = 1 << 16;
+
+impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
+    /// A step of bringing the machine home. True if something was done.
+    pub(super) fn come_home(&mut self) -> Result<bool, PagerError> {
+        let limit = self.machine.layout().page_limit().0;
+        let last = limit.min(self.homeward.saturating_add(LOOKED_MAX));
+        let mut brought = 0;
+        while self.homeward < last && brought < BROUGHT_MAX {
+            let page = PageIndex(self.homeward);
+            if is_elsewhere(self.machine.state(page)?) {
+                match self.bring_home(page)? {
+                    Served::Done => brought += 1,
+                    Served::Later => return Ok(true),
+                    Served::NoMemory => return Ok(brought > 0),
+                }
+            }
+            self.homeward += 1;
+        }
+        if self.homeward < limit {
+            return Ok(true);
+        }
+        let has_residue = self.machine.airlock().residue() > PageCount(0);
+        if has_residue {
+            self.zap()?;
+        }
+        let census = self.machine.census();
+        let kinds = [StateKind::Capturing, StateKind::Limbo, StateKind::Stored, StateKind::File];
+        let is_home = !has_residue && kinds.iter().all(|kind| census.of(*kind) == PageCount(0));
+        self.orders.is_home.store(is_home, Ordering::Release);
+        Ok(has_residue)
+    }
+
+    /// Takes nothing as done: the order may be given anew.
+    pub(super) fn stay(&mut self) {
+        self.homeward = 0;
+        self.orders.is_home.store(false, Ordering::Release);
+    }
+
+    /// Bytes of limbo are in RAM already, and are not to be refused, as when they are touched.
+    fn bring_home(&mut self, page: PageIndex) -> Result<Served, PagerError> {
+        match self.machine.fault(page)? {
+            FaultEffect::Return { first, at } => self.return_block(first, at),
+            FaultEffect::Install(source) => {
+                if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
+                    return Ok(Served::NoMemory);
+                }
+                if let Err(cause) = self.read(source)? {
+                    return self.lose(page, cause);
+                }
+                let installed = self.space.copy(page, &self.buffer[..1])?;
+                self.finish(page, installed)
+            }
+            // The mark is in place of the page when the kernel is alone with it.
+            FaultEffect::Poison => self.poison(page),
+            FaultEffect::Wait => Ok(Served::Later),
+            FaultEffect::InstallIfMissing | FaultEffect::Nothing => Ok(Served::Done),
+        }
+    }
+
+    /// Leaves all of a machine that is home to the kernel. False if the kernel will not have all of it just now: to be tried
+    /// again, and until then what is left is served. Its pager has nothing to do once it is true.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub fn let_go(&mut self) -> Result<bool, PagerError> {
+        for run in regions(self.machine.layout()).collect::<Vec<_>>() {
+            match self.space.unwatch(run)?.stop {
+                // Whoever waited there has been woken.
+                None => self.settle_faults_of(run),
+                Some(Stop::StaleEpoch) => return Err(PagerError::Superseded),
+                Some(_) => return Ok(false),
+            }
+        }
+        self.reached(Step::Unwatched)?;
+        Ok(true)
+    }
+}
+
+const fn is_elsewhere(state: PageState) -> bool {
+    matches!(
+        state,
+        PageState::Capturing(_)
+            | PageState::Limbo(_)
+            | PageState::Stored(_)
+            | PageState::File(_)
+            | PageState::Poisoned
+    )
+}
