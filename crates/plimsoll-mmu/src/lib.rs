@@ -8,6 +8,7 @@
 //! * [`vtd`]: a walk as the remapping hardware does it for a device, down to the fault reason. Arm's SMMUv3 has no tables of its
 //!   own: its second stage is [`format::arm::Second`].
 //! * [`nested`]: a guest's tables through a second stage.
+//! * [`shadow`]: a guest's tables and where its memory is, as tables that need no second stage.
 //! * [`splinter`]: how many large pages two stages leave whole.
 //! * [`tlb`]: what processors keep of translations, every fence, and which one a change needs.
 //!
@@ -42,6 +43,7 @@ pub mod mapper;
 mod memory;
 pub mod nested;
 pub mod riscv;
+pub mod shadow;
 pub mod splinter;
 pub mod tlb;
 pub mod vtd;
