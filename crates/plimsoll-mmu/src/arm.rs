@@ -25,6 +25,17 @@ pub enum Mode {
     Privileged,
 }
 
+impl Mode {
+    /// What the second stage must permit.
+    pub(crate) const fn needs(self, access: Access) -> Permissions {
+        match (access, self) {
+            (Access::Fetch, Self::User) => Permissions::EXECUTE_USER,
+            (Access::Fetch, Self::Privileged) => Permissions::EXECUTE_PRIVILEGED,
+            (data, _) => data.needs(),
+        }
+    }
+}
+
 bitflags::bitflags! {
     /// The control bits that decide about rights in the first stage.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -166,14 +177,14 @@ impl Control {
 
 /// What both stages have.
 #[derive(Clone, Copy)]
-struct Tables {
-    root: Output,
-    access_flag: Feature,
-    caps: Caps,
+pub(crate) struct Tables {
+    pub(crate) root: Output,
+    pub(crate) access_flag: Feature,
+    pub(crate) caps: Caps,
 }
 
 impl Tables {
-    fn translate<F: Format<Caps = Caps>, M: TableMemory>(
+    pub(crate) fn translate<F: Format<Caps = Caps>, M: TableMemory>(
         &self,
         memory: &M,
         input: Input,
@@ -254,11 +265,7 @@ impl<F: Format<Caps = Caps>, M: TableMemory> SecondStage for Stage<'_, F, M> {
     fn translate(&self, input: Input, access: Access, purpose: Purpose) -> Result<Walked, Self::Fault> {
         let registers = &self.registers;
         let stage = Tables { root: registers.root, access_flag: registers.access_flag, caps: registers.caps };
-        let needs = match (access, self.mode) {
-            (Access::Fetch, Mode::User) => Permissions::EXECUTE_USER,
-            (Access::Fetch, Mode::Privileged) => Permissions::EXECUTE_PRIVILEGED,
-            (data, _) => data.needs(),
-        };
+        let needs = self.mode.needs(access);
         let allowed = |walked: &Walked| {
             let device = || {
                 matches!(walked.leaf.memory, Memory::MemAttr(number, _)

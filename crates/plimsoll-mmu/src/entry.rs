@@ -2,7 +2,7 @@
 //!
 //! Enters: nothing. Leaves: the value that [`crate::Format::decode`] gives and [`crate::Format::encode`] takes. A format
 //! gives no value it would not take back, [`Malformed`] and leaves that nobody could use apart.
-use crate::address::Output;
+use crate::address::{Level, Output};
 use core::fmt;
 
 bitflags::bitflags! {
@@ -128,7 +128,7 @@ pub enum Memory {
     NonCacheable,
     /// RISC-V Svpbmt IO: not cached, not idempotent, strongly ordered.
     Io,
-    /// VT-d, SNP: caches are snooped, even where the device says that they need not be.
+    /// VT-d, SNP; AMD-Vi, FC: caches are snooped, even where the device says that they need not be.
     Snooped,
     /// Arm, first stage: index into MAIR_ELx, 0 to 7, and who else is to see what is cached.
     Mair(u8, Shareability),
@@ -164,6 +164,17 @@ pub struct Table {
     pub global: bool,
     /// Bits the hardware ignores, where they are.
     pub software: u64,
+    /// How many levels are left out between the entry's and the next table's: addresses whose bits of those levels are not all zero
+    /// do not go through it (AMD-Vi only, 0 elsewhere).
+    pub skips: u8,
+}
+
+impl Table {
+    /// The next table's level, where the entry is one of `level`; `None` where the tables have ended.
+    pub fn leads_to(&self, level: Level) -> Option<Level> {
+        let below = level.0.checked_sub(1)?.checked_sub(self.skips)?;
+        (below > 0).then_some(Level(below))
+    }
 }
 
 /// An entry that maps memory.
@@ -229,7 +240,7 @@ pub enum Entry {
 }
 
 /// Why the hardware refuses an entry: a page fault with RSVD on x86-64, a misconfiguration in EPT, a page fault on RISC-V, a
-/// translation or address size fault on Arm, a fault for reserved fields on VT-d.
+/// translation or address size fault on Arm, a fault for reserved fields on VT-d, an I/O page fault with PR on AMD-Vi.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Malformed {
@@ -247,6 +258,12 @@ pub enum Malformed {
     LeafAtThisLevel,
     /// It leads beyond physical memory, which on Arm is a fault of its own.
     Beyond(Output),
+    /// It names a table of this level, which is not below its own (AMD-Vi).
+    NextLevel(Level),
+    /// It maps a page of a size that is not this level's (AMD-Vi). log2 of its bytes; 52 or more if no size is said.
+    PageSize(u32),
+    /// It leaves levels out, and the address has bits of them set (AMD-Vi).
+    Skipped,
 }
 
 impl fmt::Display for Malformed {
@@ -261,6 +278,9 @@ impl fmt::Display for Malformed {
             Self::TableAtLastLevel => f.write_str("it names a table below the last level"),
             Self::LeafAtThisLevel => f.write_str("nothing can be mapped at this level"),
             Self::Beyond(at) => write!(f, "{at} is beyond physical memory"),
+            Self::NextLevel(level) => write!(f, "it names a table of {level}, which is not below its own"),
+            Self::PageSize(shift) => write!(f, "2^{shift} bytes are no page of this level"),
+            Self::Skipped => f.write_str("the address has bits set that belong to levels it leaves out"),
         }
     }
 }
@@ -275,6 +295,8 @@ pub enum Unencodable {
     Permissions(Permissions),
     /// A memory type.
     Memory(Memory),
+    /// A table that leaves so many levels out.
+    Skips(u8),
     /// A size at this level.
     Size {
         /// log2 of its bytes.
@@ -296,6 +318,7 @@ impl fmt::Display for Unencodable {
             Self::Address(at) => write!(f, "{at} is not aligned, or beyond physical memory"),
             Self::Permissions(permissions) => write!(f, "the format has no permissions {permissions:?}"),
             Self::Memory(memory) => write!(f, "the format has no memory type {memory:?}"),
+            Self::Skips(levels) => write!(f, "{levels} levels cannot be left out here"),
             Self::Size { shift } => write!(f, "2^{shift} bytes cannot be mapped at this level"),
             Self::Key(key) => write!(f, "there is no protection key {key}"),
             Self::Flag => f.write_str("the format does not keep accessed, dirty or global here"),

@@ -35,16 +35,20 @@
 #![forbid(unsafe_code)]
 
 mod address;
+pub mod amdvi;
 pub mod arm;
 mod entry;
 pub mod ept;
 pub mod format;
+pub mod iotlb;
 pub mod mapper;
 mod memory;
 pub mod nested;
 pub mod riscv;
 pub mod shadow;
+pub mod smmu;
 pub mod splinter;
+mod stale;
 pub mod tlb;
 pub mod vtd;
 mod walk;

@@ -37,7 +37,7 @@ impl Request {
     }
 
     /// What it leaves behind.
-    const fn access(self) -> Access {
+    pub(crate) const fn access(self) -> Access {
         match self {
             Self::Read => Access::Read,
             Self::Write | Self::Atomic => Access::Write,

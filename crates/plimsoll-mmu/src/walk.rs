@@ -135,16 +135,21 @@ pub(crate) fn descend_from<F: Format, M: TableMemory>(
         if let Some(place) = steps.get_mut(level.subscript()) {
             *place = step;
         }
-        match (F::decode(step.raw, level, caps), level.below()) {
-            (Entry::Absent { .. }, _) => return Err(end(step, Dead::Absent)),
-            (Entry::Malformed(reason), _) => return Err(end(step, Dead::Malformed(reason))),
-            (Entry::Table(_), None) => return Err(end(step, Dead::Malformed(Malformed::TableAtLastLevel))),
-            (Entry::Table(next), Some(below)) => {
+        match F::decode(step.raw, level, caps) {
+            Entry::Absent { .. } => return Err(end(step, Dead::Absent)),
+            Entry::Malformed(reason) => return Err(end(step, Dead::Malformed(reason))),
+            Entry::Table(next) => {
+                let Some(below) = next.leads_to(level) else {
+                    return Err(end(step, Dead::Malformed(Malformed::TableAtLastLevel)));
+                };
+                if !F::passes(input, level, &next) {
+                    return Err(end(step, Dead::Malformed(Malformed::Skipped)));
+                }
                 permissions &= next.permissions;
                 passed(level, &next, permissions);
                 (table, level) = (next.at, below);
             }
-            (Entry::Leaf(leaf), _) => {
+            Entry::Leaf(leaf) => {
                 permissions &= leaf.permissions;
                 let inside = F::offset(input) & ((1 << leaf.shift) - 1);
                 return Ok(Walked {
@@ -209,7 +214,7 @@ fn mark<F: Format, M: TableMemory>(
             Entry::Leaf(leaf) => {
                 Entry::Leaf(Leaf { accessed: true, dirty: leaf.dirty || access == Access::Write, ..leaf })
             }
-            _ => return Ok(Marked::Changed),
+            _ => continue, // a level that was left out
         };
         // A format that has no such bit in this entry says so, and there is nothing to set.
         let Ok(new) = F::encode(&marked, level, caps) else { continue };

@@ -365,6 +365,7 @@ fn entry(word: Word, pages: u64) -> Entry {
             accessed: false,
             global: false,
             software: 0,
+            skips: 0,
         }),
         Word::Leaf(first, global) => {
             let shift = if pages == 2 { 13 } else { 12 };

@@ -19,7 +19,9 @@
 //! hardware has no word for what was written and may be written no longer: that is kept in bit 55, as Linux does.
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Shareability, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, set, software};
+use crate::format::{
+    Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, names_next, set, software,
+};
 
 const VALID: u64 = 1;
 /// A table above the last level, a page at it.
@@ -218,6 +220,7 @@ fn decode_table(raw: u64, shape: Shape, caps: &Caps) -> Entry {
         // NSTable, address bits below the granule, and in the second stage the bits that are only the first's: reserved,
         // and kept to be seen.
         software: raw & !(VALID | TABLE | shape.address(shape.granule) | table_rights(shape.stage)),
+        skips: 0,
     })
 }
 
@@ -318,9 +321,7 @@ fn encode(entry: &Entry, shape: Shape, caps: &Caps) -> Result<u64, Unencodable> 
 }
 
 fn encode_table(table: &Table, shape: Shape, caps: &Caps) -> Result<u64, Unencodable> {
-    if shape.level == Level::PAGES {
-        return Err(Unencodable::Kind);
-    }
+    names_next(table, shape.level)?;
     let at = aligned(table.at, shape.address(shape.granule) & !caps.beyond())?;
     if table.memory != Memory::Physical {
         return Err(Unencodable::Memory(table.memory));

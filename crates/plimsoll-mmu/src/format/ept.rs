@@ -14,7 +14,9 @@
 //! of (suppress #VE, supervisor shadow stacks, sub-page write, paging-write): they are kept as software's.
 use crate::address::{Level, Output};
 use crate::entry::{Cache, Entry, GuestPat, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, aligned, beyond, field, low_byte, set, software};
+use crate::format::{
+    Extension, Feature, Format, aligned, beyond, field, low_byte, names_next, set, software,
+};
 
 const READ: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -112,6 +114,7 @@ impl Format for Ept {
                 accessed: keeps && raw & ACCESSED != 0,
                 global: false,
                 software: raw & caps.ignored(level, Kind::Table),
+                skips: 0,
             });
         }
         let shift = Self::shift(level);
@@ -167,9 +170,7 @@ fn encode_flags(accessed: bool, dirty: bool, caps: &Caps) -> Result<u64, Unencod
 }
 
 fn encode_table(table: &Table, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-    if level == Level::PAGES {
-        return Err(Unencodable::Kind);
-    }
+    names_next(table, level)?;
     let at = aligned(table.at, ADDRESS & !caps.beyond())?;
     if table.memory != Memory::Physical {
         return Err(Unencodable::Memory(table.memory));

@@ -2,6 +2,7 @@
 //!
 //! Enters: the word of an entry, its level, and the processor's capabilities. Leaves: an [`Entry`], or the word again.
 //! Nothing here reads memory, and nothing depends on the processor this is compiled for.
+pub mod amdvi;
 pub mod arm;
 pub mod ept;
 pub mod riscv;
@@ -9,7 +10,7 @@ pub mod vtd;
 pub mod x86;
 
 use crate::address::{Input, Level, MAX_LEVELS, Output, Span};
-use crate::entry::{Entry, Memory, Unencodable};
+use crate::entry::{Entry, Memory, Table, Unencodable};
 use core::fmt;
 
 /// Whether a feature is there and switched on.
@@ -35,7 +36,8 @@ pub enum Extension {
 /// A format of page tables, whose entries are words of eight bytes.
 ///
 /// In every format zero is absent, and so is any word whose three lowest bits are clear: what a dropped table holds until
-/// nobody can walk it any more.
+/// nobody can walk it any more. A word that names a table and leaves levels out names the same one in a table of the first level it
+/// leaves out.
 pub trait Format: Copy + fmt::Debug + 'static {
     /// What differs from processor to processor.
     type Caps: Copy + fmt::Debug;
@@ -88,6 +90,14 @@ pub trait Format: Copy + fmt::Debug + 'static {
         Self::PAGE_SHIFT + Self::INDEX_BITS * u32::from(level.0.saturating_sub(1))
     }
 
+    /// Whether `input` goes through `table`, which an entry of `level` names: where levels are left out, all bits of them must be
+    /// zero.
+    fn passes(input: Input, level: Level, table: &Table) -> bool {
+        let skipped = Self::INDEX_BITS * u32::from(table.skips);
+        let bits = Self::shift(level).saturating_sub(skipped);
+        skipped == 0 || (Self::offset(input) & ((1 << Self::shift(level)) - 1)) >> bits == 0
+    }
+
     /// Entries of a table of `level`.
     fn entries(level: Level) -> u64 {
         1 << if level == Self::root() { Self::ROOT_BITS } else { Self::INDEX_BITS }
@@ -138,7 +148,7 @@ enum Stage {
 }
 
 /// A field of at most eight bits as a number.
-const fn low_byte(value: u64) -> u8 {
+pub(crate) const fn low_byte(value: u64) -> u8 {
     value.to_le_bytes()[0]
 }
 
@@ -151,6 +161,15 @@ fn software(kept: u64, its: u64) -> Result<u64, Unencodable> {
     match kept & !its {
         0 => Ok(kept),
         foreign => Err(Unencodable::Software(foreign)),
+    }
+}
+
+/// Whether an entry of `level` can name the table that `table` does, where no level can be left out.
+const fn names_next(table: &Table, level: Level) -> Result<(), Unencodable> {
+    match (level, table.skips) {
+        (Level::PAGES, _) => Err(Unencodable::Kind),
+        (_, 0) => Ok(()),
+        (_, skips) => Err(Unencodable::Skips(skips)),
     }
 }
 

@@ -13,7 +13,7 @@
 //! leaf with A clear, or written with D clear, is well-formed either way.
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, set, software};
+use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, names_next, set, software};
 
 const VALID: u64 = 1;
 const READ: u64 = 1 << 1;
@@ -125,6 +125,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 accessed: false,
                 global: raw & GLOBAL != 0,
                 software: raw & SOFTWARE,
+                skips: 0,
             }),
         };
     }
@@ -181,9 +182,7 @@ fn encode(entry: &Entry, level: Level, caps: &Caps, stage: Stage) -> Result<u64,
 }
 
 fn encode_table(table: &Table, level: Level) -> Result<u64, Unencodable> {
-    if level == Level::PAGES {
-        return Err(Unencodable::Kind);
-    }
+    names_next(table, level)?;
     if table.permissions != Permissions::all() {
         return Err(Unencodable::Permissions(table.permissions));
     }

@@ -17,7 +17,7 @@
 //! scalable mode): they are kept as software's, as is TM, which is a hint to the device's own cache.
 use crate::address::{Input, Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, aligned, beyond, field, set, software};
+use crate::format::{Extension, Feature, Format, aligned, beyond, field, names_next, set, software};
 
 const READ: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -179,6 +179,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
             accessed,
             global: false,
             software,
+            skips: 0,
         });
     }
     let memory = if raw & SNOOP != 0 { Memory::Snooped } else { Memory::Physical };
@@ -216,9 +217,7 @@ fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> 
 }
 
 fn encode_table(table: &Table, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-    if level == Level::PAGES {
-        return Err(Unencodable::Kind);
-    }
+    names_next(table, level)?;
     let at = aligned(table.at, ADDRESS & !caps.beyond())?;
     if table.memory != Memory::Physical {
         return Err(Unencodable::Memory(table.memory));

@@ -11,7 +11,9 @@
 //! ```
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, set, software};
+use crate::format::{
+    Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, names_next, set, software,
+};
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -164,6 +166,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
             accessed: raw & ACCESSED != 0,
             global: false,
             software: raw & TABLE_IGNORED,
+            skips: 0,
         });
     }
     let shift = Long4::shift(level);
@@ -226,9 +229,7 @@ fn encode(entry: &Entry, level: Level, caps: &Caps, stage: Stage) -> Result<u64,
 }
 
 fn encode_table(table: &Table, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
-    if level == Level::PAGES {
-        return Err(Unencodable::Kind);
-    }
+    names_next(table, level)?;
     let at = aligned(table.at, ADDRESS & !caps.reserved())?;
     let Memory::Pat(pat @ 0..=3) = table.memory else {
         return Err(Unencodable::Memory(table.memory));

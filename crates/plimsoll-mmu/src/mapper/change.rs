@@ -1,5 +1,5 @@
 //! Map, unmap and protect: what is mapped changes.
-use super::{Covered, Dropped, MapError, Mapper, Need, Slot, entry_at, slots};
+use super::{Covered, Dropped, MapError, Mapper, Need, Slot, entry_at, slots, through};
 use crate::address::{Level, Output, Span};
 use crate::entry::{Entry, Leaf, Permissions, Unencodable};
 use crate::format::Format;
@@ -24,6 +24,17 @@ impl Request {
     }
 }
 
+/// Where the entries of a table are that may not be there yet.
+#[derive(Clone, Copy)]
+enum Source {
+    /// In memory.
+    Table(Output),
+    /// Nowhere: all are absent.
+    New,
+    /// Nowhere: the first will be this word, which leaves levels out, the others absent.
+    Over(u64),
+}
+
 impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, P, I> {
     /// Maps `span` to consecutive memory from `leaf.output` on, with leaves as large as alignment, the processor and
     /// `leaf.shift` allow, which otherwise say what `leaf` says.
@@ -35,36 +46,43 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         let (first, last) = Self::offsets(span)?;
         let request = Request { first, leaf };
         let mut need = Need::default();
-        self.check_map(Some(self.root), F::root(), (first, last), &request, &mut need)?;
+        self.check_map(Source::Table(self.root), F::root(), (first, last), &request, &mut need)?;
         self.afford(&need)?;
         self.fill(self.root, F::root(), (first, last), &request)
     }
 
-    /// Counts the tables that mapping takes; `None` stands for a table to be made.
+    /// Counts the tables that mapping takes.
     fn check_map(
         &self,
-        table: Option<Output>,
+        source: Source,
         level: Level,
         (first, last): (u64, u64),
         request: &Request,
         need: &mut Need,
     ) -> Result<(), MapError<M::Error>> {
         for slot in slots::<F>(level, first, last) {
-            let entry = match table {
-                Some(table) => self.entry(level, entry_at(table, slot.index))?.1,
-                None => Entry::Absent { software: 0 },
+            let (raw, entry) = match source {
+                Source::Table(table) => self.entry(level, entry_at(table, slot.index))?,
+                Source::Over(word) if slot.index == 0 => (word, F::decode(word, level, &self.caps)),
+                Source::New | Source::Over(_) => (0, Entry::Absent { software: 0 }),
             };
             let range = (slot.first, slot.last);
             match (entry, level.below()) {
-                (Entry::Table(next), Some(below)) => {
-                    self.check_map(Some(next.at), below, range, request, need)?;
-                }
+                (Entry::Table(next), Some(below)) => match through::<F>(&next, level, &slot) {
+                    Some((lower, part)) if part == range => {
+                        self.check_map(Source::Table(next.at), lower, range, request, need)?;
+                    }
+                    _ => {
+                        need[below.subscript()] += 1;
+                        self.check_map(Source::Over(raw), below, range, request, need)?;
+                    }
+                },
                 (Entry::Absent { .. }, below) => {
                     if let Some(leaf) = request.leaf::<F>(level, &slot, &self.caps) {
                         self.encode(&Entry::Leaf(leaf), level)?;
                     } else if let Some(below) = below {
                         need[below.subscript()] += 1;
-                        self.check_map(None, below, range, request, need)?;
+                        self.check_map(Source::New, below, range, request, need)?;
                     } else {
                         // Not even a page: the output is not aligned, or ends before the range does.
                         let reason = Unencodable::Address(request.leaf.output);
@@ -88,7 +106,13 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
             let at = entry_at(table, slot.index);
             let range = (slot.first, slot.last);
             match (self.entry(level, at)?.1, level.below()) {
-                (Entry::Table(next), Some(below)) => self.fill(next.at, below, range, request)?,
+                (Entry::Table(next), Some(below)) => {
+                    let (next, below) = match through::<F>(&next, level, &slot) {
+                        Some((lower, part)) if part == range => (next.at, lower),
+                        _ => (self.put_between(level, at, below, &slot)?, below),
+                    };
+                    self.fill(next, below, range, request)?;
+                }
                 (Entry::Absent { .. }, below) => {
                     let word = match (request.leaf::<F>(level, &slot, &self.caps), below) {
                         (Some(leaf), _) => self.encode(&Entry::Leaf(leaf), level)?,
@@ -105,6 +129,25 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
             }
         }
         Ok(())
+    }
+
+    /// Puts a table of `below` between the entry at `at`, which leaves that level out, and the table it names.
+    fn put_between(
+        &mut self,
+        level: Level,
+        at: Output,
+        below: Level,
+        slot: &Slot,
+    ) -> Result<Output, MapError<M::Error>> {
+        let table = self.take(below)?;
+        let word = self.table_word(table, level)?;
+        self.change(level, at, |found| {
+            self.write(below, table, found)?;
+            Ok(word)
+        })?;
+        // What is cached of the entry has levels left out still.
+        self.forget(slot.span::<F>(level));
+        Ok(table)
     }
 
     /// Unmaps what is mapped in `span`, splits larger leaves at its ends, and gives back tables that became empty. What
@@ -147,8 +190,9 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                     let next = self.split_entry(table, level, below, (&slot, &leaf))?;
                     removed += self.clear(next, below, (slot.first, slot.last), dropped)?;
                 }
-                (Entry::Table(next), Some(below)) => {
-                    removed += self.clear(next.at, below, (slot.first, slot.last), dropped)?;
+                (Entry::Table(next), Some(_)) => {
+                    let Some((below, range)) = through::<F>(&next, level, &slot) else { continue };
+                    removed += self.clear(next.at, below, range, dropped)?;
                     if slot.covered == Covered::Wholly || self.is_empty(next.at, below)? {
                         self.write(level, at, 0)?;
                         self.drop_table(dropped, below, next.at)?;
@@ -206,8 +250,10 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                     let next = self.split_entry(table, level, below, (&slot, &leaf))?;
                     changed += self.permit(next, below, (slot.first, slot.last), permissions)?;
                 }
-                (Entry::Table(next), Some(below)) => {
-                    changed += self.permit(next.at, below, (slot.first, slot.last), permissions)?;
+                (Entry::Table(next), Some(_)) => {
+                    if let Some((below, range)) = through::<F>(&next, level, &slot) {
+                        changed += self.permit(next.at, below, range, permissions)?;
+                    }
                 }
                 _ => return Err(MapError::Contended { level, at }),
             }
@@ -236,18 +282,11 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         let [Some(low), Some(high)] = ends else { return Ok(()) };
         let both = if low.index == high.index { &[low][..] } else { &[low, high][..] };
         for slot in both.iter().filter(|slot| slot.covered == Covered::Partly) {
-            let next = match table {
-                None => None,
-                Some(table) => match self.entry(level, entry_at(table, slot.index))?.1 {
-                    Entry::Table(next) => Some(next.at),
-                    Entry::Leaf(_) => None,
-                    _ => continue,
-                },
-            };
+            let Some((next, below, range)) = self.under(table, level, below, slot)? else { continue };
             if next.is_none() {
                 need[below.subscript()] += 1;
             }
-            self.count_edges(next, below, (slot.first, slot.last), need)?;
+            self.count_edges(next, below, range, need)?;
         }
         Ok(())
     }

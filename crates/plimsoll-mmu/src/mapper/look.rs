@@ -1,7 +1,7 @@
 //! Walk, iterate and harvest: what is mapped is looked at.
-use super::{MapError, Mapper, entry_at, slots};
+use super::{MapError, Mapper, entry_at, slots, through};
 use crate::address::{Input, Level, Output, Span};
-use crate::entry::{Entry, Leaf, Permissions};
+use crate::entry::{Entry, Leaf, Malformed, Permissions};
 use crate::format::Format;
 use crate::memory::{Invalidate, TableFrames, TableMemory};
 use crate::walk::{Dead, End, Step, Walked, descend};
@@ -24,7 +24,7 @@ pub struct Mapping {
 pub enum Translation {
     /// It goes there, by that leaf.
     Mapped(Output, Mapping),
-    /// An entry is absent.
+    /// An entry is absent, or leaves levels out of which the address has bits set.
     Absent {
         /// The table's level.
         level: Level,
@@ -73,7 +73,7 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 Ok(Translation::Mapped(output, Mapping { input, level, leaf, permissions }))
             }
             Err(End { level, step: Step { at, .. }, dead, .. }) => match dead {
-                Dead::Absent => Ok(Translation::Absent { level, at }),
+                Dead::Absent | Dead::Malformed(Malformed::Skipped) => Ok(Translation::Absent { level, at }),
                 Dead::Malformed(reason) => Err(MapError::Malformed { level, at, reason }),
                 Dead::Memory(error) => Err(MapError::Memory { level, at, error }),
             },
@@ -143,17 +143,13 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
     ) -> Result<(), MapError<M::Error>> {
         for slot in slots::<F>(level, first, last) {
             let at = entry_at(table, slot.index);
-            match (self.entry(level, at)?.1, level.below()) {
-                (Entry::Table(next), Some(below)) => {
-                    self.visit(
-                        next.at,
-                        below,
-                        (slot.first, slot.last),
-                        permissions & next.permissions,
-                        show,
-                    )?;
+            match self.entry(level, at)?.1 {
+                Entry::Table(next) => {
+                    if let Some((below, range)) = through::<F>(&next, level, &slot) {
+                        self.visit(next.at, below, range, permissions & next.permissions, show)?;
+                    }
                 }
-                (Entry::Leaf(leaf), _) => {
+                Entry::Leaf(leaf) => {
                     let shift = F::shift(level);
                     let input = F::extend(slot.first >> shift << shift);
                     let permissions = permissions & leaf.permissions;

@@ -175,6 +175,16 @@ fn slots<F: Format>(level: Level, first: u64, last: u64) -> impl Iterator<Item =
     })
 }
 
+/// The level of the table that an entry of `level` names, and which part of `slot`, the entry's, goes through it: less than all where
+/// the entry leaves levels out.
+fn through<F: Format>(table: &Table, level: Level, slot: &Slot) -> Option<(Level, (u64, u64))> {
+    let below = table.leads_to(level)?;
+    let skipped = F::INDEX_BITS * u32::from(table.skips);
+    let shift = F::shift(level);
+    let last = (slot.first >> shift << shift) + ((1 << (shift - skipped)) - 1);
+    (slot.first <= last).then_some((below, (slot.first, slot.last.min(last))))
+}
+
 /// Where an entry is. Tables are aligned to their size, so that this does not overflow.
 const fn entry_at(table: Output, index: u64) -> Output {
     Output(table.0 | index << 3)
@@ -342,5 +352,6 @@ fn new_table<F: Format>(at: Output) -> Table {
         accessed: false,
         global: false,
         software: 0,
+        skips: 0,
     }
 }

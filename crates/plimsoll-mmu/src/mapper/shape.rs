@@ -1,5 +1,5 @@
 //! Split and merge: what is mapped stays, the size of the leaves changes.
-use super::{Covered, MapError, Mapper, Need, Slot, entry_at, new_table, slots};
+use super::{Covered, MapError, Mapper, Need, Slot, entry_at, new_table, slots, through};
 use crate::address::{Level, Output, Span};
 use crate::entry::{Entry, Leaf, Table};
 use crate::format::Format;
@@ -33,20 +33,34 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
     ) -> Result<(), MapError<M::Error>> {
         let Some(below) = level.below().filter(|_| level > to) else { return Ok(()) };
         for slot in slots::<F>(level, first, last) {
-            let next = match table {
-                None => None,
-                Some(table) => match self.entry(level, entry_at(table, slot.index))?.1 {
-                    Entry::Table(next) => Some(next.at),
-                    Entry::Leaf(_) => None,
-                    _ => continue,
-                },
-            };
+            let Some((next, below, range)) = self.under(table, level, below, &slot)? else { continue };
             if next.is_none() {
                 need[below.subscript()] += 1;
             }
-            self.count_splits(next, below, (slot.first, slot.last), to, need)?;
+            self.count_splits(next, below, range, to, need)?;
         }
         Ok(())
+    }
+
+    /// The table that a leaf of `slot` will have been split into, `None`, or the one that its entry names, its level, and the part of
+    /// the range that goes through it; nothing if none does. `table` is `None` for one that a split will make.
+    #[expect(clippy::type_complexity, reason = "it is taken apart where it is made")]
+    pub(super) fn under(
+        &self,
+        table: Option<Output>,
+        level: Level,
+        below: Level,
+        slot: &Slot,
+    ) -> Result<Option<(Option<Output>, Level, (u64, u64))>, MapError<M::Error>> {
+        let split = Some((None, below, (slot.first, slot.last)));
+        let Some(table) = table else { return Ok(split) };
+        Ok(match self.entry(level, entry_at(table, slot.index))?.1 {
+            Entry::Table(next) => {
+                through::<F>(&next, level, slot).map(|(below, range)| (Some(next.at), below, range))
+            }
+            Entry::Leaf(_) => split,
+            _ => None,
+        })
     }
 
     fn split_range(
@@ -60,15 +74,18 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         let mut split = 0;
         for slot in slots::<F>(level, first, last) {
             let at = entry_at(table, slot.index);
-            let next = match self.entry(level, at)?.1 {
-                Entry::Table(next) => next.at,
-                Entry::Leaf(leaf) => {
-                    split += 1;
-                    self.split_entry(table, level, below, (&slot, &leaf))?
+            match self.entry(level, at)?.1 {
+                Entry::Table(next) => {
+                    if let Some((below, range)) = through::<F>(&next, level, &slot) {
+                        split += self.split_range(next.at, below, range, to)?;
+                    }
                 }
-                _ => continue,
-            };
-            split += self.split_range(next, below, (slot.first, slot.last), to)?;
+                Entry::Leaf(leaf) => {
+                    let next = self.split_entry(table, level, below, (&slot, &leaf))?;
+                    split += 1 + self.split_range(next, below, (slot.first, slot.last), to)?;
+                }
+                _ => {}
+            }
         }
         Ok(split)
     }
@@ -198,7 +215,9 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         for slot in slots::<F>(level, first, last) {
             let at = entry_at(table, slot.index);
             let Entry::Table(next) = self.entry(level, at)?.1 else { continue };
-            merged += self.merge_range(next.at, below, (slot.first, slot.last))?;
+            if let Some((lower, range)) = through::<F>(&next, level, &slot) {
+                merged += self.merge_range(next.at, lower, range)?;
+            }
             if slot.covered == Covered::Wholly && self.merge_entry(level, below, at, &next, &slot)? {
                 merged += 1;
             }

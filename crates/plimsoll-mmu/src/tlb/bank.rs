@@ -212,6 +212,9 @@ fn walk<F: Format, M: TableMemory>(
         input,
         |level, table: &Table, permissions| {
             global |= table.global;
+            if table.skips > 0 {
+                return; // what it leads to is less than what it translates
+            }
             let cached = known_by(Kind::Structure, F::shift(level), global);
             structures.keep(Found { cached, output: table.at, level, permissions });
         },

@@ -12,7 +12,8 @@ use super::recipe::{Recipe, needed};
 use super::{Cached, Kind, Tag, Through};
 use crate::address::{Input, Level, Output, Span};
 use crate::entry::{Entry, Leaf};
-use crate::format::Format;
+use crate::format::{Feature, Format};
+use crate::stale::{Drops, Item, Items, left, places};
 use core::fmt;
 
 /// Whose manual counts.
@@ -190,9 +191,6 @@ impl core::error::Error for Missing {}
 
 /// The most that can be cached of one change: by stages, kind, and whether it is global.
 const SORTS: usize = 12;
-/// Something cached or not, each sort.
-type Items = [Option<Cached>; SORTS];
-
 /// Looks for what may be stale once a processor has executed `fences` after a change, in this order. What is less bad than
 /// `least` is not looked for.
 ///
@@ -200,7 +198,7 @@ type Items = [Option<Cached>; SORTS];
 /// Something may be, or the change must not be made like this.
 #[expect(clippy::result_large_err, reason = "there is no allocator to put it behind")]
 pub fn check(change: &Change, regime: &Regime, fences: &[Fence], least: Consequence) -> Result<(), Missing> {
-    if must_break(change, regime) {
+    if must_break((&change.old, &change.new), regime.breaks) {
         return Err(Missing::Break { span: change.span });
     }
     match stale(change, regime, fences, least) {
@@ -216,54 +214,62 @@ pub(super) fn stale(
     fences: &[Fence],
     least: Consequence,
 ) -> Option<Remains> {
-    let consequence = consequence(change, regime.architecture).filter(|found| *found >= least)?;
-    let remaining = |at| {
+    let found = consequence((&change.old, &change.new), Caches::of(regime.architecture));
+    let consequence = found.filter(|found| *found >= least)?;
+    let remaining = |at: Input| {
         let items = run(&cached(change, regime, at), fences);
         items.into_iter().flatten().next().map(|cached| Remains { cached, consequence })
     };
-    let places = fences.iter().filter_map(|fence| match fence.step() {
+    let ranges = fences.iter().filter_map(|fence| match fence.step() {
         Step::Now(effect) | Step::Open(effect) => effect.pages(),
         _ => None,
     });
-    // Where a page, or the reach of an entry that names a table, begins to be met by a range, and where it ends to be.
-    let edges = places.flat_map(|pages| {
-        let after = pages.last().0.saturating_add(1);
-        [pages.first().0, after].into_iter().flat_map(|edge| {
-            [change.page_shift, change.table_shift].into_iter().flat_map(move |shift| {
-                let down = edge >> shift << shift;
-                [down, down.saturating_add(1 << shift)]
-            })
-        })
-    });
-    let (first, last) = (change.span.first().0, change.span.last().0);
-    let inside = edges.filter(|edge| (first..=last).contains(edge));
-    core::iter::once(first).chain(inside).find_map(|at| remaining(Input(at)))
+    places(change.span, [change.page_shift, change.table_shift], ranges).find_map(remaining)
 }
 
 /// Whether the entry was live before and after with other sizes or other memory, where that is forbidden.
-fn must_break(change: &Change, regime: &Regime) -> bool {
-    let other = match (&change.old, &change.new) {
+pub(crate) fn must_break((old, new): (&Entry, &Entry), breaks: Breaks) -> bool {
+    let other = match (old, new) {
         (Entry::Leaf(old), Entry::Leaf(new)) => leads_elsewhere(old, new),
-        (Entry::Table(old), Entry::Table(new)) => old.at != new.at,
+        (Entry::Table(old), Entry::Table(new)) => (old.at, old.skips) != (new.at, new.skips),
         (Entry::Leaf(_), Entry::Table(_)) | (Entry::Table(_), Entry::Leaf(_)) => true,
         _ => false,
     };
-    other && regime.breaks == Breaks::Required
+    other && breaks == Breaks::Required
+}
+
+/// What some cache besides entries that lead somewhere and are marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Caches {
+    /// That an entry is absent.
+    pub(crate) absent: Feature,
+    /// That a mark is missing, where software sets the marks and an access without one faults.
+    pub(crate) unmarked: Feature,
+}
+
+impl Caches {
+    /// An entry that faults is not cached (SDM vol. 3, 4.10.2.3 and 4.10.3.1; Arm ARM D8.17 "TLB lookup"; APM vol. 2, 5.5.3). It may
+    /// be on RISC-V (12.2.1: "an implementation may ... speculatively", even if V is clear).
+    const fn of(architecture: Architecture) -> Self {
+        let (absent, unmarked) = match architecture {
+            Architecture::Intel | Architecture::Amd => (Feature::Off, Feature::Off),
+            Architecture::Arm => (Feature::Off, Feature::On),
+            Architecture::RiscV => (Feature::On, Feature::On),
+        };
+        Self { absent, unmarked }
+    }
 }
 
 /// The worst that something cached of the old entry can do.
-fn consequence(change: &Change, architecture: Architecture) -> Option<Consequence> {
-    use Architecture::{Arm, RiscV};
+pub(crate) fn consequence((old, new): (&Entry, &Entry), caches: Caches) -> Option<Consequence> {
     use Consequence::{LostMark, MoreRights, NeedlessFault, OtherMemory};
-    match (&change.old, &change.new) {
-        // An entry that faults is not cached (SDM vol. 3, 4.10.2.3 and 4.10.3.1; Arm ARM D8.17 "TLB lookup"; APM vol. 2,
-        // 5.5.3). It may be on RISC-V (12.2.1: "an implementation may ... speculatively", even if V is clear).
+    match (old, new) {
         (Entry::Absent { .. } | Entry::Malformed(_), new) => {
             let valid = matches!(new, Entry::Table(_) | Entry::Leaf(_));
-            (architecture == RiscV && valid).then_some(NeedlessFault)
+            (caches.absent == Feature::On && valid).then_some(NeedlessFault)
         }
         (Entry::Table(old), Entry::Table(new)) => {
-            if old.at != new.at || old.memory != new.memory {
+            if (old.at, old.memory, old.skips) != (new.at, new.memory, new.skips) {
                 Some(OtherMemory)
             } else if !new.permissions.contains(old.permissions) || (old.global && !new.global) {
                 Some(MoreRights)
@@ -286,7 +292,7 @@ fn consequence(change: &Change, architecture: Architecture) -> Option<Consequenc
                 Some(NeedlessFault)
             } else {
                 // Where software sets the marks, a processor may have cached that they are missing, and fault for it.
-                (marked && matches!(architecture, Arm | RiscV)).then_some(NeedlessFault)
+                (marked && caches.unmarked == Feature::On).then_some(NeedlessFault)
             }
         }
         // Whoever splits a leaf does so to change a part: the whole must not stay. Merged leaves are changed as one.
@@ -305,7 +311,7 @@ fn leaks(old: &Leaf, new: &Leaf) -> bool {
 }
 
 /// All that may be cached of the old entry, about one page at `at`.
-fn cached(change: &Change, regime: &Regime, at: Input) -> Items {
+fn cached(change: &Change, regime: &Regime, at: Input) -> Items<Cached, SORTS> {
     let block = |shift: u32| Span::new(Input(at.0 >> shift << shift), 1 << shift);
     let (page, table) = (block(change.page_shift), block(change.table_shift));
     // An absent entry that is cached stands in the way of what the new one is.
@@ -324,7 +330,7 @@ fn cached(change: &Change, regime: &Regime, at: Input) -> Items {
             Some(matches!(change.new, Entry::Leaf(Leaf { global: true, .. })))
         }
     };
-    let mut items = Items::default();
+    let mut items = [None; SORTS];
     let mut all = items.iter_mut();
     for through in throughs(change.stage, regime) {
         for kind in [Kind::Structure, Kind::Leaf] {
@@ -376,7 +382,7 @@ fn throughs(stage: Stage, regime: &Regime) -> impl Iterator<Item = Through> {
 }
 
 /// What is left of `legal` after the fences.
-fn run(legal: &Items, fences: &[Fence]) -> Items {
+fn run(legal: &Items<Cached, SORTS>, fences: &[Fence]) -> Items<Cached, SORTS> {
     let mut present = *legal;
     let mut visible = false;
     let mut open = 0;
@@ -416,25 +422,6 @@ struct Batch<'a> {
     closed: bool,
 }
 
-/// Sorts that are made one from the other, each from the next.
-struct Chain<'a> {
-    item: &'a Cached,
-    before: Option<&'a Chain<'a>>,
-}
-
-impl Chain<'_> {
-    fn all(&self, mut holds: impl FnMut(&Cached) -> bool) -> bool {
-        let mut link = Some(self);
-        while let Some(Self { item, before }) = link {
-            if !holds(item) {
-                return false;
-            }
-            link = *before;
-        }
-        true
-    }
-}
-
 impl Batch<'_> {
     fn effects(&self) -> impl Iterator<Item = Effect> {
         self.fences.iter().filter_map(|fence| match fence.step() {
@@ -444,31 +431,20 @@ impl Batch<'_> {
         })
     }
 
-    fn leaves(&self, legal: &Items, present: &Items) -> Items {
-        if self.effects().next().is_none() {
-            return *present;
-        }
-        let survives = |item: &Option<Cached>| item.filter(|item| self.survives(item, None, legal, present));
-        let mut left = Items::default();
-        for (place, item) in left.iter_mut().zip(legal) {
-            *place = survives(item);
-        }
-        left
+    fn leaves(&self, legal: &Items<Cached, SORTS>, present: &Items<Cached, SORTS>) -> Items<Cached, SORTS> {
+        left(legal, present, &|| self.effects())
     }
+}
 
-    /// Whether `item` can be there after those of the fences that drop all of `after`: it was there and no fence drops it,
-    /// or it is made anew, once the fences that drop it are done, from something that has survived those.
-    fn survives(&self, item: &Cached, after: Option<&Chain<'_>>, legal: &Items, present: &Items) -> bool {
-        let chain = Chain { item, before: after };
-        let untouched = !self.effects().any(|effect| chain.all(|item| effect.drops(item)));
-        if untouched && present.contains(&Some(*item)) {
-            return true;
-        }
-        legal.iter().flatten().any(|source| {
-            makes(source, item)
-                && chain.all(|used| used != source)
-                && self.survives(source, Some(&chain), legal, present)
-        })
+impl Item for Cached {
+    fn makes(&self, item: &Self) -> bool {
+        makes(self, item)
+    }
+}
+
+impl Drops<Cached> for Effect {
+    fn drops(&self, item: &Cached) -> bool {
+        Effect::drops(self, item)
     }
 }
 

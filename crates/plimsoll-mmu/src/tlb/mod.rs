@@ -23,6 +23,7 @@ mod recipe;
 
 pub use bank::{Bank, Found, Tables, Tlb, UnevenBank};
 pub use check::{Architecture, Breaks, Change, Consequence, Missing, Regime, Remains, Stage, Stages, check};
+pub(crate) use check::{Caches, consequence, must_break};
 pub use fence::{Arm, Fence, RiscV, Svm, Vmx, X86};
 pub use recipe::{Recipe, needed};
 
@@ -92,6 +93,6 @@ pub struct Cached {
 }
 
 /// Whether two ranges have an address in common.
-const fn meet(one: Span, other: Span) -> bool {
+pub(crate) const fn meet(one: Span, other: Span) -> bool {
     one.first().0 <= other.last().0 && other.first().0 <= one.last().0
 }
