@@ -1,16 +1,18 @@
 //! Address translation: what page tables say, how they are changed, and what a processor makes of them.
 //!
 //! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, Arm's VMSAv8-64 in both stages,
-//!   RISC-V's Sv39 to Sv57 and Sv39x4 to Sv57x4, the second stage of Intel's VT-d with three to five levels. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
+//!   RISC-V's Sv39 to Sv57 and Sv39x4 to Sv57x4, the second stage of Intel's VT-d with three to five levels, AMD-Vi's host tables with one
+//!   to five. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
 //! * [`mapper`]: map, unmap, protect, split, merge, walk, iterate and harvest ranges of a tree of any format.
 //! * [`x86`], [`ept`], [`arm`], [`riscv`]: a walk as the processor does it, down to error code, exit qualification, fault
 //!   status and cause.
-//! * [`vtd`]: a walk as the remapping hardware does it for a device, down to the fault reason. Arm's SMMUv3 has no tables of its
-//!   own: its second stage is [`format::arm::Second`].
+//! * [`vtd`], [`amdvi`], [`smmu`]: a walk as the remapping hardware does it for a device, down to the fault reason or event. Arm's
+//!   SMMUv3 has no tables of its own: its second stage is [`format::arm::Second`].
 //! * [`nested`]: a guest's tables through a second stage.
 //! * [`shadow`]: a guest's tables and where its memory is, as tables that need no second stage.
 //! * [`splinter`]: how many large pages two stages leave whole.
-//! * [`tlb`]: what processors keep of translations, every fence, and which one a change needs.
+//! * [`tlb`]: what processors keep of translations, every fence, and which one a change needs. [`iotlb`]: the same of remapping hardware
+//!   and devices.
 //!
 //! Tables are reached through [`TableMemory`], frames come from [`TableFrames`], and [`Invalidate`] has translations
 //! forgotten. The crate allocates nothing, runs on any processor, and treats what it reads as written by an enemy.
@@ -28,7 +30,10 @@
 //! * VT-d: requests without PASID through the second stage alone; no execute requests, no memory types of scalable mode, and no
 //!   fault where an accessed or dirty bit is to be set by accesses that do not snoop (reason 0x7C). Translation requests of
 //!   devices (ATS) and reads of no bytes (CAP.ZLR), which some units let through to what may only be written, are not told apart.
-//! * [`tlb`] knows nothing of what remapping hardware and devices keep of translations.
+//! * AMD-Vi: five levels of six, no guest tables (PASID), no exclusion range; what goes to interrupts or to HyperTransport's own
+//!   addresses is not told apart. Modes and marks of a device table entry are taken to be within what the unit has.
+//! * SMMUv3: no first stage, no substreams, 48 bits, and the second stage's own attributes as in [`arm`].
+//! * [`iotlb`]: requests without PASID; scalable mode's PASID caches, interrupt entries and page requests are not in it.
 //! * The mapper reads groups of pages (Svnapot, Arm's contiguous hint) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
 //! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.
 #![no_std]

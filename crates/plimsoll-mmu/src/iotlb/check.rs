@@ -58,7 +58,8 @@ pub enum Change {
     Entry {
         /// The domain.
         domain: u16,
-        /// All that the entry translates.
+        /// All that the entry translates; of one that names a table, the part will do in which anything has been mapped: nothing is
+        /// kept of the rest.
         span: Span,
         /// log2 of the smallest page, and of what an entry that names a table of pages translates.
         shifts: [u32; 2],
