@@ -7,6 +7,16 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
 
+/// What the tests of level 3 run.
+const MODELS: [&str; 6] = [
+    "qemu-system-x86_64",
+    "as",
+    "qemu-system-riscv64",
+    "riscv64-linux-gnu-as",
+    "qemu-system-aarch64",
+    "aarch64-linux-gnu-as",
+];
+
 /// A capability and whether it is here.
 pub(crate) struct Capability {
     /// What tests and messages call it.
@@ -31,6 +41,7 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (2, "libvirt", has_libvirt),
         (2, "gdb", is_there("gdb")),
         (2, "cloud-kernel", has_kernel()),
+        (3, "models", MODELS.into_iter().all(is_there)),
     ]
     .map(|(level, name, is_here)| Capability { name, level, is_here })
     .into()

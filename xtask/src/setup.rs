@@ -20,12 +20,27 @@ struct Need {
 }
 
 /// Levels 0 and 1 make their guests, control groups and swap devices themselves, so they need hardly anything.
-const NEEDS: [Need; 5] = [
+const NEEDS: [Need; 10] = [
     Need { level: 0, package: "gcc", program: "cc", why: "links the rooms below the line without std" },
     Need { level: 2, package: "qemu-system-x86", program: "qemu-system-x86_64", why: "runs stock guests" },
     Need { level: 2, package: "libvirt-daemon-system", program: "libvirtd", why: "runs stock guests" },
     Need { level: 2, package: "libvirt-clients", program: "virsh", why: "speaks to libvirtd" },
     Need { level: 2, package: "gdb", program: "gdb", why: "reads dumps of guests" },
+    Need { level: 3, package: "binutils", program: "as", why: "assembles programs for models of processors" },
+    Need { level: 3, package: "qemu-system-misc", program: "qemu-system-riscv64", why: "models RISC-V" },
+    Need {
+        level: 3,
+        package: "binutils-riscv64-linux-gnu",
+        program: "riscv64-linux-gnu-as",
+        why: "assembles for it",
+    },
+    Need { level: 3, package: "qemu-system-arm", program: "qemu-system-aarch64", why: "models Arm" },
+    Need {
+        level: 3,
+        package: "binutils-aarch64-linux-gnu",
+        program: "aarch64-linux-gnu-as",
+        why: "assembles for it",
+    },
 ];
 /// The level whose tests boot stock guests.
 const KERNEL_LEVEL: u8 = 2;

@@ -1,0 +1,358 @@
+//! x86-64 with four and five levels: what a program in ring 0 and ring 3 sees.
+//!
+//! Enters: a seed. Leaves: cases: one access to one address, as CR0.WP, CR4.SMEP, SMAP and PKE, EFER.NXE, EFLAGS.AC and PKRU happen
+//! to be. Compared are the vector, the error code, CR2, what was read or executed, what was written and where, and accessed and dirty
+//! bits of every entry.
+//!
+//! # Rules for what is not compared
+//!
+//! * After a fault, accessed bits of entries above the last one may be set or not: "the processor may set the accessed flag"
+//!   whether or not the access is carried out (SDM vol. 3, 4.8). QEMU sets them as it goes.
+//! * The error code's P is not compared where RSVD is set: QEMU leaves it clear (`do_fault_rsvd` in `mmu_translate`,
+//!   target/i386/tcg/sysemu/excp_helper.c), where the SDM says that RSVD "can be set only if bit 0 is also set" (4.7).
+//! * An implicit access is made from ring 3 (LAR through a table of descriptors at the address). From ring 0 with EFLAGS.AC, QEMU
+//!   7.2 lets it pass SMAP (`cpu_mmu_index_kernel` in target/i386/cpu.h), where the SDM does not (4.6.1).
+//! * CR4.PGE and PCIDE are off: a TLB is not what is compared here.
+use crate::Chance;
+use crate::hardware::{Hardware, Source};
+use crate::memory::{Ram, Region};
+use crate::tree::{self, Dress, Frames, Size, Tree};
+use crate::verdict::{Case, Expected};
+use plimsoll_mmu::format::x86::{Caps, Maker, X86Format};
+use plimsoll_mmu::x86::{self, Control, ErrorCode, Fault, Mode, Registers};
+use plimsoll_mmu::{Access, Entry, Feature, Input, Leaf, Level, Marks, Memory, Output, Permissions, Table};
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+
+/// A PC without firmware of its own.
+pub const HARDWARE: Hardware = Hardware {
+    qemu: "qemu-system-x86_64",
+    arguments: &[
+        "-machine",
+        "q35,memory-backend=ram",
+        "-bios",
+        "FOLDER/firmware",
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=4",
+    ],
+    binutils: "",
+    flags: &["--64"],
+    program: Source { text: include_str!("../programs/x86.s"), at: PROGRAM },
+    firmware: Some(Source { text: include_str!("../programs/x86-reset.s"), at: 0xffff_0000 }),
+    ram: 0,
+    ram_mib: 2048,
+    // isa-debug-exit, of the 0x10 that the program writes.
+    status: 0x21,
+};
+const PROGRAM: u64 = 1 << 20;
+/// What runs in ring 3 is here in the program, and at this address in every tree.
+const USER_PAGE: u64 = PROGRAM + 0x2000;
+const USER: u64 = 0xc000_0000;
+/// Tables through which the program sees itself: a root, level 4 below a fifth, and so on down.
+const OWN_TABLES: [u64; 5] = [0x20_0000, 0x20_1000, 0x20_2000, 0x20_3000, 0x20_4000];
+const RAM: Region = Region { first: 0, bytes: 2 << 30 };
+const TABLES: Region = Region { first: 384 << 20, bytes: 64 << 20 };
+/// Where addresses lead.
+const ARENA: Region = Region { first: 512 << 20, bytes: 1536 << 20 };
+/// What a store writes.
+const STORED: u64 = 0x5354_4f52_4544_2121;
+
+const PRESENT_WRITABLE_USER_ACCESSED: u64 = 0x27;
+const ACCESSED: u64 = 1 << 5;
+const LARGE: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
+/// What entries may have in bits that the processor ignores; GLOBAL not in the upper levels, where AMD's does not.
+const TABLE_IGNORED: u64 = 1 << 6 | GLOBAL | LEAF_IGNORED | 0xf << 59;
+const LEAF_IGNORED: u64 = 7 << 9 | 0x7f << 52;
+const PRESENT_WRITABLE_ACCESSED_DIRTY: u64 = 0x63;
+const CR0: u64 = 0x8000_0033;
+const CR0_WP: u64 = 1 << 16;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const CR4_SMEP: u64 = 1 << 20;
+const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
+const EFER: u64 = 0x500;
+const EFER_NXE: u64 = 1 << 11;
+const FLAGS: u64 = 2;
+const FLAGS_AC: u64 = 1 << 18;
+
+const BREAKPOINT: u64 = 3;
+const GENERAL_PROTECTION: u64 = 13;
+const PAGE_FAULT: u64 = 14;
+
+/// The processor of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct Processor {
+    /// What it has. QEMU's has 40 bits of physical addresses, and does not fault on bit 8 in the upper levels.
+    pub caps: Caps,
+}
+
+impl Default for Processor {
+    fn default() -> Self {
+        let caps = Caps {
+            physical_bits: 40,
+            gib_pages: Feature::On,
+            no_execute: Feature::On,
+            keys: Feature::On,
+            maker: Maker::Intel,
+        };
+        Self { caps }
+    }
+}
+
+impl Processor {
+    /// Options of QEMU for it.
+    pub fn options(&self) -> [&'static str; 2] {
+        match self.caps.gib_pages {
+            Feature::On => ["-cpu", "max"],
+            Feature::Off => ["-cpu", "max,-pdpe1gb"],
+        }
+    }
+
+    /// What the program is told once: CR4 and CR3.
+    pub fn run<F: X86Format>(&self) -> [u64; 2] {
+        [cr4::<F>(), OWN_TABLES[if F::LEVELS == 5 { 0 } else { 1 }]]
+    }
+}
+
+const fn cr4<F: X86Format>() -> u64 {
+    if F::LEVELS == 5 { CR4_PAE | CR4_LA57 } else { CR4_PAE }
+}
+
+/// One access in the format `F`.
+#[derive(Clone, Debug)]
+pub struct X86Case<F> {
+    /// The processor's state.
+    pub registers: Registers,
+    /// The address.
+    pub input: Input,
+    /// What is done there, and by whom.
+    pub access: (Access, Mode),
+    memory: Ram,
+    format: PhantomData<F>,
+}
+
+/// What is in memory in every run: the tables through which the program sees itself, which is memory as it is up to 2 GiB and a
+/// page for ring 3. A root's first entry leads to them in every case.
+pub fn own_tables() -> BTreeMap<u64, u64> {
+    let [five, four, three, two, one] = OWN_TABLES;
+    let gib = |number: u64| (three + number * 8, number << 30 | LARGE | PRESENT_WRITABLE_ACCESSED_DIRTY);
+    const { assert!(USER == 3 << 30) };
+    let links = [(five, four), (four, three), (three + 3 * 8, two), (two, one), (one, USER_PAGE)];
+    let links = links.map(|(at, to)| (at, to | PRESENT_WRITABLE_USER_ACCESSED));
+    links.into_iter().chain([gib(0), gib(1)]).collect()
+}
+
+/// The root's first entry.
+const fn own_link<F: X86Format>() -> u64 {
+    OWN_TABLES[if F::LEVELS == 5 { 1 } else { 2 }] | PRESENT_WRITABLE_USER_ACCESSED
+}
+
+struct Entries {
+    frames: Frames,
+}
+
+impl<F: X86Format> Dress<F> for Entries {
+    fn table(&mut self, chance: &mut Chance, level: Level) -> Entry {
+        let at = self.frames.take(chance, 4096);
+        let full = chance.percent(75);
+        let ignored = TABLE_IGNORED & if level >= Level(4) { !GLOBAL } else { u64::MAX };
+        Entry::Table(Table {
+            at,
+            permissions: if full { Permissions::all() } else { permissions(chance) },
+            memory: Memory::Pat(chance.of(&[0, 1, 2, 3])),
+            accessed: chance.percent(50),
+            global: false,
+            software: chance.bits() & ignored,
+        })
+    }
+
+    fn leaf(&mut self, chance: &mut Chance, target: Output, size: Size) -> Entry {
+        Entry::Leaf(Leaf {
+            accessed: chance.percent(50),
+            dirty: chance.percent(50),
+            global: chance.percent(50),
+            key: chance.of(&[0, 1, 2, 7, 14, 15]),
+            software: chance.bits() & LEAF_IGNORED,
+            ..Leaf::new(
+                Output(size.join(target.0, 0)),
+                size.shift,
+                if chance.percent(40) { Permissions::all() } else { permissions(chance) },
+                Memory::Pat(chance.of(&[0, 1, 2, 3, 4, 5, 6, 7])),
+            )
+        })
+    }
+}
+
+fn permissions(chance: &mut Chance) -> Permissions {
+    let all = [Permissions::WRITE, Permissions::USER, Permissions::EXECUTE];
+    all.into_iter().filter(|_| chance.percent(50)).fold(Permissions::READ, |some, one| some | one)
+}
+
+/// One bit of an entry turned over: what makes it absent, reserved, another kind, or any.
+fn damaged(chance: &mut Chance, word: u64) -> u64 {
+    let reserved = 40 + chance.below(12);
+    let any = chance.below(64);
+    word ^ 1 << chance.of(&[0, reserved, 7, 63, 12 + any % 9, any, any])
+}
+
+fn control(chance: &mut Chance) -> Control {
+    let all = [Control::WRITE_PROTECT, Control::SMEP, Control::SMAP, Control::ALIGNMENT_CHECK];
+    all.into_iter().filter(|_| chance.percent(50)).fold(Control::empty(), |some, one| some | one)
+}
+
+const ACCESSES: [(Access, Mode); 7] = [
+    (Access::Read, Mode::Supervisor),
+    (Access::Write, Mode::Supervisor),
+    (Access::Fetch, Mode::Supervisor),
+    (Access::Read, Mode::User),
+    (Access::Write, Mode::User),
+    (Access::Fetch, Mode::User),
+    (Access::Read, Mode::Implicit),
+];
+
+impl<F: X86Format> X86Case<F> {
+    /// A case whose walk stays in RAM.
+    pub fn draw(chance: &mut Chance, processor: &Processor) -> Self {
+        loop {
+            if let Some(case) = Self::attempt(chance, processor) {
+                return case;
+            }
+        }
+    }
+
+    fn attempt(chance: &mut Chance, processor: &Processor) -> Option<Self> {
+        let mut entries = Entries { frames: Frames::new(TABLES) };
+        let root = entries.frames.take(chance, 4096);
+        let ram = Ram::new(RAM);
+        ram.set(root, own_link::<F>());
+
+        let largest = F::largest_leaf(&processor.caps).0;
+        let size = Size::of::<F>(Level(chance.of(&[1, 1, 2, largest])));
+        let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
+        let target = if chance.percent(10) { Output(target.0 | 0xff8) } else { target };
+        let input = Input(size.join(tree::input::<F>(chance).0, target.0));
+        if F::index(input, F::root()) == 0 {
+            return None;
+        }
+        let tree = Tree::<F> { ram: &ram, root, caps: processor.caps };
+        let (_, places) = tree.lead(chance, &mut entries, (input, target, size));
+        if chance.percent(45) {
+            let at = chance.of(&places);
+            ram.set(at, damaged(chance, ram.get(at)));
+        }
+        let not_canonical = chance.percent(3);
+        let input = if not_canonical {
+            Input(input.0 ^ 1 << (F::INPUT_BITS + u32::try_from(chance.below(7)).ok()?))
+        } else {
+            input
+        };
+        let on = |chance: &mut Chance| if chance.percent(85) { Feature::On } else { Feature::Off };
+        let caps = Caps { no_execute: on(chance), keys: on(chance), ..processor.caps };
+        // Where there are keys, most forbid nothing.
+        let pkru = u32::try_from(chance.bits() & chance.bits() & u64::from(u32::MAX)).ok()?;
+        let access = chance.of(if not_canonical { &ACCESSES[..6] } else { &ACCESSES });
+        let registers = Registers { cr3: root.0, control: control(chance), pkru, caps };
+        let case = Self { registers, input, access, memory: ram, format: PhantomData };
+        match case.walk(&case.memory) {
+            // What is executed is in the arena, and so is what is written; tables can be read as well.
+            Ok(output) if ARENA.has(output.0) => case.memory.set(output, target_word(output)),
+            Ok(output) if access.0 == Access::Read && TABLES.has(output.0) => {}
+            Ok(_) | Err(Fault::Memory { .. }) => return None,
+            Err(_) => {}
+        }
+        Some(case)
+    }
+
+    fn walk(&self, ram: &Ram) -> Result<Output, Fault<crate::Outside>> {
+        x86::walk::<F, _>(ram, &self.registers, self.input, self.access, Marks::Leave)
+            .map(|walked| walked.output)
+    }
+}
+
+/// What is in memory where an address leads: `mov $N, %eax; int3`, with an N that says where.
+fn target_word(at: Output) -> u64 {
+    0xb8 | (at.0 >> 3 & 0xffff_ffff) << 8 | 0x0090_90cc << 40
+}
+
+impl<F: X86Format> Case for X86Case<F> {
+    const OUTPUTS: [Option<&'static str>; 7] =
+        [Some("vector"), Some("error code"), Some("CR2"), Some("RAX"), Some("RIP"), None, None];
+
+    fn head(&self) -> [u64; 8] {
+        let Registers { cr3, control, pkru, caps } = self.registers;
+        let if_set = |flag, bit| if control.contains(flag) { bit } else { 0 };
+        let if_on = |feature, bit| if feature == Feature::On { bit } else { 0 };
+        let operation = ACCESSES.iter().position(|access| *access == self.access);
+        let operation = operation.map_or(0, |number| if number < 3 { number } else { number + 1 });
+        [
+            operation as u64,
+            self.input.0,
+            cr3,
+            CR0 | if_set(Control::WRITE_PROTECT, CR0_WP),
+            cr4::<F>()
+                | if_set(Control::SMEP, CR4_SMEP)
+                | if_set(Control::SMAP, CR4_SMAP)
+                | if_on(caps.keys, CR4_PKE),
+            EFER | if_on(caps.no_execute, EFER_NXE),
+            u64::from(pkru),
+            FLAGS | if_set(Control::ALIGNMENT_CHECK, FLAGS_AC),
+        ]
+    }
+
+    fn memory(&self) -> &Ram {
+        &self.memory
+    }
+
+    fn outputs(&self, mut written: [u64; 7]) -> [u64; 7] {
+        let reserved = u64::from(ErrorCode::RESERVED.bits());
+        if written[0] == PAGE_FAULT && written[1] & reserved != 0 {
+            written[1] |= u64::from(ErrorCode::PRESENT.bits());
+        }
+        written
+    }
+
+    fn expect(&self) -> Expected {
+        let after = self.memory.clone();
+        let walked = x86::walk::<F, _>(&after, &self.registers, self.input, self.access, Marks::Set);
+        let (kind, outputs, may_be_set) = match walked {
+            Ok(walked) => {
+                let value = match self.access {
+                    (Access::Read, Mode::Implicit) => None,
+                    (Access::Read, _) => Some(after.get(walked.output)),
+                    (Access::Write, _) => {
+                        after.set(walked.output, STORED);
+                        None
+                    }
+                    (Access::Fetch, _) => Some(walked.output.0 >> 3 & 0xffff_ffff),
+                };
+                let next = (self.access.0 == Access::Fetch).then_some(self.input.0.wrapping_add(6));
+                let kind = format!("translated at {}", walked.level);
+                (kind, [Some(BREAKPOINT), Some(0), Some(0), value, next, None, None], 0)
+            }
+            Err(Fault::Page(fault)) => {
+                let outputs = [
+                    Some(PAGE_FAULT),
+                    Some(u64::from(fault.code.bits())),
+                    Some(fault.input.0),
+                    None,
+                    None,
+                    None,
+                    None,
+                ];
+                (format!("page fault, {:?}", fault.code), outputs, ACCESSED)
+            }
+            Err(Fault::NotCanonical(_)) => {
+                let outputs = [Some(GENERAL_PROTECTION), Some(0), Some(0), None, None, None, None];
+                ("not canonical".to_owned(), outputs, 0)
+            }
+            Err(other) => (format!("outside of RAM: {other}"), [None; 7], ACCESSED),
+        };
+        Expected { kind, outputs, after: after.words(), may_be_set }
+    }
+
+    fn path(&self) -> String {
+        tree::path::<F>(&self.memory, Output(self.registers.cr3), &self.registers.caps, self.input)
+    }
+}
