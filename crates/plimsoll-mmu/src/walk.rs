@@ -206,18 +206,7 @@ fn mark<F: Format, M: TableMemory>(
 ) -> Result<Marked, End<M::Error>> {
     for level in (walked.level.0..=F::LEVELS).rev().map(Level) {
         let step = walked.step(level);
-        let marked = match F::decode(step.raw, level, caps) {
-            Entry::Table(mut table) => {
-                table.accessed = true;
-                Entry::Table(table)
-            }
-            Entry::Leaf(leaf) => {
-                Entry::Leaf(Leaf { accessed: true, dirty: leaf.dirty || access == Access::Write, ..leaf })
-            }
-            _ => continue, // a level that was left out
-        };
-        // A format that has no such bit in this entry says so, and there is nothing to set.
-        let Ok(new) = F::encode(&marked, level, caps) else { continue };
+        let new = F::marked(step.raw, level, caps, access);
         if new == step.raw {
             continue;
         }

@@ -274,6 +274,28 @@ fn the_access_flag_and_dirty_state_are_hardwares_or_a_fault() {
 }
 
 #[test]
+fn entries_that_the_crate_would_not_write_are_marked_all_the_same() {
+    // An address bit below the block's size, and a shareability that is reserved: hardware passes over both.
+    for odd in [1 << 13, 1 << 8] {
+        let ram = Ram::new(1 << 40);
+        ram.set(0x1000, 0x2000 | PAGE);
+        let leaf = 0x20_0000 | BLOCK | READ_ONLY | DBM | odd;
+        ram.set(0x2000, leaf);
+        let caps = Caps { dirty_management: Feature::On, ..PLAIN };
+        let registers = Registers { caps, ..registers(0x1000) };
+        let walked = arm::walk::<Lower<12, 39>, _>(
+            &ram,
+            &registers,
+            Input(0x10),
+            (Access::Write, Mode::Privileged),
+            Marks::Set,
+        );
+        assert_eq!(walked.map(|walked| walked.output), Ok(Output(0x20_0010)), "{odd:#x}");
+        assert_eq!(ram.get(0x2000), (leaf | AF) & !READ_ONLY, "{odd:#x}");
+    }
+}
+
+#[test]
 fn a_fault_has_the_level_of_the_entry_that_is_to_blame() {
     let walk = |change: &dyn Fn(&Ram), input| {
         let ram = Ram::new(1 << 20);

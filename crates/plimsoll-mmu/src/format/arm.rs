@@ -22,6 +22,7 @@ use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Shareability, Ta
 use crate::format::{
     Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, names_next, set, software,
 };
+use crate::walk::Access;
 
 const VALID: u64 = 1;
 /// A table above the last level, a page at it.
@@ -165,6 +166,10 @@ macro_rules! vmsa {
                 encode(entry, Self::shape(level), caps)
             }
 
+            fn marked(raw: u64, level: Level, caps: &Caps, access: Access) -> u64 {
+                marked(raw, Self::shape(level), caps, access)
+            }
+
             fn largest_leaf(_: &Caps) -> Level {
                 largest_leaf(GRANULE).min(Self::root())
             }
@@ -235,6 +240,17 @@ const fn table_rights(stage: Stage) -> u64 {
     match stage {
         Stage::First => PXN_TABLE | UXN_TABLE | NO_USER_TABLE | NO_WRITE_TABLE,
         Stage::Second => 0,
+    }
+}
+
+/// D8.5: tables keep nothing; of a leaf all bits but these stay as they are, reserved ones too.
+fn marked(raw: u64, shape: Shape, caps: &Caps, access: Access) -> u64 {
+    let Entry::Leaf(_) = decode(raw, shape, caps) else { return raw };
+    let dirties = access == Access::Write && caps.dirty_management == Feature::On && raw & DIRTY_MANAGED != 0;
+    match (dirties, shape.stage) {
+        (false, _) => raw | ACCESSED,
+        (true, Stage::First) => (raw | ACCESSED) & !AP_HIGH,
+        (true, Stage::Second) => raw | ACCESSED | AP_HIGH,
     }
 }
 

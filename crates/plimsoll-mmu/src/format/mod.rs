@@ -10,7 +10,8 @@ pub mod vtd;
 pub mod x86;
 
 use crate::address::{Input, Level, MAX_LEVELS, Output, Span};
-use crate::entry::{Entry, Memory, Table, Unencodable};
+use crate::entry::{Entry, Leaf, Memory, Table, Unencodable};
+use crate::walk::Access;
 use core::fmt;
 
 /// Whether a feature is there and switched on.
@@ -71,6 +72,22 @@ pub trait Format: Copy + fmt::Debug + 'static {
     /// # Errors
     /// What the format or the processor cannot say.
     fn encode(entry: &Entry, level: Level, caps: &Self::Caps) -> Result<u64, Unencodable>;
+
+    /// What hardware makes of `raw`, an entry of `level` that names a table or maps memory, after `access` went through it: accessed,
+    /// and if it maps memory, dirty after a write, as far as the entry keeps that.
+    ///
+    /// Where hardware passes over bits that [`encode`](Self::encode) does not write, a format says itself what becomes of them.
+    fn marked(raw: u64, level: Level, caps: &Self::Caps, access: Access) -> u64 {
+        let entry = match Self::decode(raw, level, caps) {
+            Entry::Table(table) => Entry::Table(Table { accessed: true, ..table }),
+            Entry::Leaf(leaf) => {
+                Entry::Leaf(Leaf { accessed: true, dirty: leaf.dirty || access == Access::Write, ..leaf })
+            }
+            other => other,
+        };
+        // A format that has no such bit in this entry says so, and there is nothing to set.
+        Self::encode(&entry, level, caps).unwrap_or(raw)
+    }
 
     /// The highest level whose entries may map memory.
     fn largest_leaf(caps: &Self::Caps) -> Level;

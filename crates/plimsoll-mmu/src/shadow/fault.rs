@@ -216,6 +216,7 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
                 accessed: true,
                 global: false,
                 software: 0,
+                skips: 0,
             });
             let word = self.encode(&next, level)?;
             fence = fence.max(self.exchange(entry, |_| Ok(word))?);
