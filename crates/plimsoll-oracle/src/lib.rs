@@ -11,6 +11,7 @@
 //!
 //! * [`tree`]: words that lead an address to memory, made by the crate's own encoders.
 //! * [`x86`]: four and five levels, as ring 0 and ring 3 see them.
+//! * [`riscv`]: Sv39 to Sv57 and their x4 forms, alone and one over the other, as VS, VU and HS mode see them.
 //! * [`verdict`]: expectations, mismatches, and how often each kind of end was seen.
 //!
 //! Words are damaged after they were encoded, at most once a case, so that most walks get far and each fault is seen at each
@@ -19,6 +20,7 @@ pub mod batch;
 mod chance;
 mod hardware;
 mod memory;
+pub mod riscv;
 pub mod tree;
 pub mod verdict;
 pub mod x86;

@@ -101,7 +101,8 @@ pub struct Tree<'a, F: Format> {
 
 impl<F: Format> Tree<'_, F> {
     /// Leads `input` to `target` by a leaf of `size`, if what is there already leads nowhere. Both have to be equal in the
-    /// bits that such a leaf leaves alone. Says where it goes, and the places of the entries, from the root on.
+    /// bits that such a leaf leaves alone. Says where it goes, and the places of the entries, from the root on; `None` where
+    /// tables are there in the leaf's place.
     ///
     /// # Panics
     /// When the format refuses an entry as dressed.
@@ -110,13 +111,16 @@ impl<F: Format> Tree<'_, F> {
         chance: &mut Chance,
         dress: &mut impl Dress<F>,
         (input, target, size): (Input, Output, Size),
-    ) -> (Output, Vec<Output>) {
+    ) -> Option<(Output, Vec<Output>)> {
         let (mut table, mut level) = (self.root, F::root());
         let mut places = Vec::new();
         loop {
             let at = Output(table.0 | F::index(input, level) << 3);
             places.push(at);
             if self.ram.get(at) == 0 {
+                if level < size.level {
+                    return None;
+                }
                 let entry = if level == size.level {
                     dress.leaf(chance, target, size)
                 } else {
@@ -129,7 +133,7 @@ impl<F: Format> Tree<'_, F> {
                 Entry::Table(next) => table = next.at,
                 Entry::Leaf(leaf) => {
                     let inside = F::offset(input) & ((1 << leaf.shift) - 1);
-                    return (Output(leaf.base().0 | inside), places);
+                    return Some((Output(leaf.base().0 | inside), places));
                 }
                 other => panic!("{other:?} was encoded at {level}"),
             }

@@ -237,7 +237,7 @@ impl<F: X86Format> X86Case<F> {
             return None;
         }
         let tree = Tree::<F> { ram: &ram, root, caps: processor.caps };
-        let (_, places) = tree.lead(chance, &mut entries, (input, target, size));
+        let (_, places) = tree.lead(chance, &mut entries, (input, target, size))?;
         if chance.percent(45) {
             let at = chance.of(&places);
             ram.set(at, damaged(chance, ram.get(at)));
