@@ -49,7 +49,7 @@ enum Command {
 #[derive(clap::Args)]
 struct TestArguments {
     /// Run one level only. 0: pure crates, no rights needed. 1: real userfaultfd and real KVM guests. 2: stock Linux guests
-    /// under QEMU and libvirt. 3: page tables in QEMU's models of processors.
+    /// under QEMU and libvirt. 3: page tables in QEMU's models of processors, and the bare-metal host there.
     #[arg(long, value_parser = clap::value_parser!(u8).range(0..=3))]
     level: Option<u8>,
     /// How long the randomized soak of level 1 lasts.

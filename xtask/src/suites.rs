@@ -24,10 +24,10 @@ const PURE: u8 = 0;
 const KERNEL: u8 = 1;
 /// Tests that need QEMU, libvirt and a stock Linux for guests.
 const STOCK: u8 = 2;
-/// Tests that need QEMU's models of other processors, and assemblers for them.
+/// Tests that need QEMU's models of processors, and assemblers for them.
 const MODELS: u8 = 3;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 19] = [
+const LEVELS: [(&str, u8); 20] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-inside", PURE),
@@ -47,6 +47,7 @@ const LEVELS: [(&str, u8); 19] = [
     ("plimsoll-bench", KERNEL),
     ("plimsoll-stock", STOCK),
     ("plimsoll-oracle", MODELS),
+    ("plimsoll-metal", MODELS),
 ];
 /// A test program that takes longer than this, the soak's time apart, hangs. The longest takes minutes.
 const PATIENCE: Duration = Duration::from_secs(15 * 60);

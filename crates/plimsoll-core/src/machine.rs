@@ -307,6 +307,11 @@ impl<W: Words> Machine<W> {
         Ok(self.release(before))
     }
 
+    /// The page's accessed bit was found set, by a host that reads its guests' second stage.
+    pub fn used(&mut self, page: PageIndex) {
+        self.replacement.used(page);
+    }
+
     /// Writes the intent to move a run of pages back from the slot pages that start at `at`.
     ///
     /// # Errors
@@ -546,6 +551,14 @@ impl<W: Words> Machine<W> {
         let before = self.doomed.len();
         self.doomed.retain(|doomed| *doomed != (page, at));
         self.doomed.len() < before
+    }
+
+    /// The page is in guest RAM and never to be taken: the host itself writes it at any time.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when it is not there, or on its way out.
+    pub fn exclude(&mut self, page: PageIndex) -> Result<(), MapError> {
+        self.map.apply(page, Transition::Exclude).map(drop)
     }
 
     /// Lets every pinned page be tried again.

@@ -2,8 +2,8 @@
 //!
 //! Enters: which pages came back and from where. Leaves: runs of resident pages to capture. The shape is S3-FIFO's
 //! (Yang et al., SOSP '23): limbo is the small queue every page passes through, resident memory the main queue, and
-//! ghosts remember what left limbo unused. A hypervisor without access bits sees a page used only when it comes back,
-//! so credit is given then and nowhere else:
+//! ghosts remember what left limbo unused. A page is seen used when it comes back, and by a host that reads its guests'
+//! accessed bits also where it is; credit is given then and nowhere else:
 //!
 //! | the page came back from | credit |
 //! |---|---|
@@ -11,6 +11,7 @@
 //! | the store, still a ghost: it would have been used had limbo been longer | 2 |
 //! | the store, no longer a ghost | 1 |
 //! | nowhere: first touch; or brought back before it was touched | 0 |
+//! | it was there, and its accessed bit was set: used since the bits were looked at last | 2, if it had less |
 //!
 //! A block's heat is the sum of its pages' credits. A hand goes round the blocks. Blocks without heat are taken whole,
 //! first, so that huge pages move as huge pages; only when a full round finds too few of them are mixed blocks split:
@@ -21,6 +22,9 @@ use crate::map::{MapError, PageMap, Words};
 use crate::word::PageState;
 use alloc::{vec, vec::Vec};
 use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageIndex};
+
+/// Credit of a page whose accessed bit was set: less than of one that was taken and missed.
+const USED: u8 = 2;
 
 /// Where a page came back from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +119,13 @@ impl Replacement {
             Origin::Store => 1,
         };
         self.set_credit(page, credit);
+    }
+
+    /// A resident page's accessed bit was found set.
+    pub fn used(&mut self, page: PageIndex) {
+        if page.0 < self.pages && self.credit_of(page) < USED {
+            self.set_credit(page, USED);
+        }
     }
 
     /// A page left limbo for the store.
@@ -281,6 +292,17 @@ mod tests {
         let runs = chosen(&mut replacement, &map, 1);
         assert_eq!(runs, [Run { first: PageIndex(0), pages: 3 }, Run { first: PageIndex(4), pages: 508 }]);
         assert_eq!(replacement.heat(BlockIndex(0)), 2);
+    }
+
+    #[test]
+    fn a_page_seen_used_by_its_accessed_bit_outlives_its_neighbours_and_keeps_a_higher_credit() {
+        let map = resident(512);
+        let mut replacement = Replacement::new(512);
+        replacement.came_back(PageIndex(4), Origin::Limbo);
+        [3, 4].into_iter().for_each(|page| replacement.used(PageIndex(page)));
+        assert_eq!((replacement.credit_of(PageIndex(3)), replacement.credit_of(PageIndex(4))), (USED, 3));
+        let runs = chosen(&mut replacement, &map, 1);
+        assert_eq!(runs, [Run { first: PageIndex(0), pages: 3 }, Run { first: PageIndex(5), pages: 507 }]);
     }
 
     #[test]

@@ -332,7 +332,15 @@ impl VmmConfig {
     /// # Errors
     /// As [`check`](Self::check).
     pub fn guest(&self) -> Result<Guest, ConfigError> {
-        Guest::new(&self.params(&self.check()?, 1)).map_err(ConfigError::Workload)
+        Guest::new(&self.parameters()?).map_err(ConfigError::Workload)
+    }
+
+    /// What the guest program is told, with a clock that says nothing yet: for a host that fills it in.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn parameters(&self) -> Result<abi::Params, ConfigError> {
+        Ok(self.params(&self.check()?, 1))
     }
 
     fn layout(&self) -> Result<GuestLayout, ConfigError> {

@@ -7,6 +7,7 @@ mod compare;
 pub(crate) mod fleet;
 mod linux;
 mod managed;
+mod metal;
 pub(crate) mod meter;
 pub(crate) mod plan;
 mod report;
@@ -53,6 +54,9 @@ pub(crate) struct DemoArgs {
     /// Makes contents and work repeatable.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// What the guests' memory is managed on.
+    #[arg(long, value_enum, default_value_t = Host::Linux)]
+    host: Host,
     /// What runs the guests.
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     accel: Accel,
@@ -79,6 +83,14 @@ pub(crate) struct DemoArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Host {
+    /// This one: its kernel, and userfaultfd.
+    Linux,
+    /// The bare-metal hypervisor, in a machine that QEMU emulates. Needs qemu-system-x86_64, and no rights.
+    Metal,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Accel {
     /// KVM where it works, else in-process.
     Auto,
@@ -89,7 +101,14 @@ pub(crate) enum Accel {
 }
 
 pub(crate) fn main(args: &DemoArgs) -> ExitCode {
-    ended("demo", if args.linux { linux::run(args) } else { run(args) })
+    ended(
+        "demo",
+        match args.host {
+            Host::Metal => metal::run(args),
+            Host::Linux if args.linux => linux::run(args),
+            Host::Linux => run(args),
+        },
+    )
 }
 
 /// What interrupts a run: a signal, once.
@@ -125,17 +144,7 @@ fn run(args: &DemoArgs) -> Result<ExitCode, String> {
     };
     println!("guests: user-mode programs without a kernel of their own; run by {run_by}");
     let plan = plan::plan(args, choice, limits()?)?;
-    plan.fitted.iter().for_each(|note| println!("{note}"));
-    println!(
-        "{} guests of {} own {}; budget {}; content {}; seed {}; {} s",
-        plan.guests.len(),
-        ByteCount(plan.guests[0].ram_bytes),
-        plan.asked(),
-        plan.budget,
-        plan.mix,
-        plan.seed,
-        plan.seconds
-    );
+    announce(&plan);
     if let Some(file) = &args.json {
         // Found out before a minute has passed, not after it.
         std::fs::OpenOptions::new()
@@ -153,6 +162,21 @@ fn run(args: &DemoArgs) -> Result<ExitCode, String> {
         }
     }
     finish(args, &plan, report, &interrupt)
+}
+
+/// Says what will be run.
+fn announce(plan: &Plan) {
+    plan.fitted.iter().for_each(|note| println!("{note}"));
+    println!(
+        "{} guests of {} own {}; budget {}; content {}; seed {}; {} s",
+        plan.guests.len(),
+        ByteCount(plan.guests[0].ram_bytes),
+        plan.asked(),
+        plan.budget,
+        plan.mix,
+        plan.seed,
+        plan.seconds
+    );
 }
 
 fn finish(

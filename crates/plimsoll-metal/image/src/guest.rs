@@ -1,0 +1,391 @@
+//! A guest: its memory, its processor, and what its program asks for.
+//!
+//! Enters: settings; exits of its processor. Leaves: what it is to do next, and at its end what it did. What must never happen: a number
+//! of the guest's believed; all of them are allegations that end in a report, in a sleep, or in its own death.
+//! The program, its ports and its pages are `plimsoll_guest::abi`'s, as on Linux.
+use crate::cpu::{self, Features};
+use crate::memory::{Memory, address};
+use crate::paged::{Paged, PagedError, Pool};
+use crate::svm::{Exit, Svm, Vcpu};
+use crate::wire::GuestSettings;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
+use plimsoll_core::frames::buddy::FramesError;
+use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
+use plimsoll_guest::abi::{self, LATENCY_BUCKETS, Params, Phase, Report, latency_bucket};
+use plimsoll_guest::{Guest as Program, GuestError};
+use plimsoll_mmu::format::x86::{Caps, Long4};
+use plimsoll_mmu::{Entry, Format, Leaf, Level, Memory as Type, Output, Permissions, Table, Unencodable};
+use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, MachineId, PAGE_SIZE};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// The program, as its segments look from [`abi::IMAGE_GPA`] on.
+static PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.bin"));
+/// The longest a guest sleeps at once; it asks again.
+const IDLE_MAX_NS: u64 = 1_000_000_000;
+/// Page directories there is room for behind the PML4 and the PDPT.
+const DIRECTORIES: u64 = (abi::PAGE_TABLES_END - abi::PAGE_TABLES_GPA) / abi::PAGE_SIZE - 2;
+const GIB: u64 = 1 << 30;
+
+/// A guest that is not started.
+#[derive(Debug)]
+pub enum StartError {
+    /// Its memory's layout.
+    Layout(LayoutError),
+    /// What its program is told.
+    Program(GuestError),
+    /// More than one processor.
+    Processors {
+        /// How many.
+        found: u32,
+    },
+    /// Memory its page tables cannot map.
+    OutOfReach {
+        /// Where.
+        at: Gpa,
+    },
+    /// There is no memory.
+    Memory(PagedError),
+    /// A bug: an entry of its tables.
+    Entry(Unencodable),
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layout(error) => write!(f, "{error}"),
+            Self::Program(error) => write!(f, "{error}"),
+            Self::Processors { found } => write!(f, "it is to have {found} processors; guests here have one"),
+            Self::OutOfReach { at } => {
+                write!(f, "its memory at {at} is out of reach of {DIRECTORIES} page directories")
+            }
+            Self::Memory(error) => write!(f, "{error}"),
+            Self::Entry(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+impl From<PagedError> for StartError {
+    fn from(error: PagedError) -> Self {
+        Self::Memory(error)
+    }
+}
+
+impl From<FramesError> for StartError {
+    fn from(error: FramesError) -> Self {
+        Self::Memory(error.into())
+    }
+}
+
+/// Why a guest cannot go on.
+#[derive(Clone, Debug)]
+pub enum Death {
+    /// Its program gave up.
+    Panicked {
+        /// Its words.
+        message: String,
+    },
+    /// Its memory.
+    Memory(PagedError),
+    /// It wrote to a port that means nothing.
+    Port {
+        /// Which.
+        port: u16,
+        /// How many bytes.
+        bytes: u8,
+    },
+    /// An exception.
+    Exception {
+        /// Which.
+        vector: u64,
+        /// Its error code.
+        error: u64,
+        /// Where, of a page fault.
+        address: u64,
+    },
+    /// Something else that it may not do.
+    Other {
+        /// The exit's number.
+        code: u64,
+    },
+}
+
+impl fmt::Display for Death {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Panicked { message } => write!(f, "the guest program stopped: {message}"),
+            Self::Memory(error) => write!(f, "{error}"),
+            Self::Port { port, bytes } => {
+                write!(f, "it wrote {bytes} bytes to port {port:#x}, which means nothing")
+            }
+            Self::Exception { vector, error, address } => {
+                write!(f, "it took exception {vector} (error {error:#x}, address {address:#x})")
+            }
+            Self::Other { code } => write!(f, "it left with {code:#x}, which it has no reason to"),
+        }
+    }
+}
+
+/// What a guest does.
+#[derive(Clone, Debug)]
+pub enum State {
+    /// It runs when it is its turn.
+    Ready,
+    /// It sleeps until then.
+    Asleep {
+        /// Ticks of the time-stamp counter.
+        until: u64,
+    },
+    /// It waits for memory: its last fault is to be tried again.
+    Stalled {
+        /// How often it was, in a row.
+        turns: u32,
+    },
+    /// It has ended.
+    Ended(Result<(), Death>),
+}
+
+/// What a guest's time went into.
+pub struct Times {
+    /// Faults by their time, as [`latency_bucket`] has it.
+    pub faults: [u64; LATENCY_BUCKETS],
+    /// Ticks spent on them.
+    pub stalled: u64,
+    /// When it started.
+    pub started: u64,
+}
+
+/// A guest.
+pub struct Guest {
+    /// Its identity in the ledger.
+    pub id: MachineId,
+    /// What it is called.
+    pub name: String,
+    /// Its memory.
+    pub paged: Paged,
+    /// What it does.
+    pub state: State,
+    /// What its time went into.
+    pub times: Times,
+    /// What it said last.
+    pub report: Report,
+    /// What it said it touched in each window, the newest last.
+    pub windows: Vec<(u64, u64)>,
+    /// World switches.
+    pub exits: u64,
+    vcpu: Vcpu,
+    tsc_hz: u64,
+}
+
+impl Guest {
+    /// A guest with its program in place.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn new(
+        pool: &mut Pool,
+        number: u32,
+        settings: &GuestSettings,
+        features: &Features,
+        tsc_hz: u64,
+    ) -> Result<Self, StartError> {
+        let params = Params { tsc_hz, ..settings.params };
+        Program::new(&params).map_err(StartError::Program)?;
+        if params.vcpus != 1 {
+            return Err(StartError::Processors { found: params.vcpus });
+        }
+        let regions = params.regions.iter().take(params.region_count as usize);
+        let regions = regions.map(|region| Region { start: Gpa(region.gpa), bytes: ByteCount(region.len) });
+        let layout = GuestLayout::new(regions.collect()).map_err(StartError::Layout)?;
+        let (paged, vcpu) = {
+            let memory: &mut Memory = &mut pool.memory.borrow_mut();
+            let paged = Paged::new(memory, layout, params.seed, features)?;
+            // Address space 0 is the hypervisor's.
+            let vcpu = Vcpu::new(memory, paged.root(), number)?;
+            (paged, vcpu)
+        };
+        let name = String::from_utf8_lossy(&settings.name).trim_end_matches('\0').to_string();
+        let mut guest = Self {
+            id: MachineId(number),
+            name,
+            paged,
+            state: State::Ready,
+            times: Times { faults: [0; LATENCY_BUCKETS], stalled: 0, started: cpu::now() },
+            report: Report::EMPTY,
+            windows: Vec::new(),
+            exits: 0,
+            vcpu,
+            tsc_hz,
+        };
+        guest.write(pool, Gpa(abi::IMAGE_GPA), PROGRAM)?;
+        guest.write(pool, Gpa(abi::PARAMS_GPA), params.as_bytes())?;
+        guest.write_tables(pool, features)?;
+        // The hypervisor writes there whenever it likes, also when there is no memory to bring it into.
+        guest.paged.keep(pool, Gpa(abi::channel_gpa(0)))?;
+        Ok(guest)
+    }
+
+    /// Page tables that map every block of every region to itself, as `plimsoll_guest::abi` wants them.
+    fn write_tables(&mut self, pool: &mut Pool, features: &Features) -> Result<(), StartError> {
+        let caps: Caps = features.paging;
+        let regions: Vec<Region> = self.paged.layout().regions().to_vec();
+        let rights = Permissions::READ | Permissions::WRITE | Permissions::EXECUTE | Permissions::USER;
+        let table = |level, at| {
+            let memory = Long4::TABLE_MEMORY;
+            let table = Table { at, permissions: rights, memory, accessed: true, global: false, software: 0, skips: 0 };
+            Long4::encode(&Entry::Table(table), level, &caps).map_err(StartError::Entry)
+        };
+        let at = |number: u64| Output(abi::PAGE_TABLES_GPA + number * abi::PAGE_SIZE);
+        let mut put = |table: Output, index: u64, word: u64| {
+            self.write(pool, Gpa(table.0 + index * 8), &word.to_le_bytes()).map_err(StartError::Memory)
+        };
+        put(at(0), 0, table(Level(4), at(1))?)?;
+        let (mut directories, mut last) = (0, None);
+        for region in regions {
+            for block in (region.start.0..region.start.0 + region.bytes.0).step_by(BLOCK_SIZE) {
+                let gib = block / GIB;
+                if last != Some(gib) {
+                    if gib >= 512 || directories == DIRECTORIES {
+                        return Err(StartError::OutOfReach { at: Gpa(block) });
+                    }
+                    directories += 1;
+                    last = Some(gib);
+                    put(at(1), gib, table(Level(3), at(1 + directories))?)?;
+                }
+                let leaf = Leaf {
+                    accessed: true,
+                    dirty: true,
+                    ..Leaf::new(Output(block), 21, rights, Type::Pat(0))
+                };
+                let word = Long4::encode(&Entry::Leaf(leaf), Level(2), &caps).map_err(StartError::Entry)?;
+                put(at(1 + directories), block % GIB / BLOCK_SIZE as u64, word)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, pool: &mut Pool, gpa: Gpa, bytes: &[u8]) -> Result<(), PagedError> {
+        let mut at = gpa.0;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let offset = address(at % PAGE_SIZE as u64);
+            let len = rest.len().min(PAGE_SIZE - offset);
+            let (now, later) = rest.split_at(len);
+            self.paged.bytes(pool, Gpa(at - offset as u64))?[offset..offset + len].copy_from_slice(now);
+            (at, rest) = (at + len as u64, later);
+        }
+        Ok(())
+    }
+
+    /// Tells the program to end: [`abi::STOP_FINISH`] or [`abi::STOP_NOW`].
+    ///
+    /// # Errors
+    /// [`PagedError`].
+    pub fn stop(&mut self, pool: &mut Pool, how: u64) -> Result<(), PagedError> {
+        if matches!(self.state, State::Asleep { .. }) {
+            self.state = State::Ready;
+        }
+        self.write(pool, Gpa(abi::channel_gpa(0)), &how.to_le_bytes())
+    }
+
+    /// Tells the program that another window runs.
+    ///
+    /// # Errors
+    /// [`PagedError`].
+    pub fn window(&mut self, pool: &mut Pool, number: u64) -> Result<(), PagedError> {
+        self.write(pool, Gpa(abi::channel_gpa(0) + 8), &number.to_le_bytes())
+    }
+
+    /// What the program has written into its channel.
+    fn channel(&mut self, pool: &mut Pool) -> Result<abi::Channel, Death> {
+        let gpa = Gpa(abi::channel_gpa(0));
+        let page = self.paged.bytes(pool, gpa).map_err(Death::Memory)?;
+        abi::Channel::read_from_bytes(page).map_err(|_| Death::Memory(PagedError::Outside { gpa }))
+    }
+
+    /// Takes over what the program has counted so far.
+    pub fn look(&mut self, pool: &mut Pool) -> Result<(), Death> {
+        let report = self.channel(pool)?.report;
+        self.take(report);
+        Ok(())
+    }
+
+    fn take(&mut self, report: Report) {
+        if report.window > 0 && self.windows.last().is_none_or(|(number, _)| *number != report.window) {
+            self.windows.push((report.window, report.window_pages));
+        }
+        self.report = report;
+    }
+
+    /// Runs it until it leaves.
+    pub fn run(&mut self, svm: &Svm) -> Exit {
+        self.exits += 1;
+        let translations = self.paged.take_translations();
+        self.vcpu.run(svm, translations)
+    }
+
+    /// Whether it has written all its pages once, as far as it has said; or has ended.
+    pub fn is_filled(&self) -> bool {
+        self.report.phase >= Phase::Running as u32 || matches!(self.state, State::Ended(_))
+    }
+
+    /// A fault has been served, or has to wait; it began at `since`.
+    pub fn faulted(&mut self, since: u64) {
+        let ticks = cpu::now().saturating_sub(since);
+        self.times.stalled += ticks;
+        self.times.faults[latency_bucket(ticks)] += 1;
+    }
+
+    /// Does what the program asked for by writing to a port.
+    pub fn port(&mut self, pool: &mut Pool, port: u16, bytes: u8) -> Result<State, Death> {
+        if bytes != 4 {
+            return Err(Death::Port { port, bytes });
+        }
+        let channel = self.channel(pool)?;
+        self.vcpu.skip();
+        match port {
+            abi::PORT_REPORT => self.take(channel.report),
+            abi::PORT_IDLE => {
+                let ticks =
+                    u128::from(channel.request_ns.min(IDLE_MAX_NS)) * u128::from(self.tsc_hz) / 1_000_000_000;
+                let until = cpu::now().saturating_add(u64::try_from(ticks).unwrap_or(0));
+                return Ok(if channel.stop == abi::STOP_NO { State::Asleep { until } } else { State::Ready });
+            }
+            abi::PORT_DISCARD => self
+                .paged
+                .discard(pool, Gpa(channel.request_gpa), channel.request_len)
+                .map_err(Death::Memory)?,
+            abi::PORT_DONE => {
+                self.take(channel.report);
+                return Ok(State::Ended(Ok(())));
+            }
+            abi::PORT_PANIC => {
+                let len = usize::try_from(channel.message_len).unwrap_or(usize::MAX).min(abi::MESSAGE_SIZE);
+                let message = String::from_utf8_lossy(&channel.message[..len]);
+                let message = message.chars().filter(|letter| !letter.is_control()).collect();
+                return Err(Death::Panicked { message });
+            }
+            _ => return Err(Death::Port { port, bytes }),
+        }
+        Ok(State::Ready)
+    }
+
+    /// It runs no more, and all of its memory is the others'.
+    ///
+    /// # Errors
+    /// A bug.
+    pub fn kill(&mut self, pool: &mut Pool, death: Death) -> Result<(), PagedError> {
+        self.state = State::Ended(Err(death));
+        self.paged.discard_all(pool)
+    }
+
+    /// Gives everything back.
+    ///
+    /// # Errors
+    /// A bug.
+    pub fn end(self, pool: &mut Pool) -> Result<(), PagedError> {
+        self.vcpu.end(&mut pool.memory.borrow_mut())?;
+        self.paged.end(pool)
+    }
+}

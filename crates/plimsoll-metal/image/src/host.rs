@@ -1,0 +1,331 @@
+//! Several guests on one processor, in less memory than they own.
+//!
+//! Enters: guests. Leaves: what became of them. Who gives memory up is the ledger's decision, which pages the core's, as on Linux; that
+//! no more is used than there is, the frame allocator's. Guests take turns by the timer. A guest for whose page there is no
+//! memory stalls until there is; if that is so for everybody, and nothing is left to be stored, they end with a sentence.
+use crate::console::say;
+use crate::cpu;
+use crate::guest::{Death, Guest, State};
+use crate::paged::{PagedError, Pool};
+use crate::svm::{Exit, Svm};
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use plimsoll_core::ledger::{Budget, Kind, Ledger, LedgerError, Purpose, Terms};
+use plimsoll_guest::abi::{self, Report};
+use plimsoll_types::{ByteCount, DomainId, Gpa, GroupId, PAGE_SIZE, PageCount};
+
+const GROUP: GroupId = GroupId(1);
+/// All guests share one store: they are one tenant's, as in the demo on Linux.
+const DOMAIN: DomainId = DomainId(1);
+/// Pages stored between two looks at guests: about 2 ms of emulated work.
+const STEP: usize = 32;
+/// Limbo has this part of memory: what is touched there comes back at the price of a table entry.
+const LIMBO_PART: u64 = 16;
+/// Windows of the working set, as the demo has them.
+const WINDOW_SECONDS: u64 = 2;
+/// How long filling may take, and how long the last check, beyond what a machine that does much else needs.
+const PATIENCE_SECONDS: u64 = 600;
+/// Turns in a row in which there was no memory for a guest, after which it ends: others have had time to give some up.
+const STALLED_TURNS: u32 = 200;
+
+/// What a run has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Guests write each page for the first time. That is not work: emulated, it takes as long as it takes.
+    Filling,
+    /// Guests work, until then.
+    Working {
+        /// Ticks of the time-stamp counter.
+        until: u64,
+    },
+    /// Guests read every page once more.
+    Checking,
+}
+
+/// All guests and what they share.
+pub struct Host {
+    /// Frames and the store.
+    pub pool: Pool,
+    /// Who is charged for what.
+    pub ledger: Ledger,
+    /// The guests.
+    pub guests: Vec<Guest>,
+    /// Nested page faults.
+    pub nested_faults: u64,
+    /// What went wrong beside guests' deaths.
+    pub failures: Vec<String>,
+    svm: Svm,
+    turn: usize,
+    tsc_hz: u64,
+    window: u64,
+    store_full: bool,
+}
+
+impl Host {
+    /// A host without guests.
+    pub fn new(pool: Pool, svm: Svm, tsc_hz: u64) -> Self {
+        let total = pool.memory.borrow().total().bytes();
+        let mut ledger = Ledger::new(Budget::of(total));
+        ledger.add_group(GROUP);
+        Self {
+            pool,
+            ledger,
+            guests: Vec::new(),
+            nested_faults: 0,
+            failures: Vec::new(),
+            svm,
+            turn: 0,
+            tsc_hz,
+            window: 0,
+            store_full: false,
+        }
+    }
+
+    /// Adds a guest.
+    ///
+    /// # Errors
+    /// [`LedgerError`].
+    pub fn admit(&mut self, guest: Guest) -> Result<(), LedgerError> {
+        let terms = Terms { size: guest.paged.size().bytes(), reservation: ByteCount(0) };
+        self.ledger.admit(guest.id, GROUP, terms)?;
+        self.guests.push(guest);
+        self.settle()
+    }
+
+    fn used(&self) -> ByteCount {
+        self.pool.memory.borrow().used().bytes()
+    }
+
+    /// States in the ledger what is in use, and by whom.
+    fn settle(&mut self) -> Result<(), LedgerError> {
+        for guest in &self.guests {
+            self.ledger.settle(guest.id, Kind::Resident, guest.paged.resident().bytes())?;
+            self.ledger.settle(guest.id, Kind::Limbo, guest.paged.limbo().bytes())?;
+        }
+        let stats = self.pool.store.stats();
+        self.ledger.set_store(GROUP, DOMAIN, stats.data_slabs + stats.record_slabs)?;
+        self.ledger.set_overhead(ByteCount(0));
+        let overhead = self.used().saturating_sub(self.ledger.charged());
+        self.ledger.set_overhead(overhead);
+        Ok(())
+    }
+
+    /// Has guests fill their memory, work for so many seconds, and read every page once more. `seen` is called when the work ends.
+    pub fn run(&mut self, seconds: u32, seen: impl FnOnce(&mut Self)) {
+        let start = cpu::now();
+        let ticks = |seconds: u64| seconds.saturating_mul(self.tsc_hz);
+        let (work, window, patience) =
+            (ticks(u64::from(seconds)), ticks(WINDOW_SECONDS), ticks(PATIENCE_SECONDS));
+        let (mut phase, mut since) = (Phase::Filling, start);
+        let mut seen = Some(seen);
+        while self.guests.iter().any(|guest| !matches!(guest.state, State::Ended(_))) {
+            let now = cpu::now();
+            let number = (now - start) / window + 1;
+            let is_new_window = number > self.window;
+            match phase {
+                Phase::Filling if self.guests.iter().all(Guest::is_filled) => {
+                    (phase, since) = (Phase::Working { until: now + work }, now);
+                }
+                Phase::Working { until } if now >= until => {
+                    if let Some(seen) = seen.take() {
+                        seen(self);
+                    }
+                    self.each(|guest, pool| guest.stop(pool, abi::STOP_FINISH).map_err(Death::Memory));
+                    (phase, since) = (Phase::Checking, now);
+                }
+                Phase::Filling | Phase::Working { .. } if is_new_window => self.next_window(number),
+                _ => {}
+            }
+            if is_new_window {
+                self.window = number;
+                self.say(phase);
+            }
+            if now - since > patience {
+                self.failures.push(alloc::format!("{phase:?} did not end within {PATIENCE_SECONDS} s"));
+                break;
+            }
+            self.take_turn(now);
+        }
+        // They may all have ended before.
+        if let Some(seen) = seen.take() {
+            seen(self);
+        }
+    }
+
+    /// Does something for every guest that has not ended; one for which it cannot be done ends.
+    fn each(&mut self, mut what: impl FnMut(&mut Guest, &mut Pool) -> Result<(), Death>) {
+        for place in 0..self.guests.len() {
+            let is_over = matches!(self.guests[place].state, State::Ended(_));
+            if !is_over && let Err(death) = what(&mut self.guests[place], &mut self.pool) {
+                self.kill(place, death);
+            }
+        }
+    }
+
+    /// A line for people.
+    fn say(&self, phase: Phase) {
+        let sum = |of: fn(&Report) -> u64| self.guests.iter().map(|guest| of(&guest.report)).sum::<u64>();
+        let name = match phase {
+            Phase::Filling => "filling",
+            Phase::Working { .. } => "working",
+            Phase::Checking => "checking",
+        };
+        say!(
+            "{name}: used {} of {}, {} of {} pages written, {} read again, {} operations, {} wrong words",
+            self.used(),
+            self.ledger.budget().hard,
+            sum(|report| report.populated_pages),
+            sum(|report| report.footprint_pages),
+            sum(|report| report.checked_pages),
+            sum(|report| report.operations),
+            sum(|report| report.wrong_words)
+        );
+    }
+
+    fn next_window(&mut self, number: u64) {
+        self.each(|guest, pool| {
+            guest.paged.harvest(&mut pool.memory.borrow_mut()).map_err(Death::Memory)?;
+            guest.paged.next_window();
+            guest.window(pool, number).map_err(Death::Memory)
+        });
+    }
+
+    /// Lets the next guest that can run do so until the timer, or until it has nothing to do. With none, memory is made, or
+    /// time passes.
+    fn take_turn(&mut self, now: u64) {
+        let count = self.guests.len();
+        let can_run = |guest: &Guest| match guest.state {
+            State::Ready | State::Stalled { .. } => true,
+            State::Asleep { until } => until <= now,
+            State::Ended(_) => false,
+        };
+        let next =
+            (1..=count).map(|step| (self.turn + step) % count).find(|place| can_run(&self.guests[*place]));
+        let Some(place) = next else {
+            if !(self.used() > self.ledger.budget().low && self.relieve(self.ledger.budget().low)) {
+                cpu::wait();
+            }
+            return;
+        };
+        self.turn = place;
+        let stalled = if let State::Stalled { turns } = self.guests[place].state { turns } else { 0 };
+        self.guests[place].state = State::Ready;
+        while matches!(self.guests[place].state, State::Ready) {
+            let exit = self.guests[place].run(&self.svm);
+            match self.handle(place, exit) {
+                Ok(None) => {}
+                Ok(Some(State::Stalled { .. })) if stalled == STALLED_TURNS => {
+                    let full = if self.store_full { PagedError::StoreFull } else { PagedError::NoMemory };
+                    self.kill(place, Death::Memory(full));
+                }
+                Ok(Some(State::Stalled { .. })) => {
+                    self.guests[place].state = State::Stalled { turns: stalled + 1 };
+                }
+                Ok(Some(state)) => self.guests[place].state = state,
+                Err(death) => self.kill(place, death),
+            }
+            if matches!(exit, Exit::Timer) {
+                break;
+            }
+        }
+    }
+
+    fn kill(&mut self, place: usize, death: Death) {
+        if let Err(error) = self.guests[place].kill(&mut self.pool, death) {
+            self.failures.push(error.to_string());
+        }
+        self.store_full = false;
+    }
+
+    /// Does what an exit asks for. `None`: the guest goes on.
+    fn handle(&mut self, place: usize, exit: Exit) -> Result<Option<State>, Death> {
+        match exit {
+            Exit::Timer => Ok(None),
+            Exit::Page { gpa } => self.fault(place, gpa),
+            Exit::Out { port, bytes } => {
+                let state = self.guests[place].port(&mut self.pool, port, bytes)?;
+                Ok((!matches!(state, State::Ready)).then_some(state))
+            }
+            // There are no calls yet that a guest could know of.
+            Exit::Call => Err(Death::Other { code: 0x81 }),
+            Exit::Exception { vector, error, address } => Err(Death::Exception { vector, error, address }),
+            Exit::Other { code } => Err(Death::Other { code }),
+        }
+    }
+
+    fn fault(&mut self, place: usize, gpa: Gpa) -> Result<Option<State>, Death> {
+        let since = cpu::now();
+        self.nested_faults += 1;
+        let Budget { low, high, .. } = self.ledger.budget();
+        if self.used() > high {
+            self.relieve(low);
+        }
+        let page = ByteCount(PAGE_SIZE as u64);
+        let id = self.guests[place].id;
+        let mut outcome = Err(PagedError::NoMemory);
+        // Above the install line only what is needed to take pages is taken: so pages are taken until it is not above it.
+        loop {
+            if self.ledger.charge(id, Kind::Resident, page, Purpose::Demand).is_ok() {
+                outcome = self.guests[place].paged.bring(&mut self.pool, gpa);
+                if !matches!(outcome, Err(PagedError::NoMemory)) {
+                    break;
+                }
+            }
+            if !self.relieve(low) {
+                break;
+            }
+        }
+        self.guests[place].faulted(since);
+        match outcome {
+            Ok(()) => Ok(None),
+            Err(PagedError::NoMemory) => Ok(Some(State::Stalled { turns: 0 })),
+            Err(error) => Err(Death::Memory(error)),
+        }
+    }
+
+    /// One step towards less memory in use. False when none came free.
+    fn relieve(&mut self, target: ByteCount) -> bool {
+        match self.try_relieve(target) {
+            Ok(freed) => freed > 0,
+            Err(error) => {
+                self.store_full |= matches!(error, PagedError::StoreFull);
+                if !matches!(error, PagedError::StoreFull | PagedError::NoMemory) {
+                    self.failures.push(error.to_string());
+                }
+                false
+            }
+        }
+    }
+
+    fn try_relieve(&mut self, target: ByteCount) -> Result<u64, PagedError> {
+        let total = self.pool.memory.borrow().total();
+        let kept = PageCount(total.0 / LIMBO_PART);
+        let limbo = |host: &Self| -> PageCount { host.guests.iter().map(|guest| guest.paged.limbo()).sum() };
+        if limbo(self) < kept + PageCount(STEP as u64) {
+            self.capture(target, kept)?;
+        }
+        // What limbo has beyond its part goes first; all of it when there is nothing else.
+        let fullest = self.guests.iter().enumerate().max_by_key(|(_, guest)| guest.paged.limbo());
+        let Some((place, _)) = fullest else { return Ok(0) };
+        let freed = self.guests[place].paged.age(&mut self.pool, STEP);
+        // The ledger is ours and knows these machines.
+        let _ = self.settle();
+        freed
+    }
+
+    /// Has those who use most of their share give pages to limbo: enough to come down to the target when what is there beyond
+    /// `kept` is stored.
+    fn capture(&mut self, target: ByteCount, kept: PageCount) -> Result<(), PagedError> {
+        // The ledger is ours and knows these machines.
+        let _ = self.settle();
+        let gives = self.ledger.reclaim(target, |_| false);
+        let share = PageCount(kept.0 / gives.len().max(1) as u64);
+        for (id, pages) in gives {
+            let Some(guest) = self.guests.iter_mut().find(|guest| guest.id == id) else { continue };
+            let want = (pages + share).saturating_sub(guest.paged.limbo());
+            let mut memory = self.pool.memory.borrow_mut();
+            guest.paged.capture(&mut memory, u32::try_from(want.0).unwrap_or(u32::MAX))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,160 @@
+//! A guest's second stage: which frame is behind which of its pages.
+//!
+//! Enters: frames. Leaves: the same frames, and which pages were used. The tables are the owner of the frames they map: this is the
+//! only place that makes an address of a frame and a frame of an address. What must never happen: a frame taken out while
+//! the processor still translates to it; so the guest is not run before its translations are forgotten.
+use crate::cpu::Features;
+use crate::memory::{Frame, Memory, address};
+use crate::paging::PagingError;
+use crate::svm::Translations;
+use core::ptr::with_exposed_provenance_mut;
+use plimsoll_core::frames::buddy::{FramesError, Kind};
+use plimsoll_mmu::format::x86::{Caps, Npt};
+use plimsoll_mmu::mapper::{Clear, MapError, Mapper, Translation};
+use plimsoll_mmu::{Input, Invalidate, Leaf, Memory as Type, Output, Permissions, Span};
+use plimsoll_types::{Gpa, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes};
+
+/// What guests' pages are taken for: they belong to no extent.
+pub const PAGED: Kind = Kind::Guest { extent: u32::MAX };
+
+/// The guest does not run while this does, and its translations are forgotten before it runs again.
+struct BeforeItRuns<'a>(&'a mut Translations);
+
+impl Invalidate for BeforeItRuns<'_> {
+    fn invalidate(&mut self, _: Span) {
+        *self.0 = Translations::Stale;
+    }
+}
+
+/// A page as its tables had it.
+#[derive(Debug)]
+pub struct Taken {
+    /// What was there.
+    pub frame: Frame,
+    /// Whether it was used since that was looked at.
+    pub accessed: bool,
+}
+
+/// A guest's nested tables.
+pub struct Nested {
+    root: Frame,
+    caps: Caps,
+    translations: Translations,
+}
+
+/// The page of an address.
+fn page(gpa: Gpa) -> Result<Span, PagingError> {
+    let start = gpa.0 & !(PAGE_SIZE as u64 - 1);
+    Span::new(Input(start), PAGE_SIZE as u64).ok_or_else(|| MapError::Span(Span::one(gpa.into())).into())
+}
+
+impl Nested {
+    /// Tables that map nothing.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn new(memory: &mut Memory, features: &Features) -> Result<Self, FramesError> {
+        Ok(Self { root: memory.take_root()?, caps: features.paging, translations: Translations::Stale })
+    }
+
+    /// Where the tables are.
+    pub const fn root(&self) -> Hpa {
+        self.root.at()
+    }
+
+    /// Whether the processor must forget translations; the caller has it do so.
+    pub fn take_translations(&mut self) -> Translations {
+        core::mem::replace(&mut self.translations, Translations::Good)
+    }
+
+    fn with<T>(
+        &mut self,
+        memory: &mut Memory,
+        work: impl FnOnce(
+            &mut Mapper<'_, Npt, crate::memory::Physical, Memory, BeforeItRuns<'_>>,
+        ) -> Result<T, MapError<crate::memory::Outside>>,
+    ) -> Result<T, PagingError> {
+        let physical = memory.physical();
+        let mut caches = BeforeItRuns(&mut self.translations);
+        let root = Output(self.root.at().0);
+        let mut mapper = Mapper::new(root, self.caps, &physical, memory, &mut caches)?;
+        Ok(work(&mut mapper)?)
+    }
+
+    /// Puts a frame behind a page. It is given back when that fails.
+    ///
+    /// # Errors
+    /// [`PagingError`]: there is no memory for tables, or something is mapped there.
+    pub fn map(&mut self, memory: &mut Memory, gpa: Gpa, frame: Frame) -> Result<(), PagingError> {
+        let rights = Permissions::READ | Permissions::WRITE | Permissions::EXECUTE | Permissions::USER;
+        let leaf = Leaf::new(Output(frame.at().0), PAGE_SHIFT, rights, Type::Pat(0));
+        let ready = memory.stock_tables().map_err(PagingError::from);
+        match ready
+            .and_then(|()| page(gpa))
+            .and_then(|span| self.with(memory, |mapper| mapper.map(span, leaf)))
+        {
+            Ok(()) => {
+                frame.into_address();
+                Ok(())
+            }
+            Err(error) => {
+                memory.give(frame, PAGED)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Where a page goes, and whether it was used.
+    fn leaf(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<Option<Leaf>, PagingError> {
+        match self.with(memory, |mapper| mapper.walk(gpa.into()))? {
+            Translation::Mapped(_, mapping) => Ok(Some(mapping.leaf)),
+            Translation::Absent { .. } => Ok(None),
+        }
+    }
+
+    /// Takes the frame from behind a page, if there is one.
+    ///
+    /// # Errors
+    /// [`PagingError`]: a bug.
+    pub fn unmap(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<Option<Taken>, PagingError> {
+        let Some(leaf) = self.leaf(memory, gpa)? else { return Ok(None) };
+        let span = page(gpa)?;
+        self.with(memory, |mapper| mapper.unmap(span))?;
+        // SAFETY: `map` made the address of a frame; the tables named it, no longer do, and name each frame once.
+        let frame = unsafe { Frame::from_address(Hpa(leaf.output.0)) };
+        Ok(frame.map(|frame| Taken { frame, accessed: leaf.accessed }))
+    }
+
+    /// The bytes of a page, if it is there.
+    ///
+    /// # Errors
+    /// [`PagingError`]: a bug.
+    pub fn bytes(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<Option<&mut PageBytes>, PagingError> {
+        let leaf = self.leaf(memory, gpa)?;
+        // SAFETY: the tables own the frame they name, borrowed with them; the guest, which could write it, does not run.
+        Ok(leaf.map(|leaf| unsafe { &mut *with_exposed_provenance_mut(address(leaf.output.0)) }))
+    }
+
+    /// Clears all accessed bits of a span and shows the pages that had one.
+    ///
+    /// # Errors
+    /// [`PagingError`]: a bug.
+    pub fn harvest(
+        &mut self,
+        memory: &mut Memory,
+        span: Span,
+        mut used: impl FnMut(Gpa),
+    ) -> Result<(), PagingError> {
+        self.with(memory, |mapper| {
+            mapper.harvest(span, Clear::Accessed, |touched| used(Gpa(touched.input.0)))
+        })
+    }
+
+    /// Takes the tables back, which map nothing any more.
+    ///
+    /// # Errors
+    /// [`FramesError`]: a bug.
+    pub fn end(self, memory: &mut Memory) -> Result<(), FramesError> {
+        memory.give_root(self.root)
+    }
+}

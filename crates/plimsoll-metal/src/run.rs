@@ -1,0 +1,228 @@
+//! One QEMU with one hypervisor in it.
+use crate::IMAGE;
+use crate::wire::{GuestSettings, Header, Line, MAGIC, Provoke};
+use plimsoll_guest::abi::Params;
+use plimsoll_sys::pidfd::Signal;
+use plimsoll_sys::process::end_with_parent;
+use plimsoll_types::ByteCount;
+use std::io::{self, BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use thiserror::Error;
+use zerocopy::IntoBytes;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// Where the hypervisor's exit statuses begin, see `image/src/console.rs`: `number << 1 | 1`.
+const DONE: i32 = 0x21;
+const REFUSED: i32 = 0x23;
+
+/// A hypervisor cannot be run, or has stopped speaking.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum MetalError {
+    /// QEMU cannot be started.
+    #[error("{PROGRAM} could not be started; is qemu-system-x86 installed? (`cargo xtask setup` brings it)")]
+    Start(#[source] io::Error),
+    /// Its files cannot be made.
+    #[error("the files for {PROGRAM} could not be made")]
+    Files(#[source] io::Error),
+    /// A name does not fit.
+    #[error("the guest's name {name:?} has more than 32 bytes; use a shorter one")]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// Nothing was said for too long.
+    #[error("the hypervisor said nothing for {} s", .waited.as_secs())]
+    Silent {
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The machine's memory, whole MiB: the hard line.
+    pub memory: ByteCount,
+    /// QEMU's processor.
+    pub processor: &'static str,
+    /// How long the guests work.
+    pub seconds: u32,
+    /// What the hypervisor is to do to itself.
+    pub provoke: Provoke,
+    /// The guests: what each is called and told. `tsc_hz` is filled in by the hypervisor.
+    pub guests: Vec<(String, Params)>,
+    /// Further arguments of QEMU's, such as `-s -S` for a debugger.
+    pub arguments: Vec<String>,
+}
+
+impl Options {
+    /// A machine with so much memory and no guests.
+    pub fn new(memory: ByteCount) -> Self {
+        Self {
+            memory,
+            processor: "max,+svm",
+            seconds: 1,
+            provoke: Provoke::Nothing,
+            guests: Vec::new(),
+            arguments: Vec::new(),
+        }
+    }
+
+    /// The boot module.
+    fn module(&self) -> Result<Vec<u8>, MetalError> {
+        let header = Header {
+            magic: MAGIC,
+            guests: u32::try_from(self.guests.len()).unwrap_or(u32::MAX),
+            seconds: self.seconds,
+            provoke: self.provoke as u32,
+            reserved: 0,
+        };
+        let mut module = header.as_bytes().to_vec();
+        for (text, params) in &self.guests {
+            let mut name = [0; 32];
+            let place = name.get_mut(..text.len()).ok_or(MetalError::Name { name: text.clone() })?;
+            place.copy_from_slice(text.as_bytes());
+            module.extend_from_slice(GuestSettings { name, params: *params }.as_bytes());
+        }
+        Ok(module)
+    }
+}
+
+/// Something the hypervisor said or did.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A line for people.
+    Said(String),
+    /// A line of the report.
+    Report(Box<Line>),
+    /// All was done.
+    Done,
+    /// It could not be done; the last line said why.
+    Refused,
+    /// It crashed, or QEMU did.
+    Crashed(ExitStatus),
+}
+
+/// A running hypervisor.
+#[derive(Debug)]
+pub struct Run {
+    child: Child,
+    lines: Receiver<String>,
+    reader: Option<JoinHandle<()>>,
+    /// What QEMU itself complains about.
+    complaints: Option<JoinHandle<String>>,
+    /// The image and the settings.
+    _files: TempDir,
+}
+
+impl Run {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// [`MetalError`]; nothing is left behind.
+    pub fn start(options: &Options) -> Result<Self, MetalError> {
+        let files =
+            tempfile::Builder::new().prefix("plimsoll-metal-").tempdir().map_err(MetalError::Files)?;
+        let (image, module) = (files.path().join("image"), files.path().join("settings"));
+        std::fs::write(&image, IMAGE).map_err(MetalError::Files)?;
+        std::fs::write(&module, options.module()?).map_err(MetalError::Files)?;
+        let mut command = Command::new(PROGRAM);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+        ]);
+        command.args(["-accel", "tcg", "-machine", "pc", "-cpu", options.processor]);
+        command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
+        command.arg("-m").arg(format!("{}M", options.memory.0 >> 20));
+        command.arg("-kernel").arg(image).arg("-initrd").arg(module).args(&options.arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        end_with_parent(&mut command, Signal::KILL);
+        let mut child = command.spawn().map_err(MetalError::Start)?;
+        let (sender, lines) = channel();
+        let reader = child.stdout.take().map(|stdout| {
+            std::thread::spawn(move || {
+                // A line that is not UTF-8 is as good as none.
+                let lines = BufReader::new(stdout).split(b'\n').map_while(Result::ok);
+                let text = |line: Vec<u8>| String::from_utf8_lossy(&line).trim_end().to_owned();
+                // Nobody listens any more: nothing is to be read either.
+                let _ = lines.map(text).try_for_each(|line| sender.send(line));
+            })
+        });
+        let complaints = child.stderr.take().map(|mut stderr| {
+            std::thread::spawn(move || {
+                let mut text = String::new();
+                // What could be read of it is what there is to say.
+                let _ = stderr.read_to_string(&mut text);
+                text
+            })
+        });
+        Ok(Self { child, lines, reader, complaints, _files: files })
+    }
+
+    /// What comes next, if it comes within that time. After the end of the machine there is nothing more.
+    ///
+    /// # Errors
+    /// [`MetalError::Silent`]; it may be asked again.
+    pub fn next(&mut self, within: Duration) -> Result<Event, MetalError> {
+        match self.lines.recv_timeout(within) {
+            Ok(line) if line.starts_with('{') => {
+                Ok(serde_json::from_str(&line)
+                    .map_or(Event::Said(line), |line| Event::Report(Box::new(line))))
+            }
+            Ok(line) => Ok(Event::Said(line)),
+            Err(RecvTimeoutError::Timeout) => Err(MetalError::Silent { waited: within }),
+            Err(RecvTimeoutError::Disconnected) => self.ended(within),
+        }
+    }
+
+    /// The process's number, for a debugger's user to see.
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What QEMU complained about. Ends it.
+    pub fn complaints(&mut self) -> String {
+        let _ = self.child.kill();
+        let text = self.complaints.take().and_then(|complaints| complaints.join().ok());
+        text.unwrap_or_default().trim().to_owned()
+    }
+
+    /// The serial line is closed: QEMU is about to end.
+    fn ended(&mut self, within: Duration) -> Result<Event, MetalError> {
+        let deadline = Instant::now() + within;
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(status)) => {
+                    return Ok(match status.code() {
+                        Some(DONE) => Event::Done,
+                        Some(REFUSED) => Event::Refused,
+                        _ => Event::Crashed(status),
+                    });
+                }
+                _ if Instant::now() >= deadline => return Err(MetalError::Silent { waited: within }),
+                _ => std::thread::sleep(Duration::from_millis(5)),
+            }
+        }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // It may have ended; whether or not, it is reaped, and its ends of the pipes close.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for reader in [self.reader.take()].into_iter().flatten() {
+            let _ = reader.join();
+        }
+    }
+}

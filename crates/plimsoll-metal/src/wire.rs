@@ -1,0 +1,190 @@
+//! What a hypervisor is told and what it reports. Read by both sides: the library that starts it, and the image.
+//!
+//! Settings go in as a boot module, [`Header`] and so many [`GuestSettings`]; reports come out as lines of JSON on the serial port,
+//! each a [`Line`]. Other lines there are for people.
+use alloc::string::String;
+use plimsoll_guest::abi::Params;
+use serde::{Deserialize, Serialize};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// `"PLIMETAL"` read as a little-endian number.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"PLIMETAL");
+/// Most guests of one run.
+pub const GUESTS_MAX: u32 = 64;
+
+/// What the hypervisor does to itself once it has set up its own tables, to show that it is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Provoke {
+    /// Nothing.
+    Nothing = 0,
+    /// Writes its own code.
+    WriteCode = 1,
+    /// Runs its own data.
+    ExecuteData = 2,
+    /// Reads address 0.
+    ReadNull = 3,
+    /// Recurses until its stack is used up.
+    Overflow = 4,
+}
+
+impl Provoke {
+    /// The one of this number.
+    pub const fn from_wire(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(Self::Nothing),
+            1 => Some(Self::WriteCode),
+            2 => Some(Self::ExecuteData),
+            3 => Some(Self::ReadNull),
+            4 => Some(Self::Overflow),
+            _ => None,
+        }
+    }
+}
+
+/// The beginning of the settings.
+///
+/// ```text
+///  0  magic     MAGIC
+///  8  guests    how many GuestSettings follow, at most GUESTS_MAX
+/// 12  seconds   how long they work
+/// 16  provoke   Provoke
+/// 20  reserved  0
+/// 24  end
+/// ```
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Header {
+    /// [`MAGIC`].
+    pub magic: u64,
+    /// How many guests.
+    pub guests: u32,
+    /// How long they work.
+    pub seconds: u32,
+    /// [`Provoke`].
+    pub provoke: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// One guest.
+///
+/// ```text
+///   0  name    UTF-8, padded with zeros
+///  32  params  the guest's parameter page; `tsc_hz` is the hypervisor's to fill in
+/// 264  end
+/// ```
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct GuestSettings {
+    /// What it is called.
+    pub name: [u8; 32],
+    /// What it is told.
+    pub params: Params,
+}
+
+const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 264);
+
+/// One line of a report.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Line {
+    /// A guest, at the end of the work; what the last check found is in it, too.
+    Guest(GuestLine),
+    /// The host at the end of the work.
+    Host(HostLine),
+    /// Something that went wrong.
+    Failure {
+        /// What, in a sentence.
+        why: String,
+    },
+}
+
+/// What a guest did and what became of its memory. Sizes are bytes, times nanoseconds.
+/// Fields are those of the demo's report (docs/demo-report.md), raw.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct GuestLine {
+    /// What it is called.
+    pub name: String,
+    /// Memory it owns.
+    pub size_bytes: u64,
+    /// In its RAM.
+    pub resident_bytes: u64,
+    /// Unmapped, as it was.
+    pub limbo_bytes: u64,
+    /// In the store, as it was before.
+    pub stored_bytes: u64,
+    /// What it says it touched in a window.
+    pub true_working_set_bytes: Option<u64>,
+    /// What its tables' accessed bits say.
+    pub estimated_working_set_bytes: Option<u64>,
+    /// Gets and puts.
+    pub operations: u64,
+    /// How long its workload ran.
+    pub running_ns: u64,
+    /// Half of its operations took no longer.
+    pub operation_p50_ns: u64,
+    /// All but a hundredth of them took no longer.
+    pub operation_p99_ns: u64,
+    /// Nested page faults.
+    pub faults: u64,
+    /// From the exit to the next entry, half of them.
+    pub fault_p50_ns: u64,
+    /// All but a hundredth of them.
+    pub fault_p99_ns: u64,
+    /// In the hypervisor for its memory.
+    pub stalled_ns: u64,
+    /// Since its start.
+    pub elapsed_ns: u64,
+    /// Pages taken from it.
+    pub captured_pages: u64,
+    /// Pages whose word and tables contradicted each other.
+    pub anomalies: u64,
+    /// Whole pages it compared with what they should contain.
+    pub verified_pages: u64,
+    /// Words it found wrong.
+    pub wrong_words: u64,
+    /// Why, if it did not end well.
+    pub died: Option<String>,
+}
+
+/// The host. Sizes are bytes. Fields are those of the demo's report.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct HostLine {
+    /// All memory the firmware gave: the hard line.
+    pub budget_bytes: u64,
+    /// The most of it that was in use.
+    pub peak_bytes: u64,
+    /// What guests own.
+    pub asked_bytes: u64,
+    /// In its RAM.
+    pub resident_bytes: u64,
+    /// Unmapped, as it was.
+    pub limbo_bytes: u64,
+    /// Slabs and what is beside them.
+    pub store_bytes: u64,
+    /// Page words, bookkeeping, and both stages' tables.
+    pub tables_bytes: u64,
+    /// The hypervisor itself: image, frame table, and what of its heap is not bookkeeping.
+    pub overhead_bytes: u64,
+    /// Pages dropped because they were zero.
+    pub saved_zero_bytes: u64,
+    /// Pages kept once for several.
+    pub saved_duplicate_bytes: u64,
+    /// What compression took off the others.
+    pub saved_compression_bytes: u64,
+    /// Pages in the store.
+    pub stored_pages: u64,
+    /// Part of the store that is not data.
+    pub store_metadata_bytes: u64,
+    /// Of its slabs, holding nothing.
+    pub store_fragmentation_permille: u64,
+    /// Much like another; an estimate.
+    pub near_duplicate_pages: u64,
+    /// World switches.
+    pub exits: u64,
+    /// Those of them for a page.
+    pub nested_faults: u64,
+    /// Accessed bits found set and cleared.
+    pub harvested_pages: u64,
+}

@@ -1,0 +1,102 @@
+//! What the tests need from this machine, and hypervisors run to their end.
+use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PAGE_SIZE, PARAMS_MAGIC, Params, Region, WORKLOAD_GPA};
+use plimsoll_guest::content::Mix;
+use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_metal::wire::{GuestLine, HostLine, Line};
+use plimsoll_metal::{Event, Options, Run};
+use plimsoll_types::ByteCount;
+use std::time::Duration;
+
+/// How long a hypervisor may be silent. It boots in a second; other tests may run beside it.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Whether there is a QEMU here. Says so if not, and insists where it must be.
+pub(crate) fn can() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_here = std::env::split_paths(&path).any(|folder| folder.join("qemu-system-x86_64").exists());
+    let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+    assert!(is_here || !required.split(',').any(|name| name == "qemu"), "qemu is required and not here");
+    if !is_here {
+        println!("SKIPPED: no qemu-system-x86_64");
+    }
+    is_here
+}
+
+/// All that a hypervisor said, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    pub(crate) said: Vec<String>,
+    pub(crate) report: Vec<Line>,
+    pub(crate) end: Event,
+}
+
+impl Heard {
+    /// Whether one of the lines contains the text.
+    pub(crate) fn has(&self, text: &str) -> bool {
+        self.said.iter().any(|line| line.contains(text))
+    }
+
+    /// What was reported of the guests.
+    pub(crate) fn guests(&self) -> impl Iterator<Item = &GuestLine> {
+        self.report.iter().filter_map(|line| if let Line::Guest(guest) = line { Some(guest) } else { None })
+    }
+
+    /// What was reported of the host.
+    pub(crate) fn host(&self) -> &HostLine {
+        let mut hosts =
+            self.report.iter().filter_map(|line| if let Line::Host(host) = line { Some(host) } else { None });
+        hosts.next().unwrap_or_else(|| panic!("no report of the host: {self:#?}"))
+    }
+
+    /// Checks that all went as it should: no wrong word, no death, no failure, and every frame given back.
+    pub(crate) fn assert_well(&self) {
+        assert!(matches!(self.end, Event::Done), "{self:#?}");
+        let failures = self.report.iter().any(|line| matches!(line, Line::Failure { .. }));
+        assert!(!failures && !self.has("failure"), "{self:#?}");
+        for guest in self.guests() {
+            assert_eq!((guest.wrong_words, guest.anomalies, &guest.died), (0, 0, &None), "{self:#?}");
+            assert!(guest.verified_pages > 0, "{self:#?}");
+        }
+        assert!(self.has("returned: all but 0 "), "{self:#?}");
+    }
+}
+
+/// Runs a hypervisor to its end.
+pub(crate) fn run(options: &Options) -> Heard {
+    let mut run = Run::start(options).unwrap();
+    let (mut said, mut report) = (Vec::new(), Vec::new());
+    loop {
+        match run.next(PATIENCE) {
+            Ok(Event::Said(line)) => said.push(line),
+            Ok(Event::Report(line)) => report.push(*line),
+            Ok(end) => return Heard { said, report, end },
+            Err(error) => panic!("{error} after {said:#?}; {}", run.complaints()),
+        }
+    }
+}
+
+/// A guest of one region that fills so many percent of it.
+pub(crate) fn guest(kind: WorkloadKind, size: ByteCount, percent: u64, seed: u64) -> (String, Params) {
+    let mut workload = WorkloadSpec::new(kind);
+    workload.footprint_bytes = (size.0 - WORKLOAD_GPA) / 100 * percent / PAGE_SIZE * PAGE_SIZE;
+    workload.hot_permille = 200;
+    workload.final_check = 1;
+    workload.seed = seed;
+    let mut regions = [Region::default(); MAX_REGIONS];
+    regions[0] = Region { gpa: 0, len: size.0 };
+    let params = Params {
+        magic: PARAMS_MAGIC,
+        version: ABI_VERSION,
+        vcpus: 1,
+        tsc_hz: 0,
+        seed,
+        pool_seed: 1,
+        pool_pages: 512,
+        region_count: 1,
+        reserved: 0,
+        regions,
+        mix: Mix { zero: 25, duplicate: 20, text: 45, random: 10 },
+        workload,
+    };
+    (format!("{}{seed}", kind.name()), params)
+}

@@ -1,0 +1,5 @@
+//! The hypervisor under QEMU. Each test boots its own.
+#![expect(clippy::unwrap_used, reason = "what helpers of tests unwrap is what the tests are about")]
+mod boot;
+mod common;
+mod overcommit;
