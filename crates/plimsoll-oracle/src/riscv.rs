@@ -173,6 +173,7 @@ impl<F: Format, T: FnMut(&mut Chance) -> Output> Dress<F> for Entries<T> {
             accessed: false,
             global: chance.percent(30),
             software: chance.bits() & 3 << 8,
+            skips: 0,
         })
     }
 

@@ -165,6 +165,7 @@ impl<F: X86Format> Dress<F> for Entries {
             accessed: chance.percent(50),
             global: false,
             software: chance.bits() & ignored,
+            skips: 0,
         })
     }
 

@@ -233,7 +233,15 @@ impl Guest {
         let rights = Permissions::READ | Permissions::WRITE | Permissions::EXECUTE | Permissions::USER;
         let table = |level, at| {
             let memory = Long4::TABLE_MEMORY;
-            let table = Table { at, permissions: rights, memory, accessed: true, global: false, software: 0, skips: 0 };
+            let table = Table {
+                at,
+                permissions: rights,
+                memory,
+                accessed: true,
+                global: false,
+                software: 0,
+                skips: 0,
+            };
             Long4::encode(&Entry::Table(table), level, &caps).map_err(StartError::Entry)
         };
         let at = |number: u64| Output(abi::PAGE_TABLES_GPA + number * abi::PAGE_SIZE);
