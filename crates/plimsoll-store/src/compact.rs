@@ -99,7 +99,7 @@ impl<M: SlabMemory> Store<M> {
     /// Moves an object's data out of a slab that is being emptied; `None` where it is in none, or cannot be moved.
     fn leave_sparse(&mut self, number: RecordNumber) -> Option<()> {
         let record = self.records.read(&self.memory, number)?.ok()?;
-        let Body::Data { codec, extent: old, .. } = record.body else { return None };
+        let Body::Data { codec, extent: old, key } = record.body else { return None };
         if !self.slots.is_emptying(old) {
             return None;
         }
@@ -108,7 +108,7 @@ impl<M: SlabMemory> Store<M> {
         bytes.copy_from_slice(self.data(old)?);
         let new = self.slots.take_from_filling(old.length)?;
         self.fill_slot(new, bytes).ok()?;
-        self.name_place(number, &record, codec, new);
+        self.name_place(number, &record, Body::Data { codec, extent: new, key });
         Some(())
     }
 }

@@ -40,6 +40,11 @@ pub enum GetError {
         /// What gave it away.
         damage: Damage,
     },
+    /// The object's bytes lie outside of the store: fetch them, see [`Store::fetch`](crate::Store::fetch).
+    Away {
+        /// The handle as given.
+        handle: Handle,
+    },
     /// The buffer holds no object: the caller's fault.
     Nothing,
 }
@@ -49,6 +54,7 @@ impl fmt::Display for GetError {
         match self {
             Self::Stale { handle } => write!(f, "{handle} names no stored page"),
             Self::Corrupt { handle, damage } => write!(f, "{handle} is corrupt: {damage}; poison the page"),
+            Self::Away { handle } => write!(f, "{handle} lies outside of the store: fetch its bytes first"),
             Self::Nothing => f.write_str("nothing was fetched: fetch an object first"),
         }
     }

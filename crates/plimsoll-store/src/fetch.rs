@@ -1,15 +1,15 @@
 //! Reading in two steps: bytes are copied out under the store's lock, and decoded and checked outside of it.
 //!
 //! A handle enters, a page leaves. Under the lock only the record is resolved and its encoded bytes, at most 4 KiB, are
-//! copied; what became of the object afterwards does not matter to who has the copy. What must never happen: a page
-//! leaves that was not checked.
+//! copied; what became of the object afterwards does not matter to who has the copy. Of an object that lies away the caller
+//! brings the bytes, which nobody vouches for. What must never happen: a page leaves that was not checked.
 use crate::{
     codec::decode,
     dense::DenseCodec,
     digest::{self, Fingerprint},
     error::{Damage, GetError},
     memory::SlabMemory,
-    record::{Body, Handle, Record},
+    record::{Body, Handle, Record, Remote},
     store::Store,
 };
 use alloc::boxed::Box;
@@ -29,6 +29,19 @@ pub(crate) struct Found {
     pub(crate) record: Record,
 }
 
+/// Where a fetched object's encoded bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// In the [`Fetched`].
+    Here,
+    /// Outside of the store: whoever keeps them is to put them into [`Fetched::room`].
+    Away(Remote),
+}
+
+/// An object as it was when it was fetched, to be sent away: see [`Store::send_away`](Store::send_away).
+#[derive(Clone, Copy, Debug)]
+pub struct Ticket(pub(crate) Found);
+
 /// An object whose page was compared byte by byte with the one to be stored: see
 /// [`Store::share_confirmed`](Store::share_confirmed).
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +56,19 @@ impl Fetched {
     /// The object that was fetched last; `None` where that failed.
     pub fn handle(&self) -> Option<Handle> {
         self.found.map(|found| found.handle)
+    }
+
+    /// Where the encoded bytes of an object that lies away belong; as long as they are.
+    pub fn room(&mut self) -> &mut [u8] {
+        let length = self.length();
+        self.bytes.get_mut(..length).unwrap_or(&mut [])
+    }
+
+    /// What [`Store::send_away`](Store::send_away) has to know of the object that was fetched last, and how many references
+    /// it had; `None` where it has no data that could lie elsewhere.
+    pub fn ticket(&self) -> Option<(Ticket, u32)> {
+        let found = self.found?;
+        (self.length() > 0).then_some((Ticket(found), found.record.count))
     }
 
     /// Decodes the page and checks it, with the codec of the objects that are packed densely ([`NoDense`] where there
@@ -66,8 +92,7 @@ impl Fetched {
         dense: &mut dyn DenseCodec,
     ) -> Option<Confirmed> {
         let found = self.found?;
-        let Body::Data { codec, .. } = found.record.body else { return None };
-        decode(codec, self.bytes(), scratch, dense).ok()?;
+        decode(found.record.codec(), self.bytes(), scratch, dense).ok()?;
         (scratch == page).then_some(Confirmed(found))
     }
 
@@ -75,11 +100,16 @@ impl Fetched {
         self.found
     }
 
-    /// The encoded bytes.
-    pub(crate) fn bytes(&self) -> &[u8] {
+    /// The encoded bytes; none of a page that is one word repeated.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.get(..self.length()).unwrap_or(&[])
+    }
+
+    fn length(&self) -> usize {
         match self.found.map(|found| found.record.body) {
-            Some(Body::Data { extent, .. }) => self.bytes.get(..extent.length).unwrap_or(&[]),
-            Some(Body::Same(_)) | None => &[],
+            Some(Body::Data { extent, .. }) => extent.length,
+            Some(Body::Away { remote, .. }) => remote.length,
+            Some(Body::Same(_)) | None => 0,
         }
     }
 
@@ -120,7 +150,7 @@ impl Found {
                 let found = Fingerprint::of_word(word);
                 (found, Fingerprint { check: self.record.check, ..found })
             }
-            Body::Data { codec, key, .. } => {
+            Body::Data { codec, key, .. } | Body::Away { codec, key, .. } => {
                 decode(codec, bytes, page, dense).map_err(|_| corrupt(Damage::Encoding))?;
                 (Fingerprint::of_page(page), Fingerprint { key, check: self.record.check })
             }
@@ -130,16 +160,22 @@ impl Found {
 }
 
 impl<M: SlabMemory> Store<M> {
-    /// Copies an object out of the store, to be decoded and checked by [`Fetched::unpack`] without it.
+    /// Copies an object out of the store, to be decoded and checked by [`Fetched::unpack`] without it. Of one that lies away
+    /// the bytes are missing: fill [`Fetched::room`] first.
     ///
     /// # Errors
     /// [`GetError::Stale`] where the handle names no object, [`GetError::Corrupt`] where its record makes no sense;
     /// `into` is then empty.
-    pub fn fetch(&self, handle: Handle, into: &mut Fetched) -> Result<(), GetError> {
+    pub fn fetch(&self, handle: Handle, into: &mut Fetched) -> Result<Whereabouts, GetError> {
         into.found = None;
+        let (_, record) = self.resolve(handle)?;
+        if let Body::Away { remote, .. } = record.body {
+            into.found = Some(Found { handle, record });
+            return Ok(Whereabouts::Away(remote));
+        }
         let (found, bytes) = self.locate(handle)?;
         into.fill(found, bytes);
-        Ok(())
+        Ok(Whereabouts::Here)
     }
 
     /// Reads a page and checks it: [`fetch`](Self::fetch) and [`unpack`](Fetched::unpack) in one, without the copy.
@@ -147,7 +183,7 @@ impl<M: SlabMemory> Store<M> {
     ///
     /// # Errors
     /// [`GetError::Stale`] where the handle names no object, [`GetError::Corrupt`] where the page is not the one
-    /// that was stored.
+    /// that was stored, [`GetError::Away`] where its bytes are not here.
     pub fn get_with(
         &self,
         handle: Handle,
@@ -171,6 +207,7 @@ impl<M: SlabMemory> Store<M> {
         let (_, record) = self.resolve(handle)?;
         let bytes = match record.body {
             Body::Same(_) => &[],
+            Body::Away { .. } => return Err(GetError::Away { handle }),
             Body::Data { extent, .. } => {
                 self.data(extent).ok_or(GetError::Corrupt { handle, damage: Damage::Record })?
             }

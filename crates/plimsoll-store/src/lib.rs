@@ -18,6 +18,7 @@
 //! | `fetch` | reading: bytes are copied under the lock, decoded and checked outside of it |
 //! | `dense` | the caller's denser codec, and the proof that it loses no page |
 //! | `repack`, `compact` | data that moves: cold objects packed densely, sparse slabs emptied |
+//! | `away` | data that leaves slab memory, to a disk say, and keeps its record here |
 //! | `stats`, `similar` | what is held and what is lost; how many pages are nearly duplicates |
 //!
 //! # What is durable and what is derived
@@ -40,6 +41,8 @@
 //! | packing | [`Store::next_cold`] | [`Packer::pack`] |
 //! | | [`Store::replace`] | |
 //! | compaction | [`Store::compact`], a bounded step | |
+//! | out of memory | [`Store::fetch`] | the bytes are written elsewhere |
+//! | | [`Store::send_away`] | |
 //!
 //! Where the store has no dense objects, [`Store::share`] and [`Store::get`] are all it takes.
 //!
@@ -69,13 +72,15 @@
 //! * Records, which handles name by number, cannot move: after most pages of a store were released in random order, 32
 //!   bytes an object are a bound on the most objects there were. Data does move ([`Store::compact`]).
 //! * Raw objects are never packed densely, though a codec with entropy coding might take some below three quarters.
-//! * A dense page that is stored again while its object is being packed or moved is kept twice.
+//! * A dense page that is stored again while its object is being packed or moved is kept twice. So is a page whose object
+//!   lies away: to compare it would take a read.
 //! * The near-duplicates are a sample: give or take a tenth of all objects, and low for pages with many differences.
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+mod away;
 mod bits;
 mod class;
 mod codec;
@@ -105,10 +110,10 @@ pub use compact::{Compacted, Progress};
 pub use dense::{DenseCodec, DenseError, NoDense, PackError, Packed, Packer};
 pub use digest::{Digest, digest};
 pub use error::{Damage, GetError, StoreError};
-pub use fetch::{Confirmed, Fetched};
+pub use fetch::{Confirmed, Fetched, Ticket, Whereabouts};
 pub use heap::HeapSlabs;
 pub use memory::{SLAB_SIZE, SlabId, SlabKind, SlabMemory, SlabTag, SlabsExhausted};
-pub use record::{HANDLE_BITS, Handle};
+pub use record::{AWAY_BITS, Away, HANDLE_BITS, Handle, Remote};
 pub use recover::{RecoveryReport, RejectedHandle, Rejection};
 pub use repack::{Cold, Replacement};
 pub use stats::{Fragmentation, Stats};

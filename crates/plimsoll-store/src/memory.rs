@@ -16,8 +16,8 @@ pub(crate) const SLAB_BYTES: u32 = 64 << 10;
 pub struct SlabId(pub u32);
 
 impl SlabId {
-    /// Bits of a slab number that a record can hold; 2^26 slabs are 4 TiB.
-    pub const BITS: u32 = 26;
+    /// Bits of a slab number that a record can hold; 2^25 slabs are 2 TiB.
+    pub const BITS: u32 = 25;
 
     /// The number as a subscript.
     pub(crate) const fn get(self) -> usize {

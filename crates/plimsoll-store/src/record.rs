@@ -14,18 +14,21 @@
 //!  count     references; 0 in a free record, whose other bytes are then 0 too
 //!
 //!  place, from bit 0 up:
-//!       0         26        36           48     50               64
-//!       +---------+---------+------------+------+----------------+
-//!       |  slab   |  slot   | length - 1 |codec |   generation   |
-//!       +---------+---------+------------+------+----------------+
-//!         26 bits   10 bits    12 bits    2 bits     14 bits
+//!       0         25     26        36           48     50               64
+//!       +---------+------+---------+------------+------+----------------+
+//!       |  slab   | away |  slot   | length - 1 |codec |   generation   |
+//!       +---------+------+---------+------------+------+----------------+
+//!         25 bits  1 bit   10 bits    12 bits    2 bits     14 bits
 //!
 //!  slab, slot, length   where the data is; all 0 in a same-filled page's record
+//!  away                 1 where the data is outside of slab memory: slab and slot are then the 25 low and 10 high bits of
+//!                       an [`Away`]
 //!  codec                0 dense, 1 same-filled, 2 lz4, 3 raw
 //!  generation           of the insertion that made the record
 //! ```
 //!
-//! An object whose data moves, to be packed densely or to empty a slab, keeps its record and all of it but the place.
+//! An object whose data moves, to be packed densely, to empty a slab, or out of memory, keeps its record and all of it but
+//! the place.
 //! That is one aligned word, written by one store after the data is in its new slot and before the old one is free:
 //! whenever the manager dies, the record names one slot that holds the whole page. Records themselves, which handles
 //! name by number, never move.
@@ -61,6 +64,9 @@ pub(crate) const RECORDS_PER_SLAB: u32 = SLAB_BYTES / RECORD_BYTES;
 /// Bits of a [`Handle`].
 pub const HANDLE_BITS: u32 = RECORD_BITS + GENERATION_BITS + TAIL_BITS;
 
+/// Bits of an [`Away`].
+pub const AWAY_BITS: u32 = SlabId::BITS + SLOT_BITS;
+
 const RECORD_BITS: u32 = 32;
 const SLOT_BITS: u32 = 10;
 const LENGTH_BITS: u32 = 12;
@@ -68,7 +74,8 @@ const CODEC_BITS: u32 = 2;
 const GENERATION_BITS: u32 = 14;
 const TAIL_BITS: u32 = 14;
 
-const SLOT_SHIFT: u32 = SlabId::BITS;
+const AWAY_SHIFT: u32 = SlabId::BITS;
+const SLOT_SHIFT: u32 = AWAY_SHIFT + 1;
 const LENGTH_SHIFT: u32 = SLOT_SHIFT + SLOT_BITS;
 const CODEC_SHIFT: u32 = LENGTH_SHIFT + LENGTH_BITS;
 const GENERATION_SHIFT: u32 = CODEC_SHIFT + CODEC_BITS;
@@ -155,6 +162,31 @@ pub(crate) struct Extent {
     pub(crate) length: usize,
 }
 
+/// Where encoded bytes lie outside of slab memory. What the bits mean is known to whoever keeps the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Away(u64);
+
+impl Away {
+    /// `None` for more bits than a record has room for.
+    pub const fn new(bits: u64) -> Option<Self> {
+        if bits >> AWAY_BITS == 0 { Some(Self(bits)) } else { None }
+    }
+
+    /// The bits given to [`new`](Self::new).
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+}
+
+/// Encoded bytes outside of slab memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Remote {
+    /// Where they are.
+    pub at: Away,
+    /// How many: 1 to 4,096.
+    pub length: usize,
+}
+
 /// What an object's page is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Body {
@@ -167,6 +199,8 @@ pub(crate) enum Body {
         /// Bits 0 to 63 of the page's hash.
         key: u64,
     },
+    /// The same outside of slab memory.
+    Away { codec: Codec, remote: Remote, key: u64 },
 }
 
 /// A record that is in use. Holding one does not prove that its place exists.
@@ -192,33 +226,37 @@ impl Record {
     pub(crate) fn key(&self) -> u64 {
         match self.body {
             Body::Same(word) => Fingerprint::of_word(word).key,
-            Body::Data { key, .. } => key,
+            Body::Data { key, .. } | Body::Away { key, .. } => key,
         }
     }
 
     pub(crate) const fn codec(&self) -> Codec {
         match self.body {
             Body::Same(_) => Codec::Same,
-            Body::Data { codec, .. } => codec,
+            Body::Data { codec, .. } | Body::Away { codec, .. } => codec,
         }
     }
 
     /// The word that says where the data is and how it is kept.
     pub(crate) fn place(&self) -> u64 {
-        let place = match self.body {
-            Body::Same(_) => 0,
+        let (place, length) = match self.body {
+            Body::Same(_) => (0, 0),
             Body::Data { extent, .. } => {
-                let length = extent.length.saturating_sub(1) as u64;
-                u64::from(extent.slab.0) | u64::from(extent.slot) << SLOT_SHIFT | length << LENGTH_SHIFT
+                (u64::from(extent.slab.0) | u64::from(extent.slot) << SLOT_SHIFT, extent.length)
+            }
+            Body::Away { remote: Remote { at, length }, .. } => {
+                let high = field(at.0, SlabId::BITS, SLOT_BITS) << SLOT_SHIFT;
+                (field(at.0, 0, SlabId::BITS) | 1 << AWAY_SHIFT | high, length)
             }
         };
+        let place = place | (length.saturating_sub(1) as u64) << LENGTH_SHIFT;
         place | self.codec().to_bits() << CODEC_SHIFT | u64::from(self.generation.0) << GENERATION_SHIFT
     }
 
     pub(crate) fn to_bytes(self) -> [u8; RECORD_SIZE] {
         let identity = match self.body {
             Body::Same(word) => word,
-            Body::Data { key, .. } => key,
+            Body::Data { key, .. } | Body::Away { key, .. } => key,
         };
         let mut bytes = [0; RECORD_SIZE];
         bytes[..8].copy_from_slice(&identity.to_le_bytes());
@@ -239,17 +277,18 @@ impl Record {
         if count == 0 {
             return Err(NotARecord);
         }
+        let (slab, slot) = (field(place, 0, SlabId::BITS), field(place, SLOT_SHIFT, SLOT_BITS));
+        let length = narrow(field(place, LENGTH_SHIFT, LENGTH_BITS)) as usize + 1;
         let body = match codec {
             Codec::Same => Body::Same(identity),
-            Codec::Dense | Codec::Lz4 | Codec::Raw => Body::Data {
-                codec,
-                extent: Extent {
-                    slab: SlabId(narrow(field(place, 0, SlabId::BITS))),
-                    slot: narrow(field(place, SLOT_SHIFT, SLOT_BITS)),
-                    length: narrow(field(place, LENGTH_SHIFT, LENGTH_BITS)) as usize + 1,
-                },
-                key: identity,
-            },
+            Codec::Dense | Codec::Lz4 | Codec::Raw if field(place, AWAY_SHIFT, 1) == 1 => {
+                let at = Away(slab | slot << SlabId::BITS);
+                Body::Away { codec, remote: Remote { at, length }, key: identity }
+            }
+            Codec::Dense | Codec::Lz4 | Codec::Raw => {
+                let extent = Extent { slab: SlabId(narrow(slab)), slot: narrow(slot), length };
+                Body::Data { codec, extent, key: identity }
+            }
         };
         let generation = Generation::wrap(narrow(field(place, GENERATION_SHIFT, GENERATION_BITS)));
         Ok(Self { body, check: u32::from_le_bytes(*check), count, generation })
@@ -263,7 +302,7 @@ mod tests {
     const FULL: Record = Record {
         body: Body::Data {
             codec: Codec::Raw,
-            extent: Extent { slab: SlabId((1 << 26) - 1), slot: 1023, length: PAGE_SIZE },
+            extent: Extent { slab: SlabId((1 << 25) - 1), slot: 1023, length: PAGE_SIZE },
             key: u64::MAX,
         },
         check: u32::MAX,
@@ -289,6 +328,12 @@ mod tests {
         for record in [low, FULL, same, dense] {
             assert_eq!(Record::from_bytes(&record.to_bytes()), Ok(record));
         }
+        for (bits, length) in [(0, 1), (1 << 24, 2), (1 << 25, 3), ((1 << AWAY_BITS) - 1, PAGE_SIZE)] {
+            let remote = Remote { at: Away::new(bits).unwrap(), length };
+            let away = Record { body: Body::Away { codec: Codec::Dense, remote, key }, ..FULL };
+            assert_eq!(Record::from_bytes(&away.to_bytes()), Ok(away));
+        }
+        assert_eq!(Away::new(1 << AWAY_BITS), None);
     }
 
     #[test]

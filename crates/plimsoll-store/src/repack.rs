@@ -16,9 +16,9 @@ use crate::{
     codec::Codec,
     dense::Packed,
     error::StoreError,
-    fetch::Fetched,
+    fetch::{Fetched, Whereabouts},
     memory::SlabMemory,
-    record::{Body, Extent, Record, RecordNumber},
+    record::{Body, Record, RecordNumber},
     records::Visit,
     store::Store,
 };
@@ -57,7 +57,7 @@ impl<M: SlabMemory> Store<M> {
                     if self.records.meet(number)
                         && let Some(Ok(record)) = self.records.read(&self.memory, number)
                         && record.codec() == Codec::Lz4
-                        && self.fetch(record.handle(number), into).is_ok()
+                        && self.fetch(record.handle(number), into) == Ok(Whereabouts::Here)
                     {
                         return Cold::Found;
                     }
@@ -80,19 +80,20 @@ impl<M: SlabMemory> Store<M> {
             return Ok(Replacement::Outdated);
         };
         let extent = self.place_data(packed.bytes).inspect_err(|_| self.records.unsettle(number))?;
-        self.name_place(number, &record, Codec::Dense, extent);
+        self.name_place(number, &record, Body::Data { codec: Codec::Dense, extent, key: record.key() });
         Ok(Replacement::Made)
     }
 
-    /// Has a record name other data of the same page, which is in its slot already, and frees the slot it named.
-    pub(crate) fn name_place(&mut self, number: RecordNumber, record: &Record, codec: Codec, extent: Extent) {
-        let Body::Data { extent: old, key, .. } = record.body else { return };
-        let moved = Record { body: Body::Data { codec, extent, key }, ..*record };
+    /// Has a record name other data of the same page, which is where `body` says already, and frees the slot it named.
+    pub(crate) fn name_place(&mut self, number: RecordNumber, record: &Record, body: Body) {
+        let moved = Record { body, ..*record };
         compiler_fence(Ordering::SeqCst);
         self.records.write_place(&mut self.memory, number, &moved);
         compiler_fence(Ordering::SeqCst);
         self.tally.subtract(record);
         self.tally.add(&moved);
-        self.slots.give_back(&mut self.memory, old);
+        if let Body::Data { extent: old, .. } = record.body {
+            self.slots.give_back(&mut self.memory, old);
+        }
     }
 }

@@ -23,7 +23,7 @@ pub(crate) fn shrink_idle<T>(vector: &mut Vec<T>) {
 /// Counts of one store. Exact as long as no record is damaged; damage makes them approximate, never a panic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Pages that handles name: the sum of the five kinds below.
+    /// Pages that handles name: the sum of the six kinds below.
     pub pages: PageCount,
     /// First references to same-filled objects.
     pub same: PageCount,
@@ -33,15 +33,19 @@ pub struct Stats {
     pub raw: PageCount,
     /// First references to objects packed densely.
     pub dense: PageCount,
+    /// First references to objects whose data lies outside of slab memory, however it is compressed.
+    pub away: PageCount,
     /// References beyond an object's first.
     pub duplicate: PageCount,
     /// About how many objects with data differ from another only a little: an estimate from a sample of what was
     /// inserted lately, and a low one.
     pub near_duplicate: PageCount,
-    /// Encoded bytes of all objects.
+    /// Encoded bytes of all objects in slab memory.
     pub data: ByteCount,
     /// Those of objects packed densely; part of `data`.
     pub dense_data: ByteCount,
+    /// Encoded bytes outside of slab memory.
+    pub away_data: ByteCount,
     /// Slots of data slabs that hold nothing.
     pub free_slots: ByteCount,
     /// Data slabs held: `data` and what is lost in and between slots.
@@ -55,7 +59,7 @@ pub struct Stats {
 impl Stats {
     /// Objects stored: pages with different contents.
     pub fn objects(&self) -> u64 {
-        self.same.0 + self.lz4.0 + self.raw.0 + self.dense.0
+        self.same.0 + self.lz4.0 + self.raw.0 + self.dense.0 + self.away.0
     }
 
     /// Memory the store holds: slabs and what is beside them.

@@ -17,7 +17,7 @@ use crate::{
     fetch::{Confirmed, Fetched, Found},
     index::Index,
     memory::{SLAB_SIZE, SlabMemory},
-    record::{Body, Extent, Generation, Handle, Record, RecordNumber},
+    record::{Body, Extent, Generation, Handle, Record, RecordNumber, Remote},
     records::{RecordTable, Walk},
     similar::{Similar, Sketch},
     slots::SlotTable,
@@ -52,8 +52,10 @@ pub(crate) struct Tally {
     lz4: u64,
     raw: u64,
     dense: u64,
+    away: u64,
     data_bytes: u64,
     dense_bytes: u64,
+    away_bytes: u64,
 }
 
 /// How [`Store::insert`] kept a page.
@@ -92,41 +94,43 @@ pub struct Stored {
 
 impl Tally {
     pub(crate) fn add(&mut self, record: &Record) {
-        *self.kind(record.codec()) += 1;
-        self.data_bytes += data_length(record);
-        if record.codec() == Codec::Dense {
-            self.dense_bytes += data_length(record);
+        let (objects, bytes, length) = self.counters(record);
+        *objects += 1;
+        *bytes += length;
+        if let Body::Data { codec: Codec::Dense, .. } = record.body {
+            self.dense_bytes += length;
         }
     }
 
     pub(crate) fn subtract(&mut self, record: &Record) {
-        let kind = self.kind(record.codec());
-        *kind = kind.saturating_sub(1);
-        self.data_bytes = self.data_bytes.saturating_sub(data_length(record));
-        if record.codec() == Codec::Dense {
-            self.dense_bytes = self.dense_bytes.saturating_sub(data_length(record));
+        let (objects, bytes, length) = self.counters(record);
+        *objects = objects.saturating_sub(1);
+        *bytes = bytes.saturating_sub(length);
+        if let Body::Data { codec: Codec::Dense, .. } = record.body {
+            self.dense_bytes = self.dense_bytes.saturating_sub(length);
         }
     }
 
-    /// Objects with data.
+    /// Objects with data in slab memory.
     const fn with_data(&self) -> u64 {
         self.lz4 + self.raw + self.dense
     }
 
-    const fn kind(&mut self, codec: Codec) -> &mut u64 {
-        match codec {
-            Codec::Same => &mut self.same,
-            Codec::Lz4 => &mut self.lz4,
-            Codec::Raw => &mut self.raw,
-            Codec::Dense => &mut self.dense,
+    /// Where the record's object and where its bytes are counted, and how many those are.
+    const fn counters(&mut self, record: &Record) -> (&mut u64, &mut u64, u64) {
+        match record.body {
+            Body::Same(_) => (&mut self.same, &mut self.data_bytes, 0),
+            Body::Away { remote, .. } => (&mut self.away, &mut self.away_bytes, remote.length as u64),
+            Body::Data { codec, extent, .. } => {
+                let kind = match codec {
+                    Codec::Same => &mut self.same,
+                    Codec::Lz4 => &mut self.lz4,
+                    Codec::Raw => &mut self.raw,
+                    Codec::Dense => &mut self.dense,
+                };
+                (kind, &mut self.data_bytes, extent.length as u64)
+            }
         }
-    }
-}
-
-const fn data_length(record: &Record) -> u64 {
-    match record.body {
-        Body::Same(_) => 0,
-        Body::Data { extent, .. } => extent.length as u64,
     }
 }
 
@@ -137,8 +141,8 @@ impl<M: SlabMemory> Store<M> {
         Self::recover(memory, core::iter::empty()).0
     }
 
-    /// The handle of a page that is here already, with one more reference; `None` where it is not, or is packed densely:
-    /// [`seek`](Self::seek) finds it then too.
+    /// The handle of a page that is here already, with one more reference; `None` where it is not, lies away, or is packed
+    /// densely: [`seek`](Self::seek) finds it then too.
     ///
     /// # Errors
     /// [`StoreError::ZeroPage`], [`StoreError::WrongDigest`].
@@ -165,7 +169,8 @@ impl<M: SlabMemory> Store<M> {
         let wanted = Fingerprint::of_hash(hash);
         let handle = self.run(wanted.key).iter().find_map(|number| {
             let record = self.records.read(&self.memory, *number)?.ok()?;
-            let is_likely = record.codec() == Codec::Dense && record.check == wanted.check;
+            let is_dense = matches!(record.body, Body::Data { codec: Codec::Dense, .. });
+            let is_likely = is_dense && record.check == wanted.check;
             (is_likely && record.count < u32::MAX).then(|| record.handle(*number))
         });
         let fetched = handle.is_some_and(|handle| self.fetch(handle, candidate).is_ok());
@@ -226,15 +231,18 @@ impl<M: SlabMemory> Store<M> {
         self.insert(page, &digest, encoder.encode(page, &digest)).map(Some)
     }
 
-    /// Drops one reference, and the object with the last one. The caller's page word must name it no longer.
+    /// Drops one reference, and the object with the last one. The caller's page word must name it no longer. Of an object
+    /// that lay away, the bytes that nobody needs any more are returned: whoever keeps them is to be told.
     ///
     /// # Errors
     /// [`StoreError::Stale`] where the handle names no object, [`StoreError::Corrupt`] where its record was
     /// damaged.
-    pub fn release(&mut self, handle: Handle) -> Result<(), StoreError> {
+    pub fn release(&mut self, handle: Handle) -> Result<Option<Remote>, StoreError> {
         let (number, mut record) = match self.resolve(handle) {
             Ok(found) => found,
-            Err(GetError::Stale { .. } | GetError::Nothing) => return Err(StoreError::Stale { handle }),
+            Err(GetError::Stale { .. } | GetError::Away { .. } | GetError::Nothing) => {
+                return Err(StoreError::Stale { handle });
+            }
             Err(GetError::Corrupt { .. }) => {
                 self.drop_record(handle.number(), 0);
                 return Err(StoreError::Corrupt { handle });
@@ -244,7 +252,7 @@ impl<M: SlabMemory> Store<M> {
         if record.count > 1 {
             record.count -= 1;
             self.records.write(&mut self.memory, number, &record);
-            return Ok(());
+            return Ok(None);
         }
         self.tally.subtract(&record);
         self.drop_record(number, record.key());
@@ -252,7 +260,8 @@ impl<M: SlabMemory> Store<M> {
             Body::Data { extent, .. } if !self.slots.give_back(&mut self.memory, extent) => {
                 Err(StoreError::Corrupt { handle })
             }
-            Body::Data { .. } | Body::Same(_) => Ok(()),
+            Body::Data { .. } | Body::Same(_) => Ok(None),
+            Body::Away { remote, .. } => Ok(Some(remote)),
         }
     }
 
@@ -266,9 +275,9 @@ impl<M: SlabMemory> Store<M> {
                 self.records.write(&mut self.memory, number, &damaged);
                 true
             }
-            // Without the codec nobody knows which bits of the data matter; all of the check do, and the handle has not
-            // this one.
-            Body::Data { codec: Codec::Dense, .. } => {
+            // Without the codec, or without the data, nobody knows which bits of it matter; all of the check do, and the
+            // handle has not this one.
+            Body::Away { .. } | Body::Data { codec: Codec::Dense, .. } => {
                 let damaged = Record { check: record.check ^ 1 << (u32::BITS - 1), ..record };
                 self.records.write(&mut self.memory, number, &damaged);
                 true
@@ -287,7 +296,8 @@ impl<M: SlabMemory> Store<M> {
 
     /// What is held and what it costs. A few hundred instructions, whatever is held.
     pub fn stats(&self) -> Stats {
-        let Tally { references, same, lz4, raw, dense, data_bytes, dense_bytes } = self.tally;
+        let Tally { references, same, lz4, raw, dense, away, data_bytes, dense_bytes, away_bytes } =
+            self.tally;
         let bytes = |count: usize| ByteCount(count as u64);
         let metadata = self.records.metadata_size()
             + self.slots.metadata_size()
@@ -300,10 +310,12 @@ impl<M: SlabMemory> Store<M> {
             lz4: PageCount(lz4),
             raw: PageCount(raw),
             dense: PageCount(dense),
-            duplicate: PageCount(references.saturating_sub(same + lz4 + raw + dense)),
+            away: PageCount(away),
+            duplicate: PageCount(references.saturating_sub(same + lz4 + raw + dense + away)),
             near_duplicate: PageCount(self.similar.estimate(lz4 + raw + dense)),
             data: ByteCount(data_bytes),
             dense_data: ByteCount(dense_bytes),
+            away_data: ByteCount(away_bytes),
             free_slots: bytes(self.slots.free_bytes()),
             data_slabs: bytes(self.slots.usage().slabs * SLAB_SIZE),
             record_slabs: bytes(self.records.held() * SLAB_SIZE),

@@ -56,7 +56,7 @@ fn pages_of_every_compressibility_come_back() {
     assert!(stats.lz4.0 > 300 && stats.raw.0 > 100, "{stats:?}");
     assert_eq!(stats.pages.0, handles.len() as u64);
     for (stored, _) in &handles {
-        assert_eq!(store.release(stored.handle), Ok(()));
+        assert_eq!(store.release(stored.handle), Ok(None));
     }
     assert_eq!(store.memory().held(), 0, "a slab whose last object goes is released");
 }
@@ -112,7 +112,7 @@ fn pages_with_one_hash_and_different_bytes_are_both_stored() {
     let corrupt = GetError::Corrupt { handle: second.handle, damage: Damage::Checksum };
     assert_eq!(read(&store, second.handle), Err(corrupt));
     for handle in [first, first, second.handle, second.handle] {
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     assert_eq!(store.memory().held(), 0);
 }
@@ -136,14 +136,14 @@ fn a_digest_that_is_not_the_pages_changes_nothing() {
 fn stale_handles_are_noticed() {
     let mut store = store(4);
     let stale = put(&mut store, &page_of(1, 100)).handle;
-    assert_eq!(store.release(stale), Ok(()));
+    assert_eq!(store.release(stale), Ok(None));
     for seed in 2..10 {
         let fresh = put(&mut store, &page_of(seed, 100)).handle;
         assert_ne!(fresh, stale);
         assert_eq!(read(&store, stale), Err(GetError::Stale { handle: stale }));
         assert_eq!(store.release(stale), Err(StoreError::Stale { handle: stale }));
         assert!(!store.sabotage(stale));
-        assert_eq!(store.release(fresh), Ok(()), "the record and its slab are reused each time");
+        assert_eq!(store.release(fresh), Ok(None), "the record and its slab are reused each time");
     }
 }
 
@@ -177,7 +177,7 @@ fn exhaustion_leaves_nothing_half_done() {
     assert_eq!(store.put(&page_of(99, 10), &mut Encoder::new()), Err(StoreError::Exhausted));
     assert_eq!(store.stats(), before);
     let (handle, page) = pages.pop().unwrap();
-    assert_eq!(store.release(handle), Ok(()));
+    assert_eq!(store.release(handle), Ok(None));
     assert_eq!(put(&mut store, &page).how, How::Raw);
 }
 
@@ -200,7 +200,7 @@ fn sabotage_is_always_noticed() {
         assert!(store.sabotage(handle));
         assert!(matches!(read(&store, handle), Err(GetError::Corrupt { .. })));
         assert_eq!(store.share(&page, &digest(&page)), Ok(None), "a damaged page is nobody's duplicate");
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     assert_eq!(store.memory().held(), 0);
 }
@@ -221,7 +221,7 @@ fn recovery_counts_references_anew_and_frees_what_no_word_names() {
     assert_eq!(store.stats().pages.0, 2);
     assert_eq!(put(&mut store, &kept).how, How::Duplicate);
     for _ in 0..3 {
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     assert_eq!(store.release(handle), Err(StoreError::Stale { handle }));
     assert_eq!(store.memory().held(), 0);
@@ -263,7 +263,7 @@ fn recovery_reports_handles_that_name_nothing() {
     let mut store = store(64);
     let gone = put(&mut store, &page_of(1, 100)).handle;
     let good = put(&mut store, &page_of(2, 100)).handle;
-    assert_eq!(store.release(gone), Ok(()));
+    assert_eq!(store.release(gone), Ok(None));
     let absurd = crate::Handle::from_bits((1 << crate::HANDLE_BITS) - 1).unwrap();
     let (_, report) = Store::recover(store.into_memory(), [gone, good, absurd, gone]);
     let rejected: Vec<_> = report.rejected.iter().map(|rejected| (rejected.handle, rejected.why)).collect();

@@ -27,7 +27,7 @@ fn sparse(pages: u64) -> (HeapStore, Held) {
     let (gone, held): (Vec<_>, Vec<_>) =
         held.into_iter().partition(|(handle, _)| !mix(handle.to_bits()).is_multiple_of(4));
     for (handle, _) in gone {
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     (store, held)
 }
@@ -70,7 +70,7 @@ fn part_empty_slabs_become_full_ones_and_nothing_else_changes() {
     assert_eq!((report.rejected.len(), report.freed_objects, report.released_slabs), (0, 0, 0));
     assert_whole(&store, &held);
     for (handle, _) in held {
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     assert_eq!(store.memory().held(), 0);
 }
@@ -131,7 +131,7 @@ fn releases_in_the_middle_of_a_round_end_it_well() {
     let (mut store, mut held) = sparse(1_500);
     while let Some((handle, _)) = held.pop() {
         store.compact(70);
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     assert_eq!(store.memory().held(), 0);
     assert_eq!(compact_all(&mut store), 0);

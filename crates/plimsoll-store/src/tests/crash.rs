@@ -6,13 +6,28 @@ use plimsoll_types::PageBytes;
 
 /// Memory that keeps what it was when the manager died: at its `countdown`-th write.
 #[derive(Clone)]
-struct Mortal {
+pub(super) struct Mortal {
     memory: HeapSlabs,
     at_death: Option<HeapSlabs>,
     countdown: usize,
 }
 
 impl Mortal {
+    /// Memory that lives.
+    pub(super) const fn new(memory: HeapSlabs) -> Self {
+        Self { memory, at_death: None, countdown: usize::MAX }
+    }
+
+    /// Has it die after so many writes more.
+    pub(super) const fn dies_after(&mut self, writes: usize) {
+        self.countdown = writes;
+    }
+
+    /// What it was when it died, if it did.
+    pub(super) fn into_dead(self) -> Option<HeapSlabs> {
+        self.at_death
+    }
+
     /// Before every write: the one that is about to be made is lost if the manager dies here.
     fn beat(&mut self) {
         if self.countdown == 0 && self.at_death.is_none() {
@@ -55,10 +70,10 @@ impl SlabMemory for Mortal {
     }
 }
 
-type Held = Vec<(Handle, PageBytes)>;
+pub(super) type Held = Vec<(Handle, PageBytes)>;
 
 /// Some pages of two classes, most of them gone again.
-fn sparse() -> (HeapStore, Held) {
+pub(super) fn sparse() -> (HeapStore, Held) {
     let (mut store, mut encoder, mut held) = (store(40), Encoder::new(), Vec::new());
     for seed in 1..=180 {
         let page = if seed % 2 == 0 { random_page(seed) } else { nibble_page(seed) };
@@ -67,7 +82,7 @@ fn sparse() -> (HeapStore, Held) {
     let (gone, held): (Vec<_>, Vec<_>) =
         held.into_iter().partition(|(handle, _)| !mix(handle.to_bits()).is_multiple_of(3));
     for (handle, _) in gone {
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     (store, held)
 }
@@ -75,12 +90,12 @@ fn sparse() -> (HeapStore, Held) {
 /// Does `act` again and again, dying one write later each time; how many writes it makes in all.
 fn die_at_every_write(start: &HeapStore, held: &Held, act: impl Fn(&mut Store<Mortal>)) -> usize {
     for countdown in 0.. {
-        let memory = Mortal { memory: start.memory().clone(), at_death: None, countdown: usize::MAX };
+        let memory = Mortal::new(start.memory().clone());
         let handles = || held.iter().map(|(handle, _)| *handle);
         let (mut store, _) = Store::recover(memory, handles());
-        store.memory_mut().countdown = countdown;
+        store.memory_mut().dies_after(countdown);
         act(&mut store);
-        let Some(memory) = store.into_memory().at_death else { return countdown };
+        let Some(memory) = store.into_memory().into_dead() else { return countdown };
         let (store, report) = Store::recover(memory, handles());
         assert_eq!(report.rejected, [], "died before write {countdown}");
         assert_eq!(store.stats().pages.0, held.len() as u64);

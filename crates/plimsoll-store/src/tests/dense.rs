@@ -4,7 +4,7 @@ use super::{
 };
 use crate::{
     Cold, Damage, DenseCodec, DenseError, Encoder, Fetched, GetError, Handle, How, NoDense, PackError,
-    Packer, Replacement, SlabMemory, Sought, Store, StoreError, digest,
+    Packer, Replacement, SlabMemory, Sought, Store, StoreError, Whereabouts, digest,
 };
 use alloc::vec::Vec;
 use plimsoll_types::{PAGE_SIZE, PageBytes};
@@ -39,9 +39,9 @@ fn an_object_that_was_here_for_a_whole_walk_is_packed_and_keeps_its_handle() {
     assert_eq!((stats.dense.0, stats.lz4.0, stats.duplicate.0, stats.pages), (100, 0, 1, before.pages));
     assert_eq!(stats.dense_data, stats.data);
     assert!(stats.data.0 < before.data.0 * 6 / 10 && stats.data_slabs.0 < before.data_slabs.0 * 7 / 10);
-    assert_eq!(store.release(pages[6].0), Ok(()));
+    assert_eq!(store.release(pages[6].0), Ok(None));
     for (handle, _) in &pages {
-        assert_eq!(store.release(*handle), Ok(()));
+        assert_eq!(store.release(*handle), Ok(None));
     }
     assert_eq!(store.memory().held(), 0);
     assert_eq!((store.stats().data.0, store.stats().dense_data.0), (0, 0));
@@ -66,7 +66,7 @@ fn what_was_packed_or_is_not_worth_it_is_not_offered_again() {
 fn an_object_in_the_record_of_another_one_is_new() {
     let (mut store, pages) = cold_store(2);
     assert_eq!(repack(&mut store, &mut Nibbles).made, 2);
-    assert_eq!(store.release(pages[0].0), Ok(()));
+    assert_eq!(store.release(pages[0].0), Ok(None));
     let handle = put(&mut store, &nibble_page(3));
     assert_eq!(handle.number(), pages[0].0.number(), "the record is used again");
     assert_eq!(repack(&mut store, &mut Nibbles), Repacked::default());
@@ -78,7 +78,7 @@ fn a_step_of_the_walk_is_bounded() {
     let (mut store, pages) = cold_store(100);
     let mut fetched = Fetched::new();
     for (handle, _) in &pages[..99] {
-        assert_eq!(store.release(*handle), Ok(()));
+        assert_eq!(store.release(*handle), Ok(None));
     }
     let mut calls = 0;
     while store.next_cold(10, &mut fetched) == Cold::NotYet {
@@ -164,7 +164,7 @@ fn a_codec_that_decompresses_nothing_does_not_pass_by_what_was_there_before() {
     assert!(packer.pack(&fetched, &mut Nibbles).is_ok(), "the page is in the packer's buffer now");
     let again = packer.pack(&fetched, &mut Bad(Fault::DecompressesNothing)).map(|_| ());
     assert_eq!(again, Err(PackError::Unfaithful));
-    assert_eq!(store.release(pages[0].0), Ok(()));
+    assert_eq!(store.release(pages[0].0), Ok(None));
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn what_changed_since_it_was_fetched_is_not_replaced() {
     // Released, and its record taken by another page.
     store.fetch(pages[0].0, &mut fetched).unwrap();
     let packed = packer.pack(&fetched, &mut Nibbles).unwrap();
-    assert_eq!(store.release(pages[0].0), Ok(()));
+    assert_eq!(store.release(pages[0].0), Ok(None));
     assert_eq!(store.replace(&packed), Ok(Replacement::Outdated));
     let other = put(&mut store, &nibble_page(99));
     assert_eq!(store.replace(&packed), Ok(Replacement::Outdated));
@@ -239,7 +239,7 @@ fn a_page_that_is_here_densely_is_shared_after_it_was_confirmed() {
     assert_eq!(store.share_confirmed(confirmed), Some(handle));
     assert_eq!(store.stats().duplicate.0, 1);
     for _ in 0..2 {
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     assert_eq!(store.share_confirmed(confirmed), None, "it is gone");
     // Others are found as before.
@@ -258,8 +258,8 @@ fn what_was_fetched_is_good_whatever_becomes_of_the_object() {
     assert_eq!(fetched.unpack(&mut page, &mut NoDense), Err(GetError::Nothing));
     for expected in pages {
         let handle = put(&mut store, &expected);
-        assert_eq!(store.fetch(handle, &mut fetched), Ok(()));
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.fetch(handle, &mut fetched), Ok(Whereabouts::Here));
+        assert_eq!(store.release(handle), Ok(None));
         assert_eq!(fetched.unpack(&mut page, &mut NoDense), Ok(()));
         assert_eq!(page, expected);
         assert_eq!(store.fetch(handle, &mut fetched), Err(GetError::Stale { handle }));

@@ -1,4 +1,5 @@
 //! Tests of the store as a whole, and the pages they store.
+mod away;
 mod behaviour;
 mod compact;
 mod cost;

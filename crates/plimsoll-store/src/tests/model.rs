@@ -115,7 +115,7 @@ fn apply(store: HeapStore, model: &mut Model, step: &Step) -> Result<HeapStore, 
         }
         Step::Release(choice) => {
             if let Some((kind, handle)) = model.pick(choice) {
-                prop_assert_eq!(store.release(handle), Ok(()));
+                prop_assert_eq!(store.release(handle), Ok(None));
                 model.drop_reference(kind);
                 if !model.0.contains_key(&kind) {
                     prop_assert_eq!(store.release(handle), Err(StoreError::Stale { handle }));
@@ -184,7 +184,7 @@ proptest! {
         }
         for (kind, handle) in model.references().collect::<Vec<_>>() {
             prop_assert_eq!(read(&store, handle), Ok(page(kind)));
-            prop_assert_eq!(store.release(handle), Ok(()));
+            prop_assert_eq!(store.release(handle), Ok(None));
         }
         prop_assert_eq!(store.memory().held(), 0);
     }

@@ -15,7 +15,7 @@ fn fragmentation_is_what_holds_no_encoded_byte_by_why_it_does_not() {
     let full = store.stats().fragmentation();
     assert_eq!((full.free_slots.0, full.slot_waste.0, full.per_mille()), (0, 0, 0));
     for handle in &handles[..4] {
-        assert_eq!(store.release(*handle), Ok(()));
+        assert_eq!(store.release(*handle), Ok(None));
     }
     let part = store.stats().fragmentation();
     assert_eq!((part.free_slots.0, part.slot_waste.0, part.per_mille()), (4 * PAGE_SIZE as u64, 0, 250));
@@ -61,6 +61,6 @@ fn a_page_is_not_like_an_earlier_version_of_itself_that_is_gone() {
         page[..8].copy_from_slice(&version.to_le_bytes());
         let handle = store.put(&page, &mut encoder).unwrap().unwrap().handle;
         assert_eq!(store.stats().near_duplicate.0, 0);
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
 }

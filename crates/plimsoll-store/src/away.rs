@@ -1,0 +1,52 @@
+//! Objects whose data lies outside of slab memory: on a disk, say.
+//!
+//! Enters: where an object's encoded bytes are kept from now on. Leaves: a free slot, and a record that names the other place.
+//! Record, handle and count stay, so no page word changes, and the record is the index of what lies away: it outlives the
+//! manager as all records do. What the bits of a place mean, and whether the bytes are still what they were, is for others to
+//! know; [`Fetched::unpack`](crate::Fetched::unpack) checks what they bring.
+//!
+//! What must never happen: an instant at which the record names bytes that are nowhere. So the caller sends an object away
+//! after its bytes have been written, and the order of writes is that of `repack`.
+use crate::{
+    fetch::Ticket,
+    memory::SlabMemory,
+    record::{Away, Body, Remote},
+    records::{Visit, Walk},
+    repack::Replacement,
+    store::Store,
+};
+
+impl<M: SlabMemory> Store<M> {
+    /// Has an object's bytes, as they were when it was fetched, lie at `to` from now on, wherever they were before.
+    /// [`Replacement::Outdated`] where the object is gone, or its bytes are others by now: `to` is then nobody's.
+    pub fn send_away(&mut self, ticket: &Ticket, to: Away) -> Replacement {
+        let Some((number, record)) = self.still(&ticket.0) else { return Replacement::Outdated };
+        let body = match record.body {
+            Body::Same(_) => return Replacement::Outdated,
+            Body::Data { codec, extent, key } => {
+                Body::Away { codec, remote: Remote { at: to, length: extent.length }, key }
+            }
+            Body::Away { codec, remote, key } => {
+                Body::Away { codec, remote: Remote { at: to, ..remote }, key }
+            }
+        };
+        self.name_place(number, &record, body);
+        Replacement::Made
+    }
+
+    /// Everything that lies away: what whoever keeps it must not forget.
+    pub fn remotes(&self) -> impl Iterator<Item = Remote> + '_ {
+        let mut walk = Walk::default();
+        let visits = core::iter::from_fn(move || match self.records.visit(&mut walk) {
+            Visit::Round => None,
+            visit => Some(visit),
+        });
+        visits.filter_map(|visit| {
+            let Visit::Taken(number) = visit else { return None };
+            match self.records.read(&self.memory, number)?.ok()?.body {
+                Body::Away { remote, .. } => Some(remote),
+                Body::Same(_) | Body::Data { .. } => None,
+            }
+        })
+    }
+}
