@@ -4,11 +4,13 @@
 //! * [`kernel`]: the kernel's own mechanisms from outside, for machines that do not. [`ksm`]: resident sharing.
 //! * [`reclaimer`]: what every back end that takes memory can do.
 //! * [`prepare`]: what this kernel offers for it, and setting up swap with consent.
-//! * [`slabs`]: the memory that stores live in. [`dense`]: how they pack what is cold.
+//! * [`slabs`]: the memory that stores live in. [`dense`]: how they pack what is cold. [`disk`]: where
+//!   that goes at last.
 //! * [`cgroup`], [`procsum`]: what the kernel counts. [`zram`]: compressed swap devices. [`system`]: the boundary that
 //!   tests put another kernel behind.
 pub mod cgroup;
 pub mod dense;
+pub mod disk;
 pub mod kernel;
 pub mod ksm;
 pub mod prepare;

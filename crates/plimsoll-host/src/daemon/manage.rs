@@ -514,6 +514,7 @@ fn text_of(incident: &Incident) -> String {
         Incident::Poisoned { machine, page, cause } => format!("{machine}: {page} is poisoned: {cause}"),
         Incident::Lost { machine, cause } => format!("{machine} is no longer managed: {cause}"),
         Incident::StoreFull { machine } => format!("{machine}: the store took no more pages"),
+        Incident::Disk { cause } => format!("the disk tier takes no more for now: {cause}"),
         Incident::BadCodec { domain } => format!("{domain}: zstd did not give back what it was given"),
     }
 }

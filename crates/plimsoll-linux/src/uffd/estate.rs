@@ -23,8 +23,8 @@
 //! 0      magic u64 | 8 version u32 | 12 records u32 | 16 epoch u64 | 24 next identity u64
 //! 4096   state u64 of record 0, 1, ...                       (0 free, 1 offered, 2 taken), padded to a page
 //! then   record 0, 1, ..., 2048 bytes each
-//! Record 0 check u64 | 8 kind u32 (1 shard, 2 domain) | 12 machine u32 | 16 shard's identity u32 | 20 group u32
-//!        24 domain u32 | 28 process u32 | 32 amount u64 (reservation, or the store's limit) | 40 slots [u32; 6]
+//! Record 0 check u64 | 8 kind u32 (1 shard, 2 domain, 4 tier) | 12 machine u32 | 16 shard's identity u32 | 20 group u32
+//!        24 domain u32 | 28 process u32 | 32 amount u64 (reservation, the store's limit, or a domain's part of the tier) | 40 slots [u32; 6]
 //!        64 bytes of hello u32 | 68 zero u32 | 72 hello, as it was handed over, to the end
 //! ```
 //!
@@ -35,6 +35,9 @@ use super::manager::Membership;
 use super::shards::{MachineVault, MemfdWords, ShardVault};
 use super::stats::MachineStats;
 use super::wire::{Hello, Welcome};
+use crate::disk::device::FileDisk;
+use crate::disk::tier::Tier;
+use crate::explain;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_sys::ProcessId;
@@ -57,8 +60,10 @@ const REGISTER: u32 = 0;
 pub const RESERVED: u32 = 8;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PLIMREGI");
-/// The version of the register that this build writes, and the newest it reads.
-const VERSION: u32 = 1;
+/// The version of the register that this build writes, and the newest it reads. 2 has the disk tier, which 1 has not.
+const VERSION: u32 = 2;
+/// The oldest it reads.
+const VERSION_MIN: u32 = 1;
 const RECORDS: u32 = 4096;
 const RECORD_SIZE: usize = 2048;
 const HELLO_MAX: usize = RECORD_SIZE - 72;
@@ -77,6 +82,8 @@ const TAKEN: u64 = 2;
 
 const SHARD: u32 = 1;
 const DOMAIN: u32 = 2;
+/// No single bit makes one of the three another.
+const TIER: u32 = 4;
 /// A slot that a record does not use.
 const NO_SLOT: u32 = u32::MAX;
 /// Which of a shard's slots is that of its process.
@@ -96,7 +103,7 @@ struct Record {
     process: u32,
     amount: u64,
     /// Of a shard: RAM's userfaultfd, the airlock's, socket, words, process; and, until it is taken, the agent's end of the
-    /// socket. Of a domain: the slabs.
+    /// socket. Of a domain: the slabs. Of the disk tier: its table, its disk.
     slots: [u32; 6],
     hello_bytes: u32,
     zero: u32,
@@ -193,6 +200,7 @@ pub enum EstateError {
 pub(super) struct Inheritance {
     pub(super) machines: Vec<MachineVault>,
     pub(super) domains: Vec<(DomainId, GroupId, MemfdSlabs)>,
+    pub(super) tier: Option<Tier>,
     /// Machines that cannot be put together again, and why. Their descriptors stay where they are: their guests wait.
     pub(super) lost: Vec<(MachineId, EstateError)>,
     /// What is known of those machines.
@@ -243,7 +251,7 @@ impl Estate {
             return Err(EstateError::Magic { found: magic });
         }
         let [version, _] = halves(words[HEAD_VERSION].load(Ordering::Acquire));
-        if version != VERSION {
+        if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(EstateError::Version { found: version });
         }
         let taken = kept.keys().copied().filter(|slot| *slot >= RESERVED).collect();
@@ -365,6 +373,27 @@ impl Estate {
         entered.inspect_err(|_| self.let_go(slots))
     }
 
+    /// Enters the disk tier, on which nothing is yet.
+    pub(super) fn enter_tier(&self, tier: &Tier) -> Result<(), EstateError> {
+        let (table, disk) = tier.keepsakes();
+        let what = || EstateError::Damaged { what: "the disk tier's disk ends with this process".to_owned() };
+        let disk = disk.ok_or_else(what)?;
+        let mut slots = Vec::new();
+        let mut keep = |descriptor| self.keep(descriptor, &mut slots);
+        let kept = keep(table).and_then(|table| Ok([table, keep(disk)?]));
+        let entered = kept.and_then(|[table, disk]| {
+            let record = Record {
+                kind: TIER,
+                amount: tier.quota().map_or(0, |quota| quota.0),
+                slots: [table, disk, NO_SLOT, NO_SLOT, NO_SLOT, NO_SLOT],
+                ..Record::new_zeroed()
+            };
+            self.head(HEAD_VERSION).store(u64::from(VERSION) | u64::from(RECORDS) << 32, Ordering::Release);
+            self.enter(&[record.sealed()], TAKEN)
+        });
+        entered.inspect_err(|_| self.let_go(slots))
+    }
+
     /// Enters a machine that is about to be welcomed; `agents` are the agents' ends of all sockets but the first.
     pub(super) fn offer(&self, machine: &MachineVault, agents: &[OwnedFd]) -> Result<(), EstateError> {
         let mut slots = Vec::new();
@@ -466,17 +495,20 @@ impl Estate {
                 let what = "a record of the machines' register is damaged".to_owned();
                 inheritance.lost.push((MachineId(record.machine), EstateError::Damaged { what }));
                 named.extend(self.taken.lock().iter());
-                // No single bit makes a shard's kind a domain's, whose machines are counted themselves.
-                if record.kind != DOMAIN {
+                // No single bit makes a shard's kind another, whose machines are counted themselves.
+                if ![DOMAIN, TIER].contains(&record.kind) {
                     inheritance.fragments.entry(MachineId(record.machine)).or_default();
                 }
                 continue;
             }
             named.extend(record.held(state));
-            if record.kind == DOMAIN {
-                domains.entry(record.domain).or_default().push(record);
-            } else {
-                shards.entry(record.machine).or_default().push((at, state, record));
+            match record.kind {
+                DOMAIN => domains.entry(record.domain).or_default().push(record),
+                TIER => match self.tier(&record) {
+                    Ok(tier) => inheritance.tier = Some(tier),
+                    Err(error) => inheritance.lost.push((MachineId(0), error)),
+                },
+                _ => shards.entry(record.machine).or_default().push((at, state, record)),
             }
         }
         for (domain, records) in domains {
@@ -513,6 +545,14 @@ impl Estate {
     fn claim(&self, slot: u32) -> Result<OwnedFd, EstateError> {
         let what = || EstateError::Damaged { what: format!("the keeper has nothing in slot {slot}") };
         self.kept.lock().remove(&slot).ok_or_else(what)
+    }
+
+    fn tier(&self, record: &Record) -> Result<Tier, EstateError> {
+        let [table, disk, ..] = record.slots;
+        let quota = Some(ByteCount(record.amount)).filter(|quota| quota.0 > 0);
+        let damaged = |error: &dyn std::error::Error| EstateError::Damaged { what: explain(error) };
+        let disk = FileDisk::inherit(self.claim(disk)?).map_err(|error| damaged(&error))?;
+        Tier::inherit(Box::new(disk), self.claim(table)?, quota).map_err(|error| damaged(&error))
     }
 
     /// A domain from its record. Of two stores it cannot be told which one has a machine's pages.

@@ -4,14 +4,15 @@
 use super::housekeeper::{Collapses, Tidied};
 use super::probe::{NoProbe, Probe};
 use super::waiting::{Waiting, Watchfulness};
+use crate::disk::tier::Tier;
 use parking_lot::Mutex;
 use plimsoll_core::ledger::{Budget, Ledger, LedgerError};
 use plimsoll_core::replacement::Run;
 use plimsoll_store::{SlabMemory, Store};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageIndex};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Something the operator must be told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +38,11 @@ pub enum Incident {
         /// In whose store.
         domain: DomainId,
     },
+    /// The disk tier takes no more for now. What was to go there stays in memory.
+    Disk {
+        /// Why, with its causes.
+        cause: String,
+    },
     /// The store could take no more.
     StoreFull {
         /// Whose page it was.
@@ -54,6 +60,7 @@ pub struct Host {
     tidied: Mutex<Tidied>,
     watchfulness: Watchfulness,
     probe: Arc<dyn Probe>,
+    tier: OnceLock<Arc<Tier>>,
 }
 
 impl Host {
@@ -72,7 +79,18 @@ impl Host {
             tidied: Mutex::default(),
             watchfulness: Watchfulness::new(),
             probe,
+            tier: OnceLock::new(),
         }
+    }
+
+    /// Gives the host a disk tier. Stores whose objects are there are to be claimed first. A host has one for good.
+    pub(crate) fn set_tier(&self, tier: Arc<Tier>) {
+        let _ = self.tier.set(tier);
+    }
+
+    /// The disk tier, where there is one.
+    pub fn tier(&self) -> Option<&Tier> {
+        self.tier.get().map(Arc::as_ref)
     }
 
     /// Looks at or changes the ledger.
@@ -92,7 +110,7 @@ impl Host {
             Incident::Lost { machine, .. } | Incident::StoreFull { machine } => {
                 *machine = shards.get(machine).map_or(*machine, |(owner, _)| *owner);
             }
-            Incident::BadCodec { .. } => {}
+            Incident::BadCodec { .. } | Incident::Disk { .. } => {}
         }
         drop(shards);
         self.incidents.lock().push(incident);
@@ -215,6 +233,8 @@ pub struct Orders {
     pub unpin: AtomicBool,
     /// The machine is going to sleep: what it used so far is the working set to remember.
     pub park: AtomicBool,
+    /// What it has in the store is to go to the disk, until it is woken.
+    pub is_parked: AtomicBool,
     /// The machine is about to go on: its working set is to be brought back.
     pub wake: AtomicBool,
     /// Everything of the machine is to come back into its RAM, and nothing more to be taken.

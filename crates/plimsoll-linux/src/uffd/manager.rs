@@ -20,12 +20,14 @@ use super::host::{Domain, Host, Incident, Orders};
 use super::housekeeper::{self, Domains, Housekeeping};
 use super::linux_space::{AGENT_PATIENCE, Custody, LinuxSpace};
 use super::pager::{Pager, PagerError};
+use super::parking;
 use super::probe::Probe;
 use super::recovery::take_over;
 use super::shards::{MachineVault, Running, Shard, ShardVault};
 use super::space::SpaceError;
 use super::stats::MachineStats;
 use crate::dense::Zstd;
+use crate::disk::tier::Tier;
 use crate::explain;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
@@ -85,6 +87,7 @@ pub struct Vault {
     lost: Vec<(MachineId, EstateError)>,
     /// What is known of them.
     fragments: BTreeMap<MachineId, Fragment>,
+    tier: Option<Arc<Tier>>,
     estate: Option<Arc<Estate>>,
     used: ByteCount,
 }
@@ -101,6 +104,7 @@ impl Vault {
             domains: Vec::new(),
             lost: Vec::new(),
             fragments: BTreeMap::new(),
+            tier: None,
             estate: None,
             used: ByteCount(0),
         }
@@ -109,7 +113,7 @@ impl Vault {
     /// What a manager in another process has left, if any, and what outlives this process from now on. Whoever starts the
     /// next one says what is [in use](Self::set_used).
     pub fn of_estate(estate: Estate, budget: Budget, store_limit: ByteCount) -> Self {
-        let Inheritance { machines, domains, lost, fragments } = estate.inherit();
+        let Inheritance { machines, domains, lost, fragments, tier } = estate.inherit();
         Self {
             epoch: estate.epoch(),
             next_id: estate.next_id(),
@@ -119,6 +123,7 @@ impl Vault {
             domains,
             lost,
             fragments,
+            tier: tier.map(Arc::new),
             estate: Some(Arc::new(estate)),
             used: ByteCount(0),
         }
@@ -133,6 +138,23 @@ impl Vault {
     /// The processes of the machines in it.
     pub fn processes(&self) -> impl Iterator<Item = ProcessId> {
         self.machines.iter().filter_map(|kept| kept.shards.first()).map(|shard| shard.custody.process())
+    }
+
+    /// Gives the machines a disk tier, for as long as any of them lives.
+    ///
+    /// # Errors
+    /// [`EstateError`] when it could not be entered into what outlives this process; there is no tier then.
+    pub fn set_tier(&mut self, tier: Tier) -> Result<(), EstateError> {
+        if let Some(estate) = &self.estate {
+            estate.enter_tier(&tier)?;
+        }
+        self.tier = Some(Arc::new(tier));
+        Ok(())
+    }
+
+    /// The disk tier, where there is one.
+    pub fn tier(&self) -> Option<&Tier> {
+        self.tier.as_deref()
     }
 
     /// Machines in it.
@@ -175,13 +197,14 @@ pub struct Manager {
     unmanaged: Vec<MachineVault>,
     /// Machines that could not even be put together. They stall, too.
     fragments: BTreeMap<MachineId, Fragment>,
+    tier: Option<Arc<Tier>>,
     /// What outlives this process, if anything is to.
     estate: Option<Arc<Estate>>,
     governed: Governed,
     tended: Domains,
     housekeeping: Housekeeping,
-    /// Governor and housekeeper, and what tells them to stop.
-    staff: Option<(Arc<AtomicBool>, [JoinHandle<()>; 2])>,
+    /// Governor, housekeeper and the disk's thread, and what tells them to stop.
+    staff: Option<(Arc<AtomicBool>, Vec<JoinHandle<()>>)>,
 }
 
 impl Manager {
@@ -204,6 +227,7 @@ impl Manager {
             machines: BTreeMap::new(),
             unmanaged: Vec::new(),
             fragments: vault.fragments,
+            tier: vault.tier,
             estate: vault.estate,
             governed: Governed::default(),
             tended: Domains::default(),
@@ -241,8 +265,18 @@ impl Manager {
             let recover = if is_partly_known { Store::recover_partly } else { Store::recover };
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
             let (store, _) = recover(slabs, handles);
+            if let Some(tier) = &manager.tier {
+                store.remotes().for_each(|remote| tier.claim(id, remote));
+            }
             manager.host.ledger(|ledger| ledger.add_group(group));
             manager.add_domain(Domain::new(id, group, store));
+        }
+        if let Some(tier) = &manager.tier {
+            // A store that could not be put together may be by the next manager: its places stay taken.
+            if vault.lost.is_empty() {
+                tier.settle();
+            }
+            manager.host.set_tier(Arc::clone(tier));
         }
         // All are in the ledger before the first asks for memory. From the first take-over on nothing may be given up on: a
         // machine that cannot go on is kept for the next manager.
@@ -437,6 +471,7 @@ impl Manager {
         let id = shard.id;
         let orders = Arc::<Orders>::default();
         let dense = Box::new(Zstd::new().map_err(AdmitError::Codec)?);
+        let own = Arc::downgrade(domain);
         let (host, domain) = (Arc::clone(&self.host), Arc::clone(domain));
         let mut pager = Pager::new(id, host, domain, Arc::clone(&orders), machine, space, dense);
         if origin == Origin::TakenOver {
@@ -451,6 +486,8 @@ impl Manager {
             is_buried: Arc::default(),
             is_given_back: Arc::default(),
             custody: Arc::clone(&shard.custody),
+            words: Arc::clone(&shard.words),
+            domain: own,
         };
         let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
         let run = move || {
@@ -462,7 +499,7 @@ impl Manager {
         };
         let thread = std::thread::Builder::new().name(format!("pager-{}", id.0)).spawn(run);
         let thread = thread.map_err(AdmitError::Thread)?;
-        Ok(Shard { id, words: Arc::clone(&shard.words), controls, thread })
+        Ok(Shard { id, controls, thread })
     }
 
     /// Starts looking at what the kernel counts, every few milliseconds, has machines sampled every `sample_period`, and
@@ -472,28 +509,43 @@ impl Manager {
     /// [`AdmitError::Thread`].
     pub fn govern(&mut self, meter: Box<dyn Meter>, sample_period: Duration) -> Result<(), AdmitError> {
         let stop = Arc::new(AtomicBool::new(false));
-        let start = |name: &str, run: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(AdmitError::Thread)
-        };
         let zstd = Zstd::new().map_err(AdmitError::Codec)?;
+        let mut jobs: Vec<(&str, Box<dyn FnOnce() + Send>)> = Vec::new();
         let (host, governed, stopped) =
             (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
-        let governor =
-            start("governor", Box::new(move || govern(&host, &governed, meter, sample_period, &stopped)))?;
+        jobs.push(("governor", Box::new(move || govern(&host, &governed, meter, sample_period, &stopped))));
         let (host, governed, stopped) =
             (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
         let (tended, how) = (Arc::clone(&self.tended), self.housekeeping);
         let keep = move || housekeeper::keep(&host, &governed, &tended, how, zstd, &stopped);
-        let housekeeper = match start("housekeeper", Box::new(keep)) {
-            Ok(housekeeper) => housekeeper,
-            Err(error) => {
-                stop.store(true, Ordering::Relaxed);
-                let _ = governor.join();
-                return Err(error);
+        jobs.push(("housekeeper", Box::new(keep)));
+        if let Some(tier) = self.tier.clone() {
+            let (host, governed, stopped) =
+                (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
+            let tended = Arc::clone(&self.tended);
+            let keep = move || parking::keep(&host, &governed, &tended, tier, &stopped);
+            jobs.push(("disk", Box::new(keep)));
+        }
+        let (_, staff) = self.staff.insert((Arc::clone(&stop), Vec::new()));
+        for (name, job) in jobs {
+            match std::thread::Builder::new().name(name.to_owned()).spawn(job) {
+                Ok(thread) => staff.push(thread),
+                Err(error) => {
+                    self.dismiss_staff();
+                    return Err(AdmitError::Thread(error));
+                }
             }
-        };
-        self.staff = Some((stop, [governor, housekeeper]));
+        }
         Ok(())
+    }
+
+    fn dismiss_staff(&mut self) {
+        let Some((stop, threads)) = self.staff.take() else { return };
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
     }
 
     /// The machines that are managed, or were until their VMM ended and nobody has [`forgotten`](Self::forget) them.
@@ -590,6 +642,11 @@ impl Manager {
         let unused: Vec<u32> = self.domains.keys().copied().filter(|id| !used.contains(id)).collect();
         for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
             domain.close(&self.host);
+            if let Some(tier) = &self.tier {
+                // Of machines that did not release it themselves.
+                let remotes: Vec<_> = domain.store(|store| store.remotes().collect());
+                remotes.into_iter().for_each(|remote| tier.forget(domain.id, remote));
+            }
             if let Some(estate) = &self.estate {
                 estate.strike_domain(domain.id);
             }
@@ -609,10 +666,14 @@ impl Manager {
         }
     }
 
-    /// Takes everything it can from a machine that is going to sleep, and remembers what it used.
+    /// Takes everything it can from a machine that is going to sleep, and remembers what it used. Where there is a disk tier,
+    /// what is stored goes there.
     pub fn park(&self, id: MachineId) {
         if let Some(running) = self.machines.get(&id) {
-            running.order(|orders| orders.park.store(true, Ordering::Relaxed));
+            running.order(|orders| {
+                orders.park.store(true, Ordering::Relaxed);
+                orders.is_parked.store(true, Ordering::Relaxed);
+            });
             running.squeeze(u32::MAX);
         }
     }
@@ -621,7 +682,10 @@ impl Manager {
     pub fn wake(&self, id: MachineId) {
         if let Some(running) = self.machines.get(&id) {
             running.squeeze(0);
-            running.order(|orders| orders.wake.store(true, Ordering::Relaxed));
+            running.order(|orders| {
+                orders.is_parked.store(false, Ordering::Relaxed);
+                orders.wake.store(true, Ordering::Relaxed);
+            });
         }
     }
 
@@ -634,13 +698,7 @@ impl Manager {
 
     /// Stops all threads where they are and gives up everything that must live on.
     pub fn stop(mut self) -> Vault {
-        if let Some((stop, threads)) = self.staff.take() {
-            stop.store(true, Ordering::Relaxed);
-            for thread in threads {
-                thread.thread().unpark();
-                let _ = thread.join();
-            }
-        }
+        self.dismiss_staff();
         let shards = self.machines.values().flat_map(|running| &running.shards);
         shards.for_each(Shard::ask_to_stop);
         let asked = Instant::now();
@@ -665,6 +723,7 @@ impl Manager {
             domains,
             lost: Vec::new(),
             fragments: self.fragments,
+            tier: self.tier,
             estate: self.estate,
             used,
         }

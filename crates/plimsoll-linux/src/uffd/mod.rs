@@ -146,6 +146,7 @@ pub mod housekeeper;
 pub mod linux_space;
 pub mod manager;
 pub mod pager;
+mod parking;
 pub mod probe;
 mod reclaim;
 pub mod recovery;

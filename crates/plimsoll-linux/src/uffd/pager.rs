@@ -12,6 +12,8 @@ use super::host::{Domain, Host, Incident, Orders};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
 use super::stats::MachineStats;
+use crate::disk::window::Window;
+use crate::{disk, explain};
 use plimsoll_core::ledger::{Kind, LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
@@ -119,6 +121,8 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) dense: Box<dyn DenseCodec + Send>,
     /// A stored page on its way out of the store.
     pub(super) fetched: Fetched,
+    /// What was read of the disk last.
+    window: Window,
     /// Where a densely packed page is unpacked to be compared.
     pub(super) scratch: Box<PageBytes>,
     /// Where the search for hot blocks is.
@@ -163,6 +167,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             encoder: Encoder::new(),
             dense,
             fetched: Fetched::new(),
+            window: Window::default(),
             scratch: Box::new([0; PAGE_SIZE]),
             hot_hand: 0,
             buffer: vec![[0; PAGE_SIZE]; super::reclaim::AGE_BATCH.max(super::ahead::PIECE as usize)],
@@ -465,10 +470,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Reads a stored page into the buffer.
     pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<(), String> {
         let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
-        let Self { domain, fetched, dense, buffer, .. } = self;
-        let read = domain.store(|store| store.fetch(handle, fetched));
-        let read = read.and_then(|()| fetched.unpack(&mut buffer[place], &mut **dense));
-        read.map_err(|error| error.to_string())
+        let Self { host, domain, fetched, window, dense, buffer, .. } = self;
+        disk::fetch(domain, host.tier(), handle, fetched, window).map_err(|error| explain(&error))?;
+        fetched.unpack(&mut buffer[place], &mut **dense).map_err(|error| explain(&error))
     }
 
     /// Marks what was installed, and decides what a stop means.
@@ -549,7 +553,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     pub(super) fn release(&self, object: ObjectRef) {
         let Some(handle) = Handle::from_bits(object.bits()) else { return };
         // A stale or damaged object has no reference left to release; reading it has told, or would have.
-        let _ = self.domain.store(|store| store.release(handle));
+        let released = self.domain.store(|store| store.release(handle));
+        if let (Ok(Some(remote)), Some(tier)) = (released, self.host.tier()) {
+            tier.forget(self.domain.id, remote);
+        }
     }
 
     /// The machine's process is gone: releases every object its pages name.

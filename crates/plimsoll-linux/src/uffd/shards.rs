@@ -5,11 +5,12 @@
 //! the machine's. What must never happen: a manager that has some shards of a machine and not the others.
 use super::drive::End;
 use super::governor;
-use super::host::{Host, Orders};
+use super::host::{Domain, Host, Orders};
 use super::linux_space::Custody;
 use super::manager::Membership;
 use super::stats::MachineStats;
 use super::wire::Welcome;
+use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_core::ledger::Terms;
 use plimsoll_core::map::Words;
@@ -20,8 +21,8 @@ use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
 use plimsoll_sys::uffd::Journal;
 use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE, PageCount, PageIndex};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -168,12 +169,14 @@ pub(super) struct Controls {
     /// All of the shard is the VMM's again, and everything that was kept for it has been freed.
     pub(super) is_given_back: Arc<AtomicBool>,
     pub(super) custody: Arc<Custody>,
+    pub(super) words: Arc<MemfdWords>,
+    /// Weak, so that a store can be taken out of its domain when its manager stops.
+    pub(super) domain: Weak<Domain<MemfdSlabs>>,
 }
 
 /// A shard and the thread of its pager.
 pub(super) struct Shard {
     pub(super) id: MachineId,
-    pub(super) words: Arc<MemfdWords>,
     pub(super) controls: Controls,
     pub(super) thread: JoinHandle<End>,
 }
@@ -187,7 +190,7 @@ impl Shard {
 
     /// Waits for its pager, which was `asked` to stop then. `None` if the VMM has ended and nothing is left.
     fn stopped(self, asked: Instant) -> Option<ShardVault> {
-        let Self { id, words, controls: Controls { stats, custody, .. }, thread } = self;
+        let Self { id, controls: Controls { stats, custody, words, .. }, thread } = self;
         while !thread.is_finished() {
             if asked.elapsed() > STOP_PATIENCE {
                 // It waits in the kernel for memory that its VMM has withdrawn.

@@ -27,7 +27,7 @@ use rustix::fs::{
     memfd_create, open, openat,
 };
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mlock, mmap, munmap};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
 };
@@ -92,6 +92,18 @@ impl SharedMapping {
     /// The length in bytes.
     pub const fn size(&self) -> ByteCount {
         self.0.size
+    }
+
+    /// Keeps the first `len` bytes, whole pages, out of swap for as long as they are mapped.
+    ///
+    /// # Errors
+    /// [`MemfdError::Range`] where that is not whole pages of the mapping, [`MemfdError::Kernel`] where the process may lock no
+    /// more memory.
+    pub fn lock(&self, len: ByteCount) -> Result<(), MemfdError> {
+        check_pages(ByteCount(0), len, self.0.size)?;
+        // SAFETY: the range lies in the mapping, as just checked, and locking it changes no byte of it.
+        unsafe { mlock(self.0.base.as_ptr().cast(), to_usize(len.0)) }
+            .map_err(MemfdError::kernel("mlock", self.0.size))
     }
 
     /// The memory as words. What is read there is whatever the other side wrote: check it like any message.

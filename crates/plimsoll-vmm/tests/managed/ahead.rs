@@ -13,10 +13,10 @@ use std::time::Duration;
 const ROUNDS: u32 = 8;
 /// Slow enough that a machine that is parked while it sweeps has most of its pages in the store at some moment.
 const PACE: u64 = 4000;
-const SAMPLE_PERIOD: Duration = Duration::from_millis(100);
+pub(crate) const SAMPLE_PERIOD: Duration = Duration::from_millis(100);
 
 /// Nobody is ever short.
-struct Idle;
+pub(crate) struct Idle;
 
 impl Meter for Idle {
     fn used(&mut self) -> ByteCount {

@@ -6,6 +6,7 @@ use plimsoll_core::ledger::{Budget, LedgerError};
 use plimsoll_core::word::StateKind;
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_linux::disk::tier::Tier;
 use plimsoll_linux::uffd::host::Incident;
 use plimsoll_linux::uffd::manager::{AdmitError, MachineView, Manager, Membership, Vault};
 use plimsoll_linux::uffd::probe::{NoProbe, Probe};
@@ -272,6 +273,13 @@ impl Fleet {
     pub(crate) fn new(budget: ByteCount, probe: Arc<dyn Probe>) -> Self {
         let vault = Vault::new(Budget::of(budget), PLENTY);
         Self { manager: Some(Manager::start(vault, probe).unwrap()) }
+    }
+
+    /// One with plenty of memory, and a disk tier.
+    pub(crate) fn on_disk(tier: Tier) -> Self {
+        let mut vault = Vault::new(Budget::of(PLENTY), PLENTY);
+        vault.set_tier(tier).unwrap();
+        Self { manager: Some(Manager::start(vault, Arc::new(NoProbe)).unwrap()) }
     }
 
     pub(crate) fn manager(&mut self) -> &mut Manager {

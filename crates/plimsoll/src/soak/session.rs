@@ -438,6 +438,10 @@ impl<'a> Session<'a> {
                 }
                 Incident::Lost { machine, cause } => (machine, format!("no longer managed: {cause}")),
                 Incident::StoreFull { machine } => (machine, "the store took no more pages".to_owned()),
+                Incident::Disk { cause } => {
+                    self.fail(cause);
+                    continue;
+                }
                 Incident::BadCodec { domain } => {
                     self.fail(format!("{domain}: zstd did not give back what it was given"));
                     continue;

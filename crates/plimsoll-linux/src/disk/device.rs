@@ -1,0 +1,286 @@
+//! A disk, as the tier sees one: places that are read and written, and that may fail in every way a disk can.
+//!
+//! Enters: offsets and buffers. Leaves: how many bytes were read or written, which may be fewer than asked for. [`Disk`] is the
+//! boundary that tests put a failing disk behind; [`FileDisk`] is a real one, past the page cache where the file system allows.
+//!
+//! What must never happen: a file that is somebody's becomes the tier's. So one that is neither empty nor begins like a tier's
+//! is refused, and one that is in use is locked.
+use super::format::{self, SEGMENT_SIZE};
+use rustix::fs::{
+    FallocateFlags, FileType, FlockOperation, Mode, OFlags, fallocate, flock, fstat, ftruncate, open,
+};
+use rustix::io::Errno;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use thiserror::Error;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// What reads and writes are multiples of, in offset, length and address: the largest logical block in use.
+pub const BLOCK_SIZE: usize = 4096;
+
+/// A block of a buffer, at an address that direct I/O can use.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(4096))]
+struct Block([u8; BLOCK_SIZE]);
+const _: () = assert!(size_of::<Block>() == BLOCK_SIZE && align_of::<Block>() == BLOCK_SIZE);
+
+/// Memory for direct I/O.
+#[derive(Clone)]
+pub struct Blocks(Vec<Block>);
+
+impl Blocks {
+    /// So many blocks of zeros.
+    pub fn new(blocks: usize) -> Self {
+        Self(vec![Block::new_zeroed(); blocks])
+    }
+
+    /// Their bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    /// The same, to write.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.0.as_mut_bytes()
+    }
+}
+
+/// Somewhere to keep segments. Offsets and lengths are whole blocks.
+pub trait Disk: Send + Sync {
+    /// Reads at an offset; how many bytes, 0 at the end of what was ever written.
+    ///
+    /// # Errors
+    /// Whatever the disk says.
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize>;
+
+    /// Writes at an offset; how many bytes, perhaps fewer than given.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`] and [`io::ErrorKind::QuotaExceeded`] where there is no room; whatever else the disk says.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Sees to it that the first `bytes` have room on the disk, where it can say.
+    ///
+    /// # Errors
+    /// As for [`write_at`](Self::write_at).
+    fn reserve(&self, bytes: u64) -> io::Result<()>;
+
+    /// A descriptor for whoever keeps it for the next manager; `None` for a disk that does not outlive its process.
+    fn keepsake(&self) -> Option<BorrowedFd<'_>>;
+}
+
+/// Reads at least `needed` bytes to the front of `into`, which is whole blocks, in as many pieces as the disk gives; how many.
+pub(super) fn read_blocks(disk: &dyn Disk, offset: u64, into: &mut [u8], needed: usize) -> io::Result<usize> {
+    pieces(into.len(), needed, io::ErrorKind::UnexpectedEof, |done| {
+        into.get_mut(done..).map_or(Ok(0), |rest| disk.read_at(offset + done as u64, rest))
+    })
+}
+
+/// Writes whole blocks, in as many pieces as the disk takes.
+pub(super) fn write_blocks(disk: &dyn Disk, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    let write =
+        |done: usize| bytes.get(done..).map_or(Ok(0), |rest| disk.write_at(offset + done as u64, rest));
+    pieces(bytes.len(), bytes.len(), io::ErrorKind::WriteZero, write).map(drop)
+}
+
+/// Goes on with a piece at a time until `needed` bytes are done. A piece that ends within a block is taken up at the block's
+/// beginning, because direct I/O begins nowhere else; one that comes no further is an error.
+fn pieces(
+    length: usize,
+    needed: usize,
+    stuck: io::ErrorKind,
+    mut piece: impl FnMut(usize) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut done = 0;
+    loop {
+        let begun = done / BLOCK_SIZE * BLOCK_SIZE;
+        match piece(begun) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+            Ok(more) => {
+                let now = begun.saturating_add(more).min(length);
+                if now <= done {
+                    return Err(stuck.into());
+                }
+                done = now;
+            }
+        }
+        if done >= needed {
+            return Ok(done);
+        }
+    }
+}
+
+/// A disk could not be had.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// It could not be opened.
+    #[error("{path} cannot be opened as a disk tier")]
+    Open {
+        /// Where.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no file and no block device.
+    #[error(
+        "{path} is neither a file nor a block device: name a file that may be made, or a device of its own"
+    )]
+    Kind {
+        /// Where.
+        path: String,
+    },
+    /// It has something else in it.
+    #[error("{path} holds something that is not a disk tier: name another file, or empty this one")]
+    Foreign {
+        /// Where.
+        path: String,
+    },
+    /// Another process uses it.
+    #[error("{path} is in use by another process: give each daemon a file of its own")]
+    InUse {
+        /// Where.
+        path: String,
+    },
+}
+
+/// A file, or a block device.
+#[derive(Debug)]
+pub struct FileDisk {
+    file: OwnedFd,
+    is_file: bool,
+}
+
+impl FileDisk {
+    /// Opens a file that is the tier's alone, makes it if there is none, and empties it: without the key that went with an
+    /// earlier process, what is in it is nothing.
+    ///
+    /// # Errors
+    /// [`OpenError`]; what was there is then as it was.
+    pub fn create(path: &Path) -> Result<Self, OpenError> {
+        let shown = || path.display().to_string();
+        let failed = |source: Errno| OpenError::Open { path: shown(), source: source.into() };
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let mode = Mode::RUSR | Mode::WUSR;
+        // Not every file system can go past the page cache; those that cannot are slower, and as right.
+        let file = match open(path, flags | OFlags::DIRECT, mode) {
+            Err(Errno::INVAL) => open(path, flags, mode),
+            opened => opened,
+        };
+        let file = file.map_err(failed)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::AGAIN) => return Err(OpenError::InUse { path: shown() }),
+            Err(errno) => return Err(failed(errno)),
+        }
+        let stat = fstat(&file).map_err(failed)?;
+        let is_file = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => true,
+            FileType::BlockDevice => false,
+            _ => return Err(OpenError::Kind { path: shown() }),
+        };
+        let disk = Self { file, is_file };
+        let mut first = Blocks::new(1);
+        let read = disk.read_at(0, first.bytes_mut());
+        read.map_err(|source| OpenError::Open { path: shown(), source })?;
+        if !format::may_be_overwritten(first.bytes()) {
+            return Err(OpenError::Foreign { path: shown() });
+        }
+        if is_file {
+            ftruncate(&disk.file, 0).map_err(failed)?;
+        }
+        Ok(disk)
+    }
+
+    /// Goes on with a descriptor of an earlier process, whose lock it holds.
+    ///
+    /// # Errors
+    /// [`io::Error`] when it is not one that can be looked at.
+    pub fn inherit(file: OwnedFd) -> io::Result<Self> {
+        let stat = fstat(&file)?;
+        Ok(Self { file, is_file: FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile })
+    }
+}
+
+impl Disk for FileDisk {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::pread(&self.file, into, offset)?)
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        Ok(rustix::io::pwrite(&self.file, bytes, offset)?)
+    }
+
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        if !self.is_file {
+            return Ok(());
+        }
+        match fallocate(&self.file, FallocateFlags::empty(), 0, bytes) {
+            Ok(()) => Ok(()),
+            // A file system that cannot promise room is written to, which takes it.
+            Err(Errno::OPNOTSUPP) => {
+                let zeros = Blocks::new(SEGMENT_SIZE / BLOCK_SIZE);
+                let starts = (0..bytes).step_by(SEGMENT_SIZE);
+                starts.into_iter().try_for_each(|start| write_blocks(self, start, zeros.bytes()))
+            }
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn keepsake(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    #[test]
+    fn pieces_go_on_at_the_beginning_of_a_block_until_all_is_done() {
+        let begun = RefCell::new(Vec::new());
+        let mut given = [Ok(5000), Err(io::ErrorKind::Interrupted), Ok(100), Ok(5000)].into_iter();
+        let piece = |at: usize| {
+            begun.borrow_mut().push(at);
+            given.next().unwrap().map_err(io::Error::from)
+        };
+        let outcome = pieces(16384, 9000, io::ErrorKind::WriteZero, piece);
+        // 100 bytes from 4096 come no further than the 5000 that there were.
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WriteZero);
+        assert_eq!(begun.into_inner(), [0, 4096, 4096]);
+        let mut given = [5000, 4096, 4096].into_iter();
+        let done = pieces(12288, 12288, io::ErrorKind::WriteZero, |_| Ok(given.next().unwrap()));
+        assert_eq!(done.unwrap(), 12288);
+    }
+
+    #[test]
+    fn a_file_that_is_somebodys_is_refused_and_left_as_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        std::fs::write(&path, b"a letter").unwrap();
+        assert!(matches!(FileDisk::create(&path), Err(OpenError::Foreign { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"a letter");
+        assert!(matches!(FileDisk::create(directory.path()), Err(OpenError::Open { .. })));
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(matches!(FileDisk::create(&link), Err(OpenError::Open { .. })));
+    }
+
+    #[test]
+    fn a_file_is_one_process_s_at_a_time_and_is_emptied_for_the_next() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk");
+        let disk = FileDisk::create(&path).unwrap();
+        assert!(matches!(FileDisk::create(&path), Err(OpenError::InUse { .. })));
+        let mut block = Blocks::new(1);
+        format::Header::new(0, 1, 0, 1).write(block.bytes_mut());
+        write_blocks(&disk, 0, block.bytes()).unwrap();
+        drop(disk);
+        let disk = FileDisk::create(&path).unwrap();
+        assert_eq!(disk.read_at(0, block.bytes_mut()).unwrap(), 0);
+    }
+}

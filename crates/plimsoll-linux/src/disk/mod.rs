@@ -1,0 +1,60 @@
+//! The disk tier: pages that nobody has wanted for long, encrypted, in a file.
+//!
+//! Enters: objects of the stores, as they are compressed there. Leaves: memory, and the same bytes again when they are wanted.
+//! What must never happen: a page that is only on the disk before the disk has taken it; wrong bytes, whatever the disk does;
+//! a byte of a guest on the disk in clear.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | [`device`] | [`Disk`](device::Disk), the boundary; a real file, direct I/O, buffers for it |
+//! | `format` | a segment byte by byte, and why no nonce is used twice |
+//! | `seal` | ChaCha20-Poly1305 |
+//! | `table` | what outlives the manager: key, counter, which segment holds what |
+//! | `draft` | a segment that is being filled |
+//! | [`tier`] | which segment holds what and for whom; room, quotas, what is worth cleaning |
+//! | [`window`] | reading, and what was written together |
+//! | `image` | a segment read whole, to be cleaned |
+//! | [`fetch()`] | an object's bytes, wherever they are |
+//! | [`mover`] | what joins tier and stores: objects on their way out of memory, and from sparse segments to full ones |
+//!
+//! # Where the index is
+//! In the stores. An object keeps its record when its bytes leave ([`Store::send_away`](plimsoll_store::Store::send_away)): the
+//! record says where they are, page words name the record as before, and both outlive the manager. So a handle stays good
+//! however often its bytes are moved, and after a crash the tier is put together from its table, which has the key, and from
+//! what the records name. An object on disk costs memory 24 bytes and its share of the index, about 30 in all.
+//!
+//! # The order of things
+//! ```text
+//! out    1 the object's bytes, encrypted, into a draft        it is in memory
+//!        2 the segment, written whole                         it is in memory, and on the disk for nobody
+//!        3 the segment's sequence into the table              the same
+//!        4 the record's place, one word                       it is on the disk
+//!        5 the slot freed
+//! clean  as out, from 1 with the bytes of the old place; then the old place is forgotten, and a segment is free when nobody
+//!        needs anything in it
+//! in     record, bytes, tag, page, hash; if a tag is wrong and the record names another place by now, once more from there
+//! ```
+//! A manager that dies between any two of these leaves a page whole in one place that its record names.
+//!
+//! # Known holes
+//! * Reads are made by the thread that serves the machine: its other faults wait for them. There is no io_uring; one thread
+//!   writes, and a segment of 1 MiB a call leaves little to be won by queueing.
+//! * An object that lies away is not compared with pages that come in: an equal one is stored once more.
+//! * A file system that never writes in place may have no room for cleaning although the segments had theirs.
+//! * Segments are given back to the tier, not to the file system: the file is as long as it ever was.
+pub mod device;
+mod draft;
+mod fetch;
+mod format;
+mod image;
+pub mod mover;
+mod seal;
+mod table;
+pub mod tier;
+pub mod window;
+
+pub use draft::Draft;
+pub use fetch::{FetchError, fetch};
+pub use format::{SEGMENT_SIZE, SEGMENTS_MAX};
+pub use image::{Image, Line};
+pub use table::TableError;

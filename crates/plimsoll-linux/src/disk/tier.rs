@@ -1,0 +1,613 @@
+//! The tier: which segment holds what, and for whom.
+//!
+//! Enters: drafts to be written, places to be read, places that nobody needs any more. Leaves: bytes that are what was written,
+//! or an error that says what the disk did; segments worth cleaning. What must never happen: a segment that is written again
+//! while a record names a place in it.
+//!
+//! # A segment's life
+//! ```text
+//! free -> being written -> written -> free     when nobody needs anything in it any more, by itself or by cleaning
+//!               \-> failed                     the disk refused it: it is not used again
+//! ```
+//! A segment counts as written when the disk has taken all of it; only then does a record name a place in it, and only after
+//! that is the page's memory given back. So whatever a write comes to, no page is lost to it. Nothing is ever synced: when the
+//! host goes down the key goes with it, and a manager's death loses nothing that the kernel has.
+//!
+//! # Room
+//! Segments that were written once have their room on the disk. [`RESERVE`] of them are kept for cleaning, from the
+//! beginning: a disk that is full, because it has as many segments as it may or because others filled the file system, can
+//! still be cleaned. Quotas are of domains, because an object is a domain's: a machine that shares with nobody is one.
+//!
+//! Locks are held for a few hundred instructions, and never across I/O.
+use super::device::{Disk, write_blocks};
+use super::draft::Draft;
+use super::format::{Place, ROOM, SEGMENT_SIZE, SEGMENTS_MAX, TAG_SIZE, offset_of, room_of};
+use super::seal::{Sealer, Seat};
+use super::table::{Holds, Table, TableError};
+use super::window::Window;
+use parking_lot::Mutex;
+use plimsoll_store::{Away, Handle, Remote};
+use plimsoll_types::{ByteCount, DomainId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+use thiserror::Error;
+
+/// Segments kept for cleaning: one to write what several others have left, one because what was a segment's in several others
+/// may not fill one exactly.
+pub const RESERVE: u32 = 2;
+/// The smallest tier: as much again as the reserve.
+pub const SEGMENTS_MIN: u32 = 2 * RESERVE;
+/// Segments cleaned in one go.
+const VICTIMS_MAX: usize = 8;
+/// Segments fuller than this, in hundredths, are not cleaned: ten of them would be read and nine written to win one.
+const FULL_PERCENT: u64 = 90;
+/// A write is tried in so many places before the disk is left alone for a while.
+const PLACES_MAX: usize = 3;
+/// How long a disk without room, or with nothing but errors, is left alone: longer each time.
+const PATIENCE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
+
+/// What a tier may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Of the disk. Rounded down to segments of 1 MiB.
+    pub disk: ByteCount,
+    /// Of it, by one sharing domain; `None` for all.
+    pub domain: Option<ByteCount>,
+}
+
+/// A tier could not be had.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TierError {
+    /// It would be too small.
+    #[error("a disk tier of {limit} is too small: give it {least} or more")]
+    TooSmall {
+        /// What was asked for.
+        limit: ByteCount,
+        /// What there must be.
+        least: ByteCount,
+    },
+    /// It would be larger than records can name.
+    #[error("a disk tier of {limit} is too large: it can have at most {most}")]
+    TooLarge {
+        /// What was asked for.
+        limit: ByteCount,
+        /// What can be had.
+        most: ByteCount,
+    },
+    /// The disk has no room for the reserve.
+    #[error("the disk has no room for the {reserve} that the tier needs to begin with")]
+    Reserve {
+        /// How much.
+        reserve: ByteCount,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// What outlives the manager could not be had.
+    #[error(transparent)]
+    Table(#[from] TableError),
+}
+
+/// Why something was not written. What was to be written is where it was before.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The tier is as large as it may be.
+    #[error("the disk tier is full: it has used {limit}")]
+    Full {
+        /// What it may use.
+        limit: ByteCount,
+    },
+    /// The file system has no room.
+    #[error("the disk has no room left")]
+    NoSpace(#[source] io::Error),
+    /// The disk refused in every place that was tried.
+    #[error("the disk cannot be written")]
+    Failed(#[source] io::Error),
+    /// It is being left alone after one of the above.
+    #[error("the disk is left alone for a while")]
+    Resting,
+    /// The domain has what it may have.
+    #[error("{domain} has used its part of the disk tier, {quota}")]
+    Quota {
+        /// Whose pages.
+        domain: DomainId,
+        /// What it may have.
+        quota: ByteCount,
+    },
+    /// The draft has no room for it.
+    #[error("the segment is complete")]
+    Complete,
+}
+
+/// Why something could not be read.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// Nothing is there: the record names no place of this tier, or its bytes have moved since.
+    #[error("nothing is at its place on the disk")]
+    Nothing,
+    /// The disk failed.
+    #[error("the disk cannot be read at {offset:#x}")]
+    Failed {
+        /// Where.
+        offset: u64,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+    /// The bytes are not what was written.
+    #[error("what the disk has at {offset:#x} is not what was written there")]
+    Damaged {
+        /// Where.
+        offset: u64,
+    },
+}
+
+/// What a segment is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To take what memory has.
+    Demote,
+    /// To take what other segments have, which are freed by it.
+    Clean,
+}
+
+/// What a tier holds and has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TierStats {
+    /// What it may take of the disk.
+    pub limit: ByteCount,
+    /// Segments in use.
+    pub used: ByteCount,
+    /// Of these, what somebody needs.
+    pub live: ByteCount,
+    /// Segments that the disk refused.
+    pub failed: ByteCount,
+    /// Bytes written, ever.
+    pub written: ByteCount,
+    /// Segments that cleaning has freed or gone over, ever.
+    pub cleaned: u64,
+    /// Reads of the disk, ever.
+    pub reads: u64,
+    /// Pages read, ever: several a read where they were written together.
+    pub pages_read: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Duty {
+    Free,
+    Writing,
+    Written,
+    /// Written, and not to be cleaned: something in it cannot be read.
+    Stuck,
+    Failed,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    duty: Duty,
+    /// Of [`ROOM`], what somebody needs.
+    live: u32,
+}
+
+const UNUSED: Segment = Segment { duty: Duty::Free, live: 0 };
+
+#[derive(Debug)]
+struct State {
+    /// Those that were ever written or reserved: the rest are free and have no room on the disk yet.
+    segments: Vec<Segment>,
+    /// Of these, those that are free.
+    free: BTreeSet<u32>,
+    owned: BTreeMap<DomainId, u64>,
+    rest: Option<Rest>,
+    stats: TierStats,
+}
+
+/// The disk is left alone.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    until: Instant,
+    patience: Duration,
+    /// For want of room: no new segment can be had, cleaning may go on.
+    is_full: bool,
+}
+
+/// See the file's head.
+pub struct Tier {
+    disk: Box<dyn Disk>,
+    table: Table,
+    sealer: Sealer,
+    quota: Option<u64>,
+    patience: [Duration; 2],
+    state: Mutex<State>,
+}
+
+impl Tier {
+    /// An empty tier on a disk of its own.
+    ///
+    /// # Errors
+    /// [`TierError`].
+    pub fn create(disk: Box<dyn Disk>, limits: Limits) -> Result<Self, TierError> {
+        let segments = limits.disk.0 / SEGMENT_SIZE as u64;
+        let size_of = |segments: u32| ByteCount(offset_of(segments));
+        if segments < u64::from(SEGMENTS_MIN) {
+            return Err(TierError::TooSmall { limit: limits.disk, least: size_of(SEGMENTS_MIN) });
+        }
+        let segments = u32::try_from(segments).ok().filter(|segments| *segments <= SEGMENTS_MAX);
+        let too_large = TierError::TooLarge { limit: limits.disk, most: size_of(SEGMENTS_MAX) };
+        let table = Table::create(segments.ok_or(too_large)?)?;
+        let reserve = size_of(RESERVE);
+        disk.reserve(reserve.0).map_err(|source| TierError::Reserve { reserve, source })?;
+        Ok(Self::of(disk, table, limits.domain))
+    }
+
+    /// Goes on with what an earlier manager has left. Everything that records name is to be [`claim`](Self::claim)ed, and then
+    /// what is left [`settle`](Self::settle)d, before anything is written.
+    ///
+    /// # Errors
+    /// [`TierError::Table`].
+    pub fn inherit(disk: Box<dyn Disk>, table: OwnedFd, quota: Option<ByteCount>) -> Result<Self, TierError> {
+        Ok(Self::of(disk, Table::inherit(table)?, quota))
+    }
+
+    fn of(disk: Box<dyn Disk>, table: Table, quota: Option<ByteCount>) -> Self {
+        let last = (0..table.segments()).rev().find(|segment| table.holds(*segment) != Holds::Nothing);
+        let known = last.map_or(0, |last| last + 1).max(RESERVE).min(table.segments());
+        let duty = |segment| match table.holds(segment) {
+            Holds::Nothing => Duty::Free,
+            Holds::Sequence(_) => Duty::Written,
+            Holds::Failed => Duty::Failed,
+        };
+        let segments: Vec<Segment> = (0..known).map(|at| Segment { duty: duty(at), live: 0 }).collect();
+        let free = (0..known).filter(|at| duty(*at) == Duty::Free).collect();
+        let stats = TierStats { limit: ByteCount(offset_of(table.segments())), ..TierStats::default() };
+        let state = State { segments, free, owned: BTreeMap::new(), rest: None, stats };
+        Self {
+            sealer: Sealer::new(&table.key()),
+            disk,
+            table,
+            quota: quota.map(|quota| quota.0),
+            patience: PATIENCE,
+            state: Mutex::new(state),
+        }
+    }
+
+    /// What one domain may have of it; `None` for all.
+    pub fn quota(&self) -> Option<ByteCount> {
+        self.quota.map(ByteCount)
+    }
+
+    /// How long a disk that refuses is left alone: at first and at most.
+    pub fn set_patience(&mut self, patience: [Duration; 2]) {
+        self.patience = patience;
+    }
+
+    /// Table and disk, for whoever keeps copies for the next manager.
+    pub fn keepsakes(&self) -> (BorrowedFd<'_>, Option<BorrowedFd<'_>>) {
+        (self.table.keepsake(), self.disk.keepsake())
+    }
+
+    /// The tier is over: nobody can read any more what it has written.
+    pub fn forget_key(&self) {
+        self.table.forget_key();
+    }
+
+    /// What it holds and has done.
+    pub fn stats(&self) -> TierStats {
+        let state = self.state.lock();
+        let count = |duty: &[Duty]| {
+            state.segments.iter().filter(|segment| duty.contains(&segment.duty)).count() * SEGMENT_SIZE
+        };
+        TierStats {
+            used: ByteCount(count(&[Duty::Writing, Duty::Written, Duty::Stuck]) as u64),
+            failed: ByteCount(count(&[Duty::Failed]) as u64),
+            live: ByteCount(state.owned.values().sum()),
+            ..state.stats
+        }
+    }
+
+    /// What a domain has on the disk.
+    pub fn owned(&self, domain: DomainId) -> ByteCount {
+        ByteCount(self.state.lock().owned.get(&domain).copied().unwrap_or(0))
+    }
+
+    /// A segment to be filled.
+    pub fn draft(&self) -> Draft {
+        Draft::new(self.table.next_sequence())
+    }
+
+    /// Puts an object's encoded bytes into a draft; [`place`](Self::place) says later where they have come to be.
+    ///
+    /// # Errors
+    /// [`WriteError::Complete`] where the draft is to be written first, [`WriteError::Quota`].
+    pub fn add(
+        &self,
+        draft: &mut Draft,
+        domain: DomainId,
+        handle: Handle,
+        bytes: &[u8],
+        purpose: Purpose,
+    ) -> Result<u16, WriteError> {
+        if let (Some(quota), Purpose::Demote) = (self.quota, purpose) {
+            let owned = self.owned(domain).0 + draft.owned(domain) + room_of(bytes.len()) as u64;
+            if owned > quota {
+                return Err(WriteError::Quota { domain, quota: ByteCount(quota) });
+            }
+        }
+        draft.add(&self.sealer, domain, handle, bytes).ok_or(WriteError::Complete)
+    }
+
+    /// Where an entry is of which [`add`](Self::add) gave the granule, in the segment that [`write`](Self::write) named.
+    pub fn place(segment: u32, granule: u16) -> Option<Away> {
+        Place { segment, granule }.to_away()
+    }
+
+    /// Writes a draft, and says where. Everything in it counts as needed from then on, until it is said to be
+    /// [`forgotten`](Self::forget).
+    ///
+    /// # Errors
+    /// [`WriteError`]; nothing of it is on the disk then.
+    pub fn write(&self, draft: Draft, purpose: Purpose) -> Result<u32, WriteError> {
+        // Its parts were seen to fit.
+        let mut closed = draft.close(&self.sealer).ok_or(WriteError::Complete)?;
+        let mut refusal = None;
+        for _ in 0..PLACES_MAX {
+            let segment = self.take_segment(purpose, Instant::now())?;
+            let bytes = closed.at(segment);
+            let length = bytes.len() as u64;
+            match write_blocks(&*self.disk, offset_of(segment), bytes) {
+                Ok(()) => {
+                    self.written(segment, &closed.draft, length);
+                    return Ok(segment);
+                }
+                Err(error) if is_no_space(&error) => {
+                    self.refused(segment, Duty::Free);
+                    self.rest(true);
+                    return Err(WriteError::NoSpace(error));
+                }
+                Err(error) => {
+                    self.refused(segment, Duty::Failed);
+                    refusal = Some(error);
+                }
+            }
+        }
+        self.rest(false);
+        Err(WriteError::Failed(refusal.unwrap_or_else(|| io::ErrorKind::Other.into())))
+    }
+
+    fn take_segment(&self, purpose: Purpose, now: Instant) -> Result<u32, WriteError> {
+        let mut state = self.state.lock();
+        let rests = state.rest.filter(|rest| rest.until > now);
+        let known = u32::try_from(state.segments.len()).unwrap_or(u32::MAX);
+        let spare = state.free.len() > RESERVE as usize;
+        let taken = match purpose {
+            _ if rests.is_some_and(|rest| !rest.is_full) => return Err(WriteError::Resting),
+            Purpose::Clean => state.free.first().copied(),
+            Purpose::Demote if spare => state.free.first().copied(),
+            Purpose::Demote if known >= self.table.segments() => None,
+            Purpose::Demote if rests.is_some() => return Err(WriteError::Resting),
+            Purpose::Demote => {
+                state.segments.push(UNUSED);
+                Some(known)
+            }
+        };
+        let segment = taken.ok_or(WriteError::Full { limit: state.stats.limit })?;
+        state.free.remove(&segment);
+        if let Some(taken) = state.segments.get_mut(segment as usize) {
+            *taken = Segment { duty: Duty::Writing, live: 0 };
+        }
+        Ok(segment)
+    }
+
+    fn written(&self, segment: u32, draft: &Draft, length: u64) {
+        self.table.set(segment, Holds::Sequence(draft.sequence));
+        let mut state = self.state.lock();
+        state.rest = None;
+        state.stats.written += ByteCount(length);
+        let mut live = 0;
+        for (domain, room) in draft.owners() {
+            *state.owned.entry(domain).or_default() += room;
+            live += room;
+        }
+        if let Some(written) = state.segments.get_mut(segment as usize) {
+            // A segment has less room than that.
+            *written = Segment { duty: Duty::Written, live: u32::try_from(live).unwrap_or(u32::MAX) };
+        }
+    }
+
+    /// The disk did not take the segment.
+    fn refused(&self, segment: u32, duty: Duty) {
+        if duty == Duty::Failed {
+            self.table.set(segment, Holds::Failed);
+        }
+        let mut state = self.state.lock();
+        let is_last = segment as usize + 1 == state.segments.len();
+        if duty == Duty::Free && is_last && segment >= RESERVE {
+            // It never got its room.
+            state.segments.pop();
+            return;
+        }
+        if let Some(refused) = state.segments.get_mut(segment as usize) {
+            refused.duty = duty;
+        }
+        if duty == Duty::Free {
+            state.free.insert(segment);
+        }
+    }
+
+    fn rest(&self, is_full: bool) {
+        let [first, most] = self.patience;
+        let mut state = self.state.lock();
+        let patience = state.rest.map_or(first, |rest| (rest.patience * 2).min(most));
+        state.rest = Some(Rest { until: Instant::now() + patience, patience, is_full });
+    }
+
+    /// Reads an object's encoded bytes, `into` as many as the record says, and proves that they are what was written.
+    ///
+    /// # Errors
+    /// [`ReadError`]; `into` is then arbitrary. Where the record names another place by now, that one is to be read.
+    pub fn read(
+        &self,
+        domain: DomainId,
+        remote: Remote,
+        into: &mut [u8],
+        window: &mut Window,
+    ) -> Result<(), ReadError> {
+        let place = Place::of(remote.at);
+        let Holds::Sequence(sequence) = self.table.holds(place.segment) else {
+            return Err(ReadError::Nothing);
+        };
+        let range = place.offset()..place.offset() + TAG_SIZE + into.len();
+        if range.end > SEGMENT_SIZE || into.len() != remote.length {
+            return Err(ReadError::Nothing);
+        }
+        let seat = Seat { sequence, granule: place.granule, domain: domain.0 };
+        let offset = offset_of(place.segment) + place.offset() as u64;
+        let reads = window.reads;
+        // What is in the window may be older than the segment.
+        for _ in 0..2 {
+            let read = window.bytes(&*self.disk, place.segment, sequence, range.clone());
+            let (bytes, was_here) = read.map_err(|source| ReadError::Failed { offset, source })?;
+            if self.open(seat, bytes, into).is_some() {
+                let mut state = self.state.lock();
+                state.stats.reads += window.reads - reads;
+                state.stats.pages_read += 1;
+                return Ok(());
+            }
+            window.forget();
+            if !was_here {
+                break;
+            }
+        }
+        Err(ReadError::Damaged { offset })
+    }
+
+    /// Decrypts what a place holds.
+    pub(super) fn open(&self, seat: Seat, bytes: &[u8], into: &mut [u8]) -> Option<()> {
+        let (tag, sealed) = bytes.split_first_chunk::<TAG_SIZE>()?;
+        into.copy_from_slice(sealed.get(..into.len())?);
+        self.sealer.open(seat, tag, into).ok()
+    }
+
+    /// A record names the place: it was written by an earlier manager, and is needed.
+    pub fn claim(&self, domain: DomainId, remote: Remote) {
+        let place = Place::of(remote.at);
+        let mut state = self.state.lock();
+        // A damaged record may name anything. Reading it will tell.
+        if let Some(segment) = state.segments.get_mut(place.segment as usize)
+            && segment.duty == Duty::Written
+        {
+            segment.live = segment.live.saturating_add(share_of(remote));
+            *state.owned.entry(domain).or_default() += u64::from(share_of(remote));
+        }
+    }
+
+    /// Everything that is needed has been claimed: the rest is free.
+    pub fn settle(&self) {
+        let mut state = self.state.lock();
+        let State { segments, free, .. } = &mut *state;
+        for (number, segment) in (0..).zip(segments) {
+            if segment.duty == Duty::Written && segment.live == 0 {
+                self.set_free(number, segment, free);
+            }
+        }
+    }
+
+    /// Nobody needs what is at the place any more.
+    pub fn forget(&self, domain: DomainId, remote: Remote) {
+        let place = Place::of(remote.at);
+        let mut state = self.state.lock();
+        let State { segments, free, owned, .. } = &mut *state;
+        let Some(segment) = segments.get_mut(place.segment as usize) else { return };
+        if !matches!(segment.duty, Duty::Written | Duty::Stuck) {
+            return;
+        }
+        segment.live = segment.live.saturating_sub(share_of(remote));
+        if segment.live == 0 {
+            self.set_free(place.segment, segment, free);
+        }
+        if let Some(room) = owned.get_mut(&domain) {
+            *room = room.saturating_sub(u64::from(share_of(remote)));
+            if *room == 0 {
+                owned.remove(&domain);
+            }
+        }
+    }
+
+    fn set_free(&self, number: u32, segment: &mut Segment, free: &mut BTreeSet<u32>) {
+        self.table.set(number, Holds::Nothing);
+        *segment = UNUSED;
+        free.insert(number);
+    }
+
+    /// Segments to be cleaned together, because what they have fits into fewer: those first that give most for what is read
+    /// and written and have been left longest, as their pages will not go by themselves. Empty where that wins nothing, or
+    /// where there is room enough.
+    pub fn victims(&self) -> Vec<u32> {
+        let state = self.state.lock();
+        let spare = state.free.len().saturating_sub(RESERVE as usize);
+        let is_stuck = state.rest.is_some_and(|rest| rest.is_full);
+        let unused = if is_stuck { 0 } else { self.table.segments() as usize - state.segments.len() };
+        if spare + unused > self.table.segments() as usize / 16 {
+            return Vec::new();
+        }
+        let now = self.table.now();
+        let worth = |(number, segment): (u32, &Segment)| {
+            let (live, room) = (u64::from(segment.live), ROOM as u64);
+            let Holds::Sequence(sequence) = self.table.holds(number) else { return None };
+            // One that has nothing, as far as is known, waits for a store that could not be put together.
+            let is_sparse = segment.duty == Duty::Written && live > 0 && live * 100 <= room * FULL_PERCENT;
+            // Rosenblum and Ousterhout's benefit to cost, (1 - u) * age / (1 + u).
+            let age = now.saturating_sub(sequence).min(1 << 20);
+            is_sparse.then(|| ((room - live) * age * 1000 / (room + live), number, live))
+        };
+        let mut sparse: Vec<_> = (0..).zip(&state.segments).filter_map(worth).collect();
+        sparse.sort_unstable_by(|one, other| other.cmp(one));
+        let mut live = 0;
+        let wins = |(taken, (_, _, needed)): (usize, &(u64, u32, u64))| {
+            live += needed;
+            (live.div_ceil(ROOM as u64) < taken as u64).then_some(taken)
+        };
+        let taken = (1..).zip(sparse.iter().take(VICTIMS_MAX)).find_map(wins);
+        sparse.iter().take(taken.unwrap_or(0)).map(|(_, number, _)| *number).collect()
+    }
+
+    /// Reads a whole segment and its directory.
+    ///
+    /// # Errors
+    /// [`ReadError`]; the segment is then left alone until its pages have gone by themselves.
+    pub fn image(&self, segment: u32) -> Result<super::Image, ReadError> {
+        let Holds::Sequence(sequence) = self.table.holds(segment) else { return Err(ReadError::Nothing) };
+        let image = super::Image::read(&*self.disk, self, segment, sequence);
+        self.state.lock().stats.cleaned += u64::from(image.is_ok());
+        image.inspect_err(|_| self.set_stuck(segment))
+    }
+
+    /// Something in the segment cannot be read: cleaning it would win nothing.
+    pub fn set_stuck(&self, segment: u32) {
+        if let Some(segment) = self.state.lock().segments.get_mut(segment as usize)
+            && segment.duty == Duty::Written
+        {
+            segment.duty = Duty::Stuck;
+        }
+    }
+}
+
+/// What an object takes of a segment.
+fn share_of(remote: Remote) -> u32 {
+    u32::try_from(room_of(remote.length)).unwrap_or(u32::MAX)
+}
+
+fn is_no_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+impl std::fmt::Debug for Tier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tier").field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,336 @@
+//! What the tier does, one thing after the other.
+use crate::faulty::{Fault, FaultyDisk};
+use crate::world::{Held, MIB, World};
+use plimsoll_linux::disk::FetchError;
+use plimsoll_linux::disk::device::BLOCK_SIZE;
+use plimsoll_linux::disk::tier::{Limits, Purpose, ReadError, SEGMENTS_MIN, Tier, TierError, WriteError};
+use plimsoll_linux::disk::window::Window;
+use plimsoll_store::{Away, Handle, HeapSlabs, Remote, Store};
+use plimsoll_types::{ByteCount, DomainId, PAGE_SIZE};
+
+/// Pages that do not compress, of one domain.
+fn filled(disk: &FaultyDisk, mib: u64, quota: Option<ByteCount>, pages: u64) -> World {
+    let mut world = World::new(disk, mib, quota);
+    for seed in 1..=pages {
+        world.put(1, seed * 2);
+    }
+    world
+}
+
+#[test]
+fn pages_leave_memory_and_come_back_and_few_reads_bring_many() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 10, None, 500);
+    let held = world.domains[&1].held();
+    assert_eq!(world.demote_all().unwrap(), 500);
+    let left = world.domains[&1].held();
+    assert!(left.0 * 20 < held.0, "{left} of {held} are left in memory");
+    world.read_all();
+    let stats = world.tier.stats();
+    assert_eq!(stats.pages_read, 500);
+    assert!(stats.reads <= 500 / 30, "{} reads", stats.reads);
+    assert_eq!(disk.writes_made(), 2, "whole segments are written");
+    world.audit();
+}
+
+#[test]
+fn nothing_of_a_guest_is_on_the_disk_in_clear() {
+    let disk = FaultyDisk::default();
+    let mut world = World::new(&disk, 10, None);
+    let marker = b"MARKER that a guest has planted";
+    let mut plain = Vec::new();
+    for seed in 0..64_u8 {
+        let mut bytes = [seed; PAGE_SIZE];
+        for (place, byte) in (0..).zip(&mut bytes) {
+            *byte = (place as u64 * u64::from(seed) * 7919).to_le_bytes()[1];
+        }
+        for chunk in bytes.chunks_exact_mut(512) {
+            chunk[..marker.len()].copy_from_slice(marker);
+        }
+        plain.push(bytes);
+    }
+    let mut mover = world.mover();
+    let domain = &world.domains[&1];
+    let mut handles = Vec::new();
+    for bytes in &plain {
+        let stored = domain.store(|store| store.put(bytes, &mut plimsoll_store::Encoder::new()));
+        handles.push(stored.unwrap().unwrap().handle);
+        assert!(mover.demote(domain, handles[handles.len() - 1], None).unwrap());
+    }
+    mover.flush().unwrap();
+    let written = disk.bytes();
+    assert!(written.len() > 64 * 64);
+    let has = |what: &[u8]| written.windows(what.len()).any(|window| window == what);
+    assert!(has(b"PLIMSEGM"), "what is looked at is what was written");
+    assert!(!has(marker) && !has(&marker[..12]));
+    // A handle has 14 bits of a page's hash: not even those.
+    assert!(!handles.iter().any(|handle: &Handle| has(&handle.to_bits().to_le_bytes())));
+    drop(std::mem::take(&mut world.held));
+}
+
+#[test]
+fn a_change_of_any_byte_of_a_segment_is_found() {
+    let disk = FaultyDisk::default();
+    let mut world = World::new(&disk, 10, None);
+    for seed in [1, 3, 5] {
+        world.put(1, seed);
+    }
+    world.demote_all().unwrap();
+    let places: Vec<_> =
+        world.held.clone().into_iter().map(|held| (held, world.remote(held).unwrap())).collect();
+    let first_byte = |remote: &Remote| (remote.at.bits() >> 14) * MIB + (remote.at.bits() & 0x3fff) * 64;
+    let bytes_of = |remote: &Remote| first_byte(remote)..first_byte(remote) + 16 + remote.length as u64;
+    let end = places.iter().map(|(_, remote)| bytes_of(remote).end).max().unwrap();
+    let start = places.iter().map(|(_, remote)| bytes_of(remote).start).min().unwrap();
+    let mut found = 0;
+    for offset in start..end {
+        assert!(disk.flip(offset));
+        for (held, remote) in &places {
+            let is_its = bytes_of(remote).contains(&offset);
+            match world.read(*held) {
+                Ok(()) => assert!(!is_its, "byte {offset} is of {held:?}"),
+                Err(FetchError::Disk(ReadError::Damaged { .. })) => found += u64::from(is_its),
+                Err(error) => panic!("byte {offset}: {error}"),
+            }
+            // What is in the window was read before the change is undone.
+            world.restart(Box::new(disk.clone()));
+        }
+        disk.flip(offset);
+    }
+    let bytes: u64 = places.iter().map(|(_, remote)| 16 + remote.length as u64).sum();
+    assert_eq!(found, bytes, "each byte of each entry");
+    world.read_all();
+}
+
+#[test]
+fn a_full_tier_takes_no_more_and_can_be_cleaned() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 8, None, 254 * 6 + 200);
+    let full = world.demote_all().unwrap_err();
+    assert!(matches!(full, WriteError::Full { .. }), "{full}");
+    assert_eq!(world.tier.stats().used, ByteCount(6 * MIB), "the reserve is kept");
+    world.read_all();
+    assert_eq!(world.clean().unwrap(), 0, "nothing is sparse: nothing would be won");
+    // Half of everything goes: no segment is free by itself.
+    let mut at = 0;
+    while at < world.held.len() {
+        world.release(at);
+        at += 1;
+    }
+    assert_eq!(world.tier.stats().used, ByteCount(6 * MIB));
+    while world.clean().unwrap() > 0 {
+        world.audit();
+    }
+    assert!(world.tier.stats().used <= ByteCount(5 * MIB), "{:?}", world.tier.stats());
+    world.read_all();
+    assert!(world.demote_all().unwrap() > 0);
+    world.read_all();
+    world.audit();
+}
+
+#[test]
+fn a_disk_that_others_have_filled_is_told_left_alone_cleaned_and_tried_again() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 64, None, 254 * 5);
+    // The reserve has its room; there is room for two segments more.
+    disk.set_room(Some(512));
+    let error = world.demote_all().unwrap_err();
+    assert!(matches!(error, WriteError::NoSpace(_)), "{error}");
+    world.read_all();
+    let used = world.tier.stats().used;
+    assert_eq!(used, ByteCount(2 * MIB));
+    // Every third page stays: two segments of it fit into one.
+    let kept: Vec<Held> = world.held.iter().copied().step_by(3).collect();
+    let mut at = 0;
+    while at < world.held.len() {
+        if kept.iter().any(|kept| kept.handle == world.held[at].handle) {
+            at += 1;
+        } else {
+            world.release(at);
+        }
+    }
+    assert_eq!(world.clean().unwrap(), 2, "into the reserve");
+    assert_eq!(world.tier.stats().used, ByteCount(MIB));
+    world.read_all();
+    let before = disk.writes_made();
+    disk.set_room(None);
+    assert!(world.demote_all().unwrap() > 0, "there is room now");
+    assert!(disk.writes_made() > before);
+    world.read_all();
+    world.audit();
+}
+
+#[test]
+fn a_place_that_cannot_be_written_is_not_used_again_and_the_pages_go_elsewhere() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 10, None, 20);
+    disk.fail_writes(&[Fault::Failed, Fault::Torn]);
+    assert_eq!(world.demote_all().unwrap(), 20, "the third place took them");
+    assert_eq!(world.tier.stats().failed, ByteCount(2 * MIB));
+    world.restart(Box::new(disk.clone()));
+    assert_eq!(world.tier.stats().failed, ByteCount(2 * MIB), "the next manager knows");
+    world.read_all();
+    while !world.held.is_empty() {
+        world.release(0);
+    }
+    assert_eq!(world.tier.stats().used, ByteCount(0));
+}
+
+#[test]
+fn a_disk_that_cannot_be_written_at_all_loses_nothing() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 10, None, 20);
+    disk.fail_writes(&[Fault::Failed, Fault::Torn, Fault::Failed]);
+    assert!(matches!(world.demote_all(), Err(WriteError::Failed(_))));
+    assert_eq!(world.domains[&1].store(|store| store.stats().away.0), 0);
+    world.read_all();
+    world.audit();
+}
+
+#[test]
+fn a_page_that_cannot_be_read_is_the_only_one() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 10, None, 2);
+    world.demote_all().unwrap();
+    let [first, second] = [world.held[0], world.held[1]];
+    // Once more, because its bytes might have moved meanwhile.
+    disk.fail_reads(&[Fault::Failed]);
+    let error = world.read(first).unwrap_err();
+    assert!(matches!(error, FetchError::Disk(ReadError::Failed { .. })), "{error}");
+    world.read(second).unwrap();
+    disk.fail_reads(&[Fault::Short, Fault::Short]);
+    world.restart(Box::new(disk.clone()));
+    world.read(first).unwrap();
+}
+
+#[test]
+fn a_domain_gets_its_part_and_no_more_and_others_are_not_kept_from_theirs() {
+    let disk = FaultyDisk::default();
+    let quota = ByteCount(MIB / 2);
+    let mut world = filled(&disk, 16, Some(quota), 300);
+    world.put(2, 9000);
+    let error = world.demote_all().unwrap_err();
+    assert!(matches!(error, WriteError::Quota { domain: DomainId(1), .. }), "{error}");
+    let some: Vec<Held> = world.held.iter().copied().take(100).chain(world.held.last().copied()).collect();
+    assert_eq!(world.demote(some).unwrap(), 101);
+    assert!(world.tier.owned(DomainId(1)) <= quota);
+    assert!(world.demote_all().is_err());
+    assert!(world.tier.owned(DomainId(1)) <= quota);
+    world.release(0);
+    world.read_all();
+    world.audit();
+}
+
+#[test]
+fn what_others_want_as_well_stays_in_memory() {
+    let disk = FaultyDisk::default();
+    let mut world = World::new(&disk, 10, None);
+    let handle = world.put(1, 1);
+    assert_eq!(world.put(1, 1), handle);
+    let mut mover = world.mover();
+    assert!(!mover.demote(&world.domains[&1], handle, Some(1)).unwrap());
+    assert!(mover.demote(&world.domains[&1], handle, Some(2)).unwrap());
+    assert_eq!(mover.flush().unwrap(), 1);
+}
+
+#[test]
+fn what_was_released_between_its_draft_and_its_segment_is_forgotten() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 10, None, 3);
+    let mut mover = world.mover();
+    for held in world.held.clone() {
+        assert!(mover.demote(&world.domains[&1], held.handle, None).unwrap());
+    }
+    world.release(0);
+    assert_eq!(mover.flush().unwrap(), 2);
+    world.read_all();
+    world.audit();
+}
+
+#[test]
+fn a_reader_whose_window_is_older_than_the_segment_reads_anew() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 4, None, 40);
+    // The same two segments again and again, with other pages in the same places.
+    for round in 0..6 {
+        let held: Vec<Held> = world.held.clone();
+        assert_eq!(world.demote(held).unwrap(), 40, "round {round}");
+        world.read_all();
+        while !world.held.is_empty() {
+            world.release(0);
+        }
+        for seed in 1..=40 {
+            world.put(1, 1000 * (round + 1) + seed * 2);
+        }
+    }
+}
+
+#[test]
+fn no_record_can_make_the_tier_read_what_is_not_its() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 10, None, 40);
+    world.demote_all().unwrap();
+    let held = world.held[7];
+    let good = world.remote(held).unwrap();
+    let mut window = Window::default();
+    let mut bytes = vec![0; good.length];
+    world.tier.read(DomainId(1), good, &mut bytes, &mut window).unwrap();
+    assert!(world.tier.read(DomainId(2), good, &mut bytes, &mut window).is_err(), "another domain's");
+    let places: Vec<Remote> = world.held.clone().into_iter().filter_map(|held| world.remote(held)).collect();
+    let segment = good.at.bits() & !0x3fff;
+    for bits in (segment..segment + (1 << 14)).chain([0, 1 << 20, (1 << 35) - 1]) {
+        let remote = Remote { at: Away::new(bits).unwrap(), ..good };
+        let read = world.tier.read(DomainId(1), remote, &mut bytes, &mut window);
+        assert_eq!(read.is_ok(), places.contains(&remote), "place {bits:#x}");
+    }
+    let short = Remote { length: good.length - 1, ..good };
+    assert!(world.tier.read(DomainId(1), short, &mut bytes[1..], &mut window).is_err());
+}
+
+#[test]
+fn limits_that_make_no_tier_are_refused() {
+    let tier = |mib: u64| {
+        let limits = Limits { disk: ByteCount(mib * MIB), domain: None };
+        Tier::create(Box::new(FaultyDisk::default()), limits)
+    };
+    assert!(matches!(tier(u64::from(SEGMENTS_MIN) - 1), Err(TierError::TooSmall { .. })));
+    assert!(matches!(tier((2 << 20) + 1), Err(TierError::TooLarge { .. })));
+    assert_eq!(tier(u64::from(SEGMENTS_MIN)).unwrap().stats().limit, ByteCount(4 * MIB));
+}
+
+#[test]
+fn a_tier_whose_key_is_gone_gives_nothing_back() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 10, None, 3);
+    world.demote_all().unwrap();
+    world.tier.forget_key();
+    world.restart(Box::new(disk.clone()));
+    let error = world.read(world.held[0]).unwrap_err();
+    assert!(matches!(error, FetchError::Disk(ReadError::Damaged { .. })), "{error}");
+}
+
+#[test]
+fn drafts_take_whole_segments_and_no_byte_more() {
+    let disk = FaultyDisk::default();
+    let world = World::new(&disk, 10, None);
+    let mut store = Store::new(HeapSlabs::new(4));
+    let handle = store.put(&[7; PAGE_SIZE], &mut plimsoll_store::Encoder::new()).unwrap().unwrap().handle;
+    for length in [1, 47, 48, 49, 1000, 4096] {
+        let mut draft = world.tier.draft();
+        let mut added = 0;
+        while world.tier.add(&mut draft, DomainId(1), handle, &vec![1; length], Purpose::Demote).is_ok() {
+            added += 1;
+        }
+        let room = (length + 16).next_multiple_of(64) + 16;
+        assert_eq!(added, ((1 << 20) - 128) / room, "of {length}");
+        let segment = world.tier.write(draft, Purpose::Demote).unwrap();
+        let image = world.tier.image(segment).unwrap();
+        assert_eq!(image.lines().count(), added);
+        for line in image.lines() {
+            let mut bytes = vec![0; length];
+            image.bytes(&world.tier, &line, &mut bytes).unwrap();
+            assert_eq!(bytes, vec![1; length]);
+        }
+    }
+    assert!(disk.bytes().len().is_multiple_of(BLOCK_SIZE));
+}

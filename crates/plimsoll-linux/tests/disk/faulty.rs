@@ -1,0 +1,155 @@
+//! A disk in memory that does what it is told to do wrong, and watches what it is given.
+use parking_lot::Mutex;
+use plimsoll_linux::disk::device::{BLOCK_SIZE, Disk};
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// What the disk does wrong with a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing, this time.
+    None,
+    /// It has no room.
+    NoSpace,
+    /// It fails.
+    Failed,
+    /// It does a part, and says so.
+    Short,
+    /// It does a part, and fails.
+    Torn,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    blocks: BTreeMap<u64, Vec<u8>>,
+    /// For the next calls, one each.
+    reads: VecDeque<Fault>,
+    writes: VecDeque<Fault>,
+    /// Blocks there is room for, beyond those that are there.
+    room: Option<u64>,
+    /// By sequence number, what was encrypted under it.
+    encrypted: BTreeMap<u64, u64>,
+    writes_made: u64,
+}
+
+/// See the file's head. Clones are the same disk.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FaultyDisk(Arc<Mutex<State>>);
+
+impl FaultyDisk {
+    pub(crate) fn fail_reads(&self, faults: &[Fault]) {
+        self.0.lock().reads = faults.iter().copied().collect();
+    }
+
+    pub(crate) fn fail_writes(&self, faults: &[Fault]) {
+        self.0.lock().writes = faults.iter().copied().collect();
+    }
+
+    /// It has room for so many blocks more; `None` for any number.
+    pub(crate) fn set_room(&self, blocks: Option<u64>) {
+        self.0.lock().room = blocks;
+    }
+
+    /// Changes a byte; false where there is none.
+    pub(crate) fn flip(&self, offset: u64) -> bool {
+        let mut state = self.0.lock();
+        let block = state.blocks.get_mut(&(offset / BLOCK_SIZE as u64));
+        let byte = block.and_then(|block| block.get_mut(usize::try_from(offset).unwrap() % BLOCK_SIZE));
+        byte.map(|byte| *byte ^= 0x10).is_some()
+    }
+
+    /// Everything that is on it.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.0.lock().blocks.values().flatten().copied().collect()
+    }
+
+    pub(crate) fn writes_made(&self) -> u64 {
+        self.0.lock().writes_made
+    }
+}
+
+/// The part of a call that is done.
+fn part(length: usize, fault: Fault) -> usize {
+    match fault {
+        // Not even whole blocks.
+        Fault::Short | Fault::Torn => (length * 2 / 3).max(BLOCK_SIZE.min(length)),
+        _ => length,
+    }
+}
+
+fn error_of(fault: Fault) -> Option<io::Error> {
+    match fault {
+        Fault::None | Fault::Short => None,
+        Fault::NoSpace => Some(io::ErrorKind::StorageFull.into()),
+        Fault::Failed | Fault::Torn => Some(io::Error::from_raw_os_error(5)),
+    }
+}
+
+impl Disk for FaultyDisk {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        assert!(is_direct(offset, into), "direct I/O takes whole blocks only");
+        let mut state = self.0.lock();
+        let fault = state.reads.pop_front().unwrap_or(Fault::None);
+        if let Some(error) = error_of(fault) {
+            return Err(error);
+        }
+        let length = part(into.len(), fault);
+        let mut done = 0;
+        for (number, room) in (offset / BLOCK_SIZE as u64..).zip(into[..length].chunks_mut(BLOCK_SIZE)) {
+            // Behind a hole there may be more; behind the last block there is nothing.
+            if state.blocks.last_key_value().is_none_or(|(last, _)| *last < number) {
+                break;
+            }
+            let zeros = vec![0; BLOCK_SIZE];
+            room.copy_from_slice(&state.blocks.get(&number).unwrap_or(&zeros)[..room.len()]);
+            done += room.len();
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        assert!(is_direct(offset, bytes), "direct I/O takes whole blocks only");
+        let mut state = self.0.lock();
+        state.writes_made += 1;
+        let fault = state.writes.pop_front().unwrap_or(Fault::None);
+        if bytes.starts_with(b"PLIMSEGM") {
+            let sequence = u64::from_le_bytes(bytes[16..24].try_into().unwrap());
+            let content = xxh3_64(&bytes[64..]);
+            let before = *state.encrypted.entry(sequence).or_insert(content);
+            assert_eq!(before, content, "sequence number {sequence} was used for two segments");
+        }
+        let length = if fault == Fault::NoSpace { 0 } else { part(bytes.len(), fault) };
+        for (number, block) in (offset / BLOCK_SIZE as u64..).zip(bytes[..length].chunks(BLOCK_SIZE)) {
+            if !state.blocks.contains_key(&number) {
+                match &mut state.room {
+                    Some(0) => return Err(io::ErrorKind::StorageFull.into()),
+                    Some(room) => *room -= 1,
+                    None => {}
+                }
+            }
+            let room = state.blocks.entry(number).or_insert_with(|| vec![0; BLOCK_SIZE]);
+            room[..block.len()].copy_from_slice(block);
+        }
+        error_of(fault).map_or(Ok(length), Err)
+    }
+
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        let mut state = self.0.lock();
+        for number in 0..bytes / BLOCK_SIZE as u64 {
+            state.blocks.entry(number).or_insert_with(|| vec![0; BLOCK_SIZE]);
+        }
+        Ok(())
+    }
+
+    fn keepsake(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+}
+
+fn is_direct(offset: u64, bytes: &[u8]) -> bool {
+    let aligned = |number: usize| number.is_multiple_of(BLOCK_SIZE);
+    offset.is_multiple_of(BLOCK_SIZE as u64) && aligned(bytes.len()) && aligned(bytes.as_ptr().addr())
+}

@@ -1,0 +1,166 @@
+//! Stores, a tier over a disk, and what the stores must give back.
+use crate::faulty::FaultyDisk;
+use plimsoll_linux::disk::device::Disk;
+use plimsoll_linux::disk::mover::Mover;
+use plimsoll_linux::disk::tier::{Limits, Tier, WriteError};
+use plimsoll_linux::disk::window::Window;
+use plimsoll_linux::disk::{FetchError, fetch};
+use plimsoll_linux::uffd::host::Domain;
+use plimsoll_store::{Encoder, Fetched, Handle, HeapSlabs, NoDense, Remote, Store, Whereabouts};
+use plimsoll_types::{ByteCount, DomainId, GroupId, PAGE_SIZE, PageBytes};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub(crate) const MIB: u64 = 1 << 20;
+const GROUP: GroupId = GroupId(1);
+
+/// A number that looks random, and is the same in every run.
+fn mix(number: u64) -> u64 {
+    let mixed = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ mixed >> 31
+}
+
+/// A page of which nine in ten bytes compress away, or none: no two seeds give one page.
+pub(crate) fn page(seed: u64) -> PageBytes {
+    let mut page = [0; PAGE_SIZE];
+    let random = if seed.is_multiple_of(2) { PAGE_SIZE } else { PAGE_SIZE / 10 };
+    for (place, chunk) in (0..).zip(page[..random / 8 * 8].chunks_mut(8)) {
+        chunk.copy_from_slice(&mix(seed << 20 | place).to_le_bytes());
+    }
+    page
+}
+
+/// A page in a store.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Held {
+    pub(crate) domain: u32,
+    pub(crate) handle: Handle,
+    pub(crate) seed: u64,
+}
+
+pub(crate) struct World {
+    pub(crate) tier: Arc<Tier>,
+    pub(crate) domains: BTreeMap<u32, Arc<Domain<HeapSlabs>>>,
+    pub(crate) held: Vec<Held>,
+    quota: Option<ByteCount>,
+    window: Window,
+    encoder: Encoder,
+    fetched: Fetched,
+}
+
+impl World {
+    /// Two domains, and a tier of so many MiB.
+    pub(crate) fn new(disk: &FaultyDisk, mib: u64, quota: Option<ByteCount>) -> Self {
+        Self::on(Box::new(disk.clone()), mib, quota)
+    }
+
+    pub(crate) fn on(disk: Box<dyn Disk>, mib: u64, quota: Option<ByteCount>) -> Self {
+        let mut tier = Tier::create(disk, Limits { disk: ByteCount(mib * MIB), domain: quota }).unwrap();
+        tier.set_patience([Duration::ZERO; 2]);
+        let domain = |id| (id, Arc::new(Domain::new(DomainId(id), GROUP, Store::new(HeapSlabs::new(4000)))));
+        Self {
+            tier: Arc::new(tier),
+            domains: [1, 2].map(domain).into(),
+            held: Vec::new(),
+            quota,
+            window: Window::default(),
+            encoder: Encoder::new(),
+            fetched: Fetched::new(),
+        }
+    }
+
+    pub(crate) fn put(&mut self, domain: u32, seed: u64) -> Handle {
+        let Self { domains, encoder, .. } = self;
+        let handle = domains[&domain].store(|store| store.put(&page(seed), encoder)).unwrap().unwrap().handle;
+        self.held.push(Held { domain, handle, seed });
+        handle
+    }
+
+    pub(crate) fn release(&mut self, at: usize) {
+        let Held { domain, handle, .. } = self.held.remove(at);
+        let domain = &self.domains[&domain];
+        if let Some(remote) = domain.store(|store| store.release(handle)).unwrap() {
+            self.tier.forget(domain.id, remote);
+        }
+    }
+
+    pub(crate) fn mover(&self) -> Mover<HeapSlabs> {
+        Mover::new(Arc::clone(&self.tier))
+    }
+
+    /// Demotes pages, and says how many have left.
+    pub(crate) fn demote(&self, pages: impl IntoIterator<Item = Held>) -> Result<u64, WriteError> {
+        let mut mover = self.mover();
+        for held in pages {
+            mover.demote(&self.domains[&held.domain], held.handle, None)?;
+        }
+        mover.flush()
+    }
+
+    pub(crate) fn demote_all(&self) -> Result<u64, WriteError> {
+        self.demote(self.held.iter().copied())
+    }
+
+    pub(crate) fn clean(&self) -> Result<usize, WriteError> {
+        self.mover().clean(&|id| self.domains.get(&id.0).cloned())
+    }
+
+    /// Reads a page; wrong bytes are the one thing that must never be.
+    pub(crate) fn read(&mut self, held: Held) -> Result<(), FetchError> {
+        let Self { domains, tier, fetched, window, .. } = self;
+        fetch(&domains[&held.domain], Some(tier), held.handle, fetched, window)?;
+        let mut bytes = [0x55; PAGE_SIZE];
+        fetched.unpack(&mut bytes, &mut NoDense)?;
+        assert!(bytes == page(held.seed), "{held:?} reads as something else");
+        Ok(())
+    }
+
+    pub(crate) fn read_all(&mut self) {
+        for held in self.held.clone() {
+            self.read(held).unwrap_or_else(|error| panic!("{held:?}: {error}"));
+        }
+    }
+
+    /// Where a page is, if it is on the disk.
+    pub(crate) fn remote(&mut self, held: Held) -> Option<Remote> {
+        match self.domains[&held.domain].store(|store| store.fetch(held.handle, &mut self.fetched)) {
+            Ok(Whereabouts::Away(remote)) => Some(remote),
+            _ => None,
+        }
+    }
+
+    /// The manager dies where it is, and another takes over what outlives it.
+    pub(crate) fn restart(&mut self, disk: Box<dyn Disk>) {
+        let table = self.tier.keepsakes().0.try_clone_to_owned().unwrap();
+        let mut tier = Tier::inherit(disk, table, self.quota).unwrap();
+        tier.set_patience([Duration::ZERO; 2]);
+        self.tier = Arc::new(tier);
+        self.window = Window::default();
+        for (id, domain) in std::mem::take(&mut self.domains) {
+            let memory = Arc::into_inner(domain).unwrap().into_store().into_memory();
+            let handles = self.held.iter().filter(|held| held.domain == id).map(|held| held.handle);
+            let (store, report) = Store::recover(memory, handles);
+            assert_eq!(report.rejected, []);
+            store.remotes().for_each(|remote| self.tier.claim(DomainId(id), remote));
+            self.domains.insert(id, Arc::new(Domain::new(DomainId(id), GROUP, store)));
+        }
+        self.tier.settle();
+    }
+
+    /// What the tier counts is what the records name.
+    pub(crate) fn audit(&self) {
+        let mut live = 0;
+        for domain in self.domains.values() {
+            // A tag, and 16 bytes in the directory; places are multiples of 64.
+            let room = |remote: Remote| (remote.length as u64 + 16).next_multiple_of(64) + 16;
+            let named: u64 = domain.store(|store| store.remotes().map(room).sum());
+            assert_eq!(self.tier.owned(domain.id), ByteCount(named), "{}", domain.id);
+            live += named;
+        }
+        let stats = self.tier.stats();
+        assert_eq!(stats.live, ByteCount(live));
+        assert!(stats.used + stats.failed <= stats.limit, "{stats:?}");
+    }
+}

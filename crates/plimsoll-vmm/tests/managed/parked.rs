@@ -1,0 +1,170 @@
+//! Machines whose memory goes to a real disk, and comes back.
+use crate::ahead::{Idle, SAMPLE_PERIOD};
+use crate::crash::{Random, seed};
+use crate::fleet::{DOMAIN, Fleet, Guest, machine, sweep, until, zipf};
+use plimsoll_guest::content::Mix;
+use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_linux::disk::device::FileDisk;
+use plimsoll_linux::disk::tier::{Limits, Tier};
+use plimsoll_linux::uffd::host::Incident;
+use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_types::ByteCount;
+use plimsoll_vmm::config::VmmConfig;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tempfile::TempDir;
+
+/// Times a machine is parked and its manager replaced.
+const ROUNDS: usize = 8;
+
+/// A tier of so many MiB in a directory on a disk, and where its file is.
+fn tier(mib: u64) -> (TempDir, PathBuf, Tier) {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = directory.path().join("tier");
+    let disk = FileDisk::create(&path).unwrap();
+    let tier = Tier::create(Box::new(disk), Limits { disk: ByteCount::mib(mib), domain: None }).unwrap();
+    (directory, path, tier)
+}
+
+fn on_disk(tier: Tier) -> Fleet {
+    let mut fleet = Fleet::on_disk(tier);
+    fleet.manager().govern(Box::new(Idle), SAMPLE_PERIOD).unwrap();
+    fleet
+}
+
+/// Fills its memory, and then touches a few pages of it now and then.
+fn idle() -> WorkloadSpec {
+    WorkloadSpec { ops_per_second: 10, ..WorkloadSpec::new(WorkloadKind::Idle) }
+}
+
+/// Pages that are somebody's alone: of text and of random bytes.
+fn unshared(mut config: VmmConfig) -> VmmConfig {
+    config.workload.mix = Mix { zero: 0, duplicate: 0, text: 50, random: 50 };
+    config
+}
+
+/// What of the machine is in memory: RAM, limbo and the whole store of its domain.
+fn in_memory(fleet: &Fleet, guest: &Guest) -> ByteCount {
+    let stats = fleet.view(guest.id).stats;
+    stats.census.in_ram().bytes() + stats.limbo.bytes() + fleet.see().domain(DOMAIN).unwrap().held()
+}
+
+/// Objects that lie on the disk.
+fn away(fleet: &Fleet) -> u64 {
+    fleet.see().domain(DOMAIN).unwrap().store(|store| store.stats().away.0)
+}
+
+/// A machine of 128 MiB in less than four, and all of it right when it is wanted.
+pub(crate) fn wakes_right() {
+    let (_directory, _, tier) = tier(256);
+    let mut fleet = on_disk(tier);
+    let mut guest = fleet.add(&machine("sleeper", 128, idle()));
+    guest.until_running();
+    let before = in_memory(&fleet, &guest);
+    fleet.see().park(guest.id);
+    until("the machine to be on the disk", || {
+        (in_memory(&fleet, &guest) <= ByteCount::mib(4) && away(&fleet) > 10_000).then_some(())
+    });
+    let stats = fleet.see().host().tier().unwrap().stats();
+    println!(
+        "{before} in memory before, {} parked; {} objects on disk: {stats:?}",
+        in_memory(&fleet, &guest),
+        away(&fleet)
+    );
+    guest.goes_on();
+    fleet.see().wake(guest.id);
+    until("what it uses to be back", || {
+        (fleet.view(guest.id).stats.faults.stored > 0 || fleet.view(guest.id).stats.ahead.brought > 0)
+            .then_some(())
+    });
+    guest.finish();
+    let stats = fleet.see().host().tier().unwrap().stats();
+    println!("{} pages in {} reads", stats.pages_read, stats.reads);
+    assert!(stats.pages_read > 10_000 && stats.reads < stats.pages_read / 4, "{stats:?}");
+    fleet.until_gone(guest.id);
+    assert_eq!(fleet.incidents(), []);
+    assert_eq!(fleet.see().host().tier().unwrap().stats().live, ByteCount(0), "nobody needs anything of it");
+}
+
+/// Managers replaced while pages are on their way out and back.
+pub(crate) fn outlive_managers() {
+    let mut random = Random(seed());
+    let (_directory, _, tier) = tier(128);
+    let mut fleet = on_disk(tier);
+    let slow = WorkloadSpec { ops_per_second: 2000, ..zipf() };
+    let mut guests = [fleet.add(&machine("idle", 64, idle())), fleet.add(&machine("serves", 48, slow))];
+    guests.iter().for_each(Guest::until_running);
+    for round in 0..ROUNDS {
+        guests.iter().for_each(|guest| fleet.see().park(guest.id));
+        // Or all there are: what the managers before this one have moved stays where it is.
+        let enough = 1 + random.below(9000) as u64;
+        until("objects to leave", || (away(&fleet) >= enough).then_some(()));
+        println!("round {round}: {} objects on disk", away(&fleet));
+        fleet.replace(Arc::new(NoProbe));
+        fleet.manager().govern(Box::new(Idle), SAMPLE_PERIOD).unwrap();
+        guests.iter().for_each(|guest| fleet.see().wake(guest.id));
+        guests.iter().for_each(Guest::goes_on);
+    }
+    guests.iter_mut().for_each(Guest::finish);
+    guests.iter().for_each(|guest| fleet.until_gone(guest.id));
+    assert_eq!(fleet.incidents(), []);
+    assert_eq!(fleet.see().host().tier().unwrap().stats().live, ByteCount(0));
+}
+
+/// What finds no room on the disk is kept in memory, the operator is told once, and nothing is lost.
+pub(crate) fn full_disk() {
+    let (_directory, _, tier) = tier(8);
+    let mut fleet = on_disk(tier);
+    let mut guest = fleet.add(&unshared(machine("large", 64, idle())));
+    guest.until_running();
+    fleet.see().park(guest.id);
+    let told = until("the operator to be told", || Some(fleet.incidents()).filter(|told| !told.is_empty()));
+    let [Incident::Disk { cause }] = &told[..] else { panic!("{told:?}") };
+    println!("{cause}");
+    assert!(cause.contains("full"), "{cause}");
+    let stats = fleet.see().host().tier().unwrap().stats();
+    assert!(stats.used <= ByteCount::mib(6) && stats.live > ByteCount(0), "{stats:?}");
+    guest.goes_on();
+    fleet.see().wake(guest.id);
+    guest.finish();
+    fleet.until_gone(guest.id);
+    assert_eq!(fleet.incidents(), [], "once");
+}
+
+/// Damage of the disk is the loss of what was there, and of nothing else.
+pub(crate) fn bad_disk() {
+    let (_directory, path, tier) = tier(256);
+    let mut fleet = on_disk(tier);
+    let reader = WorkloadSpec { write_permille: 0, ops_per_second: 4000, ..sweep() };
+    let mut other = fleet.add(&unshared(machine("other", 32, idle())));
+    let mut victim = fleet.add(&unshared(machine("victim", 48, reader)));
+    victim.until_running();
+    other.until_running();
+    fleet.see().park(other.id);
+    until("the other machine to be on the disk", || (away(&fleet) > 6000).then_some(()));
+    let others = fleet.see().host().tier().unwrap().stats().used;
+    fleet.see().park(victim.id);
+    until("some of the victim to be on the disk", || (away(&fleet) > 12_000).then_some(()));
+    // A block in the middle of what was written after the other machine.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xa5; 4096], others.0 + (4 << 20) + (512 << 10)).unwrap();
+    fleet.see().wake(victim.id);
+    let told = until("the damage to be noticed", || Some(fleet.incidents()).filter(|told| !told.is_empty()));
+    for incident in &told {
+        let Incident::Poisoned { machine, page, cause } = incident else { panic!("{told:?}") };
+        assert_eq!(*machine, victim.id);
+        println!("{page} of {machine}: {cause}");
+    }
+    assert!(told.len() <= 4, "a block holds few pages: {told:?}");
+    let died = until("the guest to die of the page", || victim.state().died);
+    assert!(died.contains("poisoned"), "{died}");
+    victim.kill();
+    fleet.until_gone(victim.id);
+    fleet.manager().forget(victim.id);
+    other.goes_on();
+    fleet.see().wake(other.id);
+    other.finish();
+    fleet.until_gone(other.id);
+    assert_eq!(fleet.incidents(), []);
+}
