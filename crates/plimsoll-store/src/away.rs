@@ -8,13 +8,17 @@
 //! What must never happen: an instant at which the record names bytes that are nowhere. So the caller sends an object away
 //! after its bytes have been written, and the order of writes is that of `repack`.
 use crate::{
-    fetch::Ticket,
+    fetch::{Fetched, Ticket, Whereabouts},
     memory::SlabMemory,
     record::{Away, Body, Remote},
     records::{Visit, Walk},
-    repack::Replacement,
+    repack::{Cold, Replacement},
     store::Store,
 };
+
+/// Where a walk for objects to be sent away is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hand(Walk);
 
 impl<M: SlabMemory> Store<M> {
     /// Has an object's bytes, as they were when it was fetched, lie at `to` from now on, wherever they were before.
@@ -32,6 +36,27 @@ impl<M: SlabMemory> Store<M> {
         };
         self.name_place(number, &record, body);
         Replacement::Made
+    }
+
+    /// Looks at up to `records` records for an object whose bytes are here and that has been here for a whole walk of
+    /// [`next_cold`](Self::next_cold) at least, as it is or packed, and fetches it. `hand` is where that has come to.
+    pub fn next_settled(&self, records: u32, hand: &mut Hand, into: &mut Fetched) -> Cold {
+        for _ in 0..records {
+            match self.records.visit(&mut hand.0) {
+                Visit::Free => {}
+                Visit::Round => return Cold::Round,
+                Visit::Taken(number) => {
+                    if self.records.is_settled(number)
+                        && let Some(Ok(record)) = self.records.read(&self.memory, number)
+                        && matches!(record.body, Body::Data { .. })
+                        && self.fetch(record.handle(number), into) == Ok(Whereabouts::Here)
+                    {
+                        return Cold::Found;
+                    }
+                }
+            }
+        }
+        Cold::NotYet
     }
 
     /// Everything that lies away: what whoever keeps it must not forget.

@@ -104,6 +104,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub use away::Hand;
 pub use class::SizeClass;
 pub use codec::{Encoded, Encoder};
 pub use compact::{Compacted, Progress};

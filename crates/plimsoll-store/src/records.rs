@@ -216,6 +216,13 @@ impl RecordTable {
         !bits::insert(&mut held.marks.met, place) && bits::insert(&mut held.marks.settled, place)
     }
 
+    /// True when the walk for cold objects has nothing more to do with a record: it has been there for a whole walk.
+    pub(crate) fn is_settled(&self, number: RecordNumber) -> bool {
+        let (sequence, place) = split(number);
+        let held = self.slabs.get(sequence as usize).and_then(Option::as_ref);
+        held.is_some_and(|held| bits::contains(&held.marks.settled, place))
+    }
+
     /// Has the walk for cold objects offer a record once more.
     pub(crate) fn unsettle(&mut self, number: RecordNumber) {
         let (sequence, place) = split(number);

@@ -6,9 +6,12 @@
 use crate::demo::limits;
 use crate::verb::ended;
 use clap::Args;
-use plimsoll_host::daemon::{self, Beginning, Counted, Settings, Sharing};
+use plimsoll_host::daemon::{self, Beginning, Counted, DiskSettings, Settings, Sharing};
 use plimsoll_host::keeper::protocol::VERSION;
 use plimsoll_host::keeper::serve::End;
+use plimsoll_linux::disk::device::FileDisk;
+use plimsoll_linux::disk::tier::{Limits, SEGMENTS_MIN};
+use plimsoll_linux::disk::{SEGMENT_SIZE, SEGMENTS_MAX};
 use plimsoll_linux::explain;
 use plimsoll_sys::launch::{HANDED, Program};
 use plimsoll_types::ByteCount;
@@ -18,6 +21,11 @@ use std::process::ExitCode;
 
 /// Below this a daemon could not even run one machine.
 const BUDGET_MIN: ByteCount = ByteCount::mib(32);
+/// What a disk tier has at least and at most.
+const DISK_SIZES: [ByteCount; 2] = [
+    ByteCount(SEGMENTS_MIN as u64 * SEGMENT_SIZE as u64),
+    ByteCount(SEGMENTS_MAX as u64 * SEGMENT_SIZE as u64),
+];
 
 /// How memory is counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -39,6 +47,16 @@ pub(crate) struct DaemonArgs {
     /// What the store of one sharing domain may hold. Default: the budget.
     #[arg(long, value_name = "SIZE")]
     store: Option<ByteCount>,
+    /// Where parked machines go: a file that may be made, or a block device, of the daemon's own. What is there is encrypted, and
+    /// lost with the daemon.
+    #[arg(long, value_name = "FILE", requires = "disk_limit")]
+    disk: Option<PathBuf>,
+    /// What of it may be used.
+    #[arg(long, value_name = "SIZE", requires = "disk")]
+    disk_limit: Option<ByteCount>,
+    /// What of it one sharing domain may use. Default: all.
+    #[arg(long, value_name = "SIZE", requires = "disk")]
+    disk_share: Option<ByteCount>,
     /// Equal pages of all machines are kept once: they are one tenant's.
     #[arg(long)]
     share: bool,
@@ -67,6 +85,7 @@ impl DaemonArgs {
         if self.store.is_some_and(|store| store < BUDGET_MIN) {
             return Err(format!("--store is below {BUDGET_MIN}: it could hold next to nothing"));
         }
+        let disk = self.disk()?;
         if !self.directory.is_absolute() {
             let shown = self.directory.display();
             return Err(format!(
@@ -79,7 +98,24 @@ impl DaemonArgs {
             store_limit: self.store.unwrap_or(self.budget),
             sharing: if self.share { Sharing::Together } else { Sharing::Apart },
             counted: if self.count == Count::Group { Counted::Group } else { Counted::Processes },
+            disk,
         })
+    }
+
+    fn disk(&self) -> Result<Option<DiskSettings>, String> {
+        let (Some(file), Some(limit)) = (&self.disk, self.disk_limit) else { return Ok(None) };
+        let [least, most] = DISK_SIZES;
+        if !(least..=most).contains(&limit) {
+            return Err(format!("--disk-limit {limit}: a disk tier has between {least} and {most}"));
+        }
+        if !file.is_absolute() {
+            let shown = file.display();
+            return Err(format!(
+                "--disk {shown}: a daemon outlives its working directory; use a path from /"
+            ));
+        }
+        let limits = Limits { disk: limit, domain: self.disk_share };
+        Ok(Some(DiskSettings { file: file.clone(), limits }))
     }
 }
 
@@ -103,6 +139,10 @@ fn run(args: &DaemonArgs) -> Result<End, String> {
                 "--budget {}: this host has {available} available; use less, or free some",
                 settings.budget
             ));
+        }
+        // Said now, and by the manager once more if it is not so any more.
+        if let Some(disk) = &settings.disk {
+            FileDisk::create(&disk.file).map_err(|error| format!("--disk: {}", explain(&error)))?;
         }
     }
     let failed = |error: &dyn std::error::Error| explain(error);

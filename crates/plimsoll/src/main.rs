@@ -10,6 +10,7 @@ mod guest;
 mod host;
 mod line;
 mod manage;
+mod park;
 mod plan;
 mod replay;
 mod share;
@@ -70,6 +71,10 @@ enum Verb {
     Plan(plan::PlanArgs),
     /// Manage the machines of VMMs that hand their memory over, and outlive a crash of the manager.
     Daemon(daemon::DaemonArgs),
+    /// Have a daemon's machine that is going to sleep leave memory, for the disk where the daemon has one.
+    Park(park::ParkArgs),
+    /// Have a daemon's parked machine come back: what it used last, at once.
+    Wake(park::ParkArgs),
     /// The daemon's manager: started by its keeper.
     #[command(hide = true)]
     Manager(daemon::ManagerArgs),
@@ -99,6 +104,8 @@ fn main() -> ExitCode {
         Verb::Host(args) => host::main(&args),
         Verb::Plan(args) => plan::main(&args),
         Verb::Daemon(args) => daemon::main(&args),
+        Verb::Park(args) => park::park(&args),
+        Verb::Wake(args) => park::wake(&args),
         Verb::Manager(args) => daemon::manager(&args),
     }
 }

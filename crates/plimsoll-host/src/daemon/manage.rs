@@ -4,13 +4,15 @@
 //! is told to stop and has given its machines back. What must never happen: a VMM, or somebody on a socket, keeping this thread waiting.
 //! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one.
 use super::milestones::{Milestones, now_ns};
-use super::status::{Answer, DomainStatus, MachineStatus, Request, Status};
+use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
 use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
 use crate::keeper::client::Client;
 use parking_lot::Mutex;
 use plimsoll_core::ledger::{Budget, Kind};
 use plimsoll_core::word::StateKind;
 use plimsoll_linux::cgroup::foreign::ProcessCgroup;
+use plimsoll_linux::disk::device::FileDisk;
+use plimsoll_linux::disk::tier::{Tier, TierStats};
 use plimsoll_linux::explain;
 use plimsoll_linux::procsum::ProcessSum;
 use plimsoll_linux::uffd::estate::{Estate, Keep};
@@ -212,7 +214,13 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
         }
     }
     announce(&[NotifyState::Stopping]);
-    drop(session.manager.stop());
+    let vault = session.manager.stop();
+    if let Some(Err(error)) = vault.tier().map(Tier::end) {
+        eprintln!(
+            "plimsoll manager: the disk tier's file could not be emptied: {error}; nobody can read what is in it"
+        );
+    }
+    drop(vault);
     Ok(())
 }
 
@@ -244,6 +252,10 @@ impl<'a> Session<'a> {
         let mut vault = Vault::of_estate(estate, Budget::within(settings.budget), settings.store_limit);
         vault.processes().for_each(|process| used.add(process));
         vault.set_used(used.now());
+        if let (Some(disk), None) = (&settings.disk, vault.tier()) {
+            let file = FileDisk::create(&disk.file)?;
+            vault.set_tier(Tier::create(Box::new(file), disk.limits)?)?;
+        }
         let milestones = Arc::new(Milestones::default());
         let mut manager = Manager::start(vault, Arc::clone(&milestones) as Arc<dyn Probe>)?;
         manager.govern(Box::new(used.clone()), SAMPLE_PERIOD)?;
@@ -370,8 +382,19 @@ impl<'a> Session<'a> {
                 self.manager.squeeze(MachineId(machine), pages);
                 Answer::Done
             }
+            Ok(Request::Park { machine }) => self.ordered(machine, Manager::park),
+            Ok(Request::Wake { machine }) => self.ordered(machine, Manager::wake),
             Err(error) => Answer::Refused(format!("the request makes no sense: {error}")),
         }
+    }
+
+    fn ordered(&self, machine: u32, order: impl FnOnce(&Manager, MachineId)) -> Answer {
+        let id = MachineId(machine);
+        if self.manager.machine(id).is_none() {
+            return Answer::Refused(format!("there is no {id}"));
+        }
+        order(&self.manager, id);
+        Answer::Done
     }
 
     /// Sees to what has happened by itself.
@@ -484,7 +507,8 @@ impl<'a> Session<'a> {
         let domains = self.manager.domains().map(|domain| {
             let stats = domain.store(|store| store.stats());
             let held_bytes = domain.held().0;
-            DomainStatus { id: domain.id.0, objects: stats.objects(), pages: stats.pages.0, held_bytes }
+            let (objects, pages, away) = (stats.objects(), stats.pages.0, stats.away.0);
+            DomainStatus { id: domain.id.0, objects, pages, held_bytes, away }
         });
         Status {
             version: 1,
@@ -499,8 +523,21 @@ impl<'a> Session<'a> {
                 .map(|kind| usage.of(kind).0),
             domains: domains.collect(),
             machines: self.manager.machines().into_iter().map(machine).collect(),
+            disk: self.manager.host().tier().map(|tier| disk_status(tier.stats())),
             incidents: self.incidents.iter().cloned().collect(),
         }
+    }
+}
+
+fn disk_status(stats: TierStats) -> DiskStatus {
+    DiskStatus {
+        limit_bytes: stats.limit.0,
+        used_bytes: stats.used.0,
+        live_bytes: stats.live.0,
+        failed_bytes: stats.failed.0,
+        written_bytes: stats.written.0,
+        pages_read: stats.pages_read,
+        reads: stats.reads,
     }
 }
 

@@ -17,6 +17,8 @@ pub mod place;
 pub mod status;
 
 use crate::keeper::serve::{End, Keeper};
+use plimsoll_linux::disk::device::OpenError;
+use plimsoll_linux::disk::tier::{Limits, TierError};
 use plimsoll_linux::uffd::estate::RESERVED;
 use plimsoll_sys::launch::{Program, accept_signals};
 use plimsoll_sys::slots::Slots;
@@ -68,6 +70,17 @@ pub struct Settings {
     pub sharing: Sharing,
     /// What is counted.
     pub counted: Counted,
+    /// Where parked machines go.
+    pub disk: Option<DiskSettings>,
+}
+
+/// A file for the disk tier.
+#[derive(Clone, Debug)]
+pub struct DiskSettings {
+    /// The file, which is the daemon's alone, or a block device.
+    pub file: PathBuf,
+    /// What it may take.
+    pub limits: Limits,
 }
 
 /// A daemon could not be started or go on.
@@ -92,6 +105,12 @@ pub enum DaemonError {
     /// The machines could not be managed.
     #[error("the machines cannot be managed")]
     Manager(#[from] plimsoll_linux::uffd::manager::AdmitError),
+    /// The file of the disk tier is not to be had.
+    #[error(transparent)]
+    Disk(#[from] OpenError),
+    /// The disk tier cannot begin.
+    #[error("the disk tier cannot begin")]
+    Tier(#[from] TierError),
     /// Memory cannot be counted.
     #[error("memory cannot be counted: {0}")]
     Count(String),

@@ -16,6 +16,16 @@ pub enum Request {
         /// How many.
         pages: u32,
     },
+    /// Take everything from a machine that is going to sleep, to the disk where there is one.
+    Park {
+        /// Its identity.
+        machine: u32,
+    },
+    /// Bring back what a parked machine used.
+    Wake {
+        /// Its identity.
+        machine: u32,
+    },
 }
 
 /// What is answered.
@@ -55,6 +65,9 @@ pub struct Status {
     pub machines: Vec<MachineStatus>,
     /// Sharing domains.
     pub domains: Vec<DomainStatus>,
+    /// The disk tier, if there is one.
+    #[serde(default)]
+    pub disk: Option<DiskStatus>,
     /// What the operator must know; the newest hundred since this manager began.
     pub incidents: Vec<String>,
 }
@@ -93,4 +106,26 @@ pub struct DomainStatus {
     pub pages: u64,
     /// Memory it takes.
     pub held_bytes: u64,
+    /// Objects on the disk.
+    #[serde(default)]
+    pub away: u64,
+}
+
+/// How the disk tier is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// What it may take.
+    pub limit_bytes: u64,
+    /// Its segments in use.
+    pub used_bytes: u64,
+    /// Of these, what somebody needs.
+    pub live_bytes: u64,
+    /// Segments that the disk refused.
+    pub failed_bytes: u64,
+    /// Written by this manager.
+    pub written_bytes: u64,
+    /// Pages read by this manager, and in how many reads.
+    pub pages_read: u64,
+    /// See there.
+    pub reads: u64,
 }

@@ -66,6 +66,12 @@ pub trait Disk: Send + Sync {
     /// As for [`write_at`](Self::write_at).
     fn reserve(&self, bytes: u64) -> io::Result<()>;
 
+    /// Gives up everything that was written.
+    ///
+    /// # Errors
+    /// Whatever the disk says.
+    fn empty(&self) -> io::Result<()>;
+
     /// A descriptor for whoever keeps it for the next manager; `None` for a disk that does not outlive its process.
     fn keepsake(&self) -> Option<BorrowedFd<'_>>;
 }
@@ -189,9 +195,7 @@ impl FileDisk {
         if !format::may_be_overwritten(first.bytes()) {
             return Err(OpenError::Foreign { path: shown() });
         }
-        if is_file {
-            ftruncate(&disk.file, 0).map_err(failed)?;
-        }
+        disk.empty().map_err(|source| OpenError::Open { path: shown(), source })?;
         Ok(disk)
     }
 
@@ -228,6 +232,10 @@ impl Disk for FileDisk {
             }
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    fn empty(&self) -> io::Result<()> {
+        if self.is_file { Ok(ftruncate(&self.file, 0)?) } else { Ok(()) }
     }
 
     fn keepsake(&self) -> Option<BorrowedFd<'_>> {

@@ -87,7 +87,11 @@ impl Draft {
         let (tag, rest) = room.split_at_mut(TAG_SIZE);
         let (sealed, padding) = rest.split_at_mut(bytes.len());
         sealed.copy_from_slice(bytes);
-        tag.copy_from_slice(&sealer.seal(Seat { sequence: self.sequence, granule, domain }, sealed)?);
+        let Some(proof) = sealer.seal(Seat { sequence: self.sequence, granule, domain }, sealed) else {
+            sealed.fill(0);
+            return None;
+        };
+        tag.copy_from_slice(&proof);
         padding.fill(0);
         self.used = end;
         Some(())

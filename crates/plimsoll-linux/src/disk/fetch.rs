@@ -34,20 +34,22 @@ pub fn fetch<M: SlabMemory>(
     into: &mut Fetched,
     window: &mut Window,
 ) -> Result<(), FetchError> {
-    let mut failed: Option<(Remote, ReadError)> = None;
+    let mut failed: Option<(Remote, Option<u64>, ReadError)> = None;
     loop {
         let Whereabouts::Away(remote) = domain.store(|store| store.fetch(handle, into))? else {
             return Ok(());
         };
-        if let Some((tried, error)) = failed.take()
-            && tried == remote
+        let tier = tier.ok_or(FetchError::NoTier)?;
+        // Moved away and back it would be in the same place, but not in the same writing of its segment.
+        let writing = tier.writing(remote);
+        if let Some((tried, then, error)) = failed.take()
+            && (tried, then) == (remote, writing)
         {
             return Err(error.into());
         }
-        let tier = tier.ok_or(FetchError::NoTier)?;
         match tier.read(domain.id, remote, into.room(), window) {
             Ok(()) => return Ok(()),
-            Err(error) => failed = Some((remote, error)),
+            Err(error) => failed = Some((remote, writing, error)),
         }
     }
 }

@@ -11,11 +11,12 @@ use super::tier::{Purpose, Tier, WriteError};
 use crate::uffd::host::Domain;
 use plimsoll_store::{Fetched, Handle, Remote, Replacement, SlabMemory, Ticket, Whereabouts};
 use plimsoll_types::DomainId;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 /// An object whose bytes are in the draft.
 struct Move<M: SlabMemory> {
-    domain: Arc<Domain<M>>,
+    /// Weak: what is on its way keeps no store.
+    domain: Weak<Domain<M>>,
     ticket: Ticket,
     granule: u16,
     length: usize,
@@ -82,7 +83,7 @@ impl<M: SlabMemory> Mover<M> {
             let draft = self.draft.get_or_insert_with(|| tier.draft());
             match tier.add(draft, domain.id, handle, self.fetched.bytes(), purpose) {
                 Ok(granule) => {
-                    self.moves.push(Move { domain: Arc::clone(domain), ticket, granule, length, old });
+                    self.moves.push(Move { domain: Arc::downgrade(domain), ticket, granule, length, old });
                     return Ok(());
                 }
                 Err(WriteError::Complete) => self.write(purpose)?,
@@ -107,6 +108,7 @@ impl<M: SlabMemory> Mover<M> {
         let segment = self.tier.write(draft, purpose)?;
         for Move { domain, ticket, granule, length, old } in moves {
             let Some(at) = Tier::place(segment, granule) else { continue };
+            let Some(domain) = domain.upgrade() else { continue };
             let unneeded = match domain.store(|store| store.send_away(&ticket, at)) {
                 Replacement::Made => {
                     self.left += u64::from(old.is_none());
@@ -128,10 +130,14 @@ impl<M: SlabMemory> Mover<M> {
         &mut self,
         domain_of: &dyn Fn(DomainId) -> Option<Arc<Domain<M>>>,
     ) -> Result<usize, WriteError> {
-        // What is on its way out of memory may well wait, but not for a segment that is being cleaned for it.
+        let victims = self.tier.victims();
+        if victims.is_empty() {
+            return Ok(0);
+        }
+        // What is on its way out of memory may well wait.
         self.abandon();
         let mut cleaned = 0;
-        for segment in self.tier.victims() {
+        for segment in victims {
             // One that cannot be read is not worth it from now on.
             let Ok(image) = self.tier.image(segment) else { continue };
             self.empty(&image, domain_of)?;
@@ -161,6 +167,11 @@ impl<M: SlabMemory> Mover<M> {
             self.gather(&domain, line.handle, ticket, Some(remote))?;
         }
         Ok(())
+    }
+
+    /// How many objects are on their way.
+    pub const fn gathered(&self) -> usize {
+        self.moves.len()
     }
 
     /// Forgets what is on its way: it stays where it is.

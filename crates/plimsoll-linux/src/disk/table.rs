@@ -156,9 +156,10 @@ impl Table {
         }
     }
 
-    /// The tier is over: from here on nobody can read what it has written.
-    pub(super) fn forget_key(&self) {
-        (0..KEY_WORDS).for_each(|place| self.word(KEY + place).store(0, Ordering::SeqCst));
+    /// The tier is over: from here on nobody can read what it has written, and nobody goes on with a key of zeros.
+    pub(super) fn forget(&self) {
+        self.word(0).store(0, Ordering::SeqCst);
+        (KEY..KEY + KEY_WORDS).for_each(|place| self.word(place).store(0, Ordering::SeqCst));
     }
 
     fn segment(&self, segment: u32) -> &AtomicU64 {
@@ -194,8 +195,10 @@ mod tests {
         assert_eq!([next.holds(999), next.holds(0)], [Holds::Sequence(given[2]), Holds::Failed]);
         assert_eq!([next.holds(1), next.holds(1000)], [Holds::Nothing; 2]);
         assert!(!given.contains(&next.next_sequence()));
-        table.forget_key();
+        table.forget();
         assert_eq!(*next.key(), [0; KEY_SIZE]);
+        let file = table.keepsake().try_clone_to_owned().unwrap();
+        assert!(matches!(Table::inherit(file), Err(TableError::Unknown { .. })), "a key of zeros is none");
         assert_ne!(*Table::create(1).unwrap().key(), *Table::create(1).unwrap().key());
     }
 

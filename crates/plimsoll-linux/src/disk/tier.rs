@@ -18,7 +18,8 @@
 //! beginning: a disk that is full, because it has as many segments as it may or because others filled the file system, can
 //! still be cleaned. Quotas are of domains, because an object is a domain's: a machine that shares with nobody is one.
 //!
-//! Locks are held for a few hundred instructions, and never across I/O.
+//! The lock is held for a few hundred instructions, for a look at all segments where something is to be cleaned, and never
+//! across I/O.
 use super::device::{Disk, write_blocks};
 use super::draft::Draft;
 use super::format::{Place, ROOM, SEGMENT_SIZE, SEGMENTS_MAX, TAG_SIZE, offset_of, room_of};
@@ -245,8 +246,8 @@ impl Tier {
         Ok(Self::of(disk, table, limits.domain))
     }
 
-    /// Goes on with what an earlier manager has left. Everything that records name is to be [`claim`](Self::claim)ed, and then
-    /// what is left [`settle`](Self::settle)d, before anything is written.
+    /// Goes on with what a manager of another process has left. Everything that records name is to be
+    /// [`claim`](Self::claim)ed, and then what is left [`settle`](Self::settle)d, before anything is written.
     ///
     /// # Errors
     /// [`TierError::Table`].
@@ -291,9 +292,13 @@ impl Tier {
         (self.table.keepsake(), self.disk.keepsake())
     }
 
-    /// The tier is over: nobody can read any more what it has written.
-    pub fn forget_key(&self) {
-        self.table.forget_key();
+    /// The tier is over: nobody can read any more what it has written, nor go on with it, and the disk is emptied.
+    ///
+    /// # Errors
+    /// When the disk could not be emptied. What is there cannot be read.
+    pub fn end(&self) -> io::Result<()> {
+        self.table.forget();
+        self.disk.empty()
     }
 
     /// What it holds and has done.
@@ -486,11 +491,31 @@ impl Tier {
         Err(ReadError::Damaged { offset })
     }
 
+    /// Which writing of its segment the place is in.
+    pub fn writing(&self, remote: Remote) -> Option<u64> {
+        match self.table.holds(Place::of(remote.at).segment) {
+            Holds::Sequence(sequence) => Some(sequence),
+            Holds::Nothing | Holds::Failed => None,
+        }
+    }
+
     /// Decrypts what a place holds.
     pub(super) fn open(&self, seat: Seat, bytes: &[u8], into: &mut [u8]) -> Option<()> {
         let (tag, sealed) = bytes.split_first_chunk::<TAG_SIZE>()?;
         into.copy_from_slice(sealed.get(..into.len())?);
         self.sealer.open(seat, tag, into).ok()
+    }
+
+    /// A new manager takes over: what is needed is what records name, whatever was counted before.
+    pub fn recount(&self) {
+        let mut state = self.state.lock();
+        state.owned.clear();
+        for segment in state.segments.iter_mut().filter(|segment| segment.duty != Duty::Failed) {
+            segment.live = 0;
+            if segment.duty == Duty::Stuck {
+                segment.duty = Duty::Written;
+            }
+        }
     }
 
     /// A record names the place: it was written by an earlier manager, and is needed.

@@ -163,6 +163,9 @@ impl Vault {
     }
 }
 
+/// What a thread of the manager's own does, and what it is called.
+type Job = (&'static str, Box<dyn FnOnce() + Send>);
+
 /// A shard's tables and its memory, ready for a pager.
 type Part = (Machine<Arc<MemfdWords>>, LinuxSpace);
 
@@ -255,6 +258,9 @@ impl Manager {
                     manager.unmanaged.push(kept);
                 }
             }
+        }
+        if let Some(tier) = &manager.tier {
+            tier.recount();
         }
         for (id, group, slabs) in vault.domains {
             let managed = recovered.iter().map(|(kept, _)| kept);
@@ -510,7 +516,7 @@ impl Manager {
     pub fn govern(&mut self, meter: Box<dyn Meter>, sample_period: Duration) -> Result<(), AdmitError> {
         let stop = Arc::new(AtomicBool::new(false));
         let zstd = Zstd::new().map_err(AdmitError::Codec)?;
-        let mut jobs: Vec<(&str, Box<dyn FnOnce() + Send>)> = Vec::new();
+        let mut jobs: Vec<Job> = Vec::new();
         let (host, governed, stopped) =
             (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
         jobs.push(("governor", Box::new(move || govern(&host, &governed, meter, sample_period, &stopped))));

@@ -1,11 +1,16 @@
-//! The disk's thread: takes what parked machines have in the store to the disk, and cleans the disk.
+//! The disk's thread: takes what parked machines have in the store to the disk, and what is cold where memory is short, and
+//! cleans the disk.
 //!
 //! Enters: machines that are parked, as their orders say, and their page words. Leaves: stores without their objects, and
 //! incidents where the disk takes no more. What must never happen: anybody who waits for this thread. It holds a store's lock
 //! for one object at a time, and none while the disk works.
 //!
 //! A machine's objects leave in the order of its pages, so that those that are touched one after the other are read together.
-//! What other machines of its domain have as well stays in memory.
+//! What other machines of its domain have as well stays in memory, and what many of its own pages are: to read it again and again
+//! would cost more than the little that it takes.
+//!
+//! Memory is short when the host is above its low mark, so that machines would have to give, or when a store is nearly full.
+//! Then objects leave that have been stored for a whole walk of the housekeeper, whose pages nobody has wanted since.
 use super::host::{Domain, Host, Incident};
 use super::housekeeper::Domains;
 use super::manager::{Controls, Governed};
@@ -13,7 +18,7 @@ use crate::disk::mover::Mover;
 use crate::disk::tier::{Tier, WriteError};
 use crate::explain;
 use crate::slabs::MemfdSlabs;
-use plimsoll_store::Handle;
+use plimsoll_store::{Cold, Fetched, Hand, Handle, SlabMemory, Store};
 use plimsoll_types::{DomainId, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,16 +29,52 @@ use std::time::{Duration, Instant};
 const IDLE: Duration = Duration::from_millis(50);
 /// How long nothing is tried after the disk has refused something.
 const REFUSED: Duration = Duration::from_secs(1);
+/// A store is nearly full when so many of so many parts of it are used.
+const FULL: (usize, usize) = (7, 8);
+/// A machine that goes on giving is seen off in parts, at most this often: what leaves together comes back together.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Objects that leave a store that is short of memory, between two looks whether it still is: about a segment.
+const SINKS: usize = 256;
+/// An object that is so many of a machine's pages stays: a machine of nothing else would keep a 64th of its compressed size.
+const POPULAR: u32 = 64;
+/// Cold objects that are worth a segment of their own.
+const SINKS_MIN: usize = 64;
+/// How long a store is left alone after all of it was looked at.
+const ROUND_REST: Duration = Duration::from_secs(2);
+/// Records looked at under one hold of a store's lock: about 8 ns each.
+const RECORDS_PER_STEP: u32 = 1024;
+/// How often it is looked for segments worth cleaning, where there are none.
+const CLEAN_EVERY: Duration = Duration::from_secs(1);
 /// Objects between two looks whether the machine is still parked.
 const OBJECTS_PER_LOOK: usize = 64;
+
+/// For what is of no machine in particular.
+const NOBODY: MachineId = MachineId(0);
 
 /// What an operator is told of once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Trouble {
     /// Of the disk: until it takes something again.
     Disk,
-    /// Of limits: as long as the machine is parked.
+    /// Of limits: as long as the machine is parked; what is cold and of no machine in particular, for good.
     Limit(MachineId),
+}
+
+/// What is known of a parked shard.
+#[derive(Clone, Copy, Debug)]
+struct Parked {
+    /// Pages it had given when it was looked at last, and when the last of it was seen off.
+    given: u64,
+    seen_off: Option<u64>,
+    /// When something of it was seen off last, or it was first met.
+    since: Instant,
+}
+
+/// Where the search for cold objects is in one store.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    hand: Hand,
+    rests_until: Instant,
 }
 
 /// Everything the thread has of its own.
@@ -43,24 +84,18 @@ struct Parker<'a> {
     domains: &'a Domains,
     stop: &'a AtomicBool,
     mover: Mover<MemfdSlabs>,
-    /// What each parked shard had given when the last of it was seen off.
-    seen_off: BTreeMap<MachineId, u64>,
+    parked: BTreeMap<MachineId, Parked>,
+    /// Where the search for cold objects is.
+    walks: BTreeMap<DomainId, Walk>,
+    fetched: Fetched,
     told: BTreeSet<Trouble>,
     tries_at: Instant,
+    cleans_at: Instant,
 }
 
 /// Works until it is told to stop; whoever tells it unparks it.
 pub(super) fn keep(host: &Host, governed: &Governed, domains: &Domains, tier: Arc<Tier>, stop: &AtomicBool) {
-    let mut parker = Parker {
-        host,
-        governed,
-        domains,
-        stop,
-        mover: Mover::new(tier),
-        seen_off: BTreeMap::new(),
-        told: BTreeSet::new(),
-        tries_at: Instant::now(),
-    };
+    let mut parker = Parker::new(host, governed, domains, tier, stop);
     while !stop.load(Ordering::Relaxed) {
         if parker.tries_at <= Instant::now() {
             parker.turn();
@@ -69,7 +104,29 @@ pub(super) fn keep(host: &Host, governed: &Governed, domains: &Domains, tier: Ar
     }
 }
 
-impl Parker<'_> {
+impl<'a> Parker<'a> {
+    fn new(
+        host: &'a Host,
+        governed: &'a Governed,
+        domains: &'a Domains,
+        tier: Arc<Tier>,
+        stop: &'a AtomicBool,
+    ) -> Self {
+        Self {
+            host,
+            governed,
+            domains,
+            stop,
+            mover: Mover::new(tier),
+            parked: BTreeMap::new(),
+            walks: BTreeMap::new(),
+            fetched: Fetched::new(),
+            told: BTreeSet::new(),
+            tries_at: Instant::now(),
+            cleans_at: Instant::now(),
+        }
+    }
+
     fn turn(&mut self) {
         self.clean();
         let parked: Vec<(MachineId, Controls)> = {
@@ -79,16 +136,21 @@ impl Parker<'_> {
             parked.map(|(id, controls)| (*id, controls.clone())).collect()
         };
         let is_parked = |id: &MachineId| parked.iter().any(|(parked, _)| parked == id);
-        self.seen_off.retain(|id, _| is_parked(id));
-        self.told.retain(|trouble| !matches!(trouble, Trouble::Limit(id) if !is_parked(id)));
+        self.parked.retain(|id, _| is_parked(id));
+        self.told.retain(|trouble| !matches!(trouble, Trouble::Limit(id) if *id != NOBODY && !is_parked(id)));
         for (id, controls) in &parked {
             let given = controls.orders.given.load(Ordering::Relaxed);
-            if self.seen_off.get(id) == Some(&given) || self.stop.load(Ordering::Relaxed) {
+            let fresh = Parked { given: u64::MAX, seen_off: None, since: Instant::now() };
+            let known = self.parked.entry(*id).or_insert(fresh);
+            let goes_on = std::mem::replace(&mut known.given, given) != given;
+            let waits = goes_on && known.since.elapsed() < PATIENCE;
+            if waits || known.seen_off == Some(given) || self.stop.load(Ordering::Relaxed) {
                 continue;
             }
             match self.see_off(controls) {
                 Ok(()) => {
-                    self.seen_off.insert(*id, given);
+                    let known = Parked { given, seen_off: Some(given), since: Instant::now() };
+                    self.parked.insert(*id, known);
                 }
                 Err(error) => {
                     self.mover.abandon();
@@ -96,6 +158,72 @@ impl Parker<'_> {
                 }
             }
         }
+        if let Err(error) = self.sink() {
+            self.mover.abandon();
+            self.refused(NOBODY, &error);
+        }
+    }
+
+    /// Has cold objects leave stores that are short of memory.
+    fn sink(&mut self) -> Result<(), WriteError> {
+        let known = self.known();
+        self.walks.retain(|id, _| known.iter().any(|domain| domain.id == *id));
+        for domain in &known {
+            let is_awake = self.walks.get(&domain.id).is_none_or(|walk| walk.rests_until <= Instant::now());
+            // What is on its way shows when its segment is complete: up to a megabyte too much leaves.
+            while is_awake && self.is_short(domain) && !self.stop.load(Ordering::Relaxed) {
+                if self.sink_some(domain)? {
+                    break;
+                }
+            }
+            // Fewer are not worth a segment, and leave with others later.
+            if self.mover.gathered() >= SINKS_MIN && self.mover.flush()? > 0 {
+                self.told.remove(&Trouble::Disk);
+            }
+            self.mover.abandon();
+            // The group was added with the domain; a store that shrinks is never refused.
+            let _ = domain.settle(self.host);
+        }
+        Ok(())
+    }
+
+    /// True once the search has come round.
+    fn sink_some(&mut self, domain: &Arc<Domain<MemfdSlabs>>) -> Result<bool, WriteError> {
+        let fresh = Walk { hand: Hand::default(), rests_until: Instant::now() };
+        let walk = self.walks.entry(domain.id).or_insert(fresh);
+        for _ in 0..SINKS {
+            let found = loop {
+                let step = |store: &mut Store<MemfdSlabs>| {
+                    store.next_settled(RECORDS_PER_STEP, &mut walk.hand, &mut self.fetched)
+                };
+                match domain.store(step) {
+                    Cold::NotYet => {}
+                    found => break found,
+                }
+            };
+            if found == Cold::Round {
+                walk.rests_until = Instant::now() + ROUND_REST;
+                return Ok(true);
+            }
+            if let Some(handle) = self.fetched.handle() {
+                self.mover.demote(domain, handle, None)?;
+            }
+        }
+        // The group was added with the domain; a store that shrinks is never refused.
+        let _ = domain.settle(self.host);
+        Ok(false)
+    }
+
+    fn is_short(&self, domain: &Domain<MemfdSlabs>) -> bool {
+        let is_full = domain.store(|store| {
+            let slabs = store.memory();
+            slabs.held() > slabs.capacity() / FULL.1 * FULL.0
+        });
+        is_full || self.host.ledger(|ledger| ledger.used() > ledger.budget().low)
+    }
+
+    fn known(&self) -> Vec<Arc<Domain<MemfdSlabs>>> {
+        self.domains.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Takes what a parked shard has in the store to the disk.
@@ -114,8 +242,10 @@ impl Parker<'_> {
             if !is_parked || self.stop.load(Ordering::Relaxed) {
                 break;
             }
-            for handle in some {
-                self.mover.demote(&domain, *handle, Some(count(handle)))?;
+            for (handle, count) in some.iter().map(|handle| (*handle, count(handle))) {
+                if count < POPULAR {
+                    self.mover.demote(&domain, handle, Some(count))?;
+                }
             }
         }
         if self.mover.flush()? > 0 {
@@ -127,16 +257,21 @@ impl Parker<'_> {
     }
 
     fn clean(&mut self) {
-        let known: Vec<Arc<Domain<MemfdSlabs>>> =
-            self.domains.lock().iter().filter_map(Weak::upgrade).collect();
+        if self.cleans_at > Instant::now() {
+            return;
+        }
+        let known = self.known();
         let domain_of = |id: DomainId| known.iter().find(|domain| domain.id == id).cloned();
         while !self.stop.load(Ordering::Relaxed) {
             match self.mover.clean(&domain_of) {
-                Ok(0) => return,
+                Ok(0) => {
+                    self.cleans_at = Instant::now() + CLEAN_EVERY;
+                    return;
+                }
                 Ok(_) => {}
                 Err(error) => {
                     self.mover.abandon();
-                    self.refused(MachineId(0), &error);
+                    self.refused(NOBODY, &error);
                     return;
                 }
             }
@@ -154,5 +289,76 @@ impl Parker<'_> {
         if self.told.insert(trouble) {
             self.host.report(Incident::Disk { cause: explain(error) });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::device::FileDisk;
+    use crate::disk::tier::Limits;
+    use plimsoll_core::ledger::Budget;
+    use plimsoll_store::Encoder;
+    use plimsoll_types::{ByteCount, GroupId, PAGE_SIZE, PageBytes};
+
+    const GROUP: GroupId = GroupId(1);
+
+    /// A page that does not compress.
+    fn page(seed: u64) -> PageBytes {
+        let mut page = [0; PAGE_SIZE];
+        let mut word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        for chunk in page.chunks_exact_mut(8) {
+            word ^= word << 13;
+            word ^= word >> 7;
+            word ^= word << 17;
+            chunk.copy_from_slice(&word.to_le_bytes());
+        }
+        page
+    }
+
+    /// Goes over all records, as the housekeeper does.
+    fn walk(domain: &Domain<MemfdSlabs>) {
+        let mut fetched = Fetched::new();
+        while domain.store(|store| store.next_cold(1024, &mut fetched)) != Cold::Round {}
+    }
+
+    #[test]
+    fn what_is_cold_leaves_when_memory_is_short_and_nothing_does_when_it_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
+        let limits = Limits { disk: ByteCount::mib(16), domain: None };
+        let tier = Arc::new(Tier::create(Box::new(disk), limits).unwrap());
+        let host = Host::new(Budget::of(ByteCount::mib(64)));
+        host.ledger(|ledger| ledger.add_group(GROUP));
+        host.set_tier(Arc::clone(&tier));
+        let slabs = MemfdSlabs::create("test-parking", ByteCount::mib(64)).unwrap();
+        let domain = Arc::new(Domain::new(DomainId(1), GROUP, Store::new(slabs)));
+        let mut encoder = Encoder::new();
+        for seed in 0..1000 {
+            domain.store(|store| store.put(&page(seed), &mut encoder)).unwrap();
+        }
+        domain.settle(&host).unwrap();
+        let domains: Domains = Arc::new(parking_lot::Mutex::new(vec![Arc::downgrade(&domain)]));
+        let (governed, stop) = (Governed::default(), AtomicBool::new(false));
+        let mut parker = Parker::new(&host, &governed, &domains, tier, &stop);
+        let away = || domain.store(|store| store.stats().away.0);
+        walk(&domain);
+        walk(&domain);
+        parker.turn();
+        assert_eq!(away(), 0, "there is memory enough");
+        for seed in 1000..1010 {
+            domain.store(|store| store.put(&page(seed), &mut encoder)).unwrap();
+        }
+        host.ledger(|ledger| ledger.set_overhead(ByteCount::mib(63)));
+        parker.turn();
+        assert_eq!(away(), 1000, "those that have not been here for a whole walk stay");
+        assert!(domain.held() < ByteCount::mib(1), "{}", domain.held());
+        assert_eq!(host.ledger(|ledger| ledger.charged()), domain.held(), "the ledger has been told");
+        parker.turn();
+        walk(&domain);
+        parker.walks.clear();
+        parker.turn();
+        assert_eq!(away(), 1000, "ten pages are not worth a segment");
+        assert_eq!(host.take_incidents(), []);
     }
 }

@@ -299,14 +299,16 @@ fn limits_that_make_no_tier_are_refused() {
 }
 
 #[test]
-fn a_tier_whose_key_is_gone_gives_nothing_back() {
+fn a_tier_that_was_ended_gives_nothing_back_and_cannot_be_gone_on_with() {
     let disk = FaultyDisk::default();
     let mut world = filled(&disk, 10, None, 3);
     world.demote_all().unwrap();
-    world.tier.forget_key();
-    world.restart(Box::new(disk.clone()));
-    let error = world.read(world.held[0]).unwrap_err();
-    assert!(matches!(error, FetchError::Disk(ReadError::Damaged { .. })), "{error}");
+    world.tier.end().unwrap();
+    assert_eq!(disk.bytes(), []);
+    assert!(world.read(world.held[0]).is_err());
+    let table = world.tier.keepsakes().0.try_clone_to_owned().unwrap();
+    let next = Tier::inherit(Box::new(disk), table, None);
+    assert!(matches!(next, Err(TierError::Table(_))), "{next:?}");
 }
 
 #[test]

@@ -144,6 +144,11 @@ impl Disk for FaultyDisk {
         Ok(())
     }
 
+    fn empty(&self) -> io::Result<()> {
+        self.0.lock().blocks.clear();
+        Ok(())
+    }
+
     fn keepsake(&self) -> Option<BorrowedFd<'_>> {
         None
     }

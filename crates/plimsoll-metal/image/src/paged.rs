@@ -126,7 +126,8 @@ impl Pool {
 
     fn release(&mut self, object: ObjectRef) -> Result<(), PagedError> {
         match Handle::from_bits(object.bits()) {
-            Some(handle) => self.store.release(handle).map_err(PagedError::Store),
+            // There is no disk here on which its data could be.
+            Some(handle) => self.store.release(handle).map(drop).map_err(PagedError::Store),
             None => Ok(()),
         }
     }

@@ -5,8 +5,8 @@ use super::{
     nibble_page, random_page, read, repack, same_page, store,
 };
 use crate::{
-    Away, Damage, Encoder, Fetched, GetError, Handle, How, Progress, Remote, Replacement, SlabMemory, Store,
-    StoreError, Ticket, Whereabouts,
+    Away, Cold, Damage, Encoder, Fetched, GetError, Hand, Handle, How, Progress, Remote, Replacement,
+    SlabMemory, Store, StoreError, Ticket, Whereabouts,
 };
 use alloc::{collections::BTreeMap, vec::Vec};
 use plimsoll_types::{PAGE_SIZE, PageBytes};
@@ -95,6 +95,35 @@ fn an_object_that_lies_away_is_shared_counted_and_neither_packed_nor_moved() {
     let remote = Remote { at: Away::new(3).unwrap(), length: elsewhere.first_key_value().unwrap().1.len() };
     assert_eq!(store.release(handle), Ok(Some(remote)));
     assert_eq!(store.release(handle), Err(StoreError::Stale { handle }));
+}
+
+#[test]
+fn what_has_been_here_for_a_whole_walk_is_offered_once_a_round_until_it_is_away() {
+    let (mut store, mut elsewhere) = (store(64), Elsewhere::new());
+    let mut pages: Vec<_> = (1..=20).map(|seed| put(&mut store, &random_page(seed))).collect();
+    pages.extend((1..=20).map(|seed| put(&mut store, &nibble_page(seed))));
+    put(&mut store, &same_page(9));
+    let offered = |store: &HeapStore| {
+        let (mut hand, mut fetched, mut offered) = (Hand::default(), Fetched::new(), Vec::new());
+        loop {
+            match store.next_settled(7, &mut hand, &mut fetched) {
+                Cold::Found => offered.extend(fetched.handle()),
+                Cold::NotYet => {}
+                Cold::Round => return offered,
+            }
+        }
+    };
+    repack(&mut store, &mut Nibbles);
+    assert_eq!(offered(&store), [], "none has been here for a whole walk");
+    repack(&mut store, &mut Nibbles);
+    let young = put(&mut store, &random_page(99));
+    let found = offered(&store);
+    assert!(found.len() == 40 && pages.iter().all(|page| found.contains(page)));
+    for (handle, at) in found.iter().zip(0..).skip(1) {
+        send(&mut store, *handle, at, &mut elsewhere);
+    }
+    assert_eq!(offered(&store), [found[0]]);
+    assert!(!found.contains(&young));
 }
 
 #[test]

@@ -5,8 +5,8 @@
 //! accounted for: the keeper holds what it held before the first machine, stores and ledger are empty, the control group
 //! is as full as it was.
 //!
-//! Some managers are killed before they have taken over, some while a machine is being handed over, and VMMs are killed beside
-//! them. What is counted as *kill to service* is the time from the signal to the first page that a later manager brings; what
+//! Some managers are killed before they have taken over, some while a machine is being handed over, some while a machine's pages
+//! are on their way to the disk, and VMMs are killed beside them. What is counted as *kill to service* is the time from the signal to the first page that a later manager brings; what
 //! keeper, start, take-over and the guests' own next touch take is all in it.
 use super::{Plan, schedule};
 use crate::demo::Interrupt;
@@ -63,6 +63,9 @@ struct ChaosReport {
     /// Of these, while a machine was being handed over.
     kills_at_handover: u64,
     vmms_killed: u64,
+    /// Of the kills, while pages of a machine that was parked went to the disk; and what was there at most.
+    kills_at_parking: u64,
+    disk_bytes_max: u64,
     /// How often the keeper was upgraded.
     upgrades: u64,
     /// From a kill to the first page that the next manager brought, in milliseconds.
@@ -104,6 +107,8 @@ impl Daemon {
         // The store can hold more than all guests own, so that it is never what runs out.
         let store = ByteCount(plan.size.0 * 2 * plan.guests as u64);
         command.arg("daemon").arg("--directory").arg(&directory).args(["--share", "--count", "group"]);
+        let disk = ByteCount(store.0.max(64 << 20));
+        command.arg("--disk").arg(directory.join("disk")).arg("--disk-limit").arg(disk.0.to_string());
         command.arg("--budget").arg(plan.budget.0.to_string()).arg("--store").arg(store.0.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         end_with_parent(&mut command, Signal::KILL);
@@ -117,16 +122,20 @@ impl Daemon {
 
     /// Asks the manager how it is; `None` while there is none, or it is killed meanwhile.
     fn status(&self) -> Option<Status> {
+        match self.ask(&Request::Status)? {
+            Answer::Status(status) => Some(*status),
+            Answer::Done | Answer::Refused(_) => None,
+        }
+    }
+
+    fn ask(&self, request: &Request) -> Option<Answer> {
         let socket = fdpass::seqpacket_connect(&self.directory.join(place::CONTROL)).ok()?;
-        fdpass::send(&socket, &serde_json::to_vec(&Request::Status).ok()?, &[]).ok()?;
+        fdpass::send(&socket, &serde_json::to_vec(request).ok()?, &[]).ok()?;
         let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
         poll(&mut [PollFd::new(&socket, PollFlags::IN)], Some(&limit)).ok().filter(|ready| *ready > 0)?;
         let mut bytes = vec![0; ANSWER_MAX];
         let received = fdpass::recv(&socket, &mut bytes, 0).ok()??;
-        match serde_json::from_slice(bytes.get(..received.bytes)?).ok()? {
-            Answer::Status(status) => Some(*status),
-            Answer::Done | Answer::Refused(_) => None,
-        }
+        serde_json::from_slice(bytes.get(..received.bytes)?).ok()
     }
 
     /// Asks until the answer is as wanted.
@@ -311,12 +320,36 @@ impl Chaos<'_> {
                 let asked = self.upgrade()?;
                 self.serve(asked)
             }
+            8 => {
+                self.park()?;
+                self.report.kills_at_parking += 1;
+                self.pause(50_000);
+                let killed = self.kill()?;
+                self.serve(killed)
+            }
             _ => {
                 self.pause(150_000);
                 let killed = self.kill()?;
                 self.serve(killed)
             }
         }
+    }
+
+    /// Parks a machine, and waits until something more is on the disk. The manager's death ends it: the next one wakes it.
+    fn park(&mut self) -> Result<(), String> {
+        let dead = || "the daemon does not answer".to_owned();
+        let status = self.daemon.until(|status| !status.machines.is_empty()).ok_or_else(dead)?;
+        let place = usize::try_from(self.rng.below(status.machines.len() as u64)).unwrap_or(0);
+        let (machine, before) = (status.machines[place].id, written(&status));
+        let ordered = self.daemon.ask(&Request::Park { machine });
+        if !matches!(ordered, Some(Answer::Done)) {
+            return Err(format!("machine {machine} is not parked: {ordered:?}"));
+        }
+        let parked = self.daemon.until(|status| written(status) > before);
+        let status = parked.ok_or("nothing of a parked machine goes to the disk")?;
+        let used = status.disk.map_or(0, |disk| disk.used_bytes);
+        self.report.disk_bytes_max = self.report.disk_bytes_max.max(used);
+        Ok(())
     }
 
     fn replace(&mut self, place: usize) -> Result<(), String> {
@@ -430,6 +463,12 @@ impl Chaos<'_> {
                 self.daemon.status()
             ));
         };
+        if let Some(disk) = status.disk.filter(|disk| disk.live_bytes > 0) {
+            return Err(format!(
+                "nobody is left, and {} on the disk are somebody's",
+                ByteCount(disk.live_bytes)
+            ));
+        }
         if status.charged_bytes != [0; 4] {
             return Err(format!("nobody is left and the ledger charges {:?}", status.charged_bytes));
         }
@@ -483,11 +522,18 @@ impl Chaos<'_> {
     }
 }
 
+/// What the manager has written to the disk.
+fn written(status: &Status) -> u64 {
+    status.disk.map_or(0, |disk| disk.written_bytes)
+}
+
 fn print(report: &ChaosReport) {
-    let ChaosReport { kills, hasty_kills, kills_at_handover, vmms_killed, upgrades, .. } = report;
+    let ChaosReport { kills, hasty_kills, kills_at_handover, kills_at_parking, .. } = report;
+    let ChaosReport { vmms_killed, upgrades, .. } = report;
     println!(
         "\n{kills} managers killed, {hasty_kills} of them as soon as there was one, {kills_at_handover} while a machine was handed \
-         over; {vmms_killed} VMMs killed; {upgrades} upgrades"
+         over, {kills_at_parking} while one went to the disk (at most {}); {vmms_killed} VMMs killed; {upgrades} upgrades",
+        ByteCount(report.disk_bytes_max)
     );
     println!(
         "kill to first page served: median {:.1} ms, p99 {:.1} ms, longest {:.1} ms (to the next manager's first instruction {:.1} ms, \

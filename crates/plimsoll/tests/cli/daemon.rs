@@ -48,6 +48,23 @@ fn start_with(directory: &Directory, budget: &str) -> Running {
     running
 }
 
+/// The process of the manager that answers, if one does.
+fn manager_of(directory: &Directory) -> Option<u32> {
+    u32::try_from(status_of(directory)?["pid"].as_u64()?).ok()
+}
+
+/// How the manager that answers, if one does, says things are.
+fn status_of(directory: &Directory) -> Option<serde_json::Value> {
+    Some(ask(directory, r#"{"do":"status"}"#)?["status"].take())
+}
+
+/// The least that a machine has in the store, in bytes.
+fn stored_by_all(directory: &Directory) -> u64 {
+    let status = status_of(directory).unwrap();
+    let machines = status["machines"].as_array().unwrap().iter();
+    machines.map(|machine| machine["stored_bytes"].as_u64().unwrap()).min().unwrap_or(0)
+}
+
 /// What the manager answers, if one does.
 fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
     let socket = fdpass::seqpacket_connect(&directory.0.join("control.sock")).ok()?;
@@ -55,22 +72,6 @@ fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
     let mut bytes = vec![0; 64 << 10];
     let received = fdpass::recv(&socket, &mut bytes, 0).ok()??;
     Some(serde_json::from_slice(&bytes[..received.bytes]).unwrap())
-}
-
-fn status_of(directory: &Directory) -> serde_json::Value {
-    ask(directory, r#"{"do":"status"}"#).unwrap()["status"].take()
-}
-
-/// The least that a machine has in the store, in bytes.
-fn stored_by_all(directory: &Directory) -> u64 {
-    let status = status_of(directory);
-    let machines = status["machines"].as_array().unwrap().iter();
-    machines.map(|machine| machine["stored_bytes"].as_u64().unwrap()).min().unwrap_or(0)
-}
-
-/// The process of the manager that answers, if one does.
-fn manager_of(directory: &Directory) -> Option<u32> {
-    u32::try_from(ask(directory, r#"{"do":"status"}"#)?["status"]["pid"].as_u64()?).ok()
 }
 
 fn exists(pid: u32) -> bool {
@@ -89,6 +90,10 @@ fn a_daemon_that_cannot_be_is_refused_in_one_sentence() {
         (&["--budget", "1000000G"], "--budget"),
         (&["--budget", "64M", "--store", "1M"], "--store"),
         (&["--budget", "64M", "--directory", "here"], "--directory"),
+        (&["--budget", "64M", "--disk", "/tmp/x", "--disk-limit", "1M"], "--disk-limit 1M"),
+        (&["--budget", "64M", "--disk", "x", "--disk-limit", "64M"], "use a path from /"),
+        (&["--budget", "64M", "--disk", "/nonexistent/x", "--disk-limit", "64M"], "--disk: /nonexistent/x"),
+        (&["--budget", "64M", "--disk", "/etc/hostname", "--disk-limit", "64M"], "not a disk tier"),
         (&["--budget", "64M", "--directory", "/nonexistent/run"], "cannot make the directory"),
     ] {
         let ended = Run::new(&[&["daemon"][..], words].concat()).output();
@@ -221,9 +226,11 @@ impl Machine {
     }
 
     fn that_uses(directory: &Directory, footprint_bytes: u64) -> Self {
-        let mut spec = WorkloadSpec::new(WorkloadKind::Sweep);
-        spec.footprint_bytes = footprint_bytes;
-        spec.final_check = 1;
+        Self::with(directory, WorkloadSpec { footprint_bytes, ..WorkloadSpec::new(WorkloadKind::Sweep) })
+    }
+
+    fn with(directory: &Directory, spec: WorkloadSpec) -> Self {
+        let spec = WorkloadSpec { final_check: 1, ..spec };
         let mix = Mix { zero: 10, duplicate: 10, text: 80, random: 0 };
         let workload = Workload { spec, mix, seed: 1, pool_seed: 2, pool_pages: 64 };
         let config = VmmConfig { report_ms: 20, ..VmmConfig::new("lonely", 96 << 20, workload) };
@@ -332,7 +339,7 @@ fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
     let mut machines = [(); 2].map(|()| Machine::start(&directory));
     machines.iter_mut().for_each(|machine| machine.verifies(1000));
     wait_until("some of both is stored", || {
-        for machine in status_of(&directory)["machines"].as_array().unwrap() {
+        for machine in status_of(&directory).unwrap()["machines"].as_array().unwrap() {
             let order = format!(r#"{{"do":"squeeze","machine":{},"pages":8000}}"#, machine["id"]);
             assert_eq!(ask(&directory, &order).unwrap(), "done");
         }
@@ -349,4 +356,60 @@ fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
         machine.verifies(30_000);
         machine.finish();
     }
+}
+
+#[test]
+fn a_parked_machine_is_on_the_disk_outlives_its_manager_and_wakes_right() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("parked");
+    let disk = std::env::temp_dir().join(format!("plimsoll-disk-{}", std::process::id()));
+    let words = ["daemon", "--budget", "256M", "--directory", directory.text(), "--disk"];
+    let words = [&words[..], &[disk.to_str().unwrap(), "--disk-limit", "128M"]].concat();
+    let daemon = Run::new(&words).start();
+    wait_until("its manager serves", || manager_of(&directory).is_some());
+    let idle = WorkloadSpec::new(WorkloadKind::Idle);
+    let idle = WorkloadSpec { footprint_bytes: 48 << 20, ops_per_second: 10, ..idle };
+    let mut machine = Machine::with(&directory, idle);
+    machine.until(|event| matches!(event, Event::Report(summary) if summary.phase == "running"));
+    let order = |words: &[&str]| Run::new(&[words, &["--directory", directory.text()]].concat()).output();
+    let unknown = order(&["park", "nobody"]);
+    unknown.expect_code(2);
+    assert!(unknown.stderr.contains("the daemon has lonely (1)"), "{}", unknown.stderr);
+    let parked = order(&["park", "lonely"]);
+    parked.expect_code(0);
+    assert!(parked.stdout.contains("for the disk"), "{}", parked.stdout);
+    let number = |value: &serde_json::Value| value.as_u64().unwrap_or(u64::MAX);
+    let is_parked = || {
+        let Some(status) = status_of(&directory) else { return false };
+        let (machine, domain) = (&status["machines"][0], &status["domains"][0]);
+        let kept = number(&machine["resident_bytes"]) + number(&machine["limbo_bytes"]);
+        kept.saturating_add(number(&domain["held_bytes"])) < 4 << 20 && number(&domain["away"]) > 5000
+    };
+    // Killed on the way: the next one has what was there, and knows of no machine that is parked.
+    wait_until("some of the machine to be on the disk", || {
+        status_of(&directory).is_some_and(|status| number(&status["disk"]["live_bytes"]) > 1 << 20)
+    });
+    let before = manager_of(&directory).unwrap();
+    signal(before, Signal::KILL);
+    wait_until("another manager runs", || manager_of(&directory).is_some_and(|manager| manager != before));
+    order(&["park", "lonely"]).expect_code(0);
+    wait_until("the machine to be on the disk", is_parked);
+    let before = manager_of(&directory).unwrap();
+    signal(before, Signal::KILL);
+    wait_until("another manager runs", || manager_of(&directory).is_some_and(|manager| manager != before));
+    let status = status_of(&directory).unwrap();
+    assert!(number(&status["domains"][0]["away"]) > 5000, "the next manager does not know: {status}");
+    order(&["wake", "1"]).expect_code(0);
+    machine.finish();
+    wait_until("nothing of it to be on the disk", || {
+        status_of(&directory).is_some_and(|status| number(&status["disk"]["live_bytes"]) == 0)
+    });
+    assert_eq!(status_of(&directory).unwrap()["incidents"], serde_json::json!([]));
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
+    assert_eq!(fs::metadata(&disk).unwrap().len(), 0, "the file is emptied");
+    fs::remove_file(disk).unwrap();
 }
