@@ -6,12 +6,15 @@
 //! time for memory that did not go: the page map has to show that it went, and at the end the guest verifies what it has.
 use crate::contents::{MIX, SEED};
 use crate::guest::{self, Guest};
-use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject};
-use crate::session::{BenchError, Interrupt};
+use crate::report::{Better, Comparison, Machine, Report, Run, Sample, Subject, higher};
+use crate::session::{BenchError, Interrupt, timed};
 use anyhow::{Context, anyhow};
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
+use plimsoll_guest::random::Permutation;
 use plimsoll_guest::spec::WorkloadKind;
-use plimsoll_types::{ByteCount, PAGE_SIZE};
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::mapping::{self, AnonymousMapping};
+use plimsoll_types::{ByteCount, Hva, PAGE_SIZE};
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::config::HugePages;
 use plimsoll_vmm::control::{BalloonPiece, FrameOrder, FrameVerb};
@@ -26,7 +29,7 @@ const AMOUNT: ByteCount = ByteCount::mib(448);
 const ROUNDS: usize = 3;
 const GIB: f64 = 1_073_741_824.0;
 
-const NOTES: [&str; 6] = [
+const NOTES: [&str; 7] = [
     "time is the machine's, from the command's arrival to the answer: the guest's work, exits and discards, not the socket",
     "a listing has up to 256 pieces, one exit each; adjacent pieces of a listing become one discard",
     "rows called in-order: the peer's guest lists pages one after the other, so that its discards have 1 MiB, the best case of any \
@@ -34,6 +37,8 @@ const NOTES: [&str; 6] = [
      it is in QEMU anyway",
     "taken by shared state are the frames for good; touched memory goes by one discard for up to 128 MiB",
     "install is the guest's first write of every page after the return; it includes making the contents",
+    "kernel-alone: no guest and no KVM; a loop of madvise(MADV_DONTNEED) over memory of huge pages in this process, 2 MiB a call against \
+     the peer's pieces. It is the kernel's own part of reclaim-touched: what is left of the ratio if all else cost nothing",
     "KVM exits are dear on a nested host, which weighs on the 4 KiB balloon",
 ];
 
@@ -133,6 +138,26 @@ fn life(way: Way, interrupt: &Interrupt) -> Result<[Sample; 4], BenchError> {
     Ok([untouched, touched, returned, installed])
 }
 
+/// A balloon's frames.
+const FRAME: ByteCount = ByteCount::mib(2);
+/// What the discards of the peers have, in the order of [`PEERS`]: pages that come in no order, and lists of neighbours.
+const PIECES: [ByteCount; 2] = [ByteCount(PAGE_SIZE as u64), ByteCount::mib(1)];
+
+/// Frees as much memory of huge pages as the rows do, so much in a call, without a guest.
+fn alone(piece: ByteCount) -> anyhow::Result<Sample> {
+    let memory =
+        AnonymousMapping::new(AMOUNT, mapping::HugePages::Prefer).context("no memory for the bare loop")?;
+    memory.populate_write(memory.range()).context("cannot fill memory")?;
+    let pieces = AMOUNT.0 / piece.0;
+    let order = Permutation::new(pieces, SEED);
+    let place = |at: u64| if piece == PIECES[0] { order.apply(at) } else { at };
+    let range = |at: u64| HvaRange::new(Hva(memory.base().0 + place(at) * piece.0), piece);
+    let ranges: Vec<HvaRange> = (0..pieces).filter_map(range).collect();
+    let (done, elapsed) = timed(|| ranges.iter().try_for_each(|range| memory.discard(*range)));
+    done.context("the bare loop cannot free")?;
+    Ok(sample(Duration::from_secs_f64(elapsed.seconds), elapsed.cpu_seconds))
+}
+
 /// The samples of two guests.
 type Lives = [[Sample; 4]; 2];
 
@@ -163,13 +188,16 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
     println!("{AMOUNT} of a guest of {RAM} that it has free, against a balloon of 4 KiB: {ROUNDS} rounds");
     println!("{machine}");
     NOTES.iter().for_each(|note| println!("note: {note}"));
-    let mut rounds = Vec::new();
+    let (mut rounds, mut loops) = (Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
         eprintln!("round {round}");
         let before = lives(PEERS.map(|(way, _)| way), interrupt)?;
         let ours = lives(OURS.map(|(way, ..)| way), interrupt)?;
         let again = lives(PEERS.map(|(way, _)| way), interrupt)?;
         rounds.push((before, ours, again));
+        let before = [alone(PIECES[0])?, alone(PIECES[1])?];
+        let ours = alone(FRAME)?;
+        loops.push((before, ours, [alone(PIECES[0])?, alone(PIECES[1])?]));
     }
     let mut results = Vec::new();
     for (peer, (_, added)) in PEERS.into_iter().enumerate() {
@@ -187,6 +215,19 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
                     results.push(comparison);
                 }
             }
+        }
+    }
+    for (peer, (_, added)) in PEERS.into_iter().enumerate() {
+        let run = |(before, ours, again): &([Sample; 2], Sample, [Sample; 2])| Run {
+            peer: before[peer],
+            ours: *ours,
+            peer_again: again[peer],
+        };
+        let subject = higher(&format!("kernel-alone{added}/frames"), "GiB/s", None);
+        let comparison = Comparison::new(subject, loops.iter().map(run).collect())?;
+        if comparison.name().starts_with(prefix) {
+            println!("  {comparison}");
+            results.push(comparison);
         }
     }
     let settings = Settings {

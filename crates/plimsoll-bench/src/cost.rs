@@ -1,11 +1,13 @@
 //! What it costs a guest that so much of its memory is taken: by its balloon, by the kernel's paging, by our pager.
 //!
-//! Enters: nothing but the machine. Leaves: a ratio for each way and each tenth of the guest's memory: its operations a second
-//! against those of the same guest from which nothing is taken. What must never happen: a rate of a guest that was left more than
-//! it was to be left; what is taken is measured while the guest works, and where it falls short there is no row but a sentence.
+//! Enters: nothing but the machine. Leaves: a ratio for each guest, each way and each tenth of the guest's memory: its operations a
+//! second against those of the same guest from which nothing is taken; and the losses as a file of costs that the policy reads. What
+//! must never happen: a rate of a guest that was left more than it was to be left; what is taken is measured while the guest works,
+//! and where it falls short there is no row but a sentence.
 //!
-//! The guest uses up to half of its memory: it allocates pages, compares and frees them in random order, so that what it uses
-//! moves through all of its memory, as in a kernel's page allocator. Outside nobody sees which pages it has free but its balloon.
+//! Both guests have touched all of their memory once. The *busy* one uses up to half of it at a time: it allocates pages, compares
+//! and frees them in random order, so that what it uses moves through all of its memory, as in a kernel's page allocator. The *idle*
+//! one keeps three tenths, works on these alone, and has the rest free. Outside nobody sees which pages they have free but the balloon.
 use crate::contents::{MIX, SEED};
 use crate::guest::{self, Guest};
 use crate::pager::keepers::Ours;
@@ -17,21 +19,26 @@ use anyhow::{Context, anyhow};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::WorkloadKind;
+use plimsoll_linux::cgroup::{MemoryCgroup, sweep_stale};
 use plimsoll_linux::uffd::waiting::Waiting;
 use plimsoll_linux::zram::ZramSwap;
-use plimsoll_sys::HvaRange;
-use plimsoll_sys::pagemap::Entry;
-use plimsoll_sys::process_memory::{self, Advice, Refusal};
-use plimsoll_types::{ByteCount, Hva, PAGE_SIZE, PageCount};
+use plimsoll_policy::Ppm;
+use plimsoll_policy::costs::{CostsFile, Losses, RungFile};
+use plimsoll_sys::ProcessId;
+use plimsoll_types::{ByteCount, PageCount};
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::control::BalloonPiece;
 use serde::Serialize;
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// A guest's memory: 6 MiB are image and stacks, 2 MiB the allocator's tables.
 const RAM: ByteCount = ByteCount::mib(104);
-/// What it uses at most.
+/// What the busy guest uses at most.
 const USED_MOST: ByteCount = ByteCount::mib(48);
+/// What the idle guest keeps and works on: three tenths.
+const KEPT: ByteCount = ByteCount(RAM.0 / 10 * 3);
 /// What is taken, in percent of its memory.
 const TAKEN: [u64; 6] = [10, 20, 30, 40, 50, 60];
 /// Odd, so that the median of ours is a measurement.
@@ -39,19 +46,66 @@ const ROUNDS: usize = 3;
 /// How long it works before it counts, and how long it counts, each with the number of the window that ends it.
 const WARM: (u64, Duration) = (1, Duration::from_millis(700));
 const WORK: (u64, Duration) = (2, Duration::from_secs(1));
-/// How often the kernel is asked for what is too much, and what is taken is looked at.
+/// How often the kernel's limit follows what zram takes, and what is taken is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// What a guest may have beyond what it was to be left, at the median look: 1 % of its memory, and what the kernel counts in batches.
 const SLACK: ByteCount = ByteCount(RAM.0 / 100 + (1 << 20));
+/// What our control groups are called.
+const PREFIX: &str = "plimsoll-cost";
+/// How often a guest is started that the kernel kills at its limit.
+const TRIES: usize = 3;
 
-const NOTES: [&str; 5] = [
+const NOTES: [&str; 6] = [
     "ours is the guest from which something is taken, by whatever way; the peer is the same guest left alone",
     "what the host keeps for the guest counts as the guest's: compressed pages, and the store's tables; so 30 means that 30 % of its \
      memory are there for others",
-    "kernel: MADV_PAGEOUT from outside of as much as the guest has above what it is left, in the order of its memory, to a zram device (lz4)",
+    "busy: what the guest uses moves through all of its memory; idle: it works on three tenths and has the rest free",
+    "kernel: a memory cgroup whose limit leaves the guest that much less what zram (lz4) takes; the last 32nd below it is reclaimed \
+     ahead, as by kswapd",
     "pager: our manager with what the guest is left as its budget",
     "CPU is user and system time of this process and of the guest's, all threads",
 ];
+
+/// How a guest uses its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Usage {
+    Busy,
+    Idle,
+}
+
+impl Usage {
+    const ALL: [Self; 2] = [Self::Busy, Self::Idle];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Busy => "busy",
+            Self::Idle => "idle",
+        }
+    }
+
+    /// What it does before its work: all memory is touched.
+    fn prepare(self, guest: &mut Guest) -> Result<(), BenchError> {
+        guest.probe(ProbeCommand { stride: 512, ..ProbeCommand::new(Task::Allocate, Order::Ascending) })?;
+        guest.probe(ProbeCommand::new(Task::Free, Order::Ascending))?;
+        if self == Self::Idle {
+            let pages = KEPT.pages_floor().0;
+            guest.probe(ProbeCommand { pages, ..ProbeCommand::new(Task::Allocate, Order::Ascending) })?;
+        }
+        Ok(())
+    }
+
+    /// Its work, until the window changes.
+    const fn work(self) -> ProbeCommand {
+        let (pages, passes) = (USED_MOST.pages_floor().0, 0);
+        match self {
+            Self::Busy => ProbeCommand { pages, passes, ..ProbeCommand::new(Task::Churn, Order::Random) },
+            Self::Idle => {
+                let stride = WorkloadKind::Zipf as u64;
+                ProbeCommand { stride, passes, ..ProbeCommand::new(Task::Work, Order::Random) }
+            }
+        }
+    }
+}
 
 /// A way to take memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,16 +127,24 @@ impl Way {
     }
 }
 
-/// A row: so many percent taken that way.
+/// A row: of such a guest so many percent taken that way.
 #[derive(Clone, Copy, Debug)]
 struct Row {
+    usage: Usage,
     way: Way,
     percent: u64,
 }
 
 impl Row {
+    fn all() -> impl Iterator<Item = Self> {
+        let of = |usage| {
+            Way::ALL.into_iter().flat_map(move |way| TAKEN.map(|percent| Self { usage, way, percent }))
+        };
+        Usage::ALL.into_iter().flat_map(of)
+    }
+
     fn name(self) -> String {
-        format!("cost/{}/{}", self.way.name(), self.percent)
+        format!("cost/{}/{}/{}", self.usage.name(), self.way.name(), self.percent)
     }
 
     const fn taken(self) -> ByteCount {
@@ -95,22 +157,17 @@ impl Row {
     }
 }
 
-/// A guest, and what holds it to what it is left. The guest ends first.
+/// A guest, and what holds it to what it is left. The guest ends first, and the cgroup before swap, so that nothing is read back.
 enum Held {
     Free(Guest),
-    /// The hand is the page of the guest's memory at which taking goes on.
-    Paged {
-        guest: Guest,
-        device: ZramSwap,
-        hand: usize,
-    },
+    Caged { guest: Guest, cgroup: MemoryCgroup, device: ZramSwap },
     Managed(Ours),
 }
 
 impl Held {
     fn guest(&mut self) -> &mut Guest {
         match self {
-            Self::Free(guest) | Self::Paged { guest, .. } => guest,
+            Self::Free(guest) | Self::Caged { guest, .. } => guest,
             Self::Managed(ours) => ours.first(),
         }
     }
@@ -118,51 +175,33 @@ impl Held {
     /// What the guest takes of the host, compressed pages included.
     fn takes(&mut self) -> Result<ByteCount, BenchError> {
         Ok(match self {
-            Self::Free(guest) => bytes(guest.present()?),
-            Self::Paged { guest, device, .. } => {
-                bytes(guest.present()?) + device.memory_used().context("zram's use")?
+            Self::Free(guest) => present(guest)?,
+            Self::Caged { guest, device, .. } => {
+                present(guest)? + device.memory_used().context("zram's use")?
             }
             Self::Managed(ours) => ours.charged()?,
         })
     }
 
-    /// Has the kernel keep to what the guest is left: takes what is too much, in the order of the guest's memory, round and round. What
-    /// it takes up compressed goes the next time.
-    fn keep_to(&mut self, left: ByteCount) -> Result<(), BenchError> {
-        let Self::Paged { guest, device, hand } = self else { return Ok(()) };
-        let present = present(guest)?;
-        let takes = bytes(present.len()) + device.memory_used().context("zram's use")?;
-        let excess = from_hand(present, hand, takes.saturating_sub(left).pages_ceil());
-        let transfer = process_memory::advise(guest.process(), &excess, Advice::PageOut);
-        match transfer.stop {
-            // The page at hand was in use just then.
-            None | Some(Refusal::TryLater) => Ok(()),
-            Some(refusal) => Err(anyhow!(refusal).context("the kernel refused MADV_PAGEOUT").into()),
-        }
+    /// Has the kernel keep to what the guest is left: the cgroup's limit is that, less what zram takes, which no cgroup counts, and
+    /// with what the VMM takes beside its guest.
+    fn keep_to(&self, left: ByteCount) -> Result<(), BenchError> {
+        let Self::Caged { guest, cgroup, device } = self else { return Ok(()) };
+        let beside = cgroup.used().context("a cgroup's use")?.saturating_sub(present(guest)?);
+        let compressed = device.memory_used().context("zram's use")?;
+        swap::press(cgroup, (left + beside).saturating_sub(compressed).max(beside));
+        Ok(())
+    }
+
+    /// Whether the kernel has killed the guest, since it could not keep it to its limit.
+    fn was_killed(&self) -> bool {
+        matches!(self, Self::Caged { cgroup, .. } if cgroup.oom_kills().is_ok_and(|kills| kills > 0))
     }
 }
 
-const fn bytes(pages: usize) -> ByteCount {
-    PageCount(pages as u64).bytes()
-}
-
-/// The pages that are in memory: which of the guest's, and where.
-fn present(guest: &Guest) -> Result<Vec<(usize, Hva)>, BenchError> {
-    let pages_of = |range: HvaRange| {
-        (0..range.len().pages_floor().0).map(move |page| Hva(range.start().0 + PageCount(page).bytes().0))
-    };
-    let places = guest.ram().into_iter().flat_map(pages_of);
-    let is_present = |(place, entry): ((usize, Hva), Entry)| entry.contains(Entry::PRESENT).then_some(place);
-    Ok((0..).zip(places).zip(guest.entries()?).filter_map(is_present).collect())
-}
-
-/// So many of the pages that are in memory, from the hand on, which moves behind the last of them.
-fn from_hand(mut present: Vec<(usize, Hva)>, hand: &mut usize, pages: PageCount) -> Vec<HvaRange> {
-    let behind = present.partition_point(|(place, _)| place < hand);
-    present.rotate_left(behind);
-    present.truncate(usize::try_from(pages.0).unwrap_or(usize::MAX));
-    *hand = present.last().map_or(*hand, |(place, _)| place + 1);
-    present.into_iter().filter_map(|(_, at)| HvaRange::new(at, ByteCount(PAGE_SIZE as u64))).collect()
+/// What of a guest's memory is in RAM.
+fn present(guest: &Guest) -> Result<ByteCount, BenchError> {
+    Ok(PageCount(guest.present()? as u64).bytes())
 }
 
 fn config() -> VmmConfig {
@@ -180,8 +219,9 @@ fn start(row: Option<Row>, interrupt: &Interrupt) -> Result<Held, BenchError> {
         }
         Some(Row { way: Way::Kernel, .. }) => {
             let device = swap::device(ByteCount(RAM.0 * 2)).context("cannot make a zram device")?;
-            let guest = Guest::unmanaged(config, interrupt)?;
-            Ok(Held::Paged { guest, device, hand: 0 })
+            let cgroup = MemoryCgroup::create(PREFIX, ProcessId::own()).context("cannot make a cgroup")?;
+            let guest = Guest::unmanaged_in(&cgroup, config, interrupt)?;
+            Ok(Held::Caged { guest, cgroup, device })
         }
         Some(Row { way: Way::Balloon, .. }) | None => Ok(Held::Free(Guest::unmanaged(config, interrupt)?)),
     }
@@ -192,17 +232,18 @@ enum Outcome {
     Measured(Sample),
     /// The guest had more than it was to be left: so much, at the median look.
     Short(ByteCount),
+    /// The kernel could not keep it to its limit, and killed it.
+    Killed,
 }
 
 /// Has the guest work for so long, and looks at what it takes meanwhile.
 fn work(
     held: &mut Held,
+    command: ProbeCommand,
     left: ByteCount,
     (window, length): (u64, Duration),
 ) -> Result<(f64, Vec<ByteCount>), BenchError> {
-    let pages = USED_MOST.pages_floor().0;
-    let churn = ProbeCommand { pages, passes: 0, ..ProbeCommand::new(Task::Churn, Order::Random) };
-    held.guest().ask(churn)?;
+    held.guest().ask(command)?;
     let (start, mut looks) = (Instant::now(), Vec::new());
     while start.elapsed() < length {
         held.keep_to(left)?;
@@ -216,91 +257,206 @@ fn work(
 }
 
 /// One guest's life: it has touched all of its memory once, then works.
-fn life(row: Option<Row>, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
-    let left = row.map_or(RAM, Row::left);
+fn life(usage: Usage, row: Option<Row>, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
     let mut held = start(row, interrupt)?;
-    let everything = ProbeCommand { stride: 512, ..ProbeCommand::new(Task::Allocate, Order::Ascending) };
-    held.guest().probe(everything)?;
-    held.guest().probe(ProbeCommand::new(Task::Free, Order::Ascending))?;
+    match live(&mut held, usage, row) {
+        Err(BenchError::Failed(_)) if held.was_killed() => Ok(Outcome::Killed),
+        other => other,
+    }
+}
+
+fn live(held: &mut Held, usage: Usage, row: Option<Row>) -> Result<Outcome, BenchError> {
+    let left = row.map_or(RAM, Row::left);
+    usage.prepare(held.guest())?;
     if let Some(row @ Row { way: Way::Balloon, .. }) = row {
         held.guest().balloon(row.taken().0, BalloonPiece::Page)?;
     }
-    work(&mut held, left, WARM)?;
+    work(held, usage.work(), left, WARM)?;
     let before = held.guest().cpu_seconds()?;
-    let (rate, mut looks) = work(&mut held, left, WORK)?;
+    let (rate, mut looks) = work(held, usage.work(), left, WORK)?;
     let cpu_seconds = held.guest().cpu_seconds()? - before;
-    held.guest().probe(ProbeCommand::new(Task::Verify, Order::Ascending))?;
     looks.sort_unstable();
     let taken = looks.get(looks.len() / 2).copied().context("nobody looked")?;
+    if let Held::Caged { cgroup, .. } = held {
+        // What it verifies is not held to anything: nobody follows its limit meanwhile.
+        cgroup.set_limit(ByteCount(RAM.0 * 2)).context("cannot lift a limit")?;
+    }
+    held.guest().probe(ProbeCommand::new(Task::Verify, Order::Ascending))?;
     if taken > left + SLACK {
         return Ok(Outcome::Short(taken));
     }
     Ok(Outcome::Measured(Sample { value: rate, cpu_seconds: Some(cpu_seconds) }))
 }
 
+/// The same, begun again where the kernel killed it.
+fn try_life(row: Row, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
+    for _ in 1..TRIES {
+        match life(row.usage, Some(row), interrupt)? {
+            Outcome::Killed => {}
+            other => return Ok(other),
+        }
+    }
+    life(row.usage, Some(row), interrupt)
+}
+
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
 pub(crate) struct Settings {
     ram_bytes: u64,
-    used_most_bytes: u64,
+    busy_bytes: u64,
+    idle_bytes: u64,
     rounds: usize,
     seed: u64,
     mix: String,
 }
 
-/// Measures the rows whose names begin so.
-pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
+/// Measures the rows whose names begin so, and writes what they say of costs into the folder, as a file that the policy reads.
+pub(crate) fn run(
+    prefix: &str,
+    folder: &Path,
+    interrupt: &Interrupt,
+) -> Result<Report<Settings>, BenchError> {
     guest::check_kvm()?;
     swap::check_host()?;
+    sweep_stale(PREFIX).map_err(|error| BenchError::NotHere(error.to_string()))?;
     let machine = Machine::here();
-    println!("what taking memory costs a guest of {RAM} that uses up to {USED_MOST}: {ROUNDS} rounds");
+    println!(
+        "what taking memory costs a guest of {RAM}, busy with up to {USED_MOST} or idle with {KEPT}: {ROUNDS} rounds"
+    );
     println!("{machine}");
     NOTES.iter().for_each(|note| println!("note: {note}"));
-    let all = Way::ALL.into_iter().flat_map(|way| TAKEN.map(|percent| Row { way, percent }));
-    let wanted = all.filter(|row| row.name().starts_with(prefix));
+    let wanted = Row::all().filter(|row| row.name().starts_with(prefix));
     let mut rows: Vec<(Row, Vec<Run>)> = wanted.map(|row| (row, Vec::new())).collect();
     for round in 1..=ROUNDS {
         eprintln!("round {round}");
-        let peer = alone(interrupt)?;
-        let mut ours = Vec::new();
-        for (row, _) in &rows {
-            eprintln!("  {}", row.name());
-            ours.push(life(Some(*row), interrupt)?);
+        for usage in Usage::ALL {
+            measure(usage, &mut rows, interrupt)?;
         }
-        let peer_again = alone(interrupt)?;
-        let mut outcomes = ours.into_iter();
-        rows.retain_mut(|(row, runs)| match outcomes.next() {
-            Some(Outcome::Measured(ours)) => {
-                runs.push(Run { ours, peer, peer_again });
-                true
-            }
-            Some(Outcome::Short(taken)) => {
-                println!("  {}: not to be had: left {}, the guest takes {taken}", row.name(), row.left());
-                false
-            }
-            None => false,
-        });
     }
     let mut results = Vec::new();
     for (row, runs) in rows {
         let comparison = Comparison::new(higher(&row.name(), "ops/s", None), runs)?;
         println!("  {comparison}");
-        results.push(comparison);
+        results.push((row, comparison));
     }
+    let path = folder.join("costs.json");
+    let costs = file_of(&machine, &results);
+    let text = serde_json::to_string_pretty(&costs).context("cannot write costs as JSON")?;
+    fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    println!("costs for the policy are in {}", path.display());
     let settings = Settings {
         ram_bytes: RAM.0,
-        used_most_bytes: USED_MOST.0,
+        busy_bytes: USED_MOST.0,
+        idle_bytes: KEPT.0,
         rounds: ROUNDS,
         seed: SEED,
         mix: MIX.to_string(),
     };
+    let results = results.into_iter().map(|(_, comparison)| comparison).collect();
     Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
 }
 
+/// A round of the rows of one guest: the guest left alone, each row, the guest left alone again. Rows that cannot be had end here.
+fn measure(usage: Usage, rows: &mut Vec<(Row, Vec<Run>)>, interrupt: &Interrupt) -> Result<(), BenchError> {
+    if rows.iter().all(|(row, _)| row.usage != usage) {
+        return Ok(());
+    }
+    let peer = alone(usage, interrupt)?;
+    let mut outcomes = Vec::new();
+    for (row, _) in rows.iter().filter(|(row, _)| row.usage == usage) {
+        eprintln!("  {}", row.name());
+        outcomes.push(try_life(*row, interrupt)?);
+    }
+    let peer_again = alone(usage, interrupt)?;
+    let mut outcomes = outcomes.into_iter();
+    rows.retain_mut(|(row, runs)| {
+        if row.usage != usage {
+            return true;
+        }
+        let why = match outcomes.next() {
+            Some(Outcome::Measured(ours)) => {
+                runs.push(Run { ours, peer, peer_again });
+                return true;
+            }
+            Some(Outcome::Short(taken)) => format!("left {}, the guest takes {taken}", row.left()),
+            Some(Outcome::Killed) => format!("the kernel killed the guest {TRIES} times of {TRIES}"),
+            None => "it was not tried".to_owned(),
+        };
+        println!("  {}: not to be had: {why}", row.name());
+        false
+    });
+    Ok(())
+}
+
 /// The guest left alone.
-fn alone(interrupt: &Interrupt) -> Result<Sample, BenchError> {
-    match life(None, interrupt)? {
+fn alone(usage: Usage, interrupt: &Interrupt) -> Result<Sample, BenchError> {
+    match life(usage, None, interrupt)? {
         Outcome::Measured(sample) => Ok(sample),
         Outcome::Short(taken) => Err(anyhow!("a guest of {RAM} takes {taken}").into()),
+        Outcome::Killed => Err(anyhow!("a guest without a limit was killed").into()),
+    }
+}
+
+/// What was measured, as the policy reads it. Of our pager nothing: it is a machine's only rung, so nothing is to be chosen.
+fn file_of(machine: &Machine, results: &[(Row, Comparison)]) -> CostsFile {
+    let spread = results.iter().map(|(_, comparison)| comparison.spread()).fold(0.0, f64::max);
+    let losses = |usage, way| {
+        let of = results.iter().filter(|(row, _)| row.usage == usage && row.way == way);
+        // Of a row that could not be had nothing is known, so the file is silent about all of its like.
+        Losses::try_from(of.map(|(_, comparison)| lost(comparison.ratio())).collect::<Vec<_>>()).ok()
+    };
+    let rung = |way| RungFile {
+        busy_ppm: losses(Usage::Busy, way),
+        idle_ppm: losses(Usage::Idle, way),
+        ..RungFile::default()
+    };
+    CostsFile {
+        source: format!("cargo xtask bench cost, A/A {:.1} %: {machine}", spread * 100.0),
+        balloon: rung(Way::Balloon),
+        compress: rung(Way::Kernel),
+        ..CostsFile::default()
+    }
+}
+
+/// The part of its work that a guest loses which does this part of it. One that does more loses nothing.
+fn lost(ratio: f64) -> Ppm {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to a million")]
+    Ppm(((1.0 - ratio).clamp(0.0, 1.0) * 1e6).round() as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plimsoll_policy::{Costs, Rung};
+
+    fn row(usage: Usage, way: Way, percent: u64, ratio: f64) -> (Row, Comparison) {
+        let row = Row { usage, way, percent };
+        let sample = Sample::untimed;
+        let run = Run { ours: sample(ratio * 1000.0), peer: sample(1000.0), peer_again: sample(1010.0) };
+        (row, Comparison::new(higher(&row.name(), "ops/s", None), vec![run]).unwrap())
+    }
+
+    #[test]
+    fn what_is_written_is_what_the_policy_reads() {
+        let ratio = |at: usize| 1.1 - 0.1005 * at as f64;
+        let mut results: Vec<_> =
+            (1..).zip(TAKEN).map(|(at, percent)| row(Usage::Busy, Way::Kernel, percent, ratio(at))).collect();
+        // One of the idle guest's could not be had.
+        results.extend(TAKEN[1..].iter().map(|percent| row(Usage::Idle, Way::Kernel, *percent, 0.5)));
+        let written = serde_json::to_string(&file_of(&Machine::here(), &results)).unwrap();
+        let read: CostsFile = serde_json::from_str(&written).unwrap();
+        let (costs, usual) = (Costs::from(&read), Costs::MEASURED);
+        let compress = costs.of(Rung::Compress);
+        let ppm = |at: usize| lost(results[at].1.ratio());
+        assert_eq!(compress.busy, Some(Losses([ppm(0), ppm(1), ppm(2), ppm(3), ppm(4), ppm(5)])));
+        assert!(ppm(0) < Ppm::percent(2) && ppm(5) > Ppm::percent(48), "{compress:?}");
+        assert_eq!(compress.idle, usual.of(Rung::Compress).idle, "what was not measured stays as it was");
+        assert_eq!(costs.of(Rung::Balloon), usual.of(Rung::Balloon));
+        assert!(read.source.starts_with("cargo xtask bench cost"), "{}", read.source);
+    }
+
+    #[test]
+    fn a_guest_that_does_more_loses_nothing() {
+        assert_eq!((lost(4.1), lost(1.0), lost(0.9), lost(-1.0)), (Ppm(0), Ppm(0), Ppm(100_000), Ppm::WHOLE));
     }
 }

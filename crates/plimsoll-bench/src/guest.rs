@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::probe::ProbeCommand;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
+use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_sys::fdpass::seqpacket_pair;
 use plimsoll_sys::pagemap::{Entry, Pagemap};
 use plimsoll_sys::pidfd::Pidfd;
@@ -124,7 +125,20 @@ impl Guest {
         Self::unmanaged_as(&own, &[], config, interrupt)
     }
 
-    /// The same, its process being started from that file, which is this program, with more arguments.
+    /// The same, in a memory cgroup from its first page on.
+    pub(crate) fn unmanaged_in(
+        cgroup: &MemoryCgroup,
+        config: VmmConfig,
+        interrupt: &Interrupt,
+    ) -> Result<Self, BenchError> {
+        let config = VmmConfig { management: Management::Unmanaged, ..config };
+        let (mut guest, _) = Self::launch(&config, interrupt)?;
+        cgroup.enter(guest.process().process()).context("cannot put a guest into its cgroup")?;
+        guest.until_started()?;
+        Ok(guest)
+    }
+
+    /// One that no manager serves, its process being started from that file, which is this program, with more arguments.
     pub(crate) fn unmanaged_as(
         program: &Path,
         arguments: &[&str],

@@ -127,7 +127,7 @@ fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
             Name::Attach => serde_json::to_string_pretty(&attach::run(rows, &interrupt)?),
             Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
             Name::Balloon => serde_json::to_string_pretty(&balloon::run(rows, &interrupt)?),
-            Name::Cost => serde_json::to_string_pretty(&cost::run(rows, &interrupt)?),
+            Name::Cost => serde_json::to_string_pretty(&cost::run(rows, folder, &interrupt)?),
             Name::Density => serde_json::to_string_pretty(&density::run(rows, folder, &interrupt)?),
         };
         let path = folder.join(format!("{}.json", name.text()));

@@ -130,6 +130,16 @@ impl Comparison {
         &self.name
     }
 
+    /// Ours divided by the peer's.
+    pub(crate) const fn ratio(&self) -> f64 {
+        self.ratio
+    }
+
+    /// How far the peer's runs lay apart.
+    pub(crate) const fn spread(&self) -> f64 {
+        self.spread
+    }
+
     fn is_met(&self, goal: f64) -> bool {
         match self.better {
             Better::Higher => self.ratio >= goal,

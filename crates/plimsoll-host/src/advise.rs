@@ -9,7 +9,7 @@
 //! minutes uses more than its largest minute at most one time in a hundred with a certainty of `1 - 0.99^n` (order
 //! statistics, whatever the distribution): an hour gives 45 %, five hours 95 %.
 use crate::trace::{Record, Tick, TraceError};
-use plimsoll_policy::ladder::Costs;
+use plimsoll_policy::Costs;
 use plimsoll_policy::settings::{BUFFER_USUAL, Face, Settings, SettingsError};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView, Reading};

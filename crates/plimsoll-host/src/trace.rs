@@ -7,12 +7,15 @@
 //! ```text
 //! file    = one zstd frame of lines, flushed after each decision; a recorder that is killed leaves it without its end
 //! line    = a JSON object of one member
-//!   {"begin":    {"version": 1, "by": "plimsoll 0.1.0"}}                         the first line
+//!   {"begin":    {"version": 2, "by": "plimsoll 0.1.0"}}                         the first line
 //!   {"settings": {"state": PolicyState, "names": [[id, name], ...], "own": bytes}}  the second line, and before each decision
 //!                                                                                that rests on other machines or settings
 //!   {"tick":     {"view": HostView, "plan": Plan, "outcomes": [...],
 //!                 "overheads": [[id, [predicted, measured]], ...]}}              each decision
 //! ```
+//!
+//! Version 2 has losses in the settings' costs, and in reasons what a rung was held against. Version 1 has neither and is read: where no
+//! loss is known price alone decides, as it did.
 //!
 //! A decision depends on the view and on the state before it, and nothing else; so replaying starts from the first state and
 //! takes over settings where they changed. The state of every later `settings` line must come out by itself.
@@ -30,7 +33,7 @@ use std::path::Path;
 use thiserror::Error;
 
 /// The version written, and the newest that is read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// How a zstd frame begins (RFC 8878, 3.1.1).
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// zstd's level: records are alike, so the fastest one leaves a tenth.

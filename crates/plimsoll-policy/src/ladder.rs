@@ -3,18 +3,13 @@
 //! Enters: how much is to be freed, what could be had on each rung, what of the machine came back lately. Leaves: how
 //! much to take on which rungs, and what could not be covered.
 //!
-//! Rungs are taken by price, cheapest first, up to the last that the machine, the host's state and the machine's
-//! settings allow. The price is what a page *freed* costs, in processor time of the host and waiting of the guest:
+//! What the guest has free goes first, whatever was measured. The other rungs are taken by what they [cost](crate::costs), cheapest
+//! first, up to the last that the machine, the host's state and the machine's settings allow: by what the guest loses of its work,
+//! and where that is the same, by the price of a page. Two losses are the same that no measurement tells apart: they are counted in
+//! twentieths.
 //!
-//! ```text
-//! price = (take + back * returns) / (1 - keeps)
-//!         take, back   ns to take a page, and that the guest waits when it touches it again
-//!         returns      the part of the machine's pages that came back in the last minute or so
-//!         keeps        the part of a page that stays in RAM: where four are compressed to free one, four are paid
-//! ```
-//!
-//! So a machine whose pages keep coming back finds compressing dear, and twins or a balloon cheap.
 //! What the guest reported free is never paged: it is no part of what the paging rungs can have.
+use crate::costs::{Costs, Squeeze};
 use crate::part::Ppm;
 use alloc::vec::Vec;
 use core::fmt;
@@ -95,55 +90,6 @@ impl Rungs {
     }
 }
 
-/// What a rung costs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct Cost {
-    /// Nanoseconds to take a page.
-    pub take_ns: u64,
-    /// Nanoseconds the guest waits when it touches the page again.
-    pub back_ns: u64,
-    /// The part of a page that stays in RAM, below the whole.
-    pub keeps: Ppm,
-}
-
-/// What each rung costs on this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub struct Costs(pub [Cost; Rung::ALL.len()]);
-
-impl Costs {
-    /// What was measured on a 2-core x86-64 machine with KVM over software paging (FACTS); a host that has measured
-    /// its own replaces them. In the order of the rungs:
-    ///
-    /// * discarding costs the zap, 0.2 us, and a demand-zero fault of the guest, 5.5 us;
-    /// * virtio-balloon, 4 KiB pages: 0.951 GiB/s in, 2.34 GiB/s out (HyperAlloc, EuroSys '25, on a Xeon Gold 6252);
-    /// * KSM at full speed 32 us a merged page; a write to one is a fault like a first touch, 17 us;
-    /// * MADV_PAGEOUT to zram (lz4) 13.5 us, 8-11 us back in random order; lz4 leaves 0.57 of code and text;
-    /// * a disk was not measured: pageout as to zram, and each way the 200 us VMware's memory tiering allows a device.
-    pub const MEASURED: Self = Self([
-        Cost { take_ns: 200, back_ns: 5_500, keeps: Ppm::ZERO },
-        Cost { take_ns: 4_100, back_ns: 1_700, keeps: Ppm::ZERO },
-        Cost { take_ns: 32_000, back_ns: 17_000, keeps: Ppm::ZERO },
-        Cost { take_ns: 13_500, back_ns: 11_000, keeps: Ppm::percent(57) },
-        Cost { take_ns: 213_500, back_ns: 200_000, keeps: Ppm::ZERO },
-    ]);
-
-    /// What one rung costs.
-    pub const fn of(&self, rung: Rung) -> Cost {
-        self.0[rung as usize]
-    }
-}
-
-impl Cost {
-    /// Nanoseconds a freed page costs where that part of the pages comes back; `u64::MAX` where none is freed.
-    pub fn price_ns(self, returns: Ppm) -> u64 {
-        let cost = self.take_ns.saturating_add(returns.apply(self.back_ns));
-        let price = (u128::from(cost) * u128::from(Ppm::WHOLE.0)).checked_div(self.keeps.rest().0.into());
-        price.and_then(|price| u64::try_from(price).ok()).unwrap_or(u64::MAX)
-    }
-}
-
 /// What could be had on each rung, in bytes freed. What two rungs could both have is counted in `movable`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Offers {
@@ -158,6 +104,51 @@ pub(crate) struct Offers {
     pub(crate) stored: ByteCount,
 }
 
+impl Offers {
+    /// Bytes that could be freed on a rung while so many may move.
+    fn on(&self, rung: Rung, movable: u64, keeps: Ppm) -> u64 {
+        match rung {
+            Rung::GuestFree => self.guest_free.0,
+            Rung::Balloon => movable,
+            Rung::Sharing => self.mergeable.0.min(movable),
+            Rung::Compress => keeps.rest().apply(movable),
+            Rung::Disk => movable.saturating_add(self.stored.0),
+        }
+    }
+}
+
+/// Losses that lie in the same of these are the same: what guests lose is measured with a spread of some 5 %
+/// (docs/bench.md, `cost`).
+const SAME: Ppm = Ppm::percent(5);
+
+/// What a rung costs a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Figures {
+    /// Nanoseconds a freed page.
+    pub price_ns: u64,
+    /// The part of its work that the guest is to lose.
+    pub loss: Ppm,
+}
+
+impl Figures {
+    fn of(rung: Rung, costs: &Costs, returns: Ppm, squeeze: Squeeze) -> Self {
+        Self { price_ns: costs.of(rung).price_ns(returns), loss: costs.loss(rung, squeeze) }
+    }
+}
+
+/// Why this rung and not the next one that would have had something to give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Choice {
+    /// What this one costs.
+    pub costs: Figures,
+    /// The other rung.
+    pub other: Rung,
+    /// What that one would have cost.
+    pub other_costs: Figures,
+}
+
 /// Memory to take on one rung.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Taking {
@@ -166,41 +157,56 @@ pub(crate) struct Taking {
     /// Pages to take for that, more than are freed where a part of each stays.
     pub(crate) pages: PageCount,
     pub(crate) price_ns: u64,
+    /// None where there was none: no other rung, or nobody has measured what either does to a guest's work.
+    pub(crate) choice: Option<Choice>,
 }
 
-/// Covers `excess` from the cheapest of the `allowed` rungs on. Returns what to take, and what is left uncovered.
+/// The `allowed` rungs in the order in which they are taken, with what each costs.
+fn order(allowed: Rungs, costs: &Costs, returns: Ppm, squeeze: Squeeze) -> Vec<(Rung, Figures)> {
+    let figures = |rung| (rung, Figures::of(rung, costs, returns, squeeze));
+    let mut rungs: Vec<_> = Rung::ALL.into_iter().filter(|rung| allowed.has(*rung)).map(figures).collect();
+    rungs.sort_unstable_by_key(|(rung, figures)| {
+        (*rung != Rung::GuestFree, figures.loss.0 / SAME.0, figures.price_ns, *rung)
+    });
+    rungs
+}
+
+/// What a rung was held against: the first of those behind it that would have had something to give.
+fn choice(
+    (rung, figures): (Rung, Figures),
+    behind: &[(Rung, Figures)],
+    costs: &Costs,
+    gives: impl Fn(Rung) -> u64,
+) -> Option<Choice> {
+    let (other, other_costs) = behind.iter().copied().find(|(other, _)| gives(*other) > 0)?;
+    let is_known = costs.is_measured(rung) || costs.is_measured(other);
+    (rung != Rung::GuestFree && is_known).then_some(Choice { costs: figures, other, other_costs })
+}
+
+/// Covers what is asked from the cheapest of the `allowed` rungs on. Returns what to take, and what is left uncovered.
 pub(crate) fn climb(
-    excess: ByteCount,
+    squeeze: Squeeze,
     offers: Offers,
     allowed: Rungs,
     costs: &Costs,
     returns: Ppm,
 ) -> (Vec<Taking>, ByteCount) {
-    let mut rungs: Vec<(u64, Rung)> = Rung::ALL
-        .into_iter()
-        .filter(|rung| allowed.has(*rung))
-        .map(|rung| (costs.of(rung).price_ns(returns), rung))
-        .collect();
-    // What the guest has free goes before anything it uses, whatever was measured.
-    rungs.sort_unstable_by_key(|(price, rung)| (*rung != Rung::GuestFree, *price, *rung));
-    let (mut left, mut movable, mut takings) = (excess.0, offers.movable.0, Vec::new());
-    for (price_ns, rung) in rungs {
+    let free = if allowed.has(Rung::GuestFree) { offers.guest_free } else { ByteCount(0) };
+    let rungs = order(allowed, costs, returns, squeeze.beyond(free));
+    let (mut left, mut movable, mut takings) = (squeeze.asked.0, offers.movable.0, Vec::new());
+    for (at, &(rung, figures)) in rungs.iter().enumerate() {
         let keeps = costs.of(rung).keeps;
-        let frees = match rung {
-            Rung::GuestFree => offers.guest_free.0,
-            Rung::Balloon => movable,
-            Rung::Sharing => offers.mergeable.0.min(movable),
-            Rung::Compress => keeps.rest().apply(movable),
-            Rung::Disk => movable.saturating_add(offers.stored.0),
-        };
-        let frees = frees.min(left);
+        let gives = |rung| offers.on(rung, movable, costs.of(rung).keeps);
+        let frees = gives(rung).min(left);
         if frees == 0 {
             continue;
         }
+        let choice = choice((rung, figures), &rungs[at + 1..], costs, gives);
         let bytes = u128::from(frees) * u128::from(Ppm::WHOLE.0) / u128::from(keeps.rest().0.max(1));
         let bytes = ByteCount(u64::try_from(bytes).unwrap_or(u64::MAX));
-        takings.push(Taking { rung, frees: ByteCount(frees), pages: bytes.pages_ceil(), price_ns });
-        left -= frees;
+        let (frees, pages, price_ns) = (ByteCount(frees), bytes.pages_ceil(), figures.price_ns);
+        takings.push(Taking { rung, frees, pages, price_ns, choice });
+        left -= frees.0;
         if rung != Rung::GuestFree {
             movable = movable.saturating_sub(bytes.0);
         }
@@ -212,14 +218,21 @@ pub(crate) fn climb(
 mod tests {
     extern crate std;
     use super::*;
+    use crate::costs::{Cost, Losses};
+    use proptest::prelude::{Strategy, prop, prop_assert, prop_assert_eq, proptest};
     use std::vec;
 
     const MIB: fn(u64) -> ByteCount = ByteCount::mib;
     /// One page in ten comes back.
     const SOME: Ppm = Ppm::percent(10);
 
+    /// So much, of a machine that uses nothing of what it has.
+    fn asked(excess: u64) -> Squeeze {
+        Squeeze { asked: MIB(excess), consumed: MIB(1000), stored: MIB(0), active: MIB(0) }
+    }
+
     fn rungs(excess: u64, offers: Offers, allowed: Rungs, returns: Ppm) -> (Vec<(Rung, u64)>, u64) {
-        let (takings, left) = climb(MIB(excess), offers, allowed, &Costs::MEASURED, returns);
+        let (takings, left) = climb(asked(excess), offers, allowed, &Costs::MEASURED, returns);
         (takings.iter().map(|taking| (taking.rung, taking.frees.0 >> 20)).collect(), left.0 >> 20)
     }
 
@@ -263,9 +276,130 @@ mod tests {
     #[test]
     fn compressing_takes_more_pages_than_it_frees() {
         let only = Rungs::NONE.with(Rung::Compress);
-        let (takings, left) = climb(MIB(43), offers(0, 0, 400), only, &Costs::MEASURED, SOME);
+        let (takings, left) = climb(asked(43), offers(0, 0, 400), only, &Costs::MEASURED, SOME);
         assert_eq!(left, ByteCount(0));
         assert_eq!(takings[0].pages, MIB(100).pages_ceil());
+    }
+
+    fn losses() -> impl Strategy<Value = Option<Losses>> {
+        prop::option::of(prop::array::uniform6(0..=1_000_000u32).prop_map(|losses| Losses(losses.map(Ppm))))
+    }
+
+    fn costs() -> impl Strategy<Value = Costs> {
+        let cost = (0..300_000u64, 0..300_000u64, 0..1_000_000u32, losses(), losses());
+        let cost = cost.prop_map(|(take, back, keeps, busy, idle)| Cost {
+            busy,
+            idle,
+            ..Cost::new(take, back, Ppm(keeps))
+        });
+        prop::array::uniform5(cost).prop_map(Costs)
+    }
+
+    fn squeezed() -> impl Strategy<Value = Squeeze> {
+        (1..400u64, 1..1000u64, 0..400u64, 0..1200u64).prop_map(|(asked, consumed, stored, active)| Squeeze {
+            asked: MIB(asked.min(consumed)),
+            consumed: MIB(consumed),
+            stored: MIB(stored.min(consumed)),
+            active: MIB(active),
+        })
+    }
+
+    fn some_rungs() -> impl Strategy<Value = Rungs> {
+        (0..1u8 << Rung::ALL.len()).prop_map(Rungs)
+    }
+
+    fn some_offers() -> impl Strategy<Value = Offers> {
+        (0..100u64, 0..100u64, 0..400u64).prop_map(|(free, twins, movable)| offers(free, twins, movable))
+    }
+
+    /// Losses with something added somewhere.
+    fn raised(losses: Option<Losses>, more: [u32; 6]) -> Option<Losses> {
+        let Losses(mut losses) = losses?;
+        losses
+            .iter_mut()
+            .zip(more)
+            .for_each(|(loss, more)| loss.0 = loss.0.saturating_add(more).min(1_000_000));
+        Some(Losses(losses))
+    }
+
+    proptest! {
+        /// Asked one by one which of those that have something is the least dear, by figures found anew.
+        #[test]
+        fn the_cheapest_rung_that_has_something_goes_first(
+            costs in costs(), squeeze in squeezed(), allowed in some_rungs(), offers in some_offers(), returns in 0..=1_000_000u32,
+        ) {
+            let returns = Ppm(returns);
+            let (takings, _) = climb(squeeze, offers, allowed, &costs, returns);
+            let gives = |rung: Rung| allowed.has(rung) && offers.on(rung, offers.movable.0, costs.of(rung).keeps) > 0;
+            let first = takings.first().map(|taking| taking.rung);
+            prop_assert_eq!(first.is_some(), Rung::ALL.into_iter().any(gives));
+            let Some(first) = first else { return Ok(()) };
+            prop_assert!(gives(first));
+            prop_assert!(first == Rung::GuestFree || !gives(Rung::GuestFree), "free memory stays, used memory goes");
+            let free = if allowed.has(Rung::GuestFree) { offers.guest_free } else { ByteCount(0) };
+            let squeeze = squeeze.beyond(free);
+            for other in Rung::ALL.into_iter().filter(|rung| gives(*rung) && first != Rung::GuestFree) {
+                let dear = |rung| (costs.loss(rung, squeeze).0 / SAME.0, costs.of(rung).price_ns(returns));
+                prop_assert!(dear(first) <= dear(other), "{first:?} before {other:?}: {costs:?}");
+            }
+        }
+
+        #[test]
+        fn a_rung_that_costs_more_comes_no_earlier(
+            costs in costs(), squeeze in squeezed(), returns in 0..=1_000_000u32, rung in prop::sample::select(Rung::ALL.to_vec()),
+            more in (0..100_000u64, 0..100_000u64, prop::array::uniform6(0..300_000u32), prop::array::uniform6(0..300_000u32)),
+        ) {
+            let (take, back, busy, idle) = more;
+            let mut dearer = costs;
+            let cost = &mut dearer.0[rung as usize];
+            cost.take_ns += take;
+            cost.back_ns += back;
+            (cost.busy, cost.idle) = (raised(cost.busy, busy), raised(cost.idle, idle));
+            let place = |costs: &Costs| {
+                order(Rungs::ALL, costs, Ppm(returns), squeeze).iter().position(|(at, _)| *at == rung)
+            };
+            prop_assert!(place(&dearer) >= place(&costs), "{costs:?}");
+        }
+
+        #[test]
+        fn no_figure_opens_a_way_that_is_not_allowed(
+            costs in costs(), squeeze in squeezed(), offers in some_offers(), returns in 0..=1_000_000u32,
+        ) {
+            let never = Rungs::ALL.up_to(Rung::NEVER_PAGE);
+            let (takings, left) = climb(squeeze, offers, never, &costs, Ppm(returns));
+            prop_assert!(takings.iter().all(|taking| !taking.rung.pages_out()));
+            let others = takings.iter().filter_map(|taking| taking.choice);
+            prop_assert!(others.into_iter().all(|choice| !choice.other.pages_out()), "held against what is forbidden");
+            let taken: ByteCount = takings.iter().map(|taking| taking.frees).sum();
+            prop_assert_eq!(taken + left, squeeze.asked);
+        }
+
+        /// What records of before losses were measured hold: their decisions must come out as they were.
+        #[test]
+        fn without_losses_price_alone_decides_and_nothing_is_said_of_them(
+            costs in costs(), squeeze in squeezed(), offers in some_offers(), returns in 0..=1_000_000u32,
+        ) {
+            let prices = Costs(costs.0.map(|cost| Cost::new(cost.take_ns, cost.back_ns, cost.keeps)));
+            let (takings, _) = climb(squeeze, offers, Rungs::ALL, &prices, Ppm(returns));
+            let used = takings.iter().filter(|taking| taking.rung != Rung::GuestFree);
+            prop_assert!(used.clone().map(|taking| taking.price_ns).is_sorted());
+            prop_assert!(used.clone().all(|taking| taking.choice.is_none()));
+        }
+    }
+
+    #[test]
+    fn a_busy_guests_twins_are_merged_before_its_pages_are_compressed_and_the_choice_says_by_what() {
+        let both = Rungs::NONE.with(Rung::Sharing).with(Rung::Compress);
+        let busy = Squeeze { active: MIB(1000), ..asked(100) };
+        let (takings, _) = climb(busy, offers(0, 50, 900), both, &Costs::MEASURED, Ppm::ZERO);
+        assert_eq!(takings[0].rung, Rung::Sharing);
+        let choice = takings[0].choice.unwrap();
+        assert_eq!((choice.costs.price_ns, choice.costs.loss), (32_000, Ppm::ZERO));
+        assert_eq!((choice.other, choice.other_costs.price_ns), (Rung::Compress, 31_395));
+        assert!(choice.other_costs.loss > Ppm::percent(50), "{choice:?}");
+        // The same pages of a guest that uses none of them: the price decides.
+        let (takings, _) = climb(asked(100), offers(0, 50, 900), both, &Costs::MEASURED, Ppm::ZERO);
+        assert_eq!(takings[0].rung, Rung::Compress);
     }
 
     #[test]

@@ -18,8 +18,8 @@
 //!   fits.
 //! * [`demand`]: what a machine needs, by what the host sampled; what guests claim only lowers it.
 //! * [`auction`]: who gets what of it, by shares, with idle memory taxed.
-//! * [`host_state`]: how short the host is. [`ladder`]: the ways to take memory, by price. [`balloon`]: when not to
-//!   wait for one.
+//! * [`host_state`]: how short the host is. [`ladder`]: the ways to take memory, by what they cost. [`costs`]: what that is.
+//!   [`balloon`]: when not to wait for one.
 //! * [`damper`]: why targets do not flutter. [`reason`]: each decision as a value that prints as a sentence.
 //!
 //! # What holds
@@ -82,6 +82,7 @@ extern crate alloc;
 pub mod admission;
 pub mod auction;
 pub mod balloon;
+pub mod costs;
 pub mod damper;
 mod decide;
 pub mod demand;
@@ -96,6 +97,7 @@ mod stall;
 pub mod tree;
 pub mod view;
 
+pub use costs::Costs;
 pub use decide::{PolicyState, decide};
 pub use ladder::{Rung, Rungs};
 pub use part::Ppm;

@@ -6,7 +6,7 @@ use crate::balloon::Standing;
 use crate::damper::Hold;
 use crate::demand::{Basis, SampleFault};
 use crate::host_state::HostState;
-use crate::ladder::Rung;
+use crate::ladder::{Choice, Rung};
 use crate::part::Ppm;
 use crate::settings::Shares;
 use core::fmt;
@@ -84,11 +84,29 @@ pub enum Reason {
     },
     /// A machine's target was left where it is although another one is due.
     TargetHeld { target: ByteCount, due: ByteCount, hold: Hold },
-    /// Memory is taken: the machine has more than its target, and this rung costs `price_ns` a freed page.
-    Taken { need: Need, target: ByteCount, rung: Rung, price_ns: u64, returns: Ppm, room: Room },
+    /// Memory is taken: the machine has more than its target, and this rung costs `price_ns` a freed page. `choice` is what it was
+    /// held against.
+    Taken {
+        need: Need,
+        target: ByteCount,
+        rung: Rung,
+        price_ns: u64,
+        returns: Ppm,
+        #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
+        choice: Option<Choice>,
+        room: Room,
+    },
     /// The balloon is to hold more, so that the machine comes down to its target. Of what it has above the target only
-    /// a part, `appetite`, is taken at once.
-    BalloonGrows { from: ByteCount, to: ByteCount, target: ByteCount, appetite: Ppm, room: Room },
+    /// a part, `appetite`, is taken at once. `choice` is what a balloon was held against.
+    BalloonGrows {
+        from: ByteCount,
+        to: ByteCount,
+        target: ByteCount,
+        appetite: Ppm,
+        #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
+        choice: Option<Choice>,
+        room: Room,
+    },
     /// The balloon gives back, so that the machine may have its target.
     BalloonShrinks { from: ByteCount, to: ByteCount, target: ByteCount, room: Room },
     /// The machine may have more, but memory has to be free before it is granted: this much of it waits.
@@ -121,6 +139,19 @@ pub enum Reason {
     ClockWentBack { from_ms: u64, to_ms: u64 },
 }
 
+/// By what one rung was taken and not the next. Losses to a hundredth, which is more than was measured.
+fn weigh(f: &mut fmt::Formatter<'_>, choice: &Choice) -> fmt::Result {
+    let Choice { costs, other, other_costs } = choice;
+    let percent = |loss: Ppm| loss.0.saturating_add(5_000) / 10_000;
+    write!(
+        f,
+        " and {} % of its work, where {other} would cost {} us and {} %",
+        percent(costs.loss),
+        other_costs.price_ns / 1000,
+        percent(other_costs.loss)
+    )
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -143,17 +174,28 @@ impl fmt::Display for Reason {
             Self::TargetHeld { target, due, hold } => {
                 write!(f, "its target stays at {target} although {due} is due: {hold}")
             }
-            Self::Taken { need, target, rung, price_ns, returns, room } => write!(
-                f,
-                "it is taken from by {rung}: its target is {target}, {need}; this costs {} us a freed page where \
-                 {returns} come back; {room}",
-                price_ns / 1000
-            ),
-            Self::BalloonGrows { from, to, target, appetite, room } => write!(
-                f,
-                "its balloon goes from {from} to {to}: its target is {target}, of what is above it {appetite} are \
-                 taken; {room}"
-            ),
+            Self::Taken { need, target, rung, price_ns, returns, choice, room } => {
+                write!(
+                    f,
+                    "it is taken from by {rung}: its target is {target}, {need}; this costs {} us a freed page where \
+                     {returns} come back",
+                    price_ns / 1000
+                )?;
+                choice.iter().try_for_each(|choice| weigh(f, choice))?;
+                write!(f, "; {room}")
+            }
+            Self::BalloonGrows { from, to, target, appetite, choice, room } => {
+                write!(
+                    f,
+                    "its balloon goes from {from} to {to}: its target is {target}, of what is above it {appetite} are \
+                     taken"
+                )?;
+                if let Some(choice) = choice {
+                    write!(f, "; this costs {} us a freed page", choice.costs.price_ns / 1000)?;
+                    weigh(f, choice)?;
+                }
+                write!(f, "; {room}")
+            }
             Self::BalloonShrinks { from, to, target, room } => {
                 write!(f, "its balloon goes from {from} down to {to}: its target is {target}; {room}")
             }

@@ -20,7 +20,7 @@ use crate::chance::draw;
 use crate::demand::{Curve, Demand, Locality, Part};
 use crate::time::Millis;
 use plimsoll_core::sampler::Sampler;
-use plimsoll_policy::ladder::Costs;
+use plimsoll_policy::Costs;
 use plimsoll_policy::settings::{Face, Hold, MachineSettings, Terms};
 use plimsoll_policy::view::{GuestStatistics, MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs};

@@ -13,8 +13,8 @@ use crate::host::{Host, Placed, SECOND};
 use crate::machine::{Begin, Boot, Class, Estimator, Keeper, Physics};
 use crate::scenario::{Hosts, Order, Placement, Scenario};
 use crate::time::Millis;
+use plimsoll_policy::Costs;
 use plimsoll_policy::admission::{Capacity, Overheads};
-use plimsoll_policy::ladder::Costs;
 use plimsoll_policy::settings::MachineSettings;
 use plimsoll_policy::view::{HostView, MachineView};
 use plimsoll_policy::{Plan, PolicyState, Ppm, Rung, Rungs, Step};
@@ -28,7 +28,7 @@ use std::sync::Arc;
 /// How a zstd frame begins (RFC 8878, 3.1.1).
 const MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// The newest form that is read.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A record cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -23,7 +23,6 @@ use plimsoll_linux::zram::ZramSwap;
 use plimsoll_sys::{ProcessId, procfs};
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::VmmConfig;
-use plimsoll_vmm::config::Management;
 use plimsoll_vmm::control::{Command, MergeMode, MergeRange};
 use proxmox::Balloons;
 use std::fs;
@@ -157,18 +156,9 @@ fn offer(guest: &Guest, role: &Role) -> Result<()> {
     guest.tell(&Command::Merge(MergeRange { gpa: 0, bytes: role.size.0, merging: MergeMode::Offered }))
 }
 
-/// Starts a guest of the kernel's in a cgroup.
-fn start_in(cgroup: &MemoryCgroup, config: VmmConfig, interrupt: &Interrupt) -> Result<Guest, BenchError> {
-    let config = VmmConfig { management: Management::Unmanaged, ..config };
-    let (mut guest, _) = Guest::launch(&config, interrupt)?;
-    cgroup.enter(guest.process().process()).context("cannot put a guest into its cgroup")?;
-    guest.until_started()?;
-    Ok(guest)
-}
-
 impl Host for Alone {
     fn admit(&mut self, role: &'static Role, config: VmmConfig) -> Result<Guest, BenchError> {
-        let guest = start_in(&self.cage.cgroup, config, &self.interrupt)?;
+        let guest = Guest::unmanaged_in(&self.cage.cgroup, config, &self.interrupt)?;
         if self.ksm.is_some() {
             offer(&guest, role)?;
         }

@@ -14,7 +14,7 @@ use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{KernelError, KernelMachine, Totals};
 use plimsoll_linux::reclaimer::{COLLAPSED_MAX, Reclaimer, Short, Usage};
 use plimsoll_linux::zram::{self, SwapCost};
-use plimsoll_policy::ladder::Costs;
+use plimsoll_policy::Costs;
 use plimsoll_policy::view::{MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs, Step};
 use plimsoll_sys::procfs::maps::MeasuredMapping;

@@ -86,6 +86,16 @@ pub enum Wrong {
         /// What is reserved.
         reserve: ByteCount,
     },
+    /// A file of costs that cannot be read.
+    #[error(
+        "the costs {file:?} cannot be read ({why}): write them with `cargo xtask bench cost`, or leave the line out"
+    )]
+    NoCosts {
+        /// Its path.
+        file: String,
+        /// What the system said.
+        why: String,
+    },
     /// A tax that leaves nothing.
     #[error("{0}")]
     Tax(plimsoll_policy::auction::TaxTooHigh),

@@ -1,14 +1,15 @@
 //! The file's own form: keys, kinds of values, and lines.
-use super::{Config, FaceConfig, MachineConfig, Wrong};
+use super::{Config, ConfigError, FaceConfig, MachineConfig, Wrong};
 use plimsoll_policy::auction::IdleTax;
+use plimsoll_policy::costs::CostsFile;
 use plimsoll_policy::settings::{BUFFER_USUAL, Face, GroupSettings, STALL_OBJECTIVE_USUAL, Shares};
-use plimsoll_policy::{Ppm, Rung};
+use plimsoll_policy::{Costs, Ppm, Rung};
 use plimsoll_types::{ByteCount, DomainId, GroupId};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, Visitor};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use toml::de::DeTable;
 
@@ -29,6 +30,7 @@ struct File {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 struct Host {
+    costs: Option<PathBuf>,
     memory: Option<Text<ByteCount>>,
     reserve: Option<Text<ByteCount>>,
     idle_tax: Option<Text<Part>>,
@@ -159,6 +161,23 @@ pub(super) fn line_of(text: &str, path: &[&str]) -> usize {
     line_at(text, byte)
 }
 
+/// Reads what taking memory costs here from the file that the settings name, seen from the folder they are in.
+pub(super) fn costs_of(config: &Config, text: &str, path: &str) -> Result<Costs, ConfigError> {
+    let Some(named) = &config.costs_file else { return Ok(Costs::MEASURED) };
+    let file = Path::new(path).parent().unwrap_or(Path::new("")).join(named);
+    let shown = file.display().to_string();
+    let json = std::fs::read_to_string(&file).map_err(|error| {
+        let wrong = Wrong::NoCosts { file: shown.clone(), why: error.to_string() };
+        ConfigError::new(path, line_of(text, &["host", "costs"]), wrong)
+    })?;
+    let costs: CostsFile = serde_json::from_str(&json).map_err(|error| {
+        let said = error.to_string();
+        let what = said.rsplit_once(" at line ").map_or(&*said, |(what, _)| what);
+        ConfigError::new(&shown, error.line(), Wrong::Syntax(sentence(what)))
+    })?;
+    Ok(Costs::from(&costs))
+}
+
 /// Reads everything a file says that can be read without looking at the rest of it.
 pub(super) fn parse(text: &str) -> At<Config> {
     let file: File = toml::from_str(text).map_err(|error| {
@@ -212,7 +231,8 @@ pub(super) fn parse(text: &str) -> At<Config> {
             IdleTax::new(part).map_err(|error| at(&["host", "idle-tax"], Wrong::Tax(error)))?
         }
     };
-    Ok(Config { memory, reserve, tax, groups, machines })
+    let (costs_file, costs) = (file.host.costs, Costs::MEASURED);
+    Ok(Config { memory, reserve, tax, costs_file, costs, groups, machines })
 }
 
 /// What a parser says, as the sentence of this house.

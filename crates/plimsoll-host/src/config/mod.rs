@@ -8,6 +8,7 @@
 //! memory = "4G"            # what machines share; left out: all the host has
 //! reserve = "256M"         # of it, for the manager and whatever else is no machine
 //! idle-tax = "75%"
+//! costs = "costs.json"     # what `cargo xtask bench cost` has written; left out: what we measured
 //!
 //! [group.tenant]           # machines belong to the host unless they say otherwise
 //! reservation = "1G"
@@ -44,7 +45,7 @@ use plimsoll_policy::settings::{
     Face, GroupSettings, MachineSettings, Owner, Settings, SettingsError, Shares, Terms,
 };
 use plimsoll_policy::tree::Tree;
-use plimsoll_policy::{Ppm, Rung};
+use plimsoll_policy::{Costs, Ppm, Rung};
 use plimsoll_types::{ByteCount, GroupId, MachineId};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,10 @@ pub struct Config {
     pub reserve: ByteCount,
     /// What idle memory is taxed.
     pub tax: IdleTax,
+    /// The file that says what taking memory costs here, as the settings name it.
+    pub costs_file: Option<PathBuf>,
+    /// What it says; what we measured where none is named.
+    pub costs: Costs,
     /// The groups and their names.
     pub groups: BTreeMap<String, GroupSettings>,
     /// The machines by name.
@@ -172,12 +177,13 @@ impl Config {
         Self::parse(&text, &shown)
     }
 
-    /// Checks a text; `path` is what it is called.
+    /// Checks a text; `path` is what it is called. A file of costs that it names is read.
     ///
     /// # Errors
     /// [`ConfigError::Wrong`].
     pub fn parse(text: &str, path: &str) -> Result<Self, ConfigError> {
-        let config = file::parse(text).map_err(|(line, wrong)| ConfigError::new(path, line, wrong))?;
+        let mut config = file::parse(text).map_err(|(line, wrong)| ConfigError::new(path, line, wrong))?;
+        config.costs = file::costs_of(&config, text, path)?;
         let ids: BTreeMap<MachineId, &str> =
             (1..).map(MachineId).zip(config.machines.keys().map(String::as_str)).collect();
         let names = |owner: Owner| match owner {
@@ -213,7 +219,7 @@ impl Config {
     /// The host's settings, without machines.
     pub fn settings(&self, capacity: ByteCount) -> Settings {
         let groups = self.groups.values().copied().collect();
-        Settings { tax: self.tax, groups, ..Settings::new(capacity) }
+        Settings { tax: self.tax, costs: self.costs, groups, ..Settings::new(capacity) }
     }
 
     /// What is said about a machine; the usual where nothing is.

@@ -1,5 +1,6 @@
 //! Settings files that are understood, and the sentence for each that is not.
 use super::*;
+use plimsoll_policy::costs::Losses;
 use plimsoll_policy::settings::BUFFER_USUAL;
 use plimsoll_types::DomainId;
 
@@ -131,6 +132,44 @@ fn each_mistake_is_told_with_its_line_and_what_to_do() {
     }
     let tax = refusal("[host]\nidle-tax = \"100%\"\n");
     assert!(tax.starts_with("host.toml:2: ") && tax.contains("99 %"), "{tax}");
+}
+
+#[test]
+fn costs_are_read_from_the_file_beside_the_settings_and_a_wrong_one_is_told_with_its_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let (settings, costs) = (folder.path().join("host.toml"), folder.path().join("costs.json"));
+    std::fs::write(&settings, "[host]\nmemory = \"4G\"\ncosts = \"costs.json\"\n").unwrap();
+    let missing = Config::read(&settings).unwrap_err().to_string();
+    let expected = format!("{}:3: the costs {costs:?} cannot be read (", settings.display());
+    assert!(missing.starts_with(&expected) && missing.contains("cargo xtask bench cost"), "{missing}");
+
+    let compress = "\"compress\": {\"take_ns\": 9000, \"idle_ppm\": [1, 2, 3, 4, 5, 6]}";
+    std::fs::write(&costs, format!("{{\"source\": \"mine\", {compress}}}")).unwrap();
+    let read = Config::read(&settings).unwrap().settings(MIB(4096)).costs;
+    let usual = Costs::MEASURED;
+    let (cost, before) = (read.of(Rung::Compress), usual.of(Rung::Compress));
+    assert_eq!((cost.take_ns, cost.back_ns, cost.busy), (9000, before.back_ns, before.busy));
+    assert_eq!(cost.idle, Some(Losses([1, 2, 3, 4, 5, 6].map(Ppm))));
+    assert_eq!(read.of(Rung::Balloon), usual.of(Rung::Balloon));
+
+    let refused = |text: &str| {
+        std::fs::write(&costs, text).unwrap();
+        let error = Config::read(&settings).unwrap_err().to_string();
+        error.strip_prefix(&format!("{}:", costs.display())).unwrap_or(&error).to_owned()
+    };
+    for (text, sentence) in [
+        (
+            "{\"source\": \"mine\",\n\"zswap\": {}}",
+            "2: unknown key `zswap`: use one of `source`, `guest-free`, `balloon`, `sharing`, `compress`, `disk`",
+        ),
+        (
+            "{\"source\": \"mine\",\n\n\"balloon\": {\"busy_ppm\": [0, 0]}}",
+            "3: 2 losses: give 6, for 10, 20, 30, 40, 50 and 60 % taken",
+        ),
+        ("{\"source\": \"mine\"", "1: EOF while parsing an object"),
+    ] {
+        assert_eq!(refused(text), sentence);
+    }
 }
 
 #[test]

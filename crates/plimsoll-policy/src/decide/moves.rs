@@ -7,8 +7,9 @@ use super::targets::Aim;
 use super::{Findings, Host, PolicyState, Remembered};
 use crate::auction::{Bidder, IdleTax, auction};
 use crate::balloon::Standing;
+use crate::costs::Squeeze;
 use crate::host_state::{HostState, min_free};
-use crate::ladder::{Offers, Rung, Rungs, Taking, climb};
+use crate::ladder::{Choice, Offers, Rung, Rungs, Taking, climb};
 use crate::part::Ppm;
 use crate::plan::{Action, Step};
 use crate::reason::{Reason, Room};
@@ -43,12 +44,15 @@ pub(crate) fn take(
         let allowed = allowed(machine, highest, shares_pages);
         let returns = known.usage.returns();
         let asked = bite(host, machine, excess, known);
-        let (takings, left) = climb(asked, offers(machine), allowed, &costs, returns);
+        let (takings, left) = climb(squeeze(machine, asked), offers(machine), allowed, &costs, returns);
         // What is free in the guest and goes first is not the balloon's to bring.
         let mut before = ByteCount(0);
         for taking in takings {
             match taking.rung {
-                Rung::Balloon => grow_balloon(host, machine, aim, before + taking.frees, known, findings),
+                Rung::Balloon => {
+                    let asks = Asks { frees: before + taking.frees, choice: taking.choice };
+                    grow_balloon(host, machine, aim, asks, known, findings);
+                }
                 _ => take_on(host, machine, aim, taking, returns, findings),
             }
             before += taking.frees;
@@ -79,6 +83,11 @@ fn allowed(machine: &Seen<'_>, highest: Rung, shares_pages: bool) -> Rungs {
     rungs
 }
 
+fn squeeze(machine: &Seen<'_>, asked: ByteCount) -> Squeeze {
+    let (view, active) = (machine.view, machine.demand.active.bytes());
+    Squeeze { asked, consumed: view.consumed, stored: view.stored, active }
+}
+
 fn offers(machine: &Seen<'_>) -> Offers {
     let view = machine.view;
     let fixed = view.stored + view.pinned + view.reported_free;
@@ -103,24 +112,30 @@ fn take_on(
     returns: Ppm,
     findings: &mut Findings,
 ) {
-    let Taking { rung, frees, pages, price_ns } = taking;
+    let Taking { rung, frees, pages, price_ns, choice } = taking;
     let (need, target, room) = (machine.need(), aim.target.bytes(), goal(host));
-    let reason = Reason::Taken { need, target, rung, price_ns, returns, room };
+    let reason = Reason::Taken { need, target, rung, price_ns, returns, choice, room };
     findings.actions.push(Action { machine: machine.id(), step: Step::Take { rung, pages, frees }, reason });
 }
 
-/// Asks the balloon for what brings the machine down by `frees`. What its guest has never touched it would bring
+/// What is asked of a balloon.
+struct Asks {
+    frees: ByteCount,
+    choice: Option<Choice>,
+}
+
+/// Asks the balloon for what brings the machine down by that much. What its guest has never touched it would bring
 /// first, and that frees nothing: so it is asked to leave the guest no more than the machine is to have.
 fn grow_balloon(
     host: &Host,
     machine: &Seen<'_>,
     aim: &Aim,
-    frees: ByteCount,
+    asks: Asks,
     known: &mut Remembered,
     findings: &mut Findings,
 ) {
     let (Some(from), Some(balloon)) = (machine.view.balloon, &mut known.balloon) else { return };
-    let left = machine.view.consumed.saturating_sub(frees).max(machine.kept().bytes());
+    let left = machine.view.consumed.saturating_sub(asks.frees).max(machine.kept().bytes());
     let to = machine.terms.size.bytes().saturating_sub(left);
     // Pages, as every balloon counts.
     let to = to.pages_floor().bytes();
@@ -129,7 +144,7 @@ fn grow_balloon(
     }
     balloon.ask(to, from);
     let (target, appetite, room) = (aim.target.bytes(), known.stall.appetite(), goal(host));
-    let reason = Reason::BalloonGrows { from, to, target, appetite, room };
+    let reason = Reason::BalloonGrows { from, to, target, appetite, choice: asks.choice, room };
     findings.actions.push(Action { machine: machine.id(), step: Step::Balloon(to), reason });
 }
 

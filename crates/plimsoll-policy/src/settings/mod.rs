@@ -19,7 +19,8 @@ mod error;
 pub use error::{Names, Owner, Setting, SettingsError};
 
 use crate::auction::{IdleTax, PAGES_MAX, SHARES_MAX};
-use crate::ladder::{Costs, Rung};
+use crate::costs::Costs;
+use crate::ladder::Rung;
 use crate::part::Ppm;
 use alloc::vec::Vec;
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE, PageCount};

@@ -3,11 +3,12 @@
 //! A failing case is shrunk and kept in `tests/policy/invariants.proptest-regressions`, from where it is run again
 //! first.
 use plimsoll_policy::auction::IdleTax;
+use plimsoll_policy::costs::{Cost, Losses};
 use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::settings::{Face, GroupSettings, Hold, MachineSettings, Settings, Shares};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{GuestStatistics, HostView, MachineView, Phase, Reading};
-use plimsoll_policy::{Plan, PolicyState, Ppm, Reason, Rung, Rungs, Step, decide};
+use plimsoll_policy::{Costs, Plan, PolicyState, Ppm, Reason, Rung, Rungs, Step, decide};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
 use proptest::prelude::{
     Just, ProptestConfig, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest,
@@ -44,6 +45,19 @@ fn face() -> impl Strategy<Value = Face> {
     ]
 }
 
+/// Costs of any kind, with losses and without.
+fn costs() -> impl Strategy<Value = Costs> {
+    let losses =
+        || prop::option::of(prop::array::uniform6(0..=1_000_000u32).prop_map(|all| Losses(all.map(Ppm))));
+    let cost = (any::<u32>(), any::<u32>(), 0..1_000_000u32, losses(), losses());
+    let cost = cost.prop_map(|(take, back, keeps, busy, idle)| Cost {
+        busy,
+        idle,
+        ..Cost::new(take.into(), back.into(), Ppm(keeps))
+    });
+    prop_oneof![Just(Costs::MEASURED), prop::array::uniform5(cost).prop_map(Costs)]
+}
+
 /// Settings that can be: groups nested at random, some with reservations and limits that cover what is nested.
 fn tree() -> impl Strategy<Value = Tree> {
     let group = (0..=GROUPS, any::<u16>(), any::<bool>(), 1..10_000u32);
@@ -52,15 +66,18 @@ fn tree() -> impl Strategy<Value = Tree> {
     let nested = (
         prop::collection::vec(group, 0..=GROUPS as usize),
         prop::collection::vec(machine, 1..=MACHINES as usize),
-        tax,
+        (tax, costs()),
     );
-    nested.prop_map(|(groups, machines, tax)| {
+    nested.prop_map(|(groups, machines, (tax, costs))| {
         let parent = |at_most: usize, wanted: u32| {
             (wanted > 0 && wanted as usize <= at_most).then_some(GroupId(wanted))
         };
         let count = groups.len();
-        let mut settings =
-            Settings { tax: IdleTax::new(Ppm::percent(tax)).unwrap(), ..Settings::new(ByteCount(1 << 50)) };
+        let mut settings = Settings {
+            tax: IdleTax::new(Ppm::percent(tax)).unwrap(),
+            costs,
+            ..Settings::new(ByteCount(1 << 50))
+        };
         for ((index, (up, extra, has_limit, shares)), id) in groups.into_iter().enumerate().zip(1..) {
             settings.groups.push(GroupSettings {
                 id: GroupId(id),

@@ -2,13 +2,14 @@
 use crate::world::{
     MIB, STALLED, World, entitlement, machine, rungs, sampled, steps, target, tree, view, why,
 };
+use plimsoll_policy::costs::{Cost, Losses};
 use plimsoll_policy::demand::{Basis, SampleFault};
 use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::plan::Note;
 use plimsoll_policy::settings::{Face, GroupSettings, MachineSettings, Settings};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{GuestStatistics, HostView, MachineView, Phase, Reading};
-use plimsoll_policy::{Plan, PolicyState, Ppm, Reason, Rung, Rungs, Step, decide};
+use plimsoll_policy::{Costs, Plan, PolicyState, Ppm, Reason, Rung, Rungs, Step, decide};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 
 /// A host of 16 GiB, which keeps 655 MiB free.
@@ -343,6 +344,38 @@ fn what_comes_back_is_used_and_makes_paging_dearer() {
     assert!(price(&after) > price(&before), "{:?} after {:?}", price(&after), price(&before));
     let faded = look(vec![shown(0, 0)], 400, &mut state, 100_000);
     assert_eq!(faded.machines[0].active, MIB(1000));
+}
+
+#[test]
+fn why_names_what_a_rung_was_held_against_and_both_figures() {
+    let costs = |balloon: u32, compress: u32| {
+        let mut costs = Costs::MEASURED;
+        for (rung, loss) in [(Rung::Balloon, balloon), (Rung::Compress, compress)] {
+            let losses = Some(Losses([Ppm::percent(loss); 6]));
+            costs.0[rung as usize] = Cost { busy: losses, idle: losses, ..costs.of(rung) };
+        }
+        costs
+    };
+    // A thirtieth of what it uses is taken, so a third of what a tenth costs is lost.
+    let said = |costs| {
+        let settings =
+            Settings { machines: vec![machine(1, 8192, 0, 1000)], costs, ..Settings::new(MIB(1 << 20)) };
+        let mut state = PolicyState::new(Tree::new(settings).unwrap());
+        let shown = MachineView {
+            balloon: Some(ByteCount(0)),
+            rungs: Rungs::NONE.with(Rung::Balloon).with(Rung::Compress),
+            ..view(1, 8000, 8000)
+        };
+        why(&look(vec![shown], 400, &mut state, 0), 1).join("\n")
+    };
+    let balloon = said(costs(2, 90));
+    let figures = "this costs 4 us a freed page and 1 % of its work, where compressing pages would cost 33 us and 29 %; ";
+    assert!(balloon.contains("its balloon goes from 0") && balloon.contains(figures), "{balloon}");
+    let compressed = said(costs(90, 2));
+    let figures = "this costs 33 us a freed page where 10 % come back and 1 % of its work, where its balloon would cost 4 us and 29 %; ";
+    assert!(compressed.contains("by compressing pages") && compressed.contains(figures), "{compressed}");
+    // As near as no measurement tells apart: the price decides.
+    assert!(said(costs(4, 1)).contains("its balloon goes"), "{}", said(costs(4, 1)));
 }
 
 #[test]

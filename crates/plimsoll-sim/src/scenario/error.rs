@@ -36,6 +36,19 @@ pub enum ScenarioError {
         #[source]
         source: TraceError,
     },
+    /// The costs it names cannot be read.
+    #[error(
+        "{file}:{line}: there are no such costs: write them with `cargo xtask bench cost`, or leave the line out"
+    )]
+    Costs {
+        /// The file.
+        file: String,
+        /// The line, from 1.
+        line: usize,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// Settings contradict themselves.
     #[error("{file}:{line}: {whose} cannot be")]
     Settings {

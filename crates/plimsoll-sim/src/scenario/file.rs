@@ -11,13 +11,13 @@ use crate::time::Millis;
 use crate::trace::{Record, TraceError};
 use plimsoll_policy::admission::{Capacity, Overheads};
 use plimsoll_policy::auction::{IdleTax, PAGES_MAX};
+use plimsoll_policy::costs::{Cost, CostsFile};
 use plimsoll_policy::host_state::min_free;
-use plimsoll_policy::ladder::{Cost, Costs};
 use plimsoll_policy::settings::{
     BUFFER_USUAL, Face, GroupSettings, Owner, STALL_OBJECTIVE_USUAL, SettingsError, Shares, Terms,
 };
 use plimsoll_policy::tree::Tree;
-use plimsoll_policy::{Ppm, Rung, Rungs};
+use plimsoll_policy::{Costs, Ppm, Rung, Rungs};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -98,6 +98,8 @@ struct PlacementTable {
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct CostsTable {
+    /// What `cargo xtask bench cost` has written; its place is seen from the scenario's. What is said beside it counts more.
+    file: Option<Spanned<String>>,
     guest_free: Option<CostTable>,
     balloon: Option<CostTable>,
     sharing: Option<CostTable>,
@@ -329,7 +331,7 @@ fn hosts(table: &HostsTable, source: &Source<'_>) -> Result<Hosts, ScenarioError
 }
 
 fn physics(table: &CostsTable, source: &Source<'_>) -> Result<Physics, ScenarioError> {
-    let mut costs = Costs::MEASURED;
+    let mut costs = table.file.as_ref().map_or(Ok(Costs::MEASURED), |named| costs_in(named, source))?;
     let tables = [&table.guest_free, &table.balloon, &table.sharing, &table.compress, &table.disk];
     for (cost, table) in costs.0.iter_mut().zip(tables) {
         let Some(table) = table else { continue };
@@ -343,6 +345,7 @@ fn physics(table: &CostsTable, source: &Source<'_>) -> Result<Physics, ScenarioE
             take_ns: table.take.map_or(cost.take_ns, |nanos| nanos.0.0),
             back_ns: table.back.map_or(cost.back_ns, |nanos| nanos.0.0),
             keeps,
+            ..*cost
         };
     }
     let takers = table.threads.as_ref().map_or(Physics::TAKERS_USUAL, |threads| *threads.get_ref());
@@ -354,6 +357,22 @@ fn physics(table: &CostsTable, source: &Source<'_>) -> Result<Physics, ScenarioE
         mistakes: table.mistakes.map_or(Physics::MISTAKES_USUAL, |part| part.0.min(Ppm::WHOLE)),
         takers,
     })
+}
+
+fn costs_in(named: &Spanned<String>, source: &Source<'_>) -> Result<Costs, ScenarioError> {
+    let path = source.path.parent().unwrap_or(Path::new("")).join(named.get_ref());
+    let file = path.display().to_string();
+    let text = std::fs::read_to_string(&path).map_err(|why| ScenarioError::Costs {
+        file: source.file(),
+        line: source.line(&named.span()),
+        source: why,
+    })?;
+    let costs: CostsFile = serde_json::from_str(&text).map_err(|error| {
+        let said = error.to_string();
+        let what = said.rsplit_once(" at line ").map_or(&*said, |(what, _)| what).to_owned();
+        ScenarioError::Written { file, line: error.line(), what }
+    })?;
+    Ok(Costs::from(&costs))
 }
 
 fn estimator(table: &EstimatorTable, source: &Source<'_>) -> Result<Estimator, ScenarioError> {

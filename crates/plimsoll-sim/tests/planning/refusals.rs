@@ -1,5 +1,6 @@
 //! Scenarios that are refused: with file, line, and what to do.
 use crate::folder;
+use plimsoll_policy::Rung;
 use plimsoll_sim::Scenario;
 use std::error::Error;
 use std::path::Path;
@@ -149,4 +150,24 @@ fn a_class_that_restarts_must_be_there() {
 fn a_file_that_is_not_there_is_named() {
     let error = Scenario::read(&folder().join("nowhere.toml")).unwrap_err();
     assert!(error.to_string().ends_with("nowhere.toml cannot be read"), "{error}");
+}
+
+#[test]
+fn costs_come_from_the_file_that_is_named_and_what_is_said_beside_it_counts_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let (fleet, costs) = (folder.path().join("fleet.toml"), folder.path().join("costs.json"));
+    let text = format!("{GOOD}[costs]\nfile = \"costs.json\"\ncompress = {{ take = \"7us\" }}\n");
+    let missing = Scenario::parse(&text, &fleet).unwrap_err().to_string();
+    assert!(missing.starts_with(&format!("{}:13: there are no such costs: ", fleet.display())), "{missing}");
+
+    std::fs::write(&costs, "{\"source\": \"mine\", \"compress\": {\"take_ns\": 9000, \"back_ns\": 3000}}")
+        .unwrap();
+    let compress = Scenario::parse(&text, &fleet).unwrap().physics.costs.of(Rung::Compress);
+    assert_eq!((compress.take_ns, compress.back_ns), (7000, 3000));
+
+    std::fs::write(&costs, "{\"source\": \"mine\",\n\"disk\": {\"busy_ppm\": [2000000, 0, 0, 0, 0, 0]}}")
+        .unwrap();
+    let wrong = Scenario::parse(&text, &fleet).unwrap_err().to_string();
+    let expected = "2: a loss of 2000000 millionths: a guest loses at most all, 1000000";
+    assert_eq!(wrong, format!("{}:{expected}", costs.display()));
 }

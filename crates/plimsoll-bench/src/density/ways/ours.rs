@@ -11,7 +11,7 @@
 //! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
 //! may be used, and at the budget the host is *soft*, in which pages are compressed.
 use super::split::{Sharer, split};
-use super::{Cage, Host, merging, offer, start_in};
+use super::{Cage, Host, merging, offer};
 use crate::density::fleet::Member;
 use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
@@ -27,7 +27,7 @@ use plimsoll_linux::ksm::control::Ksm;
 use plimsoll_linux::reclaimer::{Reclaimer, Usage};
 use plimsoll_linux::uffd::manager::{Manager, Meter, Vault};
 use plimsoll_linux::uffd::stats::MachineStats;
-use plimsoll_policy::ladder::Costs;
+use plimsoll_policy::Costs;
 use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView, Phase, Reading};
@@ -134,7 +134,7 @@ impl Plimsoll {
         }
         let cgroup = MemoryCgroup::create(&format!("{}-{nth}", super::PREFIX), ProcessId::own());
         let cgroup = cgroup.context("cannot make a cgroup for a guest")?;
-        let guest = start_in(&cgroup, config, &self.interrupt)?;
+        let guest = Guest::unmanaged_in(&cgroup, config, &self.interrupt)?;
         offer(&guest, role)?;
         let process = guest.process().process();
         let descriptor = Pidfd::open(process).context("a guest has ended")?;
