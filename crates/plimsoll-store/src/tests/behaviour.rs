@@ -236,12 +236,12 @@ fn recovery_without_all_words_keeps_what_they_may_name_until_all_are_there() {
     // One of three words is known, and goes.
     let (mut store, report) = Store::recover_partly(store.into_memory(), [handle]);
     assert_eq!((report.objects, report.references, report.freed_objects), (2, 3, 0));
-    assert_eq!(store.release(handle), Ok(()));
+    assert_eq!(store.release(handle), Ok(None));
     let (mut store, report) = Store::recover(store.into_memory(), [handle, lost]);
     assert_eq!((report.objects, report.references, report.rejected.len()), (2, 2, 0));
     assert_eq!((read(&store, handle), read(&store, lost)), (Ok(shared), Ok(other)));
     for handle in [handle, lost] {
-        assert_eq!(store.release(handle), Ok(()));
+        assert_eq!(store.release(handle), Ok(None));
     }
     assert_eq!(store.memory().held(), 0);
 }
