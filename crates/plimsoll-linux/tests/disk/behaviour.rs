@@ -41,8 +41,8 @@ fn nothing_of_a_guest_is_on_the_disk_in_clear() {
     let mut plain = Vec::new();
     for seed in 0..64_u8 {
         let mut bytes = [seed; PAGE_SIZE];
-        for (place, byte) in (0..).zip(&mut bytes) {
-            *byte = (place as u64 * u64::from(seed) * 7919).to_le_bytes()[1];
+        for (place, byte) in (0_u64..).zip(&mut bytes) {
+            *byte = (place * u64::from(seed) * 7919).to_le_bytes()[1];
         }
         for chunk in bytes.chunks_exact_mut(512) {
             chunk[..marker.len()].copy_from_slice(marker);
@@ -304,7 +304,7 @@ fn a_tier_that_was_ended_gives_nothing_back_and_cannot_be_gone_on_with() {
     let mut world = filled(&disk, 10, None, 3);
     world.demote_all().unwrap();
     world.tier.end().unwrap();
-    assert_eq!(disk.bytes(), []);
+    assert!(disk.bytes().is_empty());
     assert!(world.read(world.held[0]).is_err());
     let table = world.tier.keepsakes().0.try_clone_to_owned().unwrap();
     let next = Tier::inherit(Box::new(disk), table, None);
