@@ -34,7 +34,7 @@ const TURN: Duration = Duration::from_millis(20);
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 8] = [
+const TESTS: [Test; 9] = [
     ("what_a_killed_manager_gave_is_there_for_the_next", a_killed_manager),
     ("more_descriptors_than_fit_in_a_message_come_back_each_in_its_slot", many_descriptors),
     ("a_keeper_allocates_nothing_once_it_runs", allocates_nothing),
@@ -43,6 +43,7 @@ const TESTS: [Test; 8] = [
     ("a_keeper_without_machines_gives_up_a_manager_that_cannot_be", cannot_be),
     ("a_manager_that_hangs_is_replaced", hangs),
     ("a_keeper_that_is_told_to_stop_ends_with_its_manager", told_to_stop),
+    ("being_told_to_stop_outlives_a_manager_that_dies_of_it_until_one_goes_on", told_and_dies),
 ];
 
 fn main() -> ExitCode {
@@ -128,6 +129,32 @@ fn manager(conduct: &str) -> ExitCode {
             while !signals.load(Ordering::SeqCst) {
                 std::thread::park_timeout(TURN);
             }
+            ExitCode::SUCCESS
+        }
+        "dies-when-told" => {
+            let signals = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+            signal_hook::flag::register(signal_hook::consts::SIGTERM, std::sync::Arc::clone(&signals))
+                .unwrap();
+            let is_told = || {
+                while !signals.swap(false, Ordering::SeqCst) {
+                    std::thread::park_timeout(TURN);
+                }
+            };
+            if start == 0 {
+                keeper.keep(RESERVED, labelled(RESERVED).as_fd()).unwrap();
+                keeper.serving().unwrap();
+                board.word(GOOD).store(1, Ordering::SeqCst);
+                is_told();
+                Pidfd::open(ProcessId::own()).unwrap().send_signal(Signal::KILL).unwrap();
+            }
+            keeper.serving().unwrap();
+            is_told();
+            keeper.staying().unwrap();
+            // Once is enough: what it says after that brings no signal.
+            keeper.serving().unwrap();
+            keeper.let_go(RESERVED).unwrap();
+            board.word(GOOD).store(2, Ordering::SeqCst);
+            is_told();
             ExitCode::SUCCESS
         }
         other => panic!("{other}"),
@@ -309,6 +336,17 @@ fn told_to_stop() {
     let (mut keeper, board) = keeper("waits");
     until(&mut keeper, |_| board.get(GOOD) == 2);
     let own = Pidfd::open(ProcessId::own()).unwrap();
+    own.send_signal(Signal::TERM).unwrap();
+    assert_eq!(until(&mut keeper, |_| false), Some(End::Stopped));
+}
+
+fn told_and_dies() {
+    let (mut keeper, board) = keeper("dies-when-told");
+    let own = Pidfd::open(ProcessId::own()).unwrap();
+    until(&mut keeper, |_| board.get(GOOD) == 1);
+    own.send_signal(Signal::TERM).unwrap();
+    until(&mut keeper, |_| board.get(GOOD) == 2);
+    assert_eq!(board.get(STARTS), 2);
     own.send_signal(Signal::TERM).unwrap();
     assert_eq!(until(&mut keeper, |_| false), Some(End::Stopped));
 }

@@ -24,8 +24,10 @@ use plimsoll_sys::uffd::{
 };
 use plimsoll_types::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, Hva, PAGE_SIZE, PageCount, PageIndex};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{Shutdown, shutdown};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::TryLockError;
 
 /// How long the last discards are waited for between two looks.
 const DISCARD_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
@@ -70,9 +72,10 @@ pub(crate) fn serve(socket: BorrowedFd<'_>, memory: &Memory, shard: usize, epoch
         };
         let Ok((ticket, items)) = wire::decode_request(bytes) else {
             if told(bytes) == Some(Welcome::GivenBack) {
-                return agent
-                    .see_discards_off()
-                    .map_or_else(Ended::Failed, |()| Ended::GivenBack { malformed });
+                agent.see_discards_off();
+                // Whoever takes over from a manager that died meanwhile learns at once that nobody is here.
+                let _ = shutdown(socket, Shutdown::Both);
+                return Ended::GivenBack { malformed };
             }
             malformed += u64::from(!is_welcome(bytes));
             continue;
@@ -303,17 +306,20 @@ impl Agent<'_> {
         Some(whole(item, self.managed.ram.unregister(range)))
     }
 
-    /// Returns when no discard is left that may have seen memory registered: those that begin now make no events.
-    fn see_discards_off(&self) -> io::Result<()> {
-        let ram = &self.managed.ram;
+    /// Returns when no discard is left that may have seen memory registered: those that begin now make no events. All shards
+    /// are unregistered when the first of them is told, and a discard of any of them holds the gate.
+    fn see_discards_off(&self) {
         let mut events = EventBuffer::new(EVENTS_PER_READ);
-        while self.memory.discard_gate.try_write().is_err() {
-            let mut ready = [PollFd::new(ram, PollFlags::IN)];
-            poll(&mut ready, Some(&DISCARD_PATIENCE))?;
-            // What they tell is nobody's business any more.
-            ram.read_events(&mut events).map_err(io::Error::other)?.for_each(drop);
+        while matches!(self.memory.discard_gate.try_write(), Err(TryLockError::WouldBlock)) {
+            let ram = self.memory.shards().iter().map(|shard| &shard.managed.ram);
+            let mut ready: Vec<_> = ram.clone().map(|ram| PollFd::new(ram, PollFlags::IN)).collect();
+            // Whatever fails here: the next look is as good, and there is no other way.
+            let _ = poll(&mut ready, Some(&DISCARD_PATIENCE));
+            for ram in ram {
+                // What they tell is nobody's business any more.
+                let _ = ram.read_events(&mut events).map(|events| events.for_each(drop));
+            }
         }
-        Ok(())
     }
 
     /// Only pages that are present, and with discards shut out, so that it cannot become a fault.
@@ -680,6 +686,27 @@ mod tests {
             assert_eq!((start.0, end.0), bounds);
         }
         discard.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn an_agent_that_is_told_sees_discards_of_other_shards_off_and_shuts_its_socket() {
+        let Some(bench) = Bench::of_shard(0, 2) else { return };
+        let memory = Arc::clone(&bench.memory);
+        // A page of the second shard, whose agent is never told.
+        let discard = thread::spawn(move || memory.discard(Gpa(16 << 20), PAGE));
+        let other = &bench.memory.shards()[1];
+        let mut ready = [PollFd::new(&other.managed.ram, PollFlags::IN)];
+        assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+        for shard in bench.memory.shards() {
+            for (_, range) in bench.memory.parts(shard).unwrap() {
+                shard.managed.ram.unregister(range).unwrap();
+            }
+        }
+        fdpass::send(&bench.socket, &Welcome::GivenBack.encode(), &[]).unwrap();
+        discard.join().unwrap().unwrap();
+        let Bench { socket, agent, .. } = bench;
+        assert!(matches!(agent.join().unwrap(), Ended::GivenBack { malformed: 0 }));
+        assert!(!is_open(socket.as_fd()));
     }
 
     #[test]

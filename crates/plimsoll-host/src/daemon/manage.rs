@@ -55,6 +55,8 @@ const INCIDENTS_MAX: usize = 100;
 /// How long machines are given to come home before the daemon goes on with them, and the bytes that add a second to that.
 const PARTING_PATIENCE: Duration = Duration::from_secs(60);
 const PARTING_PACE: u64 = 64 << 20;
+/// How long guests may wait for memory because nothing is taken from anybody meanwhile.
+const SHORT_PATIENCE: Duration = Duration::from_secs(1);
 /// The longest request.
 const REQUEST_MAX: usize = 4096;
 const GROUP: GroupId = GroupId(1);
@@ -171,8 +173,8 @@ struct Session<'a> {
     is_alone: bool,
     /// When the keeper was told last that this manager lives.
     told: Instant,
-    /// By when the machines must have been given back, while they are.
-    parting: Option<Instant>,
+    /// While machines are given back.
+    parting: Option<Parting>,
 }
 
 /// Manages machines until the process is killed, or told to stop and without any. `keeper` is the number of the
@@ -207,6 +209,8 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
                     if let Err(refusal) = session.part() {
                         is_told = false;
                         session.tell(refusal);
+                        // One that is gone is noticed in the next turn.
+                        let _ = session.keeper.staying();
                     }
                 }
                 Left::Machines => {}
@@ -222,6 +226,22 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     }
     drop(vault);
     Ok(())
+}
+
+/// How far giving the machines back has come.
+#[derive(Clone, Copy, Debug)]
+struct Parting {
+    /// By when they must be home.
+    due: Instant,
+    /// Since when there was no memory for that.
+    short_since: Option<Instant>,
+    /// All were home, and have been let go.
+    is_final: bool,
+}
+
+/// What of the machines is in stores.
+fn stored(machines: &[MachineView]) -> ByteCount {
+    machines.iter().map(|view| view.stats.census.of(StateKind::Stored).bytes()).sum()
 }
 
 /// What a manager that stops would leave behind.
@@ -436,38 +456,67 @@ impl<'a> Session<'a> {
     }
 
     /// Gives the machines back, a step at a time: a guest whose manager goes for good would stall at what is elsewhere. Says why
-    /// where that cannot be; they are managed as before then.
+    /// where that cannot be; then they are managed as before, all of them: none is let go before all are home.
     fn part(&mut self) -> Result<(), String> {
         let machines = self.manager.machines();
-        let elsewhere = |view: &MachineView| view.stats.census.of(StateKind::Stored).bytes();
-        let away: ByteCount = machines.iter().map(elsewhere).sum();
-        let due = match self.parting {
-            Some(due) => due,
-            None => self.begin_parting(&machines, away)?,
+        let mut parting = match self.parting {
+            Some(parting) => parting,
+            None => self.begin_parting(&machines)?,
         };
-        if Instant::now() >= due {
-            self.parting = None;
-            machines.iter().for_each(|view| self.manager.go_home(view.id, false));
-            return Err(format!(
-                "not stopped: {away} of {} machines are still elsewhere; they are managed as before",
-                machines.len()
-            ));
+        let is_short = machines.iter().any(|view| self.manager.is_short(view.id));
+        parting.short_since = is_short.then(|| parting.short_since.unwrap_or_else(Instant::now));
+        self.parting = Some(parting);
+        if parting.is_final {
+            // The kernel, or an agent, does not let us: that one stays ours, and home.
+            let is_late = Instant::now() >= parting.due + PARTING_PATIENCE;
+            let running = machines.len();
+            return if is_late {
+                self.parting = None;
+                Err(format!(
+                    "not stopped: {running} machines could not be left; all others have been given back"
+                ))
+            } else {
+                Ok(())
+            };
         }
-        for view in machines {
-            self.manager.let_go(view.id);
+        if machines.iter().all(|view| self.manager.is_home(view.id)) {
+            // All are home, so each of them is.
+            machines.iter().for_each(|view| {
+                self.manager.let_go(view.id);
+            });
+            self.parting = Some(Parting { is_final: true, ..parting });
+            return Ok(());
         }
-        Ok(())
+        let lost = machines.iter().find(|view| self.manager.is_lost(view.id));
+        let why = match lost {
+            Some(view) => format!("{} is no longer managed", view.name),
+            None if parting.short_since.is_some_and(|since| since.elapsed() >= SHORT_PATIENCE) => {
+                "the guests need the memory that is left".to_owned()
+            }
+            None if Instant::now() >= parting.due => "it takes too long".to_owned(),
+            None => return Ok(()),
+        };
+        self.parting = None;
+        machines.iter().for_each(|view| self.manager.go_home(view.id, false));
+        let (running, away) = (machines.len(), stored(&machines));
+        Err(format!(
+            "not stopped: {why}; {away} of {running} machines are still stored, and they are managed as before"
+        ))
     }
 
-    fn begin_parting(&mut self, machines: &[MachineView], away: ByteCount) -> Result<Instant, String> {
-        let unmanaged = self.manager.unmanaged();
+    fn begin_parting(&mut self, machines: &[MachineView]) -> Result<Parting, String> {
+        let lost = machines.iter().filter(|view| self.manager.is_lost(view.id)).count();
+        let unmanaged = self.manager.unmanaged() + lost;
         if unmanaged > 0 {
             return Err(format!(
-                "not stopped: {unmanaged} machines could not be taken over and wait for the next manager; end them first"
+                "not stopped: {unmanaged} machines could not be taken over, or are no longer managed, and wait for the next \
+                 manager; end them first"
             ));
         }
+        let away = stored(machines);
         let used = self.used.now();
-        let room = self.settings.budget.saturating_sub(used);
+        // What may be installed, not what there is: nearer to the line than this nobody gets a page.
+        let room = self.manager.host().ledger(|ledger| ledger.left());
         let running = machines.len();
         if away > room {
             return Err(format!(
@@ -487,8 +536,7 @@ impl<'a> Session<'a> {
         machines.iter().for_each(|view| self.manager.go_home(view.id, true));
         self.tell(format!("stopping: {running} machines are given back, {away} of them from the store"));
         let due = Instant::now() + PARTING_PATIENCE + Duration::from_secs(away.0 / PARTING_PACE);
-        self.parting = Some(due);
-        Ok(due)
+        Ok(Parting { due, short_since: None, is_final: false })
     }
 
     fn status(&self) -> Status {

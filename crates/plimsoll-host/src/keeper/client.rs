@@ -56,6 +56,16 @@ impl Client {
             .map(drop)
     }
 
+    /// Tells the keeper that this manager was told to stop and goes on.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn staying(&self) -> io::Result<()> {
+        fdpass::send(&*self.socket.lock(), &Request::Staying.encode(), &[])
+            .map_err(io::Error::other)
+            .map(drop)
+    }
+
     /// True once the keeper is gone: what this process holds is all there is.
     pub fn is_alone(&self) -> bool {
         let mut polled = [PollFd::new(&self.watched, PollFlags::RDHUP)];

@@ -8,8 +8,8 @@
 //! Listing  0 count u32 | 4 slots there are u32 | 8 slot u32, count times             with `count` descriptors
 //! ```
 //!
-//! The answer to `list` is listings, of which the last, and only that, holds fewer than [`LISTING_MAX`]. `serving` is not
-//! answered.
+//! The answer to `list` is listings, of which the last, and only that, holds fewer than [`LISTING_MAX`]. `serving` and `staying`
+//! are not answered.
 
 /// The version of this protocol, an argument of the manager's command line.
 pub const VERSION: u32 = 1;
@@ -31,6 +31,8 @@ pub enum Request {
     List,
     /// The machines that were kept are served. Said once a second: a manager that says nothing hangs.
     Serving,
+    /// It was told to stop and does not: it is to be told again if it is to.
+    Staying,
 }
 
 /// Whether it was done.
@@ -59,6 +61,7 @@ impl Request {
             Self::LetGo(slot) => pair(2, slot),
             Self::List => pair(3, 0),
             Self::Serving => pair(4, 0),
+            Self::Staying => pair(5, 0),
         }
     }
 
@@ -69,6 +72,7 @@ impl Request {
             ((2, slot), 0) => Some(Self::LetGo(slot)),
             ((3, 0), 0) => Some(Self::List),
             ((4, 0), 0) => Some(Self::Serving),
+            ((5, 0), 0) => Some(Self::Staying),
             _ => None,
         }
     }
@@ -121,9 +125,9 @@ mod tests {
     proptest! {
         #[test]
         fn requests_and_answers_come_out_as_they_went_in(slot: u32, slots: u32) {
-            for (request, descriptors) in
-                [(Request::Keep(slot), 1), (Request::LetGo(slot), 0), (Request::List, 0), (Request::Serving, 0)]
-            {
+            let plain = [Request::LetGo(slot), Request::List, Request::Serving, Request::Staying];
+            let plain = plain.map(|request| (request, 0));
+            for (request, descriptors) in [(Request::Keep(slot), 1)].into_iter().chain(plain) {
                 prop_assert_eq!(Request::decode(&request.encode(), descriptors), Some(request));
                 prop_assert_eq!(Request::decode(&request.encode(), 1 - descriptors), None);
             }

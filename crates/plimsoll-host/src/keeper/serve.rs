@@ -28,8 +28,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A keeper that holds nothing of any machine gives up after so many managers that ended before they served.
 const STARTS_MAX: u32 = 8;
-/// How long a manager that was told to stop is given to do so, or to refuse.
-const STOPPING: Duration = Duration::from_secs(10);
 /// The status of a manager that was asked for something that cannot be.
 const UNUSABLE: i32 = 2;
 
@@ -50,6 +48,8 @@ struct Manager {
     socket: OwnedFd,
     /// When it was started, or asked for something last.
     heard: Instant,
+    /// It has been told to stop.
+    is_told: bool,
 }
 
 /// Signals, each with what becomes readable when it comes.
@@ -86,8 +86,8 @@ pub struct Keeper {
     /// Managers that have ended before they served, since one has.
     fruitless: u32,
     next_start: Instant,
-    /// When it was told to stop last. A manager with machines does not.
-    told_to_stop: Option<Instant>,
+    /// It is to stop, until a manager has said that it goes on: that may take minutes, and managers may crash on the way.
+    is_stopping: bool,
 }
 
 impl Keeper {
@@ -107,7 +107,7 @@ impl Keeper {
             manager: None,
             fruitless: 0,
             next_start,
-            told_to_stop: None,
+            is_stopping: false,
         })
     }
 
@@ -153,7 +153,7 @@ impl Keeper {
         let mut is_silent = !has_asked;
         if has_asked && let Some(manager) = &mut self.manager {
             manager.heard = Instant::now();
-            is_silent = answer(manager, &mut self.slots, &mut self.fruitless).is_err();
+            is_silent = answer(manager, &mut self.slots, &mut self.fruitless, &mut self.is_stopping).is_err();
             if is_silent && !has_ended {
                 // It closed its socket or does not listen, and without that it is no manager.
                 let _ = manager.process.send_signal(Signal::KILL);
@@ -215,13 +215,15 @@ impl Keeper {
         if signal == Signal::USR2 {
             return self.prepare_upgrade();
         }
-        if signal == Signal::TERM {
-            self.told_to_stop = Some(Instant::now());
-        }
-        match &self.manager {
+        self.is_stopping |= signal == Signal::TERM;
+        let holds_machines = self.holds_machines();
+        match &mut self.manager {
             // A manager that has ended meanwhile is buried in the next turn.
-            Some(manager) => drop(manager.process.send_signal(signal)),
-            None if signal == Signal::TERM && !self.holds_machines() => return Some(End::Stopped),
+            Some(manager) => {
+                manager.is_told |= signal == Signal::TERM;
+                drop(manager.process.send_signal(signal));
+            }
+            None if signal == Signal::TERM && !holds_machines => return Some(End::Stopped),
             None => {}
         }
         None
@@ -231,7 +233,7 @@ impl Keeper {
     fn prepare_upgrade(&mut self) -> Option<End> {
         let held = hold_signals().and_then(|()| self.wait(Duration::ZERO));
         // Being told to stop comes first: it would be forgotten.
-        if self.is_stopping() || !matches!(held, Ok([_, _, false, false, ..])) {
+        if self.is_stopping || !matches!(held, Ok([_, _, false, false, ..])) {
             let _ = accept_signals();
             return None;
         }
@@ -257,10 +259,6 @@ impl Keeper {
         let _ = accept_signals();
     }
 
-    fn is_stopping(&self) -> bool {
-        self.told_to_stop.is_some_and(|told| told.elapsed() < STOPPING)
-    }
-
     fn holds_machines(&self) -> bool {
         self.slots.taken().any(|(slot, _)| slot >= self.reserved)
     }
@@ -270,9 +268,9 @@ impl Keeper {
         let manager = self.manager.take()?;
         let process = manager.process.process();
         let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
-        let has_agreed = ending == Ending::Status(0) && self.told_to_stop.is_some();
+        let has_agreed = ending == Ending::Status(0) && self.is_stopping;
         // One that was told before it could listen has ended by the signal itself.
-        if has_agreed || self.is_stopping() && !self.holds_machines() {
+        if has_agreed || self.is_stopping && !self.holds_machines() {
             return Some(End::Stopped);
         }
         self.postpone();
@@ -289,11 +287,16 @@ impl Keeper {
 fn start(program: &Program) -> Result<Manager, StartError> {
     let (socket, theirs) = fdpass::seqpacket_pair().map_err(StartError::Spawn)?;
     let process = program.start(theirs.as_fd())?;
-    Ok(Manager { process, socket, heard: Instant::now() })
+    Ok(Manager { process, socket, heard: Instant::now(), is_told: false })
 }
 
 /// Takes one request of the manager and answers it.
-fn answer(manager: &Manager, slots: &mut Slots, fruitless: &mut u32) -> io::Result<()> {
+fn answer(
+    manager: &mut Manager,
+    slots: &mut Slots,
+    fruitless: &mut u32,
+    is_stopping: &mut bool,
+) -> io::Result<()> {
     let mut bytes = [0; REQUEST_SIZE + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -322,6 +325,16 @@ fn answer(manager: &Manager, slots: &mut Slots, fruitless: &mut u32) -> io::Resu
         (Some(Request::List), _) => return list(manager, slots),
         (Some(Request::Serving), _) => {
             *fruitless = 0;
+            // The one that was told has ended without doing so, and this one listens.
+            if *is_stopping && !manager.is_told {
+                manager.is_told = true;
+                let _ = manager.process.send_signal(Signal::TERM);
+            }
+            return Ok(());
+        }
+        (Some(Request::Staying), _) => {
+            *is_stopping = false;
+            manager.is_told = false;
             return Ok(());
         }
         (Some(Request::Keep(slot)), Some(descriptor)) => slots.put(slot, descriptor).is_ok(),

@@ -39,11 +39,13 @@ pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) 
         Ok(Turned::LetGo) => {
             *controls.stats.lock() = pager.bury();
             controls.is_given_back.store(true, Ordering::Release);
+            see_off(&mut pager, controls);
             return End::GivenBack;
         }
         Ok(Turned::Stopped) | Err(PagerError::Killed(_)) => return End::Left,
         Err(PagerError::Space(SpaceError::Gone)) => {}
         Err(error) => {
+            controls.is_lost.store(true, Ordering::Release);
             pager.report_lost(explain(&error));
             // Fail closed: the guest waits, and what was handed over stays open, until its VMM is ended.
             if !wait_for_end(&pager, controls) {
@@ -155,6 +157,15 @@ fn sleep(pager: &LinuxPager, controls: &Controls, patience: Duration) -> Result<
         [true, ..] => Woken::Events,
         _ => Woken::Otherwise,
     })
+}
+
+/// Until the VMM has been told that it is alone: a discard that began before waits for somebody to read its event.
+fn see_off(pager: &mut LinuxPager, controls: &Controls) {
+    while !controls.orders.stop.load(Ordering::Relaxed) && pager.see_off().is_ok() {
+        if !matches!(sleep(pager, controls, IDLE_PATIENCE), Ok(Woken::Events | Woken::Otherwise)) {
+            return;
+        }
+    }
 }
 
 /// Waits until the VMM has ended (true) or the manager stops (false).

@@ -9,6 +9,7 @@
 //!     ... a shard of which nothing is elsewhere is home, and stays so: discards and first touches need nobody's bytes ...
 //!  2  manager: all shards of the machine are home; orders them to let go
 //!  3  agents: UNREGISTER everything           waiters go on; the kernel serves touches, with zeros
+//!     ... pagers go on reading events, until the VMM is told ...
 //!  4  manager: tells the VMM, shard by shard, then strikes the machine from what outlives it, and closes
 //! ```
 //!
@@ -16,16 +17,21 @@
 //!
 //! * **The manager dies before 4.** The next one registers everything again and looks, as at every take-over: what the guest has
 //!   put there since is found, and what it has discarded unheard is not. So until the VMM is told, nothing is final.
-//! * **It dies while it tells.** Shards are told in order and taken over in order. The first one's agent has ended, so the next
-//!   manager cannot have the machine, and registers nothing of it. It counts as lost until its VMM ends; its guest goes on.
+//! * **It dies while it tells.** Shards are told in order and taken over in order. The first one's agent has ended and has shut its
+//!   socket, so the next manager cannot have the machine, learns that at once, and registers nothing of it. It counts as lost until
+//!   its VMM ends, which keeps a daemon from stopping; its guest goes on.
 //! * **A discard that saw its pages registered and queues its event after 3.** Nobody of the manager reads it any more. The VMM
 //!   reads such events until no discard is left that began before (`plimsoll_vmm::agent`).
 //! * **A region cannot be unregistered**, for want of memory in the kernel. It is tried again. Meanwhile its faults are served, and
 //!   those of regions that can are nobody's: whoever waited there has gone on.
-//! * **Memory runs out on the way.** A page that is refused memory is tried again until the order is withdrawn; then the machine
-//!   is managed as before.
+//! * **Memory runs out on the way**, because the guests of the host use more meanwhile and nobody takes anything from them. A
+//!   page that is refused memory is tried again, and the pager says that it is short, so that the order can be withdrawn before
+//!   guests wait for long; then the machine is managed as before.
+//! * **A page is lost on the way.** It is poisoned as if it had been touched, and the mark stays. A mark that the guest has
+//!   discarded unheard before a manager dies is a mark again for the next one.
 use super::pager::{Pager, PagerError, Served};
 use super::probe::Step;
+use super::reclaim::ZAP_BATCH;
 use super::recovery::regions;
 use super::space::Space;
 use super::wire::Stop;
@@ -47,36 +53,45 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     pub(super) fn come_home(&mut self) -> Result<bool, PagerError> {
         let limit = self.machine.layout().page_limit().0;
         let last = limit.min(self.homeward.saturating_add(LOOKED_MAX));
-        let mut brought = 0;
+        let (mut brought, mut is_short) = (0, false);
         while self.homeward < last && brought < BROUGHT_MAX {
             let page = PageIndex(self.homeward);
             if is_elsewhere(self.machine.state(page)?) {
                 match self.bring_home(page)? {
                     Served::Done => brought += 1,
-                    Served::Later => return Ok(true),
-                    Served::NoMemory => return Ok(brought > 0),
+                    Served::Later => break,
+                    Served::NoMemory => {
+                        is_short = true;
+                        break;
+                    }
                 }
             }
             self.homeward += 1;
         }
-        if self.homeward < limit {
-            return Ok(true);
-        }
-        let has_residue = self.machine.airlock().residue() > PageCount(0);
-        if has_residue {
+        // What came out of limbo is there twice until its slot page is given back, and what came out of the store is charged
+        // twice until that is settled.
+        let residue = self.machine.airlock().residue().0;
+        let is_through = self.homeward == limit;
+        if residue >= ZAP_BATCH || (residue > 0 && (is_short || is_through)) {
             self.zap()?;
+        }
+        if brought > 0 {
+            self.settle_store()?;
         }
         let census = self.machine.census();
         let kinds = [StateKind::Capturing, StateKind::Limbo, StateKind::Stored, StateKind::File];
-        let is_home = !has_residue && kinds.iter().all(|kind| census.of(*kind) == PageCount(0));
+        let is_home = is_through && residue == 0 && kinds.iter().all(|kind| census.of(*kind) == PageCount(0));
         self.orders.is_home.store(is_home, Ordering::Release);
-        Ok(has_residue)
+        // Faults lack memory before this does: they may take the last of it.
+        self.orders.is_short.store(is_short || self.has_refused_faults(), Ordering::Relaxed);
+        Ok(!is_short && !(is_through && residue == 0))
     }
 
     /// Takes nothing as done: the order may be given anew.
     pub(super) fn stay(&mut self) {
         self.homeward = 0;
         self.orders.is_home.store(false, Ordering::Release);
+        self.orders.is_short.store(false, Ordering::Relaxed);
     }
 
     /// Bytes of limbo are in RAM already, and are not to be refused, as when they are touched.
@@ -101,7 +116,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// Leaves all of a machine that is home to the kernel. False if the kernel will not have all of it just now: to be tried
-    /// again, and until then what is left is served. Its pager has nothing to do once it is true.
+    /// again, and until then what is left is served. Its pager takes no turn once it is true.
     ///
     /// # Errors
     /// [`PagerError`].
@@ -116,6 +131,17 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
         self.reached(Step::Unwatched)?;
         Ok(true)
+    }
+
+    /// Reads events of a machine that was let go, for those who wait for that: what they tell is nobody's business.
+    ///
+    /// # Errors
+    /// [`PagerError`].
+    pub fn see_off(&mut self) -> Result<(), PagerError> {
+        let mut events = Vec::new();
+        self.space.read_events(&mut events)?;
+        self.space.applied();
+        Ok(())
     }
 }
 

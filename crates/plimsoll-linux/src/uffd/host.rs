@@ -241,6 +241,8 @@ pub struct Orders {
     pub go_home: AtomicBool,
     /// The pager's answer: nothing of the machine is elsewhere.
     pub is_home: AtomicBool,
+    /// There was no memory for that, or for the guest meanwhile.
+    pub is_short: AtomicBool,
     /// The machine is to be left to its VMM.
     pub let_go: AtomicBool,
     /// The pager should end.

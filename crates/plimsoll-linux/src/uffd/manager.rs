@@ -490,6 +490,7 @@ impl Manager {
             stats: Arc::new(Mutex::new(pager.stats().clone())),
             sabotage: Arc::clone(sabotage),
             is_buried: Arc::default(),
+            is_lost: Arc::default(),
             is_given_back: Arc::default(),
             custody: Arc::clone(&shard.custody),
             words: Arc::clone(&shard.words),
@@ -597,6 +598,16 @@ impl Manager {
     /// True once nothing of a machine that was told to [`go_home`](Self::go_home) is elsewhere.
     pub fn is_home(&self, id: MachineId) -> bool {
         self.machines.get(&id).is_some_and(Running::is_home)
+    }
+
+    /// True while there is no memory to bring a machine home that was told to, or for its guest meanwhile.
+    pub fn is_short(&self, id: MachineId) -> bool {
+        self.machines.get(&id).is_some_and(Running::is_short)
+    }
+
+    /// True once the machine's pager could not go on: its guest waits at absent pages until its VMM is ended.
+    pub fn is_lost(&self, id: MachineId) -> bool {
+        self.machines.get(&id).is_some_and(Running::is_lost)
     }
 
     /// Leaves a machine that [`is_home`](Self::is_home) to its VMM, for good; false if it is not. It goes on without us, and

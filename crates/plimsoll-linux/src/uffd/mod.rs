@@ -128,6 +128,10 @@
 //! * Pages that come back from limbo are not charged beforehand: up to about half a MiB a machine can be out before the
 //!   next batch is given back.
 //! * A machine that could not be taken over, or whose pager panicked, keeps everything it holds until the next take-over.
+//! * While words of a machine cannot be opened, nothing of its domain's store is freed, until a manager that can takes over: machines
+//!   that share that domain may fill the store meanwhile, also after that machine's VMM has ended.
+//! * A store that a new manager has not touched is not in the sum over /proc of its processes, and is charged: until its pages
+//!   have been looked at, what is in use beside machines looks smaller by as much. A memory cgroup counts it.
 //! * Machines are admitted one after the other: a VMM that hands nothing over keeps later ones waiting.
 //! * Memory that a VMM withholds (it reports an airlock page as given back and keeps it) is not seen as its own: it counts as
 //!   overhead of the host.

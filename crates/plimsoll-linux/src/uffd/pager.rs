@@ -207,13 +207,17 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.watch_quiet();
         self.settle()?;
         self.tell();
-        let stalled = self.pending.iter().any(|fault| fault.refused.is_some());
+        let stalled = self.has_refused_faults();
         let waiting = self.pending.iter().any(|fault| fault.refused.is_none());
         Ok(match () {
             () if worked || waiting => Turn::Busy,
             () if stalled => Turn::Stalled,
             () => Turn::Idle,
         })
+    }
+
+    pub(super) fn has_refused_faults(&self) -> bool {
+        self.pending.iter().any(|fault| fault.refused.is_some())
     }
 
     /// A pause in what comes back from the store ends whatever the guest was doing with it.
@@ -560,13 +564,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// The machine's process is gone: releases every object its pages name.
-    pub fn bury(self) -> MachineStats {
+    pub fn bury(&mut self) -> MachineStats {
         let objects: Vec<ObjectRef> = self.machine.objects().map(|(_, object)| object).collect();
         objects.into_iter().for_each(|object| self.release(object));
         // Nothing can be refused here: the store shrinks, and the machine is leaving.
         let _ = self.settle_store();
         let _ = self.host.ledger(|ledger| ledger.remove(self.id));
-        self.stats
+        self.stats.clone()
     }
 
     /// Flips a bit of the bytes of a stored page, the last there is: to show that the damage is noticed.

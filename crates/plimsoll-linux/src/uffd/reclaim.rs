@@ -20,7 +20,7 @@ const _: () = assert!(HANDLE_BITS <= PAYLOAD_BITS, "a page word has room for eve
 /// every other page that had to be compressed, which takes about 6 us.
 pub(super) const AGE_BATCH: usize = 32;
 /// Pages of residue worth a message to the agent while faults keep coming and memory is short.
-const ZAP_BATCH: u64 = 64;
+pub(super) const ZAP_BATCH: u64 = 64;
 /// The same while there is memory: a message costs about as much as freeing a hundred pages.
 const ZAP_BATCH_AT_EASE: u64 = 512;
 /// Pages that are compressed before it is looked for faults again.

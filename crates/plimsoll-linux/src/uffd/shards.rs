@@ -166,6 +166,8 @@ pub(super) struct Controls {
     pub(super) sabotage: Arc<AtomicBool>,
     /// The VMM has ended and everything of the shard has been freed.
     pub(super) is_buried: Arc<AtomicBool>,
+    /// Its pager cannot go on: the guest waits at absent pages until its VMM is ended.
+    pub(super) is_lost: Arc<AtomicBool>,
     /// All of the shard is the VMM's again, and everything that was kept for it has been freed.
     pub(super) is_given_back: Arc<AtomicBool>,
     pub(super) custody: Arc<Custody>,
@@ -244,6 +246,16 @@ impl Running {
         self.shards.iter().all(|shard| is_freed(&shard.controls))
     }
 
+    /// True while any of its pagers has no memory to bring it home, or for its guest.
+    pub(super) fn is_short(&self) -> bool {
+        self.shards.iter().any(|shard| shard.controls.orders.is_short.load(Ordering::Relaxed))
+    }
+
+    /// True once any of its pagers cannot go on.
+    pub(super) fn is_lost(&self) -> bool {
+        self.shards.iter().any(|shard| shard.controls.is_lost.load(Ordering::Acquire))
+    }
+
     /// True once nothing of the machine is elsewhere, as far as its pagers have been told to see to that.
     pub(super) fn is_home(&self) -> bool {
         self.shards.iter().all(|shard| shard.controls.orders.is_home.load(Ordering::Acquire))
@@ -264,6 +276,7 @@ impl Running {
             // One that has ended needs no telling.
             let _ = shard.controls.custody.tell(&Welcome::GivenBack.encode(), &[]);
         }
+        self.shards.iter().for_each(Shard::ask_to_stop);
         true
     }
 
