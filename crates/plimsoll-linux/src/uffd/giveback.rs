@@ -84,7 +84,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.orders.is_home.store(is_home, Ordering::Release);
         // Faults lack memory before this does: they may take the last of it.
         self.orders.is_short.store(is_short || self.has_refused_faults(), Ordering::Relaxed);
-        Ok(!is_short && !(is_through && residue == 0))
+        Ok(!(is_short || is_through && residue == 0))
     }
 
     /// Takes nothing as done: the order may be given anew.
