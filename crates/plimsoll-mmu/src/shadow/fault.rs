@@ -184,8 +184,7 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
             }
             permissions -= Permissions::WRITE;
         }
-        let writable = permissions.contains(Permissions::WRITE);
-        if writable && allowed.backing.writes == Writes::Logged {
+        if permissions.contains(Permissions::WRITE) && allowed.backing.writes == Writes::Logged {
             guest.log(Gpa(page << F::PAGE_SHIFT));
         }
         let (level, shift) = (allowed.level, F::shift(allowed.level));
@@ -194,7 +193,8 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
             shift,
             permissions,
             accessed: true,
-            dirty: writable,
+            // Nobody reads this one, and set, it is no reason for a processor to write to the entry.
+            dirty: true,
             global: false,
             software: 0,
             ..allowed.leaf

@@ -8,10 +8,13 @@ use crate::common::{Outside, Ram, pools};
 use plimsoll_mmu::format::Feature;
 use plimsoll_mmu::format::x86::{Caps, Long4};
 use plimsoll_mmu::shadow::{Backing, Fence, Invalidation, Load, Outcome, P2m, Record, Shadow, Writes};
-use plimsoll_mmu::tlb::{self, Bank, Found, Owner, Stage, Tables, Tag, Tlb, X86};
+use plimsoll_mmu::tlb::{
+    self, Architecture, Bank, Breaks, Change, Consequence, Found, Owner, Regime, Stage, Stages, Tables, Tag,
+    Tlb, X86,
+};
 use plimsoll_mmu::x86::{self, Control, Mode, Registers};
 use plimsoll_mmu::{
-    Access, Entry, Format, Input, Level, Marks, Output, Permissions, Pools, Span, TableMemory,
+    Access, Entry, Format, Input, Leaf, Level, Marks, Output, Permissions, Pools, Span, TableMemory,
 };
 use plimsoll_types::Gpa;
 use std::cell::{Cell, RefCell};
@@ -70,7 +73,7 @@ impl Guest {
 
     /// The pages around one that changes are no run any more.
     fn break_run(&self, page: u64) {
-        for (_, backing) in self.backings.borrow_mut().range_mut(page >> 9 << 9..(page >> 9) + 1 << 9) {
+        for (_, backing) in self.backings.borrow_mut().range_mut(page >> 9 << 9..((page >> 9) + 1) << 9) {
             backing.shift = 12;
         }
     }
@@ -107,6 +110,69 @@ impl P2m for Guest {
 
     fn log(&self, page: Gpa) {
         self.logged.borrow_mut().insert(page.0 >> 12);
+    }
+}
+
+/// Where shadow tables are; remembers what was written.
+#[derive(Debug)]
+pub(crate) struct Host {
+    pub(crate) ram: Ram,
+    changes: RefCell<Vec<(u64, u64, u64)>>,
+}
+
+impl Host {
+    /// The level of the table that a word is in: sixteen frames for each, in order.
+    fn level(at: u64) -> Level {
+        Level(u8::try_from((at - SHADOWS) >> 16).expect("a shadow table") + 1)
+    }
+
+    /// All shadow leaves, and where they are.
+    pub(crate) fn leaves(&self) -> Vec<(u64, Leaf)> {
+        let decoded =
+            self.ram.image().into_iter().map(|(at, word)| (at, Long4::decode(word, Self::level(at), &CAPS)));
+        decoded
+            .filter_map(|(at, entry)| if let Entry::Leaf(leaf) = entry { Some((at, leaf)) } else { None })
+            .collect()
+    }
+
+    /// Whether a fence is enough for all that was written since this was asked last, by the manuals of both makers.
+    fn is_enough(&self, fence: Fence) -> Result<(), String> {
+        for (at, old, new) in self.changes.take() {
+            let tag = Tag { owner: Owner::Guest(VPID), space: None };
+            let first = Input((at >> 3 & 511) << Long4::shift(Self::level(at)));
+            let change = Change::of::<Long4>(
+                (Stage::First, tag, None),
+                Long4::extend(first.0),
+                Self::level(at),
+                &CAPS,
+                (old, new),
+            );
+            let change = change.ok_or("no canonical address")?;
+            for (architecture, fence) in
+                [(Architecture::Intel, fence.vmx(VPID)), (Architecture::Amd, fence.svm(VPID))]
+            {
+                let regime = Regime { architecture, stages: Stages::One, breaks: Breaks::Spared };
+                tlb::check(&change, &regime, fence.as_slice(), Consequence::LostMark)
+                    .map_err(|missing| format!("{old:#x} to {new:#x} at {at:#x}: {missing}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl TableMemory for Host {
+    type Error = Outside;
+
+    fn read(&self, at: Output) -> Result<u64, Outside> {
+        self.ram.read(at)
+    }
+
+    fn compare_exchange(&self, at: Output, current: u64, new: u64) -> Result<u64, Outside> {
+        let found = self.ram.compare_exchange(at, current, new)?;
+        if found == current {
+            self.changes.borrow_mut().push((at.0, current, new));
+        }
+        Ok(found)
     }
 }
 
@@ -157,6 +223,8 @@ struct Processor<'s> {
     tlb: Tlb<'s>,
     registers: Registers,
     root: Output,
+    /// What it goes on writing until a fence stops it.
+    busy: Option<(Input, Mode, u64)>,
     /// The last fence for everything, and those for single pages.
     fenced: u64,
     pages: BTreeMap<u64, u64>,
@@ -167,7 +235,7 @@ impl Processor<'_> {
         self.fenced.max(self.pages.get(&(input.0 >> 12)).copied().unwrap_or(0))
     }
 
-    fn tables<'m>(&self, memory: &'m Ram) -> Tables<'m, Long4, Ram> {
+    fn tables<'m>(&self, memory: &'m Host) -> Tables<'m, Long4, Host> {
         let space = u16::try_from(self.root.0 >> 12 & 0xfff).ok();
         let tag = Tag { owner: Owner::Guest(VPID), space };
         let caps = CAPS;
@@ -199,8 +267,8 @@ pub(crate) type Slots = [[Option<Found>; 16]; 4];
 
 pub(crate) struct World<'a> {
     pub(crate) guest: &'a Guest,
-    host: &'a Ram,
-    pub(crate) shadow: Shadow<'a, Long4, Ram, Pools<16>>,
+    pub(crate) host: &'a Host,
+    pub(crate) shadow: Shadow<'a, Long4, Host, Pools<16>>,
     processors: Vec<Processor<'a>>,
     mistake: Mistake,
     next_frame: u64,
@@ -211,19 +279,48 @@ pub(crate) struct World<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
     pub(crate) accesses: u64,
+    pub(crate) faults: u64,
     pub(crate) without_fault: u64,
     pub(crate) stale: u64,
     pub(crate) emulated: u64,
     pub(crate) refused: u64,
     pub(crate) missing: u64,
     pub(crate) fences: u64,
+    pub(crate) late: u64,
     pub(crate) large: u64,
     pub(crate) zapped: u64,
 }
 
+impl Seen {
+    /// This and other runs together.
+    pub(crate) const fn with(self, other: Self) -> Self {
+        Self {
+            accesses: self.accesses + other.accesses,
+            faults: self.faults + other.faults,
+            without_fault: self.without_fault + other.without_fault,
+            stale: self.stale + other.stale,
+            emulated: self.emulated + other.emulated,
+            refused: self.refused + other.refused,
+            missing: self.missing + other.missing,
+            fences: self.fences + other.fences,
+            late: self.late + other.late,
+            large: self.large + other.large,
+            zapped: self.zapped + other.zapped,
+        }
+    }
+
+    /// Whether a test that saw this has tested all that it is to test.
+    pub(crate) fn is_everything(&self) -> bool {
+        let Self { without_fault, stale, emulated, refused, missing, late, large, zapped, .. } = *self;
+        [without_fault, stale, emulated, refused, missing, late, large, zapped]
+            .into_iter()
+            .all(|count| count > 10)
+    }
+}
+
 /// What a world is made in.
 pub(crate) struct Place {
-    pub(crate) host: Ram,
+    pub(crate) host: Host,
     pub(crate) frames: Pools<16>,
     pub(crate) records: Vec<Record>,
     heads: Vec<u32>,
@@ -233,12 +330,20 @@ pub(crate) struct Place {
 impl Place {
     pub(crate) fn new(records: usize) -> Self {
         Self {
-            host: Ram::new(1 << 40),
+            host: Host { ram: Ram::new(1 << 40), changes: RefCell::default() },
             frames: pools::<16>(SHADOWS, 0x1000),
             records: vec![Record::EMPTY; records],
-            heads: vec![0; Shadow::<Long4, Ram, Pools<16>>::heads(records)],
+            heads: vec![0; Shadow::<Long4, Host, Pools<16>>::heads(records)],
             slots: vec![[[None; 16]; 4]; CPUS],
         }
+    }
+}
+
+impl Place {
+    /// Shadow tables without processors.
+    pub(crate) fn shadow(&mut self, caps: Caps) -> Shadow<'_, Long4, Host, Pools<16>> {
+        let Self { host, frames, records, heads, .. } = self;
+        Shadow::new((records, heads), host, frames, caps).expect("enough heads")
     }
 }
 
@@ -247,7 +352,7 @@ type Verdict = Result<(), String>;
 impl<'a> World<'a> {
     pub(crate) fn new(guest: &'a Guest, place: &'a mut Place, cr3: u64, mistake: Mistake) -> Self {
         let Place { host, frames, records, heads, slots } = place;
-        let host: &'a Ram = host;
+        let host: &'a Host = host;
         let mut shadow = Shadow::new((records, heads), host, frames, CAPS).expect("enough heads");
         let control = Control::WRITE_PROTECT;
         let registers = Registers { cr3, control, pkru: 0, caps: CAPS };
@@ -265,16 +370,52 @@ impl<'a> World<'a> {
                 shared: Bank::new(shared, 4).expect("four sets"),
                 structures: Bank::new(structures, 16).expect("one set"),
             };
-            processors.push(Processor { tlb, registers, root, fenced: 0, pages: BTreeMap::new() });
+            processors.push(Processor {
+                tlb,
+                registers,
+                root,
+                busy: None,
+                fenced: 0,
+                pages: BTreeMap::new(),
+            });
         }
         Self { guest, host, shadow, processors, mistake, next_frame: 0x100, seen: Seen::default() }
     }
 
-    fn fence(&mut self, fence: Fence) {
+    fn fence(&mut self, fence: Fence) -> Verdict {
+        self.host.is_enough(fence)?;
+        self.execute(fence);
+        Ok(())
+    }
+
+    fn execute(&mut self, fence: Fence) {
         let Some(fence) = fence.vmx(VPID).filter(|_| self.mistake != Mistake::Unfenced) else { return };
         self.seen.fences += 1;
+        // Until it executes the fence, each goes on with what it has.
+        for cpu in 0..CPUS {
+            self.write_late(cpu);
+        }
         for processor in &mut self.processors {
             processor.tlb.fence(&fence);
+        }
+    }
+
+    /// A processor that has not heard of the fence yet writes once more what it wrote last, to the next page.
+    fn write_late(&mut self, cpu: usize) {
+        let processor = &mut self.processors[cpu];
+        let Some((input, mode, word)) = processor.busy else { return };
+        let tables = processor.tables(self.host);
+        let found = processor.tlb.translate(&tables, input, Access::Write).ok();
+        let hardware = processor.registers.control | Control::WRITE_PROTECT;
+        let Some((output, _)) = found.filter(|(_, rights)| allows(hardware, *rights, Access::Write, mode))
+        else {
+            return;
+        };
+        let word = word ^ 0x1000;
+        processor.busy = Some((input, mode, word));
+        if let Some((page, _)) = self.guest.in_frame(output.0 >> 12) {
+            self.seen.late += 1;
+            self.guest.set(page << 12 | output.0 & 0xff8, word);
         }
     }
 
@@ -286,13 +427,13 @@ impl<'a> World<'a> {
                 self.processors[cpu].pages.insert(input.0 >> 12, now);
                 if self.mistake != Mistake::Uninvalidated {
                     let fence = self.shadow.invalidate(self.guest, Invalidation::Address(input));
-                    self.fence(fence.map_err(text)?);
+                    self.fence(fence.map_err(text)?)?;
                 }
             }
             Op::Flush(cpu) => {
                 self.processors[cpu].fenced = now;
                 let fence = self.shadow.invalidate(self.guest, Invalidation::Everything);
-                self.fence(fence.map_err(text)?);
+                self.fence(fence.map_err(text)?)?;
             }
             Op::Cr3(cpu, cr3, load) => {
                 let registers = Registers { cr3, ..self.processors[cpu].registers };
@@ -316,7 +457,7 @@ impl<'a> World<'a> {
                 self.guest.backings.borrow_mut().remove(&page);
                 if self.mistake != Mistake::Stolen {
                     let fence = self.shadow.taken(Gpa(page << 12), 1).map_err(text)?;
-                    self.fence(fence);
+                    self.fence(fence)?;
                 }
             }
             Op::Give(page, permissions, writes) => self.give(page, permissions, writes),
@@ -328,13 +469,13 @@ impl<'a> World<'a> {
                 self.guest.logged.borrow_mut().remove(&page);
                 if self.mistake != Mistake::Unlogged {
                     let fence = self.shadow.protect(Gpa(page << 12), 1).map_err(text)?;
-                    self.fence(fence);
+                    self.fence(fence)?;
                 }
             }
             Op::Shrink(tables) => {
                 let fence = self.shadow.shrink(tables).map_err(text)?;
                 self.seen.zapped += u64::from(fence == Fence::All);
-                self.fence(fence);
+                self.fence(fence)?;
             }
         }
         Ok(())
@@ -353,7 +494,7 @@ impl<'a> World<'a> {
         let load = if self.mistake == Mistake::Kept { Load::Keeps } else { load };
         for _ in 0..PATIENCE {
             let (root, fence) = self.shadow.load(self.guest, &registers, load).map_err(text)?;
-            self.fence(fence);
+            self.fence(fence)?;
             if let Some(root) = root {
                 let old = self.processors[cpu].registers;
                 self.shadow.unload(&old);
@@ -368,7 +509,7 @@ impl<'a> World<'a> {
     fn told(&mut self, at: u64) -> Verdict {
         if self.mistake != Mistake::Untold {
             let fence = self.shadow.wrote(self.guest, Gpa(at), 8).map_err(text)?;
-            self.fence(fence);
+            self.fence(fence)?;
         }
         Ok(())
     }
@@ -387,6 +528,7 @@ impl<'a> World<'a> {
                 let at = self.judge(cpu, input, (access, mode), output)?;
                 if access == Access::Write {
                     self.guest.set(at & !7, word);
+                    self.processors[cpu].busy = Some((input, mode, word));
                 }
                 return Ok(());
             }
@@ -409,16 +551,17 @@ impl<'a> World<'a> {
         (access, mode): (Access, Mode),
         word: u64,
     ) -> Result<Next, String> {
+        self.seen.faults += 1;
         let registers = self.processors[cpu].registers;
         let expected = self.copy();
         let walked = x86::walk::<Long4, _>(&expected, &registers, input, (access, mode), Marks::Set);
         let answer = self.shadow.fault(self.guest, &registers, input, (access, mode));
         let (outcome, fence) = answer.map_err(text)?;
-        self.fence(fence);
         let same = expected.words.borrow().iter().all(|(at, word)| self.guest.get(*at) == *word);
         if !same {
             return Err(format!("{access:?} of {input} left other marks than a processor's"));
         }
+        self.fence(fence)?;
         match outcome {
             Outcome::Resume => {
                 walked.map_err(|fault| format!("resumed, and it is {fault}"))?;
@@ -491,15 +634,12 @@ impl<'a> World<'a> {
 
     /// What shadow tables map, whoever can reach it, is the guest's now, with no right that the host does not give.
     pub(crate) fn nothing_foreign_is_mapped(&self) -> Verdict {
-        for (at, word) in self.host.image() {
-            // Sixteen frames for each level, in order.
-            let level = Level(u8::try_from((at - SHADOWS) >> 16).map_err(text)? + 1);
-            let Entry::Leaf(leaf) = Long4::decode(word, level, &CAPS) else { continue };
+        for (at, leaf) in self.host.leaves() {
             for frame in leaf.output.0 >> 12..(leaf.output.0 >> 12) + (1 << (leaf.shift - 12)) {
                 let mine = self.guest.in_frame(frame);
                 let rights = mine.map(|(_, backing)| backing.permissions | Permissions::USER);
                 if !rights.is_some_and(|rights| rights.contains(leaf.permissions)) {
-                    return Err(format!("{word:#x} at {at:#x} maps frame {frame:#x}, which is {mine:?}"));
+                    return Err(format!("{leaf:?} at {at:#x} maps frame {frame:#x}, which is {mine:?}"));
                 }
             }
         }
