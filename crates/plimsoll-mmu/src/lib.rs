@@ -9,6 +9,7 @@
 //! * [`vtd`], [`amdvi`], [`smmu`]: a walk as the remapping hardware does it for a device, down to the fault reason or event. Arm's
 //!   SMMUv3 has no tables of its own: its second stage is [`format::arm::Second`].
 //! * [`nested`]: a guest's tables through a second stage.
+//! * [`direct`]: a guest's own tables walked by the processor, and none of them writable by the guest.
 //! * [`shadow`]: a guest's tables and where its memory is, as tables that need no second stage.
 //! * [`splinter`]: how many large pages two stages leave whole.
 //! * [`tlb`]: what processors keep of translations, every fence, and which one a change needs. [`iotlb`]: the same of remapping hardware
@@ -34,6 +35,9 @@
 //!   addresses is not told apart. Modes and marks of a device table entry are taken to be within what the unit has.
 //! * SMMUv3: no first stage, no substreams, 48 bits, and the second stage's own attributes as in [`arm`].
 //! * [`iotlb`]: requests without PASID; scalable mode's PASID caches, interrupt entries and page requests are not in it.
+//! * [`shadow`]: x86-64 with as many levels here as in the guest; leaves of at most 2 MiB; what a guest changes of an entry drops its
+//!   shadow, and is not carried over; a fence of the guest's for everything reads every unsync table, whichever root it is below.
+//! * [`direct`]: pages of one size, no frames of others by grant, none of the host's own entries in a guest's root, no segment descriptors.
 //! * The mapper reads groups of pages (Svnapot, Arm's contiguous hint) and takes them apart, but makes none. It keeps tables in one tree, with one writer.
 //! * Memory may fail half-way through a change, unlike frames: what was changed until then stays changed.
 #![no_std]
@@ -42,6 +46,7 @@
 mod address;
 pub mod amdvi;
 pub mod arm;
+pub mod direct;
 mod entry;
 pub mod ept;
 pub mod format;
