@@ -16,28 +16,7 @@
 _start:
         jmp begin
 
-        .org 0x100
-gdt:    .quad 0
-        .quad 0x00af9b000000ffff        # 0x08 code, CPL 0
-        .quad 0x00cf93000000ffff        # 0x10 data
-        .quad 0x00affb000000ffff        # 0x18 code, CPL 3
-        .quad 0x00cff3000000ffff        # 0x20 data, CPL 3
-ldt:    .quad 0, 0                      # 0x28 made for each implicit access
-        .quad 0x0000890000000067 | (BASE + 0x200) << 16, 0      # 0x38 the task state
-gdt_pointer:
-        .word gdt_pointer - gdt - 1
-        .quad BASE + 0x100
-idt_pointer:
-        .word 32 * 16 - 1
-        .quad IDT
 
-        .org 0x200
-        .long 0
-        .quad STACK                     # RSP0
-        .org 0x200 + 0x66
-        .word 0x68                      # no I/O bitmap
-
-        .org 0x300
 begin:
         lgdt BASE + (gdt_pointer - _start)
         mov HEADER + 16, %eax
@@ -209,9 +188,6 @@ done:
 1:      hlt
         jmp 1b
 
-current:
-        .quad 0
-
         .balign 16
 vectors:
         .set vector, 0
@@ -224,6 +200,30 @@ vectors:
         jmp trapped
         .set vector, vector + 1
         .endr
+
+        # What is written has a page without code, which would be translated again each time.
+        .org 0x1000
+gdt:    .quad 0
+        .quad 0x00af9b000000ffff        # 0x08 code, CPL 0
+        .quad 0x00cf93000000ffff        # 0x10 data
+        .quad 0x00affb000000ffff        # 0x18 code, CPL 3
+        .quad 0x00cff3000000ffff        # 0x20 data, CPL 3
+ldt:    .quad 0, 0                      # 0x28 made for each implicit access
+        .quad 0x0000890000000067 | (BASE + 0x1200) << 16, 0      # 0x38 the task state
+gdt_pointer:
+        .word gdt_pointer - gdt - 1
+        .quad BASE + 0x1000
+idt_pointer:
+        .word 32 * 16 - 1
+        .quad IDT
+
+        .org 0x1200
+        .long 0
+        .quad STACK                     # RSP0
+        .org 0x1200 + 0x66
+        .word 0x68                      # no I/O bitmap
+current:
+        .quad 0                         # the case
 
         # What runs at CPL 3, 16 bytes each: read, write, fetch, and a read that the processor does on its own account.
         .org 0x2000

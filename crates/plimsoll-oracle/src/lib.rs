@@ -11,11 +11,13 @@
 //!
 //! * [`tree`]: words that lead an address to memory, made by the crate's own encoders.
 //! * [`x86`]: four and five levels, as ring 0 and ring 3 see them.
+//! * [`arm`]: granules of 4, 16 and 64 KiB, stage 1, stage 2 and both, by the instructions that translate for EL2.
 //! * [`riscv`]: Sv39 to Sv57 and their x4 forms, alone and one over the other, as VS, VU and HS mode see them.
 //! * [`verdict`]: expectations, mismatches, and how often each kind of end was seen.
 //!
 //! Words are damaged after they were encoded, at most once a case, so that most walks get far and each fault is seen at each
 //! level. Cases whose walk leaves RAM are drawn anew: what is there is not the processor's affair.
+pub mod arm;
 pub mod batch;
 mod chance;
 mod hardware;

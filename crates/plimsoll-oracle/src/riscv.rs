@@ -64,7 +64,8 @@ const OWN_FIRST: u64 = BASE + 0x20_0000;
 const OWN_SECOND: u64 = BASE + 0x21_0000;
 /// The identity for HS mode, in Sv39.
 const OWN_HOST: u64 = BASE + 0x22_0000;
-const RAM: Region = Region { first: BASE, bytes: 2 << 30 };
+/// What cases have of RAM: below are program, batch and what the board leaves there.
+const RAM: Region = Region { first: BASE + (128 << 20), bytes: 1920 << 20 };
 const TABLES: Region = Region { first: BASE + (384 << 20), bytes: 64 << 20 };
 const ARENA: Region = Region { first: BASE + (512 << 20), bytes: 1536 << 20 };
 const STORED: u64 = 0x5354_4f52_4544_2121;
@@ -217,10 +218,16 @@ fn size<F: Format>(chance: &mut Chance, caps: Caps) -> Size {
     size
 }
 
-/// An address of the second stage that QEMU takes, below 2^56, which is all that an entry can name.
+/// An address of the second stage that QEMU takes, below 2^56, which is all that an entry can name, and not where the program is.
 fn second_input<S: Format>(chance: &mut Chance) -> u64 {
     let bits = (S::INPUT_BITS - 1).min(56);
-    tree::input::<S>(chance).0 & ((1 << bits) - 1)
+    let own = S::index(Input(BASE), S::root());
+    loop {
+        let input = tree::input::<S>(chance).0 & ((1 << bits) - 1);
+        if S::index(Input(input), S::root()) != own {
+            return input;
+        }
+    }
 }
 
 impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
@@ -253,7 +260,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
         let (mut first_root, mut input, mut places) = (Output(0), Input(middle), Vec::new());
         let guest = Ram::new(RAM);
         if stages != Stages::Second {
-            let mut place = |chance: &mut Chance| {
+            let place = |chance: &mut Chance| {
                 let host = frames.take(chance, 4096);
                 if stages == Stages::First {
                     return host;
@@ -263,38 +270,27 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
                 moved.add((gpa, host), 4096, size);
                 gpa
             };
-            first_root = place(chance);
-            guest.set(first_root, own_link::<F>(Stages::First).0);
+            let mut entries = Entries { place, caps, user: false };
+            first_root = (entries.place)(chance);
+            let ram = if stages == Stages::First { &ram } else { &guest };
+            ram.set(first_root, own_link::<F>(Stages::First).0);
             let size = size::<F>(chance, caps);
             input = Input(size.join(tree::input::<F>(chance).0, middle));
             if F::index(input, F::root()) == 0 {
                 return None;
             }
-            let tree = Tree::<F> { ram: &guest, root: first_root, caps };
-            let mut entries = Entries { place, caps, user: false };
+            let tree = Tree::<F> { ram, root: first_root, caps };
             places = tree.lead(chance, &mut entries, (input, Output(middle), size))?.1;
         }
-        let mut all: Vec<Output> = places.into_iter().map(|at| moved.host(at)).collect();
         if stages != Stages::First {
             let tree = Tree::<S> { ram: &ram, root: second_root, caps };
             let place = |chance: &mut Chance| frames.take(chance, 4096);
             let mut entries = Entries { place, caps, user: true };
-            for (gpa, host, size) in moved.all().chain([(Output(middle), target, final_size)]) {
-                if S::index(gpa.as_input(), S::root()) == S::index(Input(BASE), S::root()) {
-                    return None;
-                }
-                let (there, places) = tree.lead(chance, &mut entries, (gpa.as_input(), host, size))?;
-                all.extend(places);
-                if there != host {
-                    return None;
-                }
-            }
-        }
-        for (at, word) in guest.words() {
-            ram.set(moved.host(Output(at)), word);
+            let last = (Output(middle), target, final_size);
+            places = moved.lead((&tree, chance), &mut entries, (&guest, &places), last)?;
         }
         if chance.percent(45) {
-            let at = chance.of(&all);
+            let at = chance.of(&places);
             ram.set(at, damaged(chance, ram.get(at), caps));
         }
         if chance.percent(3) {

@@ -44,18 +44,37 @@ impl Moved {
         self.tables.push((guest, Region { first: host.0, bytes }, size));
     }
 
-    /// Where the entry is that the guest has at an address; there itself if it is in none of the tables.
-    pub fn host(&self, at: Output) -> Output {
-        let inside = |(guest, host, _): &(Output, Region, Size)| {
+    /// Where the entry is that the guest has at an address, and what size of leaf leads there; `None` in none of the tables.
+    pub fn find(&self, at: Output) -> Option<(Output, Size)> {
+        self.tables.iter().find_map(|(guest, host, size)| {
             let offset = at.0.checked_sub(guest.0).filter(|offset| *offset < host.bytes)?;
-            Some(Output(host.first + offset))
-        };
-        self.tables.iter().find_map(inside).unwrap_or(at)
+            Some((Output(host.first + offset), *size))
+        })
     }
 
-    /// All of them.
-    pub fn all(&self) -> impl Iterator<Item = (Output, Output, Size)> {
-        self.tables.iter().map(|(guest, host, size)| (*guest, Output(host.first), *size))
+    /// Leads `places` in the guest's tables to where they are, and the address of `last` to memory, by the second stage's `tree`;
+    /// and puts the guest's words there. Says where entries are, the guest's first; `None` where two leaves are in each other's way.
+    pub fn lead<S: Format>(
+        &self,
+        (tree, chance): (&Tree<'_, S>, &mut Chance),
+        dress: &mut impl Dress<S>,
+        (guest, places): (&Ram, &[Output]),
+        last: (Output, Output, Size),
+    ) -> Option<Vec<Output>> {
+        let found = |at: &Output| self.find(*at).map(|(host, size)| (*at, host, size));
+        let ways: Vec<_> = places.iter().filter_map(found).collect();
+        let mut all: Vec<_> = ways.iter().map(|(_, host, _)| *host).collect();
+        for (at, host, size) in ways.into_iter().chain([last]) {
+            let (there, entries) = tree.lead(chance, dress, (at.as_input(), host, size))?;
+            all.extend(entries);
+            if there != host {
+                return None;
+            }
+        }
+        for (at, word) in guest.words() {
+            tree.ram.set(self.find(Output(at))?.0, word);
+        }
+        Some(all)
     }
 }
 

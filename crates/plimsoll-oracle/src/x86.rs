@@ -50,7 +50,8 @@ const USER_PAGE: u64 = PROGRAM + 0x2000;
 const USER: u64 = 0xc000_0000;
 /// Tables through which the program sees itself: a root, level 4 below a fifth, and so on down.
 const OWN_TABLES: [u64; 5] = [0x20_0000, 0x20_1000, 0x20_2000, 0x20_3000, 0x20_4000];
-const RAM: Region = Region { first: 0, bytes: 2 << 30 };
+/// What cases have of RAM: below are program and batch.
+const RAM: Region = Region { first: 128 << 20, bytes: 1920 << 20 };
 const TABLES: Region = Region { first: 384 << 20, bytes: 64 << 20 };
 /// Where addresses lead.
 const ARENA: Region = Region { first: 512 << 20, bytes: 1536 << 20 };
