@@ -8,6 +8,7 @@ fn main() -> std::io::Result<()> {
         flags: "-Crelocation-model=static",
         sources: &[
             "image",
+            "caller",
             "src/wire.rs",
             "../plimsoll-types/src",
             "../plimsoll-mmu/src",

@@ -8,6 +8,7 @@
 //!   line, linked without an operating system.
 //! * [`ci`]: format, lints, documentation. [`lints`]: the house rules that no other tool knows.
 //! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`chaos`]: a daemon whose manager is killed again and again.
+//! * [`mod@metal`]: the bare-metal host, booted.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
 mod bench;
 mod cargo;
@@ -15,6 +16,7 @@ mod chaos;
 mod ci;
 mod lints;
 mod machine;
+mod metal;
 mod no_std;
 mod setup;
 mod suites;
@@ -44,6 +46,8 @@ enum Command {
     Bench(bench::Choice),
     /// Kill a daemon's manager at random instants while guests verify every page; see docs/daemon.md.
     Chaos(chaos::Choice),
+    /// Boot the bare-metal host under QEMU with two guests, or stop it for a debugger; see docs/metal.md.
+    Metal(metal::Choice),
 }
 
 #[derive(clap::Args)]
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Command::Ci => ci::run(),
         Command::Bench(choice) => bench::run(&choice).map(|never| match never {}),
         Command::Chaos(choice) => chaos::run(&choice).map(|never| match never {}),
+        Command::Metal(choice) => metal::run(&choice).map(|never| match never {}),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

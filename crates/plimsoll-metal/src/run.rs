@@ -1,11 +1,12 @@
 //! One QEMU with one hypervisor in it.
 use crate::IMAGE;
-use crate::wire::{GuestSettings, Header, Line, MAGIC, Provoke};
+use crate::wire::{GuestSettings, Header, Line, MAGIC, ProgramKind, Provoke};
 use plimsoll_guest::abi::Params;
 use plimsoll_sys::pidfd::Signal;
 use plimsoll_sys::process::end_with_parent;
 use plimsoll_types::ByteCount;
 use std::io::{self, BufRead, BufReader, Read};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
@@ -15,6 +16,7 @@ use thiserror::Error;
 use zerocopy::IntoBytes;
 
 const PROGRAM: &str = "qemu-system-x86_64";
+const IMAGE_FILE: &str = "image";
 /// Where the hypervisor's exit statuses begin, see `image/src/console.rs`: `number << 1 | 1`.
 const DONE: i32 = 0x21;
 const REFUSED: i32 = 0x23;
@@ -43,6 +45,17 @@ pub enum MetalError {
     },
 }
 
+/// A guest: what it is called, runs and is told.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    /// At most 32 bytes.
+    pub name: String,
+    /// Its program.
+    pub program: ProgramKind,
+    /// Its parameter page; `tsc_hz` is filled in by the hypervisor.
+    pub params: Params,
+}
+
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -54,8 +67,8 @@ pub struct Options {
     pub seconds: u32,
     /// What the hypervisor is to do to itself.
     pub provoke: Provoke,
-    /// The guests: what each is called and told. `tsc_hz` is filled in by the hypervisor.
-    pub guests: Vec<(String, Params)>,
+    /// The guests.
+    pub guests: Vec<Guest>,
     /// Further arguments of QEMU's, such as `-s -S` for a debugger.
     pub arguments: Vec<String>,
 }
@@ -83,11 +96,11 @@ impl Options {
             reserved: 0,
         };
         let mut module = header.as_bytes().to_vec();
-        for (text, params) in &self.guests {
+        for Guest { name: text, program, params } in &self.guests {
             let mut name = [0; 32];
             let place = name.get_mut(..text.len()).ok_or(MetalError::Name { name: text.clone() })?;
             place.copy_from_slice(text.as_bytes());
-            module.extend_from_slice(GuestSettings { name, params: *params }.as_bytes());
+            module.extend_from_slice(GuestSettings { name, program: *program, params: *params }.as_bytes());
         }
         Ok(module)
     }
@@ -117,7 +130,7 @@ pub struct Run {
     /// What QEMU itself complains about.
     complaints: Option<JoinHandle<String>>,
     /// The image and the settings.
-    _files: TempDir,
+    files: TempDir,
 }
 
 impl Run {
@@ -128,7 +141,7 @@ impl Run {
     pub fn start(options: &Options) -> Result<Self, MetalError> {
         let files =
             tempfile::Builder::new().prefix("plimsoll-metal-").tempdir().map_err(MetalError::Files)?;
-        let (image, module) = (files.path().join("image"), files.path().join("settings"));
+        let (image, module) = (files.path().join(IMAGE_FILE), files.path().join("settings"));
         std::fs::write(&image, IMAGE).map_err(MetalError::Files)?;
         std::fs::write(&module, options.module()?).map_err(MetalError::Files)?;
         let mut command = Command::new(PROGRAM);
@@ -166,7 +179,7 @@ impl Run {
                 text
             })
         });
-        Ok(Self { child, lines, reader, complaints, _files: files })
+        Ok(Self { child, lines, reader, complaints, files })
     }
 
     /// What comes next, if it comes within that time. After the end of the machine there is nothing more.
@@ -185,9 +198,9 @@ impl Run {
         }
     }
 
-    /// The process's number, for a debugger's user to see.
-    pub fn process(&self) -> u32 {
-        self.child.id()
+    /// The image, with its symbols, as long as this lives.
+    pub fn image(&self) -> PathBuf {
+        self.files.path().join(IMAGE_FILE)
     }
 
     /// What QEMU complained about. Ends it.

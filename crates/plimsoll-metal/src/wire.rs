@@ -67,23 +67,38 @@ pub struct Header {
     pub reserved: u32,
 }
 
+/// Which program a guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct ProgramKind(pub u64);
+
+impl ProgramKind {
+    /// That of `plimsoll-guest`, as on Linux.
+    pub const WORKLOAD: Self = Self(0);
+    /// One that asks the hypervisor for memory to give, lend and share: `caller/`.
+    pub const CALLER: Self = Self(1);
+}
+
 /// One guest.
 ///
 /// ```text
-///   0  name    UTF-8, padded with zeros
-///  32  params  the guest's parameter page; `tsc_hz` is the hypervisor's to fill in
-/// 264  end
+///   0  name     UTF-8, padded with zeros
+///  32  program  ProgramKind
+///  40  params   the guest's parameter page; `tsc_hz` is the hypervisor's to fill in
+/// 272  end
 /// ```
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct GuestSettings {
     /// What it is called.
     pub name: [u8; 32],
+    /// What it runs.
+    pub program: ProgramKind,
     /// What it is told.
     pub params: Params,
 }
 
-const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 264);
+const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 272);
 
 /// One line of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -31,9 +31,10 @@ impl fmt::Display for Violation {
 }
 
 /// What runs inside guests: workspaces of their own, each with its lock file and the flags it is really built with.
-pub(crate) const INSIDE: [(&str, &str); 3] = [
+pub(crate) const INSIDE: [(&str, &str); 4] = [
     ("crates/plimsoll-guest/image/Cargo.toml", "-Crelocation-model=static"),
     ("crates/plimsoll-metal/image/Cargo.toml", "-Crelocation-model=static"),
+    ("crates/plimsoll-metal/caller/Cargo.toml", "-Crelocation-model=static"),
     ("crates/plimsoll-stock/init/Cargo.toml", "-Ctarget-feature=+crt-static"),
 ];
 

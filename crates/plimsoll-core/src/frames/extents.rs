@@ -514,6 +514,11 @@ where
         self.held(handle).map(|held| held.owner)
     }
 
+    /// The frames of an extent.
+    pub fn piece(&self, handle: Handle) -> Option<Piece> {
+        self.held(handle).map(|held| held.piece)
+    }
+
     /// The extent that a frame belongs to.
     pub fn at(&self, frame: Pfn) -> Option<Handle> {
         let Ok(Found::Used(_, Kind::Guest { extent })) = self.frames.look(frame) else { return None };

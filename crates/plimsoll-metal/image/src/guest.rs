@@ -3,11 +3,12 @@
 //! Enters: settings; exits of its processor. Leaves: what it is to do next, and at its end what it did. What must never happen: a number
 //! of the guest's believed; all of them are allegations that end in a report, in a sleep, or in its own death.
 //! The program, its ports and its pages are `plimsoll_guest::abi`'s, as on Linux.
+use crate::calls::Mapped;
 use crate::cpu::{self, Features};
 use crate::memory::{Memory, address};
 use crate::paged::{Paged, PagedError, Pool};
 use crate::svm::{Exit, Svm, Vcpu};
-use crate::wire::GuestSettings;
+use crate::wire::{GuestSettings, ProgramKind};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
@@ -21,7 +22,9 @@ use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, MachineId, PAGE_SIZE};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// The program, as its segments look from [`abi::IMAGE_GPA`] on.
-static PROGRAM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.bin"));
+static WORKLOAD: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.bin"));
+/// The one that calls, likewise.
+static CALLER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/caller.bin"));
 /// The longest a guest sleeps at once; it asks again.
 const IDLE_MAX_NS: u64 = 1_000_000_000;
 /// Page directories there is room for behind the PML4 and the PDPT.
@@ -40,6 +43,11 @@ pub enum StartError {
         /// How many.
         found: u32,
     },
+    /// No program has this number.
+    NoProgram {
+        /// The number.
+        found: u64,
+    },
     /// Memory its page tables cannot map.
     OutOfReach {
         /// Where.
@@ -57,6 +65,7 @@ impl fmt::Display for StartError {
             Self::Layout(error) => write!(f, "{error}"),
             Self::Program(error) => write!(f, "{error}"),
             Self::Processors { found } => write!(f, "it is to have {found} processors; guests here have one"),
+            Self::NoProgram { found } => write!(f, "no program has number {found}: use 0 or 1"),
             Self::OutOfReach { at } => {
                 write!(f, "its memory at {at} is out of reach of {DIRECTORIES} page directories")
             }
@@ -174,7 +183,10 @@ pub struct Guest {
     pub windows: Vec<(u64, u64)>,
     /// World switches.
     pub exits: u64,
-    vcpu: Vcpu,
+    /// Extents it has mapped.
+    pub mapped: Vec<Mapped>,
+    /// Its processor.
+    pub vcpu: Vcpu,
     tsc_hz: u64,
 }
 
@@ -215,10 +227,16 @@ impl Guest {
             report: Report::EMPTY,
             windows: Vec::new(),
             exits: 0,
+            mapped: Vec::new(),
             vcpu,
             tsc_hz,
         };
-        guest.write(pool, Gpa(abi::IMAGE_GPA), PROGRAM)?;
+        let program = match settings.program {
+            ProgramKind::WORKLOAD => WORKLOAD,
+            ProgramKind::CALLER => CALLER,
+            found => return Err(StartError::NoProgram { found: found.0 }),
+        };
+        guest.write(pool, Gpa(abi::IMAGE_GPA), program)?;
         guest.write(pool, Gpa(abi::PARAMS_GPA), params.as_bytes())?;
         guest.write_tables(pool, features)?;
         // The hypervisor writes there whenever it likes, also when there is no memory to bring it into.

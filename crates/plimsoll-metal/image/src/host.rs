@@ -3,6 +3,7 @@
 //! Enters: guests. Leaves: what became of them. Who gives memory up is the ledger's decision, which pages the core's, as on Linux; that
 //! no more is used than there is, the frame allocator's. Guests take turns by the timer. A guest for whose page there is no
 //! memory stalls until there is; if that is so for everybody, and nothing is left to be stored, they end with a sentence.
+use crate::calls::{CallError, Status};
 use crate::console::say;
 use crate::cpu;
 use crate::guest::{Death, Guest, State};
@@ -88,6 +89,9 @@ impl Host {
     pub fn admit(&mut self, guest: Guest) -> Result<(), LedgerError> {
         let terms = Terms { size: guest.paged.size().bytes(), reservation: ByteCount(0) };
         self.ledger.admit(guest.id, GROUP, terms)?;
+        // There is room for as many as there can be settings for, and each is new.
+        let admitted = self.pool.memory.borrow_mut().with_extents(|extents| extents.admit(guest.id));
+        debug_assert!(admitted.is_ok(), "{admitted:?}");
         self.guests.push(guest);
         self.settle()
     }
@@ -221,7 +225,13 @@ impl Host {
                 Ok(Some(State::Stalled { .. })) => {
                     self.guests[place].state = State::Stalled { turns: stalled + 1 };
                 }
-                Ok(Some(state)) => self.guests[place].state = state,
+                Ok(Some(state)) => {
+                    let is_over = matches!(state, State::Ended(_));
+                    self.guests[place].state = state;
+                    if is_over {
+                        self.bury(place);
+                    }
+                }
                 Err(death) => self.kill(place, death),
             }
             if matches!(exit, Exit::Timer) {
@@ -230,11 +240,30 @@ impl Host {
         }
     }
 
+    /// Whether there is room for so much more, once pages were taken to make some.
+    pub fn has_room(&mut self, bytes: ByteCount) -> bool {
+        let Budget { install, low, .. } = self.ledger.budget();
+        while self.used() + bytes > install {
+            if !self.relieve(low) {
+                return false;
+            }
+        }
+        true
+    }
+
     fn kill(&mut self, place: usize, death: Death) {
         if let Err(error) = self.guests[place].kill(&mut self.pool, death) {
             self.failures.push(error.to_string());
         }
         self.store_full = false;
+        self.bury(place);
+    }
+
+    /// A guest runs no more: what it lent and borrowed goes where it belongs.
+    fn bury(&mut self, place: usize) {
+        if let Err(error) = self.forget(place) {
+            self.failures.push(alloc::format!("{}: {error:?}", self.guests[place].name));
+        }
     }
 
     /// Does what an exit asks for. `None`: the guest goes on.
@@ -246,8 +275,16 @@ impl Host {
                 let state = self.guests[place].port(&mut self.pool, port, bytes)?;
                 Ok((!matches!(state, State::Ready)).then_some(state))
             }
-            // There are no calls yet that a guest could know of.
-            Exit::Call => Err(Death::Other { code: 0x81 }),
+            Exit::Call => {
+                let arguments = self.guests[place].vcpu.arguments();
+                let (status, value) = match self.call(place, arguments) {
+                    Ok(value) => (Status::Done, value),
+                    Err(CallError::Refused(status)) => (status, 0),
+                    Err(CallError::Broken(error)) => return Err(Death::Memory(error)),
+                };
+                self.guests[place].vcpu.answer(status as u64, value);
+                Ok(None)
+            }
             Exit::Exception { vector, error, address } => Err(Death::Exception { vector, error, address }),
             Exit::Other { code } => Err(Death::Other { code }),
         }

@@ -13,6 +13,7 @@
 //! | `svm`, `nested` | a virtual processor, and the second stage of its memory |
 //! | `paged`, `slabs` | the core's decisions done with frames; the store's memory |
 //! | `guest`, `host` | what a guest's program asks for; turns, budgets, reclaim |
+//! | `calls` | memory that guests own, give, lend and share |
 //! | `report` | what came of it |
 //!
 //! One processor. An interrupt does nothing but count; everything else happens between two runs of guests.
@@ -22,6 +23,7 @@
 extern crate alloc;
 
 mod boot;
+mod calls;
 mod console;
 mod cpu;
 mod guest;
@@ -49,10 +51,11 @@ use core::panic::PanicInfo;
 use cpu::Features;
 use guest::{Guest, StartError};
 use host::Host;
-use memory::{Memory, MemoryError};
+use memory::{Memory, MemoryError, address};
 use paged::Pool;
 use paging::{PagingError, Space};
 use plimsoll_core::frames::buddy::FramesError;
+use plimsoll_core::frames::extents::ExtentError;
 use plimsoll_core::ledger::LedgerError;
 use plimsoll_types::{ByteCount, PAGE_SIZE};
 use report::Seen;
@@ -80,6 +83,13 @@ enum Refusal {
     NoSvm,
     /// Firmware forbids it.
     SvmForbidden,
+    /// More guests than the processor tells apart.
+    AddressSpaces {
+        /// Guests.
+        guests: usize,
+        /// Address spaces, the hypervisor's included.
+        found: u32,
+    },
     /// A guest.
     Guest {
         /// Its place among them.
@@ -89,6 +99,8 @@ enum Refusal {
     },
     /// A guest is not admitted.
     Ledger(LedgerError),
+    /// At the end, extents and frames contradict each other.
+    Audit(ExtentError),
 }
 
 impl fmt::Display for Refusal {
@@ -101,8 +113,14 @@ impl fmt::Display for Refusal {
                 "this processor has no AMD SVM with nested paging; run it on one that has, or under qemu-system-x86_64 -accel tcg -cpu max,+svm",
             ),
             Self::SvmForbidden => f.write_str("firmware has switched AMD SVM off; switch it on in its set-up"),
+            Self::AddressSpaces { guests, found } => write!(
+                f,
+                "{guests} guests need {} address spaces and this processor has {found}; use fewer guests",
+                guests + 1
+            ),
             Self::Guest { number, why } => write!(f, "guest {number}: {why}"),
             Self::Ledger(error) => write!(f, "{error}"),
+            Self::Audit(error) => write!(f, "{error}"),
         }
     }
 }
@@ -155,6 +173,9 @@ fn run(start: u64) -> Result<(), Refusal> {
     let settings = Settings::read(left.settings)?;
     if !features.nested {
         return Err(Refusal::NoSvm);
+    }
+    if settings.guests.len() >= address(u64::from(features.asids)) {
+        return Err(Refusal::AddressSpaces { guests: settings.guests.len(), found: features.asids });
     }
     let pages = settings.guests.iter().map(pages_of).fold(0, u64::saturating_add);
     let heap = ByteCount(HEAP_LEAST.0.saturating_add(pages.saturating_mul(HEAP_PER_PAGE)));
@@ -211,7 +232,7 @@ fn work(
     }
     drop(pool.store.dismantle());
     let memory = memory.borrow();
-    memory.audit()?;
+    memory.audit().map_err(Refusal::Audit)?;
     let left = memory.used().saturating_sub(before);
     say!("returned: all but {} that {} of tables wait in", left.bytes(), memory.pooled().bytes());
     Ok(())

@@ -2,9 +2,11 @@
 //!
 //! Enters: the firmware's claims. Leaves: frames, each to one owner. **The hard line is here:** there are no frames but those of the
 //! map, so that whoever asks for more is refused, and nothing is reserved that is not counted. All memory is mapped to itself.
-//! What must never happen: a frame with two owners. [`Frame`] is a value that cannot be copied, and only the tables of a
-//! guest ([`crate::nested`]) turn one into an address and back.
+//! What must never happen: a frame with two owners. [`Frame`] is a value that cannot be copied, and nobody but this file and
+//! guests' tables ([`crate::nested`]) makes a frame of an address.
 use crate::start::Parts;
+use crate::wire::GUESTS_MAX;
+use alloc::vec::Vec;
 use core::fmt;
 use core::num::NonZeroU64;
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
@@ -13,6 +15,7 @@ use linked_list_allocator::LockedHeap;
 use plimsoll_core::frames::buddy::{
     FrameEntry, Frames, FramesError, Kind, Order, Piece, TableLevel, entries_for,
 };
+use plimsoll_core::frames::extents::{ExtentError, Extents, Slot, Task, Work};
 use plimsoll_core::frames::firmware::{Claim, HostMap, HostMapError, HostRegion, Repairs, Use};
 use plimsoll_mmu::{Level, Output, TableFrames, TableMemory};
 use plimsoll_types::{ByteCount, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount, Pfn};
@@ -21,6 +24,10 @@ use plimsoll_types::{ByteCount, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount
 pub const REGIONS: usize = 128;
 /// Claims: firmware's, and the hypervisor's own.
 const CLAIMS: usize = 160;
+/// Machines that may own memory.
+const GUESTS: usize = GUESTS_MAX as usize;
+/// Extents there may be.
+const EXTENTS: usize = 1024;
 /// What belongs to firmware and to real-mode leftovers, whatever the map says.
 const LOW: u64 = 1 << 20;
 /// Frames for tables of a level that are kept ready: what one mapping may need, and what splitting one may.
@@ -153,9 +160,12 @@ impl TableMemory for Physical {
     }
 }
 
+/// Frames, and the extents that machines own of them.
+pub type Owned = Extents<&'static mut [FrameEntry], Vec<Slot>, GUESTS>;
+
 /// All frames.
 pub struct Memory {
-    frames: Frames<&'static mut [FrameEntry]>,
+    owned: Owned,
     physical: Physical,
     /// Image, frame table and heap.
     fixed: PageCount,
@@ -232,8 +242,8 @@ impl Memory {
         let end = map.usable().next_back().map_or(Pfn(0), HostRegion::end);
         let image = PageCount((parts.end - parts.code) >> PAGE_SHIFT);
         let fixed = image + PageCount((own.end.0 - own.table.0) >> PAGE_SHIFT);
-        let memory =
-            Self { frames, physical: Physical { end: Hpa(end.0 << PAGE_SHIFT) }, fixed, peak: fixed };
+        let owned = Extents::new(frames, alloc::vec![Slot::default(); EXTENTS]);
+        let memory = Self { owned, physical: Physical { end: Hpa(end.0 << PAGE_SHIFT) }, fixed, peak: fixed };
         let mut found = Found { memory, regions: [None; REGIONS], repairs: map.repairs() };
         found.regions.iter_mut().zip(regions).for_each(|(place, region)| *place = region);
         Ok(found)
@@ -246,12 +256,12 @@ impl Memory {
 
     /// All memory: the frames, and what the hypervisor keeps.
     pub fn total(&self) -> PageCount {
-        self.frames.pages() + self.fixed
+        self.frames().pages() + self.fixed
     }
 
     /// What is in use of it, tables that wait included.
     pub fn used(&self) -> PageCount {
-        self.total().saturating_sub(self.frames.free_pages())
+        self.total().saturating_sub(self.frames().free_pages())
     }
 
     /// The most there ever was in use.
@@ -262,13 +272,43 @@ impl Memory {
     /// Recounts.
     ///
     /// # Errors
-    /// [`FramesError::Damaged`].
-    pub fn audit(&self) -> Result<(), FramesError> {
-        self.frames.audit()
+    /// [`ExtentError`]: a bug.
+    pub fn audit(&self) -> Result<(), ExtentError> {
+        self.owned.audit()
+    }
+
+    fn frames(&self) -> &Frames<&'static mut [FrameEntry]> {
+        self.owned.frames()
+    }
+
+    fn frames_mut(&mut self) -> &mut Frames<&'static mut [FrameEntry]> {
+        self.owned.frames_mut()
+    }
+
+    /// Does something with extents.
+    pub fn with_extents<T>(&mut self, with: impl FnOnce(&mut Owned) -> T) -> T {
+        let result = with(&mut self.owned);
+        self.peak = self.peak.max(self.used());
+        result
+    }
+
+    /// Zeroes an extent, if that is what is to be done with it now.
+    pub fn zero(&mut self, task: Task) {
+        if task.work != Work::Zero || !self.owned.tasks().any(|current| current == task) {
+            return;
+        }
+        for page in (task.piece.first.0..).take(address(task.piece.order.pages().0)) {
+            // SAFETY: the extent's frames are in use as its own (extents and frames agree, see `audit`), and nobody reaches them:
+            // that is when a change asks for this.
+            if let Some(mut frame) = unsafe { Frame::from_address(Hpa(page << PAGE_SHIFT)) } {
+                frame.bytes_mut().fill(0);
+                frame.into_address();
+            }
+        }
     }
 
     fn allocate(&mut self, order: Order, kind: Kind) -> Result<Piece, FramesError> {
-        let piece = self.frames.allocate(order, kind)?;
+        let piece = self.frames_mut().allocate(order, kind)?;
         self.peak = self.peak.max(self.used());
         Ok(piece)
     }
@@ -298,7 +338,7 @@ impl Memory {
     /// # Errors
     /// [`FramesError::Mistaken`].
     pub fn give(&mut self, frame: Frame, kind: Kind) -> Result<(), FramesError> {
-        self.frames.free(Piece { first: Pfn(frame.0.get()), order: Order::PAGE }, kind)
+        self.frames_mut().free(Piece { first: Pfn(frame.0.get()), order: Order::PAGE }, kind)
     }
 
     /// A root for tables of four levels, zeroed.
@@ -323,10 +363,10 @@ impl Memory {
     /// Those of [`take`](Self::take).
     pub fn stock_tables(&mut self) -> Result<(), FramesError> {
         for level in (1..=3).filter_map(TableLevel::new) {
-            while self.frames.pooled(level) < POOLED {
+            while self.frames().pooled(level) < POOLED {
                 let mut frame = self.take(Kind::Table(level))?;
                 frame.bytes_mut().fill(0);
-                self.frames.pool(
+                self.frames_mut().pool(
                     Piece { first: Pfn(frame.into_address().0 >> PAGE_SHIFT), order: Order::PAGE },
                     level,
                 )?;
@@ -337,7 +377,9 @@ impl Memory {
 
     /// Frames that wait to be tables.
     pub fn pooled(&self) -> PageCount {
-        PageCount((1..=3).filter_map(TableLevel::new).map(|level| u64::from(self.frames.pooled(level))).sum())
+        PageCount(
+            (1..=3).filter_map(TableLevel::new).map(|level| u64::from(self.frames().pooled(level))).sum(),
+        )
     }
 }
 
@@ -348,11 +390,11 @@ fn root() -> Kind {
 
 impl TableFrames for Memory {
     fn left(&self, level: Level) -> usize {
-        TableLevel::new(level.0).map_or(0, |level| usize::try_from(self.frames.pooled(level)).unwrap_or(0))
+        TableLevel::new(level.0).map_or(0, |level| usize::try_from(self.frames().pooled(level)).unwrap_or(0))
     }
 
     fn take(&mut self, level: Level) -> Option<Output> {
-        let piece = self.frames.take_pooled(TableLevel::new(level.0)?)?;
+        let piece = self.frames_mut().take_pooled(TableLevel::new(level.0)?)?;
         Some(Output(piece.first.0 << PAGE_SHIFT))
     }
 
@@ -360,10 +402,10 @@ impl TableFrames for Memory {
         let piece = Piece { first: Pfn(frame.0 >> PAGE_SHIFT), order: Order::PAGE };
         let Some(level) = TableLevel::new(level.0) else { return };
         // The pool's stock is for the next mapping; what is beyond it is memory again.
-        let kept = if self.frames.pooled(level) < POOLED {
-            self.frames.pool(piece, level)
+        let kept = if self.frames().pooled(level) < POOLED {
+            self.frames_mut().pool(piece, level)
         } else {
-            self.frames.free(piece, Kind::Table(level))
+            self.frames_mut().free(piece, Kind::Table(level))
         };
         debug_assert!(kept.is_ok(), "a table's frame is of its level");
     }

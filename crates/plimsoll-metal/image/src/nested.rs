@@ -8,6 +8,7 @@ use crate::memory::{Frame, Memory, address};
 use crate::paging::PagingError;
 use crate::svm::Translations;
 use core::ptr::with_exposed_provenance_mut;
+use plimsoll_core::frames::Rights;
 use plimsoll_core::frames::buddy::{FramesError, Kind};
 use plimsoll_mmu::format::x86::{Caps, Npt};
 use plimsoll_mmu::mapper::{Clear, MapError, Mapper, Translation};
@@ -148,6 +149,35 @@ impl Nested {
         self.with(memory, |mapper| {
             mapper.harvest(span, Clear::Accessed, |touched| used(Gpa(touched.input.0)))
         })
+    }
+
+    /// Maps a page of an extent, with what its reacher may do. The extent keeps its frames.
+    ///
+    /// # Errors
+    /// [`PagingError`]: there is no memory for tables, or something is mapped there.
+    pub fn map_extent(
+        &mut self,
+        memory: &mut Memory,
+        gpa: Gpa,
+        at: Hpa,
+        rights: Rights,
+    ) -> Result<(), PagingError> {
+        let mut permissions = Permissions::READ | Permissions::USER;
+        permissions.set(Permissions::WRITE, rights.contains(Rights::WRITE));
+        permissions.set(Permissions::EXECUTE, rights.contains(Rights::EXECUTE));
+        let leaf = Leaf::new(Output(at.0), PAGE_SHIFT, permissions, Type::Pat(0));
+        memory.stock_tables()?;
+        let span = page(gpa)?;
+        self.with(memory, |mapper| mapper.map(span, leaf))
+    }
+
+    /// Takes a page of an extent out of the tables.
+    ///
+    /// # Errors
+    /// [`PagingError`]: a bug.
+    pub fn unmap_extent(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<(), PagingError> {
+        let span = page(gpa)?;
+        self.with(memory, |mapper| mapper.unmap(span)).map(drop)
     }
 
     /// Takes the tables back, which map nothing any more.

@@ -489,6 +489,16 @@ impl Paged {
         self.zap(&mut pool.memory.borrow_mut())
     }
 
+    /// The first address behind all of its memory.
+    pub fn end_of_memory(&self) -> Gpa {
+        self.core.layout().regions().last().map_or(Gpa(0), |region| Gpa(region.start.0 + region.bytes.0))
+    }
+
+    /// The tables, for what is not its memory: extents, behind its end.
+    pub const fn tables(&mut self) -> &mut Nested {
+        &mut self.nested
+    }
+
     /// Checks words against counts.
     ///
     /// # Errors

@@ -10,7 +10,6 @@ use crate::memory::heap_used;
 use crate::wire::{GuestLine, HostLine, Line};
 use alloc::string::ToString;
 use alloc::vec::Vec;
-use plimsoll_core::ledger::Kind;
 use plimsoll_core::word::StateKind;
 use plimsoll_guest::abi::latency_floor;
 use plimsoll_types::{PAGE_SIZE, PageCount};
@@ -138,7 +137,5 @@ impl Seen {
                 Err(error) => say!("a line of the report cannot be written: {error}"),
             }
         }
-        // In the ledger the same bytes have owners.
-        say!("charged: {} resident at the end", host.ledger.host_usage().of(Kind::Resident));
     }
 }

@@ -129,6 +129,8 @@ struct Registers {
 const GUEST_SSE: usize = offset_of!(Registers, guest_sse);
 const HOST_SSE: usize = offset_of!(Registers, host_sse);
 
+const RDX: usize = 2;
+
 impl Registers {
     fn new() -> Self {
         let mut sse = [0; 512];
@@ -374,5 +376,21 @@ impl Vcpu {
         if let Some(vmcb) = self.vmcb() {
             vmcb.rip = next;
         }
+    }
+
+    /// What the guest calls with: rax, rdi, rsi, rdx, rcx.
+    pub fn arguments(&mut self) -> [u64; 5] {
+        let rax = self.vmcb().map_or(0, |vmcb| vmcb.rax);
+        let [_, rcx, rdx, rsi, rdi, ..] = self.registers.general;
+        [rax, rdi, rsi, rdx, rcx]
+    }
+
+    /// What its call came to: rax and rdx. It goes on behind the call.
+    pub fn answer(&mut self, status: u64, value: u64) {
+        self.registers.general[RDX] = value;
+        if let Some(vmcb) = self.vmcb() {
+            vmcb.rax = status;
+        }
+        self.skip();
     }
 }

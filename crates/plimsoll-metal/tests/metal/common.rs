@@ -2,8 +2,8 @@
 use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PAGE_SIZE, PARAMS_MAGIC, Params, Region, WORKLOAD_GPA};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
-use plimsoll_metal::wire::{GuestLine, HostLine, Line};
-use plimsoll_metal::{Event, Options, Run};
+use plimsoll_metal::wire::{GuestLine, HostLine, Line, ProgramKind};
+use plimsoll_metal::{Event, Guest, Options, Run};
 use plimsoll_types::ByteCount;
 use std::time::Duration;
 
@@ -76,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Heard {
 }
 
 /// A guest of one region that fills so many percent of it.
-pub(crate) fn guest(kind: WorkloadKind, size: ByteCount, percent: u64, seed: u64) -> (String, Params) {
+pub(crate) fn guest(kind: WorkloadKind, size: ByteCount, percent: u64, seed: u64) -> Guest {
     let mut workload = WorkloadSpec::new(kind);
     workload.footprint_bytes = (size.0 - WORKLOAD_GPA) / 100 * percent / PAGE_SIZE * PAGE_SIZE;
     workload.hot_permille = 200;
@@ -98,5 +98,5 @@ pub(crate) fn guest(kind: WorkloadKind, size: ByteCount, percent: u64, seed: u64
         mix: Mix { zero: 25, duplicate: 20, text: 45, random: 10 },
         workload,
     };
-    (format!("{}{seed}", kind.name()), params)
+    Guest { name: format!("{}{seed}", kind.name()), program: ProgramKind::WORKLOAD, params }
 }

@@ -15,7 +15,7 @@ fn four_guests_own_twice_the_memory_there_is_and_read_no_wrong_word() {
     options.seconds = 3;
     options.guests = kinds.into_iter().zip(1..).map(|(kind, seed)| guest(kind, size, 70, seed)).collect();
     // One that gives pages back while others are taken from it.
-    options.guests[1].1.workload.discard_every_ops = 200;
+    options.guests[1].params.workload.discard_every_ops = 200;
     let heard = run(&options);
     heard.assert_well();
     let host = heard.host();
@@ -40,7 +40,7 @@ fn guests_whose_contents_do_not_fit_however_they_are_stored_end_with_a_sentence_
     }
     let mut options = Options::new(ByteCount::mib(48));
     options.guests = (1..=2).map(|seed| guest(WorkloadKind::Idle, ByteCount::mib(64), 60, seed)).collect();
-    for (_, params) in &mut options.guests {
+    for params in options.guests.iter_mut().map(|guest| &mut guest.params) {
         (params.mix.zero, params.mix.duplicate, params.mix.text, params.mix.random) = (0, 0, 0, 100);
     }
     let heard = run(&options);
@@ -61,8 +61,13 @@ fn a_guest_that_cannot_be_made_is_refused_with_the_reason() {
     }
     let mut options = Options::new(ByteCount::mib(64));
     options.guests = vec![guest(WorkloadKind::Idle, ByteCount::mib(64), 60, 1)];
-    options.guests[0].1.vcpus = 2;
+    options.guests[0].params.vcpus = 2;
     let heard = run(&options);
     assert!(matches!(heard.end, Event::Refused), "{heard:#?}");
     assert!(heard.has("refused: guest 1: it is to have 2 processors; guests here have one"), "{heard:#?}");
+    // QEMU's processors have 16 address spaces, of which the hypervisor has one.
+    options.guests = (1..=16).map(|seed| guest(WorkloadKind::Idle, ByteCount::mib(64), 60, seed)).collect();
+    let heard = run(&options);
+    assert!(matches!(heard.end, Event::Refused), "{heard:#?}");
+    assert!(heard.has("refused: 16 guests need 17 address spaces and this processor has 16"), "{heard:#?}");
 }

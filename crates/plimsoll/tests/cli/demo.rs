@@ -18,7 +18,7 @@ fn small<'a>(more: &[&'a str]) -> Vec<&'a str> {
 }
 
 /// What the report says in its documented fields, and that it agrees with itself.
-fn expect_good_report(ended: &Ended, guests: usize) {
+pub(crate) fn expect_good_report(ended: &Ended, guests: usize) {
     let report = ended.json("report.json");
     let number = |of: &Value, field: &str| of[field].as_u64().unwrap_or_else(|| panic!("no {field} in {of}"));
     let (budget, peak) = (number(&report, "budget_bytes"), number(&report, "peak_bytes"));

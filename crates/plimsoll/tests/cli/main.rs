@@ -7,6 +7,7 @@ mod attach;
 mod daemon;
 mod demo;
 mod host;
+mod metal;
 mod plan;
 mod run;
 mod soak;

@@ -32,6 +32,12 @@ pub(crate) fn can(capability: &str) -> bool {
         "zram" => Some("this user may make no zram device, or the kernel has none".to_owned()),
         "ksm" if is_root() && Path::new("/sys/kernel/mm/ksm/general_profit").exists() => None,
         "ksm" => Some("not root, or this kernel's KSM does not count its profit".to_owned()),
+        "qemu" => {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let is_here =
+                std::env::split_paths(&path).any(|folder| folder.join("qemu-system-x86_64").exists());
+            (!is_here).then(|| "no qemu-system-x86_64".to_owned())
+        }
         "root" if is_root() => None,
         "root" => Some("not root".to_owned()),
         other => panic!("no test knows of {other}"),
