@@ -52,6 +52,11 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 const SLACK: ByteCount = ByteCount(RAM.0 / 100 + (1 << 20));
 /// What our control groups are called.
 const PREFIX: &str = "plimsoll-cost";
+/// By how much a limit is lowered at a time, and how often between two looks: 13.5 us a page (FACTS) make 28 ms of all of them.
+const STEP: ByteCount = ByteCount::mib(1);
+const STEPS: usize = 8;
+/// What a limit leaves a guest at least, or the kernel kills it for the pages of one instruction.
+const LEAST: ByteCount = ByteCount::mib(4);
 /// How often a guest is started that the kernel kills at its limit.
 const TRIES: usize = 3;
 
@@ -160,7 +165,13 @@ impl Row {
 /// A guest, and what holds it to what it is left. The guest ends first, and the cgroup before swap, so that nothing is read back.
 enum Held {
     Free(Guest),
-    Caged { guest: Guest, cgroup: MemoryCgroup, device: ZramSwap },
+    /// The limit is the cgroup's now.
+    Caged {
+        guest: Guest,
+        cgroup: MemoryCgroup,
+        device: ZramSwap,
+        limit: ByteCount,
+    },
     Managed(Ours),
 }
 
@@ -184,12 +195,26 @@ impl Held {
     }
 
     /// Has the kernel keep to what the guest is left: the cgroup's limit is that, less what zram takes, which no cgroup counts, and
-    /// with what the VMM takes beside its guest.
-    fn keep_to(&self, left: ByteCount) -> Result<(), BenchError> {
-        let Self::Caged { guest, cgroup, device } = self else { return Ok(()) };
-        let beside = cgroup.used().context("a cgroup's use")?.saturating_sub(present(guest)?);
+    /// with what the VMM takes beside its guest. It is reached in steps, and once lowered not raised again because the guest is
+    /// faster: from then on the guest waits for whatever it touches. Below it the kernel reclaims ahead, as kswapd does.
+    fn keep_to(&mut self, left: ByteCount) -> Result<(), BenchError> {
+        let Self::Caged { guest, cgroup, device, limit } = self else { return Ok(()) };
+        let used = || cgroup.used().context("a cgroup's use");
+        let beside = used()?.saturating_sub(present(guest)?);
         let compressed = device.memory_used().context("zram's use")?;
-        swap::press(cgroup, (left + beside).saturating_sub(compressed).max(beside));
+        let due = (left + beside).saturating_sub(compressed).max(beside + LEAST);
+        for _ in 0..STEPS {
+            let next = due.max((*limit).min(used()?).saturating_sub(STEP));
+            // What cannot be reached at once is tried again a moment later.
+            if cgroup.set_limit(next).is_err() {
+                break;
+            }
+            *limit = next;
+        }
+        if *limit == due && used()?.0 > due.0 - due.0 / 32 {
+            let _ = cgroup.set_limit(ByteCount(due.0 - due.0 / 16));
+            let _ = cgroup.set_limit(due);
+        }
         Ok(())
     }
 
@@ -221,7 +246,7 @@ fn start(row: Option<Row>, interrupt: &Interrupt) -> Result<Held, BenchError> {
             let device = swap::device(ByteCount(RAM.0 * 2)).context("cannot make a zram device")?;
             let cgroup = MemoryCgroup::create(PREFIX, ProcessId::own()).context("cannot make a cgroup")?;
             let guest = Guest::unmanaged_in(&cgroup, config, interrupt)?;
-            Ok(Held::Caged { guest, cgroup, device })
+            Ok(Held::Caged { guest, cgroup, device, limit: ByteCount(RAM.0 * 2) })
         }
         Some(Row { way: Way::Balloon, .. }) | None => Ok(Held::Free(Guest::unmanaged(config, interrupt)?)),
     }
@@ -326,7 +351,7 @@ pub(crate) fn run(
     println!("{machine}");
     NOTES.iter().for_each(|note| println!("note: {note}"));
     let wanted = Row::all().filter(|row| row.name().starts_with(prefix));
-    let mut rows: Vec<(Row, Vec<Run>)> = wanted.map(|row| (row, Vec::new())).collect();
+    let mut rows: Vec<(Row, Option<Vec<Run>>)> = wanted.map(|row| (row, Some(Vec::new()))).collect();
     for round in 1..=ROUNDS {
         eprintln!("round {round}");
         for usage in Usage::ALL {
@@ -335,8 +360,9 @@ pub(crate) fn run(
     }
     let mut results = Vec::new();
     for (row, runs) in rows {
-        let comparison = Comparison::new(higher(&row.name(), "ops/s", None), runs)?;
-        println!("  {comparison}");
+        let subject = || higher(&row.name(), "ops/s", None);
+        let comparison = runs.map(|runs| Comparison::new(subject(), runs)).transpose()?;
+        comparison.iter().for_each(|comparison| println!("  {comparison}"));
         results.push((row, comparison));
     }
     let path = folder.join("costs.json");
@@ -352,39 +378,41 @@ pub(crate) fn run(
         seed: SEED,
         mix: MIX.to_string(),
     };
-    let results = results.into_iter().map(|(_, comparison)| comparison).collect();
+    let results = results.into_iter().filter_map(|(_, comparison)| comparison).collect();
     Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
 }
 
-/// A round of the rows of one guest: the guest left alone, each row, the guest left alone again. Rows that cannot be had end here.
-fn measure(usage: Usage, rows: &mut Vec<(Row, Vec<Run>)>, interrupt: &Interrupt) -> Result<(), BenchError> {
-    if rows.iter().all(|(row, _)| row.usage != usage) {
+/// A round of the rows of one guest: the guest left alone, each row, the guest left alone again. Rows that cannot be had lose their
+/// runs.
+fn measure(
+    usage: Usage,
+    rows: &mut [(Row, Option<Vec<Run>>)],
+    interrupt: &Interrupt,
+) -> Result<(), BenchError> {
+    let mut rows: Vec<_> =
+        rows.iter_mut().filter(|(row, runs)| row.usage == usage && runs.is_some()).collect();
+    if rows.is_empty() {
         return Ok(());
     }
     let peer = alone(usage, interrupt)?;
     let mut outcomes = Vec::new();
-    for (row, _) in rows.iter().filter(|(row, _)| row.usage == usage) {
+    for (row, _) in &rows {
         eprintln!("  {}", row.name());
         outcomes.push(try_life(*row, interrupt)?);
     }
     let peer_again = alone(usage, interrupt)?;
-    let mut outcomes = outcomes.into_iter();
-    rows.retain_mut(|(row, runs)| {
-        if row.usage != usage {
-            return true;
-        }
-        let why = match outcomes.next() {
-            Some(Outcome::Measured(ours)) => {
-                runs.push(Run { ours, peer, peer_again });
-                return true;
+    for ((row, runs), outcome) in rows.iter_mut().zip(outcomes) {
+        let why = match outcome {
+            Outcome::Measured(ours) => {
+                runs.iter_mut().for_each(|runs| runs.push(Run { ours, peer, peer_again }));
+                continue;
             }
-            Some(Outcome::Short(taken)) => format!("left {}, the guest takes {taken}", row.left()),
-            Some(Outcome::Killed) => format!("the kernel killed the guest {TRIES} times of {TRIES}"),
-            None => "it was not tried".to_owned(),
+            Outcome::Short(taken) => format!("left {}, the guest takes {taken}", row.left()),
+            Outcome::Killed => format!("the kernel killed the guest {TRIES} times of {TRIES}"),
         };
         println!("  {}: not to be had: {why}", row.name());
-        false
-    });
+        *runs = None;
+    }
     Ok(())
 }
 
@@ -398,12 +426,15 @@ fn alone(usage: Usage, interrupt: &Interrupt) -> Result<Sample, BenchError> {
 }
 
 /// What was measured, as the policy reads it. Of our pager nothing: it is a machine's only rung, so nothing is to be chosen.
-fn file_of(machine: &Machine, results: &[(Row, Comparison)]) -> CostsFile {
-    let spread = results.iter().map(|(_, comparison)| comparison.spread()).fold(0.0, f64::max);
+fn file_of(machine: &Machine, results: &[(Row, Option<Comparison>)]) -> CostsFile {
+    let measured = results.iter().filter_map(|(_, comparison)| comparison.as_ref());
+    let spread = measured.map(Comparison::spread).fold(0.0, f64::max);
     let losses = |usage, way| {
         let of = results.iter().filter(|(row, _)| row.usage == usage && row.way == way);
-        // Of a row that could not be had nothing is known, so the file is silent about all of its like.
-        Losses::try_from(of.map(|(_, comparison)| lost(comparison.ratio())).collect::<Vec<_>>()).ok()
+        // A guest from which that much cannot be had so does not work with that much away. Rows that nobody asked for are no losses.
+        let loss = |comparison: &Comparison| lost(comparison.ratio());
+        let losses = of.map(|(_, comparison)| comparison.as_ref().map_or(Ppm::WHOLE, loss));
+        Losses::try_from(losses.collect::<Vec<_>>()).ok()
     };
     let rung = |way| RungFile {
         busy_ppm: losses(Usage::Busy, way),
@@ -429,11 +460,11 @@ mod tests {
     use super::*;
     use plimsoll_policy::{Costs, Rung};
 
-    fn row(usage: Usage, way: Way, percent: u64, ratio: f64) -> (Row, Comparison) {
+    fn row(usage: Usage, way: Way, percent: u64, ratio: f64) -> (Row, Option<Comparison>) {
         let row = Row { usage, way, percent };
         let sample = Sample::untimed;
         let run = Run { ours: sample(ratio * 1000.0), peer: sample(1000.0), peer_again: sample(1010.0) };
-        (row, Comparison::new(higher(&row.name(), "ops/s", None), vec![run]).unwrap())
+        (row, Some(Comparison::new(higher(&row.name(), "ops/s", None), vec![run]).unwrap()))
     }
 
     #[test]
@@ -441,15 +472,17 @@ mod tests {
         let ratio = |at: usize| 1.1 - 0.1005 * at as f64;
         let mut results: Vec<_> =
             (1..).zip(TAKEN).map(|(at, percent)| row(Usage::Busy, Way::Kernel, percent, ratio(at))).collect();
-        // One of the idle guest's could not be had.
+        // The last could not be had, and the idle guest's rows were not all asked for.
+        results[5].1 = None;
         results.extend(TAKEN[1..].iter().map(|percent| row(Usage::Idle, Way::Kernel, *percent, 0.5)));
         let written = serde_json::to_string(&file_of(&Machine::here(), &results)).unwrap();
         let read: CostsFile = serde_json::from_str(&written).unwrap();
         let (costs, usual) = (Costs::from(&read), Costs::MEASURED);
         let compress = costs.of(Rung::Compress);
-        let ppm = |at: usize| lost(results[at].1.ratio());
-        assert_eq!(compress.busy, Some(Losses([ppm(0), ppm(1), ppm(2), ppm(3), ppm(4), ppm(5)])));
-        assert!(ppm(0) < Ppm::percent(2) && ppm(5) > Ppm::percent(48), "{compress:?}");
+        let percent = [0, 10, 20, 30, 40].map(Ppm::percent);
+        let Losses([losses @ .., last]) = compress.busy.unwrap();
+        let near = |(found, percent): (Ppm, Ppm)| found.0.abs_diff(percent.0) < 6_000;
+        assert!(losses.into_iter().zip(percent).all(near) && last == Ppm::WHOLE, "{compress:?}");
         assert_eq!(compress.idle, usual.of(Rung::Compress).idle, "what was not measured stays as it was");
         assert_eq!(costs.of(Rung::Balloon), usual.of(Rung::Balloon));
         assert!(read.source.starts_with("cargo xtask bench cost"), "{}", read.source);

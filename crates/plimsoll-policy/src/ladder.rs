@@ -149,6 +149,21 @@ pub struct Choice {
     pub other_costs: Figures,
 }
 
+impl fmt::Display for Choice {
+    /// What follows the price of the rung taken; with `#` that price before it. Losses to a hundredth, which is more than was
+    /// measured.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { costs, other, other_costs } = self;
+        let percent = |loss: Ppm| loss.0.saturating_add(5_000) / 10_000;
+        let (loss, other_loss) = (percent(costs.loss), percent(other_costs.loss));
+        let price = other_costs.price_ns / 1000;
+        if f.alternate() {
+            write!(f, "; this costs {} us a freed page", costs.price_ns / 1000)?;
+        }
+        write!(f, " and {loss} % of its work, where {other} would cost {price} us and {other_loss} %")
+    }
+}
+
 /// Memory to take on one rung.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Taking {

@@ -139,19 +139,6 @@ pub enum Reason {
     ClockWentBack { from_ms: u64, to_ms: u64 },
 }
 
-/// By what one rung was taken and not the next. Losses to a hundredth, which is more than was measured.
-fn weigh(f: &mut fmt::Formatter<'_>, choice: &Choice) -> fmt::Result {
-    let Choice { costs, other, other_costs } = choice;
-    let percent = |loss: Ppm| loss.0.saturating_add(5_000) / 10_000;
-    write!(
-        f,
-        " and {} % of its work, where {other} would cost {} us and {} %",
-        percent(costs.loss),
-        other_costs.price_ns / 1000,
-        percent(other_costs.loss)
-    )
-}
-
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -181,7 +168,7 @@ impl fmt::Display for Reason {
                      {returns} come back",
                     price_ns / 1000
                 )?;
-                choice.iter().try_for_each(|choice| weigh(f, choice))?;
+                choice.iter().try_for_each(|choice| write!(f, "{choice}"))?;
                 write!(f, "; {room}")
             }
             Self::BalloonGrows { from, to, target, appetite, choice, room } => {
@@ -190,10 +177,7 @@ impl fmt::Display for Reason {
                     "its balloon goes from {from} to {to}: its target is {target}, of what is above it {appetite} are \
                      taken"
                 )?;
-                if let Some(choice) = choice {
-                    write!(f, "; this costs {} us a freed page", choice.costs.price_ns / 1000)?;
-                    weigh(f, choice)?;
-                }
+                choice.iter().try_for_each(|choice| write!(f, "{choice:#}"))?;
                 write!(f, "; {room}")
             }
             Self::BalloonShrinks { from, to, target, room } => {

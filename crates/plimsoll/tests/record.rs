@@ -60,3 +60,11 @@ fn what_the_recorder_writes_is_decided_again_and_simulated() {
         assert_eq!((machine.consumed.recorded, machine.stall.recorded), (MIB(480).0, 300), "{comparison}");
     }
 }
+
+/// Recorded before losses were measured, of two Debians under QEMU: where none is known, price alone decides as it did.
+#[test]
+fn a_record_of_version_1_is_decided_as_it_was() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/two-guests.zst");
+    let replayed = replay(Reader::open(&path).unwrap());
+    assert!(replayed.identical == 91 && replayed.difference.is_none(), "{replayed:?}");
+}
