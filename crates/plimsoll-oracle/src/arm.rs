@@ -137,6 +137,7 @@ impl<F: Format, T: FnMut(&mut Chance, u64) -> Output> Dress<F> for Entries<T> {
             accessed: false,
             global: false,
             software: chance.bits() & 0x7f << 52,
+            skips: 0,
         })
     }
 
