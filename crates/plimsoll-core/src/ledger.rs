@@ -214,6 +214,11 @@ impl Ledger {
         self.budget
     }
 
+    /// Holds the host to another budget from now on. What is beyond it is given up as soon as it can be.
+    pub fn set_budget(&mut self, budget: Budget) {
+        self.budget = budget;
+    }
+
     /// Adds a group, or does nothing if it is known.
     pub fn add_group(&mut self, id: GroupId) {
         if !self.groups.iter().any(|group| group.id == id) {
