@@ -14,4 +14,5 @@ pub mod control;
 pub mod daemon;
 pub mod keeper;
 pub mod line;
+pub mod roster;
 pub mod trace;

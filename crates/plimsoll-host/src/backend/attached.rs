@@ -17,6 +17,7 @@ use plimsoll_linux::zram::{self, SwapCost};
 use plimsoll_policy::Costs;
 use plimsoll_policy::view::{MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs, Step};
+use plimsoll_sys::ProcessId;
 use plimsoll_sys::procfs::maps::MeasuredMapping;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::time::{Duration, Instant};
@@ -43,6 +44,8 @@ pub struct Attached {
     cost: SwapCost,
     /// Pages the last plan asked for that were not asked of the kernel yet, and when to go on.
     wanted: PageCount,
+    /// The same of what an operator asked for.
+    ordered: PageCount,
     go_on_at: Option<Instant>,
     is_migrating: bool,
     short: Option<Short>,
@@ -73,6 +76,7 @@ impl Attached {
             look_at: now,
             cost: SwapCost::default(),
             wanted: PageCount(0),
+            ordered: PageCount(0),
             go_on_at: None,
             is_migrating: false,
             short: None,
@@ -219,7 +223,7 @@ impl Backend for Attached {
             _ => None,
         });
         self.wanted = taken.unwrap_or_default();
-        self.go_on_at = (self.wanted.0 > 0).then_some(now);
+        self.go_on_at = (self.wanted.max(self.ordered) > PageCount(0)).then_some(now);
         outcomes
     }
 
@@ -231,14 +235,33 @@ impl Backend for Attached {
         let Some(machine) = self.memory.managed.as_mut().filter(|_| !self.is_migrating) else {
             return Ok(None);
         };
-        let got = machine.reclaim(self.wanted.min(BITE), now).map_err(Self::trouble)?;
+        let got = machine.reclaim(self.wanted.max(self.ordered).min(BITE), now).map_err(Self::trouble)?;
+        // What a plan wants as well is taken once.
         self.wanted = self.wanted.saturating_sub(got.taken);
+        // Where there is no more to be had now, an order is over: it is not kept for better times.
+        self.ordered = if got.goes_on() { self.ordered.saturating_sub(got.taken) } else { PageCount(0) };
         // What left is no longer where the last look saw it.
         self.usage.resident = self.usage.resident.saturating_sub(got.taken);
         self.usage.elsewhere += got.taken;
-        self.go_on_at = (got.goes_on() && self.wanted.0 > 0).then(|| now + PAUSE);
+        self.go_on_at = (got.goes_on() && self.wanted.max(self.ordered).0 > 0).then(|| now + PAUSE);
         self.short = got.short;
         Ok(self.go_on_at)
+    }
+
+    fn reclaim(&mut self, pages: PageCount, now: Instant) -> Done {
+        let done = self.step(Step::Take { rung: Rung::Compress, pages, frees: pages.bytes() });
+        if self.memory.managed.is_none() {
+            return Done::Refused(Refused::NoSuchRung(Rung::Compress));
+        }
+        if done == Done::Begun {
+            self.ordered = pages;
+            self.go_on_at = Some(self.go_on_at.map_or(now, |at| at.min(now)));
+        }
+        done
+    }
+
+    fn process(&self) -> Option<ProcessId> {
+        Some(self.follower.held().process())
     }
 
     fn is_gone(&self) -> bool {

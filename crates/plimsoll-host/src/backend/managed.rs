@@ -4,7 +4,7 @@
 //! to its pager. The pager's statistics say what came of them. Nothing here waits: the manager's lock is held for reading
 //! counters and writing numbers.
 use super::overhead::{Overhead, measure};
-use super::{Backend, Done, Refused, Trouble};
+use super::{Backend, Done, Kind, Refused, Trouble};
 use parking_lot::Mutex;
 use plimsoll_linux::uffd::manager::Manager;
 use plimsoll_linux::uffd::stats::MachineStats;
@@ -30,12 +30,15 @@ pub struct Managed {
     born: Instant,
     /// What the policy last wanted it to come to.
     target: Option<ByteCount>,
+    /// Pages an operator asked for that were not taken yet.
+    ordered: PageCount,
     last: Option<(Instant, Counters)>,
 }
 
 /// Counts that only grow.
 #[derive(Clone, Copy, Debug, Default)]
 struct Counters {
+    captured: u64,
     taken: u64,
     returned: u64,
     waited: Duration,
@@ -46,7 +49,8 @@ impl Counters {
         // Pages on their way through limbo have not been taken yet. Those of zeros come back as if never touched.
         let stored = stats.stored;
         let taken = stored.same + stored.duplicate + stored.compressed + stored.raw;
-        Self { taken, returned: stats.faults.stored, waited: stats.waited }
+        let captured = stats.captured;
+        Self { captured, taken, returned: stats.faults.stored, waited: stats.waited }
     }
 }
 
@@ -54,7 +58,16 @@ impl Managed {
     /// A machine that the manager has admitted under `id` just `now`, with so many virtual processors.
     pub fn new(manager: Arc<Mutex<Manager>>, id: MachineId, processors: u32, now: Instant) -> Self {
         let processors = processors.max(1);
-        Self { manager, id, process: None, processors, born: now, target: None, last: None }
+        Self {
+            manager,
+            id,
+            process: None,
+            processors,
+            born: now,
+            target: None,
+            ordered: PageCount(0),
+            last: None,
+        }
     }
 
     /// Its VMM is that process: what it costs can be measured.
@@ -98,6 +111,8 @@ impl Backend for Managed {
         let stats = machine.stats;
         let counters = Counters::of(&stats);
         let (then, before) = self.last.replace((now, counters)).unwrap_or((now, counters));
+        let taken = PageCount(counters.taken.saturating_sub(before.taken));
+        self.ordered.0 = self.ordered.0.saturating_sub(counters.captured.saturating_sub(before.captured));
         let elapsed = now.saturating_duration_since(then) * self.processors;
         let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let waited = counters.waited.saturating_sub(before.waited).min(elapsed);
@@ -106,7 +121,7 @@ impl Backend for Managed {
             phase: if is_starting { Phase::Starting } else { Phase::Running },
             stored,
             active: stats.working_set.map(|pages| Reading::of(pages.bytes(), 0)),
-            taken: PageCount(counters.taken.saturating_sub(before.taken)),
+            taken,
             returned: PageCount(counters.returned.saturating_sub(before.returned)),
             stalled: Ppm::of(nanoseconds(waited), nanoseconds(elapsed)),
             rungs: Rungs::NONE.with(Rung::Compress),
@@ -120,9 +135,24 @@ impl Backend for Managed {
             _ => None,
         });
         // No pages are an order, too: what an earlier plan asked for is not wanted any more.
-        let pages = u32::try_from(pages.unwrap_or_default().0).unwrap_or(u32::MAX);
+        let pages = pages.unwrap_or_default().max(self.ordered);
+        let pages = u32::try_from(pages.0).unwrap_or(u32::MAX);
         self.manager.lock().squeeze(self.id, pages);
         steps.iter().map(|step| self.step(*step)).collect()
+    }
+
+    fn reclaim(&mut self, pages: PageCount, _now: Instant) -> Done {
+        self.ordered = pages;
+        self.manager.lock().squeeze(self.id, u32::try_from(pages.0).unwrap_or(u32::MAX));
+        Done::Begun
+    }
+
+    fn kind(&self) -> Kind {
+        Kind::HandedOver
+    }
+
+    fn process(&self) -> Option<ProcessId> {
+        self.process
     }
 
     fn is_gone(&self) -> bool {

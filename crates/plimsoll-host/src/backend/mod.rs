@@ -26,7 +26,8 @@ pub use overhead::{Overhead, OverheadError, measure};
 use plimsoll_policy::admission::Overheads;
 use plimsoll_policy::view::MachineView;
 use plimsoll_policy::{Rung, Step};
-use plimsoll_types::MachineId;
+use plimsoll_sys::ProcessId;
+use plimsoll_types::{MachineId, PageCount};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Instant;
@@ -58,6 +59,21 @@ pub trait Backend: Send {
         false
     }
 
+    /// Takes so much, once, beside what plans ask for.
+    fn reclaim(&mut self, _pages: PageCount, _now: Instant) -> Done {
+        Done::Refused(Refused::NoSuchRung(Rung::Compress))
+    }
+
+    /// Whose the machine's memory is.
+    fn kind(&self) -> Kind {
+        Kind::Attached
+    }
+
+    /// Its VMM.
+    fn process(&self) -> Option<ProcessId> {
+        None
+    }
+
     /// What a machine of its kind costs besides its guest's pages, as it is predicted.
     fn predicted(&self) -> Overheads {
         Overheads::MEASURED
@@ -67,6 +83,15 @@ pub trait Backend: Send {
     fn overhead(&mut self) -> Option<Overhead> {
         None
     }
+}
+
+/// Whose a machine's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Its VMM's, which is managed from outside.
+    Attached,
+    /// Our own pager's: its VMM has handed it over.
+    HandedOver,
 }
 
 /// A machine cannot be looked at.

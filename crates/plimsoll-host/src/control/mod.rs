@@ -13,17 +13,18 @@ mod pool;
 mod run;
 
 pub use pool::Pool;
-pub use run::{RunError, Wakers, run};
+pub use run::{Happened, RunError, Wakers, run};
 
-use crate::backend::{Backend, Done, Overhead, Refused, Trouble};
+use crate::backend::{Backend, Done, Kind, Overhead, Refused, Trouble};
 use crate::trace::{Basis, Recorder, Tick, TraceError};
 use plimsoll_policy::admission::{AdmissionError, Capacity, Overheads, admit};
 use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::settings::{MachineSettings, Settings, SettingsError};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView};
-use plimsoll_policy::{Plan, PolicyState, Step, decide};
-use plimsoll_types::{ByteCount, MachineId};
+use plimsoll_policy::{Plan, PolicyState, Rungs, Step, decide};
+use plimsoll_sys::ProcessId;
+use plimsoll_types::{ByteCount, MachineId, PageCount};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -115,6 +116,8 @@ pub enum Hurry {
     Came,
     /// A machine went.
     Went,
+    /// An operator said something else.
+    Told,
 }
 
 /// A machine and what was said about it.
@@ -123,8 +126,40 @@ struct Member {
     backend: Box<dyn Backend>,
     trouble: Option<Trouble>,
     refused: Option<Refused>,
+    /// Nothing is taken from it for now.
+    is_paused: bool,
     /// As last measured.
     overhead: Option<Overhead>,
+}
+
+impl Member {
+    fn berth(&self) -> Berth {
+        Berth {
+            name: self.name.clone(),
+            kind: self.backend.kind(),
+            process: self.backend.process(),
+            is_paused: self.is_paused,
+            trouble: self.trouble.clone(),
+            refused: self.refused.clone(),
+        }
+    }
+}
+
+/// A machine of the loop, besides what is seen of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Berth {
+    /// Its name.
+    pub name: String,
+    /// Whose its memory is.
+    pub kind: Kind,
+    /// Its VMM.
+    pub process: Option<ProcessId>,
+    /// Nothing is taken from it for now.
+    pub is_paused: bool,
+    /// Why it is left out, if it is.
+    pub trouble: Option<Trouble>,
+    /// What it does not do of what it is asked.
+    pub refused: Option<Refused>,
 }
 
 /// The control loop of one host.
@@ -199,7 +234,7 @@ impl Control {
         self.next_id += 1;
         let (trouble, refused, overhead) = (None, None, None);
         let name = name.to_owned();
-        self.members.insert(id, Member { name, backend, trouble, refused, overhead });
+        self.members.insert(id, Member { name, backend, trouble, refused, is_paused: false, overhead });
         self.is_changed = true;
         self.hurry = self.hurry.or(Some(Hurry::Came));
         Ok(id)
@@ -220,6 +255,58 @@ impl Control {
         self.hurry = self.hurry.or(Some(Hurry::Went));
     }
 
+    /// Puts other settings of a machine in force, if the host can keep its word to all. Those of a machine that is not there
+    /// change nothing.
+    ///
+    /// # Errors
+    /// The contradiction, or the arithmetic. What was in force stays.
+    pub fn change(&mut self, settings: MachineSettings) -> Result<(), AdmissionError> {
+        let Some(member) = self.members.get(&settings.id) else { return Ok(()) };
+        let host =
+            Capacity { total: self.pool.total(), own: self.own, overheads: member.backend.predicted() };
+        let mut others = self.policy.tree().settings().clone();
+        others.machines.retain(|machine| machine.id != settings.id);
+        let others = Tree::new(others).map_err(AdmissionError::Settings)?;
+        self.policy.set_tree(admit(&others, settings, &host)?);
+        self.told();
+        Ok(())
+    }
+
+    /// Machines share so much from now on.
+    ///
+    /// # Errors
+    /// When more is reserved. What was in force stays.
+    pub fn set_total(&mut self, total: ByteCount) -> Result<(), SettingsError> {
+        let settings = self.policy.tree().settings().clone();
+        let tree = Tree::new(Settings { capacity: total, ..settings })?;
+        self.policy.set_tree(tree);
+        self.pool.set_total(total);
+        self.told();
+        Ok(())
+    }
+
+    /// Takes nothing from a machine until it is told otherwise; what its balloon holds may still be given back.
+    pub fn pause(&mut self, id: MachineId, is_paused: bool) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.is_paused = is_paused;
+            self.told();
+        }
+    }
+
+    /// Has so much taken from a machine, once, whatever its target.
+    pub fn reclaim(&mut self, id: MachineId, pages: PageCount, now: Instant) -> Done {
+        let missing = || Done::Refused(Refused::Short("it is not managed any more".to_owned()));
+        let done =
+            self.members.get_mut(&id).map_or_else(missing, |member| member.backend.reclaim(pages, now));
+        self.hurry = self.hurry.or(Some(Hurry::Told));
+        done
+    }
+
+    fn told(&mut self) {
+        self.is_changed = true;
+        self.hurry = self.hurry.or(Some(Hurry::Told));
+    }
+
     /// The settings in force.
     pub const fn tree(&self) -> &Tree {
         self.policy.tree()
@@ -228,6 +315,21 @@ impl Control {
     /// The machines by id, with their names.
     pub fn names(&self) -> impl Iterator<Item = (MachineId, &str)> {
         self.members.iter().map(|(id, member)| (*id, &*member.name))
+    }
+
+    /// What is known of a machine besides what is seen.
+    pub fn berth(&self, id: MachineId) -> Option<Berth> {
+        self.members.get(&id).map(Member::berth)
+    }
+
+    /// The machines by id, with what is known of each besides what is seen.
+    pub fn berths(&self) -> BTreeMap<MachineId, Berth> {
+        self.members.iter().map(|(id, member)| (*id, member.berth())).collect()
+    }
+
+    /// What of the memory is not for machines.
+    pub const fn own(&self) -> ByteCount {
+        self.own
     }
 
     /// What machines of the kind of each cost, as predicted, and what it was last measured to cost.
@@ -295,7 +397,10 @@ impl Control {
         let (mut views, mut gone) = (Vec::with_capacity(self.members.len()), Vec::new());
         for (id, member) in &mut self.members {
             match member.backend.observe(*id, now) {
-                Ok(view) => {
+                Ok(mut view) => {
+                    if member.is_paused {
+                        view.rungs = Rungs::NONE;
+                    }
                     if member.trouble.take().is_some() {
                         events.push(Event::Back { name: member.name.clone() });
                     }
@@ -372,19 +477,26 @@ impl Control {
         }
     }
 
-    fn record_turn(&mut self, turn: &mut Turn) {
-        let Some(recorder) = &mut self.recorder else { return };
-        let overheads = self.members.iter();
-        let overheads = overheads.filter_map(|(id, member)| {
+    /// A turn as it is recorded.
+    pub fn tick(&self, turn: &Turn) -> Tick {
+        let overheads = self.members.iter().filter_map(|(id, member)| {
             let predicted = member.backend.predicted().of(self.policy.tree().terms(*id)?);
             Some((*id, (predicted, member.overhead?)))
         });
-        let tick = Tick {
+        Tick {
             view: turn.view.clone(),
             plan: turn.plan.clone(),
             outcomes: turn.outcomes.clone(),
             overheads: overheads.collect(),
-        };
+        }
+    }
+
+    fn record_turn(&mut self, turn: &mut Turn) {
+        if self.recorder.is_none() {
+            return;
+        }
+        let tick = self.tick(turn);
+        let Some(recorder) = &mut self.recorder else { return };
         if let Err(error) = recorder.tick(&tick) {
             self.recorder = None;
             turn.events.push(Event::NotRecorded(plimsoll_linux::explain(&error)));

@@ -38,6 +38,11 @@ impl Pool {
         self.total
     }
 
+    /// There is so much from now on.
+    pub(super) const fn set_total(&mut self, total: ByteCount) {
+        self.total = total;
+    }
+
     /// What is free while machines take up so much.
     pub(super) fn free(&mut self, consumed: ByteCount) -> ByteCount {
         let used = self.meter.as_mut().map_or(consumed, |meter| meter.used().max(consumed));

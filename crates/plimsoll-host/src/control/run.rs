@@ -2,13 +2,14 @@
 //!
 //! Enters: a control loop and descriptors that wake it. Leaves: turns, each shown to the caller, who says when to end. It
 //! waits in one poll(2) for whichever comes first: the next turn, work that was begun, a look for something hard, a signal,
-//! or the kernel's word that tasks wait for memory.
+//! somebody who asks, or the kernel's word that tasks wait for memory.
 use super::{Control, Turn};
+use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::psi::PressureTrigger;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::ops::ControlFlow;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -23,6 +24,17 @@ pub struct Wakers<'a> {
     pub end: Option<BorrowedFd<'a>>,
     /// The kernel's word that tasks wait for memory.
     pub pressure: Option<&'a PressureTrigger>,
+    /// Readable when somebody asks for something.
+    pub asked: Option<&'a EventFd>,
+}
+
+/// What the caller is told of.
+#[derive(Clone, Copy, Debug)]
+pub enum Happened<'a> {
+    /// A turn is over.
+    Turn(&'a Turn),
+    /// Somebody asks for something. What changes is decided about at once.
+    Asked,
 }
 
 /// The loop cannot wait.
@@ -37,48 +49,51 @@ pub struct RunError(#[from] Errno);
 pub fn run(
     control: &mut Control,
     wakers: Wakers<'_>,
-    mut shown: impl FnMut(&mut Control, &Turn) -> ControlFlow<()>,
+    mut shown: impl FnMut(&mut Control, Happened<'_>) -> ControlFlow<()>,
 ) -> Result<(), RunError> {
     loop {
         let now = Instant::now();
         if now >= control.due() || control.hurry().is_some() {
             let turn = control.turn(now);
-            if shown(control, &turn).is_break() {
+            if shown(control, Happened::Turn(&turn)).is_break() {
                 return Ok(());
             }
         }
         let go_on = control.work(Instant::now());
         let until = go_on.map_or(control.due(), |at| at.min(control.due())).min(now + LOOK_EVERY);
-        match wait(until, wakers)? {
-            Woken::End => return Ok(()),
-            Woken::Pressure => control.pressed(),
-            Woken::Time => {}
+        let [end, pressure, asked] = wait(until, wakers)?;
+        if end {
+            return Ok(());
+        }
+        if pressure {
+            control.pressed();
+        }
+        if asked && let Some(waker) = wakers.asked {
+            // What is drained now and asked meanwhile wakes again.
+            let _ = waker.drain();
+            if shown(control, Happened::Asked).is_break() {
+                return Ok(());
+            }
         }
     }
 }
 
-enum Woken {
-    Time,
-    Pressure,
-    End,
-}
-
-fn wait(until: Instant, wakers: Wakers<'_>) -> Result<Woken, Errno> {
+/// Which of end, pressure and somebody who asks has woken it.
+fn wait(until: Instant, wakers: Wakers<'_>) -> Result<[bool; 3], Errno> {
     let left = until.saturating_duration_since(Instant::now());
     let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
-    let (end, pressure) = (wakers.end, wakers.pressure);
-    let mut watched: Vec<PollFd<'_>> = Vec::with_capacity(2);
-    watched.extend(end.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::IN)));
-    watched.extend(pressure.iter().map(|trigger| PollFd::new(*trigger, PollFlags::PRI)));
+    let Wakers { end, pressure, asked } = wakers;
+    let sources = [
+        end.map(|end| (end, PollFlags::IN)),
+        pressure.map(|trigger| (trigger.as_fd(), PollFlags::PRI)),
+        asked.map(|asked| (asked.as_fd(), PollFlags::IN)),
+    ];
+    let watched = sources.iter().flatten().map(|(fd, flags)| PollFd::from_borrowed_fd(*fd, *flags));
+    let mut watched: Vec<PollFd<'_>> = watched.collect();
     match poll(&mut watched, Some(&timeout)) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(errno) => return Err(errno),
     }
-    let woken = |watched: Option<&PollFd<'_>>| watched.is_some_and(|one| !one.revents().is_empty());
-    let (of_end, of_pressure) = watched.split_at(usize::from(end.is_some()));
-    Ok(match (woken(of_end.first()), woken(of_pressure.first())) {
-        (true, _) => Woken::End,
-        (false, true) => Woken::Pressure,
-        (false, false) => Woken::Time,
-    })
+    let mut found = watched.iter().map(|one| !one.revents().is_empty());
+    Ok(sources.map(|source| source.is_some() && found.next().unwrap_or(false)))
 }

@@ -1,7 +1,7 @@
 //! Turns: what is observed is decided on, what is decided is applied, and one machine's trouble is its own.
 use super::fake::{Fake, Host, MIB, SECOND, body, settings, target};
 use plimsoll_host::backend::Trouble;
-use plimsoll_host::control::{Control, Event, Hurry, PERIOD, Pool, Wakers, run};
+use plimsoll_host::control::{Control, Event, Happened, Hurry, PERIOD, Pool, Wakers, run};
 use plimsoll_policy::settings::Settings;
 use plimsoll_policy::{Reason, Step};
 use plimsoll_types::{ByteCount, MachineId};
@@ -141,8 +141,9 @@ fn the_running_loop_hurries_when_memory_runs_out_and_ends_when_it_is_told_to() {
     let began = Instant::now();
     let mut hurried = None;
     let mut told = Some(told);
-    let wakers = Wakers { end: Some(std::os::fd::AsFd::as_fd(&end)), pressure: None };
-    run(&mut control, wakers, |_, turn| {
+    let wakers = Wakers { end: Some(std::os::fd::AsFd::as_fd(&end)), pressure: None, asked: None };
+    run(&mut control, wakers, |_, happened| {
+        let Happened::Turn(turn) = happened else { panic!("nobody asked for anything") };
         match turn.hurry {
             Some(Hurry::Came) => {
                 bodies.iter().for_each(|body| body.lock().unwrap().consumed = MIB(765));

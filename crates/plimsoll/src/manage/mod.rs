@@ -8,16 +8,12 @@ mod view;
 use crate::signals::signals;
 use crate::trace::USUAL;
 use crate::verb::ended;
-use plimsoll_attach::{AttachLock, Follower, Held, Identity, NoInterface, Request, discover, find, join};
-use plimsoll_host::backend::balloon::{Balloon, of_interface};
-use plimsoll_host::backend::{Attached, why_counted_only};
 use plimsoll_host::config::Config;
-use plimsoll_host::control::{Control, PERIOD, Pool, Wakers, run};
+use plimsoll_host::control::{Control, Happened, PERIOD, Pool, Wakers, run};
+use plimsoll_host::roster::Roster;
 use plimsoll_host::trace::Recorder;
 use plimsoll_linux::explain;
 use plimsoll_sys::psi::{self, PressureTrigger};
-use plimsoll_types::MachineId;
-use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -54,8 +50,10 @@ pub(crate) fn main(args: &ManageArgs) -> ExitCode {
 
 fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
     let config = Config::read(&args.config).map_err(|error| explain(&error))?;
-    let mut wanted = Wanted::new(&args.machines, &config);
-    if wanted.waiting.is_empty() {
+    let named = &args.machines;
+    let mut wanted =
+        Roster::new(if named.is_empty() { config.machines.keys().cloned().collect() } else { named.clone() });
+    if wanted.waiting().next().is_none() {
         return Err(format!("{} names no machine: add one, or name some here", args.config.display()));
     }
     let pool = match config.memory {
@@ -68,10 +66,11 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
     let mut control =
         Control::new(config.settings(pool.total()), pool, own, began).map_err(|error| explain(&error))?;
     let mut view = View::new(args.json);
-    wanted.take_in(&mut control, &config, &mut view);
-    if !args.machines.is_empty() && !wanted.waiting.is_empty() {
-        // Who names a machine wants that one, now.
-        let told: Vec<String> = wanted.waiting.values().flatten().cloned().collect();
+    let said = |name: &str| config.machines.get(name).cloned();
+    wanted.take_in(&mut control, &said, &mut |text| view.note(text));
+    // Who names a machine wants that one, now.
+    let told: Vec<&str> = wanted.waiting().filter_map(|(_, why)| why).collect();
+    if !named.is_empty() && !told.is_empty() {
         return Err(told.join("; "));
     }
     if let Some(path) = &args.record {
@@ -80,14 +79,16 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
     let (signals, over) = (signals()?, args.seconds.map(|seconds| began + Duration::from_secs(seconds)));
     // Without it, the loop looks ten times a second.
     let pressure = PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, PERIOD).ok();
-    let wakers = Wakers { end: Some(signals.as_fd()), pressure: pressure.as_ref() };
+    let wakers = Wakers { end: Some(signals.as_fd()), pressure: pressure.as_ref(), asked: None };
     let mut find_at = began + FIND_EVERY;
-    run(&mut control, wakers, |control, turn| {
-        view.turn(turn, control);
+    run(&mut control, wakers, |control, happened| {
+        if let Happened::Turn(turn) = happened {
+            view.turn(turn, control);
+        }
         let now = Instant::now();
         if now >= find_at {
             find_at = now + FIND_EVERY;
-            wanted.take_in(control, &config, &mut view);
+            wanted.take_in(control, &said, &mut |text| view.note(text));
         }
         let is_over = over.is_some_and(|over| now >= over) || view.is_broken();
         if is_over { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -104,98 +105,4 @@ fn recorder(path: &Path) -> Result<Recorder, String> {
             .map_err(|error| format!("cannot make {}: {error}", folder.display()))?;
     }
     Recorder::create(path).map_err(|error| explain(&error))
-}
-
-/// Machines that are to be managed.
-struct Wanted {
-    /// Those that are not, with what was last said of them.
-    waiting: BTreeMap<String, Option<String>>,
-    /// Those that are.
-    managed: BTreeMap<MachineId, String>,
-}
-
-impl Wanted {
-    fn new(named: &[String], config: &Config) -> Self {
-        let all: Vec<&String> =
-            if named.is_empty() { config.machines.keys().collect() } else { named.iter().collect() };
-        Self { waiting: all.into_iter().map(|name| (name.clone(), None)).collect(), managed: BTreeMap::new() }
-    }
-
-    /// Takes in whoever is there, and says of each other why not, once. One that went is waited for again.
-    fn take_in(&mut self, control: &mut Control, config: &Config, view: &mut View) {
-        let here: BTreeSet<MachineId> = control.names().map(|(id, _)| id).collect();
-        let gone = self.managed.extract_if(.., |id, _| !here.contains(id)).map(|(_, name)| (name, None));
-        self.waiting.extend(gone);
-        if self.waiting.is_empty() {
-            return;
-        }
-        // All of /proc is read once for all, not once for each, between two decisions.
-        let seen = discover();
-        self.waiting.retain(|wanted, told| {
-            // Where that failed, it says so of each.
-            let found = seen.as_ref().map_or_else(|_| find(wanted), |seen| seen.find(wanted));
-            let opened = found.map_err(|refusal| explain(&refusal));
-            match opened.and_then(|found| open(found.identity, wanted, control, config, view)) {
-                Ok(id) => {
-                    self.managed.insert(id, wanted.clone());
-                    return false;
-                }
-                Err(why) if told.as_ref() == Some(&why) => {}
-                Err(why) => {
-                    view.note(&format!("{wanted} is not managed: {why}"));
-                    *told = Some(why);
-                }
-            }
-            true
-        });
-    }
-}
-
-/// Attaches to a machine and has it taken in.
-fn open(
-    identity: Identity,
-    wanted: &str,
-    control: &mut Control,
-    config: &Config,
-    view: &mut View,
-) -> Result<MachineId, String> {
-    let held = Held::reopen(identity.process, identity.start).map_err(|refusal| explain(&refusal))?;
-    let lock = AttachLock::acquire(&held).map_err(|refusal| explain(&refusal))?;
-    // The monitor serves one client, which is the balloon's thread: it also tells of migrations.
-    let follower = Follower::new(held, Request::default()).map_err(|refusal| explain(&refusal))?;
-    let dossier = follower.dossier();
-    let (name, size) = (dossier.name.clone(), dossier.size());
-    let said =
-        if config.machines.contains_key(wanted) { config.machine(wanted) } else { config.machine(&name) };
-    let request = Request { qmp: said.qmp.clone(), api: said.api.clone(), ..Request::default() };
-    let balloon = balloon(&follower, &request).unwrap_or_else(|why| {
-        view.note(&format!("{name} is managed without its balloon: {why}"));
-        None
-    });
-    if let Some(why) = why_counted_only(dossier) {
-        view.note(&format!("{name} is counted, and no page is taken from it: {why}"));
-    }
-    let now = Instant::now();
-    let backend = Attached::new(follower, lock, balloon, now)?;
-    let id = control
-        .admit(&name, said.settings(MachineId(0), size), Box::new(backend))
-        .map_err(|error| explain(&error))?;
-    view.note(&format!("{name} is managed: {size}, process {}", identity.process.get()));
-    Ok(id)
-}
-
-/// The machine's balloon, where somebody may be asked about it. That nobody may is no news.
-fn balloon(follower: &Follower, request: &Request) -> Result<Option<Balloon>, String> {
-    let control = match join(follower.held(), follower.dossier(), request) {
-        Ok(control) => control,
-        Err(
-            NoInterface::MonitorNotOffered(_)
-            | NoInterface::NoMonitor
-            | NoInterface::NoApi(_)
-            | NoInterface::NotSpoken(_),
-        ) => return Ok(None),
-        Err(error) => return Err(explain(&error)),
-    };
-    let Some(interface) = of_interface(control).map_err(|error| explain(&error))? else { return Ok(None) };
-    Balloon::start(interface, follower.held().process()).map(Some).map_err(|error| explain(&error))
 }

@@ -1,0 +1,163 @@
+//! Machines that are to be managed from outside, and how one is attached to.
+//!
+//! Enters: names. Leaves: back ends of those that are there, and of each other, once, why not. A machine that went is waited for
+//! again. What must never happen: one that does not answer keeping those from their decisions that are there; so [`open`] can
+//! be called on any thread, and only [`Opened`] machines come to the loop.
+use crate::backend::balloon::{Balloon, of_interface};
+use crate::backend::{Attached, Backend, why_counted_only};
+use crate::config::MachineConfig;
+use crate::control::Control;
+use plimsoll_attach::{AttachLock, Follower, Held, Identity, NoInterface, Request, discover, find, join};
+use plimsoll_linux::explain;
+use plimsoll_policy::admission::AdmissionError;
+use plimsoll_types::{ByteCount, MachineId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+/// What is said about the machine of a name. A machine has the name it is looked for by, and its own.
+pub type Said<'a> = dyn Fn(&str) -> Option<MachineConfig> + 'a;
+
+/// A machine that is attached to and not in the loop yet.
+pub struct Opened {
+    /// Its name.
+    pub name: String,
+    /// The RAM its guest owns.
+    pub size: ByteCount,
+    /// Whoever takes pages of it.
+    pub backend: Box<dyn Backend>,
+    /// What is said about it.
+    pub config: MachineConfig,
+    /// What its operator should hear.
+    pub notes: Vec<String>,
+}
+
+impl Opened {
+    /// Has the loop take it in.
+    ///
+    /// # Errors
+    /// When the host cannot keep its word to all.
+    pub fn admit(self, control: &mut Control) -> Result<MachineId, AdmissionError> {
+        control.admit(&self.name, self.config.settings(MachineId(0), self.size), self.backend)
+    }
+}
+
+/// Machines that are to be managed.
+#[derive(Debug, Default)]
+pub struct Roster {
+    /// Those that are not, with what was last said of them.
+    waiting: BTreeMap<String, Option<String>>,
+    /// Those that are.
+    managed: BTreeMap<MachineId, String>,
+}
+
+impl Roster {
+    /// Those of these names, UUIDs or process ids.
+    pub fn new(wanted: impl IntoIterator<Item = String>) -> Self {
+        let waiting = wanted.into_iter().map(|name| (name, None)).collect();
+        Self { waiting, managed: BTreeMap::new() }
+    }
+
+    /// Those that are not there, each with why not.
+    pub fn waiting(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
+        self.waiting.iter().map(|(name, why)| (&**name, why.as_deref()))
+    }
+
+    /// One more is managed from now on, and waited for when it goes.
+    pub fn add(&mut self, id: MachineId, name: String) {
+        self.waiting.remove(&name);
+        self.managed.insert(id, name);
+    }
+
+    /// It is not waited for any more. Says whether it was one of those.
+    pub fn strike(&mut self, name: &str) -> bool {
+        let managed = self.managed.extract_if(.., |_, managed| managed == name).count();
+        self.waiting.remove(name).is_some() || managed > 0
+    }
+
+    /// Takes in whoever is there. `note` hears of each that came, and once of each other why it did not.
+    pub fn take_in(&mut self, control: &mut Control, said: &Said<'_>, note: &mut dyn FnMut(&str)) {
+        let here: BTreeSet<MachineId> = control.names().map(|(id, _)| id).collect();
+        let gone = self.managed.extract_if(.., |id, _| !here.contains(id)).map(|(_, name)| (name, None));
+        self.waiting.extend(gone);
+        if self.waiting.is_empty() {
+            return;
+        }
+        // All of /proc is read once for all, not once for each, between two decisions.
+        let seen = discover();
+        self.waiting.retain(|wanted, told| {
+            // Where that failed, it says so of each.
+            let found = seen.as_ref().map_or_else(|_| find(wanted), |seen| seen.find(wanted));
+            let opened = found
+                .map_err(|refusal| explain(&refusal))
+                .and_then(|found| open(found.identity, |name| said(wanted).or_else(|| said(name))))
+                .and_then(|opened| {
+                    let (name, size, notes) = (opened.name.clone(), opened.size, opened.notes.clone());
+                    let process = opened.backend.process();
+                    let id = opened.admit(control).map_err(|error| explain(&error))?;
+                    notes.iter().for_each(|text| note(text));
+                    let process = process.map_or(0, plimsoll_sys::ProcessId::get);
+                    note(&format!("{name} is managed: {size}, process {process}"));
+                    Ok(id)
+                });
+            match opened {
+                Ok(id) => {
+                    self.managed.insert(id, wanted.clone());
+                    return false;
+                }
+                Err(why) if told.as_ref() == Some(&why) => {}
+                Err(why) => {
+                    note(&format!("{wanted} is not managed: {why}"));
+                    *told = Some(why);
+                }
+            }
+            true
+        });
+    }
+}
+
+/// Attaches to a machine; `said` tells what is said about the machine of its name.
+///
+/// # Errors
+/// Why it cannot be attached to, in words.
+pub fn open(identity: Identity, said: impl Fn(&str) -> Option<MachineConfig>) -> Result<Opened, String> {
+    let held = Held::reopen(identity.process, identity.start).map_err(|refusal| explain(&refusal))?;
+    let lock = AttachLock::acquire(&held).map_err(|refusal| explain(&refusal))?;
+    // The monitor serves one client, which is the balloon's thread: it also tells of migrations.
+    let follower = Follower::new(held, Request::default()).map_err(|refusal| explain(&refusal))?;
+    let dossier = follower.dossier();
+    let (name, size) = (dossier.name.clone(), dossier.size());
+    let config = said(&name).unwrap_or_default();
+    let request = Request { qmp: config.qmp.clone(), api: config.api.clone(), ..Request::default() };
+    let mut notes = Vec::new();
+    let balloon = balloon(&follower, &request).unwrap_or_else(|why| {
+        notes.push(format!("{name} is managed without its balloon: {why}"));
+        None
+    });
+    if let Some(why) = why_counted_only(dossier) {
+        notes.push(format!("{name} is counted, and no page is taken from it: {why}"));
+    }
+    let backend = Box::new(Attached::new(follower, lock, balloon, Instant::now())?);
+    Ok(Opened { name, size, backend, config, notes })
+}
+
+/// The machine's balloon, where somebody may be asked about it. That nobody may is no news.
+fn balloon(follower: &Follower, request: &Request) -> Result<Option<Balloon>, String> {
+    let control = match join(follower.held(), follower.dossier(), request) {
+        Ok(control) => control,
+        Err(
+            NoInterface::MonitorNotOffered(_)
+            | NoInterface::NoMonitor
+            | NoInterface::NoApi(_)
+            | NoInterface::NotSpoken(_),
+        ) => return Ok(None),
+        Err(error) => return Err(explain(&error)),
+    };
+    let Some(interface) = of_interface(control).map_err(|error| explain(&error))? else { return Ok(None) };
+    Balloon::start(interface, follower.held().process()).map(Some).map_err(|error| explain(&error))
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Opened").field("name", &self.name).field("size", &self.size).finish_non_exhaustive()
+    }
+}
