@@ -2,7 +2,7 @@
 //!
 //! Enters: device files, the control group file system, programs. Leaves: the capabilities that tests above level 0 need,
 //! present or missing. A test may be skipped only where one that its level needs is missing.
-use crate::setup::{has_kernel, is_root, is_there};
+use crate::setup::{has_kernel, has_promtool, has_schemathesis, is_root, is_there};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
@@ -37,6 +37,8 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (1, "cgroup", can_make_cgroup()),
         (1, "zram", is_root() && Path::new("/sys/class/zram-control/hot_add").exists()),
         (1, "ksm", is_root() && can_merge()),
+        (1, "promtool", has_promtool()),
+        (1, "schemathesis", has_schemathesis()),
         (2, "qemu", is_there("qemu-system-x86_64")),
         (2, "libvirt", has_libvirt),
         (2, "gdb", is_there("gdb")),

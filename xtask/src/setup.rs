@@ -1,8 +1,8 @@
 //! What tests need and a fresh Debian 12 with a Rust toolchain lacks.
 //!
-//! Enters: a table. Leaves: a machine on which every program of the table, and the kernel of the stock guests, is there.
-//! Nothing is asked of the network when nothing is missing. What must never happen: a package of the kernel's that is
-//! installed, for that would change what the machine boots.
+//! Enters: a table. Leaves: a machine on which every program of the table, the kernel of the stock guests, and what judges the
+//! API are there. Nothing is asked of the network when nothing is missing. What must never happen: a package of the kernel's that
+//! is installed, for that would change what the machine boots; or one of a service, which would be started.
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -44,6 +44,13 @@ const NEEDS: [Need; 10] = [
 ];
 /// The level whose tests boot stock guests.
 const KERNEL_LEVEL: u8 = 2;
+/// The level whose tests have the API judged.
+const JUDGES_LEVEL: u8 = 1;
+/// Tries the API by its description: an environment of Python's, below `target`.
+const SCHEMATHESIS: &str = "schemathesis";
+const SCHEMATHESIS_VERSION: &str = "4.32.5";
+/// Checks metrics and alerts: one program of the package `prometheus`, whose others nobody needs.
+const PROMTOOL: &str = "/var/cache/plimsoll/promtool";
 /// Depends on the newest kernel of its kind.
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 /// Kernels of stock guests, unpacked: `VERSION/boot/vmlinuz-VERSION` and `VERSION/lib/modules/VERSION`.
@@ -70,13 +77,30 @@ pub(crate) fn has_kernel() -> bool {
     fs::read_dir(KERNELS).is_ok_and(|versions| versions.flatten().any(|version| is_kernel(&version)))
 }
 
+/// True when promtool is where tests look for it.
+pub(crate) fn has_promtool() -> bool {
+    Path::new(PROMTOOL).exists()
+}
+
+/// True when schemathesis is where tests look for it.
+pub(crate) fn has_schemathesis() -> bool {
+    schemathesis().join("bin/st").exists()
+}
+
+/// Where tests look for it.
+fn schemathesis() -> PathBuf {
+    crate::cargo::root().join("target").join(SCHEMATHESIS)
+}
+
 /// Brings what is missing for the tests of a level and of those below it, or for all.
 pub(crate) fn run(level: Option<u8>) -> Result<()> {
     let is_wanted = |needed: u8| level.is_none_or(|level| needed <= level);
     let is_missing = |need: &&Need| is_wanted(need.level) && !is_there(need.program);
     let missing: Vec<&Need> = NEEDS.iter().filter(is_missing).collect();
     let lacks_kernel = is_wanted(KERNEL_LEVEL) && !has_kernel();
-    if missing.is_empty() && !lacks_kernel {
+    let lacks_promtool = is_wanted(JUDGES_LEVEL) && !has_promtool();
+    let lacks_schemathesis = is_wanted(JUDGES_LEVEL) && !has_schemathesis();
+    if missing.is_empty() && !lacks_kernel && !lacks_promtool && !lacks_schemathesis {
         println!("setup: nothing is missing");
         return Ok(());
     }
@@ -84,21 +108,69 @@ pub(crate) fn run(level: Option<u8>) -> Result<()> {
     for need in &missing {
         println!("setup: {} is missing ({})", need.package, need.why);
     }
-    if lacks_kernel {
-        println!("setup: no kernel for stock guests in {KERNELS}");
+    for (is_lacking, what) in [
+        (lacks_kernel, format!("no kernel for stock guests in {KERNELS}")),
+        (lacks_promtool, format!("no promtool at {PROMTOOL} (checks metrics and alerts)")),
+        (lacks_schemathesis, format!("no {SCHEMATHESIS} below target (tries the API)")),
+    ] {
+        if is_lacking {
+            println!("setup: {what}");
+        }
     }
-    if !is_root() || !is_there("apt-get") {
-        packages.extend(lacks_kernel.then_some("a kernel (see xtask/src/setup.rs)"));
-        bail!("install {} and try again; on Debian, as root, this is done for you", packages.join(", "));
+    packages.extend((lacks_schemathesis && !has_venv()).then_some("python3-venv"));
+    if !packages.is_empty() || lacks_kernel || lacks_promtool {
+        if !is_root() || !is_there("apt-get") {
+            packages.extend(lacks_kernel.then_some("a kernel (see xtask/src/setup.rs)"));
+            packages.extend(lacks_promtool.then_some("promtool (see xtask/src/setup.rs)"));
+            bail!("install {} and try again; on Debian, as root, this is done for you", packages.join(", "));
+        }
+        crate::cargo::run(apt().args(["update", "-q"]))?;
     }
-    crate::cargo::run(apt().args(["update", "-q"]))?;
-    if !missing.is_empty() {
+    if !packages.is_empty() {
         crate::cargo::run(apt().args(["install", "-qy", "--no-install-recommends"]).args(&packages))?;
     }
     if let Some(need) = missing.iter().find(|need| !is_there(need.program)) {
         bail!("{} is installed and {} is still not found", need.package, need.program);
     }
-    if lacks_kernel { bring_kernel() } else { Ok(()) }
+    for (is_lacking, bring) in [
+        (lacks_schemathesis, bring_schemathesis as fn() -> Result<()>),
+        (lacks_promtool, bring_promtool),
+        (lacks_kernel, bring_kernel),
+    ] {
+        if is_lacking {
+            bring()?;
+        }
+    }
+    Ok(())
+}
+
+/// True when Python can make an environment.
+fn has_venv() -> bool {
+    let asked = Command::new("python3").args(["-c", "import ensurepip, venv"]).output();
+    asked.is_ok_and(|output| output.status.success())
+}
+
+/// Installs schemathesis. It appears in its place whole or not at all.
+fn bring_schemathesis() -> Result<()> {
+    let place = schemathesis();
+    // Scripts of an environment name its path, so it is made where it stays; the program comes last.
+    crate::cargo::run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&place))?;
+    let wanted = format!("{SCHEMATHESIS}=={SCHEMATHESIS_VERSION}");
+    let mut install = Command::new(place.join("bin/pip"));
+    crate::cargo::run(install.args(["install", "--quiet", "--disable-pip-version-check", &wanted]))
+}
+
+/// Downloads the package and takes the one program out of it.
+fn bring_promtool() -> Result<()> {
+    let place = Path::new(PROMTOOL);
+    let unfinished = place.with_file_name(format!(".promtool-{}", std::process::id()));
+    fs::create_dir_all(&unfinished).with_context(|| format!("cannot make {}", unfinished.display()))?;
+    let outcome = unpack("prometheus", &unfinished).and_then(|unpacked| {
+        let program = unpacked.join("usr/bin/promtool");
+        fs::rename(program, place).with_context(|| format!("cannot move promtool to {PROMTOOL}"))
+    });
+    fs::remove_dir_all(&unfinished).with_context(|| format!("cannot remove {}", unfinished.display()))?;
+    outcome
 }
 
 /// apt-get, which asks nobody and waits while another one runs.
@@ -114,7 +186,7 @@ fn bring_kernel() -> Result<()> {
     let version = package.trim_start_matches("linux-image-");
     let unfinished = Path::new(KERNELS).join(format!(".{}", std::process::id()));
     fs::create_dir_all(&unfinished).with_context(|| format!("cannot make {}", unfinished.display()))?;
-    let outcome = unpack_kernel(&package, &unfinished).and_then(|unpacked| {
+    let outcome = unpack(&package, &unfinished).and_then(|unpacked| {
         let place = Path::new(KERNELS).join(version);
         match fs::rename(&unpacked, &place) {
             // Another setup was faster.
@@ -149,7 +221,7 @@ fn dependency(shown: &str) -> Option<String> {
 }
 
 /// Downloads a package and unpacks it, both inside `folder`.
-fn unpack_kernel(package: &str, folder: &Path) -> Result<PathBuf> {
+fn unpack(package: &str, folder: &Path) -> Result<PathBuf> {
     // As root apt downloads as another user, who may not write here, and then says so at length.
     let mut download = apt();
     download.args(["download", "-q", "-o", "APT::Sandbox::User=root", package]).current_dir(folder);

@@ -8,11 +8,15 @@
 //! * [`trace`]: decisions on record, and the same decisions made again. [`line`](mod@line) and [`advise`]: what follows from them.
 //! * [`keeper`]: the process that outlives every manager. [`daemon`]: the manager as a process of its own.
 pub mod advise;
+pub mod api;
 pub mod backend;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod helm;
 pub mod keeper;
 pub mod line;
+pub mod metrics;
 pub mod roster;
 pub mod trace;
+pub mod why;

@@ -6,61 +6,78 @@ use crate::backend::Overhead;
 use crate::trace::{Basis, Tick};
 use plimsoll_policy::admission::Account;
 use plimsoll_policy::host_state::{HostState, min_free};
+use plimsoll_policy::tree::Tree;
 use plimsoll_types::{ByteCount, MachineId};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
+use utoipa::ToSchema;
 
 /// How deep a host is loaded.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Line {
     /// Its state.
+    #[schema(value_type = String)]
     pub state: HostState,
     /// All memory that machines share.
+    #[schema(value_type = u64)]
     pub total: ByteCount,
     /// What is free of it.
+    #[schema(value_type = u64)]
     pub free: ByteCount,
     /// What is kept free of it.
+    #[schema(value_type = u64)]
     pub kept_free: ByteCount,
     /// What is not for machines.
+    #[schema(value_type = u64)]
     pub own: ByteCount,
     /// How many machines there are.
     pub machines: usize,
     /// What their guests own.
+    #[schema(value_type = u64)]
     pub owned: ByteCount,
     /// What is reserved.
+    #[schema(value_type = u64)]
     pub reserved: ByteCount,
     /// What machines would have a right to if all wanted all they may have.
+    #[schema(value_type = u64)]
     pub entitled: ByteCount,
     /// What they are to come to now.
+    #[schema(value_type = u64)]
     pub targets: ByteCount,
     /// What they take up.
+    #[schema(value_type = u64)]
     pub consumed: ByteCount,
     /// What they use.
+    #[schema(value_type = u64)]
     pub active: ByteCount,
     /// What their guests own and the host does not spend: never touched, given back, equal, or compressed.
+    #[schema(value_type = u64)]
     pub saved: ByteCount,
     /// What machines cost besides that, as predicted.
+    #[schema(value_type = u64)]
     pub predicted: ByteCount,
     /// The same, as measured; none where not all were.
     pub measured: Option<Overhead>,
     /// How much more may be promised.
+    #[schema(value_type = u64)]
     pub left: ByteCount,
     /// What would break, the nearest first.
     pub breaks: Vec<Break>,
 }
 
 /// Something that goes wrong when so much more is used or promised.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 pub struct Break {
     /// How far it is.
+    #[schema(value_type = u64)]
     pub margin: ByteCount,
     /// What.
     pub what: What,
 }
 
 /// What goes wrong.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum What {
     /// Pages are compressed, and guests wait for those they touch.
@@ -94,8 +111,13 @@ impl fmt::Display for What {
 impl Line {
     /// How deep the host was loaded at a decision.
     pub fn of(tick: &Tick, basis: &Basis) -> Self {
-        let (view, plan, tree) = (&tick.view, &tick.plan, basis.state.tree());
-        let names: BTreeMap<MachineId, &str> = basis.names.iter().map(|(id, name)| (*id, &**name)).collect();
+        let names = basis.names.iter().map(|(id, name)| (*id, &**name)).collect();
+        Self::drawn(tick, basis.state.tree(), &names, basis.own)
+    }
+
+    /// The same, by what a running loop knows.
+    pub fn drawn(tick: &Tick, tree: &Tree, names: &BTreeMap<MachineId, &str>, own: ByteCount) -> Self {
+        let (view, plan) = (&tick.view, &tick.plan);
         let sum = |of: fn(&plimsoll_policy::Position) -> ByteCount| plan.machines.iter().map(of).sum();
         let (consumed, active): (ByteCount, ByteCount) =
             (sum(|machine| machine.consumed), sum(|machine| machine.active));
@@ -106,7 +128,7 @@ impl Line {
         let account = Account {
             total: view.total,
             kept_free: min_free(view.total),
-            own: basis.own,
+            own,
             reserved: tree.reserved(),
             overhead: predicted,
             machines: tree.machines().count(),
@@ -132,7 +154,7 @@ impl Line {
             total: view.total,
             free: view.free,
             kept_free: account.kept_free,
-            own: basis.own,
+            own,
             machines: account.machines,
             owned,
             reserved: account.reserved,

@@ -6,7 +6,9 @@
 use crate::demo::limits;
 use crate::verb::ended;
 use clap::Args;
+use plimsoll_host::config::Config;
 use plimsoll_host::daemon::{self, Beginning, Counted, DiskSettings, Settings, Sharing};
+use plimsoll_host::helm::BUDGET_MIN;
 use plimsoll_host::keeper::protocol::VERSION;
 use plimsoll_host::keeper::serve::End;
 use plimsoll_linux::disk::device::FileDisk;
@@ -16,11 +18,9 @@ use plimsoll_linux::explain;
 use plimsoll_sys::launch::{HANDED, Program};
 use plimsoll_types::ByteCount;
 use std::ffi::{OsStr, OsString};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Below this a daemon could not even run one machine.
-const BUDGET_MIN: ByteCount = ByteCount::mib(32);
 /// What a disk tier has at least and at most.
 const DISK_SIZES: [ByteCount; 2] = [
     ByteCount(SEGMENTS_MIN as u64 * SEGMENT_SIZE as u64),
@@ -63,6 +63,9 @@ pub(crate) struct DaemonArgs {
     /// How memory is counted.
     #[arg(long, value_enum, default_value_t = Count::Processes)]
     count: Count,
+    /// The settings of its machines and groups; machines it names are managed from outside when they come. See docs/policy.md.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Everything is in its place: an earlier program of this process has left it.
     #[arg(long, hide = true)]
     resumed: bool,
@@ -97,6 +100,7 @@ impl DaemonArgs {
             budget: self.budget,
             store_limit: self.store.unwrap_or(self.budget),
             sharing: if self.share { Sharing::Together } else { Sharing::Apart },
+            config: self.config.clone(),
             counted: if self.count == Count::Group { Counted::Group } else { Counted::Processes },
             disk,
         })
@@ -130,9 +134,27 @@ pub(crate) fn main(args: &DaemonArgs) -> ExitCode {
     ended("daemon", run(args).map(code))
 }
 
+/// The manager reads the settings again whenever it begins; they are to make sense at least now.
+fn check(path: &Path) -> Result<(), String> {
+    let shown = path.display();
+    if !path.is_absolute() {
+        return Err(format!("--config {shown}: a daemon outlives its working directory; use a path from /"));
+    }
+    let config = Config::read(path).map_err(|error| explain(&error))?;
+    if config.memory.is_some() || config.reserve > ByteCount(0) {
+        return Err(format!(
+            "{shown} says what memory there is; leave memory and reserve out: a daemon has --budget"
+        ));
+    }
+    Ok(())
+}
+
 fn run(args: &DaemonArgs) -> Result<End, String> {
     let settings = args.settings()?;
     if !args.resumed {
+        if let Some(path) = &args.config {
+            check(path)?;
+        }
         let available = limits()?.available;
         if settings.budget > available {
             return Err(format!(

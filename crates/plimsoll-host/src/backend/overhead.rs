@@ -19,14 +19,17 @@ pub(super) const OWN_VMM: Overheads =
     Overheads { tables_per_page: 10, page_tables_per_page: 8, store_per_page: 0, vmm: ByteCount(744 << 10) };
 
 /// What a machine costs, by kind.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Overhead {
     /// The VMM's own memory: heap, stacks, buffers. Its program and libraries are there once, whatever the number of machines,
     /// and the page cache's.
+    #[schema(value_type = u64)]
     pub vmm: ByteCount,
     /// The kernel's page tables of its process. Those of the second stage are counted by nobody.
+    #[schema(value_type = u64)]
     pub page_tables: ByteCount,
     /// Our page words and what is beside them.
+    #[schema(value_type = u64)]
     pub tables: ByteCount,
 }
 

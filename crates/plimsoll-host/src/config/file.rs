@@ -101,9 +101,16 @@ impl From<Highest> for Rung {
 #[derive(Clone, Copy)]
 struct Text<T>(T);
 
-/// A part of something, as a percentage.
-#[derive(Clone, Copy)]
-struct Part(Ppm);
+/// A part of something, as people write it: a percentage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part(Ppm);
+
+impl Part {
+    /// In millionths.
+    pub const fn ppm(self) -> Ppm {
+        self.0
+    }
+}
 
 impl FromStr for Part {
     type Err = &'static str;

@@ -39,6 +39,7 @@ mod error;
 mod file;
 
 pub use error::{ConfigError, Wrong};
+pub use file::Part;
 
 use plimsoll_policy::auction::IdleTax;
 use plimsoll_policy::settings::{
@@ -112,6 +113,15 @@ pub enum FaceConfig {
         /// The RAM the guest owns.
         size: Option<ByteCount>,
     },
+}
+
+impl Default for Config {
+    /// Nothing was said.
+    fn default() -> Self {
+        let (memory, reserve, tax) = (None, ByteCount(0), IdleTax::USUAL);
+        let (costs_file, costs) = (None, Costs::MEASURED);
+        Self { memory, reserve, tax, costs_file, costs, groups: BTreeMap::new(), machines: BTreeMap::new() }
+    }
 }
 
 impl Default for MachineConfig {

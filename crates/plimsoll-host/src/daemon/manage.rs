@@ -2,9 +2,11 @@
 //!
 //! Enters: settings, and the keeper's socket. Leaves: managed machines, until the process is killed, which may be at any instant, or
 //! is told to stop and has given its machines back. What must never happen: a VMM, or somebody on a socket, keeping this thread waiting.
-//! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one.
+//! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one. Decisions about
+//! them are made on another (`steer`), which begins when machines are served, and whose end changes nothing for a guest.
 use super::milestones::{Milestones, now_ns};
 use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
+use super::steer::Steering;
 use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
 use crate::keeper::client::Client;
 use parking_lot::Mutex;
@@ -63,7 +65,7 @@ const GROUP: GroupId = GroupId(1);
 
 /// What is in use, as the settings say.
 #[derive(Clone)]
-struct Used {
+pub(super) struct Used {
     source: Source,
     /// What counts when the source cannot be read: that nothing is known must not look like room.
     last: Arc<AtomicU64>,
@@ -96,7 +98,7 @@ impl Used {
         }
     }
 
-    fn now(&self) -> ByteCount {
+    pub(super) fn now(&self) -> ByteCount {
         let read = match &self.source {
             Source::Processes(sum) => sum.lock().sample().ok(),
             Source::Group(group) => group.used().ok(),
@@ -161,7 +163,10 @@ impl Arrivals {
 struct Session<'a> {
     settings: &'a Settings,
     keeper: Arc<Client>,
-    manager: Manager,
+    manager: Arc<Mutex<Manager>>,
+    steering: Steering,
+    /// What machines, their processes and the daemon may use now.
+    budget: Arc<Mutex<ByteCount>>,
     milestones: Arc<Milestones>,
     used: Used,
     handover: OwnedFd,
@@ -218,13 +223,16 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
         }
     }
     announce(&[NotifyState::Stopping]);
-    let vault = session.manager.stop();
-    if let Some(Err(error)) = vault.tier().map(Tier::end) {
-        eprintln!(
-            "plimsoll manager: the disk tier's file could not be emptied: {error}; nobody can read what is in it"
-        );
+    session.steering.stop();
+    // Nobody else has it any more, unless a thread of theirs hangs; then its end is that of the process.
+    if let Some(manager) = Arc::into_inner(session.manager) {
+        let vault = manager.into_inner().stop();
+        if let Some(Err(error)) = vault.tier().map(Tier::end) {
+            eprintln!(
+                "plimsoll manager: the disk tier's file could not be emptied: {error}; nobody can read what is in it"
+            );
+        }
     }
-    drop(vault);
     Ok(())
 }
 
@@ -285,10 +293,14 @@ impl<'a> Session<'a> {
         let status = format!("{} machines", manager.machines().len());
         announce(&[NotifyState::Ready, NotifyState::Status(&status)]);
         let arrivals = Arrivals::new().map_err(DaemonError::Wait)?;
+        let (manager, budget) = (Arc::new(Mutex::new(manager)), Arc::new(Mutex::new(settings.budget)));
+        let steering = Steering::start(settings, &manager, &used, &budget);
         Ok(Self {
             settings,
             keeper,
             manager,
+            steering,
+            budget,
             milestones,
             used,
             handover,
@@ -367,11 +379,11 @@ impl<'a> Session<'a> {
         }
         let domain = match self.settings.sharing {
             Sharing::Together => DomainId(0),
-            Sharing::Apart => DomainId(self.manager.next_id().0),
+            Sharing::Apart => DomainId(self.manager.lock().next_id().0),
         };
         let process = handover.shards.first().map(|custody| custody.process());
         let membership = Membership { group: GROUP, domain, reservation: ByteCount(0) };
-        self.manager.welcome(handover, membership).map_err(|error| explain(&error))?;
+        self.manager.lock().welcome(handover, membership).map_err(|error| explain(&error))?;
         process.into_iter().for_each(|process| self.used.add(process));
         Ok(())
     }
@@ -399,7 +411,7 @@ impl<'a> Session<'a> {
         match serde_json::from_slice(request) {
             Ok(Request::Status) => Answer::Status(Box::new(self.status())),
             Ok(Request::Squeeze { machine, pages }) => {
-                self.manager.squeeze(MachineId(machine), pages);
+                self.manager.lock().squeeze(MachineId(machine), pages);
                 Answer::Done
             }
             Ok(Request::Park { machine }) => self.ordered(machine, Manager::park),
@@ -410,19 +422,23 @@ impl<'a> Session<'a> {
 
     fn ordered(&self, machine: u32, order: impl FnOnce(&Manager, MachineId)) -> Answer {
         let id = MachineId(machine);
-        if self.manager.machine(id).is_none() {
+        let manager = self.manager.lock();
+        if manager.machine(id).is_none() {
             return Answer::Refused(format!("there is no {id}"));
         }
-        order(&self.manager, id);
+        order(&manager, id);
         Answer::Done
     }
 
     /// Sees to what has happened by itself.
     fn look(&mut self) {
-        self.manager.forget_gone();
-        for incident in self.manager.host().take_incidents() {
-            self.tell(text_of(&incident));
-        }
+        let incidents = {
+            let mut manager = self.manager.lock();
+            manager.forget_gone();
+            manager.host().take_incidents()
+        };
+        let heard = self.steering.heard();
+        incidents.iter().map(text_of).chain(heard).for_each(|text| self.tell(text));
         if self.told.elapsed() >= SIGN_PERIOD {
             self.told = Instant::now();
             // One that is gone is noticed below.
@@ -445,11 +461,12 @@ impl<'a> Session<'a> {
     }
 
     fn left(&mut self) -> Left {
-        self.manager.forget_gone();
-        let machines = self.manager.machines();
-        let custody = |view: &MachineView| self.manager.custody(view.id);
+        let mut manager = self.manager.lock();
+        manager.forget_gone();
+        let machines = manager.machines();
+        let custody = |view: &MachineView| manager.custody(view.id);
         let has_ended = |view| custody(view).is_none_or(|custody| custody.has_ended(Duration::ZERO));
-        if self.manager.unmanaged() > 0 || !machines.iter().all(has_ended) {
+        if manager.unmanaged() > 0 || !machines.iter().all(has_ended) {
             return Left::Machines;
         }
         if machines.is_empty() { Left::Nothing } else { Left::Ending }
@@ -458,12 +475,14 @@ impl<'a> Session<'a> {
     /// Gives the machines back, a step at a time: a guest whose manager goes for good would stall at what is elsewhere. Says why
     /// where that cannot be; then they are managed as before, all of them: none is let go before all are home.
     fn part(&mut self) -> Result<(), String> {
-        let machines = self.manager.machines();
+        let shared = Arc::clone(&self.manager);
+        let manager = shared.lock();
+        let machines = manager.machines();
         let mut parting = match self.parting {
             Some(parting) => parting,
-            None => self.begin_parting(&machines)?,
+            None => self.begin_parting(&manager, &machines)?,
         };
-        let is_short = machines.iter().any(|view| self.manager.is_short(view.id));
+        let is_short = machines.iter().any(|view| manager.is_short(view.id));
         parting.short_since = is_short.then(|| parting.short_since.unwrap_or_else(Instant::now));
         self.parting = Some(parting);
         if parting.is_final {
@@ -479,15 +498,15 @@ impl<'a> Session<'a> {
                 Ok(())
             };
         }
-        if machines.iter().all(|view| self.manager.is_home(view.id)) {
+        if machines.iter().all(|view| manager.is_home(view.id)) {
             // All are home, so each of them is.
             machines.iter().for_each(|view| {
-                self.manager.let_go(view.id);
+                manager.let_go(view.id);
             });
             self.parting = Some(Parting { is_final: true, ..parting });
             return Ok(());
         }
-        let lost = machines.iter().find(|view| self.manager.is_lost(view.id));
+        let lost = machines.iter().find(|view| manager.is_lost(view.id));
         let why = match lost {
             Some(view) => format!("{} is no longer managed", view.name),
             None if parting.short_since.is_some_and(|since| since.elapsed() >= SHORT_PATIENCE) => {
@@ -497,16 +516,16 @@ impl<'a> Session<'a> {
             None => return Ok(()),
         };
         self.parting = None;
-        machines.iter().for_each(|view| self.manager.go_home(view.id, false));
+        machines.iter().for_each(|view| manager.go_home(view.id, false));
         let (running, away) = (machines.len(), stored(&machines));
         Err(format!(
             "not stopped: {why}; {away} of {running} machines are still stored, and they are managed as before"
         ))
     }
 
-    fn begin_parting(&mut self, machines: &[MachineView]) -> Result<Parting, String> {
-        let lost = machines.iter().filter(|view| self.manager.is_lost(view.id)).count();
-        let unmanaged = self.manager.unmanaged() + lost;
+    fn begin_parting(&mut self, manager: &Manager, machines: &[MachineView]) -> Result<Parting, String> {
+        let lost = machines.iter().filter(|view| manager.is_lost(view.id)).count();
+        let unmanaged = manager.unmanaged() + lost;
         if unmanaged > 0 {
             return Err(format!(
                 "not stopped: {unmanaged} machines could not be taken over, or are no longer managed, and wait for the next \
@@ -516,13 +535,13 @@ impl<'a> Session<'a> {
         let away = stored(machines);
         let used = self.used.now();
         // What may be installed, not what there is: nearer to the line than this nobody gets a page.
-        let room = self.manager.host().ledger(|ledger| ledger.left());
+        let room = manager.host().ledger(|ledger| ledger.left());
         let running = machines.len();
         if away > room {
             return Err(format!(
                 "not stopped: {running} machines run, and {away} of their memory are stored; the budget of {} has {room} \
                  left ({used} in use) for giving them back; end machines first",
-                self.settings.budget,
+                *self.budget.lock(),
             ));
         }
         let available = fs::read_to_string("/proc/meminfo").ok();
@@ -533,18 +552,19 @@ impl<'a> Session<'a> {
                  available for giving them back; end machines first"
             ));
         }
-        machines.iter().for_each(|view| self.manager.go_home(view.id, true));
+        machines.iter().for_each(|view| manager.go_home(view.id, true));
         self.tell(format!("stopping: {running} machines are given back, {away} of them from the store"));
         let due = Instant::now() + PARTING_PATIENCE + Duration::from_secs(away.0 / PARTING_PACE);
         Ok(Parting { due, short_since: None, is_final: false })
     }
 
     fn status(&self) -> Status {
-        let usage = self.manager.host().ledger(|ledger| ledger.host_usage());
+        let manager = self.manager.lock();
+        let usage = manager.host().ledger(|ledger| ledger.host_usage());
         let machine = |view: MachineView| MachineStatus {
             id: view.id.0,
             name: view.name,
-            pid: self.manager.custody(view.id).map_or(0, |custody| custody.process().get()),
+            pid: manager.custody(view.id).map_or(0, |custody| custody.process().get()),
             size_bytes: view.size.0,
             resident_bytes: view.stats.census.in_ram().bytes().0,
             limbo_bytes: view.stats.limbo.bytes().0,
@@ -552,7 +572,7 @@ impl<'a> Session<'a> {
             captured: view.stats.captured,
             lost: view.stats.anomalies.lost,
         };
-        let domains = self.manager.domains().map(|domain| {
+        let domains = manager.domains().map(|domain| {
             let stats = domain.store(|store| store.stats());
             let held_bytes = domain.held().0;
             let (objects, pages, away) = (stats.objects(), stats.pages.0, stats.away.0);
@@ -561,7 +581,7 @@ impl<'a> Session<'a> {
         Status {
             version: 1,
             pid: std::process::id(),
-            epoch: self.manager.epoch(),
+            epoch: manager.epoch(),
             is_alone: self.is_alone,
             started_ns: self.started_ns,
             serving_ns: self.serving_ns,
@@ -570,8 +590,8 @@ impl<'a> Session<'a> {
             charged_bytes: [Kind::Resident, Kind::Limbo, Kind::Store, Kind::Tables]
                 .map(|kind| usage.of(kind).0),
             domains: domains.collect(),
-            machines: self.manager.machines().into_iter().map(machine).collect(),
-            disk: self.manager.host().tier().map(|tier| disk_status(tier.stats())),
+            machines: manager.machines().into_iter().map(machine).collect(),
+            disk: manager.host().tier().map(|tier| disk_status(tier.stats())),
             incidents: self.incidents.iter().cloned().collect(),
         }
     }

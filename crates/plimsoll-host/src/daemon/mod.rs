@@ -10,11 +10,14 @@
 //! DIRECTORY/lock            held by whoever has the descriptor: the keeper and its manager
 //! DIRECTORY/handover.sock   SOCK_SEQPACKET; the hand-over protocol of plimsoll_linux::uffd::wire, one machine a connection
 //! DIRECTORY/control.sock    SOCK_SEQPACKET; a request and its answer a datagram each, JSON
+//! DIRECTORY/api.sock        SOCK_STREAM; HTTP: docs/api.md
+//! DIRECTORY/said.json       what was said by the API, for the next manager: crate::helm::kept
 //! ```
 pub mod manage;
 pub mod milestones;
 pub mod place;
 pub mod status;
+mod steer;
 
 use crate::keeper::serve::{End, Keeper};
 use plimsoll_linux::disk::device::OpenError;
@@ -70,6 +73,8 @@ pub struct Settings {
     pub sharing: Sharing,
     /// What is counted.
     pub counted: Counted,
+    /// What is said about machines and groups, as a file.
+    pub config: Option<PathBuf>,
     /// Where parked machines go.
     pub disk: Option<DiskSettings>,
 }

@@ -3,6 +3,7 @@
 //! Enters: a path. Leaves: a lock and two listening sockets. What must never happen: a socket of a daemon that lives taken
 //! from it. The lock says whether one does; it belongs to the open file, and so lives as long as the last process that has it,
 //! be it keeper or manager. A socket in a directory that nobody has locked is stale, and removed.
+use crate::helm::kept::SAID;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdirat, open};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -19,6 +20,8 @@ const BACKLOG: i32 = 64;
 pub const HANDOVER: &str = "handover.sock";
 /// On which an operator asks.
 pub const CONTROL: &str = "control.sock";
+/// On which the API is served. The manager makes it anew: nobody waits there while there is none.
+pub const API: &str = crate::api::SOCKET;
 const LOCK: &str = "lock";
 
 /// The directory cannot be had.
@@ -101,12 +104,14 @@ pub fn claim(directory: &Path) -> Result<Place, PlaceError> {
         listen(&socket, BACKLOG).map_err(failed("listen on", &path))?;
         Ok(socket)
     };
+    // What was said by an API lasts as long as its daemon.
+    let _ = fs::remove_file(directory.join(SAID));
     Ok(Place { handover: listening(HANDOVER)?, control: listening(CONTROL)?, lock })
 }
 
-/// Removes the sockets of a daemon that ends. The lock file stays: removing it would let two have it.
+/// Removes the files of a daemon that ends. That of the lock stays: removing it would let two have it.
 pub fn give_up(directory: &Path) {
-    for name in [HANDOVER, CONTROL] {
+    for name in [HANDOVER, CONTROL, API, SAID] {
         // Best effort: the next daemon removes what is stale.
         let _ = fs::remove_file(directory.join(name));
     }

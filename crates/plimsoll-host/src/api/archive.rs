@@ -1,0 +1,143 @@
+//! What is kept of past decisions: each machine's last reasons, its last minutes, and what only grows.
+//!
+//! Enters: moments, on the API's thread. Leaves: answers about the past, and events for whoever listens. All of it is bounded by the
+//! number of machines, and forgets a machine with its going. It begins anew with each manager.
+use super::exchange::Moment;
+use crate::why::{Entry, add_each};
+use plimsoll_policy::{Reason, Step};
+use plimsoll_types::MachineId;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, VecDeque};
+use utoipa::ToSchema;
+
+/// Reasons kept of a machine: 16 of half a KiB are 8 MiB for a thousand machines.
+pub(super) const ENTRIES_MAX: usize = 16;
+/// Samples kept of a machine: ten minutes, 5 MiB for a thousand machines.
+const SAMPLES_MAX: usize = 120;
+/// Between two of them.
+const SAMPLE_EVERY_MS: u64 = 5_000;
+
+/// A machine at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Sample {
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// What it took up.
+    pub consumed_bytes: u64,
+    /// What it used.
+    pub active_bytes: u64,
+    /// What it was to come to.
+    pub target_bytes: u64,
+    /// How much of the second before its processors waited for memory, in millionths.
+    pub stalled_ppm: u32,
+}
+
+/// What happened, for whoever listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Happening {
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// The machine it is about; nothing for the host.
+    pub machine: Option<String>,
+    /// What was done; nothing for what was only found.
+    #[schema(value_type = Value)]
+    pub step: Option<Step>,
+    /// Why, or what was found, as a sentence.
+    pub sentence: String,
+}
+
+/// What only grows, of one machine, since it came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) taken_pages: u64,
+    pub(crate) returned_pages: u64,
+}
+
+#[derive(Debug, Default)]
+struct Past {
+    entries: VecDeque<Entry>,
+    samples: VecDeque<Sample>,
+    counts: Counts,
+}
+
+/// The past of a host.
+#[derive(Debug, Default)]
+pub(crate) struct Archive {
+    machines: BTreeMap<MachineId, Past>,
+    pub(crate) decisions: u64,
+    pub(crate) actions: u64,
+}
+
+impl Archive {
+    /// Takes a moment in, and says what happened in it.
+    pub(super) fn add(&mut self, moment: &Moment) -> Vec<Happening> {
+        let tick = &moment.tick;
+        self.machines.retain(|id, _| moment.berths.contains_key(id));
+        self.decisions += 1;
+        self.actions += u64::try_from(tick.plan.actions.len()).unwrap_or(u64::MAX);
+        // By machine, so that a host of a thousand is gone through once.
+        let mut said: BTreeMap<MachineId, Vec<(Option<Step>, Reason)>> = BTreeMap::new();
+        for action in &tick.plan.actions {
+            said.entry(action.machine).or_default().push((Some(action.step), action.reason));
+        }
+        for note in &tick.plan.reasons {
+            if let Some(id) = note.machine {
+                said.entry(id).or_default().push((None, note.reason));
+            }
+        }
+        let positions = tick.plan.machines.iter().map(|position| (position.machine, position));
+        let positions: BTreeMap<_, _> = positions.collect();
+        for view in &tick.view.machines {
+            let past = self.machines.entry(view.id).or_default();
+            past.counts.taken_pages += view.taken.0;
+            past.counts.returned_pages += view.returned.0;
+            if let Some(said) = said.remove(&view.id) {
+                add_each(&mut past.entries, view.id, tick, said.into_iter());
+                past.entries.drain(..past.entries.len().saturating_sub(ENTRIES_MAX));
+            }
+            let is_due =
+                past.samples.back().is_none_or(|last| moment.unix_ms >= last.unix_ms + SAMPLE_EVERY_MS);
+            if let Some(position) = positions.get(&view.id).filter(|_| is_due) {
+                past.samples.push_back(Sample {
+                    unix_ms: moment.unix_ms,
+                    consumed_bytes: position.consumed.0,
+                    active_bytes: position.active.0,
+                    target_bytes: position.target.0,
+                    stalled_ppm: view.stalled.0,
+                });
+                past.samples.drain(..past.samples.len().saturating_sub(SAMPLES_MAX));
+            }
+        }
+        happened(moment)
+    }
+
+    /// The last reasons of a machine, the newest last.
+    pub(super) fn entries(&self, id: MachineId) -> Vec<Entry> {
+        self.machines.get(&id).map(|past| past.entries.iter().cloned().collect()).unwrap_or_default()
+    }
+
+    /// The last minutes of a machine, the newest last.
+    pub(super) fn samples(&self, id: MachineId) -> Vec<Sample> {
+        self.machines.get(&id).map(|past| past.samples.iter().copied().collect()).unwrap_or_default()
+    }
+
+    pub(crate) fn counts(&self, id: MachineId) -> Counts {
+        self.machines.get(&id).map(|past| past.counts).unwrap_or_default()
+    }
+}
+
+/// What is told to whoever listens: what was done, and what an operator should hear. What only goes on is not.
+fn happened(moment: &Moment) -> Vec<Happening> {
+    let unix_ms = moment.unix_ms;
+    let name = |id: MachineId| moment.berths.get(&id).map(|berth| berth.name.clone());
+    let actions = moment.tick.plan.actions.iter().map(|action| Happening {
+        unix_ms,
+        machine: name(action.machine),
+        step: Some(action.step),
+        sentence: action.reason.to_string(),
+    });
+    let of_host = moment.tick.plan.reasons.iter().filter(|note| note.machine.is_none());
+    let of_host = of_host.map(|note| note.reason.to_string());
+    let texts = moment.events.iter().cloned().chain(of_host);
+    actions.chain(texts.map(|sentence| Happening { unix_ms, machine: None, step: None, sentence })).collect()
+}

@@ -1,0 +1,163 @@
+//! What the loop and the API have of each other: the last moment, and orders.
+//!
+//! Enters: [`Moment`]s from the loop, [`Order`]s from the API. Leaves: each at the other side. What must never happen: the loop
+//! waiting for a client, or an order carried out for a client that was told that it was not. So moments are put down and
+//! picked up, orders are taken when the loop has time, and one whose asker has gone is dropped.
+use super::fault::{Code, Fault};
+use crate::control::Berth;
+use crate::roster::Opened;
+use crate::trace::Tick;
+use parking_lot::Mutex;
+use plimsoll_policy::settings::GroupSettings;
+use plimsoll_policy::tree::Tree;
+use plimsoll_sys::eventfd::EventFd;
+use plimsoll_types::{ByteCount, MachineId, PageCount};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+
+use super::settings::Settings;
+
+/// Orders that may wait for the loop.
+const ORDERS_MAX: usize = 64;
+/// Moments that may wait for whoever keeps their history: as many seconds. Later ones are missed there.
+const MOMENTS_MAX: usize = 64;
+/// How long an order may wait. A decision takes milliseconds; reading all of /proc for machines that are awaited, a second.
+const ORDER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A host after a decision.
+#[derive(Debug)]
+pub struct Moment {
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// What was seen, decided and done.
+    pub tick: Tick,
+    /// What an operator should hear.
+    pub events: Vec<String>,
+    /// The settings in force.
+    pub tree: Arc<Tree>,
+    /// The groups by name.
+    pub groups: Arc<BTreeMap<String, GroupSettings>>,
+    /// What else is known of the machines.
+    pub berths: BTreeMap<MachineId, Berth>,
+    /// Machines that are to be managed and are not, and why.
+    pub waiting: Vec<(String, Option<String>)>,
+    /// What of the memory is not for machines.
+    pub own: ByteCount,
+}
+
+/// What an operator wants.
+#[derive(Debug)]
+pub enum Order {
+    /// Manage a machine that was attached to, by what is said about it on top of what was said before.
+    Attach(Box<Opened>, Settings),
+    /// Put settings of a machine in force.
+    Set(MachineId, Settings),
+    /// Let a machine go.
+    Release(MachineId),
+    /// Stop taking from it, or take again.
+    Pause(MachineId, bool),
+    /// Take so much from it once.
+    Reclaim(MachineId, PageCount),
+    /// Machines share so much.
+    Budget(ByteCount),
+}
+
+/// What became of an order: the machine it was about, if any.
+pub type Obeyed = Result<Option<MachineId>, Fault>;
+
+/// An order and where its answer goes.
+pub(crate) struct Asked {
+    pub(crate) order: Order,
+    pub(crate) answer: oneshot::Sender<Obeyed>,
+}
+
+type Board = Arc<Mutex<Option<Arc<Moment>>>>;
+
+/// The loop's side.
+pub struct Desk {
+    board: Board,
+    feed: mpsc::Sender<Arc<Moment>>,
+    orders: mpsc::Receiver<Asked>,
+    asked: Arc<EventFd>,
+}
+
+/// The API's side.
+pub struct Door {
+    board: Board,
+    orders: mpsc::Sender<Asked>,
+    asked: Arc<EventFd>,
+    pub(super) feed: Option<mpsc::Receiver<Arc<Moment>>>,
+}
+
+/// Both.
+///
+/// # Errors
+/// When no eventfd is to be had.
+pub fn exchange() -> io::Result<(Desk, Door)> {
+    let (board, asked) = (Board::default(), Arc::new(EventFd::new()?));
+    let (feed, fed) = mpsc::channel(MOMENTS_MAX);
+    let (order, orders) = mpsc::channel(ORDERS_MAX);
+    let desk = Desk { board: Arc::clone(&board), feed, orders, asked: Arc::clone(&asked) };
+    Ok((desk, Door { board, orders: order, asked, feed: Some(fed) }))
+}
+
+impl Desk {
+    /// Readable while somebody asks.
+    pub(crate) fn asked(&self) -> Arc<EventFd> {
+        Arc::clone(&self.asked)
+    }
+
+    /// The next order whose asker still waits.
+    pub(crate) fn next(&mut self) -> Option<Asked> {
+        std::iter::from_fn(|| self.orders.try_recv().ok()).find(|asked| !asked.answer.is_closed())
+    }
+
+    /// Puts a moment where everybody sees it.
+    pub(crate) fn show(&self, moment: Moment) {
+        let moment = Arc::new(moment);
+        *self.board.lock() = Some(Arc::clone(&moment));
+        // Best effort: whoever keeps history misses what it has no time for.
+        let _ = self.feed.try_send(moment);
+    }
+}
+
+impl Door {
+    /// The last moment.
+    pub(super) fn moment(&self) -> Result<Arc<Moment>, Fault> {
+        let moment = self.board.lock().clone();
+        moment.ok_or_else(|| Fault::new(Code::Busy, "nothing was decided yet"))
+    }
+
+    /// Has an order carried out.
+    pub(super) async fn order(&self, order: Order) -> Obeyed {
+        let (answer, answered) = oneshot::channel();
+        if self.orders.try_send(Asked { order, answer }).is_err() {
+            return Err(Fault::new(Code::TooMany, format!("{ORDERS_MAX} orders wait already")));
+        }
+        let _ = self.asked.signal();
+        match tokio::time::timeout(ORDER_PATIENCE, answered).await {
+            Ok(Ok(obeyed)) => obeyed,
+            Ok(Err(_)) => Err(Fault::new(Code::Busy, "the control loop has ended")),
+            // Dropping the receiver takes the order back.
+            Err(_) => Err(Fault::new(
+                Code::Busy,
+                format!("the control loop did not answer for {} s", ORDER_PATIENCE.as_secs()),
+            )),
+        }
+    }
+}
+
+impl std::fmt::Debug for Desk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Desk").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Door {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Door").finish_non_exhaustive()
+    }
+}

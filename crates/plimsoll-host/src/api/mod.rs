@@ -1,0 +1,30 @@
+//! The daemon's API: HTTP and JSON on a Unix socket.
+//!
+//! Enters: requests of root and of the user that runs the daemon. Leaves: answers of the schema in [`openapi`], which is checked in
+//! as `docs/openapi.json`; faults with a code, a sentence and help. It has a thread of its own, the only one with tokio on it.
+//! What must never happen: a client, however slow or hostile, keeping the control loop or a pager waiting.
+//!
+//! ```text
+//! control loop --Moment--> exchange --last one--> routes    what is: no lock that the loop waits for
+//!                                   --each------> archive   what was: reasons, minutes, counts; events
+//!              <--Order---          <-------------          answered after the decision that follows it
+//! ```
+//!
+//! * [`exchange`](mod@exchange): what the two sides have of each other. [`Settings`], `model`: what is said and shown. `fault`: what is refused.
+//! * `routes`: which requests there are. `serve`: who may ask, and how much. `archive`: the past. [`client`]: the other end.
+mod archive;
+pub mod client;
+pub mod exchange;
+mod fault;
+mod model;
+mod routes;
+mod serve;
+mod settings;
+
+pub(crate) use archive::{Archive, Counts};
+pub use archive::{Happening, Sample};
+pub use fault::{Code, Fault};
+pub use model::{Group, Groups, Host, Machine, MachineKind, MachineState, Machines, Memory, Waiting};
+pub use routes::{Attach, Budget, History, Opener, Reclaim, Why, openapi};
+pub use serve::{Api, SOCKET, ServeError};
+pub use settings::{Highest, Settings, SettingsKind};

@@ -1,0 +1,302 @@
+//! What clients get: machines, the host, groups. A field is never renamed, only added.
+//!
+//! Enters: a [`Moment`]. Leaves: values that say what it says in words that stay, sizes in bytes. They are made when somebody asks,
+//! so the loop pays for none of them.
+use super::exchange::Moment;
+use super::settings::Settings;
+use crate::backend::Kind;
+use crate::control::Berth;
+use plimsoll_policy::Position;
+use plimsoll_policy::host_state::min_free;
+use plimsoll_policy::view::{MachineView, Phase};
+use plimsoll_types::{ByteCount, GroupId, MachineId};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use utoipa::ToSchema;
+
+/// Whose a machine's memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineKind {
+    /// Its VMM's, managed from outside.
+    Attached,
+    /// The daemon's own pager's: its VMM has handed it over.
+    HandedOver,
+}
+
+/// What becomes of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineState {
+    /// It boots, as far as can be told.
+    Starting,
+    /// It runs.
+    Running,
+    /// Nothing is taken from it, because an operator said so.
+    Paused,
+    /// It cannot be looked at now, and is left out of decisions.
+    LeftOut,
+}
+
+/// Where a machine stands by the last decision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Memory {
+    /// Host memory that its guest's pages take up, compressed ones included.
+    pub consumed_bytes: u64,
+    /// Of that, what its compressed pages take up.
+    pub stored_bytes: u64,
+    /// What it uses, as sampled.
+    pub active_bytes: u64,
+    /// What it has a right to if all want all they may have.
+    pub entitlement_bytes: u64,
+    /// What it is to come to now.
+    pub target_bytes: u64,
+    /// What its balloon holds, if it has one that can be asked.
+    pub balloon_bytes: Option<u64>,
+    /// The part of the last second that its processors waited for memory, in millionths.
+    pub stalled_ppm: u32,
+}
+
+/// A machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Machine {
+    /// Its number, as long as this manager lives.
+    pub id: u32,
+    /// Its name.
+    pub name: String,
+    /// Whose its memory is.
+    pub kind: MachineKind,
+    /// The process of its VMM, if it is known.
+    pub pid: Option<u32>,
+    /// What becomes of it.
+    pub state: MachineState,
+    /// Why it is left out, or what it does not do of what it is asked.
+    pub trouble: Option<String>,
+    /// The RAM its guest owns.
+    pub size_bytes: u64,
+    /// Where it stands; nothing before the first decision about it.
+    pub memory: Option<Memory>,
+    /// The settings in force.
+    pub settings: Settings,
+}
+
+/// Some of the machines, by number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Machines {
+    /// These.
+    pub machines: Vec<Machine>,
+    /// Where the next ones begin: ask again with `after` of this. Nothing where there are no more.
+    pub next: Option<u32>,
+    /// How many there are in all.
+    pub total: usize,
+}
+
+/// A machine that is to be managed and is not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Waiting {
+    /// Its name, as it was given.
+    pub name: String,
+    /// Why not.
+    pub why: Option<String>,
+}
+
+/// The host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Host {
+    /// The daemon's version.
+    pub version: String,
+    /// The manager's process.
+    pub pid: u32,
+    /// When was decided last, in milliseconds since 1970.
+    pub decided_unix_ms: u64,
+    /// How short of memory the host is.
+    #[schema(value_type = String, examples("high", "clear", "soft", "hard", "low"))]
+    pub state: String,
+    /// What machines, their VMMs and the daemon may use.
+    pub budget_bytes: u64,
+    /// What is free of it.
+    pub free_bytes: u64,
+    /// What is to be free of it.
+    pub kept_free_bytes: u64,
+    /// What machines share.
+    pub shared_bytes: u64,
+    /// What is reserved.
+    pub reserved_bytes: u64,
+    /// How many machines are managed.
+    pub machines: usize,
+    /// Machines that are to be managed and are not.
+    pub waiting: Vec<Waiting>,
+}
+
+/// A group of machines.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Group {
+    /// Its name.
+    pub name: String,
+    /// The group it is nested in, if it is in one.
+    pub parent: Option<String>,
+    /// What its machines keep together, if that was said.
+    pub reservation_bytes: Option<u64>,
+    /// What they never exceed together, if that was said.
+    pub limit_bytes: Option<u64>,
+    /// Its weight.
+    pub shares: u32,
+    /// Whether its machines may share pages with each other.
+    pub sharing: bool,
+    /// How many machines are in it, and in no group nested in it.
+    pub machines: usize,
+    /// What they take up.
+    pub consumed_bytes: u64,
+    /// What they use.
+    pub active_bytes: u64,
+}
+
+/// The groups.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Groups {
+    /// All of them.
+    pub groups: Vec<Group>,
+}
+
+impl Moment {
+    /// The machine that `key` names: by its name, or where none has it, by its process.
+    pub(super) fn find(&self, key: &str) -> Found {
+        let mut named = self.berths.iter().filter(|(_, berth)| berth.name == key).map(|(id, _)| *id);
+        match (named.next(), named.next()) {
+            (Some(_), Some(_)) => return Found::Several,
+            (Some(id), None) => return Found::One(id),
+            (None, _) => {}
+        }
+        let is_meant = |berth: &Berth| berth.process.is_some_and(|process| process.get().to_string() == key);
+        self.berths.iter().find(|(_, berth)| is_meant(berth)).map_or(Found::None, |(id, _)| Found::One(*id))
+    }
+
+    /// The machines that follow that number, by number.
+    pub(super) fn page(&self, after: Option<u32>, limit: usize, group: Option<GroupId>) -> Machines {
+        let index = Index::of(self);
+        let first = after.map_or(0, |after| after.saturating_add(1));
+        let is_wanted = |id: &MachineId| match group {
+            None => true,
+            Some(_) => index.settings.get(id).is_some_and(|settings| settings.parent == group),
+        };
+        let mut ids = self.berths.range(MachineId(first)..).map(|(id, _)| *id).filter(is_wanted);
+        let machines: Vec<Machine> =
+            ids.by_ref().take(limit).filter_map(|id| self.machine_of(id, &index)).collect();
+        let next = ids.next().and_then(|_| machines.last().map(|machine| machine.id));
+        let total = self.berths.keys().filter(|id| is_wanted(id)).count();
+        Machines { machines, next, total }
+    }
+
+    /// One machine.
+    pub(super) fn machine(&self, id: MachineId) -> Option<Machine> {
+        self.machine_of(id, &Index::of(self))
+    }
+
+    fn machine_of(&self, id: MachineId, index: &Index<'_>) -> Option<Machine> {
+        let berth = self.berths.get(&id)?;
+        let settings = index.settings.get(&id)?;
+        let (seen, position) = (index.views.get(&id), index.positions.get(&id));
+        let memory = seen.zip(position).map(|(seen, position)| Memory {
+            consumed_bytes: position.consumed.0,
+            stored_bytes: seen.stored.0,
+            active_bytes: position.active.0,
+            entitlement_bytes: position.entitlement.0,
+            target_bytes: position.target.0,
+            balloon_bytes: seen.balloon.map(|balloon| balloon.0),
+            stalled_ppm: seen.stalled.0,
+        });
+        let state = match (&berth.trouble, seen) {
+            (Some(_), _) => MachineState::LeftOut,
+            _ if berth.is_paused => MachineState::Paused,
+            (None, Some(seen)) if seen.phase == Phase::Running => MachineState::Running,
+            _ => MachineState::Starting,
+        };
+        let trouble = berth.trouble.as_ref().map(ToString::to_string);
+        Some(Machine {
+            id: id.0,
+            name: berth.name.clone(),
+            kind: match berth.kind {
+                Kind::Attached => MachineKind::Attached,
+                Kind::HandedOver => MachineKind::HandedOver,
+            },
+            pid: berth.process.map(|process| process.get()),
+            state,
+            trouble: trouble.or_else(|| berth.refused.as_ref().map(ToString::to_string)),
+            size_bytes: self.tree.terms(id)?.size.bytes().0,
+            memory,
+            settings: Settings::in_force(settings, &self.groups),
+        })
+    }
+
+    /// The host.
+    pub(super) fn host(&self) -> Host {
+        let (view, plan) = (&self.tick.view, &self.tick.plan);
+        let waiting = self.waiting.iter().cloned().map(|(name, why)| Waiting { name, why });
+        Host {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            decided_unix_ms: self.unix_ms,
+            state: plan.state.to_string(),
+            budget_bytes: view.total.0,
+            free_bytes: view.free.0,
+            kept_free_bytes: min_free(view.total).0,
+            shared_bytes: plan.budget.0,
+            reserved_bytes: self.tree.reserved().0,
+            machines: self.berths.len(),
+            waiting: waiting.collect(),
+        }
+    }
+
+    /// The groups.
+    pub(super) fn groups(&self) -> Groups {
+        let index = Index::of(self);
+        let name =
+            |id: GroupId| self.groups.iter().find(|(_, group)| group.id == id).map(|(name, _)| name.clone());
+        let groups = self.groups.iter().map(|(own, group)| {
+            let inside = index.settings.values().filter(|machine| machine.parent == Some(group.id));
+            let positions: Vec<&&Position> =
+                inside.clone().filter_map(|machine| index.positions.get(&machine.id)).collect();
+            let sum =
+                |of: fn(&Position) -> ByteCount| positions.iter().map(|one| of(one)).sum::<ByteCount>().0;
+            Group {
+                name: own.clone(),
+                parent: group.parent.and_then(name),
+                reservation_bytes: group.reservation.map(|size| size.0),
+                limit_bytes: group.limit.map(|size| size.0),
+                shares: group.shares.0,
+                sharing: group.domain.is_some(),
+                machines: inside.count(),
+                consumed_bytes: sum(|one| one.consumed),
+                active_bytes: sum(|one| one.active),
+            }
+        });
+        Groups { groups: groups.collect() }
+    }
+}
+
+/// What a name stands for.
+pub(super) enum Found {
+    /// Nothing.
+    None,
+    /// A machine.
+    One(MachineId),
+    /// Several machines.
+    Several,
+}
+
+/// The parts of a moment by machine.
+struct Index<'a> {
+    views: BTreeMap<MachineId, &'a MachineView>,
+    positions: BTreeMap<MachineId, &'a Position>,
+    settings: BTreeMap<MachineId, &'a plimsoll_policy::settings::MachineSettings>,
+}
+
+impl<'a> Index<'a> {
+    fn of(moment: &'a Moment) -> Self {
+        Self {
+            views: moment.tick.view.machines.iter().map(|view| (view.id, view)).collect(),
+            positions: moment.tick.plan.machines.iter().map(|one| (one.machine, one)).collect(),
+            settings: moment.tree.settings().machines.iter().map(|one| (one.id, one)).collect(),
+        }
+    }
+}

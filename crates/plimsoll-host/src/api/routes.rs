@@ -1,0 +1,540 @@
+//! Which requests there are.
+//!
+//! Enters: requests whose sender may ask. Leaves: answers. Whatever reads looks at the last moment; whatever changes is an
+//! [`Order`], and shows the machine as the decision after it found it.
+use super::archive::{Archive, Happening, Sample};
+use super::exchange::{Door, Moment, Order};
+use super::fault::{Code, Fault};
+use super::model::{Found, Groups, Host, Machine, Machines};
+use super::settings::{Settings, no_group};
+use crate::line::Line;
+use crate::metrics;
+use crate::roster::Opened;
+use crate::why::Entry;
+use axum::Router;
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Json, Response};
+use futures_util::stream::{self, Stream};
+use parking_lot::Mutex;
+use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
+use utoipa::{IntoParams, OpenApi, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+/// Machines of one answer, unless it is said otherwise, and at most.
+const PAGE_USUAL: usize = 100;
+const PAGE_MAX: usize = 1000;
+/// How long a request may take, its body's arrival included. An order waits for 5 s, attaching for a VMM's interface.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Clients that may listen to events at the same time.
+const LISTENERS_MAX: usize = 16;
+/// Machines that may be attached to at the same time.
+const OPENINGS_MAX: usize = 4;
+/// The longest name.
+const NAME_MAX: usize = 256;
+/// The most a machine may be told to give at once: more than any host has.
+const RECLAIM_MAX: u64 = 1 << 50;
+
+/// Attaches to a machine. It is called on a thread that may wait.
+pub type Opener = dyn Fn(&Attach) -> Result<Opened, Fault> + Send + Sync;
+
+/// What requests are answered from.
+pub(super) struct App {
+    pub(super) door: Door,
+    pub(super) archive: Mutex<Archive>,
+    pub(super) events: broadcast::Sender<Arc<Happening>>,
+    pub(super) opener: Box<Opener>,
+    listeners: Arc<Semaphore>,
+    openings: Semaphore,
+    /// Requests by status.
+    pub(super) answered: Mutex<BTreeMap<u16, u64>>,
+    /// Clients that were turned away.
+    pub(super) turned_away: AtomicU64,
+}
+
+impl App {
+    pub(super) fn new(door: Door, opener: Box<Opener>) -> Self {
+        Self {
+            door,
+            archive: Mutex::default(),
+            // Whoever is slower than that misses some, and is told how many.
+            events: broadcast::Sender::new(1024),
+            opener,
+            listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
+            openings: Semaphore::new(OPENINGS_MAX),
+            answered: Mutex::default(),
+            turned_away: AtomicU64::new(0),
+        }
+    }
+
+    fn found(&self, key: &str) -> Result<(Arc<Moment>, MachineId), Fault> {
+        let moment = self.door.moment()?;
+        match moment.find(key) {
+            Found::One(id) => Ok((moment, id)),
+            Found::None => Err(Fault::new(Code::NotFound, format!("no machine is called {}", shown(key)))),
+            Found::Several => {
+                let text = format!("several machines are called {}", shown(key));
+                Err(Fault::new(Code::Conflict, text).help("name the one by its process id"))
+            }
+        }
+    }
+
+    /// The machine of an order, as the decision after it found it.
+    async fn obey(&self, order: Order) -> Result<Machine, Fault> {
+        let gone = || Fault::new(Code::NotFound, "the machine has gone meanwhile");
+        let id = self.door.order(order).await?.ok_or_else(gone)?;
+        self.door.moment()?.machine(id).ok_or_else(gone)
+    }
+}
+
+/// A name as it may stand in a sentence.
+fn shown(name: &str) -> String {
+    const MAX: usize = 64;
+    let cut: String = name.chars().take(MAX).collect();
+    format!("{cut:?}{}", if cut.len() < name.len() { "..." } else { "" })
+}
+
+/// A machine to manage from outside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Attach {
+    /// Its name, UUID, or the process id of its VMM.
+    #[schema(min_length = 1, max_length = 256)]
+    pub machine: String,
+    /// Its QMP monitor, if nobody else uses it: for its balloon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub qmp: Option<PathBuf>,
+    /// The API socket of a Cloud Hypervisor or Firecracker, if its command line does not name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub api: Option<PathBuf>,
+    /// What is said about it.
+    #[serde(default)]
+    pub settings: Settings,
+}
+
+/// How much to take from a machine, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Reclaim {
+    /// So much.
+    #[schema(minimum = 4096, maximum = 1_125_899_906_842_624_u64)]
+    pub bytes: u64,
+}
+
+/// What machines, their VMMs and the daemon may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Budget {
+    /// So much.
+    #[schema(minimum = 33_554_432)]
+    pub bytes: u64,
+}
+
+/// Where a machine stands, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Why {
+    /// Its name.
+    pub name: String,
+    /// When was decided last, in milliseconds since the loop began.
+    pub at_ms: u64,
+    /// What it takes up.
+    pub consumed_bytes: u64,
+    /// What it uses.
+    pub active_bytes: u64,
+    /// What it has a right to if all want all they may have.
+    pub entitlement_bytes: u64,
+    /// What it is to come to now.
+    pub target_bytes: u64,
+    /// What was decided or found last, the newest last.
+    pub entries: Vec<Entry>,
+}
+
+/// The last ten minutes of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct History {
+    /// Its name.
+    pub name: String,
+    /// Every five seconds, the newest last.
+    pub samples: Vec<Sample>,
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Page {
+    /// How many at most; 100 if it is left out.
+    #[param(minimum = 1, maximum = 1000)]
+    limit: Option<u32>,
+    /// Begin after the machine of this number: `next` of the answer before.
+    after: Option<u32>,
+    /// Those of this group only.
+    group: Option<String>,
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Nothing {}
+
+/// A JSON body, or the fault that it is none.
+struct Body<T>(T);
+
+impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Fault;
+    async fn from_request(request: Request, state: &S) -> Result<Self, Fault> {
+        let Json(value) = Json::from_request(request, state).await?;
+        Ok(Self(value))
+    }
+}
+
+/// A query, or the fault that it makes no sense.
+struct Asked<T>(T);
+
+impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
+    type Rejection = Fault;
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, Fault> {
+        let Query(value) = Query::from_request_parts(parts, state).await?;
+        Ok(Self(value))
+    }
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+struct Key {
+    /// Its name, or the process id of its VMM.
+    machine: String,
+}
+
+/// A machine's name out of the path.
+struct Named(String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Named {
+    type Rejection = Fault;
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, Fault> {
+        let Path(Key { machine }) = Path::from_request_parts(parts, state).await?;
+        // A query that nobody reads is one that somebody believes in.
+        let Asked(Nothing {}) = Asked::from_request_parts(parts, state).await?;
+        Ok(Self(machine))
+    }
+}
+
+type Here = State<Arc<App>>;
+
+/// The machines, by number.
+#[utoipa::path(
+    get, path = "/v1/machines", tag = "machines",
+    params(Page), responses((status = 200, body = Machines), Fault)
+)]
+async fn list(State(app): Here, Asked(page): Asked<Page>) -> Result<Json<Machines>, Fault> {
+    let limit = page.limit.map_or(Some(PAGE_USUAL), |limit| usize::try_from(limit).ok());
+    let limit = limit.filter(|limit| (1..=PAGE_MAX).contains(limit)).ok_or_else(|| {
+        Fault::new(
+            Code::BadRequest,
+            format!("a limit of {}: use 1 to {PAGE_MAX}", page.limit.unwrap_or_default()),
+        )
+    })?;
+    let moment = app.door.moment()?;
+    let group = page.group.as_deref().map(|name| {
+        let known = moment.groups.get(name).map(|group| group.id);
+        known.ok_or_else(|| no_group(name, &moment.groups))
+    });
+    Ok(Json(moment.page(page.after, limit, group.transpose()?)))
+}
+
+/// Manage a running machine from outside.
+#[utoipa::path(
+    post, path = "/v1/machines", tag = "machines",
+    request_body = Attach, responses((status = 201, body = Machine), Fault)
+)]
+async fn attach(
+    State(app): Here,
+    Asked(Nothing {}): Asked<Nothing>,
+    Body(attach): Body<Attach>,
+) -> Result<(StatusCode, Json<Machine>), Fault> {
+    if !(1..=NAME_MAX).contains(&attach.machine.chars().count()) {
+        return Err(Fault::new(
+            Code::Unprocessable,
+            format!("a machine's name has 1 to {NAME_MAX} characters"),
+        ));
+    }
+    // Before anything is looked for: what makes no sense here makes none there.
+    attach.settings.over(&crate::config::MachineConfig::default(), &app.door.moment()?.groups)?;
+    let many = |_| Fault::new(Code::TooMany, format!("{OPENINGS_MAX} machines are being attached to"));
+    let _opening = app.openings.try_acquire().map_err(many)?;
+    let (opener, settings) = (Arc::clone(&app), attach.settings.clone());
+    let opened = tokio::task::spawn_blocking(move || (opener.opener)(&attach)).await;
+    let opened = opened
+        .map_err(|error| Fault::new(Code::Failed, format!("it could not be attached to: {error}")))??;
+    let machine = app.obey(Order::Attach(Box::new(opened), settings)).await?;
+    Ok((StatusCode::CREATED, Json(machine)))
+}
+
+/// A machine.
+#[utoipa::path(
+    get, path = "/v1/machines/{machine}", tag = "machines",
+    params(Key), responses((status = 200, body = Machine), Fault)
+)]
+async fn show(State(app): Here, Named(name): Named) -> Result<Json<Machine>, Fault> {
+    let (moment, id) = app.found(&name)?;
+    moment.machine(id).map(Json).ok_or_else(|| Fault::new(Code::NotFound, "the machine has gone meanwhile"))
+}
+
+/// Change a machine's settings. What is left out stays.
+#[utoipa::path(
+    patch, path = "/v1/machines/{machine}", tag = "machines",
+    params(Key), request_body = Settings, responses((status = 200, body = Machine), Fault)
+)]
+async fn set(
+    State(app): Here,
+    Named(name): Named,
+    Body(settings): Body<Settings>,
+) -> Result<Json<Machine>, Fault> {
+    let (_, id) = app.found(&name)?;
+    app.obey(Order::Set(id, settings)).await.map(Json)
+}
+
+/// Let a machine go. It goes on, and nothing of plimsoll stays with it.
+#[utoipa::path(
+    delete, path = "/v1/machines/{machine}", tag = "machines",
+    params(Key), responses((status = 204), Fault)
+)]
+async fn release(State(app): Here, Named(name): Named) -> Result<StatusCode, Fault> {
+    let (_, id) = app.found(&name)?;
+    app.door.order(Order::Release(id)).await.map(|_| StatusCode::NO_CONTENT)
+}
+
+/// Take nothing from a machine until it is resumed.
+#[utoipa::path(
+    post, path = "/v1/machines/{machine}/pause", tag = "machines",
+    params(Key), responses((status = 200, body = Machine), Fault)
+)]
+async fn pause(State(app): Here, Named(name): Named) -> Result<Json<Machine>, Fault> {
+    let (_, id) = app.found(&name)?;
+    app.obey(Order::Pause(id, true)).await.map(Json)
+}
+
+/// Take from a machine again.
+#[utoipa::path(
+    post, path = "/v1/machines/{machine}/resume", tag = "machines",
+    params(Key), responses((status = 200, body = Machine), Fault)
+)]
+async fn resume(State(app): Here, Named(name): Named) -> Result<Json<Machine>, Fault> {
+    let (_, id) = app.found(&name)?;
+    app.obey(Order::Pause(id, false)).await.map(Json)
+}
+
+/// Have so much taken from a machine, once, whatever its target. It is begun when this is answered; what came of it shows in
+/// the machine's memory.
+#[utoipa::path(
+    post, path = "/v1/machines/{machine}/reclaim", tag = "machines",
+    params(Key), request_body = Reclaim, responses((status = 202, body = Machine), Fault)
+)]
+async fn reclaim(
+    State(app): Here,
+    Named(name): Named,
+    Body(Reclaim { bytes }): Body<Reclaim>,
+) -> Result<(StatusCode, Json<Machine>), Fault> {
+    if !(PAGE_SIZE as u64..=RECLAIM_MAX).contains(&bytes) {
+        let text = format!("{bytes} bytes cannot be taken: use {PAGE_SIZE} to {RECLAIM_MAX}");
+        return Err(Fault::new(Code::Unprocessable, text));
+    }
+    let (_, id) = app.found(&name)?;
+    let machine = app.obey(Order::Reclaim(id, ByteCount(bytes).pages_ceil())).await?;
+    Ok((StatusCode::ACCEPTED, Json(machine)))
+}
+
+/// Why the last decisions about a machine were made.
+#[utoipa::path(
+    get, path = "/v1/machines/{machine}/why", tag = "machines",
+    params(Key), responses((status = 200, body = Why), Fault)
+)]
+async fn why(State(app): Here, Named(name): Named) -> Result<Json<Why>, Fault> {
+    let (moment, id) = app.found(&name)?;
+    let position = moment.tick.plan.machines.iter().find(|one| one.machine == id);
+    let position = position.ok_or_else(|| Fault::new(Code::Conflict, "nothing was decided about it yet"))?;
+    Ok(Json(Why {
+        name: moment.berths.get(&id).map(|berth| berth.name.clone()).unwrap_or_default(),
+        at_ms: moment.tick.view.now_ms,
+        consumed_bytes: position.consumed.0,
+        active_bytes: position.active.0,
+        entitlement_bytes: position.entitlement.0,
+        target_bytes: position.target.0,
+        entries: app.archive.lock().entries(id),
+    }))
+}
+
+/// The last ten minutes of a machine.
+#[utoipa::path(
+    get, path = "/v1/machines/{machine}/history", tag = "machines",
+    params(Key), responses((status = 200, body = History), Fault)
+)]
+async fn history(State(app): Here, Named(name): Named) -> Result<Json<History>, Fault> {
+    let (moment, id) = app.found(&name)?;
+    let name = moment.berths.get(&id).map(|berth| berth.name.clone()).unwrap_or_default();
+    Ok(Json(History { name, samples: app.archive.lock().samples(id) }))
+}
+
+/// The host.
+#[utoipa::path(get, path = "/v1/host", tag = "host", responses((status = 200, body = Host), Fault))]
+async fn host(State(app): Here, Asked(Nothing {}): Asked<Nothing>) -> Result<Json<Host>, Fault> {
+    Ok(Json(app.door.moment()?.host()))
+}
+
+/// How deep the host is loaded, and what would break first.
+#[utoipa::path(get, path = "/v1/host/line", tag = "host", responses((status = 200, body = Line), Fault))]
+async fn line(State(app): Here, Asked(Nothing {}): Asked<Nothing>) -> Result<Json<Line>, Fault> {
+    let moment = app.door.moment()?;
+    let names = moment.berths.iter().map(|(id, berth)| (*id, &*berth.name)).collect();
+    Ok(Json(Line::drawn(&moment.tick, &moment.tree, &names, moment.own)))
+}
+
+/// Give machines, their VMMs and the daemon another budget.
+#[utoipa::path(
+    put, path = "/v1/host/budget", tag = "host",
+    request_body = Budget, responses((status = 200, body = Host), Fault)
+)]
+async fn budget(
+    State(app): Here,
+    Asked(Nothing {}): Asked<Nothing>,
+    Body(Budget { bytes }): Body<Budget>,
+) -> Result<Json<Host>, Fault> {
+    app.door.order(Order::Budget(ByteCount(bytes))).await?;
+    Ok(Json(app.door.moment()?.host()))
+}
+
+/// The groups.
+#[utoipa::path(get, path = "/v1/groups", tag = "host", responses((status = 200, body = Groups), Fault))]
+async fn groups(State(app): Here, Asked(Nothing {}): Asked<Nothing>) -> Result<Json<Groups>, Fault> {
+    Ok(Json(app.door.moment()?.groups()))
+}
+
+/// What is done from now on, as server-sent events: `happened` with a Happening as its data, `missed` with how many a client
+/// that is too slow has missed.
+#[utoipa::path(
+    get, path = "/v1/events", tag = "host",
+    responses((status = 200, body = Happening, content_type = "text/event-stream"), Fault)
+)]
+async fn events(
+    State(app): Here,
+    Asked(Nothing {}): Asked<Nothing>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Fault> {
+    let permit = Arc::clone(&app.listeners).try_acquire_owned();
+    let permit =
+        permit.map_err(|_| Fault::new(Code::TooMany, format!("{LISTENERS_MAX} clients listen already")))?;
+    Ok(Sse::new(listen(app.events.subscribe(), permit)).keep_alive(KeepAlive::default()))
+}
+
+fn listen(
+    events: broadcast::Receiver<Arc<Happening>>,
+    permit: OwnedSemaphorePermit,
+) -> impl Stream<Item = Result<Event, Infallible>> {
+    stream::unfold((events, permit), |(mut events, permit)| async move {
+        let event = match events.recv().await {
+            Ok(happening) => Event::default().event("happened").json_data(&*happening).unwrap_or_default(),
+            Err(broadcast::error::RecvError::Lagged(count)) => {
+                Event::default().event("missed").data(count.to_string())
+            }
+            Err(broadcast::error::RecvError::Closed) => return None,
+        };
+        Some((Ok(event), (events, permit)))
+    })
+}
+
+/// Metrics for Prometheus, in OpenMetrics' form where the client takes that.
+#[utoipa::path(
+    get, path = "/metrics", tag = "host",
+    responses((status = 200, content((String = "text/plain"), (String = "application/openmetrics-text"))), Fault)
+)]
+async fn measured(
+    State(app): Here,
+    Asked(Nothing {}): Asked<Nothing>,
+    headers: HeaderMap,
+) -> Result<Response, Fault> {
+    let accepts = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let format = metrics::Format::accepted(accepts);
+    let moment = app.door.moment()?;
+    let answered = app.answered.lock().clone();
+    let clients = metrics::Clients { answered, turned_away: app.turned_away.load(Ordering::Relaxed) };
+    let page = metrics::page(format, &moment, &app.archive.lock(), &clients);
+    Ok(([(header::CONTENT_TYPE, format.content_type())], page).into_response())
+}
+
+/// This description.
+async fn description() -> Response {
+    let kind = [(header::CONTENT_TYPE, "application/json")];
+    (kind, openapi()).into_response()
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "plimsoll",
+        description = "The memory manager of this host: its machines, their settings, and why it does what it does. HTTP on a Unix socket.",
+        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
+    ),
+    components(schemas(Fault)),
+    tags(
+        (name = "machines", description = "The machines that are managed."),
+        (name = "host", description = "The host, and all its machines together.")
+    )
+)]
+struct Description;
+
+fn table() -> OpenApiRouter<Arc<App>> {
+    OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(list, attach))
+        .routes(routes!(show, set, release))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(reclaim))
+        .routes(routes!(why))
+        .routes(routes!(history))
+        .routes(routes!(host))
+        .routes(routes!(line))
+        .routes(routes!(budget))
+        .routes(routes!(groups))
+        .routes(routes!(events))
+        .routes(routes!(measured))
+}
+
+/// The description of the API (OpenAPI 3.1), as `docs/openapi.json` has it.
+pub fn openapi() -> String {
+    let description = table().split_for_parts().1;
+    description.to_pretty_json().unwrap_or_default() + "\n"
+}
+
+/// Everything that answers.
+pub(super) fn router(app: &Arc<App>) -> Router {
+    let (router, _) = table().split_for_parts();
+    router
+        .route("/openapi.json", axum::routing::get(description))
+        .fallback(async || {
+            Fault::new(Code::NotFound, "there is nothing at this path")
+                .help("see /openapi.json for what can be asked")
+        })
+        .method_not_allowed_fallback(async || Fault::new(Code::MethodNotAllowed, "that cannot be done to it"))
+        .layer(middleware::from_fn_with_state(Arc::clone(app), within_limits))
+        .with_state(Arc::clone(app))
+}
+
+/// Lets no request last for ever, and counts it.
+async fn within_limits(State(app): Here, request: Request, next: Next) -> Response {
+    let late = || Fault::new(Code::Busy, format!("the request took longer than {} s", PATIENCE.as_secs()));
+    let response = tokio::time::timeout(PATIENCE, next.run(request)).await;
+    let response = response.unwrap_or_else(|_| late().into_response());
+    *app.answered.lock().entry(response.status().as_u16()).or_default() += 1;
+    response
+}

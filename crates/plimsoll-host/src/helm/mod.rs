@@ -1,0 +1,412 @@
+//! A daemon's control loop: both kinds of machines, and whatever an operator says while it runs.
+//!
+//! Enters: machines that were handed over, names of those that are to be attached to, [`Order`]s. Leaves: decisions that are
+//! carried out, and a [`Moment`] after each. What must never happen: an order that is half in force. So an order is tried on the
+//! loop, then kept for the next manager ([`kept`]), and taken back where it cannot be kept; and it is answered after the
+//! decision that follows it, so that whoever asked finds it in what is shown next.
+//!
+//! Machines under our own pager are found by looking, once a turn: they come and go without this thread, which may be late, or
+//! not there at all, and no guest waits for it.
+pub mod kept;
+
+use crate::api::exchange::{Asked, Desk, Moment, Obeyed, Order};
+use crate::api::{Code, Fault, Settings};
+use crate::backend::{Backend, Done, Kind, Managed};
+use crate::config::{Config, MachineConfig};
+use crate::control::{Control, Happened, PERIOD, RunError, Turn, Wakers, run};
+use crate::roster::{Opened, Roster};
+use kept::{Kept, KeptError, Word, Words};
+use parking_lot::Mutex;
+use plimsoll_core::ledger::Budget;
+use plimsoll_linux::explain;
+use plimsoll_linux::uffd::manager::Manager;
+use plimsoll_policy::admission::AdmissionError;
+use plimsoll_policy::settings::{GroupSettings, Owner, SettingsError};
+use plimsoll_policy::tree::Tree;
+use plimsoll_sys::psi::{self, PressureTrigger};
+use plimsoll_types::{ByteCount, MachineId, PageCount};
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::oneshot;
+
+/// How often is looked for machines that are not there yet: finding one reads all of /proc.
+const FIND_EVERY: Duration = Duration::from_secs(5);
+/// Tasks that wait this long in a second are worth a decision of their own.
+const PRESSURE: Duration = Duration::from_millis(100);
+/// Below this a daemon could not even run one machine.
+pub const BUDGET_MIN: ByteCount = ByteCount::mib(32);
+
+/// Machines under our own pager, and what they share with the others.
+pub struct Own {
+    /// Who pages them.
+    pub manager: Arc<Mutex<Manager>>,
+    /// What machines of both kinds, their VMMs and the daemon may use.
+    pub budget: Arc<Mutex<ByteCount>>,
+    /// What was last seen of machines managed from outside.
+    pub attached: Arc<AtomicU64>,
+    /// Machines that were met, and what the loop calls them.
+    met: BTreeMap<MachineId, Option<MachineId>>,
+}
+
+impl Own {
+    /// Those of a manager.
+    pub fn new(manager: Arc<Mutex<Manager>>, budget: Arc<Mutex<ByteCount>>) -> Self {
+        Self { manager, budget, attached: Arc::default(), met: BTreeMap::new() }
+    }
+}
+
+/// Who hears what an operator should.
+pub type Note = Box<dyn FnMut(&str) + Send>;
+
+/// A control loop that takes orders.
+pub struct Helm {
+    desk: Desk,
+    config: Config,
+    groups: Arc<Groups>,
+    kept: Kept,
+    roster: Roster,
+    own: Option<Own>,
+    note: Note,
+    tree: Option<Arc<Tree>>,
+    find_at: Instant,
+    /// Orders that were carried out, until it has been decided about what they changed.
+    obeyed: Vec<(oneshot::Sender<Obeyed>, Obeyed)>,
+}
+
+impl Helm {
+    /// Goes on where `kept` says that an earlier one was.
+    pub fn new(config: Config, kept: Kept, own: Option<Own>, desk: Desk, note: Note) -> Self {
+        let said = |name: &String| kept.word(name).and_then(|word| word.attached);
+        let named = config.machines.keys().filter(|name| said(name) != Some(false));
+        let also = kept.words().machines.iter().filter(|(_, word)| word.attached == Some(true));
+        let wanted: Vec<String> = named.chain(also.map(|(name, _)| name)).cloned().collect();
+        let groups = Arc::new(config.groups.clone());
+        let (tree, find_at, obeyed) = (None, Instant::now(), Vec::new());
+        Self { desk, config, groups, kept, roster: Roster::new(wanted), own, note, tree, find_at, obeyed }
+    }
+
+    /// Runs until `end` is readable.
+    ///
+    /// # Errors
+    /// When it cannot wait, which is a bug.
+    pub fn run(mut self, mut control: Control, end: Option<BorrowedFd<'_>>) -> Result<(), RunError> {
+        if let Some(bytes) = self.kept.words().budget_bytes
+            && let Err(fault) = self.set_budget(&mut control, ByteCount(bytes))
+        {
+            (self.note)(&format!("the budget that was said is not in force: {fault}"));
+        }
+        let asked = self.desk.asked();
+        // Without it, the loop looks ten times a second.
+        let pressure = PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, PERIOD).ok();
+        let wakers = Wakers { end, pressure: pressure.as_ref(), asked: Some(&asked) };
+        self.look_round(&mut control);
+        run(&mut control, wakers, |control, happened| {
+            match happened {
+                Happened::Turn(turn) => {
+                    self.show(control, turn);
+                    self.look_round(control);
+                }
+                Happened::Asked => {
+                    while let Some(Asked { order, answer }) = self.desk.next() {
+                        match self.obey(control, order) {
+                            // Nothing was changed, so there is nothing to decide about.
+                            Err(fault) => drop(answer.send(Err(fault))),
+                            done => self.obeyed.push((answer, done)),
+                        }
+                    }
+                }
+            }
+            ControlFlow::Continue(())
+        })
+    }
+
+    /// Puts a turn where everybody sees it, and answers those whose orders it has decided about.
+    fn show(&mut self, control: &Control, turn: &Turn) {
+        let known = self.tree.take().filter(|tree| **tree == *control.tree());
+        let tree = known.unwrap_or_else(|| Arc::new(control.tree().clone()));
+        self.tree = Some(Arc::clone(&tree));
+        let berths = control.berths();
+        if let Some(own) = &self.own {
+            let is_attached =
+                |id: &MachineId| berths.get(id).is_some_and(|berth| berth.kind == Kind::Attached);
+            let seen = turn.view.machines.iter().filter(|machine| is_attached(&machine.id));
+            let consumed = seen.map(|machine| machine.consumed.0).fold(0, u64::saturating_add);
+            own.attached.store(consumed, Ordering::Relaxed);
+        }
+        let events: Vec<String> = turn.events.iter().map(ToString::to_string).collect();
+        events.iter().for_each(|event| (self.note)(event));
+        let waiting = self.roster.waiting().map(|(name, why)| (name.to_owned(), why.map(str::to_owned)));
+        self.desk.show(Moment {
+            unix_ms: unix_ms(),
+            tick: control.tick(turn),
+            events,
+            tree,
+            groups: Arc::clone(&self.groups),
+            berths,
+            waiting: waiting.collect(),
+            own: control.own(),
+        });
+        for (answer, obeyed) in self.obeyed.drain(..) {
+            // Whoever asked may have gone; what was done stays done, and is shown.
+            let _ = answer.send(obeyed);
+        }
+    }
+
+    /// Takes in whoever has come.
+    fn look_round(&mut self, control: &mut Control) {
+        self.meet(control);
+        let now = Instant::now();
+        if now < self.find_at {
+            return;
+        }
+        self.find_at = now + FIND_EVERY;
+        let (kept, config, groups) = (&self.kept, &self.config, &self.groups);
+        // Numbers only grow.
+        let newest = control.names().map(|(id, _)| id).last();
+        self.roster.take_in(control, &|name| Some(said(kept, config, groups, name)), &mut self.note);
+        let came = control.names().filter(|(id, _)| Some(*id) > newest);
+        let came: Vec<(MachineId, String)> = came.map(|(id, name)| (id, name.to_owned())).collect();
+        for (id, name) in came {
+            self.go_on_with(control, id, &name);
+        }
+    }
+
+    /// Takes in machines that were handed over since the last look.
+    fn meet(&mut self, control: &mut Control) {
+        let Some(own) = &mut self.own else { return };
+        let machines = {
+            let manager = own.manager.lock();
+            let machines = manager.machines();
+            own.met.retain(|id, _| machines.iter().any(|machine| machine.id == *id));
+            let new = machines.into_iter().filter(|machine| !own.met.contains_key(&machine.id));
+            let new = new.filter(|machine| !manager.is_gone(machine.id));
+            new.map(|machine| (manager.custody(machine.id).map(|custody| custody.process()), machine))
+                .collect::<Vec<_>>()
+        };
+        let mut came = Vec::new();
+        for (process, machine) in machines {
+            let config = said(&self.kept, &self.config, &self.groups, &machine.name);
+            let backend = || -> Box<dyn Backend> {
+                let managed = Managed::new(Arc::clone(&own.manager), machine.id, 1, Instant::now());
+                Box::new(match process {
+                    Some(process) => managed.in_process(process),
+                    None => managed,
+                })
+            };
+            let settings = config.settings(MachineId(0), machine.size);
+            let admitted = control.admit(&machine.name, settings, backend()).or_else(|error| {
+                (self.note)(&format!("{} has no guarantee: {}", machine.name, explain(&error)));
+                let usual = MachineConfig::default().settings(MachineId(0), machine.size);
+                control.admit(&machine.name, usual, backend())
+            });
+            if let Err(error) = &admitted {
+                (self.note)(&format!("{} has an equal share: {}", machine.name, explain(error)));
+            }
+            came.extend(admitted.as_ref().ok().map(|id| (*id, machine.name)));
+            own.met.insert(machine.id, admitted.ok());
+        }
+        for (id, name) in came {
+            self.go_on_with(control, id, &name);
+        }
+    }
+
+    /// Has a machine that came as it was said to be.
+    fn go_on_with(&self, control: &mut Control, id: MachineId, name: &str) {
+        if self.kept.word(name).is_some_and(|word| word.paused) {
+            control.pause(id, true);
+        }
+    }
+
+    fn obey(&mut self, control: &mut Control, order: Order) -> Obeyed {
+        match order {
+            Order::Attach(opened, settings) => self.attach(control, *opened, &settings).map(Some),
+            Order::Set(id, settings) => {
+                let name = name_of(control, id)?;
+                let before = said(&self.kept, &self.config, &self.groups, &name);
+                let wanted = settings.over(&before, &self.groups)?;
+                let size = control.tree().terms(id).map_or(ByteCount(0), |terms| terms.size.bytes());
+                let in_force = control.tree().settings().machines.iter().find(|one| one.id == id).copied();
+                control.change(wanted.settings(id, size)).map_err(|error| self.refusal(control, &error))?;
+                let settings = Settings::said(&wanted, &self.groups);
+                let kept = self.keep(&name, |word| word.settings = Some(settings));
+                kept.inspect_err(|_| {
+                    let _ = in_force.map(|before| control.change(before));
+                })?;
+                Ok(Some(id))
+            }
+            Order::Release(id) => self.release(control, id).map(|()| None),
+            Order::Pause(id, is_paused) => {
+                let (name, kind) = (name_of(control, id)?, control.berth(id).map(|berth| berth.kind));
+                if kind == Some(Kind::HandedOver) {
+                    let text = format!(
+                        "{name} is paged by the daemon itself, which cannot leave it alone: the hard line is kept by taking"
+                    );
+                    return Err(Fault::new(Code::Conflict, text)
+                        .help("raise its reservation, or set its kind to static"));
+                }
+                self.keep(&name, |word| word.paused = is_paused)?;
+                control.pause(id, is_paused);
+                Ok(Some(id))
+            }
+            Order::Reclaim(id, pages) => self.reclaim(control, id, pages),
+            Order::Budget(budget) => {
+                let before = self.kept.words().budget_bytes;
+                let old = control.tree().settings().capacity;
+                self.set_budget(control, budget)?;
+                self.kept.change(|words| words.budget_bytes = Some(budget.0)).map_err(|error| {
+                    let _ = self.set_budget(control, before.map_or(old, ByteCount));
+                    unkept(&error)
+                })?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn attach(
+        &mut self,
+        control: &mut Control,
+        mut opened: Opened,
+        said_now: &Settings,
+    ) -> Result<MachineId, Fault> {
+        let name = opened.name.clone();
+        if control.names().any(|(_, other)| other == name) {
+            return Err(Fault::new(Code::Conflict, format!("a machine called {name} is managed already")));
+        }
+        let (qmp, api, notes) = (opened.config.qmp.clone(), opened.config.api.clone(), opened.notes.clone());
+        let before = said(&self.kept, &self.config, &self.groups, &name);
+        opened.config = said_now.over(&before, &self.groups)?;
+        let settings = Settings::said(&opened.config, &self.groups);
+        let id = opened.admit(control).map_err(|error| self.refusal(control, &error))?;
+        let word = Word { attached: Some(true), paused: false, settings: Some(settings), qmp, api };
+        if let Err(fault) = self.keep(&name, |kept| *kept = word) {
+            control.release(id);
+            return Err(fault);
+        }
+        notes.iter().for_each(|note| (self.note)(note));
+        self.roster.add(id, name);
+        Ok(id)
+    }
+
+    fn release(&mut self, control: &mut Control, id: MachineId) -> Result<(), Fault> {
+        let name = name_of(control, id)?;
+        if control.berth(id).is_some_and(|berth| berth.kind == Kind::HandedOver) {
+            let text = format!("{name} was handed over by its VMM, and its memory is in the daemon's store");
+            return Err(Fault::new(Code::Conflict, text).help("end its VMM to be rid of it"));
+        }
+        let is_configured = self.config.machines.contains_key(&name);
+        self.keep(&name, |word| {
+            *word = Word { attached: is_configured.then_some(false), ..Word::default() };
+        })?;
+        self.roster.strike(&name);
+        control.release(id);
+        Ok(())
+    }
+
+    fn reclaim(&mut self, control: &mut Control, id: MachineId, pages: PageCount) -> Obeyed {
+        let name = name_of(control, id)?;
+        if control.berth(id).is_some_and(|berth| berth.is_paused) {
+            let text = format!("{name} is paused: nothing is taken from it");
+            return Err(Fault::new(Code::Conflict, text).help("resume it first"));
+        }
+        match control.reclaim(id, pages, Instant::now()) {
+            Done::Begun => Ok(Some(id)),
+            Done::Refused(why) => {
+                Err(Fault::new(Code::Conflict, format!("nothing is taken from {name}: {why}")))
+            }
+        }
+    }
+
+    fn set_budget(&self, control: &mut Control, budget: ByteCount) -> Result<(), Fault> {
+        if budget < BUDGET_MIN {
+            let text = format!("a budget of {budget}: a machine cannot run in less than {BUDGET_MIN}");
+            return Err(Fault::new(Code::Unprocessable, text));
+        }
+        let host = crate::control::Pool::host().map_or(ByteCount(u64::MAX), |pool| pool.total());
+        if budget > host {
+            let text = format!("a budget of {budget}: this host has {host}");
+            return Err(Fault::new(Code::Unprocessable, text));
+        }
+        control.set_total(budget).map_err(|error| self.contradiction(control, &error))?;
+        if let Some(own) = &self.own {
+            own.manager.lock().host().ledger(|ledger| ledger.set_budget(Budget::within(budget)));
+            *own.budget.lock() = budget;
+        }
+        Ok(())
+    }
+
+    /// Keeps something about a machine for the next manager.
+    fn keep(&mut self, name: &str, change: impl FnOnce(&mut Word)) -> Result<(), Fault> {
+        let change = |words: &mut Words| change(words.machines.entry(name.to_owned()).or_default());
+        self.kept.change(change).map_err(|error| unkept(&error))
+    }
+
+    fn refusal(&self, control: &Control, error: &AdmissionError) -> Fault {
+        match error {
+            AdmissionError::Settings(error) => self.contradiction(control, error),
+            error => Fault::new(Code::Conflict, explain(error)),
+        }
+    }
+
+    /// In the names that machines and groups have.
+    fn contradiction(&self, control: &Control, error: &SettingsError) -> Fault {
+        let name = |owner| match owner {
+            // One that is being taken in has no name here yet.
+            Owner::Machine(id) => control
+                .names()
+                .find(|(own, _)| *own == id)
+                .map_or_else(|| "the machine".to_owned(), |(_, name)| name.to_owned())
+                .into(),
+            Owner::Group(id) => {
+                self.groups.iter().find(|(_, group)| group.id == id).map(|(name, _)| name.clone())
+            }
+            Owner::Host => None,
+        };
+        let is_its_own = matches!(error.owner(), Owner::Machine(_));
+        let code = if is_its_own { Code::Unprocessable } else { Code::Conflict };
+        Fault::new(code, error.named(&name).to_string())
+    }
+}
+
+type Groups = BTreeMap<String, GroupSettings>;
+
+/// What is said about the machine of a name: by the API, else by the file, else nothing.
+fn said(kept: &Kept, config: &Config, groups: &Groups, name: &str) -> MachineConfig {
+    let of_file = config.machine(name);
+    let Some(word) = kept.word(name) else { return of_file };
+    let of_file = MachineConfig {
+        qmp: word.qmp.clone().or(of_file.qmp.clone()),
+        api: word.api.clone().or(of_file.api.clone()),
+        ..of_file
+    };
+    let Some(settings) = &word.settings else { return of_file };
+    // Groups come and go with the file: what was said of one that is gone is no reason to forget the rest.
+    let own = settings
+        .over(&MachineConfig { parent: None, ..of_file.clone() }, groups)
+        .or_else(|_| Settings { group: None, ..settings.clone() }.over(&of_file, groups));
+    own.unwrap_or(of_file)
+}
+
+fn name_of(control: &Control, id: MachineId) -> Result<String, Fault> {
+    let found = control.names().find(|(own, _)| *own == id).map(|(_, name)| name.to_owned());
+    found.ok_or_else(|| Fault::new(Code::NotFound, "the machine has gone meanwhile"))
+}
+
+fn unkept(error: &KeptError) -> Fault {
+    Fault::new(Code::Failed, explain(error))
+        .help("nothing was changed; make room for that file, and ask again")
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl std::fmt::Debug for Helm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Helm").field("roster", &self.roster).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,7 @@
+//! The API over a real control loop, whose machines are made of numbers.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod estate;
+mod limits;
+mod outside;
+mod requests;
+mod scale;

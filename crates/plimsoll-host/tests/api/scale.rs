@@ -1,0 +1,31 @@
+//! A thousand machines.
+use super::estate::Estate;
+use plimsoll_host::api::Machines;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_thousand_machines_are_listed_in_less_than_20_ms_ninety_nine_times_in_a_hundred() {
+    let folder = tempfile::tempdir().unwrap();
+    let estate = Estate::start(folder.path(), 1000, 128 << 10);
+    let client = estate.client();
+    let mut times: Vec<Duration> = (0..300)
+        .map(|_| {
+            let began = Instant::now();
+            let answer = client.exchange("GET", "/v1/machines", &[], Vec::new()).unwrap();
+            let took = began.elapsed();
+            assert_eq!(answer.status, 200);
+            took
+        })
+        .collect();
+    times.sort();
+    let (median, p99) = (times[150], times[296]);
+    let all: Machines = client.get("/v1/machines?limit=1000").unwrap();
+    assert_eq!((all.machines.len(), all.total, all.next), (1000, 1000, None));
+    let began = Instant::now();
+    let whole = estate.get("/v1/machines?limit=1000").body.len();
+    println!(
+        "a page of 100 of 1,000: median {median:?}, p99 {p99:?}; all in one, {whole} bytes: {:?}",
+        began.elapsed()
+    );
+    assert!(p99 < Duration::from_millis(20), "p99 {p99:?}, median {median:?}");
+}
