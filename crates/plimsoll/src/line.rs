@@ -1,5 +1,5 @@
-//! `plimsoll line`: how deep the host is loaded, by the last decision on record.
-use crate::trace::TraceArgs;
+//! `plimsoll line`: how deep the host is loaded, by the last decision of the running daemon, or the last on record.
+use crate::trace::{Found, SourceArgs};
 use crate::verb::ended;
 use plimsoll_host::line::Line;
 use plimsoll_host::trace::{Record, TraceError};
@@ -9,16 +9,20 @@ use std::process::ExitCode;
 #[derive(clap::Args)]
 pub(crate) struct LineArgs {
     #[command(flatten)]
-    record: TraceArgs,
+    source: SourceArgs,
 }
 
 pub(crate) fn main(args: &LineArgs) -> ExitCode {
     ended("line", run(args))
 }
 
-fn run(LineArgs { record }: &LineArgs) -> Result<ExitCode, String> {
+fn run(LineArgs { source }: &LineArgs) -> Result<ExitCode, String> {
+    let record = match source.ask::<Line>("/v1/host/line")? {
+        Found::Live(line) => return source.show(&line).map(|()| ExitCode::SUCCESS),
+        Found::Record(record) => record,
+    };
     let (mut basis, mut last) = (None, None);
-    for found in record.open().map_err(|error| explain(&error))? {
+    for found in record {
         match found {
             Ok(Record::Settings(new)) => basis = Some(new),
             Ok(Record::Tick(tick)) => last = Some(tick),
@@ -32,6 +36,6 @@ fn run(LineArgs { record }: &LineArgs) -> Result<ExitCode, String> {
             "the record holds no decision yet: let `plimsoll manage --record` run for a second".to_owned()
         );
     };
-    record.show(&Line::of(&last, &basis))?;
+    source.show(&Line::of(&last, &basis))?;
     Ok(ExitCode::SUCCESS)
 }

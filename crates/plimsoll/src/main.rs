@@ -9,7 +9,9 @@ mod demo;
 mod guest;
 mod host;
 mod line;
+mod live;
 mod manage;
+mod manual;
 mod park;
 mod plan;
 mod replay;
@@ -20,10 +22,11 @@ mod surface;
 mod tools;
 mod trace;
 mod verb;
+mod vm;
 mod vmm;
 mod why;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::process::ExitCode;
 
 #[derive(Parser)]
@@ -75,6 +78,16 @@ enum Verb {
     Park(park::ParkArgs),
     /// Have a daemon's parked machine come back: what it used last, at once.
     Wake(park::ParkArgs),
+    /// The machines of a running daemon: list, show, set, attach, release, pause, resume, reclaim.
+    Vm(vm::VmArgs),
+    /// Say what the machines of a running daemon may use, or change it.
+    Budget(vm::BudgetArgs),
+    /// Completions for a shell, on standard output.
+    #[command(hide = true)]
+    Completions(manual::CompletionsArgs),
+    /// Man pages, one a verb.
+    #[command(hide = true)]
+    Man(manual::ManArgs),
     /// The daemon's manager: started by its keeper.
     #[command(hide = true)]
     Manager(daemon::ManagerArgs),
@@ -106,6 +119,10 @@ fn main() -> ExitCode {
         Verb::Daemon(args) => daemon::main(&args),
         Verb::Park(args) => park::park(&args),
         Verb::Wake(args) => park::wake(&args),
+        Verb::Vm(args) => vm::main(&args),
+        Verb::Budget(args) => vm::budget(&args),
+        Verb::Completions(args) => manual::completions(&args, Cli::command()),
+        Verb::Man(args) => manual::man(&args, Cli::command()),
         Verb::Manager(args) => daemon::manager(&args),
     }
 }

@@ -1,10 +1,13 @@
 //! What the verbs that read a record have in common: where it is, and how what follows from it is said.
+use crate::live::LiveArgs;
+use plimsoll_host::api::client::ClientError;
 use plimsoll_host::trace::{Reader, TraceError};
 use plimsoll_linux::explain;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::fmt::Display;
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Where `manage --record` puts its record when it is not told.
 pub(crate) const USUAL: &str = "/var/lib/plimsoll/trace";
@@ -18,6 +21,48 @@ pub(crate) struct TraceArgs {
     /// JSON instead of text.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A running daemon, or a record.
+#[derive(clap::Args)]
+pub(crate) struct SourceArgs {
+    /// A record of decisions, as `plimsoll manage --record` writes it. Left out: the running daemon, and where there is none,
+    /// /var/lib/plimsoll/trace.
+    #[arg(long, value_name = "FILE", conflicts_with = "directory")]
+    trace: Option<PathBuf>,
+    #[command(flatten)]
+    live: LiveArgs,
+}
+
+/// Where an answer comes from.
+pub(crate) enum Found<T> {
+    /// The running daemon gave it.
+    Live(T),
+    /// It is to be had from a record.
+    Record(Reader),
+}
+
+impl SourceArgs {
+    /// Asks the daemon, or opens the record.
+    pub(crate) fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<Found<T>, String> {
+        let open = |path: &Path| Reader::open(path).map(Found::Record).map_err(|error| explain(&error));
+        if let Some(trace) = &self.trace {
+            return open(trace);
+        }
+        match self.live.client().get(path) {
+            Ok(answer) => Ok(Found::Live(answer)),
+            Err(ClientError::NoDaemon { .. }) if Path::new(USUAL).exists() => open(Path::new(USUAL)),
+            Err(error @ ClientError::NoDaemon { .. }) => {
+                Err(format!("{error}; a record is read with --trace FILE"))
+            }
+            Err(error) => Err(explain(&error)),
+        }
+    }
+
+    /// Says it.
+    pub(crate) fn show(&self, value: &(impl Serialize + Display)) -> Result<(), String> {
+        self.live.show(value)
+    }
 }
 
 impl TraceArgs {

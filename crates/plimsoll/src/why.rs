@@ -1,18 +1,19 @@
 //! `plimsoll why`: the last decisions about a machine, and the numbers behind them.
 //!
-//! Enters: a record and a name. Leaves: where the machine stands, and each thing that was done or found since it last changed.
+//! Enters: a name, and a running daemon or a record. Leaves: where the machine stands, and each thing that was done or found since it last changed.
 //! A sentence that is repeated decision after decision, numbers apart, is shown once with how often it was.
-use crate::trace::TraceArgs;
+use crate::live::escaped;
+use crate::trace::{Found, SourceArgs};
 use crate::verb::ended;
-use plimsoll_host::backend::Done;
-use plimsoll_host::trace::{Record, Tick, TraceError};
+use plimsoll_host::api::Why;
+use plimsoll_host::trace::{Record, TraceError};
+use plimsoll_host::why::add;
 use plimsoll_linux::explain;
-use plimsoll_policy::{Position, Reason, Step};
-use plimsoll_types::{ByteCount, MachineId};
+use plimsoll_policy::Position;
+use plimsoll_types::ByteCount;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::fmt;
-use std::mem::discriminant;
 use std::process::ExitCode;
 
 /// Columns of a terminal.
@@ -28,7 +29,7 @@ pub(crate) struct WhyArgs {
     #[arg(long, value_name = "COUNT", default_value_t = 10)]
     last: usize,
     #[command(flatten)]
-    record: TraceArgs,
+    source: SourceArgs,
 }
 
 pub(crate) fn main(args: &WhyArgs) -> ExitCode {
@@ -37,35 +38,27 @@ pub(crate) fn main(args: &WhyArgs) -> ExitCode {
 
 /// Where a machine stands, and why.
 #[derive(Serialize)]
-struct Why {
-    name: String,
-    at_ms: u64,
-    consumed_bytes: u64,
-    active_bytes: u64,
-    entitlement_bytes: u64,
-    target_bytes: u64,
-    entries: VecDeque<Entry>,
-}
-
-/// Something that was decided or found.
-#[derive(Serialize)]
-struct Entry {
-    /// When it was last so.
-    at_ms: u64,
-    /// For how many decisions in a row.
-    times: u64,
-    /// What was to be done; nothing for what was only found.
-    step: Option<Step>,
-    /// Why, with all its numbers.
-    reason: Reason,
-    sentence: String,
-    /// Why it was not done, if it was not.
-    refused: Option<String>,
+#[serde(transparent)]
+struct Told {
+    why: Why,
+    /// What its times are counted from.
+    #[serde(skip)]
+    since: &'static str,
 }
 
 fn run(args: &WhyArgs) -> Result<ExitCode, String> {
+    let record = match args.source.ask::<Why>(&format!("/v1/machines/{}/why", escaped(&args.name)))? {
+        Found::Live(mut why) => {
+            why.entries.drain(..why.entries.len().saturating_sub(args.last.max(1)));
+            return args
+                .source
+                .show(&Told { why, since: "the daemon began to decide" })
+                .map(|()| ExitCode::SUCCESS);
+        }
+        Found::Record(record) => record,
+    };
     let (mut id, mut known, mut last, mut entries) = (None, Vec::new(), None, VecDeque::new());
-    for found in args.record.open().map_err(|error| explain(&error))? {
+    for found in record {
         match found {
             Ok(Record::Settings(basis)) => {
                 // A name may come again as another machine: the last one counts.
@@ -96,66 +89,32 @@ fn run(args: &WhyArgs) -> Result<ExitCode, String> {
         ));
     };
     let Position { consumed, active, entitlement, target, .. } = position;
-    args.record.show(&Why {
+    let why = Why {
         name: args.name.clone(),
         at_ms,
         consumed_bytes: consumed.0,
         active_bytes: active.0,
         entitlement_bytes: entitlement.0,
         target_bytes: target.0,
-        entries,
-    })?;
+        entries: entries.into(),
+    };
+    args.source.show(&Told { why, since: "recording began" })?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Adds what a decision says about the machine.
-fn add(entries: &mut VecDeque<Entry>, id: MachineId, tick: &Tick) {
-    let actions = tick.plan.actions.iter().filter(|action| action.machine == id);
-    let notes = tick.plan.reasons.iter().filter(|note| note.machine == Some(id));
-    let refusal = |step: Step| {
-        let outcome = tick.outcomes.iter().find(|one| one.machine == id && one.step == step)?;
-        match &outcome.done {
-            Done::Refused(why) => Some(why.to_string()),
-            Done::Begun => None,
-        }
-    };
-    let done = actions.map(|action| (Some(action.step), action.reason));
-    let before = entries.len();
-    for (step, reason) in done.chain(notes.map(|note| (None, note.reason))) {
-        let at_ms = tick.view.now_ms;
-        let refused = step.and_then(refusal);
-        let sentence = reason.to_string();
-        let is_same = |entry: &&mut Entry| {
-            discriminant(&entry.reason) == discriminant(&reason) && entry.refused == refused
-        };
-        // Several things are said of one decision: the same one of the decision before may stand some entries back.
-        let again = entries.iter_mut().take(before).rev().take(4).find(is_same);
-        let times = again.as_ref().map_or(1, |entry| entry.times + 1);
-        let entry = Entry { at_ms, times, step, reason, sentence, refused };
-        match again {
-            Some(old) if is_repeated(&reason) => *old = entry,
-            _ => entries.push_back(Entry { times: 1, ..entry }),
-        }
-    }
-}
-
-/// Whether it holds for a while, so that only its last numbers are of interest. Each movement of a target is.
-const fn is_repeated(reason: &Reason) -> bool {
-    !matches!(reason, Reason::TargetMoved { .. } | Reason::Stalled { .. } | Reason::Resumed { .. })
-}
-
-impl fmt::Display for Why {
+impl fmt::Display for Told {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { name, at_ms, entries, .. } = self;
+        let Self { why, since } = self;
+        let Why { name, at_ms, entries, .. } = why;
         let size = ByteCount;
-        writeln!(f, "{name}, {} s after recording began:", at_ms / 1000)?;
+        writeln!(f, "{name}, {} s after {since}:", at_ms / 1000)?;
         writeln!(
             f,
             "  it takes up {}, uses {}, is entitled to {}, and is to come to {}",
-            size(self.consumed_bytes),
-            size(self.active_bytes),
-            size(self.entitlement_bytes),
-            size(self.target_bytes)
+            size(why.consumed_bytes),
+            size(why.active_bytes),
+            size(why.entitlement_bytes),
+            size(why.target_bytes)
         )?;
         for entry in entries {
             let seconds = entry.at_ms / 1000;

@@ -18,16 +18,16 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// A directory that is removed at the end.
-struct Directory(PathBuf);
+pub(crate) struct Directory(pub(crate) PathBuf);
 
 impl Directory {
-    fn new(name: &str) -> Self {
+    pub(crate) fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("plimsoll-daemon-{name}-{}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         Self(path)
     }
 
-    fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         self.0.to_str().unwrap()
     }
 }
@@ -38,7 +38,7 @@ impl Drop for Directory {
     }
 }
 
-fn start(directory: &Directory) -> Running {
+pub(crate) fn start(directory: &Directory) -> Running {
     start_with(directory, "64M")
 }
 
@@ -49,7 +49,7 @@ fn start_with(directory: &Directory, budget: &str) -> Running {
 }
 
 /// The process of the manager that answers, if one does.
-fn manager_of(directory: &Directory) -> Option<u32> {
+pub(crate) fn manager_of(directory: &Directory) -> Option<u32> {
     u32::try_from(status_of(directory)?["pid"].as_u64()?).ok()
 }
 
@@ -74,11 +74,11 @@ fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
     Some(serde_json::from_slice(&bytes[..received.bytes]).unwrap())
 }
 
-fn exists(pid: u32) -> bool {
+pub(crate) fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok()
 }
 
-fn signal(pid: u32, signal: Signal) {
+pub(crate) fn signal(pid: u32, signal: Signal) {
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
 }
@@ -214,14 +214,14 @@ fn a_supervisor_is_told_when_machines_are_served_and_when_not_any_more() {
 }
 
 /// A machine that hands itself over to a daemon and works in more memory than that has.
-struct Machine {
+pub(crate) struct Machine {
     child: Child,
     control: UnixStream,
     events: BufReader<UnixStream>,
 }
 
 impl Machine {
-    fn start(directory: &Directory) -> Self {
+    pub(crate) fn start(directory: &Directory) -> Self {
         Self::that_uses(directory, 48 << 20)
     }
 
@@ -259,7 +259,7 @@ impl Machine {
     }
 
     /// Waits until it has verified so many more pages.
-    fn verifies(&mut self, more: u64) {
+    pub(crate) fn verifies(&mut self, more: u64) {
         let mut first = None;
         self.until(|event| {
             let Event::Report(Summary { verified_pages, .. }) = event else { return false };
@@ -268,7 +268,7 @@ impl Machine {
     }
 
     /// Has it check every page once more.
-    fn finish(mut self) {
+    pub(crate) fn finish(mut self) {
         let order = serde_json::to_string(&Order::Stop { mode: StopMode::Finish }).unwrap();
         self.control.write_all(format!("{order}\n").as_bytes()).unwrap();
         let Event::Done(summary) = self.until(|event| matches!(event, Event::Done(_))) else {

@@ -3,6 +3,7 @@
 //! One test program, so that no two of its tests run guests at the same time.
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
 
+mod api;
 mod attach;
 mod daemon;
 mod demo;

@@ -1,0 +1,66 @@
+//! What the verbs that speak to a running daemon have in common: where it is, and how its answers are said.
+use crate::trace::say;
+use plimsoll_host::api::client::Client;
+use plimsoll_linux::explain;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fmt::Display;
+use std::path::PathBuf;
+
+/// Which daemon is asked, and how its answer is said.
+#[derive(clap::Args)]
+pub(crate) struct LiveArgs {
+    /// The daemon's directory.
+    #[arg(long, value_name = "DIR", default_value = "/run/plimsoll")]
+    directory: PathBuf,
+    /// JSON instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+impl LiveArgs {
+    pub(crate) fn client(&self) -> Client {
+        Client::of(&self.directory)
+    }
+
+    pub(crate) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
+        self.client().get(path).map_err(|error| explain(&error))
+    }
+
+    pub(crate) fn send<T: DeserializeOwned>(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, String> {
+        self.client().send(method, path, body).map_err(|error| explain(&error))
+    }
+
+    /// Says it.
+    pub(crate) fn show(&self, value: &(impl Serialize + Display)) -> Result<(), String> {
+        say(self.json, value)
+    }
+}
+
+/// A name as a part of a path: what is not plain is escaped.
+pub(crate) fn escaped(name: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    name.bytes().fold(String::new(), |mut path, byte| {
+        match is_plain(byte) {
+            true => path.push(char::from(byte)),
+            false => path.push_str(&format!("%{byte:02X}")),
+        }
+        path
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_stays_one_part_of_the_path() {
+        assert_eq!(escaped("web-1.test"), "web-1.test");
+        assert_eq!(escaped("a/b?c#d e%ü"), "a%2Fb%3Fc%23d%20e%25%C3%BC");
+    }
+}

@@ -1,0 +1,168 @@
+//! `plimsoll vm`: the machines of a running daemon, shown and changed.
+//!
+//! Enters: a name and what to do. Leaves: the machine as the daemon's next decision found it, or the daemon's own sentence about
+//! why not. Nothing is decided here.
+mod settings;
+mod view;
+
+use crate::live::{LiveArgs, escaped};
+use crate::verb::ended;
+use plimsoll_host::api::{Attach, Budget, Host, Machine, Machines, Reclaim};
+use plimsoll_types::ByteCount;
+use serde::Serialize;
+use settings::SettingsArgs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use view::{All, Done, One};
+
+#[derive(clap::Args)]
+pub(crate) struct VmArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+/// Which machine.
+#[derive(clap::Args)]
+struct Which {
+    /// Its name, or the process id of its VMM.
+    name: String,
+    #[command(flatten)]
+    live: LiveArgs,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// List the machines.
+    List {
+        /// Those of this group only.
+        #[arg(long)]
+        group: Option<String>,
+        #[command(flatten)]
+        live: LiveArgs,
+    },
+    /// Show a machine and its settings.
+    Show(Which),
+    /// Change a machine's settings. What is not named stays.
+    Set {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Manage a running machine from outside, from now on.
+    Attach {
+        #[command(flatten)]
+        which: Which,
+        /// Its QMP monitor, if nobody else uses it: for its balloon.
+        #[arg(long, value_name = "SOCKET")]
+        qmp: Option<PathBuf>,
+        /// The API socket of a Cloud Hypervisor or Firecracker, if its command line does not name it.
+        #[arg(long, value_name = "SOCKET")]
+        api: Option<PathBuf>,
+        #[command(flatten)]
+        settings: SettingsArgs,
+    },
+    /// Let a machine go. It goes on, and nothing of plimsoll stays with it.
+    Release(Which),
+    /// Take nothing from a machine until it is resumed.
+    Pause(Which),
+    /// Take from a machine again.
+    Resume(Which),
+    /// Have so much taken from a machine, once.
+    Reclaim {
+        #[command(flatten)]
+        which: Which,
+        /// How much.
+        size: ByteCount,
+    },
+}
+
+pub(crate) fn main(args: &VmArgs) -> ExitCode {
+    ended("vm", run(&args.what).map(|()| ExitCode::SUCCESS))
+}
+
+/// The usual number of machines of one answer is 100; those of a whole host need a tenth of the requests so.
+const PAGE: &str = "/v1/machines?limit=1000";
+
+impl Which {
+    fn path(&self) -> String {
+        format!("/v1/machines/{}", escaped(&self.name))
+    }
+
+    /// Shows the machine that an order gave back.
+    fn order(&self, method: &str, what: &str, body: Option<&impl Serialize>) -> Result<(), String> {
+        let machine: Machine = self.live.send(method, &(self.path() + what), body)?;
+        self.live.show(&One(machine))
+    }
+}
+
+/// No body.
+const NOTHING: Option<&()> = None;
+
+fn run(what: &What) -> Result<(), String> {
+    match what {
+        What::List { group, live } => live.show(&all(live, group.as_deref())?),
+        What::Show(which) => which.live.show(&One(which.live.get(&which.path())?)),
+        What::Set { which, settings } => {
+            let settings = settings.said();
+            if settings == plimsoll_host::api::Settings::default() {
+                return Err(
+                    "nothing to set: name a setting, such as --limit 2G; --help lists them".to_owned()
+                );
+            }
+            which.order("PATCH", "", Some(&settings))
+        }
+        What::Attach { which, qmp, api, settings } => {
+            let settings = settings.said();
+            let attach =
+                Attach { machine: which.name.clone(), qmp: absolute(qmp)?, api: absolute(api)?, settings };
+            let machine: Machine = which.live.send("POST", "/v1/machines", Some(&attach))?;
+            which.live.show(&One(machine))
+        }
+        What::Release(which) => {
+            which.live.send::<()>("DELETE", &which.path(), NOTHING)?;
+            which.live.show(&Done { released: which.name.clone() })
+        }
+        What::Pause(which) => which.order("POST", "/pause", NOTHING),
+        What::Resume(which) => which.order("POST", "/resume", NOTHING),
+        What::Reclaim { which, size } => which.order("POST", "/reclaim", Some(&Reclaim { bytes: size.0 })),
+    }
+}
+
+/// A path as the daemon, which is elsewhere, finds it.
+fn absolute(path: &Option<PathBuf>) -> Result<Option<PathBuf>, String> {
+    let absolute = path.as_ref().map(std::path::absolute).transpose();
+    absolute.map_err(|error| format!("where is that socket? {error}"))
+}
+
+/// All machines, page by page.
+fn all(live: &LiveArgs, group: Option<&str>) -> Result<All, String> {
+    let group = group.map(|group| format!("&group={}", escaped(group))).unwrap_or_default();
+    let mut found = All::default();
+    let mut after = String::new();
+    loop {
+        let page: Machines = live.get(&format!("{PAGE}{group}{after}"))?;
+        found.machines.extend(page.machines);
+        let Some(next) = page.next else { break };
+        after = format!("&after={next}");
+    }
+    found.waiting = live.get::<Host>("/v1/host")?.waiting;
+    Ok(found)
+}
+
+/// `plimsoll budget`: what the machines of a running daemon, their VMMs and the daemon may use.
+#[derive(clap::Args)]
+pub(crate) struct BudgetArgs {
+    /// Another one, from now on, also for the next manager.
+    size: Option<ByteCount>,
+    #[command(flatten)]
+    live: LiveArgs,
+}
+
+pub(crate) fn budget(BudgetArgs { size, live }: &BudgetArgs) -> ExitCode {
+    let host = match size {
+        Some(size) => live.send("PUT", "/v1/host/budget", Some(&Budget { bytes: size.0 })),
+        None => live.get("/v1/host"),
+    };
+    ended("budget", host.and_then(|host| live.show(&view::Shared(host))).map(|()| ExitCode::SUCCESS))
+}

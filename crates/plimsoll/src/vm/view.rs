@@ -1,0 +1,156 @@
+//! How machines are shown: a line each, or one at length.
+use plimsoll_host::api::{Host, Machine, MachineKind, MachineState, Settings, SettingsKind, Waiting};
+use plimsoll_policy::Ppm;
+use plimsoll_types::ByteCount;
+use serde::Serialize;
+use std::fmt;
+
+/// All machines.
+#[derive(Default, Serialize)]
+pub(super) struct All {
+    pub(super) machines: Vec<Machine>,
+    pub(super) waiting: Vec<Waiting>,
+}
+
+/// One machine.
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct One(pub(super) Machine);
+
+/// A machine that was let go.
+#[derive(Serialize)]
+pub(super) struct Done {
+    pub(super) released: String,
+}
+
+/// The host's memory.
+#[derive(Serialize)]
+#[serde(transparent)]
+pub(super) struct Shared(pub(super) Host);
+
+const fn state(machine: &Machine) -> &'static str {
+    match machine.state {
+        MachineState::Starting => "starting",
+        MachineState::Running => "running",
+        MachineState::Paused => "paused",
+        MachineState::LeftOut => "left out",
+    }
+}
+
+impl fmt::Display for All {
+    /// At most 100 columns.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.machines.is_empty() && self.waiting.is_empty() {
+            return writeln!(f, "no machine is managed: `plimsoll vm attach NAME` manages a running one");
+        }
+        writeln!(
+            f,
+            "{:<24} {:>8} {:<8} {:>8} {:>8} {:>8} {:>8} {:>8} {:>9}",
+            "machine", "pid", "state", "size", "target", "takes up", "stored", "uses", "waits"
+        )?;
+        for machine in &self.machines {
+            let pid = machine.pid.map(|pid| pid.to_string()).unwrap_or_default();
+            let size = ByteCount(machine.size_bytes);
+            write!(f, "{:<24.24} {pid:>8} {:<8} {size:>8}", machine.name, state(machine))?;
+            match &machine.memory {
+                Some(memory) => writeln!(
+                    f,
+                    " {:>8} {:>8} {:>8} {:>8} {:>9}",
+                    ByteCount(memory.target_bytes),
+                    ByteCount(memory.consumed_bytes),
+                    ByteCount(memory.stored_bytes),
+                    ByteCount(memory.active_bytes),
+                    Ppm(memory.stalled_ppm).to_string()
+                )?,
+                None => writeln!(f)?,
+            }
+        }
+        for Waiting { name, why } in &self.waiting {
+            writeln!(
+                f,
+                "{name} is awaited{}",
+                why.as_ref().map(|why| format!(": {why}")).unwrap_or_default()
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for One {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let machine = &self.0;
+        let kind = match machine.kind {
+            MachineKind::Attached => "managed from outside",
+            MachineKind::HandedOver => "handed over by its VMM",
+        };
+        let pid = machine.pid.map(|pid| format!(", process {pid}")).unwrap_or_default();
+        writeln!(
+            f,
+            "{}: {}, {kind}{pid}, owns {}",
+            machine.name,
+            state(machine),
+            ByteCount(machine.size_bytes)
+        )?;
+        if let Some(trouble) = &machine.trouble {
+            writeln!(f, "  {trouble}")?;
+        }
+        if let Some(memory) = &machine.memory {
+            let mut rows = vec![
+                ("takes up", memory.consumed_bytes, "compressed pages included"),
+                ("stored", memory.stored_bytes, "of that, in compressed pages"),
+                ("uses", memory.active_bytes, "as sampled"),
+                ("entitled", memory.entitlement_bytes, "if all wanted all they may have"),
+                ("target", memory.target_bytes, "what it is to come to now"),
+            ];
+            rows.extend(memory.balloon_bytes.map(|bytes| ("balloon", bytes, "what it holds")));
+            for (name, bytes, what) in rows {
+                writeln!(f, "  {name:<10} {:>8}  {what}", ByteCount(bytes))?;
+            }
+            writeln!(f, "  {:<10} {:>8}  of the last second", "waits", Ppm(memory.stalled_ppm).to_string())?;
+        }
+        writeln!(f, "  settings   {}", words(&machine.settings))
+    }
+}
+
+/// Settings in the words of the command line.
+fn words(settings: &Settings) -> String {
+    let kind = match settings.kind {
+        Some(SettingsKind::Static) => Some("static"),
+        Some(SettingsKind::Dedicated) => Some("dedicated"),
+        _ => None,
+    };
+    let size = |name: &str, bytes: Option<u64>| bytes.map(|bytes| format!("{name} {}", ByteCount(bytes)));
+    let part = |name: &str, ppm: Option<u32>| ppm.map(|ppm| format!("{name} {}", Ppm(ppm)));
+    let number = |name: &str, value: Option<u32>| value.map(|value| format!("{name} {value}"));
+    let highest = settings.highest.map(|highest| format!("highest {highest:?}").to_lowercase());
+    let all = [
+        kind.map(str::to_owned),
+        settings.group.as_ref().map(|group| format!("group {group}")),
+        size("reservation", settings.reservation_bytes),
+        size("limit", settings.limit_bytes),
+        number("shares", settings.shares),
+        size("startup", settings.startup_bytes),
+        size("min", settings.minimum_bytes),
+        size("max", settings.maximum_bytes),
+        part("buffer", settings.buffer_ppm),
+        number("weight", settings.weight),
+        highest,
+        part("stall objective", settings.stall_objective_ppm),
+    ];
+    all.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+impl fmt::Display for Done {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} was let go, and goes on", self.released)
+    }
+}
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Host { budget_bytes, free_bytes, reserved_bytes, machines, state, .. } = &self.0;
+        let (budget, free, reserved) =
+            (ByteCount(*budget_bytes), ByteCount(*free_bytes), ByteCount(*reserved_bytes));
+        writeln!(f, "{budget} for {machines} machines, {free} free, {reserved} reserved; the host is {state}")
+    }
+}
