@@ -68,10 +68,15 @@ impl Roster {
         self.managed.insert(id, name);
     }
 
-    /// It is not waited for any more. Says whether it was one of those.
-    pub fn strike(&mut self, name: &str) -> bool {
-        let managed = self.managed.extract_if(.., |_, managed| managed == name).count();
-        self.waiting.remove(name).is_some() || managed > 0
+    /// The name by which a machine was looked for.
+    pub fn wanted(&self, id: MachineId) -> Option<&str> {
+        self.managed.get(&id).map(String::as_str)
+    }
+
+    /// A machine is not waited for any more, by whatever name it was.
+    pub fn strike(&mut self, id: MachineId, name: &str) {
+        self.managed.remove(&id);
+        self.waiting.remove(name);
     }
 
     /// Takes in whoever is there. `note` hears of each that came, and once of each other why it did not.

@@ -222,7 +222,7 @@ impl Moment {
             pid: berth.process.map(|process| process.get()),
             state,
             trouble: trouble.or_else(|| berth.refused.as_ref().map(ToString::to_string)),
-            size_bytes: self.tree.terms(id)?.size.bytes().0,
+            size_bytes: berth.size.unwrap_or(self.tree.terms(id)?.size.bytes()).0,
             memory,
             settings: Settings::in_force(settings, &self.groups),
         })

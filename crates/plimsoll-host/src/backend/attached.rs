@@ -87,11 +87,6 @@ impl Attached {
         })
     }
 
-    /// The RAM its guest owns.
-    pub fn size(&self) -> ByteCount {
-        self.follower.dossier().size()
-    }
-
     /// Keeps up with the machine's memory and with its migration.
     fn follow(&mut self, now: Instant) -> Result<(), Trouble> {
         let changes = self.follower.poll().map_err(|refusal| Trouble::Unseen(explain(&refusal)))?;
@@ -262,6 +257,10 @@ impl Backend for Attached {
 
     fn process(&self) -> Option<ProcessId> {
         Some(self.follower.held().process())
+    }
+
+    fn size(&self) -> Option<ByteCount> {
+        Some(self.follower.dossier().size())
     }
 
     fn is_gone(&self) -> bool {

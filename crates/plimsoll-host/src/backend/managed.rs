@@ -26,6 +26,8 @@ pub struct Managed {
     /// The manager's name for it.
     id: MachineId,
     process: Option<ProcessId>,
+    /// The RAM its guest owns, once it was looked at.
+    size: Option<ByteCount>,
     processors: u32,
     born: Instant,
     /// What the policy last wanted it to come to.
@@ -62,6 +64,7 @@ impl Managed {
             manager,
             id,
             process: None,
+            size: None,
             processors,
             born: now,
             target: None,
@@ -108,6 +111,7 @@ impl Backend for Managed {
             self.aim(&manager);
             (machine, manager.stored(self.id))
         };
+        self.size = Some(machine.size);
         let stats = machine.stats;
         let counters = Counters::of(&stats);
         let (then, before) = self.last.replace((now, counters)).unwrap_or((now, counters));
@@ -153,6 +157,10 @@ impl Backend for Managed {
 
     fn process(&self) -> Option<ProcessId> {
         self.process
+    }
+
+    fn size(&self) -> Option<ByteCount> {
+        self.size
     }
 
     fn is_gone(&self) -> bool {

@@ -27,7 +27,7 @@ use plimsoll_policy::admission::Overheads;
 use plimsoll_policy::view::MachineView;
 use plimsoll_policy::{Rung, Step};
 use plimsoll_sys::ProcessId;
-use plimsoll_types::{MachineId, PageCount};
+use plimsoll_types::{ByteCount, MachineId, PageCount};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Instant;
@@ -59,7 +59,7 @@ pub trait Backend: Send {
         false
     }
 
-    /// Takes so much, once, beside what plans ask for.
+    /// Takes so much, once, beside what plans ask for, in place of what was asked for so before: nothing takes that back.
     fn reclaim(&mut self, _pages: PageCount, _now: Instant) -> Done {
         Done::Refused(Refused::NoSuchRung(Rung::Compress))
     }
@@ -71,6 +71,11 @@ pub trait Backend: Send {
 
     /// Its VMM.
     fn process(&self) -> Option<ProcessId> {
+        None
+    }
+
+    /// The RAM its guest owns, as far as that is seen.
+    fn size(&self) -> Option<ByteCount> {
         None
     }
 

@@ -138,6 +138,7 @@ impl Member {
             name: self.name.clone(),
             kind: self.backend.kind(),
             process: self.backend.process(),
+            size: self.backend.size(),
             is_paused: self.is_paused,
             trouble: self.trouble.clone(),
             refused: self.refused.clone(),
@@ -154,6 +155,8 @@ pub struct Berth {
     pub kind: Kind,
     /// Its VMM.
     pub process: Option<ProcessId>,
+    /// The RAM its guest owns, as far as that is seen.
+    pub size: Option<ByteCount>,
     /// Nothing is taken from it for now.
     pub is_paused: bool,
     /// Why it is left out, if it is.
@@ -286,9 +289,12 @@ impl Control {
     }
 
     /// Takes nothing from a machine until it is told otherwise; what its balloon holds may still be given back.
-    pub fn pause(&mut self, id: MachineId, is_paused: bool) {
+    pub fn pause(&mut self, id: MachineId, is_paused: bool, now: Instant) {
         if let Some(member) = self.members.get_mut(&id) {
             member.is_paused = is_paused;
+            if is_paused {
+                let _ = member.backend.reclaim(PageCount(0), now);
+            }
             self.told();
         }
     }

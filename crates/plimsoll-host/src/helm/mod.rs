@@ -217,7 +217,7 @@ impl Helm {
     /// Has a machine that came as it was said to be.
     fn go_on_with(&self, control: &mut Control, id: MachineId, name: &str) {
         if self.kept.word(name).is_some_and(|word| word.paused) {
-            control.pause(id, true);
+            control.pause(id, true, Instant::now());
         }
     }
 
@@ -228,7 +228,9 @@ impl Helm {
                 let name = name_of(control, id)?;
                 let before = said(&self.kept, &self.config, &self.groups, &name);
                 let wanted = settings.over(&before, &self.groups)?;
-                let size = control.tree().terms(id).map_or(ByteCount(0), |terms| terms.size.bytes());
+                let shown = control.berth(id).and_then(|berth| berth.size);
+                let size = shown.or_else(|| control.tree().terms(id).map(|terms| terms.size.bytes()));
+                let size = size.unwrap_or_default();
                 let in_force = control.tree().settings().machines.iter().find(|one| one.id == id).copied();
                 control.change(wanted.settings(id, size)).map_err(|error| self.refusal(control, &error))?;
                 let settings = Settings::said(&wanted, &self.groups);
@@ -249,7 +251,7 @@ impl Helm {
                         .help("raise its reservation, or set its kind to static"));
                 }
                 self.keep(&name, |word| word.paused = is_paused)?;
-                control.pause(id, is_paused);
+                control.pause(id, is_paused, Instant::now());
                 Ok(Some(id))
             }
             Order::Reclaim(id, pages) => self.reclaim(control, id, pages),
@@ -297,11 +299,15 @@ impl Helm {
             let text = format!("{name} was handed over by its VMM, and its memory is in the daemon's store");
             return Err(Fault::new(Code::Conflict, text).help("end its VMM to be rid of it"));
         }
-        let is_configured = self.config.machines.contains_key(&name);
-        self.keep(&name, |word| {
-            *word = Word { attached: is_configured.then_some(false), ..Word::default() };
-        })?;
-        self.roster.strike(&name);
+        // The file may know it by its UUID.
+        let wanted = self.roster.wanted(id).unwrap_or(&name).to_owned();
+        let attached = self.config.machines.contains_key(&wanted).then_some(false);
+        let released = |words: &mut Words| {
+            words.machines.remove(&name);
+            words.machines.insert(wanted.clone(), Word { attached, ..Word::default() });
+        };
+        self.kept.change(released).map_err(|error| unkept(&error))?;
+        self.roster.strike(id, &name);
         control.release(id);
         Ok(())
     }
