@@ -22,7 +22,7 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use thiserror::Error;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, oneshot};
 
@@ -30,12 +30,14 @@ use tokio::sync::{Semaphore, oneshot};
 pub const SOCKET: &str = "api.sock";
 /// Clients at the same time.
 const CLIENTS_MAX: usize = 64;
+/// Clients that are told at the same time why they are not heard; others are not even told.
+const STRANGERS_MAX: usize = 16;
 /// How long a client may take for a request's head, and be idle between two.
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 /// The largest head, and the largest body.
 const HEAD_MAX: usize = 16 << 10;
 const BODY_MAX: usize = 64 << 10;
-/// After a failed accept (no descriptors left), how long is waited.
+/// After a failed accept (no descriptors left), and for a client that is turned away, how long is waited.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Threads that may wait for VMMs' interfaces.
 const WAITING_MAX: usize = 4;
@@ -135,6 +137,7 @@ impl Drop for Api {
 async fn accept(listener: UnixListener, app: Arc<App>) {
     let service = router(&app).layer(DefaultBodyLimit::max(BODY_MAX));
     let clients = Arc::new(Semaphore::new(CLIENTS_MAX));
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
     let own = rustix::process::geteuid().as_raw();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
@@ -161,12 +164,18 @@ async fn accept(listener: UnixListener, app: Arc<App>) {
             (_, Err(_)) => Fault::new(Code::TooMany, format!("{CLIENTS_MAX} clients are connected already")),
         };
         app.turned_away.fetch_add(1, Ordering::Relaxed);
-        turn_away(stream, &fault).await;
+        if let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() {
+            tokio::spawn(async move {
+                let _permit = permit;
+                turn_away(stream, &fault).await;
+            });
+        }
     }
 }
 
-/// Says why, without hearing anything. The answer fits into the socket's buffer, so this waits for nobody.
+/// Says why. What is asked is not looked at, but a client that is answered before it has asked takes that for a mistake.
 async fn turn_away(mut stream: UnixStream, fault: &Fault) {
+    let _ = tokio::time::timeout(PAUSE, stream.read(&mut [0; 1024])).await;
     let _ = tokio::time::timeout(PAUSE, stream.write_all(&fault.unread())).await;
 }
 

@@ -52,6 +52,8 @@ pub enum Event {
     Left {
         /// Its name.
         name: String,
+        /// Whose its memory was.
+        kind: Kind,
         /// Why.
         why: Trouble,
     },
@@ -81,7 +83,7 @@ pub enum Event {
 impl std::fmt::Display for Event {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Left { name, why } => write!(f, "{name} is no longer managed: {why}"),
+            Self::Left { name, why, .. } => write!(f, "{name} is no longer managed: {why}"),
             Self::LeftOut { name, why } => write!(f, "{name} is left out for now: {why}"),
             Self::Back { name } => write!(f, "{name} is managed again"),
             Self::Refused { name, why } => write!(f, "{name} does not do what it is asked: {why}"),
@@ -413,7 +415,7 @@ impl Control {
                     views.push(view);
                 }
                 Err(why @ Trouble::Gone(_)) => {
-                    events.push(Event::Left { name: member.name.clone(), why });
+                    events.push(Event::Left { name: member.name.clone(), kind: member.backend.kind(), why });
                     gone.push(*id);
                 }
                 Err(why) => {

@@ -13,7 +13,7 @@ use crate::api::exchange::{Asked, Desk, Moment, Obeyed, Order};
 use crate::api::{Code, Fault, Settings};
 use crate::backend::{Backend, Done, Kind, Managed};
 use crate::config::{Config, MachineConfig};
-use crate::control::{Control, Happened, PERIOD, RunError, Turn, Wakers, run};
+use crate::control::{Control, Event, Happened, PERIOD, RunError, Turn, Wakers, run};
 use crate::roster::{Opened, Roster};
 use kept::{Kept, KeptError, Word, Words};
 use parking_lot::Mutex;
@@ -138,7 +138,9 @@ impl Helm {
             own.attached.store(consumed, Ordering::Relaxed);
         }
         let events: Vec<String> = turn.events.iter().map(ToString::to_string).collect();
-        events.iter().for_each(|event| (self.note)(event));
+        // That a VMM ends which has handed its machine over is no news: its pager has seen to it.
+        let is_news = |event: &&Event| !matches!(event, Event::Left { kind: Kind::HandedOver, .. });
+        turn.events.iter().filter(is_news).for_each(|event| (self.note)(&event.to_string()));
         let waiting = self.roster.waiting().map(|(name, why)| (name.to_owned(), why.map(str::to_owned)));
         self.desk.show(Moment {
             unix_ms: unix_ms(),
