@@ -56,6 +56,7 @@ use paged::Pool;
 use paging::{PagingError, Space};
 use plimsoll_core::frames::buddy::FramesError;
 use plimsoll_core::frames::extents::ExtentError;
+use plimsoll_core::frames::firmware::Repairs;
 use plimsoll_core::ledger::LedgerError;
 use plimsoll_types::{ByteCount, PAGE_SIZE};
 use report::Seen;
@@ -187,7 +188,15 @@ fn run(start: u64) -> Result<(), Refusal> {
     let (guests, seconds, provoke) = (settings.guests.to_vec(), settings.seconds, settings.provoke);
     let space = Space::enter(&mut memory, &found.regions, &parts, &features)?;
     let (total, used) = (memory.total().bytes(), memory.used().bytes());
-    say!("memory: {total} of which {used} in use; firmware's map: {:?}", found.repairs);
+    say!("memory: {total} of which {used} in use");
+    let Repairs { empty, wrapped, beyond, overlapping } = found.repairs;
+    if found.repairs != Repairs::default() {
+        say!(
+            "firmware's map was repaired: {empty} claims to nothing, {wrapped} that wrap around, {beyond} beyond the last address, \
+             {} claimed twice",
+            overlapping.bytes()
+        );
+    }
     provoke::provoke(provoke, &parts);
     let svm = Svm::start(&mut memory, &features)?.ok_or(Refusal::SvmForbidden)?;
     cpu::start_timer();

@@ -24,6 +24,8 @@ use plimsoll_types::{ByteCount, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount
 pub const REGIONS: usize = 128;
 /// Claims: firmware's, and the hypervisor's own.
 const CLAIMS: usize = 160;
+/// The hypervisor's own, which come first: the first MiB, its image, the settings.
+const OWN_CLAIMS: usize = 3;
 /// Machines that may own memory.
 const GUESTS: usize = GUESTS_MAX as usize;
 /// Extents there may be.
@@ -223,6 +225,8 @@ impl Memory {
             *place = claim;
             count += 1;
         }
+        // What is wrong with firmware's claims alone: the hypervisor's own overlap them, as they must.
+        let repairs = HostMap::<REGIONS>::new(&all[OWN_CLAIMS..count]).map_err(MemoryError::Map)?.repairs();
         let map = HostMap::<REGIONS>::new(&all[..count]).map_err(MemoryError::Map)?;
         let regions = map.usable().copied().map(Some);
         let own = Own::in_map(&map, heap, guests)?;
@@ -244,7 +248,7 @@ impl Memory {
         let fixed = image + PageCount((own.end.0 - own.table.0) >> PAGE_SHIFT);
         let owned = Extents::new(frames, alloc::vec![Slot::default(); EXTENTS]);
         let memory = Self { owned, physical: Physical { end: Hpa(end.0 << PAGE_SHIFT) }, fixed, peak: fixed };
-        let mut found = Found { memory, regions: [None; REGIONS], repairs: map.repairs() };
+        let mut found = Found { memory, regions: [None; REGIONS], repairs };
         found.regions.iter_mut().zip(regions).for_each(|(place, region)| *place = region);
         Ok(found)
     }
