@@ -25,7 +25,7 @@ use core::fmt::{self, Write};
 use core::panic::PanicInfo;
 use core::ptr::{read_volatile, with_exposed_provenance, with_exposed_provenance_mut, write_volatile};
 use plimsoll_guest::Machine;
-use plimsoll_guest::abi::{MESSAGE_SIZE, PAGE_SIZE, PAGE_TABLES_GPA, Phase, Report};
+use plimsoll_guest::abi::{MESSAGE_SIZE, PAGE_SIZE, PAGE_TABLES_GPA, Phase, Report, STOP_NO};
 use vcpu::Vcpu;
 
 /// Where extents are mapped: the block behind this guest's memory, which has 16 MiB.
@@ -124,19 +124,25 @@ fn holds(gpa: u64, word_of: impl Fn(u64) -> u64) -> bool {
     (0..WORDS).all(|word| read(gpa + word * 8) == word_of(word))
 }
 
-/// Asks until it is done: others must do something first.
+/// Lets others do what they must do first, as long as the work lasts.
+fn wait(vcpu: &mut Vcpu) {
+    vcpu.idle(1_000_000);
+    assert!(vcpu.stop() == STOP_NO, "another guest has not done its part");
+}
+
+/// Asks until it is done.
 fn until_done(vcpu: &mut Vcpu, number: u64, first: u64, second: u64) -> u64 {
     loop {
         match call(number, first, second, 0) {
             (DONE, value) => return value,
-            _ => vcpu.idle(1_000_000),
+            _ => wait(vcpu),
         }
     }
 }
 
 fn until(vcpu: &mut Vcpu, gpa: u64, word: u64) {
     while read(gpa) != word {
-        vcpu.idle(1_000_000);
+        wait(vcpu);
     }
 }
 

@@ -15,6 +15,8 @@ fn extents_are_shared_lent_and_taken_back_zeroed_while_a_third_guest_is_refused_
         Guest { program: ProgramKind::CALLER, name: format!("caller{seed}"), ..guest }
     };
     let mut options = Options::new(ByteCount::mib(64));
+    // They take a fraction of a second, and begin before the fourth has filled its memory; who waits longer says so.
+    options.seconds = 5;
     options.guests = (1..=3).map(caller).collect();
     // Beside them one that is paged, so that calls and paging meet.
     options.guests.push(guest(WorkloadKind::Sweep, ByteCount::mib(64), 60, 4));
