@@ -37,8 +37,8 @@
 //! A manager that dies between any two of these leaves a page whole in one place that its record names.
 //!
 //! # Known holes
-//! * Reads are made by the thread that serves the machine: its other faults wait for them. There is no io_uring; one thread
-//!   writes, and a segment of 1 MiB a call leaves little to be won by queueing.
+//! * There is no io_uring. A pager has one thread that reads for it, one read at a time; one thread writes for all, and a
+//!   segment of 1 MiB a call leaves little to be won by queueing. A disk that never answers keeps a manager from stopping.
 //! * An object that lies away is not compared with pages that come in: an equal one is stored once more.
 //! * A file system that never writes in place may have no room for cleaning although the segments had theirs.
 //! * Segments are given back to the tier, not to the file system: the file is as long as it ever was.

@@ -6,7 +6,7 @@
 //!
 //! A page that turns out not to be stored any more is passed over. So is one whose bytes are damaged: the touch that
 //! needs it finds out.
-use super::pager::{Pager, PagerError};
+use super::pager::{Loaded, Pager, PagerError};
 use super::probe::Step;
 use super::space::{InstallStop, Space};
 use plimsoll_core::ledger::Purpose;
@@ -54,6 +54,10 @@ impl Queue {
         if rest > 0 {
             self.soon.push_front(Run { first: PageIndex(page.0 + 1), pages: rest.min(PIECE) });
         }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.soon.is_empty() && self.later.is_empty()
     }
 
     fn put_back(&mut self, run: Run, evidence: Evidence) {
@@ -111,9 +115,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.ahead.add(wanted);
     }
 
-    /// Brings one piece of what is wanted. False when nothing is.
+    /// Brings one piece of what is wanted. False when nothing is, or the next is being read from the disk.
     pub(super) fn bring(&mut self) -> Result<bool, PagerError> {
         let Some((piece, evidence)) = self.next_piece() else { return Ok(false) };
+        if !self.is_piece_near(piece) {
+            self.ahead.put_back(piece, evidence);
+            return Ok(false);
+        }
         if !self.charge(piece.pages, Purpose::Ahead) {
             // Whoever is short of memory is not to be kept from it by guesses.
             self.ahead.clear();
@@ -176,12 +184,21 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         None
     }
 
+    /// True when all of the piece can be read without waiting for the disk. What cannot is asked for, all at once.
+    fn is_piece_near(&mut self, piece: Run) -> bool {
+        let pages = (piece.first.0..piece.first.0 + piece.pages).map(PageIndex);
+        pages.fold(true, |is_near, page| match bytes_of(&self.machine, page) {
+            Some(Bytes::In(object)) => self.is_near(object) && is_near,
+            _ => is_near,
+        })
+    }
+
     /// Reads the piece into the buffer; how many pages of it came.
     fn load_piece(&mut self, piece: Run) -> u32 {
         for place in 0..piece.pages {
             match bytes_of(&self.machine, PageIndex(piece.first.0 + place)) {
                 Some(Bytes::Nowhere) => self.buffer[place as usize].fill(0),
-                Some(Bytes::In(object)) if self.load(object, place as usize).is_ok() => {}
+                Some(Bytes::In(object)) if matches!(self.load(object, place as usize), Ok(Loaded::Here)) => {}
                 _ => return place,
             }
         }

@@ -29,7 +29,7 @@
 //!   guests wait for long; then the machine is managed as before.
 //! * **A page is lost on the way.** It is poisoned as if it had been touched, and the mark stays. A mark that the guest has
 //!   discarded unheard before a manager dies is a mark again for the next one.
-use super::pager::{Pager, PagerError, Served};
+use super::pager::{Loaded, Pager, PagerError, Served};
 use super::probe::Step;
 use super::reclaim::ZAP_BATCH;
 use super::recovery::regions;
@@ -53,13 +53,18 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     pub(super) fn come_home(&mut self) -> Result<bool, PagerError> {
         let limit = self.machine.layout().page_limit().0;
         let last = limit.min(self.homeward.saturating_add(LOOKED_MAX));
-        let (mut brought, mut is_short) = (0, false);
+        let (mut brought, mut is_short, mut is_far) = (0, false, false);
         while self.homeward < last && brought < BROUGHT_MAX {
             let page = PageIndex(self.homeward);
             if is_elsewhere(self.machine.state(page)?) {
                 match self.bring_home(page)? {
                     Served::Done => brought += 1,
                     Served::Later => break,
+                    // Whoever reads it says so.
+                    Served::Far => {
+                        is_far = true;
+                        break;
+                    }
                     Served::NoMemory => {
                         is_short = true;
                         break;
@@ -84,7 +89,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.orders.is_home.store(is_home, Ordering::Release);
         // Faults lack memory before this does: they may take the last of it.
         self.orders.is_short.store(is_short || self.has_refused_faults(), Ordering::Relaxed);
-        Ok(!(is_short || is_through && residue == 0))
+        Ok(!(is_short || is_far || is_through && residue == 0))
     }
 
     /// Takes nothing as done: the order may be given anew.
@@ -102,8 +107,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
                     return Ok(Served::NoMemory);
                 }
-                if let Err(cause) = self.read(source)? {
-                    return self.lose(page, cause);
+                match self.read(source)? {
+                    Ok(Loaded::Here) => {}
+                    Ok(Loaded::Far) => return Ok(Served::Far),
+                    Err(cause) => return self.lose(page, cause),
                 }
                 let installed = self.space.copy(page, &self.buffer[..1])?;
                 self.finish(page, installed)

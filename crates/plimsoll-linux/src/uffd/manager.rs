@@ -12,15 +12,14 @@
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
 //!   [`Orders`] how much to give up.
 //!
-//! `admit` takes machines in. Everything else is here.
+//! `admit` takes machines in, `staff` starts the threads that are of no machine. Everything else is here.
 use super::drive::{End, drive};
 use super::estate::{Estate, EstateError, Fragment, Inheritance};
-use super::governor::govern;
+use super::far::Far;
 use super::host::{Domain, Host, Incident, Orders};
-use super::housekeeper::{self, Domains, Housekeeping};
+use super::housekeeper::{Domains, Housekeeping};
 use super::linux_space::{AGENT_PATIENCE, Custody, LinuxSpace};
 use super::pager::{Pager, PagerError};
-use super::parking;
 use super::probe::Probe;
 use super::recovery::take_over;
 use super::shards::{MachineVault, Running, Shard, ShardVault};
@@ -44,9 +43,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 mod admit;
+mod staff;
 
 pub use self::admit::AdmitError;
 pub use super::governor::Meter;
@@ -162,9 +162,6 @@ impl Vault {
         self.machines.len()
     }
 }
-
-/// What a thread of the manager's own does, and what it is called.
-type Job = (&'static str, Box<dyn FnOnce() + Send>);
 
 /// A shard's tables and its memory, ready for a pager.
 type Part = (Machine<Arc<MemfdWords>>, LinuxSpace);
@@ -478,14 +475,20 @@ impl Manager {
         let orders = Arc::<Orders>::default();
         let dense = Box::new(Zstd::new().map_err(AdmitError::Codec)?);
         let own = Arc::downgrade(domain);
-        let (host, domain) = (Arc::clone(&self.host), Arc::clone(domain));
-        let mut pager = Pager::new(id, host, domain, Arc::clone(&orders), machine, space, dense);
+        let (host, its) = (Arc::clone(&self.host), Arc::clone(domain));
+        let mut pager = Pager::new(id, host, its, Arc::clone(&orders), machine, space, dense);
         if origin == Origin::TakenOver {
             pager.continue_stats(shard.stats.clone());
         }
+        let kick = Arc::new(EventFd::new().map_err(AdmitError::Thread)?);
+        if self.tier.is_some() {
+            let (host, domain, kick) = (Arc::clone(&self.host), Arc::clone(domain), Arc::clone(&kick));
+            let far = Far::start(format!("disk-{}", id.0), host, domain, kick);
+            pager.set_far(far.map_err(AdmitError::Thread)?);
+        }
         let controls = Controls {
             orders,
-            kick: Arc::new(EventFd::new().map_err(AdmitError::Thread)?),
+            kick,
             // Whoever looks before the thread runs sees all of the machine.
             stats: Arc::new(Mutex::new(pager.stats().clone())),
             sabotage: Arc::clone(sabotage),
@@ -507,52 +510,6 @@ impl Manager {
         let thread = std::thread::Builder::new().name(format!("pager-{}", id.0)).spawn(run);
         let thread = thread.map_err(AdmitError::Thread)?;
         Ok(Shard { id, controls, thread })
-    }
-
-    /// Starts looking at what the kernel counts, every few milliseconds, has machines sampled every `sample_period`, and
-    /// starts the housekeeper.
-    ///
-    /// # Errors
-    /// [`AdmitError::Thread`].
-    pub fn govern(&mut self, meter: Box<dyn Meter>, sample_period: Duration) -> Result<(), AdmitError> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let zstd = Zstd::new().map_err(AdmitError::Codec)?;
-        let mut jobs: Vec<Job> = Vec::new();
-        let (host, governed, stopped) =
-            (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
-        jobs.push(("governor", Box::new(move || govern(&host, &governed, meter, sample_period, &stopped))));
-        let (host, governed, stopped) =
-            (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
-        let (tended, how) = (Arc::clone(&self.tended), self.housekeeping);
-        let keep = move || housekeeper::keep(&host, &governed, &tended, how, zstd, &stopped);
-        jobs.push(("housekeeper", Box::new(keep)));
-        if let Some(tier) = self.tier.clone() {
-            let (host, governed, stopped) =
-                (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
-            let tended = Arc::clone(&self.tended);
-            let keep = move || parking::keep(&host, &governed, &tended, tier, &stopped);
-            jobs.push(("disk", Box::new(keep)));
-        }
-        let (_, staff) = self.staff.insert((Arc::clone(&stop), Vec::new()));
-        for (name, job) in jobs {
-            match std::thread::Builder::new().name(name.to_owned()).spawn(job) {
-                Ok(thread) => staff.push(thread),
-                Err(error) => {
-                    self.dismiss_staff();
-                    return Err(AdmitError::Thread(error));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn dismiss_staff(&mut self) {
-        let Some((stop, threads)) = self.staff.take() else { return };
-        stop.store(true, Ordering::Relaxed);
-        for thread in threads {
-            thread.thread().unpark();
-            let _ = thread.join();
-        }
     }
 
     /// The machines that are managed, or were until their VMM ended and nobody has [`forgotten`](Self::forget) them.

@@ -142,6 +142,7 @@ mod ahead;
 mod blocks;
 mod drive;
 pub mod estate;
+mod far;
 mod giveback;
 pub mod governor;
 pub mod handover;

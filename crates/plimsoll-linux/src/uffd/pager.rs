@@ -4,10 +4,11 @@
 //! The protocol, and what can go wrong with it, is written at the top of [`super`]. This file is its serving half;
 //! `reclaim.rs` is the taking half.
 //!
-//! A turn never waits for the guest: it reads what has happened, serves the faults it can, takes at most a block of
+//! A turn never waits for the guest, nor for a disk: it reads what has happened, serves the faults it can, takes at most a block of
 //! pages or stores a few, and returns. Faults therefore wait at most one such step.
 use super::ahead::Queue;
 use super::blocks::Kernel;
+use super::far::{Far, Sight};
 use super::host::{Domain, Host, Incident, Orders};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
@@ -19,7 +20,7 @@ use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
 use plimsoll_core::prefetch::Prefetch;
 use plimsoll_core::word::{ObjectRef, StateKind};
-use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, SlabMemory};
+use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, SlabMemory, Whereabouts};
 use plimsoll_types::{BLOCK_PAGES, ByteCount, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -80,6 +81,8 @@ pub(super) struct Pending {
     since: Instant,
     /// When it was first refused memory.
     refused: Option<Instant>,
+    /// Its page was being read from the disk when it was tried last.
+    is_far: bool,
 }
 
 /// What became of an attempt to serve a fault.
@@ -89,6 +92,16 @@ pub(super) enum Served {
     Later,
     /// There is no memory below the hard line.
     NoMemory,
+    /// Its page is being read from the disk. Others can be served.
+    Far,
+}
+
+/// What became of an attempt to read a stored page.
+pub(super) enum Loaded {
+    /// It is in the buffer.
+    Here,
+    /// It is being read from the disk.
+    Far,
 }
 
 /// Detects a guest that touches fresh memory in order.
@@ -121,8 +134,10 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) dense: Box<dyn DenseCodec + Send>,
     /// A stored page on its way out of the store.
     pub(super) fetched: Fetched,
-    /// What was read of the disk last.
+    /// What was read of the disk last, by a pager that waits for it.
     window: Window,
+    /// Reads it for one that does not.
+    far: Option<Far>,
     /// Where a densely packed page is unpacked to be compared.
     pub(super) scratch: Box<PageBytes>,
     /// Where the search for hot blocks is.
@@ -168,6 +183,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             dense,
             fetched: Fetched::new(),
             window: Window::default(),
+            far: None,
             scratch: Box::new([0; PAGE_SIZE]),
             hot_hand: 0,
             buffer: vec![[0; PAGE_SIZE]; super::reclaim::AGE_BATCH.max(super::ahead::PIECE as usize)],
@@ -185,6 +201,11 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
     }
 
+    /// Has what lies on the disk read by a thread, instead of waiting for it.
+    pub(super) fn set_far(&mut self, far: Far) {
+        self.far = Some(far);
+    }
+
     /// One bounded step: everything that has happened, the faults that can be served, a little reclaim.
     ///
     /// # Errors
@@ -198,7 +219,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.replay();
         }
         let served = self.serve()?;
-        let worked = if self.orders.go_home.load(Ordering::Relaxed) {
+        let is_going_home = self.orders.go_home.load(Ordering::Relaxed);
+        let worked = if is_going_home {
             self.come_home()?
         } else {
             self.stay();
@@ -208,7 +230,11 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.settle()?;
         self.tell();
         let stalled = self.has_refused_faults();
-        let waiting = self.pending.iter().any(|fault| fault.refused.is_none());
+        let waiting = self.pending.iter().any(|fault| fault.refused.is_none() && !fault.is_far);
+        let is_awaited = !self.pending.is_empty() || !self.ahead.is_empty() || is_going_home;
+        if let Some(far) = self.far.as_mut().filter(|_| !is_awaited) {
+            far.forget();
+        }
         Ok(match () {
             () if worked || waiting => Turn::Busy,
             () if stalled => Turn::Stalled,
@@ -321,7 +347,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 // One install wakes everybody who waits for the page.
                 SpaceEvent::Fault { page, .. } if self.pending.iter().any(|fault| fault.page == page) => {}
                 SpaceEvent::Fault { page, access } => {
-                    self.pending.push_back(Pending { page, access, since, refused: None });
+                    self.pending.push_back(Pending { page, access, since, refused: None, is_far: false });
                 }
                 SpaceEvent::Discard { first, pages } => self.discarded(first, pages)?,
             }
@@ -364,8 +390,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 }
                 Served::NoMemory => {
                     fault.refused.get_or_insert_with(Instant::now);
-                    self.pending.push_back(fault);
+                    self.pending.push_back(Pending { is_far: false, ..fault });
                 }
+                Served::Far => self.pending.push_back(Pending { is_far: true, ..fault }),
             }
         }
         Ok(served)
@@ -433,8 +460,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
             return Ok(Served::NoMemory);
         }
-        if let Err(cause) = self.read(source)? {
-            return self.lose(page, cause);
+        match self.read(source)? {
+            Ok(Loaded::Here) => {}
+            Ok(Loaded::Far) => return Ok(Served::Far),
+            Err(cause) => return self.lose(page, cause),
         }
         let installed = self.space.copy(page, &self.buffer[..1])?;
         let is_done = installed.stop.is_none();
@@ -454,29 +483,57 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(served)
     }
 
-    /// Reads a page's bytes into the buffer's first place, or says why they are lost.
-    pub(super) fn read(&mut self, source: Source) -> Result<Result<(), String>, PagerError> {
+    /// Reads a page's bytes into the buffer's first place, unless they are far, or says why they are lost.
+    pub(super) fn read(&mut self, source: Source) -> Result<Result<Loaded, String>, PagerError> {
         let read = match source {
-            Source::Limbo(at) => self.space.read_slots(at, &mut self.buffer[..1]).map(Ok)?,
+            Source::Limbo(at) => {
+                self.space.read_slots(at, &mut self.buffer[..1]).map(|()| Ok(Loaded::Here))?
+            }
             Source::Stored(object) => self.load(object, 0),
             Source::Zero => {
                 self.buffer[0].fill(0);
-                Ok(())
+                Ok(Loaded::Here)
             }
             Source::File(offset) => Err(format!("no snapshot file holds page {offset}")),
         };
-        if read.is_ok() {
+        if matches!(read, Ok(Loaded::Here)) {
             self.reached(Step::SourceRead)?;
         }
         Ok(read)
     }
 
     /// Reads a stored page into the buffer.
-    pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<(), String> {
+    pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<Loaded, String> {
         let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
-        let Self { host, domain, fetched, window, dense, buffer, .. } = self;
-        disk::fetch(domain, host.tier(), handle, fetched, window).map_err(|error| explain(&error))?;
-        fetched.unpack(&mut buffer[place], &mut **dense).map_err(|error| explain(&error))
+        let Self { host, domain, fetched, window, far, dense, buffer, .. } = self;
+        let found = domain.store(|store| store.fetch(handle, fetched));
+        let found = found.map_err(|error| explain(&error))?;
+        match (found, far) {
+            (Whereabouts::Here, _) => {}
+            (Whereabouts::Away(_), None) => {
+                disk::fetch(domain, host.tier(), handle, fetched, window).map_err(|error| explain(&error))?;
+            }
+            (Whereabouts::Away(_), Some(far)) => match far.look(handle) {
+                Sight::Read(read) => {
+                    if !fetched.adopt(read?) {
+                        // Of another object, which had that handle before: it is read anew.
+                        far.forget();
+                        return Ok(Loaded::Far);
+                    }
+                }
+                Sight::UnderWay => return Ok(Loaded::Far),
+            },
+        }
+        fetched.unpack(&mut buffer[place], &mut **dense).map_err(|error| explain(&error))?;
+        Ok(Loaded::Here)
+    }
+
+    /// True when a stored page can be read without waiting for the disk. If not, it is asked for.
+    pub(super) fn is_near(&mut self, object: ObjectRef) -> bool {
+        let Self { domain, fetched, far, .. } = self;
+        let (Some(handle), Some(far)) = (Handle::from_bits(object.bits()), far) else { return true };
+        let found = domain.store(|store| store.fetch(handle, fetched));
+        !matches!(found, Ok(Whereabouts::Away(_))) || far.has(handle)
     }
 
     /// Marks what was installed, and decides what a stop means.

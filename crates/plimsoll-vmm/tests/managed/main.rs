@@ -31,7 +31,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 32] = [
+const TESTS: [Test; 33] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
     ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
@@ -65,6 +65,7 @@ const TESTS: [Test; 32] = [
     ("bookkeeping_stays_within_its_promise", sharing::bookkeeping),
     ("a_parked_machine_goes_to_the_disk_whole_and_wakes_right", parked::wakes_right),
     ("parked_guests_outlive_managers_without_a_wrong_word", parked::outlive_managers),
+    ("a_fault_that_waits_for_the_disk_keeps_no_other_waiting", parked::slow_disk),
     ("what_a_full_disk_does_not_take_stays_in_the_store", parked::full_disk),
     ("a_page_that_went_bad_on_the_disk_is_poisoned_and_no_other_machine_is_harmed", parked::bad_disk),
 ];
