@@ -11,6 +11,8 @@
 //!   the governor's kick, or for the end of the VMM.
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
 //!   [`Orders`] how much to give up.
+//! * Where there is a disk tier, **the disk's thread** (`parking`) moves what is parked or cold there, and a thread beside each
+//!   pager (`far`) reads it back.
 //!
 //! `admit` takes machines in, `staff` starts the threads that are of no machine. Everything else is here.
 use super::drive::{End, drive};
