@@ -358,6 +358,39 @@ fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
     }
 }
 
+/// A daemon with a disk tier, and an idle machine of its.
+fn start_with_disk(directory: &Directory, disk: &Path) -> (Running, Machine) {
+    let words = ["daemon", "--budget", "256M", "--directory", directory.text(), "--disk"];
+    let words = [&words[..], &[disk.to_str().unwrap(), "--disk-limit", "128M"]].concat();
+    let daemon = Run::new(&words).start();
+    wait_until("its manager serves", || manager_of(directory).is_some());
+    let idle = WorkloadSpec::new(WorkloadKind::Idle);
+    let idle = WorkloadSpec { footprint_bytes: 48 << 20, ops_per_second: 10, ..idle };
+    let mut machine = Machine::with(directory, idle);
+    machine.until(|event| matches!(event, Event::Report(summary) if summary.phase == "running"));
+    (daemon, machine)
+}
+
+#[test]
+fn a_parked_machine_is_given_back_from_the_disk() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("brought-home");
+    let disk = std::env::temp_dir().join(format!("plimsoll-disk-home-{}", std::process::id()));
+    let (daemon, mut machine) = start_with_disk(&directory, &disk);
+    Run::new(&["park", "lonely", "--directory", directory.text()]).output().expect_code(0);
+    wait_until("most of it is on the disk", || {
+        status_of(&directory).is_some_and(|status| status["domains"][0]["away"].as_u64() > Some(5000))
+    });
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
+    machine.until(|event| matches!(event, Event::GivenBack));
+    machine.finish();
+    fs::remove_file(disk).unwrap();
+}
+
 #[test]
 fn a_parked_machine_is_on_the_disk_outlives_its_manager_and_wakes_right() {
     let _alone = alone();
@@ -366,14 +399,7 @@ fn a_parked_machine_is_on_the_disk_outlives_its_manager_and_wakes_right() {
     }
     let directory = Directory::new("parked");
     let disk = std::env::temp_dir().join(format!("plimsoll-disk-{}", std::process::id()));
-    let words = ["daemon", "--budget", "256M", "--directory", directory.text(), "--disk"];
-    let words = [&words[..], &[disk.to_str().unwrap(), "--disk-limit", "128M"]].concat();
-    let daemon = Run::new(&words).start();
-    wait_until("its manager serves", || manager_of(&directory).is_some());
-    let idle = WorkloadSpec::new(WorkloadKind::Idle);
-    let idle = WorkloadSpec { footprint_bytes: 48 << 20, ops_per_second: 10, ..idle };
-    let mut machine = Machine::with(&directory, idle);
-    machine.until(|event| matches!(event, Event::Report(summary) if summary.phase == "running"));
+    let (daemon, mut machine) = start_with_disk(&directory, &disk);
     let order = |words: &[&str]| Run::new(&[words, &["--directory", directory.text()]].concat()).output();
     let unknown = order(&["park", "nobody"]);
     unknown.expect_code(2);
