@@ -180,9 +180,17 @@ impl Costs {
     /// * a disk was not measured: pageout as to zram, and each way the 200 us VMware's memory tiering allows a device.
     pub const MEASURED: Self = Self([
         Cost::new(200, 5_500, Ppm::ZERO),
-        Cost { busy: Some(percent([2, 1, 4, 1, 0, 0])), ..Cost::new(4_100, 1_700, Ppm::ZERO) },
+        Cost {
+            busy: Some(percent([2, 1, 4, 1, 0, 0])),
+            idle: Some(percent([0, 0, 0, 0, 0, 0])),
+            ..Cost::new(4_100, 1_700, Ppm::ZERO)
+        },
         Cost::new(32_000, 17_000, Ppm::ZERO),
-        Cost { busy: Some(percent([89, 85, 96, 97, 98, 99])), ..Cost::new(13_500, 11_000, Ppm::percent(57)) },
+        Cost {
+            busy: Some(percent([89, 85, 96, 97, 98, 99])),
+            idle: Some(percent([0, 0, 0, 0, 94, 99])),
+            ..Cost::new(13_500, 11_000, Ppm::percent(57))
+        },
         Cost::new(213_500, 200_000, Ppm::ZERO),
     ]);
 
@@ -360,7 +368,7 @@ mod tests {
     fn what_is_built_in_is_what_the_file_beside_the_manifest_says() {
         let file: CostsFile = serde_json::from_str(include_str!("../costs.json")).unwrap();
         assert!(file.source.contains("A/A"), "{}", file.source);
-        assert!(file.balloon.busy_ppm.is_some() && file.compress.busy_ppm.is_some());
+        assert!(file.balloon.busy_ppm.is_some() && file.compress.idle_ppm.is_some());
         assert_eq!(Costs::from(&file), Costs::MEASURED);
     }
 
