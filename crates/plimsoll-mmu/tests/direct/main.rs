@@ -7,6 +7,10 @@
 //! # Not modelled
 //! Accessed and dirty bits that a processor sets. Several processors apart: their caches together hold no more than one that
 //! caches everything. Large frames: a table has one or two entries.
+#[path = "../common/mod.rs"]
+#[expect(dead_code, reason = "these tests use a part of it")]
+mod common;
+mod long;
 mod world;
 
 use plimsoll_mmu::Level;
