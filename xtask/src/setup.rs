@@ -20,11 +20,12 @@ struct Need {
 }
 
 /// Levels 0 and 1 make their guests, control groups and swap devices themselves, so they need hardly anything.
-const NEEDS: [Need; 10] = [
+const NEEDS: [Need; 11] = [
     Need { level: 0, package: "gcc", program: "cc", why: "links the rooms below the line without std" },
     Need { level: 2, package: "qemu-system-x86", program: "qemu-system-x86_64", why: "runs stock guests" },
     Need { level: 2, package: "libvirt-daemon-system", program: "libvirtd", why: "runs stock guests" },
     Need { level: 2, package: "libvirt-clients", program: "virsh", why: "speaks to libvirtd" },
+    Need { level: 2, package: "valgrind", program: "valgrind", why: "counts instructions for `bench mmu`" },
     Need { level: 2, package: "gdb", program: "gdb", why: "reads dumps of guests" },
     Need { level: 3, package: "binutils", program: "as", why: "assembles programs for models of processors" },
     Need { level: 3, package: "qemu-system-misc", program: "qemu-system-riscv64", why: "models RISC-V" },

@@ -171,7 +171,7 @@ fn model(
             0 => shift,
             7 => {
                 let zero = (12..52).find(|bit| address >> bit & 1 == 0).unwrap_or(52);
-                if zero + 1 <= shift || zero + 1 >= shift + 9 || zero == 52 {
+                if zero < shift || zero + 1 >= shift + 9 || zero == 52 {
                     return fault(0);
                 }
                 zero + 1
@@ -212,6 +212,60 @@ fn model(
     }
 }
 
+/// Words that lead an address through tables at 0x1000, 0x2000 and so on, mostly. Answers the address, and how often levels are left out
+/// that it has no bits of.
+fn a_way(next: &mut impl FnMut() -> u64, ram: &Ram, levels: u64) -> (u64, u32) {
+    let mut skipped = 0;
+    let mut input = match next() % 16 {
+        0 => next(),
+        _ => next() & ((1 << (12 + 9 * levels)) - 1),
+    };
+    let (mut level, mut table) = (levels, 0x1000);
+    let mut route = Vec::new();
+    loop {
+        let below = match next() % 5 {
+            0 => 1 + next() % levels,
+            _ => level.saturating_sub(1),
+        };
+        route.push((level, table, below));
+        if below == 0 || below >= level {
+            break;
+        }
+        if level - below > 1 && !next().is_multiple_of(3) {
+            // The bits of the levels left out, mostly zero.
+            input &= !(((1 << (9 * (level - below - 1))) - 1) << (12 + 9 * below));
+            skipped += 1;
+        }
+        (level, table) = (below, table + 0x1000);
+    }
+    for (level, table, below) in route {
+        let shift = 12 + 9 * (level - 1);
+        let mut word = PR
+            | IR
+            | IW
+            | if below == 0 || below >= level {
+                let sized = next().is_multiple_of(2);
+                let size = shift + 1 + next() % 9;
+                let base = (next() & 0xf_ffff_f000) >> size.min(63) << size.min(63);
+                let code = ((1u64 << (size - 1)) - 1) & 0x000f_ffff_ffff_f000;
+                if sized { base | code | next_level(7) } else { (next() & 0xf_ffff_f000) >> shift << shift }
+            } else {
+                (table + 0x1000) | next_level(below)
+            };
+        if next().is_multiple_of(8) {
+            word ^= 1 << (next() % 64);
+        }
+        if next().is_multiple_of(8) {
+            word &= !(if next().is_multiple_of(2) { IR } else { IW });
+        }
+        if next().is_multiple_of(40) {
+            word = word & !0x000f_ffff_ffff_f000 | LIMIT;
+        }
+        ram.set(table + (input >> shift & 511) * 8, word);
+    }
+    (input, skipped)
+}
+
 fn device(words: [u64; 2]) -> Device {
     Device::decode([words[0], words[1], 0, 0]).expect("well-formed")
 }
@@ -226,57 +280,8 @@ fn walks_end_where_the_model_does_with_the_flags_of_its_events() {
         let physical_bits = [36, 40, 52, 52][usize::try_from(next() % 4).expect("small")];
         let had = [0, 1, 3][usize::try_from(next() % 3).expect("small")];
         let ram = Ram::new(LIMIT);
-        let mut input = match next() % 16 {
-            0 => next(),
-            _ => next() & ((1 << (12 + 9 * levels)) - 1),
-        };
-        let (mut level, mut table) = (levels, 0x1000);
-        let mut route = Vec::new();
-        loop {
-            let below = match next() % 5 {
-                0 => 1 + next() % levels,
-                _ => level.saturating_sub(1),
-            };
-            route.push((level, table, below));
-            if below == 0 || below >= level {
-                break;
-            }
-            if level - below > 1 && !next().is_multiple_of(3) {
-                // The bits of the levels left out, mostly zero.
-                input &= !(((1 << (9 * (level - below - 1))) - 1) << (12 + 9 * below));
-                skipped += 1;
-            }
-            (level, table) = (below, table + 0x1000);
-        }
-        for (level, table, below) in route {
-            let shift = 12 + 9 * (level - 1);
-            let mut word = PR
-                | IR
-                | IW
-                | if below == 0 || below >= level {
-                    let sized = next().is_multiple_of(2);
-                    let size = shift + 1 + next() % 9;
-                    let base = (next() & 0xf_ffff_f000) >> size.min(63) << size.min(63);
-                    let code = ((1u64 << (size - 1)) - 1) & 0x000f_ffff_ffff_f000;
-                    if sized {
-                        base | code | next_level(7)
-                    } else {
-                        (next() & 0xf_ffff_f000) >> shift << shift
-                    }
-                } else {
-                    (table + 0x1000) | next_level(below)
-                };
-            if next().is_multiple_of(8) {
-                word ^= 1 << (next() % 64);
-            }
-            if next().is_multiple_of(8) {
-                word &= !(if next().is_multiple_of(2) { IR } else { IW });
-            }
-            if next().is_multiple_of(40) {
-                word = word & !0x000f_ffff_ffff_f000 | LIMIT;
-            }
-            ram.set(table + (input >> shift & 511) * 8, word);
-        }
+        let (input, left_out) = a_way(&mut next, &ram, levels);
+        skipped += left_out;
         let rights = [IR | IW, IR | IW, IR, IW][usize::try_from(next() % 4).expect("small")];
         let first = 0x3 | had << 7 | levels << 9 | 0x1000 | rights;
         let device = device([first, 7]);

@@ -272,3 +272,40 @@ fn the_pat_after_reset_is_the_manuals() {
     use Cache::{Uncacheable, UncacheableMinus, WriteBack, WriteThrough};
     assert_eq!(types, [Some(WriteBack), Some(WriteThrough), Some(UncacheableMinus), Some(Uncacheable)]);
 }
+
+/// The word of the leaf behind is more by [`Format::step`], wherever it is.
+fn steps<F: Format>(caps: &F::Caps, memory: Memory) {
+    for level in (1..=F::largest_leaf(caps).0).map(Level) {
+        let size = 1u64 << F::shift(level);
+        let word = |number: u64| {
+            let leaf = Leaf::new(Output(number * size), F::shift(level), Permissions::all(), memory);
+            F::encode(&Entry::Leaf(leaf), level, caps)
+        };
+        let last = (1u64 << 44) / size;
+        for number in [0, 1, 2, 7, 0xff, 0x1234, last / 2, last.saturating_sub(2), last.saturating_sub(1)]
+            .map(|number| number.min(last))
+        {
+            let (one, other) = (word(number).expect("aligned"), word(number + 1).expect("aligned"));
+            assert_eq!(one + F::step(level), other, "{} {level} {number:#x}", F::NAME);
+        }
+    }
+}
+
+#[test]
+fn the_word_of_the_leaf_behind_is_one_step_more() {
+    use plimsoll_mmu::Shareability;
+    use plimsoll_mmu::format::amdvi::{self, Host};
+    use plimsoll_mmu::format::arm::{self, Lower, Second};
+    use plimsoll_mmu::format::vtd::{self, Second4};
+    let (first, second) = (Memory::Mair(1, Shareability::Inner), Memory::MemAttr(15, Shareability::Inner));
+    steps::<Long4>(&x86::Caps::FULL, Memory::Pat(5));
+    steps::<Npt>(&x86::Caps::FULL, Memory::Pat(0));
+    steps::<Ept>(&ept::Caps::FULL, Memory::Ept(Cache::WriteBack, GuestPat::Combined));
+    steps::<Sv39>(&riscv::Caps::FULL, Memory::Physical);
+    steps::<Sv57x4>(&riscv::Caps::FULL, Memory::Physical);
+    steps::<Lower<12, 48>>(&arm::Caps::FULL, first);
+    steps::<Lower<14, 47>>(&arm::Caps::FULL, first);
+    steps::<Second<16, 48>>(&arm::Caps::FULL, second);
+    steps::<Second4>(&vtd::Caps::FULL, Memory::Snooped);
+    steps::<Host<4>>(&amdvi::Caps::FULL, Memory::Snooped);
+}

@@ -95,6 +95,7 @@ impl<const LEVELS: u8> Format for Host<LEVELS> {
     const LEVELS: u8 = LEVELS;
     const EXTENSION: Extension = Extension::Zero;
 
+    #[inline]
     fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
         decode(raw, level, caps)
     }
@@ -113,6 +114,7 @@ fn shift_of(level: Level) -> u32 {
     Host::<5>::shift(level)
 }
 
+#[inline]
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & PRESENT == 0 {
         return Entry::Absent { software: raw };
@@ -129,6 +131,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     }
 }
 
+#[inline]
 fn permissions(raw: u64) -> Permissions {
     let mut permissions = Permissions::all();
     permissions.set(Permissions::READ, raw & READ != 0);
@@ -137,6 +140,7 @@ fn permissions(raw: u64) -> Permissions {
 }
 
 /// A page of 2^`shift` bytes. `low` are the address's bits that must be zero although the page's own are above them.
+#[inline]
 fn decode_leaf(raw: u64, shift: u32, low: u64, caps: &Caps) -> Entry {
     let within = field(0, shift);
     let reserved = raw & (RESERVED | low | caps.beyond() & !within);
@@ -152,6 +156,7 @@ fn decode_leaf(raw: u64, shift: u32, low: u64, caps: &Caps) -> Entry {
     })
 }
 
+#[inline]
 fn decode_table(raw: u64, skips: u8, caps: &Caps) -> Entry {
     let reserved = raw & (RESERVED | caps.beyond() | UNTRANSLATED | COHERENT);
     if reserved != 0 {

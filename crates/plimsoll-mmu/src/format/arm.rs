@@ -130,6 +130,7 @@ macro_rules! vmsa {
         pub struct $name<const GRANULE: u32, const BITS: u32>;
 
         impl<const GRANULE: u32, const BITS: u32> $name<GRANULE, BITS> {
+            #[inline(always)]
             fn shape(level: Level) -> Shape {
                 let joins = |level| group_bits(GRANULE, level);
                 let fits = |level| Self::entries(level) >> joins(level) != 0;
@@ -158,6 +159,7 @@ macro_rules! vmsa {
             const ROOT_BITS: u32 = BITS - GRANULE - (GRANULE - 3) * (Self::LEVELS as u32 - 1);
             const EXTENSION: Extension = Extension::$extension;
 
+            #[inline(always)]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, Self::shape(level), caps)
             }
@@ -195,6 +197,7 @@ vmsa!(
     Second, "Arm VMSAv8-64, second stage", Zero, Second, 4
 );
 
+#[inline(always)]
 fn decode(raw: u64, shape: Shape, caps: &Caps) -> Entry {
     let last = shape.level == Level::PAGES;
     match (raw & VALID != 0, raw & TABLE != 0) {
@@ -205,6 +208,7 @@ fn decode(raw: u64, shape: Shape, caps: &Caps) -> Entry {
     }
 }
 
+#[inline(always)]
 fn decode_table(raw: u64, shape: Shape, caps: &Caps) -> Entry {
     let at = raw & shape.address(shape.granule);
     if at & caps.beyond() != 0 {
@@ -266,6 +270,7 @@ const fn leaf_bits(stage: Stage, caps: &Caps) -> u64 {
     }
 }
 
+#[inline(always)]
 fn decode_leaf(raw: u64, shape: Shape, caps: &Caps) -> Entry {
     let output = raw & shape.address(shape.shift);
     if output & caps.beyond() != 0 {

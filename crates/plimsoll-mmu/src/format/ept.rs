@@ -85,6 +85,7 @@ impl Format for Ept {
     const LEVELS: u8 = 4;
     const EXTENSION: Extension = Extension::Zero;
 
+    #[inline]
     fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
         match raw & (READ | WRITE | EXECUTE) {
             0 => return Entry::Absent { software: raw },

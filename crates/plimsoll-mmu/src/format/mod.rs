@@ -97,6 +97,11 @@ pub trait Format: Copy + fmt::Debug + 'static {
         false
     }
 
+    /// How much more the word of a leaf of `level` by itself is when it maps the memory behind: the same everywhere in the output.
+    fn step(level: Level) -> u64 {
+        1 << Self::shift(level)
+    }
+
     /// The root's level.
     fn root() -> Level {
         Level(Self::LEVELS)

@@ -65,12 +65,17 @@ macro_rules! sv {
             const ROOT_BITS: u32 = $root;
             const EXTENSION: Extension = Extension::$extension;
 
+            #[inline]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, level, caps)
             }
 
             fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
                 encode(entry, level, caps, Stage::$stage)
+            }
+
+            fn step(level: Level) -> u64 {
+                1 << (Self::shift(level) - 2)
             }
 
             fn largest_leaf(_: &Caps) -> Level {
@@ -105,6 +110,7 @@ sv!(
     Sv57x4, "RISC-V Sv57x4", 5, 11, Zero, Second
 );
 
+#[inline]
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & VALID == 0 {
         return Entry::Absent { software: raw };

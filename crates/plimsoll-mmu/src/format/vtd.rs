@@ -128,6 +128,7 @@ macro_rules! vtd {
             const LEVELS: u8 = $levels;
             const EXTENSION: Extension = Extension::Zero;
 
+            #[inline]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, level, caps)
             }
@@ -156,6 +157,7 @@ vtd!(
     Second5, "Intel VT-d second stage, five levels", 5
 );
 
+#[inline]
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & (READ | WRITE) == 0 {
         return Entry::Absent { software: raw };

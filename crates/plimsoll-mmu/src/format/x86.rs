@@ -112,6 +112,7 @@ macro_rules! x86 {
             const EXTENSION: Extension = Extension::$extension;
             const TABLE_MEMORY: Memory = Memory::Pat(0);
 
+            #[inline(always)]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, level, caps)
             }
@@ -141,6 +142,7 @@ x86!(
     Npt, "AMD nested page tables", 4, Zero, Second
 );
 
+#[inline(always)]
 fn permissions(raw: u64) -> Permissions {
     let mut permissions = Permissions::READ;
     permissions.set(Permissions::WRITE, raw & WRITABLE != 0);
@@ -149,6 +151,7 @@ fn permissions(raw: u64) -> Permissions {
     permissions
 }
 
+#[inline(always)]
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & PRESENT == 0 {
         return Entry::Absent { software: raw };

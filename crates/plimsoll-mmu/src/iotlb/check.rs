@@ -131,6 +131,7 @@ pub struct Remains {
 }
 
 /// Why the commands are not enough.
+#[expect(clippy::large_enum_variant, reason = "there is no allocator to put a part of it behind")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Missing {

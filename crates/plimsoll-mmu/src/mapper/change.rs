@@ -1,5 +1,5 @@
 //! Map, unmap and protect: what is mapped changes.
-use super::{Covered, Dropped, MapError, Mapper, Need, Slot, entry_at, slots, through};
+use super::{Covered, Dropped, MapError, Mapper, Need, Slot, entry_at, slot, slots, through};
 use crate::address::{Level, Output, Span};
 use crate::entry::{Entry, Leaf, Permissions, Unencodable};
 use crate::format::Format;
@@ -21,6 +21,52 @@ impl Request {
             && (shift <= self.leaf.shift || level == Level::PAGES)
             && output.0.is_multiple_of(1 << shift);
         fits.then_some(Leaf { output, shift, ..self.leaf })
+    }
+}
+
+/// Entries of one table, side by side, each of which a leaf maps.
+struct Row {
+    /// The first address that they translate, and the last.
+    first: u64,
+    last: u64,
+    /// The first one's word, and how much more each other's is.
+    word: u64,
+    step: u64,
+}
+
+impl Row {
+    /// The parts of a range that are outside of it.
+    fn outside(&self, (first, last): (u64, u64)) -> [Option<(u64, u64)>; 2] {
+        let before = (first < self.first).then(|| (first, self.first - 1));
+        let after = (self.last < last).then(|| (self.last + 1, last));
+        [before, after]
+    }
+
+    const fn contains(&self, slot: &Slot) -> bool {
+        self.first <= slot.first && slot.last <= self.last
+    }
+}
+
+impl Request {
+    /// All entries of a table of `level` that the range covers wholly, if leaves of that level can map them. The format can say all of
+    /// them when it can say the first and the last.
+    fn row<F: Format>(
+        &self,
+        level: Level,
+        (first, last): (u64, u64),
+        caps: &F::Caps,
+    ) -> Result<Option<Row>, Unencodable> {
+        let shift = F::shift(level);
+        let (begin, end) = (first.div_ceil(1 << shift), (last + 1) >> shift);
+        if begin >= end {
+            return Ok(None);
+        }
+        let [one, other] = [begin, end - 1]
+            .map(|number| self.leaf::<F>(level, &slot::<F>(level, number, (first, last)), caps));
+        let (Some(one), Some(other)) = (one, other) else { return Ok(None) };
+        F::encode(&Entry::Leaf(other), level, caps)?;
+        let word = F::encode(&Entry::Leaf(one), level, caps)?;
+        Ok(Some(Row { first: begin << shift, last: (end << shift) - 1, word, step: F::step(level) }))
     }
 }
 
@@ -60,9 +106,18 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         request: &Request,
         need: &mut Need,
     ) -> Result<(), MapError<M::Error>> {
-        for slot in slots::<F>(level, first, last) {
+        let row = self.row(level, (first, last), request)?;
+        let parts = match (source, &row) {
+            (Source::New, Some(row)) => row.outside((first, last)),
+            _ => [Some((first, last)), None],
+        };
+        for slot in parts.into_iter().flatten().flat_map(|(first, last)| slots::<F>(level, first, last)) {
             let (raw, entry) = match source {
-                Source::Table(table) => self.entry(level, entry_at(table, slot.index))?,
+                Source::Table(table) => match self.read(level, entry_at(table, slot.index))? {
+                    0 if row.as_ref().is_some_and(|row| row.contains(&slot)) => continue,
+                    0 => (0, Entry::Absent { software: 0 }),
+                    _ => self.entry(level, entry_at(table, slot.index))?,
+                },
                 Source::Over(word) if slot.index == 0 => (word, F::decode(word, level, &self.caps)),
                 Source::New | Source::Over(_) => (0, Entry::Absent { software: 0 }),
             };
@@ -95,40 +150,75 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         Ok(())
     }
 
+    fn row(
+        &self,
+        level: Level,
+        range: (u64, u64),
+        request: &Request,
+    ) -> Result<Option<Row>, MapError<M::Error>> {
+        let row = request.row::<F>(level, range, &self.caps);
+        row.map_err(|reason| MapError::Unencodable { level, reason })
+    }
+
     fn fill(
         &mut self,
         table: Output,
         level: Level,
-        (first, last): (u64, u64),
+        range: (u64, u64),
         request: &Request,
     ) -> Result<(), MapError<M::Error>> {
-        for slot in slots::<F>(level, first, last) {
-            let at = entry_at(table, slot.index);
-            let range = (slot.first, slot.last);
-            match (self.entry(level, at)?.1, level.below()) {
-                (Entry::Table(next), Some(below)) => {
-                    let (next, below) = match through::<F>(&next, level, &slot) {
-                        Some((lower, part)) if part == range => (next.at, lower),
-                        _ => (self.put_between(level, at, below, &slot)?, below),
-                    };
-                    self.fill(next, below, range, request)?;
+        let mut parts = [Some(range), None];
+        if let Some(row) = self.row(level, range, request)? {
+            let mut word = row.word;
+            let shift = F::shift(level);
+            let mask = F::entries(level) - 1;
+            for number in row.first >> shift..=row.last >> shift {
+                if self.exchange(level, entry_at(table, number & mask), 0, word)? != 0 {
+                    // A table, or what software kept in an absent entry.
+                    self.fill_slot(table, level, &slot::<F>(level, number, (row.first, row.last)), request)?;
                 }
-                (Entry::Absent { .. }, below) => {
-                    let word = match (request.leaf::<F>(level, &slot, &self.caps), below) {
-                        (Some(leaf), _) => self.encode(&Entry::Leaf(leaf), level)?,
-                        (None, Some(below)) => {
-                            let new = self.take(below)?;
-                            self.fill(new, below, range, request)?;
-                            self.table_word(new, level)?
-                        }
-                        (None, None) => return Err(MapError::Contended { level, at }),
-                    };
-                    self.write(level, at, word)?;
-                }
-                _ => return Err(MapError::Contended { level, at }),
+                word = word.wrapping_add(row.step);
             }
+            parts = row.outside(range);
+        }
+        for slot in parts.into_iter().flatten().flat_map(|(first, last)| slots::<F>(level, first, last)) {
+            self.fill_slot(table, level, &slot, request)?;
         }
         Ok(())
+    }
+
+    fn fill_slot(
+        &mut self,
+        table: Output,
+        level: Level,
+        slot: &Slot,
+        request: &Request,
+    ) -> Result<(), MapError<M::Error>> {
+        let at = entry_at(table, slot.index);
+        let range = (slot.first, slot.last);
+        let (raw, entry) = self.entry(level, at)?;
+        match (entry, level.below()) {
+            (Entry::Table(next), Some(below)) => {
+                let (next, below) = match through::<F>(&next, level, slot) {
+                    Some((lower, part)) if part == range => (next.at, lower),
+                    _ => (self.put_between(level, at, below, slot)?, below),
+                };
+                self.fill(next, below, range, request)
+            }
+            (Entry::Absent { .. }, below) => {
+                let word = match (request.leaf::<F>(level, slot, &self.caps), below) {
+                    (Some(leaf), _) => self.encode(&Entry::Leaf(leaf), level)?,
+                    (None, Some(below)) => {
+                        let new = self.take(below)?;
+                        self.fill(new, below, range, request)?;
+                        self.table_word(new, level)?
+                    }
+                    (None, None) => return Err(MapError::Contended { level, at }),
+                };
+                self.replace(level, at, raw, word)
+            }
+            _ => Err(MapError::Contended { level, at }),
+        }
     }
 
     /// Puts a table of `below` between the entry at `at`, which leaves that level out, and the table it names.
@@ -173,18 +263,24 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         dropped: &mut Dropped,
     ) -> Result<u64, MapError<M::Error>> {
         let mut removed = 0;
-        for slot in slots::<F>(level, first, last) {
+        let shift = F::shift(level);
+        let mut numbers = first >> shift..=last >> shift;
+        while let Some(number) = numbers.next() {
+            let slot = slot::<F>(level, number, (first, last));
             let at = entry_at(table, slot.index);
             let (raw, entry) = self.entry(level, at)?;
             match (entry, level.below()) {
                 (Entry::Absent { .. }, _) if raw == 0 || slot.covered == Covered::Partly => {}
-                (Entry::Absent { .. }, _) => {
-                    self.write(level, at, 0)?;
-                }
+                (Entry::Absent { .. }, _) => self.replace(level, at, raw, 0)?,
                 (Entry::Leaf(leaf), _) if slot.covered == Covered::Wholly => {
                     self.ungroup(table, level, (&slot, &leaf), (first, last))?;
                     self.write(level, at, 0)?;
                     removed += 1;
+                    if leaf.shift == shift {
+                        let more = self.clear_row(table, level, (number + 1, (last + 1) >> shift), raw)?;
+                        removed += more;
+                        numbers = number + 1 + more..=last >> shift;
+                    }
                 }
                 (Entry::Leaf(leaf), Some(below)) => {
                     let next = self.split_entry(table, level, below, (&slot, &leaf))?;
@@ -193,7 +289,7 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 (Entry::Table(next), Some(_)) => {
                     let Some((below, range)) = through::<F>(&next, level, &slot) else { continue };
                     removed += self.clear(next.at, below, range, dropped)?;
-                    if slot.covered == Covered::Wholly || self.is_empty(next.at, below)? {
+                    if slot.covered == Covered::Wholly || self.is_empty(next.at, below, range)? {
                         self.write(level, at, 0)?;
                         self.drop_table(dropped, below, next.at)?;
                     }
@@ -204,9 +300,39 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         Ok(removed)
     }
 
-    /// Whether every word of a table is zero.
-    fn is_empty(&self, table: Output, level: Level) -> Result<bool, MapError<M::Error>> {
-        for index in 0..F::entries(level) {
+    /// Clears entries by number as long as each is the leaf that goes on where the one before it ended, which was `raw`. Returns how many
+    /// were.
+    fn clear_row(
+        &self,
+        table: Output,
+        level: Level,
+        (begin, end): (u64, u64),
+        raw: u64,
+    ) -> Result<u64, MapError<M::Error>> {
+        let mask = F::entries(level) - 1;
+        let mut expected = raw;
+        for number in begin..end {
+            expected = expected.wrapping_add(F::step(level));
+            if self.exchange(level, entry_at(table, number & mask), expected, 0)? != expected {
+                return Ok(number - begin);
+            }
+        }
+        Ok(end.saturating_sub(begin))
+    }
+
+    /// Whether every word of a table is zero that does not translate a whole part of a range.
+    fn is_empty(
+        &self,
+        table: Output,
+        level: Level,
+        (first, last): (u64, u64),
+    ) -> Result<bool, MapError<M::Error>> {
+        let shift = F::shift(level);
+        let mask = F::entries(level) - 1;
+        let (begin, end) = (first.div_ceil(1 << shift), (last + 1) >> shift);
+        let head = (first >> shift) & !mask;
+        let cleared = if begin < end { begin - head..end - head } else { 0..0 };
+        for index in (0..cleared.start).chain(cleared.end..mask + 1) {
             if self.read(level, entry_at(table, index))? != 0 {
                 return Ok(false);
             }

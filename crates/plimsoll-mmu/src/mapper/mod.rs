@@ -163,16 +163,15 @@ enum Covered {
 /// The entries of one table of `level` that translate `first` to `last`.
 fn slots<F: Format>(level: Level, first: u64, last: u64) -> impl Iterator<Item = Slot> {
     let shift = F::shift(level);
-    (first >> shift..=last >> shift).map(move |number| {
-        let (begin, end) = (number << shift, (number << shift) + ((1 << shift) - 1));
-        let covered = if first <= begin && end <= last { Covered::Wholly } else { Covered::Partly };
-        Slot {
-            index: number & (F::entries(level) - 1),
-            first: first.max(begin),
-            last: last.min(end),
-            covered,
-        }
-    })
+    (first >> shift..=last >> shift).map(move |number| slot::<F>(level, number, (first, last)))
+}
+
+/// The entry of a table of `level` that translates the block of its size with this number, and its part of a range.
+fn slot<F: Format>(level: Level, number: u64, (first, last): (u64, u64)) -> Slot {
+    let shift = F::shift(level);
+    let (begin, end) = (number << shift, (number << shift) + ((1 << shift) - 1));
+    let covered = if first <= begin && end <= last { Covered::Wholly } else { Covered::Partly };
+    Slot { index: number & (F::entries(level) - 1), first: first.max(begin), last: last.min(end), covered }
 }
 
 /// The level of the table that an entry of `level` names, and which part of `slot`, the entry's, goes through it: less than all where
@@ -252,14 +251,13 @@ impl<'a, F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'a, F,
         at: Output,
         mut change: impl FnMut(u64) -> Result<u64, MapError<M::Error>>,
     ) -> Result<u64, MapError<M::Error>> {
-        let memory = |error| MapError::Memory { level, at, error };
         let mut raw = self.read(level, at)?;
         for _ in 0..TRIES {
             let new = change(raw)?;
             if new == raw {
                 return Ok(raw);
             }
-            let found = self.memory.compare_exchange(at, raw, new).map_err(memory)?;
+            let found = self.exchange(level, at, raw, new)?;
             if found == raw {
                 return Ok(raw);
             }
@@ -271,6 +269,19 @@ impl<'a, F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'a, F,
     /// Writes `word` over whatever is at `at`.
     fn write(&self, level: Level, at: Output, word: u64) -> Result<u64, MapError<M::Error>> {
         self.change(level, at, |_| Ok(word))
+    }
+
+    /// Writes `word` if there is `raw`, and answers what there was.
+    fn exchange(&self, level: Level, at: Output, raw: u64, word: u64) -> Result<u64, MapError<M::Error>> {
+        self.memory.compare_exchange(at, raw, word).map_err(|error| MapError::Memory { level, at, error })
+    }
+
+    /// Writes `word` over `raw`, or whatever has become of it.
+    fn replace(&self, level: Level, at: Output, raw: u64, word: u64) -> Result<(), MapError<M::Error>> {
+        if self.exchange(level, at, raw, word)? != raw {
+            self.write(level, at, word)?;
+        }
+        Ok(())
     }
 
     /// Changes the leaf at `at`. Returns the old one.
