@@ -597,11 +597,20 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> Case for ArmCase<F, S> {
     }
 
     fn path(&self) -> String {
-        let second = |input| tree::path::<S>(&self.memory, self.second.root, &self.second.caps, input);
+        let (first, second) = ((self.first.root, &self.first.caps), (self.second.root, &self.second.caps));
+        let memory = self.memory.clone();
         match self.stages {
-            Stages::First => tree::path::<F>(&self.memory, self.first.root, &self.first.caps, self.input),
-            Stages::Second => second(self.input),
-            Stages::Both => format!("  the guest's root:\n{}", second(self.first.root.as_input())),
+            Stages::First => tree::path::<F>(&memory, first, self.input, Some).0,
+            Stages::Second => tree::path::<S>(&memory, second, self.input, Some).0,
+            Stages::Both => {
+                let stage = Stage::<S, _>::new(&memory, self.second, self.access.1);
+                let host = |at: Output| {
+                    let walked = stage.translate(at.as_input(), Access::Read, Purpose::GuestTable);
+                    walked.ok().map(|walked| walked.output)
+                };
+                let (own, end) = tree::path::<F>(&memory, first, self.input, host);
+                own + &tree::path::<S>(&memory, second, end.as_input(), Some).0
+            }
         }
     }
 }

@@ -175,17 +175,28 @@ pub fn input<F: Format>(chance: &mut Chance) -> Input {
     F::extend(offset)
 }
 
-/// The entries on the way of an address, decoded, a line each.
-pub fn path<F: Format>(ram: &Ram, root: Output, caps: &F::Caps, input: Input) -> String {
-    let mut text = String::new();
+/// The entries on the way of an address, decoded, a line each, and where the way ends: what the leaf says, or the last entry. Tables are
+/// in memory at what `host` makes of their addresses.
+pub fn path<F: Format>(
+    ram: &Ram,
+    (root, caps): (Output, &F::Caps),
+    input: Input,
+    host: impl Fn(Output) -> Option<Output>,
+) -> (String, Output) {
+    let mut text = format!("  {input} in {}\n", F::NAME);
     let (mut table, mut level) = (root, F::root());
     loop {
         let at = Output(table.0 | F::index(input, level) << 3);
-        let entry = F::decode(ram.get(at), level, caps);
-        let _ = writeln!(text, "  {level} at {at}: {:#018x} {entry:x?}", ram.get(at));
+        let Some(place) = host(at) else { return (text, at) };
+        let entry = F::decode(ram.get(place), level, caps);
+        let _ = writeln!(text, "    {level} at {at}: {:#018x} {entry:x?}", ram.get(place));
         match (entry, level.below()) {
             (Entry::Table(next), Some(below)) => (table, level) = (next.at, below),
-            _ => return text,
+            (Entry::Leaf(leaf), _) => {
+                let inside = F::offset(input) & ((1 << leaf.shift) - 1);
+                return (text, Output(leaf.base().0 | inside));
+            }
+            _ => return (text, at),
         }
     }
 }

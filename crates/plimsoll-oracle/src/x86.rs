@@ -355,6 +355,7 @@ impl<F: X86Format> Case for X86Case<F> {
     }
 
     fn path(&self) -> String {
-        tree::path::<F>(&self.memory, Output(self.registers.cr3), &self.registers.caps, self.input)
+        let tree = (Output(self.registers.cr3), &self.registers.caps);
+        tree::path::<F>(&self.memory, tree, self.input, Some).0
     }
 }
