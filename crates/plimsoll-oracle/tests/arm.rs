@@ -68,7 +68,8 @@ fn a_crate_that_is_wrong_would_be_noticed() {
         return;
     }
     type Both = ArmCase<Lower<12, 48>, Second<12, 40>>;
-    let notice = |stages, wrong: &[(&str, fn(&mut Both))]| {
+    type Mistake = (&'static str, fn(&mut Both));
+    let notice = |stages, wrong: &[Mistake]| {
         let (cases, outcomes) = outcomes::<Lower<12, 48>, Second<12, 40>>(stages, CASES / 4);
         check("right", &Report::new(&cases, &outcomes), CASES / 80);
         for (what, mistake) in wrong {

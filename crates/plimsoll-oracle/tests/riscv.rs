@@ -65,7 +65,8 @@ fn a_crate_that_is_wrong_would_be_noticed() {
     type Both = RiscvCase<Sv39, Sv39x4>;
     let (cases, outcomes) = outcomes::<Sv39, Sv39x4>(Stages::Both, Caps::FULL, CASES / 4);
     check("right", &Report::new(&cases, &outcomes), CASES / 80);
-    let wrong: [(&str, fn(&mut Both)); 5] = [
+    type Mistake = (&'static str, fn(&mut Both));
+    let wrong: [Mistake; 5] = [
         ("SUM", |case| case.first.control.toggle(Control::SUM)),
         ("MXR", |case| case.second.control.toggle(Control::MXR)),
         ("the mode", |case| case.mode = Mode::User),

@@ -32,8 +32,8 @@ fn four_levels_are_translated_as_the_model_translates_them() {
     let outcomes = execute(&processor, &cases);
     check(Long4::NAME, &Report::new(&cases, &outcomes), 1000);
     // The same outcomes against a crate that is wrong in one respect each.
-    type Own = X86Case<Long4>;
-    let wrong: [(&str, fn(&mut Own)); 7] = [
+    type Mistake = (&'static str, fn(&mut X86Case<Long4>));
+    let wrong: [Mistake; 7] = [
         ("WP", |case| case.registers.control.toggle(Control::WRITE_PROTECT)),
         ("SMEP", |case| case.registers.control.remove(Control::SMEP)),
         ("SMAP", |case| case.registers.control.remove(Control::SMAP)),
