@@ -399,7 +399,7 @@ fn a_parked_machine_is_on_the_disk_outlives_its_manager_and_wakes_right() {
     }
     let directory = Directory::new("parked");
     let disk = std::env::temp_dir().join(format!("plimsoll-disk-{}", std::process::id()));
-    let (daemon, mut machine) = start_with_disk(&directory, &disk);
+    let (daemon, machine) = start_with_disk(&directory, &disk);
     let order = |words: &[&str]| Run::new(&[words, &["--directory", directory.text()]].concat()).output();
     let unknown = order(&["park", "nobody"]);
     unknown.expect_code(2);
