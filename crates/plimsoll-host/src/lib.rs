@@ -19,4 +19,5 @@ pub mod line;
 pub mod metrics;
 pub mod roster;
 pub mod trace;
+mod voice;
 pub mod why;

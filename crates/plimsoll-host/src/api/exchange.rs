@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use super::settings::Settings;
@@ -127,6 +128,10 @@ impl Desk {
 impl Door {
     /// The last moment.
     pub(super) fn moment(&self) -> Result<Arc<Moment>, Fault> {
+        // What was seen last is not how things are.
+        if self.orders.is_closed() {
+            return Err(ended());
+        }
         let moment = self.board.lock().clone();
         moment.ok_or_else(|| Fault::new(Code::Busy, "nothing was decided yet"))
     }
@@ -134,20 +139,30 @@ impl Door {
     /// Has an order carried out.
     pub(super) async fn order(&self, order: Order) -> Obeyed {
         let (answer, answered) = oneshot::channel();
-        if self.orders.try_send(Asked { order, answer }).is_err() {
-            return Err(Fault::new(Code::TooMany, format!("{ORDERS_MAX} orders wait already")));
+        match self.orders.try_send(Asked { order, answer }) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => {
+                return Err(Fault::new(Code::TooMany, format!("{ORDERS_MAX} orders wait already")));
+            }
+            Err(TrySendError::Closed(_)) => return Err(ended()),
         }
         let _ = self.asked.signal();
         match tokio::time::timeout(ORDER_PATIENCE, answered).await {
             Ok(Ok(obeyed)) => obeyed,
-            Ok(Err(_)) => Err(Fault::new(Code::Busy, "the control loop has ended")),
-            // Dropping the receiver takes the order back.
+            Ok(Err(_)) => Err(ended()),
+            // Dropping the receiver takes the order back, unless it was taken just then.
             Err(_) => Err(Fault::new(
                 Code::Busy,
                 format!("the control loop did not answer for {} s", ORDER_PATIENCE.as_secs()),
-            )),
+            )
+            .help("look before asking again: it may still be carried out")),
         }
     }
+}
+
+fn ended() -> Fault {
+    Fault::new(Code::Busy, "the control loop has ended")
+        .help("machines have equal shares until the manager is replaced")
 }
 
 impl std::fmt::Debug for Desk {

@@ -244,6 +244,10 @@ impl Backend for Attached {
     }
 
     fn reclaim(&mut self, pages: PageCount, now: Instant) -> Done {
+        if pages == PageCount(0) {
+            // Also where nothing could be taken just now.
+            self.ordered = pages;
+        }
         let done = self.step(Step::Take { rung: Rung::Compress, pages, frees: pages.bytes() });
         if self.memory.managed.is_none() {
             return Done::Refused(Refused::NoSuchRung(Rung::Compress));

@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 /// How long a machine is taken to be starting: our guests run within a second, those with a kernel within about ten.
 const STARTING: Duration = Duration::from_secs(10);
+/// How long an operator's order lasts of which nothing comes.
+const BARREN: Duration = Duration::from_secs(3);
 
 /// A machine under our own pager.
 pub struct Managed {
@@ -34,6 +36,8 @@ pub struct Managed {
     target: Option<ByteCount>,
     /// Pages an operator asked for that were not taken yet.
     ordered: PageCount,
+    /// When it last gave any, or was asked.
+    gave: Instant,
     last: Option<(Instant, Counters)>,
 }
 
@@ -69,6 +73,7 @@ impl Managed {
             born: now,
             target: None,
             ordered: PageCount(0),
+            gave: now,
             last: None,
         }
     }
@@ -116,7 +121,13 @@ impl Backend for Managed {
         let counters = Counters::of(&stats);
         let (then, before) = self.last.replace((now, counters)).unwrap_or((now, counters));
         let taken = PageCount(counters.taken.saturating_sub(before.taken));
-        self.ordered.0 = self.ordered.0.saturating_sub(counters.captured.saturating_sub(before.captured));
+        let captured = PageCount(counters.captured.saturating_sub(before.captured));
+        if captured > PageCount(0) {
+            self.gave = now;
+        }
+        // Where there is no more to be had now, an order is over: it is not kept for better times.
+        let is_barren = now.saturating_duration_since(self.gave) >= BARREN;
+        self.ordered = if is_barren { PageCount(0) } else { self.ordered.saturating_sub(captured) };
         let elapsed = now.saturating_duration_since(then) * self.processors;
         let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let waited = counters.waited.saturating_sub(before.waited).min(elapsed);
@@ -141,13 +152,20 @@ impl Backend for Managed {
         // No pages are an order, too: what an earlier plan asked for is not wanted any more.
         let pages = pages.unwrap_or_default().max(self.ordered);
         let pages = u32::try_from(pages.0).unwrap_or(u32::MAX);
-        self.manager.lock().squeeze(self.id, pages);
+        let manager = self.manager.lock();
+        // Of one that is parked everything is taken, whatever a plan has no need of.
+        if !manager.is_parked(self.id) {
+            manager.squeeze(self.id, pages);
+        }
+        drop(manager);
         steps.iter().map(|step| self.step(*step)).collect()
     }
 
-    fn reclaim(&mut self, pages: PageCount, _now: Instant) -> Done {
-        self.ordered = pages;
-        self.manager.lock().squeeze(self.id, u32::try_from(pages.0).unwrap_or(u32::MAX));
+    fn reclaim(&mut self, pages: PageCount, now: Instant) -> Done {
+        let manager = self.manager.lock();
+        let there = manager.machine(self.id).map_or(PageCount(0), |machine| machine.stats.ram);
+        (self.ordered, self.gave) = (pages.min(there), now);
+        manager.squeeze(self.id, u32::try_from(self.ordered.0).unwrap_or(u32::MAX));
         Done::Begun
     }
 

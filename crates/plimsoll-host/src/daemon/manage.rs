@@ -8,7 +8,9 @@ use super::milestones::{Milestones, now_ns};
 use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
 use super::steer::Steering;
 use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
+use crate::helm::kept::Kept;
 use crate::keeper::client::Client;
+use crate::voice::say;
 use parking_lot::Mutex;
 use plimsoll_core::ledger::{Budget, Kind};
 use plimsoll_core::word::StateKind;
@@ -228,9 +230,9 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     if let Some(manager) = Arc::into_inner(session.manager) {
         let vault = manager.into_inner().stop();
         if let Some(Err(error)) = vault.tier().map(Tier::end) {
-            eprintln!(
+            say(format_args!(
                 "plimsoll manager: the disk tier's file could not be emptied: {error}; nobody can read what is in it"
-            );
+            ));
         }
     }
     Ok(())
@@ -277,7 +279,10 @@ impl<'a> Session<'a> {
         let keeper = Arc::new(keeper);
         let used = Used::new(settings.counted)?;
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
-        let mut vault = Vault::of_estate(estate, Budget::within(settings.budget), settings.store_limit);
+        // What was said since the daemon was started counts from the first fault on. That it cannot be read is told by the loop.
+        let said = Kept::open(&settings.directory).ok().and_then(|kept| kept.words().budget_bytes);
+        let budget = said.map_or(settings.budget, ByteCount);
+        let mut vault = Vault::of_estate(estate, Budget::within(budget), settings.store_limit);
         vault.processes().for_each(|process| used.add(process));
         vault.set_used(used.now());
         if let (Some(disk), None) = (&settings.disk, vault.tier()) {
@@ -293,7 +298,7 @@ impl<'a> Session<'a> {
         let status = format!("{} machines", manager.machines().len());
         announce(&[NotifyState::Ready, NotifyState::Status(&status)]);
         let arrivals = Arrivals::new().map_err(DaemonError::Wait)?;
-        let (manager, budget) = (Arc::new(Mutex::new(manager)), Arc::new(Mutex::new(settings.budget)));
+        let (manager, budget) = (Arc::new(Mutex::new(manager)), Arc::new(Mutex::new(budget)));
         let steering = Steering::start(settings, &manager, &used, &budget);
         Ok(Self {
             settings,
@@ -455,7 +460,7 @@ impl<'a> Session<'a> {
     }
 
     fn tell(&mut self, incident: String) {
-        eprintln!("plimsoll manager: {incident}");
+        say(format_args!("plimsoll manager: {incident}"));
         self.incidents.truncate(INCIDENTS_MAX - 1);
         self.incidents.push_front(incident);
     }

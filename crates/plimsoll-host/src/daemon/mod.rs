@@ -20,6 +20,7 @@ pub mod status;
 mod steer;
 
 use crate::keeper::serve::{End, Keeper};
+use crate::voice::say;
 use plimsoll_linux::disk::device::OpenError;
 use plimsoll_linux::disk::tier::{Limits, TierError};
 use plimsoll_linux::uffd::estate::RESERVED;
@@ -164,7 +165,7 @@ pub fn keep(
             // Returns only if it fails, and then the next manager is one of this build.
             End::Upgrade => {
                 let error = DaemonError::Upgrade(successor.become_it());
-                eprintln!("plimsoll keeper: {}", plimsoll_linux::explain(&error));
+                say(format_args!("plimsoll keeper: {}", plimsoll_linux::explain(&error)));
                 keeper.stay();
             }
             end => {

@@ -70,8 +70,9 @@ impl Steering {
         };
         let config = config.unwrap_or_default();
         let everything = Everything { used: used.clone(), attached: Arc::clone(&own.attached) };
-        let pool = Pool::metered(settings.budget, Box::new(everything));
-        let control = Control::new(config.settings(settings.budget), pool, ByteCount(0), Instant::now());
+        let total = *budget.lock();
+        let pool = Pool::metered(total, Box::new(everything));
+        let control = Control::new(config.settings(total), pool, ByteCount(0), Instant::now());
         let note = {
             let say = say.clone();
             // Whoever listens may be about to stop.

@@ -17,7 +17,7 @@ use crate::control::{Control, Event, Happened, PERIOD, RunError, Turn, Wakers, r
 use crate::roster::{Opened, Roster};
 use kept::{Kept, KeptError, Word, Words};
 use parking_lot::Mutex;
-use plimsoll_core::ledger::Budget;
+use plimsoll_core::ledger::{Budget, Kind as LedgerKind};
 use plimsoll_linux::explain;
 use plimsoll_linux::uffd::manager::Manager;
 use plimsoll_policy::admission::AdmissionError;
@@ -218,7 +218,9 @@ impl Helm {
 
     /// Has a machine that came as it was said to be.
     fn go_on_with(&self, control: &mut Control, id: MachineId, name: &str) {
-        if self.kept.word(name).is_some_and(|word| word.paused) {
+        let is_attached = control.berth(id).is_some_and(|berth| berth.kind != Kind::HandedOver);
+        // Another machine of that name may have been attached before.
+        if is_attached && self.kept.word(name).is_some_and(|word| word.paused) {
             control.pause(id, true, Instant::now());
         }
     }
@@ -245,7 +247,7 @@ impl Helm {
             Order::Release(id) => self.release(control, id).map(|()| None),
             Order::Pause(id, is_paused) => {
                 let (name, kind) = (name_of(control, id)?, control.berth(id).map(|berth| berth.kind));
-                if kind == Some(Kind::HandedOver) {
+                if is_paused && kind == Some(Kind::HandedOver) {
                     let text = format!(
                         "{name} is paged by the daemon itself, which cannot leave it alone: the hard line is kept by taking"
                     );
@@ -337,6 +339,19 @@ impl Helm {
         if budget > host {
             let text = format!("a budget of {budget}: this host has {host}");
             return Err(Fault::new(Code::Unprocessable, text));
+        }
+        if let Some(own) = &self.own {
+            let fixed = own.manager.lock().host().ledger(|ledger| {
+                let usage = ledger.host_usage();
+                ledger.overhead() + usage.of(LedgerKind::Tables) + usage.of(LedgerKind::Store)
+            });
+            if budget < fixed + BUDGET_MIN {
+                let text = format!(
+                    "a budget of {budget}: {fixed} are in use that cannot be taken (stored pages, tables, processes)"
+                );
+                return Err(Fault::new(Code::Conflict, text)
+                    .help(format!("leave at least {BUDGET_MIN} more; nothing was changed")));
+            }
         }
         control.set_total(budget).map_err(|error| self.contradiction(control, &error))?;
         if let Some(own) = &self.own {

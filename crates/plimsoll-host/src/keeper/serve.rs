@@ -3,6 +3,7 @@
 //! Enters: slots, a program to start. Leaves: how it ended. Nothing here allocates after [`Keeper::new`]: not the messages,
 //! which lie on the stack, nor the slots, nor the start of a child.
 use super::protocol::{LISTING_MAX, LISTING_SIZE, REQUEST_SIZE, Request, Status, encode_listing};
+use crate::voice::say;
 use plimsoll_sys::fdpass;
 use plimsoll_sys::launch::{Ending, Program, StartError, accept_signals, hold_signals, reap};
 use plimsoll_sys::pidfd::{Pidfd, Signal};
@@ -174,7 +175,7 @@ impl Keeper {
         match start(&self.program) {
             Ok(manager) => self.manager = Some(manager),
             Err(error) => {
-                eprintln!("plimsoll keeper: no manager can be started: {error}");
+                say(format_args!("plimsoll keeper: no manager can be started: {error}"));
                 self.postpone();
             }
         }
@@ -244,7 +245,7 @@ impl Keeper {
         match self.slots.leave_open() {
             Ok(()) => Some(End::Upgrade),
             Err(error) => {
-                eprintln!("plimsoll keeper: no upgrade: {error}");
+                say(format_args!("plimsoll keeper: no upgrade: {error}"));
                 self.stay();
                 None
             }
@@ -279,7 +280,7 @@ impl Keeper {
         if !has_machines && is_hopeless && self.fruitless > 0 {
             return Some(End::Failed(ending));
         }
-        eprintln!("plimsoll keeper: the manager, {process}, ended with {ending}; starting another");
+        say(format_args!("plimsoll keeper: the manager, {process}, ended with {ending}; starting another"));
         None
     }
 }

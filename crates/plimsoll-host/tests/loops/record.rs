@@ -118,10 +118,10 @@ fn damage_foreign_files_and_newer_records_get_one_sentence_each() {
         let text = Reader::open(&path).unwrap_err().to_string();
         assert!(text.contains("is no record of decisions"), "{text}");
     }
-    fs::write(&path, zstd_of("{\"begin\":{\"version\":2,\"by\":\"plimsoll 9\",\"more\":1}}\n")).unwrap();
+    fs::write(&path, zstd_of("{\"begin\":{\"version\":3,\"by\":\"plimsoll 9\",\"more\":1}}\n")).unwrap();
     let text = Reader::open(&path).unwrap_err().to_string();
     assert!(
-        text.ends_with("is a record of version 2, and this plimsoll reads up to 1: use a newer one"),
+        text.ends_with("is a record of version 3, and this plimsoll reads up to 2: use a newer one"),
         "{text}"
     );
     let text = Reader::open("/no/such/trace".as_ref()).unwrap_err().to_string();

@@ -329,6 +329,35 @@ fn a_daemon_with_machines_refuses_to_stop_and_says_what_is_where() {
 }
 
 #[test]
+fn a_daemon_to_which_nobody_listens_any_more_replaces_its_manager_all_the_same() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("unheard");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
+    command.args(["daemon", "--budget", "64M", "--directory", directory.text()]);
+    let mut daemon = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("its manager serves", || manager_of(&directory).is_some());
+    let mut machine = Machine::start(&directory);
+    machine.verifies(100);
+    drop(daemon.stderr.take());
+    for _ in 0..2 {
+        let before = manager_of(&directory).unwrap();
+        // The keeper says so, and the next manager which machines it has.
+        signal(before, Signal::KILL);
+        wait_until("another manager serves", || {
+            manager_of(&directory).is_some_and(|manager| manager != before)
+        });
+        machine.verifies(100);
+        assert!(daemon.try_wait().unwrap().is_none());
+    }
+    machine.finish();
+    signal(daemon.id(), Signal::TERM);
+    assert!(daemon.wait().unwrap().success());
+}
+
+#[test]
 fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
     let _alone = alone();
     if !can("userfaultfd") {
