@@ -160,6 +160,9 @@ pub struct FileDisk {
     is_file: bool,
 }
 
+/// Where others begin at the latest: btrfs 64 KiB, ISO 9660 32 KiB, ZFS 16 KiB, MD and bcachefs 4 KiB behind the start.
+const FOREIGN_MAX: usize = 2 * SEGMENT_SIZE;
+
 impl FileDisk {
     /// Opens a file that is the tier's alone, makes it if there is none, and empties it: without the key that went with an
     /// earlier process, what is in it is nothing.
@@ -169,7 +172,8 @@ impl FileDisk {
     pub fn create(path: &Path) -> Result<Self, OpenError> {
         let shown = || path.display().to_string();
         let failed = |source: Errno| OpenError::Open { path: shown(), source: source.into() };
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        // Where writes go through the page cache all the same, they are not to fail after their pages' memory was given back.
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::DSYNC;
         let mode = Mode::RUSR | Mode::WUSR;
         // Not every file system can go past the page cache; those that cannot are slower, and as right.
         let file = match open(path, flags | OFlags::DIRECT, mode) {
@@ -189,10 +193,18 @@ impl FileDisk {
             _ => return Err(OpenError::Kind { path: shown() }),
         };
         let disk = Self { file, is_file };
-        let mut first = Blocks::new(1);
-        let read = disk.read_at(0, first.bytes_mut());
-        read.map_err(|source| OpenError::Open { path: shown(), source })?;
-        if !format::may_be_overwritten(first.bytes()) {
+        let mut start = Blocks::new(FOREIGN_MAX / BLOCK_SIZE);
+        let mut read = 0;
+        while let Some(rest) = start.bytes_mut().get_mut(read..).filter(|rest| !rest.is_empty()) {
+            let more = disk.read_at(read as u64, rest);
+            let more = more.map_err(|source| OpenError::Open { path: shown(), source })?;
+            read += more;
+            // The end, in the middle of a block or at one.
+            if more == 0 || !more.is_multiple_of(BLOCK_SIZE) {
+                break;
+            }
+        }
+        if !format::may_be_overwritten(start.bytes()) {
             return Err(OpenError::Foreign { path: shown() });
         }
         disk.empty().map_err(|source| OpenError::Open { path: shown(), source })?;
@@ -272,6 +284,15 @@ mod tests {
         std::fs::write(&path, b"a letter").unwrap();
         assert!(matches!(FileDisk::create(&path), Err(OpenError::Foreign { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"a letter");
+        // As an image of a btrfs begins, and what is nobody's yet.
+        let mut image = vec![0; 1 << 20];
+        image[(64 << 10) + 64..][..8].copy_from_slice(b"_BHRfS_M");
+        std::fs::write(&path, &image).unwrap();
+        assert!(matches!(FileDisk::create(&path), Err(OpenError::Foreign { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), image);
+        let empty = directory.path().join("empty");
+        std::fs::write(&empty, vec![0; 5000]).unwrap();
+        assert!(FileDisk::create(&empty).is_ok());
         assert!(matches!(FileDisk::create(directory.path()), Err(OpenError::Open { .. })));
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();

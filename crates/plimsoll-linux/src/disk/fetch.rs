@@ -1,7 +1,9 @@
 //! An object's encoded bytes, wherever they are.
 //!
 //! Enters: a handle. Leaves: the object, ready to be unpacked. What must never happen: a page given up because its bytes moved
-//! while they were read. So after a read that failed the record is asked once more.
+//! while they were read, or another object's bytes taken for its. So it is looked first in which writing the segment is, then whether
+//! the record still names the place: while it does, the segment is not written again, and only bytes of that writing are accepted. After
+//! a read that failed all is asked once more.
 use super::tier::{ReadError, Tier};
 use super::window::Window;
 use crate::uffd::host::Domain;
@@ -42,12 +44,15 @@ pub fn fetch<M: SlabMemory>(
         let tier = tier.ok_or(FetchError::NoTier)?;
         // Moved away and back it would be in the same place, but not in the same writing of its segment.
         let writing = tier.writing(remote);
+        if domain.store(|store| store.fetch(handle, into))? != Whereabouts::Away(remote) {
+            continue;
+        }
         if let Some((tried, then, error)) = failed.take()
             && (tried, then) == (remote, writing)
         {
             return Err(error.into());
         }
-        match tier.read(domain.id, remote, into.room(), window) {
+        match tier.read(domain.id, remote, writing, into.room(), window) {
             Ok(()) => return Ok(()),
             Err(error) => failed = Some((remote, writing, error)),
         }

@@ -150,8 +150,8 @@ impl Header {
 }
 
 /// True when what a file begins with is nothing, or a segment of any version.
-pub(super) fn may_be_overwritten(first: &[u8]) -> bool {
-    first.starts_with(&MAGIC.to_le_bytes()) || first.iter().all(|byte| *byte == 0)
+pub(super) fn may_be_overwritten(start: &[u8]) -> bool {
+    start.starts_with(&MAGIC.to_le_bytes()) || start.iter().all(|byte| *byte == 0)
 }
 
 #[cfg(test)]

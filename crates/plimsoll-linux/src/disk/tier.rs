@@ -451,7 +451,8 @@ impl Tier {
         state.rest = Some(Rest { until: Instant::now() + patience, patience, is_full });
     }
 
-    /// Reads an object's encoded bytes, `into` as many as the record says, and proves that they are what was written.
+    /// Reads an object's encoded bytes, `into` as many as the record says, and proves that they are what was written in that
+    /// [writing](Self::writing) of the segment.
     ///
     /// # Errors
     /// [`ReadError`]; `into` is then arbitrary. Where the record names another place by now, that one is to be read.
@@ -459,13 +460,12 @@ impl Tier {
         &self,
         domain: DomainId,
         remote: Remote,
+        writing: Option<u64>,
         into: &mut [u8],
         window: &mut Window,
     ) -> Result<(), ReadError> {
         let place = Place::of(remote.at);
-        let Holds::Sequence(sequence) = self.table.holds(place.segment) else {
-            return Err(ReadError::Nothing);
-        };
+        let Some(sequence) = writing else { return Err(ReadError::Nothing) };
         let range = place.offset()..place.offset() + TAG_SIZE + into.len();
         if range.end > SEGMENT_SIZE || into.len() != remote.length {
             return Err(ReadError::Nothing);

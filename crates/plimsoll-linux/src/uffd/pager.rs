@@ -156,6 +156,8 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) store_was_full: bool,
     /// Rounds of the replacement's hand, one after the other, that found nothing to take.
     pub(super) barren_rounds: u32,
+    /// What could not be read of the disk last.
+    failed: Option<Handle>,
     /// The page at which bringing the machine home goes on.
     pub(super) homeward: u32,
 }
@@ -197,6 +199,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             refaulted: None,
             store_was_full: false,
             barren_rounds: 0,
+            failed: None,
             homeward: 0,
         }
     }
@@ -204,6 +207,11 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Has what lies on the disk read by a thread, instead of waiting for it.
     pub(super) fn set_far(&mut self, far: Far) {
         self.far = Some(far);
+    }
+
+    /// Waits for that thread, and does without.
+    pub(super) fn close_far(&mut self) {
+        self.far = None;
     }
 
     /// One bounded step: everything that has happened, the faults that can be served, a little reclaim.
@@ -505,7 +513,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Reads a stored page into the buffer.
     pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<Loaded, String> {
         let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
-        let Self { host, domain, fetched, window, far, dense, buffer, .. } = self;
+        let Self { host, domain, fetched, window, far, failed, dense, buffer, .. } = self;
         let found = domain.store(|store| store.fetch(handle, fetched));
         let found = found.map_err(|error| explain(&error))?;
         match (found, far) {
@@ -514,8 +522,17 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 disk::fetch(domain, host.tier(), handle, fetched, window).map_err(|error| explain(&error))?;
             }
             (Whereabouts::Away(_), Some(far)) => match far.look(handle) {
-                Sight::Read(read) => {
-                    if !fetched.adopt(read?) {
+                Sight::Read(Err(cause)) => {
+                    // Once may be the disk's mood, or an old answer to what was only to be brought ahead.
+                    if failed.replace(handle) == Some(handle) {
+                        return Err(cause);
+                    }
+                    far.forget();
+                    return Ok(Loaded::Far);
+                }
+                Sight::Read(Ok(read)) => {
+                    *failed = None;
+                    if !fetched.adopt(read) {
                         // Of another object, which had that handle before: it is read anew.
                         far.forget();
                         return Ok(Loaded::Far);

@@ -172,8 +172,17 @@ impl<'a> Parker<'a> {
             let is_awake = self.walks.get(&domain.id).is_none_or(|walk| walk.rests_until <= Instant::now());
             // What is on its way shows when its segment is complete: up to a megabyte too much leaves.
             while is_awake && self.is_short(domain) && !self.stop.load(Ordering::Relaxed) {
-                if self.sink_some(domain)? {
-                    break;
+                match self.sink_some(domain) {
+                    Ok(false) => {}
+                    Ok(true) => break,
+                    // It has what it may have; others have not.
+                    Err(WriteError::Quota { .. }) => {
+                        if let Some(walk) = self.walks.get_mut(&domain.id) {
+                            walk.rests_until = Instant::now() + ROUND_REST;
+                        }
+                        break;
+                    }
+                    Err(error) => return Err(error),
                 }
             }
             // Fewer are not worth a segment, and leave with others later.

@@ -274,17 +274,24 @@ fn no_record_can_make_the_tier_read_what_is_not_its() {
     let good = world.remote(held).unwrap();
     let mut window = Window::default();
     let mut bytes = vec![0; good.length];
-    world.tier.read(DomainId(1), good, &mut bytes, &mut window).unwrap();
-    assert!(world.tier.read(DomainId(2), good, &mut bytes, &mut window).is_err(), "another domain's");
+    let writing = world.tier.writing(good);
+    world.tier.read(DomainId(1), good, writing, &mut bytes, &mut window).unwrap();
+    assert!(
+        world.tier.read(DomainId(2), good, writing, &mut bytes, &mut window).is_err(),
+        "another domain's"
+    );
+    let other = writing.map(|writing| writing + 1);
+    assert!(world.tier.read(DomainId(1), good, other, &mut bytes, &mut window).is_err(), "another writing's");
+    assert!(world.tier.read(DomainId(1), good, None, &mut bytes, &mut window).is_err(), "no writing's");
     let places: Vec<Remote> = world.held.clone().into_iter().filter_map(|held| world.remote(held)).collect();
     let segment = good.at.bits() & !0x3fff;
     for bits in (segment..segment + (1 << 14)).chain([0, 1 << 20, (1 << 35) - 1]) {
         let remote = Remote { at: Away::new(bits).unwrap(), ..good };
-        let read = world.tier.read(DomainId(1), remote, &mut bytes, &mut window);
+        let read = world.tier.read(DomainId(1), remote, world.tier.writing(remote), &mut bytes, &mut window);
         assert_eq!(read.is_ok(), places.contains(&remote), "place {bits:#x}");
     }
     let short = Remote { length: good.length - 1, ..good };
-    assert!(world.tier.read(DomainId(1), short, &mut bytes[1..], &mut window).is_err());
+    assert!(world.tier.read(DomainId(1), short, writing, &mut bytes[1..], &mut window).is_err());
 }
 
 #[test]
