@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::settings::Settings;
 
 /// Orders that may wait for the loop.
-const ORDERS_MAX: usize = 64;
+pub(crate) const ORDERS_MAX: usize = 64;
 /// Moments that may wait for whoever keeps their history: as many seconds. Later ones are missed there.
 const MOMENTS_MAX: usize = 64;
 /// How long an order may wait. A decision takes milliseconds; reading all of /proc for machines that are awaited, a second.
@@ -114,6 +114,13 @@ impl Desk {
     /// The next order whose asker still waits.
     pub(crate) fn next(&mut self) -> Option<Asked> {
         std::iter::from_fn(|| self.orders.try_recv().ok()).find(|asked| !asked.answer.is_closed())
+    }
+
+    /// Has the loop come back for orders that still wait.
+    pub(crate) fn remind(&self) {
+        if !self.orders.is_empty() {
+            let _ = self.asked.signal();
+        }
     }
 
     /// Puts a moment where everybody sees it.

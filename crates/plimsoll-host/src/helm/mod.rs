@@ -9,7 +9,7 @@
 //! not there at all, and no guest waits for it.
 pub mod kept;
 
-use crate::api::exchange::{Asked, Desk, Moment, Obeyed, Order};
+use crate::api::exchange::{Asked, Desk, Moment, ORDERS_MAX, Obeyed, Order};
 use crate::api::{Code, Fault, Settings};
 use crate::backend::{Backend, Done, Kind, Managed};
 use crate::config::{Config, MachineConfig};
@@ -50,12 +50,14 @@ pub struct Own {
     pub attached: Arc<AtomicU64>,
     /// Machines that were met, and what the loop calls them.
     met: BTreeMap<MachineId, Option<MachineId>>,
+    /// What each of the others was last seen to use: one that cannot be looked at just now is no room.
+    seen: BTreeMap<MachineId, ByteCount>,
 }
 
 impl Own {
     /// Those of a manager.
     pub fn new(manager: Arc<Mutex<Manager>>, budget: Arc<Mutex<ByteCount>>) -> Self {
-        Self { manager, budget, attached: Arc::default(), met: BTreeMap::new() }
+        Self { manager, budget, attached: Arc::default(), met: BTreeMap::new(), seen: BTreeMap::new() }
     }
 }
 
@@ -111,13 +113,16 @@ impl Helm {
                     self.look_round(control);
                 }
                 Happened::Asked => {
-                    while let Some(Asked { order, answer }) = self.desk.next() {
+                    // Whoever is refused may ask again at once, and decisions are due.
+                    for _ in 0..ORDERS_MAX {
+                        let Some(Asked { order, answer }) = self.desk.next() else { break };
                         match self.obey(control, order) {
                             // Nothing was changed, so there is nothing to decide about.
                             Err(fault) => drop(answer.send(Err(fault))),
                             done => self.obeyed.push((answer, done)),
                         }
                     }
+                    self.desk.remind();
                 }
             }
             ControlFlow::Continue(())
@@ -130,11 +135,10 @@ impl Helm {
         let tree = known.unwrap_or_else(|| Arc::new(control.tree().clone()));
         self.tree = Some(Arc::clone(&tree));
         let berths = control.berths();
-        if let Some(own) = &self.own {
-            let is_attached =
-                |id: &MachineId| berths.get(id).is_some_and(|berth| berth.kind == Kind::Attached);
-            let seen = turn.view.machines.iter().filter(|machine| is_attached(&machine.id));
-            let consumed = seen.map(|machine| machine.consumed.0).fold(0, u64::saturating_add);
+        if let Some(own) = &mut self.own {
+            own.seen.extend(turn.view.machines.iter().map(|machine| (machine.id, machine.consumed)));
+            own.seen.retain(|id, _| berths.get(id).is_some_and(|berth| berth.kind == Kind::Attached));
+            let consumed = own.seen.values().fold(0, |sum: u64, consumed| sum.saturating_add(consumed.0));
             own.attached.store(consumed, Ordering::Relaxed);
         }
         let events: Vec<String> = turn.events.iter().map(ToString::to_string).collect();
