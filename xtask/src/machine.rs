@@ -2,20 +2,10 @@
 //!
 //! Enters: device files, the control group file system, programs. Leaves: the capabilities that tests above level 0 need,
 //! present or missing. A test may be skipped only where one that its level needs is missing.
-use crate::setup::{has_kernel, has_promtool, has_schemathesis, is_root, is_there};
+use crate::setup::{has_all_of, has_kernel, has_promtool, has_schemathesis, is_root, is_there};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
-
-/// What the tests of level 3 run.
-const MODELS: [&str; 6] = [
-    "qemu-system-x86_64",
-    "as",
-    "qemu-system-riscv64",
-    "riscv64-linux-gnu-as",
-    "qemu-system-aarch64",
-    "aarch64-linux-gnu-as",
-];
 
 /// A capability and whether it is here.
 pub(crate) struct Capability {
@@ -43,7 +33,7 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (2, "libvirt", has_libvirt),
         (2, "gdb", is_there("gdb")),
         (2, "cloud-kernel", has_kernel()),
-        (3, "models", MODELS.into_iter().all(is_there)),
+        (3, "models", is_there("qemu-system-x86_64") && has_all_of(3)),
     ]
     .map(|(level, name, is_here)| Capability { name, level, is_here })
     .into()

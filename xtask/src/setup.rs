@@ -78,6 +78,11 @@ pub(crate) fn has_kernel() -> bool {
     fs::read_dir(KERNELS).is_ok_and(|versions| versions.flatten().any(|version| is_kernel(&version)))
 }
 
+/// True when every program is there that tests of that level run and those of lower levels do not.
+pub(crate) fn has_all_of(level: u8) -> bool {
+    NEEDS.iter().filter(|need| need.level == level).all(|need| is_there(need.program))
+}
+
 /// True when promtool is where tests look for it.
 pub(crate) fn has_promtool() -> bool {
     Path::new(PROMTOOL).exists()
