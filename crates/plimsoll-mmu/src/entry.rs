@@ -170,6 +170,11 @@ pub struct Table {
 }
 
 impl Table {
+    /// An entry that names the table at `at`, with nothing set but what is given.
+    pub const fn new(at: Output, permissions: Permissions, memory: Memory) -> Self {
+        Self { at, permissions, memory, accessed: false, global: false, software: 0, skips: 0 }
+    }
+
     /// The next table's level, where the entry is one of `level`; `None` where the tables have ended.
     pub fn leads_to(&self, level: Level) -> Option<Level> {
         let below = level.0.checked_sub(1)?.checked_sub(self.skips)?;

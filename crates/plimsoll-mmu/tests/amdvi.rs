@@ -114,15 +114,7 @@ fn wrong_sizes_and_levels_are_malformed_and_not_reserved_bits() {
         }
     }
     let table = |skips| {
-        let table = Table {
-            at: Output(0x5000),
-            permissions: OPEN,
-            memory: Memory::Physical,
-            accessed: false,
-            global: false,
-            software: 0,
-            skips,
-        };
+        let table = Table { skips, ..Table::new(Output(0x5000), OPEN, Memory::Physical) };
         Host::<4>::encode(&Entry::Table(table), Level(3), &Caps::FULL)
     };
     assert_eq!(table(1), Ok(0x5000 | PR | IR | IW | next_level(1)));

@@ -358,15 +358,7 @@ fn guests(global: bool) -> [World; 3] {
 fn entry(word: Word, pages: u64) -> Entry {
     match word {
         Word::Absent => Entry::Absent { software: 0 },
-        Word::Table(at) => Entry::Table(Table {
-            at: Output(at * PAGE),
-            permissions: Permissions::all(),
-            memory: Memory::Physical,
-            accessed: false,
-            global: false,
-            software: 0,
-            skips: 0,
-        }),
+        Word::Table(at) => Entry::Table(Table::new(Output(at * PAGE), Permissions::all(), Memory::Physical)),
         Word::Leaf(first, global) => {
             let shift = if pages == 2 { 13 } else { 12 };
             let leaf = Leaf::new(Output(first * PAGE), shift, Permissions::all(), Memory::Physical);

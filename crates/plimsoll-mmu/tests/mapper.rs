@@ -43,15 +43,7 @@ impl Format for Odd {
                 dirty: raw & 16 != 0,
                 ..Leaf::new(at, Self::shift(level), permissions, memory)
             }),
-            3 => Entry::Table(Table {
-                at,
-                permissions,
-                memory,
-                accessed: false,
-                global: false,
-                software: 0,
-                skips: 0,
-            }),
+            3 => Entry::Table(Table::new(at, permissions, memory)),
             _ => Entry::Absent { software: raw },
         }
     }

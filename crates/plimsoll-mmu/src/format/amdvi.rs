@@ -163,13 +163,10 @@ fn decode_table(raw: u64, skips: u8, caps: &Caps) -> Entry {
         return Entry::Malformed(Malformed::Reserved(reserved));
     }
     Entry::Table(Table {
-        at: Output(raw & ADDRESS),
-        permissions: permissions(raw),
-        memory: Memory::Physical,
         accessed: caps.keeps_accessed() && raw & ACCESSED != 0,
-        global: false,
         software: raw & caps.table_software(),
         skips,
+        ..Table::new(Output(raw & ADDRESS), permissions(raw), Memory::Physical)
     })
 }
 

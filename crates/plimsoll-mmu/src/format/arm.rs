@@ -221,15 +221,10 @@ fn decode_table(raw: u64, shape: Shape, caps: &Caps) -> Entry {
         }
     }
     Entry::Table(Table {
-        at: Output(at),
-        permissions,
-        memory: Memory::Physical,
-        accessed: false,
-        global: false,
         // NSTable, address bits below the granule, and in the second stage the bits that are only the first's: reserved,
         // and kept to be seen.
         software: raw & !(VALID | TABLE | shape.address(shape.granule) | table_rights(shape.stage)),
-        skips: 0,
+        ..Table::new(Output(at), permissions, Memory::Physical)
     })
 }
 

@@ -109,13 +109,9 @@ impl Format for Ept {
                 return Entry::Malformed(Malformed::Reserved(reserved));
             }
             return Entry::Table(Table {
-                at: Output(raw & ADDRESS),
-                permissions,
-                memory: Memory::Physical,
                 accessed: keeps && raw & ACCESSED != 0,
-                global: false,
                 software: raw & caps.ignored(level, Kind::Table),
-                skips: 0,
+                ..Table::new(Output(raw & ADDRESS), permissions, Memory::Physical)
             });
         }
         let shift = Self::shift(level);

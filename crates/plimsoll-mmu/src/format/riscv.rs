@@ -125,13 +125,9 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
             _ if reserved != 0 => Entry::Malformed(Malformed::Reserved(reserved)),
             Level::PAGES => Entry::Malformed(Malformed::TableAtLastLevel),
             _ => Entry::Table(Table {
-                at: Output(address),
-                permissions: Permissions::all(),
-                memory: Memory::Physical,
-                accessed: false,
                 global: raw & GLOBAL != 0,
                 software: raw & SOFTWARE,
-                skips: 0,
+                ..Table::new(Output(address), Permissions::all(), Memory::Physical)
             }),
         };
     }

@@ -174,15 +174,8 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     let (output, software) = (Output(raw & ADDRESS), raw & caps.ignored(level, kind));
     let accessed = caps.keeps() && raw & ACCESSED != 0;
     if !maps {
-        return Entry::Table(Table {
-            at: output,
-            permissions,
-            memory: Memory::Physical,
-            accessed,
-            global: false,
-            software,
-            skips: 0,
-        });
+        let table = Table::new(output, permissions, Memory::Physical);
+        return Entry::Table(Table { accessed, software, ..table });
     }
     let memory = if raw & SNOOP != 0 { Memory::Snooped } else { Memory::Physical };
     Entry::Leaf(Leaf {

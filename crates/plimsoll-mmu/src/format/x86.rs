@@ -162,14 +162,11 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
         if reserved != 0 {
             return Entry::Malformed(Malformed::Reserved(reserved));
         }
+        let memory = Memory::Pat(low_byte(raw >> PWT_SHIFT & 3));
         return Entry::Table(Table {
-            at: Output(raw & ADDRESS),
-            permissions: permissions(raw),
-            memory: Memory::Pat(low_byte(raw >> PWT_SHIFT & 3)),
             accessed: raw & ACCESSED != 0,
-            global: false,
             software: raw & TABLE_IGNORED,
-            skips: 0,
+            ..Table::new(Output(raw & ADDRESS), permissions(raw), memory)
         });
     }
     let shift = Long4::shift(level);

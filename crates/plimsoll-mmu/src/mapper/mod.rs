@@ -356,13 +356,5 @@ impl<'a, F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'a, F,
 
 /// An entry that names the table at `at` and forbids nothing.
 fn new_table<F: Format>(at: Output) -> Table {
-    Table {
-        at,
-        permissions: Permissions::all(),
-        memory: F::TABLE_MEMORY,
-        accessed: false,
-        global: false,
-        software: 0,
-        skips: 0,
-    }
+    Table::new(at, Permissions::all(), F::TABLE_MEMORY)
 }

@@ -5,7 +5,7 @@
 use super::records::{EntryId, Id};
 use super::{Answer, Backing, Error, Fence, Kind, Outcome, P2m, Role, Shadow, Writes, root_page};
 use crate::address::{Input, Level, MAX_LEVELS, Output};
-use crate::entry::{Entry, Leaf, Memory, Permissions, Table};
+use crate::entry::{Entry, Leaf, Permissions, Table};
 use crate::format::Feature;
 use crate::format::x86::X86Format;
 use crate::memory::{TableFrames, TableMemory};
@@ -209,15 +209,8 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
             let child = level.below().and_then(|below| *path.get(below.subscript())?);
             let entry = on(path, level, F::index(allowed.input, level));
             let (Some(child), Some(entry)) = (child, entry) else { continue };
-            let next = Entry::Table(Table {
-                at: self.lists.record(child).frame,
-                permissions: Permissions::all(),
-                memory: Memory::Pat(0),
-                accessed: true,
-                global: false,
-                software: 0,
-                skips: 0,
-            });
+            let next = Table::new(self.lists.record(child).frame, Permissions::all(), F::TABLE_MEMORY);
+            let next = Entry::Table(Table { accessed: true, ..next });
             let word = self.encode(&next, level)?;
             fence = fence.max(self.exchange(entry, |_| Ok(word))?);
             self.lists.link_parent(entry, allowed.word::<F>(level), child);

@@ -48,15 +48,7 @@ impl<const LEVELS: u8, const BITS: u32> Format for Tiny<LEVELS, BITS> {
         permissions.set(Permissions::WRITE, raw & WRITE != 0 && *sight != Sight::Writeless);
         let (accessed, memory) = (raw & ACCESSED != 0, Memory::Physical);
         if level > Level::PAGES {
-            return Entry::Table(Table {
-                at,
-                permissions,
-                memory,
-                accessed,
-                global: false,
-                software: 0,
-                skips: 0,
-            });
+            return Entry::Table(Table { accessed, ..Table::new(at, permissions, memory) });
         }
         Entry::Leaf(Leaf { accessed, ..Leaf::new(at, 4, permissions, memory) })
     }
