@@ -130,15 +130,8 @@ impl<F: Format, T: FnMut(&mut Chance, u64) -> Output> Dress<F> for Entries<T> {
             permissions.set(Permissions::USER, chance.percent(50));
             permissions.set(Permissions::EXECUTE_USER, chance.percent(50));
         }
-        Entry::Table(Table {
-            at: (self.place)(chance, below * 8),
-            permissions,
-            memory: Memory::Physical,
-            accessed: false,
-            global: false,
-            software: chance.bits() & 0x7f << 52,
-            skips: 0,
-        })
+        let table = Table::new((self.place)(chance, below * 8), permissions, Memory::Physical);
+        Entry::Table(Table { software: chance.bits() & 0x7f << 52, ..table })
     }
 
     fn leaf(&mut self, chance: &mut Chance, target: Output, size: Size) -> Entry {

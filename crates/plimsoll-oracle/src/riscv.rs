@@ -167,15 +167,8 @@ struct Entries<T> {
 
 impl<F: Format, T: FnMut(&mut Chance) -> Output> Dress<F> for Entries<T> {
     fn table(&mut self, chance: &mut Chance, _: Level) -> Entry {
-        Entry::Table(Table {
-            at: (self.place)(chance),
-            permissions: Permissions::all(),
-            memory: Memory::Physical,
-            accessed: false,
-            global: chance.percent(30),
-            software: chance.bits() & 3 << 8,
-            skips: 0,
-        })
+        let table = Table::new((self.place)(chance), Permissions::all(), Memory::Physical);
+        Entry::Table(Table { global: chance.percent(30), software: chance.bits() & 3 << 8, ..table })
     }
 
     fn leaf(&mut self, chance: &mut Chance, target: Output, size: Size) -> Entry {

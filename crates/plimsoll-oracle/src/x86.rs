@@ -159,15 +159,9 @@ impl<F: X86Format> Dress<F> for Entries {
         let at = self.frames.take(chance, 4096);
         let full = chance.percent(75);
         let ignored = TABLE_IGNORED & if level >= Level(4) { !GLOBAL } else { u64::MAX };
-        Entry::Table(Table {
-            at,
-            permissions: if full { Permissions::all() } else { permissions(chance) },
-            memory: Memory::Pat(chance.of(&[0, 1, 2, 3])),
-            accessed: chance.percent(50),
-            global: false,
-            software: chance.bits() & ignored,
-            skips: 0,
-        })
+        let permissions = if full { Permissions::all() } else { permissions(chance) };
+        let table = Table::new(at, permissions, Memory::Pat(chance.of(&[0, 1, 2, 3])));
+        Entry::Table(Table { accessed: chance.percent(50), software: chance.bits() & ignored, ..table })
     }
 
     fn leaf(&mut self, chance: &mut Chance, target: Output, size: Size) -> Entry {
