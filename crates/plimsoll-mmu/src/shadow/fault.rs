@@ -46,13 +46,7 @@ impl Allowed<'_> {
         if level < self.walked.level {
             return 0;
         }
-        let (raw, caps) = (self.walked.step(level).raw, &self.registers.caps);
-        let marked = match F::decode(raw, level, caps) {
-            Entry::Table(table) => Entry::Table(Table { accessed: true, ..table }),
-            Entry::Leaf(leaf) => Entry::Leaf(Leaf { accessed: true, dirty: self.leaf.dirty, ..leaf }),
-            other => other,
-        };
-        F::encode(&marked, level, caps).unwrap_or(raw)
+        F::marked(self.walked.step(level).raw, level, &self.registers.caps, self.access)
     }
 
     /// What may be done by way of the shadow leaf, as far as the guest's tables and the host decide; `None` if there is no such

@@ -5,7 +5,7 @@
 use super::records::{EntryId, Id, Record, Sync};
 use super::{Error, Fence, Kind, P2m, Role, Shadow};
 use crate::address::{Level, Output};
-use crate::entry::{Entry, Leaf, Permissions};
+use crate::entry::{Entry, Permissions};
 use crate::format::x86::X86Format;
 use crate::memory::{TableFrames, TableMemory};
 use crate::walk::Access;
@@ -185,11 +185,8 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
         let was = self.lists.node(entry).word;
         let is = guest.read(Output(record.page << 12 | u64::from(entry.index()) << 3)).ok();
         // A page that was written meanwhile, by way of another role of the table, is no other page.
-        let written = match F::decode(was, level, &caps) {
-            Entry::Leaf(leaf) => F::encode(&Entry::Leaf(Leaf { dirty: true, ..leaf }), level, &caps).ok(),
-            _ => None,
-        };
-        if is == Some(was) || (is.is_some() && is == written) {
+        let written = F::marked(was, level, &caps, Access::Write);
+        if is.is_some_and(|is| is == was || is == written) {
             return Ok(Fence::None);
         }
         self.drop_entry(entry)
