@@ -177,7 +177,7 @@ impl<'a> Lists<'a> {
     pub(super) fn used(&self) -> impl Iterator<Item = Id> + '_ {
         let numbers = 0..self.records.len();
         numbers.filter_map(|id| u32::try_from(id).ok()).map(Id).filter(|id| {
-            // What is free or dropped was zapped, which leaves no level.
+            // What is free or dropped was used by no call.
             self.record(*id).used != 0
         })
     }

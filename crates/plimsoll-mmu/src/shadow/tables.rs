@@ -71,21 +71,28 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
         Ok(fence)
     }
 
+    /// Where a shadow entry is, and its word.
+    fn read(&self, entry: EntryId) -> Result<(Output, u64), Error<M::Error>> {
+        let frame = self.lists.record(entry.table()).frame;
+        let at = Output(frame.0 | u64::from(entry.index()) << 3);
+        let word = self.memory.read(at).map_err(|error| Error::Memory { at, error })?;
+        Ok((at, word))
+    }
+
     /// Makes a shadow entry say something else. Processors do not write to it: its accessed and dirty bits were set when it was
     /// made.
     pub(super) fn exchange(
-        &mut self,
+        &self,
         entry: EntryId,
         new: impl FnOnce(u64) -> Result<u64, Error<M::Error>>,
     ) -> Result<Fence, Error<M::Error>> {
-        let record = self.lists.record(entry.table());
-        let (at, level) = (Output(record.frame.0 | u64::from(entry.index()) << 3), record.role.level);
-        let memory = |error| Error::Memory { at, error };
-        let old = self.memory.read(at).map_err(memory)?;
+        let (at, old) = self.read(entry)?;
         let new = new(old)?;
-        if self.memory.compare_exchange(at, old, new).map_err(memory)? != old {
+        let found = self.memory.compare_exchange(at, old, new);
+        if found.map_err(|error| Error::Memory { at, error })? != old {
             return Err(Error::Contended { at });
         }
+        let level = self.lists.record(entry.table()).role.level;
         let [old, new] = [old, new].map(|word| F::decode(word, level, &self.caps));
         Ok(Fence::between(&old, &new))
     }
@@ -141,12 +148,10 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
             if level > Level::PAGES {
                 return shadow.drop_entry(entry);
             }
-            let caps = shadow.caps;
-            shadow.exchange(entry, |word| match F::decode(word, level, &caps) {
+            shadow.exchange(entry, |word| match F::decode(word, level, &shadow.caps) {
                 Entry::Leaf(mut leaf) => {
                     leaf.permissions.remove(Permissions::WRITE);
-                    F::encode(&Entry::Leaf(leaf), level, &caps)
-                        .map_err(|reason| Error::Unencodable { level, reason })
+                    shadow.encode(&Entry::Leaf(leaf), level)
                 }
                 _ => Ok(word),
             })
@@ -156,15 +161,11 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
     /// Whether some shadow leaf maps the page writable.
     fn is_writable(&mut self, page: u64) -> Result<bool, Error<M::Error>> {
         let mut writable = false;
-        let caps = self.caps;
         let _ = self.for_each_leaf(page, |shadow, entry| {
             let level = shadow.lists.record(entry.table()).role.level;
-            shadow.exchange(entry, |word| {
-                let entry = F::decode(word, level, &caps);
-                writable |=
-                    matches!(entry, Entry::Leaf(leaf) if leaf.permissions.contains(Permissions::WRITE));
-                Ok(word)
-            })
+            let says = F::decode(shadow.read(entry)?.1, level, &shadow.caps);
+            writable |= matches!(says, Entry::Leaf(leaf) if leaf.permissions.contains(Permissions::WRITE));
+            Ok(Fence::None)
         })?;
         Ok(writable)
     }
