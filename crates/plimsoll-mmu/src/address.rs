@@ -44,6 +44,11 @@ impl fmt::Display for Output {
     }
 }
 
+/// Where the entry of a table is that has this index. Tables are aligned to their size, so that this does not overflow.
+pub(crate) const fn entry_at(table: Output, index: u64) -> Output {
+    Output(table.0 | index << 3)
+}
+
 /// A level of tables, counted from the leaves: entries of level 1 map pages. The root has the highest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Level(pub u8);

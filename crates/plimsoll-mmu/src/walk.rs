@@ -3,7 +3,7 @@
 //! Enters: an address. Leaves: the leaf and the entries on the way to it, or the entry where the way ends. Each step goes
 //! one level down, so that tables that name themselves or each other end like any others. What may be done through the
 //! leaf, and what it is called when it may not, is for the architectures: [`crate::x86`], [`crate::ept`].
-use crate::address::{Input, Level, MAX_LEVELS, Output};
+use crate::address::{Input, Level, MAX_LEVELS, Output, entry_at};
 use crate::entry::{Entry, Leaf, Malformed, Permissions, Table};
 use crate::format::Format;
 use crate::memory::TableMemory;
@@ -129,7 +129,7 @@ pub(crate) fn descend_from<F: Format, M: TableMemory>(
     let Begin { mut table, mut level, mut permissions } = begin;
     let mut steps = [Step::default(); MAX_LEVELS];
     loop {
-        let mut step = Step { at: Output(table.0 | F::index(input, level) << 3), raw: 0 };
+        let mut step = Step { at: entry_at(table, F::index(input, level)), raw: 0 };
         let end = |step, dead| End { level, step, permissions, dead };
         step.raw = memory.read(step.at).map_err(|error| end(step, Dead::Memory(error)))?;
         if let Some(place) = steps.get_mut(level.subscript()) {

@@ -3,7 +3,7 @@
 //! Enters: a word of a table. Leaves: what it names, held or not. Each step moves [`Frame::held`] of one table by one entry, so
 //! that it can stop after any.
 use super::{Direct, Done, Frame, Kind, Making, Refused};
-use crate::address::{Level, Output};
+use crate::address::{Level, Output, entry_at};
 use crate::entry::{Entry, Malformed, Permissions};
 use crate::format::Format;
 use crate::memory::TableMemory;
@@ -45,6 +45,12 @@ impl<F: Format, M: TableMemory> Direct<'_, F, M> {
     pub(super) fn owned(&self, owner: MachineId, at: Output) -> Done<u32, M> {
         let number = self.number(at).filter(|number| self.record(*number).owner == Some(owner));
         number.ok_or(Refused::NotOwned(at))
+    }
+
+    /// The word of an entry of a frame's.
+    fn read(&self, number: u32, index: u32) -> Done<u64, M> {
+        let at = entry_at(self.address(number), index.into());
+        self.memory.read(at).map_err(|error| Refused::Memory { at, error })
     }
 
     /// What a word names in a table of `level`.
@@ -200,9 +206,7 @@ impl<F: Format, M: TableMemory> Direct<'_, F, M> {
             });
         }
         *budget = budget.checked_sub(1).ok_or(Refused::Budget)?;
-        let at = Output(self.address(number).0 | u64::from(held) << 3);
-        let word = self.memory.read(at).map_err(|error| Refused::Memory { at, error })?;
-        let named = self.named(word, level)?;
+        let named = self.named(self.read(number, held)?, level)?;
         if let Named::Table(below, lower) = named
             && !self.is_whole(below, lower)
         {
@@ -241,9 +245,7 @@ impl<F: Format, M: TableMemory> Direct<'_, F, M> {
             };
             let Some(left) = budget.checked_sub(1) else { return Ok(false) };
             *budget = left;
-            let at = Output(self.address(number).0 | u64::from(held - 1) << 3);
-            let word = self.memory.read(at).map_err(|error| Refused::Memory { at, error })?;
-            let named = self.named(word, level);
+            let named = self.named(self.read(number, held - 1)?, level);
             self.record_mut(number).held = held - 1;
             // What was taken for it was well-formed, and processors set marks only.
             if let Ok(named) = named {

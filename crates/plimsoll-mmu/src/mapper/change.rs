@@ -1,6 +1,6 @@
 //! Map, unmap and protect: what is mapped changes.
-use super::{Covered, Dropped, MapError, Mapper, Need, Slot, entry_at, slot, slots, through};
-use crate::address::{Level, Output, Span};
+use super::{Covered, Dropped, MapError, Mapper, Need, Slot, slot, slots, through};
+use crate::address::{Level, Output, Span, entry_at};
 use crate::entry::{Entry, Leaf, Permissions, Unencodable};
 use crate::format::Format;
 use crate::memory::{Invalidate, TableFrames, TableMemory};

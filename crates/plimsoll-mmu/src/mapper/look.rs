@@ -1,6 +1,6 @@
 //! Walk, iterate and harvest: what is mapped is looked at.
-use super::{MapError, Mapper, entry_at, slots, through};
-use crate::address::{Input, Level, Output, Span};
+use super::{MapError, Mapper, slots, through};
+use crate::address::{Input, Level, Output, Span, entry_at};
 use crate::entry::{Entry, Leaf, Malformed, Permissions};
 use crate::format::Format;
 use crate::memory::{Invalidate, TableFrames, TableMemory};

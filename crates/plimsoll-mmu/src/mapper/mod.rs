@@ -184,11 +184,6 @@ fn through<F: Format>(table: &Table, level: Level, slot: &Slot) -> Option<(Level
     (slot.first <= last).then_some((below, (slot.first, slot.last.min(last))))
 }
 
-/// Where an entry is. Tables are aligned to their size, so that this does not overflow.
-const fn entry_at(table: Output, index: u64) -> Output {
-    Output(table.0 | index << 3)
-}
-
 /// Tables that nothing names any more and that are still to be invalidated: one list a level.
 #[derive(Default)]
 struct Dropped([Option<Output>; MAX_LEVELS]);

@@ -1,6 +1,6 @@
 //! Split and merge: what is mapped stays, the size of the leaves changes.
-use super::{Covered, MapError, Mapper, Need, Slot, entry_at, new_table, slots, through};
-use crate::address::{Level, Output, Span};
+use super::{Covered, MapError, Mapper, Need, Slot, new_table, slots, through};
+use crate::address::{Level, Output, Span, entry_at};
 use crate::entry::{Entry, Leaf, Table};
 use crate::format::Format;
 use crate::memory::{Invalidate, TableFrames, TableMemory};

@@ -4,7 +4,7 @@
 //! table is written in [`Shadow::exchange`] and nowhere else.
 use super::records::{EntryId, Id, Record, Sync};
 use super::{Error, Fence, Kind, P2m, Role, Shadow};
-use crate::address::{Level, Output};
+use crate::address::{Level, Output, entry_at};
 use crate::entry::{Entry, Permissions};
 use crate::format::x86::X86Format;
 use crate::memory::{TableFrames, TableMemory};
@@ -74,7 +74,7 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
     /// Where a shadow entry is, and its word.
     fn read(&self, entry: EntryId) -> Result<(Output, u64), Error<M::Error>> {
         let frame = self.lists.record(entry.table()).frame;
-        let at = Output(frame.0 | u64::from(entry.index()) << 3);
+        let at = entry_at(frame, entry.index().into());
         let word = self.memory.read(at).map_err(|error| Error::Memory { at, error })?;
         Ok((at, word))
     }
@@ -184,7 +184,7 @@ impl<F: X86Format, M: TableMemory, P: TableFrames> Shadow<'_, F, M, P> {
         let record = self.lists.record(table);
         let (level, caps) = (record.role.level, record.role.caps);
         let was = self.lists.node(entry).word;
-        let is = guest.read(Output(record.page << 12 | u64::from(entry.index()) << 3)).ok();
+        let is = guest.read(entry_at(Output(record.page << 12), entry.index().into())).ok();
         // A page that was written meanwhile, by way of another role of the table, is no other page.
         let written = F::marked(was, level, &caps, Access::Write);
         if is.is_some_and(|is| is == was || is == written) {
