@@ -113,11 +113,13 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         };
         for slot in parts.into_iter().flatten().flat_map(|(first, last)| slots::<F>(level, first, last)) {
             let (raw, entry) = match source {
-                Source::Table(table) => match self.read(level, entry_at(table, slot.index))? {
-                    0 if row.as_ref().is_some_and(|row| row.contains(&slot)) => continue,
-                    0 => (0, Entry::Absent { software: 0 }),
-                    _ => self.entry(level, entry_at(table, slot.index))?,
-                },
+                Source::Table(table) => {
+                    let at = entry_at(table, slot.index);
+                    match self.read(level, at)? {
+                        0 if row.as_ref().is_some_and(|row| row.contains(&slot)) => continue,
+                        raw => (raw, self.decode(level, at, raw)?),
+                    }
+                }
                 Source::Over(word) if slot.index == 0 => (word, F::decode(word, level, &self.caps)),
                 Source::New | Source::Over(_) => (0, Entry::Absent { software: 0 }),
             };

@@ -224,9 +224,14 @@ impl<'a, F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'a, F,
     /// The word at `at` and what it says.
     fn entry(&self, level: Level, at: Output) -> Result<(u64, Entry), MapError<M::Error>> {
         let raw = self.read(level, at)?;
+        Ok((raw, self.decode(level, at, raw)?))
+    }
+
+    /// What the word at `at` says.
+    fn decode(&self, level: Level, at: Output, raw: u64) -> Result<Entry, MapError<M::Error>> {
         match F::decode(raw, level, &self.caps) {
             Entry::Malformed(reason) => Err(MapError::Malformed { level, at, reason }),
-            entry => Ok((raw, entry)),
+            entry => Ok(entry),
         }
     }
 
