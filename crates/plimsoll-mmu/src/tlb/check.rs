@@ -13,7 +13,7 @@ use super::{Cached, Kind, Tag, Through};
 use crate::address::{Input, Level, Output, Span};
 use crate::entry::{Entry, Leaf};
 use crate::format::{Feature, Format};
-use crate::stale::{Drops, Item, Items, left, places};
+use crate::stale::{Item, Items, left, places};
 use core::fmt;
 
 /// Whose manual counts.
@@ -191,6 +191,8 @@ impl core::error::Error for Missing {}
 
 /// The most that can be cached of one change: by stages, kind, and whether it is global.
 const SORTS: usize = 12;
+type Legal = Items<Cached, SORTS>;
+
 /// Looks for what may be stale once a processor has executed `fences` after a change, in this order. What is less bad than
 /// `least` is not looked for.
 ///
@@ -311,7 +313,7 @@ fn leaks(old: &Leaf, new: &Leaf) -> bool {
 }
 
 /// All that may be cached of the old entry, about one page at `at`.
-fn cached(change: &Change, regime: &Regime, at: Input) -> Items<Cached, SORTS> {
+fn cached(change: &Change, regime: &Regime, at: Input) -> Legal {
     let block = |shift: u32| Span::new(Input(at.0 >> shift << shift), 1 << shift);
     let (page, table) = (block(change.page_shift), block(change.table_shift));
     // An absent entry that is cached stands in the way of what the new one is.
@@ -382,7 +384,7 @@ fn throughs(stage: Stage, regime: &Regime) -> impl Iterator<Item = Through> {
 }
 
 /// What is left of `legal` after the fences.
-fn run(legal: &Items<Cached, SORTS>, fences: &[Fence]) -> Items<Cached, SORTS> {
+fn run(legal: &Legal, fences: &[Fence]) -> Legal {
     let mut present = *legal;
     let mut visible = false;
     let mut open = 0;
@@ -431,38 +433,28 @@ impl Batch<'_> {
         })
     }
 
-    fn leaves(&self, legal: &Items<Cached, SORTS>, present: &Items<Cached, SORTS>) -> Items<Cached, SORTS> {
+    fn leaves(&self, legal: &Legal, present: &Legal) -> Legal {
         left(legal, present, &|| self.effects())
     }
 }
 
 impl Item for Cached {
+    /// Whether a processor that walks through this, and no other stale entry, may come to cache `item`.
     fn makes(&self, item: &Self) -> bool {
-        makes(self, item)
-    }
-}
-
-impl Drops<Cached> for Effect {
-    fn drops(&self, item: &Cached) -> bool {
-        Effect::drops(self, item)
-    }
-}
-
-/// Whether a processor that walks through `source`, and no other stale entry, may come to cache `item`.
-fn makes(source: &Cached, item: &Cached) -> bool {
-    match (source.through, item.through) {
-        // What goes through a stale entry of the second stage is as stale.
-        (Through::Second, Through::Second) => source.kind == Kind::Structure && item.kind == Kind::Leaf,
-        (Through::Second, Through::Both) => true,
-        (Through::Second, Through::First) | (_, Through::Second) => false,
-        // A table of the second stage's own: what it names has gone through no table of the first.
-        (Through::Both, _) if source.second.is_some() => false,
-        // Tables of the first stage lead to tables, global or not as these are, and to pages. Once global, so is what is below.
-        (Through::First | Through::Both, _) => {
-            let by_table = source.kind == Kind::Structure && (item.global || !source.global);
-            let by_page = (source.through, item.through) == (Through::First, Through::Both)
-                && (source.kind, source.global) == (item.kind, item.global);
-            by_table || by_page
+        match (self.through, item.through) {
+            // What goes through a stale entry of the second stage is as stale.
+            (Through::Second, Through::Second) => self.kind == Kind::Structure && item.kind == Kind::Leaf,
+            (Through::Second, Through::Both) => true,
+            (Through::Second, Through::First) | (_, Through::Second) => false,
+            // A table of the second stage's own: what it names has gone through no table of the first.
+            (Through::Both, _) if self.second.is_some() => false,
+            // Tables of the first stage lead to tables, global or not as these are, and to pages. Once global, so is what is below.
+            (Through::First | Through::Both, _) => {
+                let by_table = self.kind == Kind::Structure && (item.global || !self.global);
+                let by_page = (self.through, item.through) == (Through::First, Through::Both)
+                    && (self.kind, self.global) == (item.kind, item.global);
+                by_table || by_page
+            }
         }
     }
 }

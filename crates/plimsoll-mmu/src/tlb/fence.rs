@@ -8,6 +8,7 @@
 //! footnote to INVLPG; SFENCE.VMA: "leaf page table entries corresponding to the virtual address").
 use super::{Cached, Kind, Owner, Space, Tag, Through, meet};
 use crate::address::{Output, Span};
+use crate::stale::Drops;
 
 /// A fence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -346,8 +347,17 @@ impl Effect {
         Self { place: Place::Second(pages), ..self }
     }
 
-    /// Whether this must be gone.
-    pub(super) fn drops(&self, cached: &Cached) -> bool {
+    /// The range of its addresses, where it has one.
+    pub(super) const fn pages(&self) -> Option<Span> {
+        match self.place {
+            Place::Everywhere => None,
+            Place::First(pages) | Place::Second(pages) => Some(pages),
+        }
+    }
+}
+
+impl Drops<Cached> for Effect {
+    fn drops(&self, cached: &Cached) -> bool {
         let Tag { owner, space } = cached.tag;
         let owned = match self.owners {
             Owners::All => true,
@@ -368,14 +378,6 @@ impl Effect {
         };
         let rooted = self.root.is_none() || self.root == cached.root;
         owned && spaced && placed && rooted && self.sorts.contains(Sorts::of(cached))
-    }
-
-    /// The range of its addresses, where it has one.
-    pub(super) const fn pages(&self) -> Option<Span> {
-        match self.place {
-            Place::Everywhere => None,
-            Place::First(pages) | Place::Second(pages) => Some(pages),
-        }
     }
 }
 
