@@ -1,7 +1,9 @@
 //! One QEMU with one hypervisor in it.
 use crate::IMAGE;
 use crate::wire::{GuestSettings, Header, Line, MAGIC, ProgramKind, Provoke};
-use plimsoll_guest::abi::Params;
+use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PARAMS_MAGIC, Params, Region};
+use plimsoll_guest::content::Mix;
+use plimsoll_guest::spec::WorkloadSpec;
 use plimsoll_sys::pidfd::Signal;
 use plimsoll_sys::process::end_with_parent;
 use plimsoll_types::ByteCount;
@@ -54,6 +56,29 @@ pub struct Guest {
     pub program: ProgramKind,
     /// Its parameter page; `tsc_hz` is filled in by the hypervisor.
     pub params: Params,
+}
+
+impl Guest {
+    /// One that works in one region of so many bytes, with contents as guests have them by default.
+    pub fn new(name: impl Into<String>, size: ByteCount, seed: u64, workload: WorkloadSpec) -> Self {
+        let mut regions = [Region::default(); MAX_REGIONS];
+        regions[0] = Region { gpa: 0, len: size.0 };
+        let params = Params {
+            magic: PARAMS_MAGIC,
+            version: ABI_VERSION,
+            vcpus: 1,
+            tsc_hz: 0,
+            seed,
+            pool_seed: 1,
+            pool_pages: 512,
+            region_count: 1,
+            reserved: 0,
+            regions,
+            mix: Mix::default(),
+            workload,
+        };
+        Self { name: name.into(), program: ProgramKind::WORKLOAD, params }
+    }
 }
 
 /// What to run.

@@ -1,8 +1,7 @@
 //! What the tests need from this machine, and hypervisors run to their end.
-use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PAGE_SIZE, PARAMS_MAGIC, Params, Region, WORKLOAD_GPA};
-use plimsoll_guest::content::Mix;
+use plimsoll_guest::abi::{PAGE_SIZE, WORKLOAD_GPA};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
-use plimsoll_metal::wire::{GuestLine, HostLine, Line, ProgramKind};
+use plimsoll_metal::wire::{GuestLine, HostLine, Line};
 use plimsoll_metal::{Event, Guest, Options, Run};
 use plimsoll_types::ByteCount;
 use std::time::Duration;
@@ -82,21 +81,5 @@ pub(crate) fn guest(kind: WorkloadKind, size: ByteCount, percent: u64, seed: u64
     workload.hot_permille = 200;
     workload.final_check = 1;
     workload.seed = seed;
-    let mut regions = [Region::default(); MAX_REGIONS];
-    regions[0] = Region { gpa: 0, len: size.0 };
-    let params = Params {
-        magic: PARAMS_MAGIC,
-        version: ABI_VERSION,
-        vcpus: 1,
-        tsc_hz: 0,
-        seed,
-        pool_seed: 1,
-        pool_pages: 512,
-        region_count: 1,
-        reserved: 0,
-        regions,
-        mix: Mix { zero: 25, duplicate: 20, text: 45, random: 10 },
-        workload,
-    };
-    Guest { name: format!("{}{seed}", kind.name()), program: ProgramKind::WORKLOAD, params }
+    Guest::new(format!("{}{seed}", kind.name()), size, seed, workload)
 }
