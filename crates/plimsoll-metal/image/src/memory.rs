@@ -104,6 +104,11 @@ impl Frame {
         NonZeroU64::new(at.0 >> PAGE_SHIFT).map(Self)
     }
 
+    /// Gives the right to use it to the allocator.
+    fn into_piece(self) -> Piece {
+        Piece { first: Pfn(self.0.get()), order: Order::PAGE }
+    }
+
     fn place(&self) -> usize {
         address(self.at().0)
     }
@@ -342,7 +347,7 @@ impl Memory {
     /// # Errors
     /// [`FramesError::Mistaken`].
     pub fn give(&mut self, frame: Frame, kind: Kind) -> Result<(), FramesError> {
-        self.frames_mut().free(Piece { first: Pfn(frame.0.get()), order: Order::PAGE }, kind)
+        self.frames_mut().free(frame.into_piece(), kind)
     }
 
     /// A root for tables of four levels, zeroed.
@@ -368,12 +373,8 @@ impl Memory {
     pub fn stock_tables(&mut self) -> Result<(), FramesError> {
         for level in (1..=3).filter_map(TableLevel::new) {
             while self.frames().pooled(level) < POOLED {
-                let mut frame = self.take(Kind::Table(level))?;
-                frame.bytes_mut().fill(0);
-                self.frames_mut().pool(
-                    Piece { first: Pfn(frame.into_address().0 >> PAGE_SHIFT), order: Order::PAGE },
-                    level,
-                )?;
+                let frame = self.take_zeroed(Kind::Table(level))?;
+                self.frames_mut().pool(frame.into_piece(), level)?;
             }
         }
         Ok(())

@@ -82,18 +82,27 @@ impl Nested {
         Ok(work(&mut mapper)?)
     }
 
+    /// Has an address translated.
+    fn put(
+        &mut self,
+        memory: &mut Memory,
+        gpa: Gpa,
+        at: Hpa,
+        permissions: Permissions,
+    ) -> Result<(), PagingError> {
+        memory.stock_tables()?;
+        let leaf = Leaf::new(Output(at.0), PAGE_SHIFT, permissions, Type::Pat(0));
+        let span = page(gpa)?;
+        self.with(memory, |mapper| mapper.map(span, leaf))
+    }
+
     /// Puts a frame behind a page. It is given back when that fails.
     ///
     /// # Errors
     /// [`PagingError`]: there is no memory for tables, or something is mapped there.
     pub fn map(&mut self, memory: &mut Memory, gpa: Gpa, frame: Frame) -> Result<(), PagingError> {
-        let rights = Permissions::READ | Permissions::WRITE | Permissions::EXECUTE | Permissions::USER;
-        let leaf = Leaf::new(Output(frame.at().0), PAGE_SHIFT, rights, Type::Pat(0));
-        let ready = memory.stock_tables().map_err(PagingError::from);
-        match ready
-            .and_then(|()| page(gpa))
-            .and_then(|span| self.with(memory, |mapper| mapper.map(span, leaf)))
-        {
+        let everything = Permissions::READ | Permissions::WRITE | Permissions::EXECUTE | Permissions::USER;
+        match self.put(memory, gpa, frame.at(), everything) {
             Ok(()) => {
                 frame.into_address();
                 Ok(())
@@ -165,10 +174,7 @@ impl Nested {
         let mut permissions = Permissions::READ | Permissions::USER;
         permissions.set(Permissions::WRITE, rights.contains(Rights::WRITE));
         permissions.set(Permissions::EXECUTE, rights.contains(Rights::EXECUTE));
-        let leaf = Leaf::new(Output(at.0), PAGE_SHIFT, permissions, Type::Pat(0));
-        memory.stock_tables()?;
-        let span = page(gpa)?;
-        self.with(memory, |mapper| mapper.map(span, leaf))
+        self.put(memory, gpa, at, permissions)
     }
 
     /// Takes a page of an extent out of the tables.
