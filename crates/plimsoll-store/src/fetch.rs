@@ -150,6 +150,13 @@ impl fmt::Debug for Fetched {
 }
 
 impl Found {
+    const fn whereabouts(&self) -> Whereabouts {
+        match self.record.body {
+            Body::Away { remote, .. } => Whereabouts::Away(remote),
+            Body::Same(_) | Body::Data { .. } => Whereabouts::Here,
+        }
+    }
+
     /// Decodes and checks.
     pub(crate) fn unpack(
         &self,
@@ -182,14 +189,21 @@ impl<M: SlabMemory> Store<M> {
     /// `into` is then empty.
     pub fn fetch(&self, handle: Handle, into: &mut Fetched) -> Result<Whereabouts, GetError> {
         into.found = None;
-        let (_, record) = self.resolve(handle)?;
-        if let Body::Away { remote, .. } = record.body {
-            into.found = Some(Found { handle, record });
-            return Ok(Whereabouts::Away(remote));
+        let found = self.found(handle)?;
+        let whereabouts = found.whereabouts();
+        match whereabouts {
+            Whereabouts::Here => into.fill(found, self.bytes(&found)?),
+            Whereabouts::Away(_) => into.found = Some(found),
         }
-        let (found, bytes) = self.locate(handle)?;
-        into.fill(found, bytes);
-        Ok(Whereabouts::Here)
+        Ok(whereabouts)
+    }
+
+    /// Where an object's encoded bytes are. Copies nothing.
+    ///
+    /// # Errors
+    /// [`GetError::Stale`], [`GetError::Corrupt`]: as for [`fetch`](Self::fetch).
+    pub fn whereabouts(&self, handle: Handle) -> Result<Whereabouts, GetError> {
+        self.found(handle).map(|found| found.whereabouts())
     }
 
     /// Reads a page and checks it: [`fetch`](Self::fetch) and [`unpack`](Fetched::unpack) in one, without the copy.
@@ -204,8 +218,8 @@ impl<M: SlabMemory> Store<M> {
         page: &mut PageBytes,
         dense: &mut dyn DenseCodec,
     ) -> Result<(), GetError> {
-        let (found, bytes) = self.locate(handle)?;
-        found.unpack(bytes, page, dense)
+        let found = self.found(handle)?;
+        found.unpack(self.bytes(&found)?, page, dense)
     }
 
     /// [`get_with`](Self::get_with) no dense codec: for stores in which nothing is packed densely.
@@ -216,16 +230,19 @@ impl<M: SlabMemory> Store<M> {
         self.get_with(handle, page, &mut crate::NoDense)
     }
 
-    /// An object and its encoded bytes, of which a same-filled one has none.
-    fn locate(&self, handle: Handle) -> Result<(Found, &[u8]), GetError> {
-        let (_, record) = self.resolve(handle)?;
-        let bytes = match record.body {
-            Body::Same(_) => &[],
-            Body::Away { .. } => return Err(GetError::Away { handle }),
+    fn found(&self, handle: Handle) -> Result<Found, GetError> {
+        self.resolve(handle).map(|(_, record)| Found { handle, record })
+    }
+
+    /// The encoded bytes of an object, of which a same-filled one has none.
+    fn bytes(&self, found: &Found) -> Result<&[u8], GetError> {
+        let handle = found.handle;
+        match found.record.body {
+            Body::Same(_) => Ok(&[]),
+            Body::Away { .. } => Err(GetError::Away { handle }),
             Body::Data { extent, .. } => {
-                self.data(extent).ok_or(GetError::Corrupt { handle, damage: Damage::Record })?
+                self.data(extent).ok_or(GetError::Corrupt { handle, damage: Damage::Record })
             }
-        };
-        Ok((Found { handle, record }, bytes))
+        }
     }
 }
