@@ -61,13 +61,7 @@ impl<M: SlabMemory> Store<M> {
 
     /// Everything that lies away: what whoever keeps it must not forget.
     pub fn remotes(&self) -> impl Iterator<Item = Remote> + '_ {
-        let mut walk = Walk::default();
-        let visits = core::iter::from_fn(move || match self.records.visit(&mut walk) {
-            Visit::Round => None,
-            visit => Some(visit),
-        });
-        visits.filter_map(|visit| {
-            let Visit::Taken(number) = visit else { return None };
+        self.records.numbers().filter_map(|number| {
             match self.records.read(&self.memory, number)?.ok()?.body {
                 Body::Away { remote, .. } => Some(remote),
                 Body::Same(_) | Body::Data { .. } => None,
