@@ -25,16 +25,11 @@ impl<M: SlabMemory> Store<M> {
     /// [`Replacement::Outdated`] where the object is gone, or its bytes are others by now: `to` is then nobody's.
     pub fn send_away(&mut self, ticket: &Ticket, to: Away) -> Replacement {
         let Some((number, record)) = self.still(&ticket.0) else { return Replacement::Outdated };
-        let body = match record.body {
-            Body::Same(_) => return Replacement::Outdated,
-            Body::Data { codec, extent, key } => {
-                Body::Away { codec, remote: Remote { at: to, length: extent.length }, key }
-            }
-            Body::Away { codec, remote, key } => {
-                Body::Away { codec, remote: Remote { at: to, ..remote }, key }
-            }
-        };
-        self.name_place(number, &record, body);
+        if let Body::Same(_) = record.body {
+            return Replacement::Outdated;
+        }
+        let remote = Remote { at: to, length: record.length() };
+        self.name_place(number, &record, Body::Away { codec: record.codec(), remote, key: record.key() });
         Replacement::Made
     }
 

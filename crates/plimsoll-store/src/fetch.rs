@@ -120,11 +120,7 @@ impl Fetched {
     }
 
     fn length(&self) -> usize {
-        match self.found.map(|found| found.record.body) {
-            Some(Body::Data { extent, .. }) => extent.length,
-            Some(Body::Away { remote, .. }) => remote.length,
-            Some(Body::Same(_)) | None => 0,
-        }
+        self.found.map_or(0, |found| found.record.length())
     }
 
     /// Takes a copy of what was found.

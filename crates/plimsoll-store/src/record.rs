@@ -237,19 +237,26 @@ impl Record {
         }
     }
 
+    /// How many encoded bytes there are, wherever they are; none of a page that is one word repeated.
+    pub(crate) const fn length(&self) -> usize {
+        match self.body {
+            Body::Same(_) => 0,
+            Body::Data { extent, .. } => extent.length,
+            Body::Away { remote, .. } => remote.length,
+        }
+    }
+
     /// The word that says where the data is and how it is kept.
     pub(crate) fn place(&self) -> u64 {
-        let (place, length) = match self.body {
-            Body::Same(_) => (0, 0),
-            Body::Data { extent, .. } => {
-                (u64::from(extent.slab.0) | u64::from(extent.slot) << SLOT_SHIFT, extent.length)
-            }
-            Body::Away { remote: Remote { at, length }, .. } => {
+        let place = match self.body {
+            Body::Same(_) => 0,
+            Body::Data { extent, .. } => u64::from(extent.slab.0) | u64::from(extent.slot) << SLOT_SHIFT,
+            Body::Away { remote: Remote { at, .. }, .. } => {
                 let high = field(at.0, SlabId::BITS, SLOT_BITS) << SLOT_SHIFT;
-                (field(at.0, 0, SlabId::BITS) | 1 << AWAY_SHIFT | high, length)
+                field(at.0, 0, SlabId::BITS) | 1 << AWAY_SHIFT | high
             }
         };
-        let place = place | (length.saturating_sub(1) as u64) << LENGTH_SHIFT;
+        let place = place | (self.length().saturating_sub(1) as u64) << LENGTH_SHIFT;
         place | self.codec().to_bits() << CODEC_SHIFT | u64::from(self.generation.0) << GENERATION_SHIFT
     }
 

@@ -94,7 +94,8 @@ pub struct Stored {
 
 impl Tally {
     pub(crate) fn add(&mut self, record: &Record) {
-        let (objects, bytes, length) = self.counters(record);
+        let length = record.length() as u64;
+        let (objects, bytes) = self.counters(record);
         *objects += 1;
         *bytes += length;
         if let Body::Data { codec: Codec::Dense, .. } = record.body {
@@ -103,7 +104,8 @@ impl Tally {
     }
 
     pub(crate) fn subtract(&mut self, record: &Record) {
-        let (objects, bytes, length) = self.counters(record);
+        let length = record.length() as u64;
+        let (objects, bytes) = self.counters(record);
         *objects = objects.saturating_sub(1);
         *bytes = bytes.saturating_sub(length);
         if let Body::Data { codec: Codec::Dense, .. } = record.body {
@@ -116,19 +118,19 @@ impl Tally {
         self.lz4 + self.raw + self.dense
     }
 
-    /// Where the record's object and where its bytes are counted, and how many those are.
-    const fn counters(&mut self, record: &Record) -> (&mut u64, &mut u64, u64) {
+    /// Where the record's object and where its bytes are counted.
+    const fn counters(&mut self, record: &Record) -> (&mut u64, &mut u64) {
         match record.body {
-            Body::Same(_) => (&mut self.same, &mut self.data_bytes, 0),
-            Body::Away { remote, .. } => (&mut self.away, &mut self.away_bytes, remote.length as u64),
-            Body::Data { codec, extent, .. } => {
+            Body::Same(_) => (&mut self.same, &mut self.data_bytes),
+            Body::Away { .. } => (&mut self.away, &mut self.away_bytes),
+            Body::Data { codec, .. } => {
                 let kind = match codec {
                     Codec::Same => &mut self.same,
                     Codec::Lz4 => &mut self.lz4,
                     Codec::Raw => &mut self.raw,
                     Codec::Dense => &mut self.dense,
                 };
-                (kind, &mut self.data_bytes, extent.length as u64)
+                (kind, &mut self.data_bytes)
             }
         }
     }
