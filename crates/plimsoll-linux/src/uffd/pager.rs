@@ -547,9 +547,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
 
     /// True when a stored page can be read without waiting for the disk. If not, it is asked for.
     pub(super) fn is_near(&mut self, object: ObjectRef) -> bool {
-        let Self { domain, fetched, far, .. } = self;
+        let Self { domain, far, .. } = self;
         let (Some(handle), Some(far)) = (Handle::from_bits(object.bits()), far) else { return true };
-        let found = domain.store(|store| store.fetch(handle, fetched));
+        let found = domain.store(|store| store.whereabouts(handle));
         !matches!(found, Ok(Whereabouts::Away(_))) || far.has(handle)
     }
 

@@ -268,7 +268,7 @@ fn a_reader_whose_window_is_older_than_the_segment_reads_anew() {
 #[test]
 fn no_record_can_make_the_tier_read_what_is_not_its() {
     let disk = FaultyDisk::default();
-    let mut world = filled(&disk, 10, None, 40);
+    let world = filled(&disk, 10, None, 40);
     world.demote_all().unwrap();
     let held = world.held[7];
     let good = world.remote(held).unwrap();

@@ -124,8 +124,8 @@ impl World {
     }
 
     /// Where a page is, if it is on the disk.
-    pub(crate) fn remote(&mut self, held: Held) -> Option<Remote> {
-        match self.domains[&held.domain].store(|store| store.fetch(held.handle, &mut self.fetched)) {
+    pub(crate) fn remote(&self, held: Held) -> Option<Remote> {
+        match self.domains[&held.domain].store(|store| store.whereabouts(held.handle)) {
             Ok(Whereabouts::Away(remote)) => Some(remote),
             _ => None,
         }
