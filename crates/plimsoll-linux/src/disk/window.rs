@@ -81,9 +81,10 @@ impl Window {
         wanted: &Range<usize>,
     ) -> io::Result<View> {
         let before = self.views.iter().position(|view| view.leads_to(segment, sequence, wanted.start));
-        let before = before.or_else(|| (self.views.len() == VIEWS).then_some(0));
         let before = before.map(|place| self.views.remove(place));
-        let before = before.filter(|view| view.leads_to(segment, sequence, wanted.start));
+        if self.views.len() == VIEWS {
+            self.views.remove(0);
+        }
         let stride = before.map_or(FIRST, |view| (view.stride * 2).min(MOST));
         let end = (wanted.start + stride).min(SEGMENT_SIZE / BLOCK_SIZE).max(wanted.end);
         let mut blocks = Blocks::new(end - wanted.start);
