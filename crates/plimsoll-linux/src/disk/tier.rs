@@ -222,7 +222,7 @@ pub struct Tier {
     disk: Box<dyn Disk>,
     table: Table,
     sealer: Sealer,
-    quota: Option<u64>,
+    quota: Option<ByteCount>,
     patience: [Duration; 2],
     state: Mutex<State>,
 }
@@ -271,15 +271,15 @@ impl Tier {
             sealer: Sealer::new(&table.key()),
             disk,
             table,
-            quota: quota.map(|quota| quota.0),
+            quota,
             patience: PATIENCE,
             state: Mutex::new(state),
         }
     }
 
     /// What one domain may have of it; `None` for all.
-    pub fn quota(&self) -> Option<ByteCount> {
-        self.quota.map(ByteCount)
+    pub const fn quota(&self) -> Option<ByteCount> {
+        self.quota
     }
 
     /// How long a disk that refuses is left alone: at first and at most.
@@ -339,8 +339,8 @@ impl Tier {
     ) -> Result<u16, WriteError> {
         if let (Some(quota), Purpose::Demote) = (self.quota, purpose) {
             let owned = self.owned(domain).0 + draft.owned(domain) + room_of(bytes.len()) as u64;
-            if owned > quota {
-                return Err(WriteError::Quota { domain, quota: ByteCount(quota) });
+            if owned > quota.0 {
+                return Err(WriteError::Quota { domain, quota });
             }
         }
         draft.add(&self.sealer, domain, handle, bytes).ok_or(WriteError::Complete)
