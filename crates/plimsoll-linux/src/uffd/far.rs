@@ -75,23 +75,13 @@ impl Far {
 
     /// True when the object has been read, or could not be. If neither, it is asked for.
     pub(super) fn has(&mut self, handle: Handle) -> bool {
-        self.take_answers();
-        if self.arrived.iter().any(|(arrived, _)| *arrived == handle) {
-            return true;
-        }
-        if !self.asked.contains(&handle) && self.asks.as_ref().is_some_and(|asks| asks.send(handle).is_ok()) {
-            self.asked.push(handle);
-        }
-        false
+        self.place_of(handle).is_some()
     }
 
     /// The object, if it has been read since it was asked for; else asks for it. That it could not be read is said once: who
     /// asks again has it read again.
     pub(super) fn look(&mut self, handle: Handle) -> Sight<'_> {
-        if !self.has(handle) {
-            return Sight::UnderWay;
-        }
-        let place = self.arrived.iter().position(|(arrived, _)| *arrived == handle).unwrap_or(0);
+        let Some(place) = self.place_of(handle) else { return Sight::UnderWay };
         if matches!(self.arrived.get(place), Some((_, Err(_))))
             && let Some((_, Err(cause))) = self.arrived.remove(place)
         {
@@ -107,6 +97,17 @@ impl Far {
     pub(super) fn forget(&mut self) {
         self.take_answers();
         self.arrived.clear();
+    }
+
+    /// Which of the answers that have arrived is the object's. If none, it is asked for.
+    fn place_of(&mut self, handle: Handle) -> Option<usize> {
+        self.take_answers();
+        let place = self.arrived.iter().position(|(arrived, _)| *arrived == handle);
+        let is_asked = place.is_some() || self.asked.contains(&handle);
+        if !is_asked && self.asks.as_ref().is_some_and(|asks| asks.send(handle).is_ok()) {
+            self.asked.push(handle);
+        }
+        place
     }
 
     fn take_answers(&mut self) {
