@@ -22,7 +22,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Records looked at under one hold of a store's lock: about 8 ns each.
-const RECORDS_PER_STEP: u32 = 1024;
+pub(super) const RECORDS_PER_STEP: u32 = 1024;
 /// Of compaction, in the unit of [`Store::compact`](plimsoll_store::Store::compact): about 32 objects moved.
 const WORK_PER_STEP: u32 = 2048;
 /// How long a store that is not worth compacting is left alone.
@@ -70,6 +70,11 @@ pub struct Tidied {
 /// The domains there are. Weak, so that a store can be taken out of its domain when its manager stops.
 pub(super) type Domains = Arc<Mutex<Vec<Weak<Domain<MemfdSlabs>>>>>;
 
+/// Those that are still there.
+pub(super) fn known(domains: &Domains) -> Vec<Arc<Domain<MemfdSlabs>>> {
+    domains.lock().iter().filter_map(Weak::upgrade).collect()
+}
+
 /// Where the housekeeper is in one store.
 #[derive(Clone, Copy, Debug)]
 struct Place {
@@ -115,8 +120,7 @@ pub(super) fn keep(
         let mut worked = true;
         while worked && cpu_time().saturating_sub(before) < SLICE && !stop.load(Ordering::Relaxed) {
             worked = keeper.collapse();
-            let known: Vec<_> = domains.lock().iter().filter_map(Weak::upgrade).collect();
-            for domain in known {
+            for domain in known(domains) {
                 worked |= keeper.tend(&domain);
             }
         }

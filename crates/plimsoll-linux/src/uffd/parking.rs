@@ -12,7 +12,7 @@
 //! Memory is short when the host is above its low mark, so that machines would have to give, or when a store is nearly full.
 //! Then objects leave that have been stored for a whole walk of the housekeeper, whose pages nobody has wanted since.
 use super::host::{Domain, Host, Incident};
-use super::housekeeper::Domains;
+use super::housekeeper::{Domains, RECORDS_PER_STEP, known};
 use super::manager::{Controls, Governed};
 use crate::disk::mover::Mover;
 use crate::disk::tier::{Tier, WriteError};
@@ -21,8 +21,8 @@ use crate::slabs::MemfdSlabs;
 use plimsoll_store::{Cold, Fetched, Hand, Handle, SlabMemory, Store};
 use plimsoll_types::{DomainId, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// How often it is looked for parked machines that have given something.
@@ -41,8 +41,6 @@ const POPULAR: u32 = 64;
 const SINKS_MIN: usize = 64;
 /// How long a store is left alone after all of it was looked at.
 const ROUND_REST: Duration = Duration::from_secs(2);
-/// Records looked at under one hold of a store's lock: about 8 ns each.
-const RECORDS_PER_STEP: u32 = 1024;
 /// How often it is looked for segments worth cleaning, where there are none.
 const CLEAN_EVERY: Duration = Duration::from_secs(1);
 /// Objects between two looks whether the machine is still parked.
@@ -129,15 +127,15 @@ impl<'a> Parker<'a> {
 
     fn turn(&mut self) {
         self.clean();
-        let parked: Vec<(MachineId, Controls)> = {
+        let parked: BTreeMap<MachineId, Controls> = {
             let governed = self.governed.lock();
             let is_parked = |controls: &Controls| controls.orders.is_parked.load(Ordering::Relaxed);
             let parked = governed.iter().filter(|(_, controls)| is_parked(controls));
             parked.map(|(id, controls)| (*id, controls.clone())).collect()
         };
-        let is_parked = |id: &MachineId| parked.iter().any(|(parked, _)| parked == id);
-        self.parked.retain(|id, _| is_parked(id));
-        self.told.retain(|trouble| !matches!(trouble, Trouble::Limit(id) if *id != NOBODY && !is_parked(id)));
+        self.parked.retain(|id, _| parked.contains_key(id));
+        let is_over = |id: &MachineId| *id != NOBODY && !parked.contains_key(id);
+        self.told.retain(|trouble| !matches!(trouble, Trouble::Limit(id) if is_over(id)));
         for (id, controls) in &parked {
             let given = controls.orders.given.load(Ordering::Relaxed);
             let fresh = Parked { given: u64::MAX, seen_off: None, since: Instant::now() };
@@ -152,21 +150,17 @@ impl<'a> Parker<'a> {
                     let known = Parked { given, seen_off: Some(given), since: Instant::now() };
                     self.parked.insert(*id, known);
                 }
-                Err(error) => {
-                    self.mover.abandon();
-                    self.refused(*id, &error);
-                }
+                Err(error) => self.refused(*id, &error),
             }
         }
         if let Err(error) = self.sink() {
-            self.mover.abandon();
             self.refused(NOBODY, &error);
         }
     }
 
     /// Has cold objects leave stores that are short of memory.
     fn sink(&mut self) -> Result<(), WriteError> {
-        let known = self.known();
+        let known = known(self.domains);
         self.walks.retain(|id, _| known.iter().any(|domain| domain.id == *id));
         for domain in &known {
             let is_awake = self.walks.get(&domain.id).is_none_or(|walk| walk.rests_until <= Instant::now());
@@ -186,12 +180,11 @@ impl<'a> Parker<'a> {
                 }
             }
             // Fewer are not worth a segment, and leave with others later.
-            if self.mover.gathered() >= SINKS_MIN && self.mover.flush()? > 0 {
-                self.told.remove(&Trouble::Disk);
+            if self.mover.gathered() >= SINKS_MIN {
+                self.flush()?;
             }
             self.mover.abandon();
-            // The group was added with the domain; a store that shrinks is never refused.
-            let _ = domain.settle(self.host);
+            self.settle(domain);
         }
         Ok(())
     }
@@ -218,8 +211,7 @@ impl<'a> Parker<'a> {
                 self.mover.demote(domain, handle, None)?;
             }
         }
-        // The group was added with the domain; a store that shrinks is never refused.
-        let _ = domain.settle(self.host);
+        self.settle(domain);
         Ok(false)
     }
 
@@ -229,10 +221,6 @@ impl<'a> Parker<'a> {
             slabs.held() > slabs.capacity() / FULL.1 * FULL.0
         });
         is_full || self.host.ledger(|ledger| ledger.used() > ledger.budget().low)
-    }
-
-    fn known(&self) -> Vec<Arc<Domain<MemfdSlabs>>> {
-        self.domains.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Takes what a parked shard has in the store to the disk.
@@ -257,19 +245,30 @@ impl<'a> Parker<'a> {
                 }
             }
         }
+        self.flush()?;
+        self.settle(&domain);
+        Ok(())
+    }
+
+    /// Sees off what is on its way.
+    fn flush(&mut self) -> Result<(), WriteError> {
         if self.mover.flush()? > 0 {
             self.told.remove(&Trouble::Disk);
         }
+        Ok(())
+    }
+
+    /// Tells the ledger what a store holds now.
+    fn settle(&self, domain: &Domain<MemfdSlabs>) {
         // The group was added with the domain; a store that shrinks is never refused.
         let _ = domain.settle(self.host);
-        Ok(())
     }
 
     fn clean(&mut self) {
         if self.cleans_at > Instant::now() {
             return;
         }
-        let known = self.known();
+        let known = known(self.domains);
         let domain_of = |id: DomainId| known.iter().find(|domain| domain.id == id).cloned();
         while !self.stop.load(Ordering::Relaxed) {
             match self.mover.clean(&domain_of) {
@@ -279,7 +278,6 @@ impl<'a> Parker<'a> {
                 }
                 Ok(_) => {}
                 Err(error) => {
-                    self.mover.abandon();
                     self.refused(NOBODY, &error);
                     return;
                 }
@@ -289,6 +287,7 @@ impl<'a> Parker<'a> {
 
     /// Nothing is lost: what was to go stays where it is, and is tried again later. The operator is told once.
     fn refused(&mut self, id: MachineId, error: &WriteError) {
+        self.mover.abandon();
         self.tries_at = Instant::now() + REFUSED;
         let trouble = match error {
             WriteError::Resting => return,
