@@ -656,8 +656,7 @@ impl Manager {
 
     /// True from the order to park on, until the one to wake.
     pub fn is_parked(&self, id: MachineId) -> bool {
-        let parked = |shard: &Shard| shard.controls.orders.is_parked.load(Ordering::Relaxed);
-        self.machines.get(&id).is_some_and(|running| running.shards.iter().any(parked))
+        self.machines.get(&id).is_some_and(Running::is_parked)
     }
 
     /// Brings back what the machine used before it was parked last, in one go, and takes nothing more from it.

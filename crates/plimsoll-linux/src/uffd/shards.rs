@@ -261,23 +261,27 @@ impl Running {
         self.shards.iter().all(|shard| shard.controls.orders.is_home.load(Ordering::Acquire))
     }
 
+    /// True from the order to park on, until the one to wake.
+    pub(super) fn is_parked(&self) -> bool {
+        self.shards.iter().any(|shard| shard.controls.orders.is_parked.load(Ordering::Relaxed))
+    }
+
     /// True once its pagers have been told to leave it: some may have, so there is no way back.
     pub(super) fn is_let_go(&self) -> bool {
         self.shards.iter().any(|shard| shard.controls.orders.let_go.load(Ordering::Relaxed))
     }
 
-    /// Tells the VMM, shard by shard in their order, that it is alone with its memory. True if it is.
-    pub(super) fn part(&self) -> bool {
+    /// Tells the VMM, shard by shard in their order, that it is alone with its memory, if it is.
+    pub(super) fn part(&self) {
         let is_given_back = |shard: &Shard| shard.controls.is_given_back.load(Ordering::Acquire);
         if !self.shards.iter().all(is_given_back) {
-            return false;
+            return;
         }
         for shard in &self.shards {
             // One that has ended needs no telling.
             let _ = shard.controls.custody.tell(&Welcome::GivenBack.encode(), &[]);
         }
         self.shards.iter().for_each(Shard::ask_to_stop);
-        true
     }
 
     /// Gives every pager an order and wakes it.
