@@ -29,14 +29,13 @@
 //!   guests wait for long; then the machine is managed as before.
 //! * **A page is lost on the way.** It is poisoned as if it had been touched, and the mark stays. A mark that the guest has
 //!   discarded unheard before a manager dies is a mark again for the next one.
-use super::pager::{Loaded, Pager, PagerError, Served};
+use super::pager::{Pager, PagerError, Served};
 use super::probe::Step;
 use super::reclaim::ZAP_BATCH;
 use super::recovery::regions;
 use super::space::Space;
 use super::wire::Stop;
-use plimsoll_core::ledger::Purpose;
-use plimsoll_core::machine::{FaultEffect, Source};
+use plimsoll_core::machine::FaultEffect;
 use plimsoll_core::map::Words;
 use plimsoll_core::word::{PageState, StateKind};
 use plimsoll_store::SlabMemory;
@@ -99,22 +98,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.orders.is_short.store(false, Ordering::Relaxed);
     }
 
-    /// Bytes of limbo are in RAM already, and are not to be refused, as when they are touched.
     fn bring_home(&mut self, page: PageIndex) -> Result<Served, PagerError> {
         match self.machine.fault(page)? {
             FaultEffect::Return { first, at } => self.return_block(first, at),
-            FaultEffect::Install(source) => {
-                if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
-                    return Ok(Served::NoMemory);
-                }
-                match self.read(source)? {
-                    Ok(Loaded::Here) => {}
-                    Ok(Loaded::Far) => return Ok(Served::Far),
-                    Err(cause) => return self.lose(page, cause),
-                }
-                let installed = self.space.copy(page, &self.buffer[..1])?;
-                self.finish(page, installed)
-            }
+            FaultEffect::Install(source) => match self.install(page, source)? {
+                Ok(installed) => self.finish(page, installed),
+                Err(served) => Ok(served),
+            },
             // The mark is in place of the page when the kernel is alone with it.
             FaultEffect::Poison => self.poison(page),
             FaultEffect::Wait => Ok(Served::Later),

@@ -462,18 +462,12 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(served)
     }
 
-    /// Bytes from limbo are in RAM already and must not wait for memory: the slot page that they leave is given back
-    /// after at most a batch of them.
+    /// What was taken comes back.
     fn serve_bytes(&mut self, page: PageIndex, source: Source) -> Result<Served, PagerError> {
-        if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
-            return Ok(Served::NoMemory);
-        }
-        match self.read(source)? {
-            Ok(Loaded::Here) => {}
-            Ok(Loaded::Far) => return Ok(Served::Far),
-            Err(cause) => return self.lose(page, cause),
-        }
-        let installed = self.space.copy(page, &self.buffer[..1])?;
+        let installed = match self.install(page, source)? {
+            Ok(installed) => installed,
+            Err(served) => return Ok(served),
+        };
         let is_done = installed.stop.is_none();
         let served = self.finish(page, installed)?;
         match source {
@@ -491,8 +485,26 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(served)
     }
 
+    /// Copies a page's bytes to where they belong; or says what came of the attempt where there is nothing to copy. Bytes from
+    /// limbo are in RAM already and must not wait for memory: the slot page that they leave is given back after at most a
+    /// batch of them.
+    pub(super) fn install(
+        &mut self,
+        page: PageIndex,
+        source: Source,
+    ) -> Result<Result<Installed, Served>, PagerError> {
+        if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
+            return Ok(Err(Served::NoMemory));
+        }
+        match self.read(source)? {
+            Ok(Loaded::Here) => Ok(Ok(self.space.copy(page, &self.buffer[..1])?)),
+            Ok(Loaded::Far) => Ok(Err(Served::Far)),
+            Err(cause) => Ok(Err(self.lose(page, cause)?)),
+        }
+    }
+
     /// Reads a page's bytes into the buffer's first place, unless they are far, or says why they are lost.
-    pub(super) fn read(&mut self, source: Source) -> Result<Result<Loaded, String>, PagerError> {
+    fn read(&mut self, source: Source) -> Result<Result<Loaded, String>, PagerError> {
         let read = match source {
             Source::Limbo(at) => {
                 self.space.read_slots(at, &mut self.buffer[..1]).map(|()| Ok(Loaded::Here))?
@@ -584,7 +596,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// The page's bytes are lost: from now on a touch fails, and the operator is told.
-    pub(super) fn lose(&mut self, page: PageIndex, cause: String) -> Result<Served, PagerError> {
+    fn lose(&mut self, page: PageIndex, cause: String) -> Result<Served, PagerError> {
         if let Released::Object(object) = self.machine.poisoned(page)? {
             self.release(object);
         }
