@@ -38,7 +38,6 @@ pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) 
     match result {
         Ok(Turned::LetGo) => {
             *controls.stats.lock() = pager.bury();
-            pager.close_far();
             controls.is_given_back.store(true, Ordering::Release);
             see_off(&mut pager, controls);
             return End::GivenBack;
@@ -55,7 +54,7 @@ pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) 
         }
     }
     *controls.stats.lock() = pager.bury();
-    // It waits for whoever reads the disk for it. Nobody is to wait for that: whoever sees the machine as buried joins this thread.
+    // So that all of it has been freed.
     drop(pager);
     controls.is_buried.store(true, Ordering::Release);
     End::Gone

@@ -209,11 +209,6 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.far = Some(far);
     }
 
-    /// Waits for that thread, and does without.
-    pub(super) fn close_far(&mut self) {
-        self.far = None;
-    }
-
     /// One bounded step: everything that has happened, the faults that can be served, a little reclaim.
     ///
     /// # Errors
@@ -649,13 +644,15 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
     }
 
-    /// The machine's process is gone: releases every object its pages name.
+    /// The machine's process is gone, or alone with it: releases every object its pages name, and waits for whoever reads the
+    /// disk for it, so that nobody who sees it buried has to.
     pub fn bury(&mut self) -> MachineStats {
         let objects: Vec<ObjectRef> = self.machine.objects().map(|(_, object)| object).collect();
         objects.into_iter().for_each(|object| self.release(object));
         // Nothing can be refused here: the store shrinks, and the machine is leaving.
         let _ = self.settle_store();
         let _ = self.host.ledger(|ledger| ledger.remove(self.id));
+        self.far = None;
         self.stats.clone()
     }
 
