@@ -421,6 +421,12 @@ mod tests {
         bytes
     }
 
+    /// Waits until RAM's descriptor has something to say, and reads nothing of it.
+    fn until_event(managed: &Managed) {
+        let mut ready = [PollFd::new(&managed.ram, PollFlags::IN)];
+        assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+    }
+
     impl Bench {
         /// Pages 0 to 9 are present and hold `word`; the others are absent.
         fn new() -> Option<Self> {
@@ -470,10 +476,8 @@ mod tests {
 
         /// Waits until RAM's descriptor has something to say.
         fn events(&self) -> Vec<Event> {
-            let ram = &self.managed().ram;
-            let mut ready = [PollFd::new(ram, PollFlags::IN)];
-            poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap();
-            ram.read_events(&mut EventBuffer::new(16)).unwrap().collect()
+            until_event(self.managed());
+            self.managed().ram.read_events(&mut EventBuffer::new(16)).unwrap().collect()
         }
 
         fn end(self) -> u64 {
@@ -679,8 +683,7 @@ mod tests {
         {
             assert!(!discard.is_finished());
             let ram = &shard.managed.ram;
-            let mut ready = [PollFd::new(ram, PollFlags::IN)];
-            assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+            until_event(&shard.managed);
             let events: Vec<_> = ram.read_events(&mut EventBuffer::new(16)).unwrap().collect();
             let [Event::Remove { start, end }] = events[..] else { panic!("{events:?}") };
             assert_eq!((start.0, end.0), bounds);
@@ -695,8 +698,7 @@ mod tests {
         // A page of the second shard, whose agent is never told.
         let discard = thread::spawn(move || memory.discard(Gpa(16 << 20), PAGE));
         let other = &bench.memory.shards()[1];
-        let mut ready = [PollFd::new(&other.managed.ram, PollFlags::IN)];
-        assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+        until_event(&other.managed);
         for shard in bench.memory.shards() {
             for (_, range) in bench.memory.parts(shard).unwrap() {
                 shard.managed.ram.unregister(range).unwrap();
@@ -717,8 +719,7 @@ mod tests {
         let memory = Arc::clone(&bench.memory);
         let discard = thread::spawn(move || memory.discard(Gpa(0), 2 * PAGE));
         // The discard is in the kernel, waiting for its event to be read: poll says so without reading it.
-        let mut ready = [PollFd::new(&bench.managed().ram, PollFlags::IN)];
-        assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+        until_event(bench.managed());
         assert_eq!(bench.one(Op::Populate, 6, 0, 1), stopped(0, Stop::Again));
         assert_eq!(bench.one(Op::MoveOut, 6, 0, 1), Outcome { done: 1, stop: None });
         assert_eq!(bench.one(Op::MoveIn, 6, 0, 1), stopped(0, Stop::Again));
@@ -748,8 +749,7 @@ mod tests {
         let Some(mut bench) = Bench::new() else { return };
         let memory = Arc::clone(&bench.memory);
         let discard = thread::spawn(move || memory.discard(Gpa(0), 2 * PAGE));
-        let mut ready = [PollFd::new(&bench.managed().ram, PollFlags::IN)];
-        assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+        until_event(bench.managed());
         assert_eq!(bench.one(Op::Unwatch, 0, 0, 512), Outcome { done: 512, stop: None });
         assert!(!discard.is_finished());
         fdpass::send(&bench.socket, &Welcome::GivenBack.encode(), &[]).unwrap();
@@ -770,13 +770,12 @@ mod tests {
         assert_eq!(bench.end(), 0);
         let shared = Arc::clone(&memory);
         let guest = thread::spawn(move || shared.read_u64(Gpa(100 * PAGE)).unwrap());
-        let ram = &memory.shards()[0].managed.ram;
-        let mut ready = [PollFd::new(ram, PollFlags::IN)];
-        assert_eq!(poll(&mut ready, Some(&Timespec { tv_sec: 10, tv_nsec: 0 })).unwrap(), 1);
+        let managed = &memory.shards()[0].managed;
+        until_event(managed);
         assert!(!guest.is_finished());
         // Somebody who holds a copy of the descriptor can still bring the page.
         let place = memory.mappings()[0].base().checked_add(100 * PAGE).unwrap();
-        assert!(ram.copy(place, &word(100), Wake::Yes).is_complete());
+        assert!(managed.ram.copy(place, &word(100), Wake::Yes).is_complete());
         assert_eq!(guest.join().unwrap(), 100_000);
     }
 }
