@@ -13,8 +13,8 @@ use super::host::{Domain, Host, Incident, Orders};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
 use super::stats::MachineStats;
-use crate::disk::window::Window;
-use crate::{disk, explain};
+use crate::disk::FetchError;
+use crate::explain;
 use plimsoll_core::ledger::{Kind, LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
@@ -134,9 +134,7 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) dense: Box<dyn DenseCodec + Send>,
     /// A stored page on its way out of the store.
     pub(super) fetched: Fetched,
-    /// What was read of the disk last, by a pager that waits for it.
-    window: Window,
-    /// Reads it for one that does not.
+    /// Reads the disk, where the host has one.
     far: Option<Far>,
     /// Where a densely packed page is unpacked to be compared.
     pub(super) scratch: Box<PageBytes>,
@@ -184,7 +182,6 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             encoder: Encoder::new(),
             dense,
             fetched: Fetched::new(),
-            window: Window::default(),
             far: None,
             scratch: Box::new([0; PAGE_SIZE]),
             hot_hand: 0,
@@ -204,7 +201,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
     }
 
-    /// Has what lies on the disk read by a thread, instead of waiting for it.
+    /// Has what lies on the disk read by a thread: a pager of a host that has a disk needs one.
     pub(super) fn set_far(&mut self, far: Far) {
         self.far = Some(far);
     }
@@ -520,15 +517,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Reads a stored page into the buffer.
     pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<Loaded, String> {
         let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
-        let Self { host, domain, fetched, window, far, failed, dense, buffer, .. } = self;
+        let Self { domain, fetched, far, failed, dense, buffer, .. } = self;
         let found = domain.store(|store| store.fetch(handle, fetched));
         let found = found.map_err(|error| explain(&error))?;
-        match (found, far) {
-            (Whereabouts::Here, _) => {}
-            (Whereabouts::Away(_), None) => {
-                disk::fetch(domain, host.tier(), handle, fetched, window).map_err(|error| explain(&error))?;
-            }
-            (Whereabouts::Away(_), Some(far)) => match far.look(handle) {
+        if let Whereabouts::Away(_) = found {
+            let far = far.as_mut().ok_or_else(|| explain(&FetchError::NoTier))?;
+            match far.look(handle) {
+                Sight::UnderWay => return Ok(Loaded::Far),
                 Sight::Read(Err(cause)) => {
                     // Once may be the disk's mood, or an old answer to what was only to be brought ahead.
                     if failed.replace(handle) == Some(handle) {
@@ -545,8 +540,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                         return Ok(Loaded::Far);
                     }
                 }
-                Sight::UnderWay => return Ok(Loaded::Far),
-            },
+            }
         }
         fetched.unpack(&mut buffer[place], &mut **dense).map_err(|error| explain(&error))?;
         Ok(Loaded::Here)
