@@ -112,11 +112,7 @@ fn a_full_tier_takes_no_more_and_can_be_cleaned() {
     world.read_all();
     assert_eq!(world.clean().unwrap(), 0, "nothing is sparse: nothing would be won");
     // Half of everything goes: no segment is free by itself.
-    let mut at = 0;
-    while at < world.held.len() {
-        world.release(at);
-        at += 1;
-    }
+    world.release_those(|place| place.is_multiple_of(2));
     assert_eq!(world.tier.stats().used, ByteCount(6 * MIB));
     while world.clean().unwrap() > 0 {
         world.audit();
@@ -140,15 +136,7 @@ fn a_disk_that_others_have_filled_is_told_left_alone_cleaned_and_tried_again() {
     let used = world.tier.stats().used;
     assert_eq!(used, ByteCount(2 * MIB));
     // Every third page stays: two segments of it fit into one.
-    let kept: Vec<Held> = world.held.iter().copied().step_by(3).collect();
-    let mut at = 0;
-    while at < world.held.len() {
-        if kept.iter().any(|kept| kept.handle == world.held[at].handle) {
-            at += 1;
-        } else {
-            world.release(at);
-        }
-    }
+    world.release_those(|place| !place.is_multiple_of(3));
     assert_eq!(world.clean().unwrap(), 2, "into the reserve");
     assert_eq!(world.tier.stats().used, ByteCount(MIB));
     world.read_all();
@@ -170,9 +158,7 @@ fn a_place_that_cannot_be_written_is_not_used_again_and_the_pages_go_elsewhere()
     world.restart(Box::new(disk.clone()));
     assert_eq!(world.tier.stats().failed, ByteCount(2 * MIB), "the next manager knows");
     world.read_all();
-    while !world.held.is_empty() {
-        world.release(0);
-    }
+    world.release_those(|_| true);
     assert_eq!(world.tier.stats().used, ByteCount(0));
 }
 
@@ -256,9 +242,7 @@ fn a_reader_whose_window_is_older_than_the_segment_reads_anew() {
         let held: Vec<Held> = world.held.clone();
         assert_eq!(world.demote(held).unwrap(), 40, "round {round}");
         world.read_all();
-        while !world.held.is_empty() {
-            world.release(0);
-        }
+        world.release_those(|_| true);
         for seed in 1..=40 {
             world.put(1, 1000 * (round + 1) + seed * 2);
         }

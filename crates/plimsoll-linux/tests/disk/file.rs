@@ -19,11 +19,7 @@ fn pages_on_a_real_file_come_back_to_the_next_manager_after_cleaning() {
     }
     world.demote_all().unwrap();
     world.read_all();
-    let mut at = 0;
-    while at < world.held.len() {
-        world.release(at);
-        at += 1;
-    }
+    world.release_those(|place| place.is_multiple_of(2));
     while world.clean().unwrap() > 0 {}
     world.read_all();
     let next = FileDisk::inherit(kept.as_fd().try_clone_to_owned().unwrap()).unwrap();

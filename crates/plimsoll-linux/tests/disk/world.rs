@@ -86,6 +86,13 @@ impl World {
         }
     }
 
+    /// Releases those pages that are at such places.
+    pub(crate) fn release_those(&mut self, is_to_go: impl Fn(usize) -> bool) {
+        for at in (0..self.held.len()).rev().filter(|at| is_to_go(*at)) {
+            self.release(at);
+        }
+    }
+
     pub(crate) fn mover(&self) -> Mover<HeapSlabs> {
         Mover::new(Arc::clone(&self.tier))
     }
