@@ -25,7 +25,7 @@ use plimsoll_policy::settings::{GroupSettings, Owner, SettingsError};
 use plimsoll_policy::tree::Tree;
 use plimsoll_sys::psi::{self, PressureTrigger};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -48,8 +48,8 @@ pub struct Own {
     pub budget: Arc<Mutex<ByteCount>>,
     /// What was last seen of machines managed from outside.
     pub attached: Arc<AtomicU64>,
-    /// Machines that were met, and what the loop calls them.
-    met: BTreeMap<MachineId, Option<MachineId>>,
+    /// Machines that were met, by the manager's names.
+    met: BTreeSet<MachineId>,
     /// What each of the others was last seen to use: one that cannot be looked at just now is no room.
     seen: BTreeMap<MachineId, ByteCount>,
 }
@@ -57,7 +57,7 @@ pub struct Own {
 impl Own {
     /// Those of a manager.
     pub fn new(manager: Arc<Mutex<Manager>>, budget: Arc<Mutex<ByteCount>>) -> Self {
-        Self { manager, budget, attached: Arc::default(), met: BTreeMap::new(), seen: BTreeMap::new() }
+        Self { manager, budget, attached: Arc::default(), met: BTreeSet::new(), seen: BTreeMap::new() }
     }
 }
 
@@ -177,23 +177,25 @@ impl Helm {
         let came = control.names().filter(|(id, _)| Some(*id) > newest);
         let came: Vec<(MachineId, String)> = came.map(|(id, name)| (id, name.to_owned())).collect();
         for (id, name) in came {
-            self.go_on_with(control, id, &name);
+            if self.kept.word(&name).is_some_and(|word| word.paused) {
+                control.pause(id, true, now);
+            }
         }
     }
 
-    /// Takes in machines that were handed over since the last look.
+    /// Takes in machines that were handed over since the last look. That one is paused may have been said of another of its name,
+    /// which was attached to: these are not.
     fn meet(&mut self, control: &mut Control) {
         let Some(own) = &mut self.own else { return };
         let machines = {
             let manager = own.manager.lock();
             let machines = manager.machines();
-            own.met.retain(|id, _| machines.iter().any(|machine| machine.id == *id));
-            let new = machines.into_iter().filter(|machine| !own.met.contains_key(&machine.id));
+            own.met.retain(|id| machines.iter().any(|machine| machine.id == *id));
+            let new = machines.into_iter().filter(|machine| !own.met.contains(&machine.id));
             let new = new.filter(|machine| !manager.is_gone(machine.id));
             new.map(|machine| (manager.custody(machine.id).map(|custody| custody.process()), machine))
                 .collect::<Vec<_>>()
         };
-        let mut came = Vec::new();
         for (process, machine) in machines {
             let config = said(&self.kept, &self.config, &self.groups, &machine.name);
             let backend = || -> Box<dyn Backend> {
@@ -209,23 +211,10 @@ impl Helm {
                 let usual = MachineConfig::default().settings(MachineId(0), machine.size);
                 control.admit(&machine.name, usual, backend())
             });
-            if let Err(error) = &admitted {
-                (self.note)(&format!("{} has an equal share: {}", machine.name, explain(error)));
+            if let Err(error) = admitted {
+                (self.note)(&format!("{} has an equal share: {}", machine.name, explain(&error)));
             }
-            came.extend(admitted.as_ref().ok().map(|id| (*id, machine.name)));
-            own.met.insert(machine.id, admitted.ok());
-        }
-        for (id, name) in came {
-            self.go_on_with(control, id, &name);
-        }
-    }
-
-    /// Has a machine that came as it was said to be.
-    fn go_on_with(&self, control: &mut Control, id: MachineId, name: &str) {
-        let is_attached = control.berth(id).is_some_and(|berth| berth.kind != Kind::HandedOver);
-        // Another machine of that name may have been attached before.
-        if is_attached && self.kept.word(name).is_some_and(|word| word.paused) {
-            control.pause(id, true, Instant::now());
+            own.met.insert(machine.id);
         }
     }
 
