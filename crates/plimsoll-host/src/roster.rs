@@ -12,7 +12,10 @@ use plimsoll_linux::explain;
 use plimsoll_policy::admission::AdmissionError;
 use plimsoll_types::{ByteCount, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How often is looked for machines that are not there yet: finding one reads all of /proc.
+const FIND_EVERY: Duration = Duration::from_secs(5);
 
 /// What is said about the machine of a name. A machine has the name it is looked for by, and its own.
 pub type Said<'a> = dyn Fn(&str) -> Option<MachineConfig> + 'a;
@@ -42,19 +45,21 @@ impl Opened {
 }
 
 /// Machines that are to be managed.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Roster {
     /// Those that are not, with what was last said of them.
     waiting: BTreeMap<String, Option<String>>,
     /// Those that are.
     managed: BTreeMap<MachineId, String>,
+    /// When is looked for them again.
+    find_at: Instant,
 }
 
 impl Roster {
     /// Those of these names, UUIDs or process ids.
     pub fn new(wanted: impl IntoIterator<Item = String>) -> Self {
         let waiting = wanted.into_iter().map(|name| (name, None)).collect();
-        Self { waiting, managed: BTreeMap::new() }
+        Self { waiting, managed: BTreeMap::new(), find_at: Instant::now() }
     }
 
     /// Those that are not there, each with why not.
@@ -79,13 +84,25 @@ impl Roster {
         self.waiting.remove(name);
     }
 
-    /// Takes in whoever is there. `note` hears of each that came, and once of each other why it did not.
-    pub fn take_in(&mut self, control: &mut Control, said: &Said<'_>, note: &mut dyn FnMut(&str)) {
+    /// Takes in whoever is there, if it is time to look again, and returns those that came, with their names. `note` hears of each of
+    /// them, and once of each other why it did not.
+    pub fn take_in(
+        &mut self,
+        control: &mut Control,
+        now: Instant,
+        said: &Said<'_>,
+        note: &mut dyn FnMut(&str),
+    ) -> Vec<(MachineId, String)> {
+        let mut came = Vec::new();
+        if now < self.find_at {
+            return came;
+        }
+        self.find_at = now + FIND_EVERY;
         let here: BTreeSet<MachineId> = control.names().map(|(id, _)| id).collect();
         let gone = self.managed.extract_if(.., |id, _| !here.contains(id)).map(|(_, name)| (name, None));
         self.waiting.extend(gone);
         if self.waiting.is_empty() {
-            return;
+            return came;
         }
         // All of /proc is read once for all, not once for each, between two decisions.
         let seen = discover();
@@ -102,11 +119,12 @@ impl Roster {
                     notes.iter().for_each(|text| note(text));
                     let process = process.map_or(0, plimsoll_sys::ProcessId::get);
                     note(&format!("{name} is managed: {size}, process {process}"));
-                    Ok(id)
+                    Ok((id, name))
                 });
             match opened {
-                Ok(id) => {
+                Ok((id, name)) => {
                     self.managed.insert(id, wanted.clone());
+                    came.push((id, name));
                     return false;
                 }
                 Err(why) if told.as_ref() == Some(&why) => {}
@@ -117,6 +135,7 @@ impl Roster {
             }
             true
         });
+        came
     }
 }
 

@@ -33,8 +33,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
-/// How often is looked for machines that are not there yet: finding one reads all of /proc.
-const FIND_EVERY: Duration = Duration::from_secs(5);
 /// Tasks that wait this long in a second are worth a decision of their own.
 const PRESSURE: Duration = Duration::from_millis(100);
 /// Below this a daemon could not even run one machine.
@@ -74,7 +72,6 @@ pub struct Helm {
     own: Option<Own>,
     note: Note,
     tree: Option<Arc<Tree>>,
-    find_at: Instant,
     /// Orders that were carried out, until it has been decided about what they changed.
     obeyed: Vec<(oneshot::Sender<Obeyed>, Obeyed)>,
 }
@@ -87,8 +84,8 @@ impl Helm {
         let also = kept.words().machines.iter().filter(|(_, word)| word.attached == Some(true));
         let wanted: Vec<String> = named.chain(also.map(|(name, _)| name)).cloned().collect();
         let groups = Arc::new(config.groups.clone());
-        let (tree, find_at, obeyed) = (None, Instant::now(), Vec::new());
-        Self { desk, config, groups, kept, roster: Roster::new(wanted), own, note, tree, find_at, obeyed }
+        let (roster, tree, obeyed) = (Roster::new(wanted), None, Vec::new());
+        Self { desk, config, groups, kept, roster, own, note, tree, obeyed }
     }
 
     /// Runs until `end` is readable.
@@ -166,17 +163,9 @@ impl Helm {
     fn look_round(&mut self, control: &mut Control) {
         self.meet(control);
         let now = Instant::now();
-        if now < self.find_at {
-            return;
-        }
-        self.find_at = now + FIND_EVERY;
         let (kept, config, groups) = (&self.kept, &self.config, &self.groups);
-        // Numbers only grow.
-        let newest = control.names().map(|(id, _)| id).last();
-        self.roster.take_in(control, &|name| Some(said(kept, config, groups, name)), &mut self.note);
-        let came = control.names().filter(|(id, _)| Some(*id) > newest);
-        let came: Vec<(MachineId, String)> = came.map(|(id, name)| (id, name.to_owned())).collect();
-        for (id, name) in came {
+        let said = |name: &str| Some(said(kept, config, groups, name));
+        for (id, name) in self.roster.take_in(control, now, &said, &mut self.note) {
             if self.kept.word(&name).is_some_and(|word| word.paused) {
                 control.pause(id, true, now);
             }

@@ -21,8 +21,6 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use view::View;
 
-/// How often is looked for machines that are not there yet: finding one reads all of /proc.
-const FIND_EVERY: Duration = Duration::from_secs(5);
 /// Tasks that wait this long in a second are worth a decision of their own.
 const PRESSURE: Duration = Duration::from_millis(100);
 
@@ -67,7 +65,7 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
         Control::new(config.settings(pool.total()), pool, own, began).map_err(|error| explain(&error))?;
     let mut view = View::new(args.json);
     let said = |name: &str| config.machines.get(name).cloned();
-    wanted.take_in(&mut control, &said, &mut |text| view.note(text));
+    wanted.take_in(&mut control, began, &said, &mut |text| view.note(text));
     // Who names a machine wants that one, now.
     let told: Vec<&str> = wanted.waiting().filter_map(|(_, why)| why).collect();
     if !named.is_empty() && !told.is_empty() {
@@ -80,16 +78,12 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
     // Without it, the loop looks ten times a second.
     let pressure = PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, PERIOD).ok();
     let wakers = Wakers { end: Some(signals.as_fd()), pressure: pressure.as_ref(), asked: None };
-    let mut find_at = began + FIND_EVERY;
     run(&mut control, wakers, |control, happened| {
         if let Happened::Turn(turn) = happened {
             view.turn(turn, control);
         }
         let now = Instant::now();
-        if now >= find_at {
-            find_at = now + FIND_EVERY;
-            wanted.take_in(control, &said, &mut |text| view.note(text));
-        }
+        wanted.take_in(control, now, &said, &mut |text| view.note(text));
         let is_over = over.is_some_and(|over| now >= over) || view.is_broken();
         if is_over { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })
