@@ -13,7 +13,7 @@ mod pool;
 mod run;
 
 pub use pool::Pool;
-pub use run::{Happened, RunError, Wakers, run};
+pub use run::{Happened, RunError, Wakers, host_pressure, run};
 
 use crate::backend::{Backend, Done, Kind, Overhead, Refused, Trouble};
 use crate::trace::{Basis, Recorder, Tick, TraceError};

@@ -3,9 +3,9 @@
 //! Enters: a control loop and descriptors that wake it. Leaves: turns, each shown to the caller, who says when to end. It
 //! waits in one poll(2) for whichever comes first: the next turn, work that was begun, a look for something hard, a signal,
 //! somebody who asks, or the kernel's word that tasks wait for memory.
-use super::{Control, Turn};
+use super::{Control, PERIOD, Turn};
 use plimsoll_sys::eventfd::EventFd;
-use plimsoll_sys::psi::PressureTrigger;
+use plimsoll_sys::psi::{self, PressureTrigger};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::ops::ControlFlow;
@@ -16,6 +16,8 @@ use thiserror::Error;
 /// How often is looked for something hard: the memory a guest can fill meanwhile, at 10 us a page and two processors, is
 /// 80 MiB, less than the distance from soft to hard of a host of 4 GiB.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Tasks that wait this long in a second are worth a decision of their own.
+const PRESSURE: Duration = Duration::from_millis(100);
 
 /// What wakes the loop.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,6 +28,11 @@ pub struct Wakers<'a> {
     pub pressure: Option<&'a PressureTrigger>,
     /// Readable when somebody asks for something.
     pub asked: Option<&'a EventFd>,
+}
+
+/// The kernel's word that tasks of this host wait for memory. Where it is not to be had, the loop still looks ten times a second.
+pub fn host_pressure() -> Option<PressureTrigger> {
+    PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, PERIOD).ok()
 }
 
 /// What the caller is told of.

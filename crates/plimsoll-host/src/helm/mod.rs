@@ -13,7 +13,7 @@ use crate::api::exchange::{Asked, Desk, Moment, ORDERS_MAX, Obeyed, Order};
 use crate::api::{Code, Fault, Settings};
 use crate::backend::{Backend, Done, Kind, Managed};
 use crate::config::{Config, MachineConfig};
-use crate::control::{Control, Event, Happened, PERIOD, RunError, Turn, Wakers, run};
+use crate::control::{Control, Event, Happened, RunError, Turn, Wakers, host_pressure, run};
 use crate::roster::{Opened, Roster};
 use kept::{Kept, KeptError, Word, Words};
 use parking_lot::Mutex;
@@ -23,18 +23,15 @@ use plimsoll_linux::uffd::manager::Manager;
 use plimsoll_policy::admission::AdmissionError;
 use plimsoll_policy::settings::{GroupSettings, Owner, SettingsError};
 use plimsoll_policy::tree::Tree;
-use plimsoll_sys::psi::{self, PressureTrigger};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
-/// Tasks that wait this long in a second are worth a decision of their own.
-const PRESSURE: Duration = Duration::from_millis(100);
 /// Below this a daemon could not even run one machine.
 pub const BUDGET_MIN: ByteCount = ByteCount::mib(32);
 
@@ -99,8 +96,7 @@ impl Helm {
             (self.note)(&format!("the budget that was said is not in force: {fault}"));
         }
         let asked = self.desk.asked();
-        // Without it, the loop looks ten times a second.
-        let pressure = PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, PERIOD).ok();
+        let pressure = host_pressure();
         let wakers = Wakers { end, pressure: pressure.as_ref(), asked: Some(&asked) };
         self.look_round(&mut control);
         run(&mut control, wakers, |control, happened| {

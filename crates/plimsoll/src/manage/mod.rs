@@ -9,20 +9,16 @@ use crate::signals::signals;
 use crate::trace::USUAL;
 use crate::verb::ended;
 use plimsoll_host::config::Config;
-use plimsoll_host::control::{Control, Happened, PERIOD, Pool, Wakers, run};
+use plimsoll_host::control::{Control, Happened, Pool, Wakers, host_pressure, run};
 use plimsoll_host::roster::Roster;
 use plimsoll_host::trace::Recorder;
 use plimsoll_linux::explain;
-use plimsoll_sys::psi::{self, PressureTrigger};
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use view::View;
-
-/// Tasks that wait this long in a second are worth a decision of their own.
-const PRESSURE: Duration = Duration::from_millis(100);
 
 #[derive(clap::Args)]
 pub(crate) struct ManageArgs {
@@ -75,8 +71,7 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
         control.record(recorder(path)?);
     }
     let (signals, over) = (signals()?, args.seconds.map(|seconds| began + Duration::from_secs(seconds)));
-    // Without it, the loop looks ten times a second.
-    let pressure = PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, PERIOD).ok();
+    let pressure = host_pressure();
     let wakers = Wakers { end: Some(signals.as_fd()), pressure: pressure.as_ref(), asked: None };
     run(&mut control, wakers, |control, happened| {
         if let Happened::Turn(turn) = happened {
