@@ -78,6 +78,11 @@ impl Fault {
         Self { code, message: message.into(), help: code.entry().2.to_owned() }
     }
 
+    /// A machine that was there is not any more.
+    pub(crate) fn gone() -> Self {
+        Self::new(Code::NotFound, "the machine has gone meanwhile")
+    }
+
     /// With other help.
     #[must_use]
     pub fn help(self, help: impl Into<String>) -> Self {

@@ -92,9 +92,8 @@ impl App {
 
     /// The machine of an order, as the decision after it found it.
     async fn obey(&self, order: Order) -> Result<Machine, Fault> {
-        let gone = || Fault::new(Code::NotFound, "the machine has gone meanwhile");
-        let id = self.door.order(order).await?.ok_or_else(gone)?;
-        self.door.moment()?.machine(id).ok_or_else(gone)
+        let id = self.door.order(order).await?.ok_or_else(Fault::gone)?;
+        self.door.moment()?.machine(id).ok_or_else(Fault::gone)
     }
 }
 
@@ -289,7 +288,7 @@ async fn attach(
 )]
 async fn show(State(app): Here, Named(name): Named) -> Result<Json<Machine>, Fault> {
     let (moment, id) = app.found(&name)?;
-    moment.machine(id).map(Json).ok_or_else(|| Fault::new(Code::NotFound, "the machine has gone meanwhile"))
+    moment.machine(id).map(Json).ok_or_else(Fault::gone)
 }
 
 /// Change a machine's settings. What is left out stays.

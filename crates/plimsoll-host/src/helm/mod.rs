@@ -393,7 +393,7 @@ fn said(kept: &Kept, config: &Config, groups: &Groups, name: &str) -> MachineCon
 
 fn name_of(control: &Control, id: MachineId) -> Result<String, Fault> {
     let found = control.names().find(|(own, _)| *own == id).map(|(_, name)| name.to_owned());
-    found.ok_or_else(|| Fault::new(Code::NotFound, "the machine has gone meanwhile"))
+    found.ok_or_else(Fault::gone)
 }
 
 fn unkept(error: &KeptError) -> Fault {
