@@ -5,6 +5,7 @@
 use super::exchange::Moment;
 use super::settings::Settings;
 use crate::backend::Kind;
+use crate::config::group_name;
 use crate::control::Berth;
 use plimsoll_policy::Position;
 use plimsoll_policy::host_state::min_free;
@@ -250,8 +251,6 @@ impl Moment {
     /// The groups.
     pub(super) fn groups(&self) -> Groups {
         let index = Index::of(self);
-        let name =
-            |id: GroupId| self.groups.iter().find(|(_, group)| group.id == id).map(|(name, _)| name.clone());
         let groups = self.groups.iter().map(|(own, group)| {
             let inside = index.settings.values().filter(|machine| machine.parent == Some(group.id));
             let positions: Vec<&&Position> =
@@ -260,7 +259,7 @@ impl Moment {
                 |of: fn(&Position) -> ByteCount| positions.iter().map(|one| of(one)).sum::<ByteCount>().0;
             Group {
                 name: own.clone(),
-                parent: group.parent.and_then(name),
+                parent: group.parent.and_then(|id| group_name(&self.groups, id)),
                 reservation_bytes: group.reservation.map(|size| size.0),
                 limit_bytes: group.limit.map(|size| size.0),
                 shares: group.shares.0,

@@ -3,7 +3,7 @@
 //! Enters: what is said, on top of what was said before. Leaves: the same as a file would have said, or what is wrong with it;
 //! and what is in force, in these words. The same words are kept for the next manager ([`crate::helm`]).
 use super::fault::{Code, Fault};
-use crate::config::{FaceConfig, MachineConfig};
+use crate::config::{FaceConfig, MachineConfig, group_name};
 use plimsoll_policy::settings::{BUFFER_USUAL, Face, GroupSettings, MachineSettings, Shares};
 use plimsoll_policy::{Ppm, Rung};
 use plimsoll_types::ByteCount;
@@ -206,10 +206,9 @@ impl Settings {
 
     /// What is said about a machine, all of it.
     pub fn said(config: &MachineConfig, groups: &BTreeMap<String, GroupSettings>) -> Self {
-        let group = config.parent.and_then(|id| groups.iter().find(|(_, group)| group.id == id));
         let own = |highest: Rung| RUNGS.iter().find(|(_, rung)| *rung == highest).map(|(own, _)| *own);
         let rest = Self {
-            group: group.map(|(name, _)| name.clone()),
+            group: config.parent.and_then(|id| group_name(groups, id)),
             highest: own(config.highest),
             stall_objective_ppm: Some(config.stall_objective.0),
             ..Self::default()

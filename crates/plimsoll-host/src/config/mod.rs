@@ -198,10 +198,7 @@ impl Config {
             (1..).map(MachineId).zip(config.machines.keys().map(String::as_str)).collect();
         let names = |owner: Owner| match owner {
             Owner::Machine(id) => ids.get(&id).map(|name| ("machine", (*name).to_owned())),
-            Owner::Group(id) => {
-                let group = config.groups.iter().find(|(_, group)| group.id == id)?;
-                Some(("group", group.0.clone()))
-            }
+            Owner::Group(id) => group_name(&config.groups, id).map(|name| ("group", name)),
             Owner::Host => None,
         };
         let wrong = |error: SettingsError| {
@@ -236,6 +233,11 @@ impl Config {
     pub fn machine(&self, name: &str) -> MachineConfig {
         self.machines.get(name).cloned().unwrap_or_default()
     }
+}
+
+/// The name that a group of these has.
+pub(crate) fn group_name(groups: &BTreeMap<String, GroupSettings>, id: GroupId) -> Option<String> {
+    groups.iter().find(|(_, group)| group.id == id).map(|(name, _)| name.clone())
 }
 
 #[cfg(test)]

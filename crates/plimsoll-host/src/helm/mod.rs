@@ -12,7 +12,7 @@ pub mod kept;
 use crate::api::exchange::{Asked, Desk, Moment, ORDERS_MAX, Obeyed, Order};
 use crate::api::{Code, Fault, Settings};
 use crate::backend::{Backend, Done, Kind, Managed};
-use crate::config::{Config, MachineConfig};
+use crate::config::{Config, MachineConfig, group_name};
 use crate::control::{Control, Event, Happened, RunError, Turn, Wakers, host_pressure, run};
 use crate::roster::{Opened, Roster};
 use kept::{Kept, KeptError, Word, Words};
@@ -361,9 +361,7 @@ impl Helm {
                 .find(|(own, _)| *own == id)
                 .map_or_else(|| "the machine".to_owned(), |(_, name)| name.to_owned())
                 .into(),
-            Owner::Group(id) => {
-                self.groups.iter().find(|(_, group)| group.id == id).map(|(name, _)| name.clone())
-            }
+            Owner::Group(id) => group_name(&self.groups, id),
             Owner::Host => None,
         };
         let is_its_own = matches!(error.owner(), Owner::Machine(_));
