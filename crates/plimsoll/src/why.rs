@@ -9,7 +9,6 @@ use plimsoll_host::api::Why;
 use plimsoll_host::trace::{Record, TraceError};
 use plimsoll_host::why::add;
 use plimsoll_linux::explain;
-use plimsoll_policy::Position;
 use plimsoll_types::ByteCount;
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -88,16 +87,7 @@ fn run(args: &WhyArgs) -> Result<ExitCode, String> {
             args.name
         ));
     };
-    let Position { consumed, active, entitlement, target, .. } = position;
-    let why = Why {
-        name: args.name.clone(),
-        at_ms,
-        consumed_bytes: consumed.0,
-        active_bytes: active.0,
-        entitlement_bytes: entitlement.0,
-        target_bytes: target.0,
-        entries: entries.into(),
-    };
+    let why = Why::of(args.name.clone(), at_ms, &position, entries.into());
     args.source.show(&Told { why, since: "recording began" })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -129,10 +129,9 @@ impl Archive {
 /// What is told to whoever listens: what was done, and what an operator should hear. What only goes on is not.
 fn happened(moment: &Moment) -> Vec<Happening> {
     let unix_ms = moment.unix_ms;
-    let name = |id: MachineId| moment.berths.get(&id).map(|berth| berth.name.clone());
     let actions = moment.tick.plan.actions.iter().map(|action| Happening {
         unix_ms,
-        machine: name(action.machine),
+        machine: moment.name(action.machine),
         step: Some(action.step),
         sentence: action.reason.to_string(),
     });

@@ -172,6 +172,11 @@ impl Moment {
         self.berths.iter().find(|(_, berth)| is_meant(berth)).map_or(Found::None, |(id, _)| Found::One(*id))
     }
 
+    /// A machine's name.
+    pub(super) fn name(&self, id: MachineId) -> Option<String> {
+        self.berths.get(&id).map(|berth| berth.name.clone())
+    }
+
     /// The machines that follow that number, by number.
     pub(super) fn page(&self, after: Option<u32>, limit: usize, group: Option<GroupId>) -> Machines {
         let index = Index::of(self);

@@ -19,6 +19,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Json, Response};
 use futures_util::stream::{self, Stream};
 use parking_lot::Mutex;
+use plimsoll_policy::Position;
 use plimsoll_types::{ByteCount, MachineId, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -159,6 +160,22 @@ pub struct Why {
     pub target_bytes: u64,
     /// What was decided or found last, the newest last.
     pub entries: Vec<Entry>,
+}
+
+impl Why {
+    /// Of a machine that stood there at a decision, `at_ms` after the loop began.
+    pub fn of(name: String, at_ms: u64, position: &Position, entries: Vec<Entry>) -> Self {
+        let Position { consumed, active, entitlement, target, .. } = *position;
+        Self {
+            name,
+            at_ms,
+            consumed_bytes: consumed.0,
+            active_bytes: active.0,
+            entitlement_bytes: entitlement.0,
+            target_bytes: target.0,
+            entries,
+        }
+    }
 }
 
 /// The last ten minutes of a machine.
@@ -364,15 +381,8 @@ async fn why(State(app): Here, Named(name): Named) -> Result<Json<Why>, Fault> {
     let (moment, id) = app.found(&name)?;
     let position = moment.tick.plan.machines.iter().find(|one| one.machine == id);
     let position = position.ok_or_else(|| Fault::new(Code::Conflict, "nothing was decided about it yet"))?;
-    Ok(Json(Why {
-        name: moment.berths.get(&id).map(|berth| berth.name.clone()).unwrap_or_default(),
-        at_ms: moment.tick.view.now_ms,
-        consumed_bytes: position.consumed.0,
-        active_bytes: position.active.0,
-        entitlement_bytes: position.entitlement.0,
-        target_bytes: position.target.0,
-        entries: app.archive.lock().entries(id),
-    }))
+    let (name, at_ms) = (moment.name(id).unwrap_or_default(), moment.tick.view.now_ms);
+    Ok(Json(Why::of(name, at_ms, position, app.archive.lock().entries(id))))
 }
 
 /// The last ten minutes of a machine.
@@ -382,7 +392,7 @@ async fn why(State(app): Here, Named(name): Named) -> Result<Json<Why>, Fault> {
 )]
 async fn history(State(app): Here, Named(name): Named) -> Result<Json<History>, Fault> {
     let (moment, id) = app.found(&name)?;
-    let name = moment.berths.get(&id).map(|berth| berth.name.clone()).unwrap_or_default();
+    let name = moment.name(id).unwrap_or_default();
     Ok(Json(History { name, samples: app.archive.lock().samples(id) }))
 }
 
