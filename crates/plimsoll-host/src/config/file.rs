@@ -169,8 +169,7 @@ pub(super) fn line_of(text: &str, path: &[&str]) -> usize {
 }
 
 /// Reads what taking memory costs here from the file that the settings name, seen from the folder they are in.
-pub(super) fn costs_of(config: &Config, text: &str, path: &str) -> Result<Costs, ConfigError> {
-    let Some(named) = &config.costs_file else { return Ok(Costs::MEASURED) };
+pub(super) fn costs_in(named: &Path, text: &str, path: &str) -> Result<Costs, ConfigError> {
     let file = Path::new(path).parent().unwrap_or(Path::new("")).join(named);
     let shown = file.display().to_string();
     let json = std::fs::read_to_string(&file).map_err(|error| {
@@ -185,8 +184,8 @@ pub(super) fn costs_of(config: &Config, text: &str, path: &str) -> Result<Costs,
     Ok(Costs::from(&costs))
 }
 
-/// Reads everything a file says that can be read without looking at the rest of it.
-pub(super) fn parse(text: &str) -> At<Config> {
+/// Reads everything a file says that can be read without looking at the rest of it, and which file it names for costs.
+pub(super) fn parse(text: &str) -> At<(Config, Option<PathBuf>)> {
     let file: File = toml::from_str(text).map_err(|error| {
         let line = line_at(text, error.span().map_or(0, |span| span.start));
         (line, Wrong::Syntax(sentence(error.message())))
@@ -238,8 +237,8 @@ pub(super) fn parse(text: &str) -> At<Config> {
             IdleTax::new(part).map_err(|error| at(&["host", "idle-tax"], Wrong::Tax(error)))?
         }
     };
-    let (costs_file, costs) = (file.host.costs, Costs::MEASURED);
-    Ok(Config { memory, reserve, tax, costs_file, costs, groups, machines })
+    let config = Config { memory, reserve, tax, costs: Costs::MEASURED, groups, machines };
+    Ok((config, file.host.costs))
 }
 
 /// What a parser says, as the sentence of this house.

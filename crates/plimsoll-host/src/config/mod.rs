@@ -60,9 +60,7 @@ pub struct Config {
     pub reserve: ByteCount,
     /// What idle memory is taxed.
     pub tax: IdleTax,
-    /// The file that says what taking memory costs here, as the settings name it.
-    pub costs_file: Option<PathBuf>,
-    /// What it says; what we measured where none is named.
+    /// What taking memory costs here: what the file says that the settings name; what we measured where none is named.
     pub costs: Costs,
     /// The groups and their names.
     pub groups: BTreeMap<String, GroupSettings>,
@@ -118,9 +116,8 @@ pub enum FaceConfig {
 impl Default for Config {
     /// Nothing was said.
     fn default() -> Self {
-        let (memory, reserve, tax) = (None, ByteCount(0), IdleTax::USUAL);
-        let (costs_file, costs) = (None, Costs::MEASURED);
-        Self { memory, reserve, tax, costs_file, costs, groups: BTreeMap::new(), machines: BTreeMap::new() }
+        let (memory, reserve, tax, costs) = (None, ByteCount(0), IdleTax::USUAL, Costs::MEASURED);
+        Self { memory, reserve, tax, costs, groups: BTreeMap::new(), machines: BTreeMap::new() }
     }
 }
 
@@ -192,8 +189,11 @@ impl Config {
     /// # Errors
     /// [`ConfigError::Wrong`].
     pub fn parse(text: &str, path: &str) -> Result<Self, ConfigError> {
-        let mut config = file::parse(text).map_err(|(line, wrong)| ConfigError::new(path, line, wrong))?;
-        config.costs = file::costs_of(&config, text, path)?;
+        let (mut config, costs) =
+            file::parse(text).map_err(|(line, wrong)| ConfigError::new(path, line, wrong))?;
+        if let Some(named) = costs {
+            config.costs = file::costs_in(&named, text, path)?;
+        }
         let ids: BTreeMap<MachineId, &str> =
             (1..).map(MachineId).zip(config.machines.keys().map(String::as_str)).collect();
         let names = |owner: Owner| match owner {
