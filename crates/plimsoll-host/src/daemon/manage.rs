@@ -280,7 +280,8 @@ impl<'a> Session<'a> {
         let used = Used::new(settings.counted)?;
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
         // What was said since the daemon was started counts from the first fault on. That it cannot be read is told by the loop.
-        let said = Kept::open(&settings.directory).ok().and_then(|kept| kept.words().budget_bytes);
+        let words = Kept::open(&settings.directory);
+        let said = words.as_ref().ok().and_then(|kept| kept.words().budget_bytes);
         let budget = said.map_or(settings.budget, ByteCount);
         let mut vault = Vault::of_estate(estate, Budget::within(budget), settings.store_limit);
         vault.processes().for_each(|process| used.add(process));
@@ -299,7 +300,7 @@ impl<'a> Session<'a> {
         announce(&[NotifyState::Ready, NotifyState::Status(&status)]);
         let arrivals = Arrivals::new().map_err(DaemonError::Wait)?;
         let (manager, budget) = (Arc::new(Mutex::new(manager)), Arc::new(Mutex::new(budget)));
-        let steering = Steering::start(settings, &manager, &used, &budget);
+        let steering = Steering::start(settings, words, &manager, &used, &budget);
         Ok(Self {
             settings,
             keeper,

@@ -10,7 +10,7 @@ use crate::api::Api;
 use crate::api::exchange::exchange;
 use crate::config::Config;
 use crate::control::{Control, Pool};
-use crate::helm::kept::Kept;
+use crate::helm::kept::{Kept, KeptError};
 use crate::helm::{Helm, Own};
 use parking_lot::Mutex;
 use plimsoll_linux::explain;
@@ -48,6 +48,7 @@ impl Steering {
     /// Starts both. What cannot be had is heard of.
     pub(super) fn start(
         settings: &Settings,
+        kept: Result<Kept, KeptError>,
         manager: &Arc<Mutex<Manager>>,
         used: &Used,
         budget: &Arc<Mutex<ByteCount>>,
@@ -61,7 +62,7 @@ impl Steering {
             said(format!("the settings are not in force: {}", explain(&error)));
             None
         });
-        let kept = match Kept::open(&settings.directory) {
+        let kept = match kept {
             Ok(kept) => kept,
             Err(error) => {
                 said(format!("no decisions are made, and machines have equal shares: {}", explain(&error)));
