@@ -152,10 +152,12 @@ impl Keeper {
         }
         // What it asked before it ended counts.
         let mut is_silent = !has_asked;
-        if has_asked && let Some(manager) = &mut self.manager {
-            manager.heard = Instant::now();
-            is_silent = answer(manager, &mut self.slots, &mut self.fruitless, &mut self.is_stopping).is_err();
-            if is_silent && !has_ended {
+        if has_asked {
+            is_silent = self.answer().is_err();
+            if is_silent
+                && !has_ended
+                && let Some(manager) = &self.manager
+            {
                 // It closed its socket or does not listen, and without that it is no manager.
                 let _ = manager.process.send_signal(Signal::KILL);
             }
@@ -207,6 +209,58 @@ impl Keeper {
         let mut ready = polled.map(|polled| polled.revents().intersects(PollFlags::IN));
         ready[..2].iter_mut().for_each(|ready| *ready &= self.manager.is_some());
         Ok(ready)
+    }
+
+    /// Takes one request of the manager and answers it.
+    fn answer(&mut self) -> io::Result<()> {
+        let Some(manager) = &mut self.manager else { return Ok(()) };
+        manager.heard = Instant::now();
+        let mut bytes = [0; REQUEST_SIZE + 1];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let parts = &mut [IoSliceMut::new(&mut bytes)];
+        let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+        let received = match recvmsg(&manager.socket, parts, &mut control, flags) {
+            Ok(received) => received,
+            Err(Errno::INTR | Errno::AGAIN) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        let (mut descriptor, mut descriptors): (Option<OwnedFd>, usize) = (None, 0);
+        for part in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = part {
+                for right in rights {
+                    descriptors += 1;
+                    descriptor = Some(right);
+                }
+            }
+        }
+        if received.bytes == 0 {
+            return Err(Errno::PIPE.into());
+        }
+        let is_cut = received.flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC);
+        let request = bytes.get(..received.bytes).and_then(|bytes| Request::decode(bytes, descriptors));
+        let status = match (request.filter(|_| !is_cut), descriptor) {
+            (Some(Request::List), _) => return list(manager, &self.slots),
+            (Some(Request::Serving), _) => {
+                self.fruitless = 0;
+                // The one that was told has ended without doing so, and this one listens.
+                if self.is_stopping && !manager.is_told {
+                    manager.is_told = true;
+                    let _ = manager.process.send_signal(Signal::TERM);
+                }
+                return Ok(());
+            }
+            (Some(Request::Staying), _) => {
+                self.is_stopping = false;
+                manager.is_told = false;
+                return Ok(());
+            }
+            (Some(Request::Keep(slot)), Some(descriptor)) => self.slots.put(slot, descriptor).is_ok(),
+            (Some(Request::LetGo(slot)), _) => self.slots.clear(slot),
+            _ => false,
+        };
+        let status = if status { Status::Done } else { Status::Refused };
+        tell(manager, &status.encode(self.slots.count()), &[])
     }
 
     fn obey(&mut self, index: usize) -> Option<End> {
@@ -269,13 +323,12 @@ impl Keeper {
         let manager = self.manager.take()?;
         let process = manager.process.process();
         let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
-        let has_agreed = ending == Ending::Status(0) && self.is_stopping;
+        let has_machines = self.holds_machines();
         // One that was told before it could listen has ended by the signal itself.
-        if has_agreed || self.is_stopping && !self.holds_machines() {
+        if self.is_stopping && (ending == Ending::Status(0) || !has_machines) {
             return Some(End::Stopped);
         }
         self.postpone();
-        let has_machines = self.holds_machines();
         let is_hopeless = ending == Ending::Status(UNUSABLE) || self.fruitless >= STARTS_MAX;
         if !has_machines && is_hopeless && self.fruitless > 0 {
             return Some(End::Failed(ending));
@@ -289,61 +342,6 @@ fn start(program: &Program) -> Result<Manager, StartError> {
     let (socket, theirs) = fdpass::seqpacket_pair().map_err(StartError::Spawn)?;
     let process = program.start(theirs.as_fd())?;
     Ok(Manager { process, socket, heard: Instant::now(), is_told: false })
-}
-
-/// Takes one request of the manager and answers it.
-fn answer(
-    manager: &mut Manager,
-    slots: &mut Slots,
-    fruitless: &mut u32,
-    is_stopping: &mut bool,
-) -> io::Result<()> {
-    let mut bytes = [0; REQUEST_SIZE + 1];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let parts = &mut [IoSliceMut::new(&mut bytes)];
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let received = match recvmsg(&manager.socket, parts, &mut control, flags) {
-        Ok(received) => received,
-        Err(Errno::INTR | Errno::AGAIN) => return Ok(()),
-        Err(errno) => return Err(errno.into()),
-    };
-    let (mut descriptor, mut descriptors): (Option<OwnedFd>, usize) = (None, 0);
-    for part in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = part {
-            for right in rights {
-                descriptors += 1;
-                descriptor = Some(right);
-            }
-        }
-    }
-    if received.bytes == 0 {
-        return Err(Errno::PIPE.into());
-    }
-    let is_cut = received.flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC);
-    let request = bytes.get(..received.bytes).and_then(|bytes| Request::decode(bytes, descriptors));
-    let status = match (request.filter(|_| !is_cut), descriptor) {
-        (Some(Request::List), _) => return list(manager, slots),
-        (Some(Request::Serving), _) => {
-            *fruitless = 0;
-            // The one that was told has ended without doing so, and this one listens.
-            if *is_stopping && !manager.is_told {
-                manager.is_told = true;
-                let _ = manager.process.send_signal(Signal::TERM);
-            }
-            return Ok(());
-        }
-        (Some(Request::Staying), _) => {
-            *is_stopping = false;
-            manager.is_told = false;
-            return Ok(());
-        }
-        (Some(Request::Keep(slot)), Some(descriptor)) => slots.put(slot, descriptor).is_ok(),
-        (Some(Request::LetGo(slot)), _) => slots.clear(slot),
-        _ => false,
-    };
-    let status = if status { Status::Done } else { Status::Refused };
-    tell(manager, &status.encode(slots.count()), &[])
 }
 
 fn list(manager: &Manager, slots: &Slots) -> io::Result<()> {
