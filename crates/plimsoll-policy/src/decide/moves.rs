@@ -9,7 +9,7 @@ use crate::auction::{Bidder, IdleTax, auction};
 use crate::balloon::Standing;
 use crate::costs::Squeeze;
 use crate::host_state::{HostState, min_free};
-use crate::ladder::{Choice, Offers, Rung, Rungs, Taking, climb};
+use crate::ladder::{Offers, Rung, Rungs, Taking, climb};
 use crate::part::Ppm;
 use crate::plan::{Action, Step};
 use crate::reason::{Reason, Room};
@@ -50,8 +50,8 @@ pub(crate) fn take(
         for taking in takings {
             match taking.rung {
                 Rung::Balloon => {
-                    let asks = Asks { frees: before + taking.frees, choice: taking.choice };
-                    grow_balloon(host, machine, aim, asks, known, findings);
+                    let taking = Taking { frees: before + taking.frees, ..taking };
+                    grow_balloon(host, machine, aim, taking, known, findings);
                 }
                 _ => take_on(host, machine, aim, taking, returns, findings),
             }
@@ -118,24 +118,18 @@ fn take_on(
     findings.actions.push(Action { machine: machine.id(), step: Step::Take { rung, pages, frees }, reason });
 }
 
-/// What is asked of a balloon.
-struct Asks {
-    frees: ByteCount,
-    choice: Option<Choice>,
-}
-
-/// Asks the balloon for what brings the machine down by that much. What its guest has never touched it would bring
+/// Asks the balloon for what brings the machine down by what is to be freed. What its guest has never touched it would bring
 /// first, and that frees nothing: so it is asked to leave the guest no more than the machine is to have.
 fn grow_balloon(
     host: &Host,
     machine: &Seen<'_>,
     aim: &Aim,
-    asks: Asks,
+    taking: Taking,
     known: &mut Remembered,
     findings: &mut Findings,
 ) {
     let (Some(from), Some(balloon)) = (machine.view.balloon, &mut known.balloon) else { return };
-    let left = machine.view.consumed.saturating_sub(asks.frees).max(machine.kept().bytes());
+    let left = machine.view.consumed.saturating_sub(taking.frees).max(machine.kept().bytes());
     let to = machine.terms.size.bytes().saturating_sub(left);
     // Pages, as every balloon counts.
     let to = to.pages_floor().bytes();
@@ -144,7 +138,7 @@ fn grow_balloon(
     }
     balloon.ask(to, from);
     let (target, appetite, room) = (aim.target.bytes(), known.stall.appetite(), goal(host));
-    let reason = Reason::BalloonGrows { from, to, target, appetite, choice: asks.choice, room };
+    let reason = Reason::BalloonGrows { from, to, target, appetite, choice: taking.choice, room };
     findings.actions.push(Action { machine: machine.id(), step: Step::Balloon(to), reason });
 }
 
