@@ -5,7 +5,7 @@ use crate::fleet::{DOMAIN, Fleet, Guest, machine, until, zipf};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
-use plimsoll_linux::disk::device::{Disk, FileDisk};
+use plimsoll_linux::disk::device::{Blocks, Disk, FileDisk};
 use plimsoll_linux::disk::tier::{Limits, Tier};
 use plimsoll_linux::uffd::host::Incident;
 use plimsoll_linux::uffd::probe::NoProbe;
@@ -14,21 +14,54 @@ use plimsoll_vmm::config::VmmConfig;
 use plimsoll_vmm::control::{Command, StopMode};
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use tempfile::TempDir;
 
 /// Times a machine is parked and its manager replaced.
 const ROUNDS: usize = 8;
 
-/// A tier of so many MiB in a directory on a disk, and where its file is.
-fn tier(mib: u64) -> (TempDir, PathBuf, Tier) {
+/// A tier of so many MiB in a directory on a disk.
+fn tier(mib: u64) -> (TempDir, Tier) {
+    tier_read_by(mib, FileDisk::read_at)
+}
+
+/// A tier whose disk is read in that way.
+fn tier_read_by<F>(mib: u64, read: F) -> (TempDir, Tier)
+where
+    F: Fn(&FileDisk, u64, &mut [u8]) -> io::Result<usize> + Send + Sync + 'static,
+{
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let path = directory.path().join("tier");
-    let disk = FileDisk::create(&path).unwrap();
-    let tier = Tier::create(Box::new(disk), Limits { disk: ByteCount::mib(mib), domain: None }).unwrap();
-    (directory, path, tier)
+    let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
+    let limits = Limits { disk: ByteCount::mib(mib), domain: None };
+    (directory, Tier::create(Box::new(ReadBy { disk, read }), limits).unwrap())
+}
+
+struct ReadBy<F> {
+    disk: FileDisk,
+    read: F,
+}
+
+impl<F: Fn(&FileDisk, u64, &mut [u8]) -> io::Result<usize> + Send + Sync> Disk for ReadBy<F> {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
+        (self.read)(&self.disk, offset, into)
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        self.disk.write_at(offset, bytes)
+    }
+
+    fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.disk.reserve(bytes)
+    }
+
+    fn empty(&self) -> io::Result<()> {
+        self.disk.empty()
+    }
+
+    fn keepsake(&self) -> Option<BorrowedFd<'_>> {
+        self.disk.keepsake()
+    }
 }
 
 fn on_disk(tier: Tier) -> Fleet {
@@ -61,7 +94,7 @@ fn away(fleet: &Fleet) -> u64 {
 
 /// A machine of 128 MiB in less than four, and all of it right when it is wanted.
 pub(crate) fn wakes_right() {
-    let (_directory, _, tier) = tier(256);
+    let (_directory, tier) = tier(256);
     let mut fleet = on_disk(tier);
     let mut guest = fleet.add(&machine("sleeper", 128, idle()));
     guest.until_running();
@@ -94,7 +127,7 @@ pub(crate) fn wakes_right() {
 /// Managers replaced while pages are on their way out and back.
 pub(crate) fn outlive_managers() {
     let mut random = Random(seed());
-    let (_directory, _, tier) = tier(128);
+    let (_directory, tier) = tier(128);
     let mut fleet = on_disk(tier);
     let slow = WorkloadSpec { ops_per_second: 2000, ..zipf() };
     let mut guests = [fleet.add(&machine("idle", 64, idle())), fleet.add(&machine("serves", 48, slow))];
@@ -116,63 +149,43 @@ pub(crate) fn outlive_managers() {
     assert_eq!(fleet.see().host().tier().unwrap().stats().live, ByteCount(0));
 }
 
-/// A disk whose reads wait while it is closed.
-#[derive(Clone)]
-struct SlowDisk {
-    disk: Arc<FileDisk>,
-    gate: Arc<(Mutex<Gate>, Condvar)>,
+/// What reads of a disk wait at while it is closed.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
 }
 
 #[derive(Default)]
-struct Gate {
+struct GateState {
     is_closed: bool,
     waiting: usize,
 }
 
-impl SlowDisk {
+impl Gate {
     fn set_closed(&self, is_closed: bool) {
-        self.gate.0.lock().unwrap().is_closed = is_closed;
-        self.gate.1.notify_all();
+        self.state.lock().unwrap().is_closed = is_closed;
+        self.changed.notify_all();
     }
 
     fn waiting(&self) -> usize {
-        self.gate.0.lock().unwrap().waiting
+        self.state.lock().unwrap().waiting
+    }
+
+    fn pass(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.waiting += 1;
+        state = self.changed.wait_while(state, |state| state.is_closed).unwrap();
+        state.waiting -= 1;
     }
 }
 
 /// Opens it at the end, of a test that failed too: nobody can stop who waits for a disk.
-struct Opens<'a>(&'a SlowDisk);
+struct Opens<'a>(&'a Gate);
 
 impl Drop for Opens<'_> {
     fn drop(&mut self) {
         self.0.set_closed(false);
-    }
-}
-
-impl Disk for SlowDisk {
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
-        let mut gate = self.gate.0.lock().unwrap();
-        gate.waiting += 1;
-        gate = self.gate.1.wait_while(gate, |gate| gate.is_closed).unwrap();
-        gate.waiting -= 1;
-        drop(gate);
-        self.disk.read_at(offset, into)
-    }
-
-    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
-        self.disk.write_at(offset, bytes)
-    }
-
-    fn reserve(&self, bytes: u64) -> io::Result<()> {
-        self.disk.reserve(bytes)
-    }
-
-    fn empty(&self) -> io::Result<()> {
-        self.disk.empty()
-    }
-
-    fn keepsake(&self) -> Option<BorrowedFd<'_>> {
-        self.disk.keepsake()
     }
 }
 
@@ -191,11 +204,13 @@ fn until_answered(guest: &Guest, answers: usize) {
 
 /// One vCPU waits for a disk that does not answer, and the other goes on.
 pub(crate) fn slow_disk() {
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let disk = Arc::new(FileDisk::create(&directory.path().join("tier")).unwrap());
-    let slow = SlowDisk { disk, gate: Arc::default() };
-    let limits = Limits { disk: ByteCount::mib(128), domain: None };
-    let mut fleet = on_disk(Tier::create(Box::new(slow.clone()), limits).unwrap());
+    let gate = Arc::new(Gate::default());
+    let passed = Arc::clone(&gate);
+    let (_directory, tier) = tier_read_by(128, move |disk, offset, into| {
+        passed.pass();
+        disk.read_at(offset, into)
+    });
+    let mut fleet = on_disk(tier);
     let probes = WorkloadSpec::new(WorkloadKind::Probe);
     let mut guest = fleet.add(&unshared(VmmConfig { vcpus: 2, ..machine("probes", 64, probes) }));
     probe(&guest, 0, Task::Populate, 0, 5000);
@@ -209,17 +224,17 @@ pub(crate) fn slow_disk() {
         probe(&guest, 1, Task::Populate, 100 * round, 100);
     }
     until_answered(&guest, 7);
-    let _opens = Opens(&slow);
-    slow.set_closed(true);
+    let _opens = Opens(&gate);
+    gate.set_closed(true);
     probe(&guest, 0, Task::Verify, 2000, 2000);
-    until("a fault to wait for the disk", || (slow.waiting() > 0).then_some(()));
+    until("a fault to wait for the disk", || (gate.waiting() > 0).then_some(()));
     // Into memory that nobody has touched.
     let before = fleet.view(guest.id).stats.faults.zero;
     probe(&guest, 1, Task::Populate, 300, 1500);
     until_answered(&guest, 8);
     until("faults to be served", || (fleet.view(guest.id).stats.faults.zero > before).then_some(()));
-    assert!(slow.waiting() > 0, "the disk still does not answer");
-    slow.set_closed(false);
+    assert!(gate.waiting() > 0, "the disk still does not answer");
+    gate.set_closed(false);
     until_answered(&guest, 9);
     assert_eq!(guest.state().summary.wrong_words, 0);
     guest.kill();
@@ -229,7 +244,7 @@ pub(crate) fn slow_disk() {
 
 /// What finds no room on the disk is kept in memory, the operator is told once, and nothing is lost.
 pub(crate) fn full_disk() {
-    let (_directory, _, tier) = tier(8);
+    let (_directory, tier) = tier(8);
     let mut fleet = on_disk(tier);
     let mut guest = fleet.add(&unshared(machine("large", 64, idle())));
     guest.until_running();
@@ -249,7 +264,17 @@ pub(crate) fn full_disk() {
 
 /// Damage of the disk is the loss of what was there, and of nothing else.
 pub(crate) fn bad_disk() {
-    let (_directory, path, tier) = tier(256);
+    // What rots is the first block that is read then: that of a page somebody wants.
+    let rots = Arc::new(AtomicBool::new(false));
+    let begins = Arc::clone(&rots);
+    let (_directory, tier) = tier_read_by(256, move |disk, offset, into| {
+        if begins.swap(false, Ordering::Relaxed) {
+            let mut rotten = Blocks::new(1);
+            rotten.bytes_mut().fill(0xa5);
+            disk.write_at(offset, rotten.bytes())?;
+        }
+        disk.read_at(offset, into)
+    });
     let mut fleet = on_disk(tier);
     let mut other = fleet.add(&unshared(machine("other", 32, idle())));
     let mut victim = fleet.add(&unshared(machine("victim", 48, idle())));
@@ -257,12 +282,9 @@ pub(crate) fn bad_disk() {
     other.until_running();
     fleet.see().park(other.id);
     until("the other machine to be on the disk", || (away(&fleet) > 6000).then_some(()));
-    let others = fleet.see().host().tier().unwrap().stats().used;
     fleet.see().park(victim.id);
     until("the victim to be on the disk", || (away(&fleet) > 17_000).then_some(()));
-    // A block in the middle of what was written after the other machine.
-    let file = std::fs::File::options().write(true).open(&path).unwrap();
-    file.write_all_at(&[0xa5; 4096], others.0 + (4 << 20) + (512 << 10)).unwrap();
+    rots.store(true, Ordering::Relaxed);
     fleet.see().wake(victim.id);
     victim.tell(StopMode::Finish);
     let told = until("the damage to be noticed", || Some(fleet.incidents()).filter(|told| !told.is_empty()));
