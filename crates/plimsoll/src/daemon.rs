@@ -4,6 +4,7 @@
 //! could be had, 2 when it could not be started. Keeper and manager are told the same: the manager's command line is the
 //! keeper's.
 use crate::demo::limits;
+use crate::live::DIRECTORY;
 use crate::verb::ended;
 use clap::Args;
 use plimsoll_host::config::Config;
@@ -39,7 +40,7 @@ enum Count {
 #[derive(Args)]
 pub(crate) struct DaemonArgs {
     /// Where its sockets are; made if there is none.
-    #[arg(long, value_name = "DIR", default_value = "/run/plimsoll")]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     directory: PathBuf,
     /// What the machines, their processes and the daemon may use.
     #[arg(long, value_name = "SIZE")]

@@ -7,11 +7,14 @@ use serde::de::DeserializeOwned;
 use std::fmt::Display;
 use std::path::PathBuf;
 
+/// Where a daemon is, and is looked for, unless it is said otherwise.
+pub(crate) const DIRECTORY: &str = "/run/plimsoll";
+
 /// Which daemon is asked, and how its answer is said.
 #[derive(clap::Args)]
 pub(crate) struct LiveArgs {
     /// The daemon's directory.
-    #[arg(long, value_name = "DIR", default_value = "/run/plimsoll")]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     directory: PathBuf,
     /// JSON instead of text.
     #[arg(long)]

@@ -2,6 +2,7 @@
 //!
 //! Enters: which machine of which daemon. Leaves: exit status 0 when the daemon has begun it, which it goes on with by itself; 2
 //! when there is no such daemon or machine.
+use crate::live::DIRECTORY;
 use crate::verb::ended;
 use clap::Args;
 use plimsoll_host::daemon::place;
@@ -23,7 +24,7 @@ pub(crate) struct ParkArgs {
     /// Its name, or its number.
     machine: String,
     /// Where the daemon's sockets are.
-    #[arg(long, value_name = "DIR", default_value = "/run/plimsoll")]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
     directory: PathBuf,
 }
 

@@ -26,5 +26,6 @@ pub use archive::{Happening, Sample};
 pub use fault::{Code, Fault};
 pub use model::{Group, Groups, Host, Machine, MachineKind, MachineState, Machines, Memory, Waiting};
 pub use routes::{Attach, Budget, History, Opener, Reclaim, Why, openapi};
+pub(crate) use serve::may_speak;
 pub use serve::{Api, SOCKET, ServeError};
 pub use settings::{Highest, Settings, SettingsKind};

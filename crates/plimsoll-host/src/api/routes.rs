@@ -6,7 +6,7 @@ use super::archive::{Archive, Happening, Sample};
 use super::exchange::{Door, Moment, Order};
 use super::fault::{Code, Fault};
 use super::model::{Found, Groups, Host, Machine, Machines};
-use super::settings::{Settings, no_group};
+use super::settings::{Settings, group_called};
 use crate::line::Line;
 use crate::metrics;
 use crate::roster::Opened;
@@ -263,11 +263,8 @@ async fn list(State(app): Here, Asked(page): Asked<Page>) -> Result<Json<Machine
         )
     })?;
     let moment = app.door.moment()?;
-    let group = page.group.as_deref().map(|name| {
-        let known = moment.groups.get(name).map(|group| group.id);
-        known.ok_or_else(|| no_group(name, &moment.groups))
-    });
-    Ok(Json(moment.page(page.after, limit, group.transpose()?)))
+    let group = page.group.as_deref().map(|name| group_called(name, &moment.groups)).transpose()?;
+    Ok(Json(moment.page(page.after, limit, group)))
 }
 
 /// Manage a running machine from outside.

@@ -134,11 +134,15 @@ impl Drop for Api {
     }
 }
 
+/// Whether a user may speak to this daemon, on any of its sockets: root, and whoever runs it.
+pub(crate) fn may_speak(user: u32) -> bool {
+    user == 0 || user == rustix::process::geteuid().as_raw()
+}
+
 async fn accept(listener: UnixListener, app: Arc<App>) {
     let service = router(&app).layer(DefaultBodyLimit::max(BODY_MAX));
     let clients = Arc::new(Semaphore::new(CLIENTS_MAX));
     let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
-    let own = rustix::process::geteuid().as_raw();
     loop {
         let Ok((stream, _)) = listener.accept().await else {
             tokio::time::sleep(PAUSE).await;
@@ -146,7 +150,7 @@ async fn accept(listener: UnixListener, app: Arc<App>) {
         };
         let user = stream.peer_cred().map(|peer| peer.uid());
         let fault = match (user, Arc::clone(&clients).try_acquire_owned()) {
-            (Ok(user), Ok(permit)) if user == 0 || user == own => {
+            (Ok(user), Ok(permit)) if may_speak(user) => {
                 let service = TowerToHyperService::new(service.clone());
                 tokio::spawn(async move {
                     let _permit = permit;

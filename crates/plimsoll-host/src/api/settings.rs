@@ -6,7 +6,7 @@ use super::fault::{Code, Fault};
 use crate::config::{FaceConfig, MachineConfig, group_name};
 use plimsoll_policy::settings::{BUFFER_USUAL, Face, GroupSettings, MachineSettings, Shares};
 use plimsoll_policy::{Ppm, Rung};
-use plimsoll_types::ByteCount;
+use plimsoll_types::{ByteCount, GroupId};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
@@ -115,7 +115,7 @@ impl Settings {
         let parent = match self.group.as_deref() {
             None => current.parent,
             Some("") => None,
-            Some(name) => Some(groups.get(name).ok_or_else(|| no_group(name, groups))?.id),
+            Some(name) => Some(group_called(name, groups)?),
         };
         let rung = |highest| RUNGS.iter().find(|(own, _)| *own == highest).map(|(_, rung)| *rung);
         Ok(MachineConfig {
@@ -257,11 +257,15 @@ fn two_kinds(one: &str, other: &str) -> Fault {
     )
 }
 
-pub(super) fn no_group(name: &str, groups: &BTreeMap<String, GroupSettings>) -> Fault {
+/// The group of that name.
+pub(super) fn group_called(name: &str, groups: &BTreeMap<String, GroupSettings>) -> Result<GroupId, Fault> {
+    if let Some(group) = groups.get(name) {
+        return Ok(group.id);
+    }
     let known = groups.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
     let known = if known.is_empty() { "there are none".to_owned() } else { format!("there are {known}") };
-    Fault::new(Code::Unprocessable, format!("there is no group {name:?}: {known}"))
-        .help("groups are those of the daemon's settings file (--config)")
+    Err(Fault::new(Code::Unprocessable, format!("there is no group {name:?}: {known}"))
+        .help("groups are those of the daemon's settings file (--config)"))
 }
 
 #[cfg(test)]

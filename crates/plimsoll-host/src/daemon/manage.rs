@@ -8,6 +8,7 @@ use super::milestones::{Milestones, now_ns};
 use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
 use super::steer::Steering;
 use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
+use crate::api::may_speak;
 use crate::helm::kept::Kept;
 use crate::keeper::client::Client;
 use crate::voice::say;
@@ -348,11 +349,11 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Who has connected, if it may: root, or whoever runs the daemon.
+    /// Who has connected, if it may.
     fn connected(&mut self, listener: &OwnedFd) -> Option<OwnedFd> {
         let socket = accept_with(listener, SocketFlags::CLOEXEC).ok()?;
         let peer = fdpass::peer_credentials(&socket).ok()?;
-        if peer.uid == 0 || peer.uid == rustix::process::geteuid().as_raw() {
+        if may_speak(peer.uid) {
             return Some(socket);
         }
         self.tell(format!("user {} may not speak to this daemon and was turned away", peer.uid));

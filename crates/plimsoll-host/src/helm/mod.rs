@@ -238,11 +238,10 @@ impl Helm {
             }
             Order::Reclaim(id, pages) => self.reclaim(control, id, pages),
             Order::Budget(budget) => {
-                let before = self.kept.words().budget_bytes;
-                let old = control.tree().settings().capacity;
+                let before = control.tree().settings().capacity;
                 self.set_budget(control, budget)?;
                 self.kept.change(|words| words.budget_bytes = Some(budget.0)).map_err(|error| {
-                    let _ = self.set_budget(control, before.map_or(old, ByteCount));
+                    let _ = self.set_budget(control, before);
                     unkept(&error)
                 })?;
                 Ok(None)

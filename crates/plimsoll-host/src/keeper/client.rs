@@ -51,9 +51,7 @@ impl Client {
     /// # Errors
     /// When it is gone.
     pub fn serving(&self) -> io::Result<()> {
-        fdpass::send(&*self.socket.lock(), &Request::Serving.encode(), &[])
-            .map_err(io::Error::other)
-            .map(drop)
+        self.tell(Request::Serving)
     }
 
     /// Tells the keeper that this manager was told to stop and goes on.
@@ -61,9 +59,12 @@ impl Client {
     /// # Errors
     /// When it is gone.
     pub fn staying(&self) -> io::Result<()> {
-        fdpass::send(&*self.socket.lock(), &Request::Staying.encode(), &[])
-            .map_err(io::Error::other)
-            .map(drop)
+        self.tell(Request::Staying)
+    }
+
+    /// Says something that is not answered.
+    fn tell(&self, request: Request) -> io::Result<()> {
+        fdpass::send(&*self.socket.lock(), &request.encode(), &[]).map_err(io::Error::other).map(drop)
     }
 
     /// True once the keeper is gone: what this process holds is all there is.

@@ -1,14 +1,10 @@
 //! The verbs that speak to a running daemon, and what the daemon makes of what they say.
-use super::daemon::{Directory, Machine, exists, manager_of, signal, start};
+use super::daemon::{Directory, Machine, exists, kill_manager, plimsoll, start};
 use super::run::{Ended, Run, alone, can, wait_until};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-
-fn plimsoll(directory: &Directory, words: &[&str]) -> Ended {
-    Run::new(&[words, &["--directory", directory.text()]].concat()).output()
-}
 
 /// What a verb says for programs.
 fn json(directory: &Directory, words: &[&str]) -> Value {
@@ -120,9 +116,7 @@ fn what_is_said_about_a_machine_outlives_its_manager() {
     assert!(line.stdout.contains("1 machine own"), "{}", line.stdout);
     assert_eq!(json(&directory, &["budget", "72M"])["budget_bytes"], 72u64 << 20);
 
-    let manager = manager_of(&directory).unwrap();
-    signal(manager, Signal::KILL);
-    wait_until("the next manager serves", || manager_of(&directory).is_some_and(|next| next != manager));
+    let manager = kill_manager(&directory);
     assert!(!exists(manager));
     machine.verifies(1000);
     wait_until("it is decided about again", || list()[0]["memory"].is_object());
@@ -171,9 +165,7 @@ fn words_of_a_newer_version_are_left_alone_and_machines_are_served_without_the_l
     wait_until("the API is served", || plimsoll(&directory, &["budget"]).code() == Some(0));
     let newer = r#"{"version": 2}"#;
     fs::write(directory.0.join("said.json"), newer).unwrap();
-    let manager = manager_of(&directory).unwrap();
-    signal(manager, Signal::KILL);
-    wait_until("the next manager serves", || manager_of(&directory).is_some_and(|next| next != manager));
+    kill_manager(&directory);
     assert_eq!(fs::read_to_string(directory.0.join("said.json")).unwrap(), newer);
     daemon.signal(Signal::TERM);
     let ended = daemon.wait();

@@ -1,5 +1,5 @@
 //! `plimsoll daemon`: what it refuses, how it ends, and what its parts do without each other.
-use super::run::{Run, Running, alone, can, wait_until};
+use super::run::{Ended, Run, Running, alone, can, wait_until};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_sys::fdpass;
@@ -39,17 +39,22 @@ impl Drop for Directory {
 }
 
 pub(crate) fn start(directory: &Directory) -> Running {
-    start_with(directory, "64M")
+    start_with(directory, &["--budget", "64M"])
 }
 
-fn start_with(directory: &Directory, budget: &str) -> Running {
-    let running = Run::new(&["daemon", "--budget", budget, "--directory", directory.text()]).start();
+fn start_with(directory: &Directory, words: &[&str]) -> Running {
+    let running = Run::new(&[&["daemon", "--directory", directory.text()][..], words].concat()).start();
     wait_until("its manager serves", || manager_of(directory).is_some());
     running
 }
 
+/// A verb about that daemon, to its end.
+pub(crate) fn plimsoll(directory: &Directory, words: &[&str]) -> Ended {
+    Run::new(&[words, &["--directory", directory.text()]].concat()).output()
+}
+
 /// The process of the manager that answers, if one does.
-pub(crate) fn manager_of(directory: &Directory) -> Option<u32> {
+fn manager_of(directory: &Directory) -> Option<u32> {
     u32::try_from(status_of(directory)?["pid"].as_u64()?).ok()
 }
 
@@ -74,11 +79,19 @@ fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
     Some(serde_json::from_slice(&bytes[..received.bytes]).unwrap())
 }
 
+/// Kills the manager that answers, and waits for the one after it. Which one that was.
+pub(crate) fn kill_manager(directory: &Directory) -> u32 {
+    let killed = manager_of(directory).unwrap();
+    signal(killed, Signal::KILL);
+    wait_until("another manager serves", || manager_of(directory).is_some_and(|manager| manager != killed));
+    killed
+}
+
 pub(crate) fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok()
 }
 
-pub(crate) fn signal(pid: u32, signal: Signal) {
+fn signal(pid: u32, signal: Signal) {
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
 }
@@ -343,12 +356,8 @@ fn a_daemon_to_which_nobody_listens_any_more_replaces_its_manager_all_the_same()
     machine.verifies(100);
     drop(daemon.stderr.take());
     for _ in 0..2 {
-        let before = manager_of(&directory).unwrap();
         // The keeper says so, and the next manager which machines it has.
-        signal(before, Signal::KILL);
-        wait_until("another manager serves", || {
-            manager_of(&directory).is_some_and(|manager| manager != before)
-        });
+        kill_manager(&directory);
         machine.verifies(100);
         assert!(daemon.try_wait().unwrap().is_none());
     }
@@ -364,7 +373,7 @@ fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
         return;
     }
     let directory = Directory::new("parting");
-    let daemon = start_with(&directory, "256M");
+    let daemon = start_with(&directory, &["--budget", "256M"]);
     let mut machines = [(); 2].map(|()| Machine::start(&directory));
     machines.iter_mut().for_each(|machine| machine.verifies(1000));
     wait_until("some of both is stored", || {
@@ -389,10 +398,8 @@ fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
 
 /// A daemon with a disk tier, and an idle machine of its.
 fn start_with_disk(directory: &Directory, disk: &Path) -> (Running, Machine) {
-    let words = ["daemon", "--budget", "256M", "--directory", directory.text(), "--disk"];
-    let words = [&words[..], &[disk.to_str().unwrap(), "--disk-limit", "128M"]].concat();
-    let daemon = Run::new(&words).start();
-    wait_until("its manager serves", || manager_of(directory).is_some());
+    let words = ["--budget", "256M", "--disk", disk.to_str().unwrap(), "--disk-limit", "128M"];
+    let daemon = start_with(directory, &words);
     let idle = WorkloadSpec::new(WorkloadKind::Idle);
     let idle = WorkloadSpec { footprint_bytes: 48 << 20, ops_per_second: 10, ..idle };
     let mut machine = Machine::with(directory, idle);
@@ -409,7 +416,7 @@ fn a_parked_machine_is_given_back_from_the_disk() {
     let directory = Directory::new("brought-home");
     let disk = std::env::temp_dir().join(format!("plimsoll-disk-home-{}", std::process::id()));
     let (daemon, mut machine) = start_with_disk(&directory, &disk);
-    Run::new(&["park", "lonely", "--directory", directory.text()]).output().expect_code(0);
+    plimsoll(&directory, &["park", "lonely"]).expect_code(0);
     wait_until("most of it is on the disk", || {
         status_of(&directory).is_some_and(|status| status["domains"][0]["away"].as_u64() > Some(5000))
     });
@@ -429,11 +436,10 @@ fn a_parked_machine_is_on_the_disk_outlives_its_manager_and_wakes_right() {
     let directory = Directory::new("parked");
     let disk = std::env::temp_dir().join(format!("plimsoll-disk-{}", std::process::id()));
     let (daemon, machine) = start_with_disk(&directory, &disk);
-    let order = |words: &[&str]| Run::new(&[words, &["--directory", directory.text()]].concat()).output();
-    let unknown = order(&["park", "nobody"]);
+    let unknown = plimsoll(&directory, &["park", "nobody"]);
     unknown.expect_code(2);
     assert!(unknown.stderr.contains("the daemon has lonely (1)"), "{}", unknown.stderr);
-    let parked = order(&["park", "lonely"]);
+    let parked = plimsoll(&directory, &["park", "lonely"]);
     parked.expect_code(0);
     assert!(parked.stdout.contains("for the disk"), "{}", parked.stdout);
     let number = |value: &serde_json::Value| value.as_u64().unwrap_or(u64::MAX);
@@ -447,17 +453,13 @@ fn a_parked_machine_is_on_the_disk_outlives_its_manager_and_wakes_right() {
     wait_until("some of the machine to be on the disk", || {
         status_of(&directory).is_some_and(|status| number(&status["disk"]["live_bytes"]) > 1 << 20)
     });
-    let before = manager_of(&directory).unwrap();
-    signal(before, Signal::KILL);
-    wait_until("another manager runs", || manager_of(&directory).is_some_and(|manager| manager != before));
-    order(&["park", "lonely"]).expect_code(0);
+    kill_manager(&directory);
+    plimsoll(&directory, &["park", "lonely"]).expect_code(0);
     wait_until("the machine to be on the disk", is_parked);
-    let before = manager_of(&directory).unwrap();
-    signal(before, Signal::KILL);
-    wait_until("another manager runs", || manager_of(&directory).is_some_and(|manager| manager != before));
+    kill_manager(&directory);
     let status = status_of(&directory).unwrap();
     assert!(number(&status["domains"][0]["away"]) > 5000, "the next manager does not know: {status}");
-    order(&["wake", "1"]).expect_code(0);
+    plimsoll(&directory, &["wake", "1"]).expect_code(0);
     machine.finish();
     wait_until("nothing of it to be on the disk", || {
         status_of(&directory).is_some_and(|status| number(&status["disk"]["live_bytes"]) == 0)
