@@ -36,31 +36,16 @@
 #![no_std]
 #![no_main]
 
+mod entry;
 mod mem;
 mod vcpu;
 
-use core::arch::global_asm;
-use core::fmt::{self, Write};
+use core::fmt::Write;
 use core::panic::PanicInfo;
+use entry::Message;
 use plimsoll_guest::Guest;
-use plimsoll_guest::abi::{MAX_VCPUS, MESSAGE_SIZE, STACK_SIZE, STACKS_GPA};
+use plimsoll_guest::abi::{MAX_VCPUS, STACK_SIZE, STACKS_GPA};
 use vcpu::Vcpu;
-
-// rdi holds the vCPU's index and stays where it is: the first argument. A call leaves rsp 8 below a multiple
-// of 16, as the System V ABI has it at a function's first instruction. rbp 0 ends the chain of frames for a
-// debugger.
-global_asm!(
-    ".section .text.start, \"ax\", @progbits",
-    ".globl _start",
-    "_start:",
-    "cld",
-    "xor ebp, ebp",
-    "and rsp, -16",
-    "call {main}",
-    "ud2",
-    ".text",
-    main = sym guest_main,
-);
 
 /// Runs the vCPU to its end. Nothing is left to return to.
 extern "C" fn guest_main(index: u64) -> ! {
@@ -77,29 +62,11 @@ extern "C" fn guest_main(index: u64) -> ! {
     }
 }
 
-/// Text for the channel page; what does not fit is cut off at a character's end.
-struct Message {
-    bytes: [u8; MESSAGE_SIZE],
-    len: usize,
-}
-
-impl Write for Message {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let room = self.bytes.get_mut(self.len..).unwrap_or_default();
-        let fits = text.floor_char_boundary(room.len());
-        for (place, byte) in room.iter_mut().zip(text.bytes().take(fits)) {
-            *place = byte;
-        }
-        self.len += fits;
-        if fits == text.len() { Ok(()) } else { Err(fmt::Error) }
-    }
-}
-
 /// Says through the channel page why the vCPU cannot go on.
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
     // Each vCPU has its own 64 KiB of stack, so the address of a local says which vCPU this is.
-    let mut message = Message { bytes: [0; MESSAGE_SIZE], len: 0 };
+    let mut message = Message::EMPTY;
     let stack_offset = ((&raw const message).addr() as u64).saturating_sub(STACKS_GPA);
     let index = u32::try_from(stack_offset / STACK_SIZE).unwrap_or(0).min(MAX_VCPUS - 1);
     // A message too long is cut off: the rest has nowhere to go.

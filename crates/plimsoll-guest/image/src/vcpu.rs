@@ -188,6 +188,6 @@ impl Machine for Vcpu {
 
 /// A guest physical address as a pointer's: memory is identity mapped and this machine has 64 bits.
 #[expect(clippy::cast_possible_truncation, reason = "the image exists for x86-64 only")]
-const fn address(gpa: u64) -> usize {
+pub const fn address(gpa: u64) -> usize {
     gpa as usize
 }

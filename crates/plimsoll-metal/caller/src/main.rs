@@ -15,18 +15,21 @@
 #![no_std]
 #![no_main]
 
+#[path = "../../../plimsoll-guest/image/src/entry.rs"]
+mod entry;
 #[path = "../../../plimsoll-guest/image/src/mem.rs"]
 mod mem;
 #[path = "../../../plimsoll-guest/image/src/vcpu.rs"]
 mod vcpu;
 
-use core::arch::{asm, global_asm};
-use core::fmt::{self, Write};
+use core::arch::asm;
+use core::fmt::Write;
 use core::panic::PanicInfo;
 use core::ptr::{read_volatile, with_exposed_provenance, with_exposed_provenance_mut, write_volatile};
+use entry::Message;
 use plimsoll_guest::Machine;
-use plimsoll_guest::abi::{MESSAGE_SIZE, PAGE_SIZE, PAGE_TABLES_GPA, Phase, Report, STOP_NO};
-use vcpu::Vcpu;
+use plimsoll_guest::abi::{PAGE_SIZE, PAGE_TABLES_GPA, Phase, Report, STOP_NO};
+use vcpu::{Vcpu, address};
 
 /// Where extents are mapped: the block behind this guest's memory, which has 16 MiB.
 const WINDOW: u64 = 16 << 20;
@@ -54,21 +57,7 @@ const RELEASE: u64 = 10;
 /// Calls that machine 3 makes.
 const WRONG_CALLS: u64 = 20_000;
 
-// As in the other program: the first argument is the processor's number, 0.
-global_asm!(
-    ".section .text.start, \"ax\", @progbits",
-    ".globl _start",
-    "_start:",
-    "cld",
-    "xor ebp, ebp",
-    "and rsp, -16",
-    "call {main}",
-    "ud2",
-    ".text",
-    main = sym caller_main,
-);
-
-extern "C" fn caller_main() -> ! {
+extern "C" fn guest_main() -> ! {
     // SAFETY: `_start` calls this once, on processor 0, the only one.
     let mut vcpu = unsafe { Vcpu::new(0) };
     let seed = vcpu.params().seed;
@@ -98,11 +87,6 @@ fn call(number: u64, first: u64, second: u64, third: u64) -> (u64, u64) {
             inlateout("rdx") third => value, in("rcx") 0, options(nostack, preserves_flags));
     }
     (status, value)
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "the program exists for x86-64 only")]
-const fn address(gpa: u64) -> usize {
-    gpa as usize
 }
 
 fn read(gpa: u64) -> u64 {
@@ -223,25 +207,9 @@ fn ask_wrongly() -> u64 {
     WRONG_CALLS
 }
 
-/// Text for the channel page; what does not fit is cut off.
-struct Message {
-    bytes: [u8; MESSAGE_SIZE],
-    len: usize,
-}
-
-impl Write for Message {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let room = self.bytes.get_mut(self.len..).unwrap_or_default();
-        let fits = text.floor_char_boundary(room.len());
-        room.iter_mut().zip(text.bytes().take(fits)).for_each(|(place, byte)| *place = byte);
-        self.len += fits;
-        if fits == text.len() { Ok(()) } else { Err(fmt::Error) }
-    }
-}
-
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    let mut message = Message { bytes: [0; MESSAGE_SIZE], len: 0 };
+    let mut message = Message::EMPTY;
     // What is too long is cut off: the rest has nowhere to go.
     let _ = write!(message, "{}", info.message());
     // SAFETY: the one processor; the other `Vcpu` is not used any more.
