@@ -7,8 +7,12 @@
 //! # A segment's life
 //! ```text
 //! free -> being written -> written -> free     when nobody needs anything in it any more, by itself or by cleaning
-//!               \-> failed                     the disk refused it: it is not used again
+//!               \-> failed  \-> kept           the disk refused it: it is not used again
 //! ```
+//! *Kept* are segments that may have objects of a store that could not be put together at a take-over. What is in
+//! them is counted by what the other stores name, which is not all, so none of them is cleaned or free until a manager
+//! knows every store. That is one of a later process: a successor in this one has the same tier, and keeps what it kept.
+//!
 //! A segment counts as written when the disk has taken all of it; only then does a record name a place in it, and only after
 //! that is the page's memory given back. So whatever a write comes to, no page is lost to it. Nothing is ever synced: when the
 //! host goes down the key goes with it, and a manager's death loses nothing that the kernel has.
@@ -185,7 +189,16 @@ enum Duty {
     Written,
     /// Written, and not to be cleaned: something in it cannot be read.
     Stuck,
+    /// Written, and perhaps needed by a store that is not known.
+    Kept,
     Failed,
+}
+
+impl Duty {
+    /// True where objects are.
+    const fn holds_objects(self) -> bool {
+        matches!(self, Self::Written | Self::Stuck | Self::Kept)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -247,7 +260,7 @@ impl Tier {
     }
 
     /// Goes on with what a manager of another process has left. Everything that records name is to be
-    /// [`claim`](Self::claim)ed, and then what is left [`settle`](Self::settle)d, before anything is written.
+    /// [`claim`](Self::claim)ed, and then what is left [`settle`](Self::settle)d or [`kept`](Self::keep), before anything is written.
     ///
     /// # Errors
     /// [`TierError::Table`].
@@ -308,7 +321,7 @@ impl Tier {
             state.segments.iter().filter(|segment| duty.contains(&segment.duty)).count() * SEGMENT_SIZE
         };
         TierStats {
-            used: ByteCount(count(&[Duty::Writing, Duty::Written, Duty::Stuck]) as u64),
+            used: ByteCount(count(&[Duty::Writing, Duty::Written, Duty::Stuck, Duty::Kept]) as u64),
             failed: ByteCount(count(&[Duty::Failed]) as u64),
             live: ByteCount(state.owned.values().sum()),
             ..state.stats
@@ -524,14 +537,23 @@ impl Tier {
         let mut state = self.state.lock();
         // A damaged record may name anything. Reading it will tell.
         if let Some(segment) = state.segments.get_mut(place.segment as usize)
-            && segment.duty == Duty::Written
+            && segment.duty.holds_objects()
         {
             segment.live = segment.live.saturating_add(share_of(remote));
             *state.owned.entry(domain).or_default() += u64::from(share_of(remote));
         }
     }
 
-    /// Everything that is needed has been claimed: the rest is free.
+    /// Not everything that is needed could be claimed: what has been written so far stays as it is. For as long as this tier
+    /// is there, because only another process looks again for what was not found.
+    pub fn keep(&self) {
+        let mut state = self.state.lock();
+        for segment in state.segments.iter_mut().filter(|segment| segment.duty.holds_objects()) {
+            segment.duty = Duty::Kept;
+        }
+    }
+
+    /// Everything that is needed has been claimed, or is [`kept`](Self::keep): the rest is free.
     pub fn settle(&self) {
         let mut state = self.state.lock();
         let State { segments, free, .. } = &mut *state;
@@ -548,11 +570,11 @@ impl Tier {
         let mut state = self.state.lock();
         let State { segments, free, owned, .. } = &mut *state;
         let Some(segment) = segments.get_mut(place.segment as usize) else { return };
-        if !matches!(segment.duty, Duty::Written | Duty::Stuck) {
+        if !segment.duty.holds_objects() {
             return;
         }
         segment.live = segment.live.saturating_sub(share_of(remote));
-        if segment.live == 0 {
+        if segment.live == 0 && segment.duty != Duty::Kept {
             self.set_free(place.segment, segment, free);
         }
         if let Some(room) = owned.get_mut(&domain) {
@@ -584,8 +606,7 @@ impl Tier {
         let worth = |(number, segment): (u32, &Segment)| {
             let (live, room) = (u64::from(segment.live), ROOM as u64);
             let Holds::Sequence(sequence) = self.table.holds(number) else { return None };
-            // One that has nothing, as far as is known, waits for a store that could not be put together.
-            let is_sparse = segment.duty == Duty::Written && live > 0 && live * 100 <= room * FULL_PERCENT;
+            let is_sparse = segment.duty == Duty::Written && live * 100 <= room * FULL_PERCENT;
             // Rosenblum and Ousterhout's benefit to cost, (1 - u) * age / (1 + u).
             let age = now.saturating_sub(sequence).min(1 << 20);
             is_sparse.then(|| ((room - live) * age * 1000 / (room + live), number, live))

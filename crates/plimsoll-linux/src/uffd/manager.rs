@@ -277,10 +277,11 @@ impl Manager {
             manager.add_domain(Domain::new(id, group, store));
         }
         if let Some(tier) = &manager.tier {
-            // A store that could not be put together may be by the next manager: its places stay taken.
-            if vault.lost.is_empty() {
-                tier.settle();
+            // A store that could not be put together may be by a later manager: its places stay taken.
+            if !vault.lost.is_empty() {
+                tier.keep();
             }
+            tier.settle();
             manager.host.set_tier(Arc::clone(tier));
         }
         // All are in the ledger before the first asks for memory. From the first take-over on nothing may be given up on: a

@@ -250,6 +250,41 @@ fn a_reader_whose_window_is_older_than_the_segment_reads_anew() {
 }
 
 #[test]
+fn what_a_store_that_could_not_be_put_together_has_stays_whatever_the_others_do() {
+    let disk = FaultyDisk::default();
+    let mut world = World::new(&disk, 8, None);
+    // Three segments that have something of both, three of domain 1's alone, in a tier that has no more.
+    for seed in 1..=250 * 6 {
+        world.put(if seed <= 250 * 3 && seed % 2 == 0 { 2 } else { 1 }, seed * 2);
+    }
+    world.demote_all().unwrap();
+    world.restart_without(Box::new(disk.clone()), Some(2));
+    world.read_all();
+    // Two thirds, and so all segments are sparse, then everything; in between the manager is replaced within its process.
+    let press = |world: &mut World| {
+        while world.clean().is_ok_and(|won| won > 0) {}
+        for seed in 0..600 {
+            world.put(1, 10_000 + seed * 2);
+        }
+        let _ = world.demote_all();
+        world.read_all();
+    };
+    world.release_those(|place| !place.is_multiple_of(3));
+    press(&mut world);
+    world.succeed();
+    press(&mut world);
+    world.release_those(|_| true);
+    world.succeed();
+    press(&mut world);
+    assert!(world.tier.stats().used >= ByteCount(3 * MIB), "{:?}", world.tier.stats());
+    world.restart(Box::new(disk.clone()));
+    world.read_all();
+    world.audit();
+    world.release_those(|_| true);
+    assert_eq!(world.tier.stats().used, ByteCount(0), "the next manager knows all stores");
+}
+
+#[test]
 fn no_record_can_make_the_tier_read_what_is_not_its() {
     let disk = FaultyDisk::default();
     let world = filled(&disk, 10, None, 40);

@@ -44,6 +44,8 @@ pub(crate) struct World {
     pub(crate) tier: Arc<Tier>,
     pub(crate) domains: BTreeMap<u32, Arc<Domain<HeapSlabs>>>,
     pub(crate) held: Vec<Held>,
+    /// Stores that could not be put together, and their pages.
+    absent: Vec<(u32, HeapSlabs, Vec<Held>)>,
     quota: Option<ByteCount>,
     window: Window,
     encoder: Encoder,
@@ -64,6 +66,7 @@ impl World {
             tier: Arc::new(tier),
             domains: [1, 2].map(domain).into(),
             held: Vec::new(),
+            absent: Vec::new(),
             quota,
             window: Window::default(),
             encoder: Encoder::new(),
@@ -140,20 +143,50 @@ impl World {
 
     /// The manager dies where it is, and another takes over what outlives it.
     pub(crate) fn restart(&mut self, disk: Box<dyn Disk>) {
+        self.restart_without(disk, None);
+    }
+
+    /// The same, but one of the stores cannot be put together by it.
+    pub(crate) fn restart_without(&mut self, disk: Box<dyn Disk>, missing: Option<u32>) {
         let table = self.tier.keepsakes().0.try_clone_to_owned().unwrap();
         let mut tier = Tier::inherit(disk, table, self.quota).unwrap();
         tier.set_patience([Duration::ZERO; 2]);
         self.tier = Arc::new(tier);
+        let known = std::mem::take(&mut self.domains).into_iter();
+        let mut stores: Vec<_> = known.map(|(id, domain)| (id, memory_of(domain))).collect();
+        for (id, memory, held) in std::mem::take(&mut self.absent) {
+            self.held.extend(held);
+            stores.push((id, memory));
+        }
+        if let Some(place) = stores.iter().position(|(id, _)| Some(*id) == missing) {
+            let (id, memory) = stores.remove(place);
+            let held = self.held.extract_if(.., |held| held.domain == id).collect();
+            self.absent.push((id, memory, held));
+            self.take_over(stores);
+            self.tier.keep();
+        } else {
+            self.take_over(stores);
+        }
+        self.tier.settle();
+    }
+
+    /// Another manager of the same process goes on with the tier and the stores that this one has.
+    pub(crate) fn succeed(&mut self) {
+        self.tier.recount();
+        let stores = std::mem::take(&mut self.domains).into_iter();
+        self.take_over(stores.map(|(id, domain)| (id, memory_of(domain))).collect());
+        self.tier.settle();
+    }
+
+    fn take_over(&mut self, stores: Vec<(u32, HeapSlabs)>) {
         self.window = Window::default();
-        for (id, domain) in std::mem::take(&mut self.domains) {
-            let memory = Arc::into_inner(domain).unwrap().into_store().into_memory();
+        for (id, memory) in stores {
             let handles = self.held.iter().filter(|held| held.domain == id).map(|held| held.handle);
             let (store, report) = Store::recover(memory, handles);
             assert_eq!(report.rejected, []);
             store.remotes().for_each(|remote| self.tier.claim(DomainId(id), remote));
             self.domains.insert(id, Arc::new(Domain::new(DomainId(id), GROUP, store)));
         }
-        self.tier.settle();
     }
 
     /// What the tier counts is what the records name.
@@ -170,4 +203,8 @@ impl World {
         assert_eq!(stats.live, ByteCount(live));
         assert!(stats.used + stats.failed <= stats.limit, "{stats:?}");
     }
+}
+
+fn memory_of(domain: Arc<Domain<HeapSlabs>>) -> HeapSlabs {
+    Arc::into_inner(domain).unwrap().into_store().into_memory()
 }
