@@ -15,6 +15,7 @@
 //! | [`window`] | reading, and what was written together |
 //! | `image` | a segment read whole, to be cleaned |
 //! | [`fetch()`] | an object's bytes, wherever they are |
+//! | [`release()`] | a reference given back, with the place on the disk or without |
 //! | [`mover`] | what joins tier and stores: objects on their way out of memory, and from sparse segments to full ones |
 //!
 //! # Where the index is
@@ -41,6 +42,8 @@
 //!   segment of 1 MiB a call leaves little to be won by queueing. A disk that never answers keeps a manager from stopping.
 //! * An object that lies away is not compared with pages that come in: an equal one is stored once more.
 //! * A file system that never writes in place may have no room for cleaning although the segments had theirs.
+//! * What a lost page took of its segment stays taken until a manager takes over. A record whose place was damaged and that
+//!   nobody reads before it is released gives up a place that is not its own.
 //! * Segments are given back to the tier, not to the file system: the file is as long as it ever was.
 pub mod device;
 mod draft;
@@ -48,6 +51,7 @@ mod fetch;
 mod format;
 mod image;
 pub mod mover;
+mod release;
 mod seal;
 mod table;
 pub mod tier;
@@ -57,4 +61,5 @@ pub use draft::Draft;
 pub use fetch::{FetchError, fetch};
 pub use format::{SEGMENT_SIZE, SEGMENTS_MAX};
 pub use image::{Image, Line};
+pub use release::{abandon, release};
 pub use table::TableError;

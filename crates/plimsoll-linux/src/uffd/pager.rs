@@ -13,7 +13,7 @@ use super::host::{Domain, Host, Incident, Orders};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
 use super::stats::MachineStats;
-use crate::disk::FetchError;
+use crate::disk::{self, FetchError};
 use crate::explain;
 use plimsoll_core::ledger::{Kind, LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
@@ -586,8 +586,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
 
     /// The page's bytes are lost: from now on a touch fails, and the operator is told.
     fn lose(&mut self, page: PageIndex, cause: String) -> Result<Served, PagerError> {
-        if let Released::Object(object) = self.machine.poisoned(page)? {
-            self.release(object);
+        if let Released::Object(object) = self.machine.poisoned(page)?
+            && let Some(handle) = Handle::from_bits(object.bits())
+        {
+            disk::abandon(&self.domain, handle);
         }
         self.stats.poisoned += 1;
         self.host.report(Incident::Poisoned { machine: self.id, page, cause });
@@ -631,11 +633,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
 
     pub(super) fn release(&self, object: ObjectRef) {
         let Some(handle) = Handle::from_bits(object.bits()) else { return };
-        // A stale or damaged object has no reference left to release; reading it has told, or would have.
-        let released = self.domain.store(|store| store.release(handle));
-        if let (Ok(Some(remote)), Some(tier)) = (released, self.host.tier()) {
-            tier.forget(self.domain.id, remote);
-        }
+        disk::release(&self.domain, self.host.tier(), handle);
     }
 
     /// The machine's process is gone, or alone with it: releases every object its pages name, and waits for whoever reads the

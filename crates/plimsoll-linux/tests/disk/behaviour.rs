@@ -5,7 +5,7 @@ use plimsoll_linux::disk::FetchError;
 use plimsoll_linux::disk::device::BLOCK_SIZE;
 use plimsoll_linux::disk::tier::{Limits, Purpose, ReadError, SEGMENTS_MIN, Tier, TierError, WriteError};
 use plimsoll_linux::disk::window::Window;
-use plimsoll_store::{Away, Handle, HeapSlabs, Remote, Store};
+use plimsoll_store::{Away, Fetched, Handle, HeapSlabs, Remote, Replacement, Store};
 use plimsoll_types::{ByteCount, DomainId, PAGE_SIZE};
 
 /// Pages that do not compress, of one domain.
@@ -282,6 +282,33 @@ fn what_a_store_that_could_not_be_put_together_has_stays_whatever_the_others_do(
     world.audit();
     world.release_those(|_| true);
     assert_eq!(world.tier.stats().used, ByteCount(0), "the next manager knows all stores");
+}
+
+#[test]
+fn a_page_that_is_lost_gives_up_no_place_that_its_damaged_record_names() {
+    let disk = FaultyDisk::default();
+    let mut world = filled(&disk, 8, None, 252);
+    world.demote_all().unwrap();
+    let (first, last) = (world.held[0], world.held[251]);
+    let [own, other] = [first, last].map(|held| world.remote(held).unwrap());
+    assert_ne!(own.at.bits() >> 14, other.at.bits() >> 14, "the last page is alone in its segment");
+    // A bit of the first page's record goes wrong: it names the last one's place.
+    let mut fetched = Fetched::new();
+    let domain = &world.domains[&1];
+    domain.store(|store| store.fetch(first.handle, &mut fetched)).unwrap();
+    let (ticket, _) = fetched.ticket().unwrap();
+    assert_eq!(domain.store(|store| store.send_away(&ticket, other.at)), Replacement::Made);
+    assert!(world.read(first).is_err());
+    world.lose(0);
+    world.read(last).unwrap();
+    // Nobody has written over it when others come, either.
+    for seed in 1000..1400 {
+        world.put(1, seed * 2);
+    }
+    let _ = world.demote_all();
+    world.read_all();
+    world.restart(Box::new(disk.clone()));
+    world.audit();
 }
 
 #[test]

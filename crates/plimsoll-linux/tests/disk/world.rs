@@ -4,7 +4,7 @@ use plimsoll_linux::disk::device::Disk;
 use plimsoll_linux::disk::mover::Mover;
 use plimsoll_linux::disk::tier::{Limits, Tier, WriteError};
 use plimsoll_linux::disk::window::Window;
-use plimsoll_linux::disk::{FetchError, fetch};
+use plimsoll_linux::disk::{FetchError, abandon, fetch, release};
 use plimsoll_linux::uffd::host::Domain;
 use plimsoll_store::{Encoder, Fetched, Handle, HeapSlabs, NoDense, Remote, Store, Whereabouts};
 use plimsoll_types::{ByteCount, DomainId, GroupId, PAGE_SIZE, PageBytes};
@@ -83,10 +83,13 @@ impl World {
 
     pub(crate) fn release(&mut self, at: usize) {
         let Held { domain, handle, .. } = self.held.remove(at);
-        let domain = &self.domains[&domain];
-        if let Some(remote) = domain.store(|store| store.release(handle)).unwrap() {
-            self.tier.forget(domain.id, remote);
-        }
+        release(&self.domains[&domain], Some(&self.tier), handle);
+    }
+
+    /// A page could not be read: it is lost.
+    pub(crate) fn lose(&mut self, at: usize) {
+        let Held { domain, handle, .. } = self.held.remove(at);
+        abandon(&self.domains[&domain], handle);
     }
 
     /// Releases those pages that are at such places.
