@@ -16,13 +16,14 @@ use crate::{
     error::{Damage, GetError, StoreError},
     fetch::{Confirmed, Fetched, Found},
     index::Index,
-    memory::{SLAB_SIZE, SlabMemory},
+    memory::{SLAB_SIZE, SlabId, SlabMemory},
     record::{Body, Extent, Generation, Handle, Record, RecordNumber, Remote},
     records::{RecordTable, Walk},
     similar::{Similar, Sketch},
     slots::SlotTable,
     stats::Stats,
 };
+use alloc::vec::Vec;
 use core::fmt;
 use plimsoll_types::{ByteCount, PAGE_SIZE, PageBytes, PageCount};
 
@@ -343,6 +344,23 @@ impl<M: SlabMemory> Store<M> {
     /// Drops every page and releases every slab: the end of a domain.
     pub fn dismantle(self) -> M {
         Store::new(self.memory).memory
+    }
+
+    /// Drops every page and releases every slab, and says what of them lay away: the end of a domain whose store others
+    /// still look into. They find handles that are stale.
+    pub fn clear(&mut self) -> Vec<Remote> {
+        let remotes = self.remotes().collect();
+        let slabs: Vec<SlabId> = self.memory.live().map(|(slab, _)| slab).collect();
+        slabs.into_iter().for_each(|slab| self.memory.release(slab));
+        self.records = RecordTable::new();
+        self.slots = SlotTable::new();
+        self.index = Index::new();
+        self.tally = Tally::default();
+        self.missed = None;
+        self.similar = Similar::new();
+        self.cold = Walk::default();
+        self.compaction = Compaction::default();
+        remotes
     }
 
     /// The live object that a handle names, its record well formed.

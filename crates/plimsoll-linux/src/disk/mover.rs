@@ -15,6 +15,7 @@ use std::sync::{Arc, Weak};
 
 /// An object whose bytes are in the draft.
 struct Move<M: SlabMemory> {
+    id: DomainId,
     /// Weak: what is on its way keeps no store.
     domain: Weak<Domain<M>>,
     ticket: Ticket,
@@ -83,7 +84,14 @@ impl<M: SlabMemory> Mover<M> {
             let draft = self.draft.get_or_insert_with(|| tier.draft());
             match tier.add(draft, domain.id, handle, self.fetched.bytes(), purpose) {
                 Ok(granule) => {
-                    self.moves.push(Move { domain: Arc::downgrade(domain), ticket, granule, length, old });
+                    self.moves.push(Move {
+                        id: domain.id,
+                        domain: Arc::downgrade(domain),
+                        ticket,
+                        granule,
+                        length,
+                        old,
+                    });
                     return Ok(());
                 }
                 Err(WriteError::Complete) => self.write(purpose)?,
@@ -106,17 +114,19 @@ impl<M: SlabMemory> Mover<M> {
         let moves = std::mem::take(&mut self.moves);
         let Some(draft) = self.draft.take().filter(|draft| !draft.is_empty()) else { return Ok(()) };
         let segment = self.tier.write(draft, purpose)?;
-        for Move { domain, ticket, granule, length, old } in moves {
+        for Move { id, domain, ticket, granule, length, old } in moves {
             let Some(at) = Tier::place(segment, granule) else { continue };
-            let Some(domain) = domain.upgrade() else { continue };
-            let unneeded = match domain.store(|store| store.send_away(&ticket, at)) {
-                Replacement::Made => {
+            let domain = domain.upgrade();
+            let sent = domain.map(|domain| domain.store(|store| store.send_away(&ticket, at)));
+            let unneeded = match sent {
+                Some(Replacement::Made) => {
                     self.left += u64::from(old.is_none());
                     old
                 }
-                Replacement::Outdated => Some(Remote { at, length }),
+                // Whoever released it, or closed its domain, has forgotten where it was before.
+                Some(Replacement::Outdated) | None => Some(Remote { at, length }),
             };
-            unneeded.into_iter().for_each(|remote| self.tier.forget(domain.id, remote));
+            unneeded.into_iter().for_each(|remote| self.tier.forget(id, remote));
         }
         Ok(())
     }

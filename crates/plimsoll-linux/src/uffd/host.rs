@@ -198,14 +198,20 @@ impl<M: SlabMemory> Domain<M> {
         })
     }
 
-    /// Nobody's pages are in the store any more. Nothing of it is charged from now on, although the housekeeper may be at
-    /// work in it and say later what it holds.
+    /// Nobody's pages are in the store any more: it is emptied, and so is the disk of it, also of what machines did not
+    /// release themselves. Nothing of it is charged from now on, although the housekeeper may be at work in it and say later
+    /// what it holds. Objects that are on their way to the disk are found stale there: either they were sent away before this,
+    /// or whoever moves them forgets where they have come to be.
     pub(super) fn close(&self, host: &Host) {
         host.ledger(|ledger| {
             self.is_closed.store(true, Ordering::Relaxed);
             // A group that is not known is charged nothing.
             let _ = ledger.set_store(self.group, self.id, ByteCount(0));
         });
+        let remotes = self.store(Store::clear);
+        if let Some(tier) = host.tier() {
+            remotes.into_iter().for_each(|remote| tier.forget(self.id, remote));
+        }
     }
 
     /// The store, when no pager uses the domain any more.

@@ -619,11 +619,6 @@ impl Manager {
         let unused: Vec<u32> = self.domains.keys().copied().filter(|id| !used.contains(id)).collect();
         for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
             domain.close(&self.host);
-            if let Some(tier) = &self.tier {
-                // Of machines that did not release it themselves.
-                let remotes: Vec<_> = domain.store(|store| store.remotes().collect());
-                remotes.into_iter().for_each(|remote| tier.forget(domain.id, remote));
-            }
             if let Some(estate) = &self.estate {
                 estate.strike_domain(domain.id);
             }

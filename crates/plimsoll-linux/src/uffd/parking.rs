@@ -369,4 +369,49 @@ mod tests {
         assert_eq!(away(), 1000, "ten pages are not worth a segment");
         assert_eq!(host.take_incidents(), []);
     }
+
+    #[test]
+    fn a_domain_that_is_closed_while_its_objects_move_leaves_nothing_on_the_disk_and_no_segment_is_freed_early()
+     {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
+        let limits = Limits { disk: ByteCount::mib(16), domain: None };
+        let tier = Arc::new(Tier::create(Box::new(disk), limits).unwrap());
+        let host = Host::new(Budget::of(ByteCount::mib(64)));
+        host.ledger(|ledger| ledger.add_group(GROUP));
+        host.set_tier(Arc::clone(&tier));
+        let mut encoder = Encoder::new();
+        let mut domain = |id| {
+            let slabs = MemfdSlabs::create("test-parking", ByteCount::mib(16)).unwrap();
+            let domain = Arc::new(Domain::new(DomainId(id), GROUP, Store::new(slabs)));
+            let put =
+                |seed| domain.store(|store| store.put(&page(seed), &mut encoder)).unwrap().unwrap().handle;
+            let handles: Vec<Handle> = (1..=40).map(put).collect();
+            (domain, handles)
+        };
+        let mut mover = Mover::new(Arc::clone(&tier));
+        let stays = domain(1);
+        for keeps_store in [true, false] {
+            let (goes, handles) = domain(2);
+            // A part is there, a part on the way, when the domain is closed.
+            for (domain, handles) in [(&stays.0, &stays.1), (&goes, &handles)] {
+                handles.iter().take(20).for_each(|handle| {
+                    mover.demote(domain, *handle, None).unwrap();
+                });
+            }
+            mover.flush().unwrap();
+            for handle in handles.iter().skip(20) {
+                assert!(mover.demote(&goes, *handle, None).unwrap());
+            }
+            let somebody = keeps_store.then(|| Arc::clone(&goes));
+            goes.close(&host);
+            drop(goes);
+            assert_eq!(mover.flush().unwrap(), 0, "nothing is sent away out of a closed domain");
+            assert_eq!(tier.owned(DomainId(2)), ByteCount(0));
+            drop(somebody);
+        }
+        let away = |handle: &&Handle| stays.0.store(|store| store.whereabouts(**handle)).is_ok();
+        assert_eq!(stays.1.iter().filter(away).count(), 40);
+        assert_eq!(tier.stats().used, ByteCount::mib(1), "the segment of the one that stays is all there is");
+    }
 }

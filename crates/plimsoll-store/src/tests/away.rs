@@ -192,3 +192,26 @@ fn every_page_survives_a_death_at_any_write_of_sending_away() {
         }
     }
 }
+
+#[test]
+fn a_store_that_was_cleared_has_nothing_and_whoever_was_at_work_in_it_finds_nothing() {
+    let (mut store, mut elsewhere) = (store(64), Elsewhere::new());
+    let handles: Vec<_> = (1..=40).map(|seed| put(&mut store, &random_page(seed))).collect();
+    send(&mut store, handles[0], 7, &mut elsewhere);
+    let under_way = write(&store, handles[1], 8, &mut elsewhere);
+    let (mut hand, mut fetched) = (Hand::default(), Fetched::new());
+    assert_eq!(store.next_settled(30, &mut hand, &mut fetched), Cold::NotYet);
+    let named: Vec<_> = store.remotes().collect();
+    assert_eq!(named.len(), 1);
+    assert_eq!(store.clear(), named);
+    assert_eq!(store.send_away(&under_way, Away::new(8).unwrap()), Replacement::Outdated);
+    assert_eq!(store.next_settled(1, &mut hand, &mut fetched), Cold::Round);
+    assert_eq!(store.remotes().count(), 0);
+    assert!(
+        handles.iter().all(|handle| store.release(*handle) == Err(StoreError::Stale { handle: *handle }))
+    );
+    assert_eq!((store.memory().live().count(), store.stats().objects()), (0, 0));
+    let again = put(&mut store, &random_page(1));
+    assert_eq!(read(&store, again).unwrap(), random_page(1));
+    assert!(!handles.contains(&again));
+}
