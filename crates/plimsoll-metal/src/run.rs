@@ -1,6 +1,6 @@
 //! One QEMU with one hypervisor in it.
 use crate::IMAGE;
-use crate::wire::{GuestSettings, Header, Line, MAGIC, ProgramKind, Provoke};
+use crate::wire::{GuestSettings, Header, Line, MAGIC, Paging, ProgramKind, Provoke};
 use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PARAMS_MAGIC, Params, Region};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::WorkloadSpec;
@@ -54,6 +54,8 @@ pub struct Guest {
     pub name: String,
     /// Its program.
     pub program: ProgramKind,
+    /// How its addresses become the machine's.
+    pub paging: Paging,
     /// Its parameter page; `tsc_hz` is filled in by the hypervisor.
     pub params: Params,
 }
@@ -77,7 +79,7 @@ impl Guest {
             mix: Mix::default(),
             workload,
         };
-        Self { name: name.into(), program: ProgramKind::WORKLOAD, params }
+        Self { name: name.into(), program: ProgramKind::WORKLOAD, paging: Paging::NESTED, params }
     }
 }
 
@@ -121,11 +123,12 @@ impl Options {
             reserved: 0,
         };
         let mut module = header.as_bytes().to_vec();
-        for Guest { name: text, program, params } in &self.guests {
+        for Guest { name: text, program, paging, params } in &self.guests {
             let mut name = [0; 32];
             let place = name.get_mut(..text.len()).ok_or(MetalError::Name { name: text.clone() })?;
             place.copy_from_slice(text.as_bytes());
-            module.extend_from_slice(GuestSettings { name, program: *program, params: *params }.as_bytes());
+            let settings = GuestSettings { name, program: *program, paging: *paging, params: *params };
+            module.extend_from_slice(settings.as_bytes());
         }
         Ok(module)
     }

@@ -79,13 +79,26 @@ impl ProgramKind {
     pub const CALLER: Self = Self(1);
 }
 
+/// How a guest's addresses become the machine's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct Paging(pub u64);
+
+impl Paging {
+    /// The processor walks the guest's tables, and a second stage for what they name.
+    pub const NESTED: Self = Self(0);
+    /// It walks tables that the hypervisor makes of the guest's and of where its memory is.
+    pub const SHADOW: Self = Self(1);
+}
+
 /// One guest.
 ///
 /// ```text
 ///   0  name     UTF-8, padded with zeros
 ///  32  program  ProgramKind
-///  40  params   the guest's parameter page; `tsc_hz` is the hypervisor's to fill in
-/// 272  end
+///  40  paging   Paging
+///  48  params   the guest's parameter page; `tsc_hz` is the hypervisor's to fill in
+/// 280  end
 /// ```
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -94,11 +107,13 @@ pub struct GuestSettings {
     pub name: [u8; 32],
     /// What it runs.
     pub program: ProgramKind,
+    /// How its addresses become the machine's.
+    pub paging: Paging,
     /// What it is told.
     pub params: Params,
 }
 
-const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 272);
+const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 280);
 
 /// One line of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]

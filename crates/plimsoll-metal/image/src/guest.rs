@@ -5,10 +5,13 @@
 //! The program, its ports and its pages are `plimsoll_guest::abi`'s, as on Linux.
 use crate::calls::Mapped;
 use crate::cpu::{self, Features};
+use crate::decode::{Instruction, Operand, decode};
 use crate::memory::{Memory, address};
 use crate::paged::{Paged, PagedError, Pool};
-use crate::svm::{Exit, Svm, Vcpu};
-use crate::wire::{GuestSettings, ProgramKind};
+use crate::paging::PagingError;
+use crate::shadow::Wanted;
+use crate::svm::{Exit, Ring, Stages, Svm, Vcpu};
+use crate::wire::{GuestSettings, Paging, ProgramKind};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
@@ -17,7 +20,11 @@ use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
 use plimsoll_guest::abi::{self, LATENCY_BUCKETS, Params, Phase, Report, latency_bucket};
 use plimsoll_guest::{Guest as Program, GuestError};
 use plimsoll_mmu::format::x86::{Caps, Long4};
-use plimsoll_mmu::{Entry, Format, Leaf, Level, Memory as Type, Output, Permissions, Table, Unencodable};
+use plimsoll_mmu::shadow::Invalidation;
+use plimsoll_mmu::x86::Mode;
+use plimsoll_mmu::{
+    Access, Entry, Format, Input, Leaf, Level, Memory as Type, Output, Permissions, Table, Unencodable,
+};
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, MachineId, PAGE_SIZE};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -30,6 +37,12 @@ const IDLE_MAX_NS: u64 = 1_000_000_000;
 /// Page directories there is room for behind the PML4 and the PDPT.
 const DIRECTORIES: u64 = (abi::PAGE_TABLES_END - abi::PAGE_TABLES_GPA) / abi::PAGE_SIZE - 2;
 const GIB: u64 = 1 << 30;
+/// Of a page fault's error code: a write, a user's, a fetch.
+const WRITE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const FETCH: u64 = 1 << 4;
+/// The exit that stands for all control registers in the last words of a guest: a write of CR0.
+const CONTROL: u64 = 0x10;
 
 /// A guest that is not started.
 #[derive(Debug)]
@@ -45,6 +58,11 @@ pub enum StartError {
     },
     /// No program has this number.
     NoProgram {
+        /// The number.
+        found: u64,
+    },
+    /// No paging has this number.
+    NoPaging {
         /// The number.
         found: u64,
     },
@@ -66,6 +84,7 @@ impl fmt::Display for StartError {
             Self::Program(error) => write!(f, "{error}"),
             Self::Processors { found } => write!(f, "it is to have {found} processors; guests here have one"),
             Self::NoProgram { found } => write!(f, "no program has number {found}: use 0 or 1"),
+            Self::NoPaging { found } => write!(f, "no paging has number {found}: use 0 or 1"),
             Self::OutOfReach { at } => {
                 write!(f, "its memory at {at} is out of reach of {DIRECTORIES} page directories")
             }
@@ -212,9 +231,14 @@ impl Guest {
         let layout = GuestLayout::new(regions.collect()).map_err(StartError::Layout)?;
         let (paged, vcpu) = {
             let memory: &mut Memory = &mut pool.memory.borrow_mut();
-            let paged = Paged::new(memory, layout, params.seed, features)?;
+            let mut paged = Paged::new(memory, layout, params.seed, features)?;
+            let stages = match settings.paging {
+                Paging::NESTED => Stages::Nested { root: paged.root() },
+                Paging::SHADOW => Stages::One { root: paged.shadow(memory, abi::PAGE_TABLES_GPA)? },
+                found => return Err(StartError::NoPaging { found: found.0 }),
+            };
             // Address space 0 is the hypervisor's.
-            let vcpu = Vcpu::new(memory, paged.root(), number)?;
+            let vcpu = Vcpu::new(memory, number, stages, Ring::User)?;
             (paged, vcpu)
         };
         let name = String::from_utf8_lossy(&settings.name).trim_end_matches('\0').to_string();
@@ -301,7 +325,7 @@ impl Guest {
             self.paged.bytes(pool, Gpa(at - offset as u64))?[offset..offset + len].copy_from_slice(now);
             (at, rest) = (at + len as u64, later);
         }
-        Ok(())
+        self.paged.wrote(gpa, bytes.len() as u64)
     }
 
     /// Tells the program to end: [`abi::STOP_FINISH`] or [`abi::STOP_NOW`].
@@ -349,6 +373,101 @@ impl Guest {
         self.exits += 1;
         let translations = self.paged.take_translations();
         self.vcpu.run(svm, translations)
+    }
+
+    /// It has run one instruction that writes to a table. Whether it had to.
+    ///
+    /// # Errors
+    /// [`Death`].
+    pub fn end_step(&mut self) -> Result<bool, Death> {
+        let Some((shadow, translations)) = self.paged.tables().shadows() else { return Ok(false) };
+        if !shadow.is_open() {
+            return Ok(false);
+        }
+        shadow.close(translations).map_err(|error| Death::Memory(error.into()))?;
+        self.vcpu.single_step(false);
+        Ok(true)
+    }
+
+    /// What a page fault wants, if its processor walks shadow tables.
+    ///
+    /// # Errors
+    /// [`Death`]: the fault is its own.
+    pub fn first_stage(&mut self, error: u64, address: u64) -> Result<Option<Gpa>, Death> {
+        let own = Death::Exception { vector: 14, error, address };
+        let Some((shadow, translations)) = self.paged.tables().shadows() else { return Err(own) };
+        let access = match error {
+            _ if error & FETCH != 0 => Access::Fetch,
+            _ if error & WRITE != 0 => Access::Write,
+            _ => Access::Read,
+        };
+        let mode = if error & USER != 0 { Mode::User } else { Mode::Supervisor };
+        let wanted = shadow.fault(Input(address), (access, mode), translations);
+        match wanted.map_err(|error| Death::Memory(error.into()))? {
+            Wanted::Nothing => Ok(None),
+            Wanted::Page(gpa) => Ok(Some(gpa)),
+            Wanted::Step => {
+                self.vcpu.single_step(true);
+                Ok(None)
+            }
+            Wanted::Refused(fault) => {
+                Err(Death::Exception { vector: 14, error: fault.code.bits().into(), address })
+            }
+            Wanted::NoAddress => Err(Death::Exception { vector: 13, error: 0, address }),
+        }
+    }
+
+    /// Reads or writes CR3 or CR4 for it, or has a translation forgotten.
+    ///
+    /// # Errors
+    /// [`Death`].
+    pub fn privileged(&mut self, pool: &Pool) -> Result<(), Death> {
+        let refused = Death::Other { code: CONTROL };
+        let rip = self.vcpu.rip();
+        let own = self.vcpu.cr3();
+        let cr3 = self.paged.tables().shadows().map_or(own, |(shadow, _)| shadow.cr3());
+        let bytes = self.paged.tables().instruction(&pool.memory.borrow(), cr3, rip);
+        let (instruction, length) = bytes.as_ref().and_then(decode).ok_or(refused.clone())?;
+        let next = rip.wrapping_add(length.into());
+        self.vcpu.goes_on_at(next);
+        let broken = |error: PagingError| Death::Memory(error.into());
+        match instruction {
+            Instruction::ReadControl { control: 3, register } => self.vcpu.set_register(register, cr3),
+            Instruction::ReadControl { control: 4, register } => {
+                let cr4 = self.vcpu.cr4();
+                self.vcpu.set_register(register, cr4);
+            }
+            Instruction::WriteControl { control: 3, register } => {
+                let cr3 = self.vcpu.register(register);
+                let Some((shadow, translations)) = self.paged.tables().shadows() else { return Err(refused) };
+                shadow.load(cr3, translations).map_err(broken)?;
+                self.vcpu.set_cr3(shadow.root().0);
+            }
+            Instruction::WriteControl { control: 4, register } => {
+                let cr4 = self.vcpu.register(register);
+                if !self.vcpu.set_cr4(cr4) {
+                    return Err(refused);
+                }
+                if let Some((shadow, translations)) = self.paged.tables().shadows() {
+                    shadow.invalidate(Invalidation::Everything, translations).map_err(broken)?;
+                }
+            }
+            Instruction::Invalidate(operand) => {
+                let input = Input(self.address_of(operand, next));
+                let Some((shadow, translations)) = self.paged.tables().shadows() else { return Err(refused) };
+                shadow.invalidate(Invalidation::Address(input), translations).map_err(broken)?;
+            }
+            _ => return Err(refused),
+        }
+        self.vcpu.skip();
+        Ok(())
+    }
+
+    fn address_of(&mut self, operand: Operand, next: u64) -> u64 {
+        let Operand { base, index, displacement, relative } = operand;
+        let base = base.map_or(if relative { next } else { 0 }, |base| self.vcpu.register(base));
+        let index = index.map_or(0, |(index, scale)| self.vcpu.register(index) << scale);
+        base.wrapping_add(index).wrapping_add_signed(displacement.into())
     }
 
     /// Whether it has written all its pages once, as far as it has said; or has ended.

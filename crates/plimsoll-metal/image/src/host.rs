@@ -29,6 +29,12 @@ const PATIENCE_SECONDS: u64 = 600;
 /// Turns in a row in which there was no memory for a guest, after which it ends: others have had time to give some up.
 const STALLED_TURNS: u32 = 200;
 
+/// Exceptions of guests' that may be the hypervisor's.
+const DEBUG: u64 = 1;
+const PAGE_FAULT: u64 = 14;
+/// A page and the tables on the way to it. If they are taken again meanwhile, the guest faults again.
+const PAGES_OF_A_FAULT: usize = 5;
+
 /// What a run has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -285,9 +291,23 @@ impl Host {
                 self.guests[place].vcpu.answer(status as u64, value);
                 Ok(None)
             }
+            Exit::Exception { vector: PAGE_FAULT, error, address } => self.first_stage(place, error, address),
+            Exit::Exception { vector: DEBUG, .. } if self.guests[place].end_step()? => Ok(None),
+            Exit::Privileged => self.guests[place].privileged(&self.pool).map(|()| None),
             Exit::Exception { vector, error, address } => Err(Death::Exception { vector, error, address }),
             Exit::Other { code } => Err(Death::Other { code }),
         }
+    }
+
+    /// A page fault of a guest whose processor has no second stage: whatever pages it wants are brought.
+    fn first_stage(&mut self, place: usize, error: u64, address: u64) -> Result<Option<State>, Death> {
+        for _ in 0..PAGES_OF_A_FAULT {
+            let Some(gpa) = self.guests[place].first_stage(error, address)? else { break };
+            if let Some(stalled) = self.fault(place, gpa)? {
+                return Ok(Some(stalled));
+            }
+        }
+        Ok(None)
     }
 
     fn fault(&mut self, place: usize, gpa: Gpa) -> Result<Option<State>, Death> {

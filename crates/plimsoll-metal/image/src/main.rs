@@ -11,6 +11,7 @@
 //! | `cpu`, `console` | exceptions, timer, features; the serial port |
 //! | `memory`, `paging` | frames, and the hypervisor's own tables |
 //! | `svm`, `nested` | a virtual processor, and the second stage of its memory |
+//! | `shadow`, `decode` | a processor without that stage, and what is done for it |
 //! | `paged`, `slabs` | the core's decisions done with frames; the store's memory |
 //! | `guest`, `host` | what a guest's program asks for; turns, budgets, reclaim |
 //! | `calls` | memory that guests own, give, lend and share |
@@ -26,6 +27,7 @@ mod boot;
 mod calls;
 mod console;
 mod cpu;
+mod decode;
 mod guest;
 mod host;
 #[path = "../../../plimsoll-guest/image/src/mem.rs"]
@@ -36,6 +38,7 @@ mod paged;
 mod paging;
 mod provoke;
 mod report;
+mod shadow;
 mod slabs;
 mod start;
 mod svm;
@@ -58,11 +61,11 @@ use plimsoll_core::frames::buddy::FramesError;
 use plimsoll_core::frames::extents::ExtentError;
 use plimsoll_core::frames::firmware::Repairs;
 use plimsoll_core::ledger::LedgerError;
-use plimsoll_types::{ByteCount, PAGE_SIZE};
+use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
 use report::Seen;
 use slabs::Slabs;
 use svm::Svm;
-use wire::GuestSettings;
+use wire::{GuestSettings, Paging};
 
 /// The hypervisor's heap beside what each page of guests takes there.
 const HEAP_LEAST: ByteCount = ByteCount::mib(2);
@@ -179,7 +182,10 @@ fn run(start: u64) -> Result<(), Refusal> {
         return Err(Refusal::AddressSpaces { guests: settings.guests.len(), found: features.asids });
     }
     let pages = settings.guests.iter().map(pages_of).fold(0, u64::saturating_add);
-    let heap = ByteCount(HEAP_LEAST.0.saturating_add(pages.saturating_mul(HEAP_PER_PAGE)));
+    let shadows = settings.guests.iter().filter(|guest| guest.paging == Paging::SHADOW);
+    let shadows = shadows.map(|guest| shadow::heap_bytes(PageCount(pages_of(guest))).0);
+    let heap = HEAP_LEAST.0.saturating_add(pages.saturating_mul(HEAP_PER_PAGE));
+    let heap = ByteCount(shadows.fold(heap, u64::saturating_add));
     let least = ByteCount(GUEST_LEAST.0 * settings.guests.len() as u64);
     // SAFETY: once, here, with nothing allocated before; the claims are firmware's.
     let found = unsafe { Memory::of(left.claims(), &parts, left.settings, heap, least) }?;

@@ -6,6 +6,7 @@
 //! guests' tables ([`crate::nested`]) makes a frame of an address.
 use crate::start::Parts;
 use crate::wire::GUESTS_MAX;
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
 use core::num::NonZeroU64;
@@ -173,7 +174,7 @@ pub type Owned = Extents<&'static mut [FrameEntry], Vec<Slot>, GUESTS>;
 /// All frames.
 pub struct Memory {
     owned: Owned,
-    physical: Physical,
+    physical: &'static Physical,
     /// Image, frame table and heap.
     fixed: PageCount,
     peak: PageCount,
@@ -252,14 +253,16 @@ impl Memory {
         let image = PageCount((parts.end - parts.code) >> PAGE_SHIFT);
         let fixed = image + PageCount((own.end.0 - own.table.0) >> PAGE_SHIFT);
         let owned = Extents::new(frames, alloc::vec![Slot::default(); EXTENTS]);
-        let memory = Self { owned, physical: Physical { end: Hpa(end.0 << PAGE_SHIFT) }, fixed, peak: fixed };
+        // Memory's end does not change, and what reads tables outlives this value.
+        let physical = Box::leak(Box::new(Physical { end: Hpa(end.0 << PAGE_SHIFT) }));
+        let memory = Self { owned, physical, fixed, peak: fixed };
         let mut found = Found { memory, regions: [None; REGIONS], repairs };
         found.regions.iter_mut().zip(regions).for_each(|(place, region)| *place = region);
         Ok(found)
     }
 
     /// The words of tables.
-    pub const fn physical(&self) -> Physical {
+    pub const fn physical(&self) -> &'static Physical {
         self.physical
     }
 

@@ -2,10 +2,12 @@
 //!
 //! Enters: frames. Leaves: the same frames, and which pages were used. The tables are the owner of the frames they map: this is the
 //! only place that makes an address of a frame and a frame of an address. What must never happen: a frame taken out while
-//! the processor still translates to it; so the guest is not run before its translations are forgotten.
+//! the processor still translates to it; so the guest is not run before its translations are forgotten, and its shadows, if it has
+//! any, forget the page with its entry.
 use crate::cpu::Features;
 use crate::memory::{Frame, Memory, address};
 use crate::paging::PagingError;
+use crate::shadow::{self, Shadowed};
 use crate::svm::Translations;
 use core::ptr::with_exposed_provenance_mut;
 use plimsoll_core::frames::Rights;
@@ -13,7 +15,7 @@ use plimsoll_core::frames::buddy::{FramesError, Kind};
 use plimsoll_mmu::format::x86::{Caps, Npt};
 use plimsoll_mmu::mapper::{Clear, MapError, Mapper, Translation};
 use plimsoll_mmu::{Input, Invalidate, Leaf, Memory as Type, Output, Permissions, Span};
-use plimsoll_types::{Gpa, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes};
+use plimsoll_types::{Gpa, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount};
 
 /// What guests' pages are taken for: they belong to no extent.
 pub const PAGED: Kind = Kind::Guest { extent: u32::MAX };
@@ -41,6 +43,8 @@ pub struct Nested {
     root: Frame,
     caps: Caps,
     translations: Translations,
+    /// The tables that the processor walks instead.
+    shadow: Option<Shadowed>,
 }
 
 /// The page of an address.
@@ -55,12 +59,41 @@ impl Nested {
     /// # Errors
     /// There is no memory.
     pub fn new(memory: &mut Memory, features: &Features) -> Result<Self, FramesError> {
-        Ok(Self { root: memory.take_root()?, caps: features.paging, translations: Translations::Stale })
+        Ok(Self {
+            root: memory.take_root()?,
+            caps: features.paging,
+            translations: Translations::Stale,
+            shadow: None,
+        })
     }
 
     /// Where the tables are.
     pub const fn root(&self) -> Hpa {
         self.root.at()
+    }
+
+    /// From now on the processor walks shadows of the tables at `cr3` instead. The root of those.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn shadow(&mut self, memory: &mut Memory, pages: PageCount, cr3: u64) -> Result<Hpa, PagingError> {
+        let shadow = Shadowed::new(memory, self.caps, pages, (self.root(), cr3))?;
+        Ok(self.shadow.insert(shadow).root())
+    }
+
+    /// The shadows, if there are any, and whether translations are stale.
+    pub fn shadows(&mut self) -> Option<(&mut Shadowed, &mut Translations)> {
+        self.shadow.as_mut().map(|shadow| (shadow, &mut self.translations))
+    }
+
+    /// The bytes of the guest's instruction at `rip`, by its tables at `cr3`.
+    pub fn instruction(&self, memory: &Memory, cr3: u64, rip: u64) -> Option<[u8; 15]> {
+        shadow::instruction(memory.physical(), (self.root(), cr3), self.caps, rip)
+    }
+
+    /// Nothing keeps what was made of the page's entry.
+    fn forget(&mut self, page: Gpa) -> Result<(), PagingError> {
+        self.shadow.as_mut().map_or(Ok(()), |shadow| shadow.taken(page, &mut self.translations))
     }
 
     /// Whether the processor must forget translations; the caller has it do so.
@@ -78,7 +111,7 @@ impl Nested {
         let physical = memory.physical();
         let mut caches = BeforeItRuns(&mut self.translations);
         let root = Output(self.root.at().0);
-        let mut mapper = Mapper::new(root, self.caps, &physical, memory, &mut caches)?;
+        let mut mapper = Mapper::new(root, self.caps, physical, memory, &mut caches)?;
         Ok(work(&mut mapper)?)
     }
 
@@ -130,6 +163,7 @@ impl Nested {
         let Some(leaf) = self.leaf(memory, gpa)? else { return Ok(None) };
         let span = page(gpa)?;
         self.with(memory, |mapper| mapper.unmap(span))?;
+        self.forget(gpa)?;
         // SAFETY: `map` made the address of a frame; the tables named it, no longer do, and name each frame once.
         let frame = unsafe { Frame::from_address(Hpa(leaf.output.0)) };
         Ok(frame.map(|frame| Taken { frame, accessed: leaf.accessed }))
@@ -183,7 +217,8 @@ impl Nested {
     /// [`PagingError`]: a bug.
     pub fn unmap_extent(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<(), PagingError> {
         let span = page(gpa)?;
-        self.with(memory, |mapper| mapper.unmap(span)).map(drop)
+        self.with(memory, |mapper| mapper.unmap(span))?;
+        self.forget(gpa)
     }
 
     /// Takes the tables back, which map nothing any more.
@@ -191,6 +226,7 @@ impl Nested {
     /// # Errors
     /// [`FramesError`]: a bug.
     pub fn end(self, memory: &mut Memory) -> Result<(), FramesError> {
+        self.shadow.map_or(Ok(()), |shadow| shadow.end(memory))?;
         memory.give_root(self.root)
     }
 }

@@ -201,6 +201,26 @@ impl Paged {
         self.nested.root()
     }
 
+    /// Has its processor walk shadows of the tables at `cr3`. The root of those.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn shadow(&mut self, memory: &mut Memory, cr3: u64) -> Result<Hpa, PagedError> {
+        let pages = self.size();
+        Ok(self.nested.shadow(memory, pages, cr3)?)
+    }
+
+    /// The hypervisor has written to its memory.
+    ///
+    /// # Errors
+    /// A bug.
+    pub fn wrote(&mut self, at: Gpa, bytes: u64) -> Result<(), PagedError> {
+        match self.nested.shadows() {
+            Some((shadow, translations)) => Ok(shadow.wrote(at, bytes, translations)?),
+            None => Ok(()),
+        }
+    }
+
     /// What it owns.
     pub fn size(&self) -> PageCount {
         self.core.layout().pages()

@@ -11,7 +11,9 @@ use plimsoll_core::frames::buddy::FramesError;
 use plimsoll_core::frames::firmware::HostRegion;
 use plimsoll_mmu::format::x86::{Caps, Long4};
 use plimsoll_mmu::mapper::{MapError, Mapper, UnalignedRoot};
-use plimsoll_mmu::{Input, Invalidate, Leaf, Memory as Type, NothingCached, Output, Permissions, Span};
+use plimsoll_mmu::{
+    Input, Invalidate, Leaf, Memory as Type, NothingCached, Output, Permissions, Span, shadow,
+};
 use plimsoll_types::{Hpa, PAGE_SHIFT, PAGE_SIZE, PageCount};
 use x86_64::PhysAddr;
 use x86_64::registers::control::{Cr3, Cr3Flags, Cr4, Cr4Flags};
@@ -29,6 +31,8 @@ pub enum PagingError {
     Map(MapError<Outside>),
     /// A bug: the root.
     Root(UnalignedRoot),
+    /// Shadow tables cannot go on.
+    Shadow(shadow::Error<Outside>),
 }
 
 impl fmt::Display for PagingError {
@@ -37,6 +41,7 @@ impl fmt::Display for PagingError {
             Self::Frames(error) => write!(f, "{error}"),
             Self::Map(error) => write!(f, "{error}"),
             Self::Root(error) => write!(f, "{error}"),
+            Self::Shadow(error) => write!(f, "{error}"),
         }
     }
 }
@@ -50,6 +55,12 @@ impl From<FramesError> for PagingError {
 impl From<MapError<Outside>> for PagingError {
     fn from(error: MapError<Outside>) -> Self {
         Self::Map(error)
+    }
+}
+
+impl From<shadow::Error<Outside>> for PagingError {
+    fn from(error: shadow::Error<Outside>) -> Self {
+        Self::Shadow(error)
     }
 }
 
@@ -125,7 +136,7 @@ impl Space {
         memory.stock_tables()?;
         let physical = memory.physical();
         let leaf = Leaf::new(output, LARGEST_SHIFT, permissions, Type::Pat(0));
-        Ok(Mapper::<Long4, _, _, _>::new(self.root, self.caps, &physical, memory, caches)?.map(span, leaf)?)
+        Ok(Mapper::<Long4, _, _, _>::new(self.root, self.caps, physical, memory, caches)?.map(span, leaf)?)
     }
 
     /// Maps a frame at an address of the window, to read and write.
@@ -144,7 +155,7 @@ impl Space {
     pub fn unmap(&self, memory: &mut Memory, at: Input, pages: PageCount) -> Result<(), PagingError> {
         let span = Span::new(at, pages.bytes().0).ok_or(MapError::Span(Span::one(at)))?;
         let physical = memory.physical();
-        Mapper::<Long4, _, _, _>::new(self.root, self.caps, &physical, memory, &mut ThisProcessor)?
+        Mapper::<Long4, _, _, _>::new(self.root, self.caps, physical, memory, &mut ThisProcessor)?
             .unmap(span)?;
         Ok(())
     }

@@ -5,7 +5,8 @@
 //! is not intercepted and could reach anything beside its own memory; a guest entered with translations of pages that were
 //! taken from it.
 //!
-//! The guest programs run in user mode and take no interrupts, so every exception is intercepted and ends the guest.
+//! The guest programs take no interrupts and handle no exceptions, so every exception is intercepted; one that is not the shadow tables'
+//! own ends the guest.
 use crate::cpu::Features;
 use crate::memory::{Frame, Memory};
 use alloc::boxed::Box;
@@ -28,6 +29,9 @@ const CR0: u64 = 0x8005_0033;
 const CR4: u64 = 0x620;
 /// NXE, LMA, LME, and SVME, which a guest must have set.
 const EFER: u64 = 0x1d00;
+/// Global pages.
+const CR4_GLOBAL: u64 = 1 << 7;
+const TRAP: u64 = 1 << 8;
 /// IOPL 3, and the bit that is always set.
 const RFLAGS: u64 = 0x3002;
 /// What the PAT is after reset.
@@ -36,6 +40,7 @@ const PAT: u64 = 0x0007_0406_0007_0406;
 /// INTR, NMI, INIT; CPUID, HLT; INVLPG, INVLPGA; ports, MSRs; shutdown.
 const INTERCEPT_3: u32 =
     1 | 1 << 1 | 1 << 3 | 1 << 18 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 31;
+const INVLPG: u32 = 1 << 25;
 /// All of SVM's own instructions, WBINVD, MONITOR, MWAIT, XSETBV.
 const INTERCEPT_4: u32 = 0x7f | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 13;
 /// The host's interrupt flag counts, not the guest's.
@@ -130,6 +135,28 @@ const GUEST_SSE: usize = offset_of!(Registers, guest_sse);
 const HOST_SSE: usize = offset_of!(Registers, host_sse);
 
 const RDX: usize = 2;
+
+/// Where a general register is kept.
+#[derive(Clone, Copy)]
+enum Place {
+    Rax,
+    Rsp,
+    General(usize),
+}
+
+/// By their numbers: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15.
+const PLACES: [Place; 16] = {
+    use Place::General;
+    let mut places = [General(0); 16];
+    let low =
+        [Place::Rax, General(1), General(2), General(0), Place::Rsp, General(5), General(3), General(4)];
+    let mut number = 0;
+    while number < 16 {
+        places[number] = if number < 8 { low[number] } else { General(number - 2) };
+        number += 1;
+    }
+    places
+};
 
 impl Registers {
     fn new() -> Self {
@@ -246,6 +273,31 @@ pub enum Translations {
     Stale,
 }
 
+/// How a guest's addresses are translated.
+#[derive(Clone, Copy, Debug)]
+pub enum Stages {
+    /// By its own tables, and by these.
+    Nested {
+        /// Where they are.
+        root: Hpa,
+    },
+    /// By these alone.
+    One {
+        /// Where they are.
+        root: Hpa,
+    },
+}
+
+/// Where a guest starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Ring {
+    /// As a kernel.
+    Kernel = 0,
+    /// As a user's program.
+    User = 3,
+}
+
 /// Why a guest left the processor.
 #[derive(Clone, Copy, Debug)]
 pub enum Exit {
@@ -265,6 +317,8 @@ pub enum Exit {
     },
     /// It called.
     Call,
+    /// It reads or writes CR3 or CR4, or has a translation forgotten.
+    Privileged,
     /// An exception of its own.
     Exception {
         /// Which.
@@ -290,11 +344,11 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
-    /// A processor that will start the guest program as its ABI says.
+    /// A processor that will start the guest program as its ABI says, in this ring and with its addresses translated like this.
     ///
     /// # Errors
     /// There is no memory.
-    pub fn new(memory: &mut Memory, nested_root: Hpa, asid: u32) -> Result<Self, FramesError> {
+    pub fn new(memory: &mut Memory, asid: u32, stages: Stages, ring: Ring) -> Result<Self, FramesError> {
         let mut vcpu =
             Self { vmcb: memory.take_zeroed(Kind::Host)?, registers: Box::new(Registers::new()), next: 0 };
         let Some(vmcb) = vcpu.vmcb() else { return Ok(vcpu) };
@@ -305,14 +359,22 @@ impl Vcpu {
         vmcb.msr_map = (&raw const ALL_MSRS).addr() as u64;
         vmcb.asid = asid;
         vmcb.virtual_interrupts = V_INTR_MASKING;
-        vmcb.nested_paging = 1;
-        vmcb.nested_root = nested_root.0;
-        // Flat: present, privilege 3; code is 64-bit.
-        let data = Segment { selector: 0x2b, attributes: 0xcf3, limit: u32::MAX, base: 0 };
-        let code = Segment { selector: 0x33, attributes: 0xafb, ..data };
+        (vmcb.nested_paging, vmcb.nested_root, vmcb.cr3) = match stages {
+            Stages::Nested { root } => (1, root.0, abi::PAGE_TABLES_GPA),
+            Stages::One { root } => (0, 0, root.0),
+        };
+        if matches!(stages, Stages::Nested { .. }) {
+            // The guest's tables are its own business.
+            vmcb.intercept_registers[0] &= !(1 << 3 | 1 << 19);
+            vmcb.intercept_3 &= !INVLPG;
+        }
+        // Flat: present, of the ring's privilege; code is 64-bit.
+        let ring = ring as u16;
+        let data = Segment { selector: 0x28 | ring, attributes: 0xc93 | ring << 5, limit: u32::MAX, base: 0 };
+        let code = Segment { selector: 0x30 | ring, attributes: 0xa9b | ring << 5, ..data };
         vmcb.segments[..6].copy_from_slice(&[data, code, data, data, data, data]);
-        vmcb.cpl = 3;
-        (vmcb.efer, vmcb.cr4, vmcb.cr3, vmcb.cr0) = (EFER, CR4, abi::PAGE_TABLES_GPA, CR0);
+        vmcb.cpl = ring.to_le_bytes()[0];
+        (vmcb.efer, vmcb.cr4, vmcb.cr0) = (EFER, CR4, CR0);
         (vmcb.rflags, vmcb.rip, vmcb.rsp) = (RFLAGS, abi::IMAGE_GPA, abi::stack_top(0));
         (vmcb.dr6, vmcb.dr7, vmcb.pat) = (0xffff_0ff0, 0x400, PAT);
         Ok(vcpu)
@@ -356,6 +418,7 @@ impl Vcpu {
             0x60 => (Exit::Timer, rip),
             0x400 => (Exit::Page { gpa: Gpa(second) }, rip),
             0x40..=0x5f => (Exit::Exception { vector: code - 0x40, error: first, address: second }, rip),
+            0x03 | 0x04 | 0x13 | 0x14 | 0x79 => (Exit::Privileged, rip),
             // VMMCALL is three bytes long.
             0x81 => (Exit::Call, rip + 3),
             // Bit 0: in. Bit 2: a string. Bits 6:4: four, two, one bytes.
@@ -368,6 +431,79 @@ impl Vcpu {
         };
         self.next = next;
         exit
+    }
+
+    /// Where its instruction is.
+    pub fn rip(&mut self) -> u64 {
+        self.vmcb().map_or(0, |vmcb| vmcb.rip)
+    }
+
+    /// It goes on there, once it is [skipped](Self::skip).
+    pub const fn goes_on_at(&mut self, rip: u64) {
+        self.next = rip;
+    }
+
+    /// The processor's CR3: the guest's own, or that of its shadows.
+    pub fn cr3(&mut self) -> u64 {
+        self.vmcb().map_or(0, |vmcb| vmcb.cr3)
+    }
+
+    /// Sets it.
+    pub fn set_cr3(&mut self, root: u64) {
+        if let Some(vmcb) = self.vmcb() {
+            vmcb.cr3 = root;
+        }
+    }
+
+    /// CR4.
+    pub fn cr4(&mut self) -> u64 {
+        self.vmcb().map_or(0, |vmcb| vmcb.cr4)
+    }
+
+    /// Changes global pages in it, the one thing a guest may change; whether that is so.
+    pub fn set_cr4(&mut self, cr4: u64) -> bool {
+        if cr4 & !CR4_GLOBAL != CR4 {
+            return false;
+        }
+        if let Some(vmcb) = self.vmcb() {
+            vmcb.cr4 = cr4;
+        }
+        true
+    }
+
+    /// Has it leave after every instruction, or no longer.
+    pub fn single_step(&mut self, step: bool) {
+        if let Some(vmcb) = self.vmcb() {
+            vmcb.rflags = vmcb.rflags & !TRAP | if step { TRAP } else { 0 };
+        }
+    }
+
+    /// A general register by its number in instructions, 0 to 15.
+    pub fn register(&mut self, number: u8) -> u64 {
+        match PLACES.get(usize::from(number)) {
+            Some(Place::General(place)) => self.registers.general[*place],
+            Some(Place::Rax) => self.vmcb().map_or(0, |vmcb| vmcb.rax),
+            Some(Place::Rsp) => self.vmcb().map_or(0, |vmcb| vmcb.rsp),
+            None => 0,
+        }
+    }
+
+    /// Sets it.
+    pub fn set_register(&mut self, number: u8, value: u64) {
+        match PLACES.get(usize::from(number)) {
+            Some(Place::General(place)) => self.registers.general[*place] = value,
+            Some(Place::Rax) => {
+                if let Some(vmcb) = self.vmcb() {
+                    vmcb.rax = value;
+                }
+            }
+            Some(Place::Rsp) => {
+                if let Some(vmcb) = self.vmcb() {
+                    vmcb.rsp = value;
+                }
+            }
+            None => {}
+        }
     }
 
     /// The instruction that made the guest leave was done for it.

@@ -1,7 +1,7 @@
 //! Guests that own, lend and share memory, and one that asks for what it must not have.
 use crate::common::{can, guest, run};
 use plimsoll_guest::spec::WorkloadKind;
-use plimsoll_metal::wire::ProgramKind;
+use plimsoll_metal::wire::{Paging, ProgramKind};
 use plimsoll_metal::{Event, Guest, Options};
 use plimsoll_types::ByteCount;
 
@@ -10,9 +10,15 @@ fn extents_are_shared_lent_and_taken_back_zeroed_while_a_third_guest_is_refused_
     if !can() {
         return;
     }
+    for paging in [Paging::NESTED, Paging::SHADOW] {
+        share_lend_and_refuse(paging);
+    }
+}
+
+fn share_lend_and_refuse(paging: Paging) {
     let caller = |seed| {
         let guest = guest(WorkloadKind::Idle, ByteCount::mib(16), 10, seed);
-        Guest { program: ProgramKind::CALLER, name: format!("caller{seed}"), ..guest }
+        Guest { program: ProgramKind::CALLER, paging, name: format!("caller{seed}"), ..guest }
     };
     let mut options = Options::new(ByteCount::mib(64));
     // They take a fraction of a second, and begin before the fourth has filled its memory; who waits longer says so.

@@ -1,6 +1,7 @@
 //! Guests that own more memory than there is.
 use crate::common::{can, guest, run};
 use plimsoll_guest::spec::WorkloadKind;
+use plimsoll_metal::wire::Paging;
 use plimsoll_metal::{Event, Options};
 use plimsoll_types::ByteCount;
 
@@ -30,6 +31,29 @@ fn four_guests_own_twice_the_memory_there_is_and_read_no_wrong_word() {
         assert!(guest.operations > 0 && guest.captured_pages > 0, "{guest:#?}");
         // Each of its pages was read at the end at least.
         assert!(guest.verified_pages * 4096 >= (guest.size_bytes - (6 << 20)) / 100 * 60, "{guest:#?}");
+    }
+}
+
+#[test]
+fn guests_on_shadow_tables_own_twice_the_memory_there_is_and_read_no_wrong_word() {
+    if !can() {
+        return;
+    }
+    let mut options = Options::new(ByteCount::mib(80));
+    options.guests = [WorkloadKind::Zipf, WorkloadKind::Sweep, WorkloadKind::Phases]
+        .into_iter()
+        .zip(1..)
+        .map(|(kind, seed)| guest(kind, ByteCount::mib(48), 70, seed))
+        .collect();
+    options.guests.iter_mut().for_each(|guest| guest.paging = Paging::SHADOW);
+    options.guests[1].params.workload.discard_every_ops = 200;
+    let heard = run(&options);
+    heard.assert_well();
+    let host = heard.host();
+    assert!(host.asked_bytes == 144 << 20 && host.peak_bytes <= host.budget_bytes, "{host:#?}");
+    assert!(host.stored_pages > 0 && host.harvested_pages > 0, "{host:#?}");
+    for guest in heard.guests() {
+        assert!(guest.operations > 0 && guest.captured_pages > 0, "{guest:#?}");
     }
 }
 

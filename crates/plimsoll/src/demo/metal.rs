@@ -6,7 +6,7 @@ use super::plan::{self, Plan};
 use super::report::{GuestReport, HostReport, Report, rate};
 use super::{Accel, DemoArgs, Interrupt, limits};
 use plimsoll_linux::explain;
-use plimsoll_metal::wire::{GuestLine, HostLine, Line, ProgramKind};
+use plimsoll_metal::wire::{GuestLine, HostLine, Line, Paging, ProgramKind};
 use plimsoll_metal::{Event, Guest, MetalError, Options, Run};
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::config::AccelChoice;
@@ -29,7 +29,7 @@ pub(super) fn run(args: &DemoArgs) -> Result<ExitCode, String> {
     options.seconds = u32::try_from(plan.seconds).map_err(|_| "--seconds: too many".to_owned())?;
     for config in &plan.guests {
         let params = config.parameters().map_err(|error| explain(&error))?;
-        options.guests.push(Guest { name: config.name.clone(), program: ProgramKind::WORKLOAD, params });
+        options.guests.push(Guest { name: config.name.clone(), program: ProgramKind::WORKLOAD, paging: Paging::NESTED, params });
     }
     let interrupt = Interrupt::install()?;
     let heard = Heard::of(Run::start(&options).map_err(|error| explain(&error))?, &interrupt)?;
