@@ -73,6 +73,16 @@ impl Roster {
         self.managed.insert(id, name);
     }
 
+    /// These are to be managed from now on, and looked for at once. Those that are managed and not among them are forgotten.
+    pub fn want(&mut self, wanted: &BTreeSet<String>, now: Instant) {
+        self.managed.retain(|_, name| wanted.contains(name));
+        let here: BTreeSet<&String> = self.managed.values().collect();
+        let mut told = std::mem::take(&mut self.waiting);
+        let waiting = wanted.iter().filter(|name| !here.contains(name));
+        self.waiting = waiting.map(|name| (name.clone(), told.remove(name).flatten())).collect();
+        self.find_at = now;
+    }
+
     /// The name by which a machine was looked for.
     pub fn wanted(&self, id: MachineId) -> Option<&str> {
         self.managed.get(&id).map(String::as_str)

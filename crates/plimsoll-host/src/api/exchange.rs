@@ -4,6 +4,7 @@
 //! waiting for a client, or an order carried out for a client that was told that it was not. So moments are put down and
 //! picked up, orders are taken when the loop has time, and one whose asker has gone is dropped.
 use super::fault::{Code, Fault};
+use crate::config::Config;
 use crate::control::Berth;
 use crate::roster::Opened;
 use crate::trace::Tick;
@@ -64,6 +65,8 @@ pub enum Order {
     Reclaim(MachineId, PageCount),
     /// Machines share so much.
     Budget(ByteCount),
+    /// Put what the settings file says now in force, all of it or nothing.
+    Reload(Box<Config>),
 }
 
 /// What became of an order: the machine it was about, if any.
@@ -91,6 +94,23 @@ pub struct Door {
     orders: mpsc::Sender<Asked>,
     asked: Arc<EventFd>,
     pub(super) feed: Option<mpsc::Receiver<Arc<Moment>>>,
+}
+
+/// For those of the daemon itself who have an order.
+pub struct Bell {
+    orders: mpsc::Sender<Asked>,
+    asked: Arc<EventFd>,
+}
+
+impl Bell {
+    /// Has an order carried out, and waits for what becomes of it. Not for threads that somebody waits for.
+    ///
+    /// # Errors
+    /// [`Fault`].
+    pub fn order(&self, order: Order) -> Obeyed {
+        let answered = ask(&self.orders, &self.asked, order)?;
+        answered.blocking_recv().unwrap_or_else(|_| Err(ended()))
+    }
 }
 
 /// Both.
@@ -133,6 +153,11 @@ impl Desk {
 }
 
 impl Door {
+    /// Another way to have orders carried out.
+    pub fn bell(&self) -> Bell {
+        Bell { orders: self.orders.clone(), asked: Arc::clone(&self.asked) }
+    }
+
     /// The last moment.
     pub(super) fn moment(&self) -> Result<Arc<Moment>, Fault> {
         // What was seen last is not how things are.
@@ -145,15 +170,7 @@ impl Door {
 
     /// Has an order carried out.
     pub(super) async fn order(&self, order: Order) -> Obeyed {
-        let (answer, answered) = oneshot::channel();
-        match self.orders.try_send(Asked { order, answer }) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_)) => {
-                return Err(Fault::new(Code::TooMany, format!("{ORDERS_MAX} orders wait already")));
-            }
-            Err(TrySendError::Closed(_)) => return Err(ended()),
-        }
-        let _ = self.asked.signal();
+        let answered = ask(&self.orders, &self.asked, order)?;
         match tokio::time::timeout(ORDER_PATIENCE, answered).await {
             Ok(Ok(obeyed)) => obeyed,
             Ok(Err(_)) => Err(ended()),
@@ -167,6 +184,24 @@ impl Door {
     }
 }
 
+/// Puts an order where the loop finds it.
+fn ask(
+    orders: &mpsc::Sender<Asked>,
+    asked: &EventFd,
+    order: Order,
+) -> Result<oneshot::Receiver<Obeyed>, Fault> {
+    let (answer, answered) = oneshot::channel();
+    match orders.try_send(Asked { order, answer }) {
+        Ok(()) => {}
+        Err(TrySendError::Full(_)) => {
+            return Err(Fault::new(Code::TooMany, format!("{ORDERS_MAX} orders wait already")));
+        }
+        Err(TrySendError::Closed(_)) => return Err(ended()),
+    }
+    let _ = asked.signal();
+    Ok(answered)
+}
+
 fn ended() -> Fault {
     Fault::new(Code::Busy, "the control loop has ended")
         .help("machines have equal shares until the manager is replaced")
@@ -175,6 +210,12 @@ fn ended() -> Fault {
 impl std::fmt::Debug for Desk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Desk").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Bell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bell").finish_non_exhaustive()
     }
 }
 

@@ -47,7 +47,7 @@ use plimsoll_policy::settings::{
 };
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::{Costs, Ppm, Rung};
-use plimsoll_types::{ByteCount, GroupId, MachineId};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -221,6 +221,30 @@ impl Config {
             config.memory.map_or(ByteCount(u64::MAX), |memory| memory.saturating_sub(config.reserve));
         Tree::new(Settings { machines, ..config.settings(capacity) }).map_err(wrong)?;
         Ok(config)
+    }
+
+    /// The same with the numbers that groups had before. One that is new gets a number that none had, so that no machine is taken for one
+    /// of another group's.
+    #[must_use]
+    pub fn numbered_as(mut self, before: &Self) -> Self {
+        let most = before.groups.values().map(|group| group.id.0).max().unwrap_or(0);
+        let mut free = (most + 1..).map(GroupId);
+        let numbers: BTreeMap<GroupId, GroupId> = self
+            .groups
+            .iter()
+            .filter_map(|(name, group)| {
+                let known = before.groups.get(name).map(|group| group.id);
+                Some((group.id, known.or_else(|| free.next())?))
+            })
+            .collect();
+        let new = |id: GroupId| numbers.get(&id).copied().unwrap_or(id);
+        for group in self.groups.values_mut() {
+            group.id = new(group.id);
+            group.parent = group.parent.map(new);
+            group.domain = group.domain.map(|_| DomainId(group.id.0));
+        }
+        self.machines.values_mut().for_each(|machine| machine.parent = machine.parent.map(new));
+        self
     }
 
     /// The host's settings, without machines.

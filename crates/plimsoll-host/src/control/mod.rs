@@ -17,8 +17,8 @@ pub use run::{Happened, RunError, Wakers, host_pressure, run};
 
 use crate::backend::{Backend, Done, Kind, Overhead, Refused, Trouble};
 use crate::trace::{Basis, Recorder, Tick, TraceError};
-use plimsoll_policy::admission::{AdmissionError, Capacity, Overheads, admit};
-use plimsoll_policy::host_state::HostState;
+use plimsoll_policy::admission::{Account, AdmissionError, Capacity, Overheads, admit};
+use plimsoll_policy::host_state::{HostState, min_free};
 use plimsoll_policy::settings::{MachineSettings, Settings, SettingsError};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView};
@@ -28,6 +28,7 @@ use plimsoll_types::{ByteCount, MachineId, PageCount};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
+use thiserror::Error;
 
 /// How often is decided when nothing happens.
 pub const PERIOD: Duration = Duration::from_secs(1);
@@ -120,6 +121,23 @@ pub enum Hurry {
     Went,
     /// An operator said something else.
     Told,
+}
+
+/// Settings of a whole host cannot be put in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum SettleError {
+    /// They contradict each other.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// They promise what the host has not.
+    #[error("{missing} are missing: {account}: reserve less, or make room")]
+    NoRoom {
+        /// How much.
+        missing: ByteCount,
+        /// How loaded the host would be.
+        account: Account,
+    },
 }
 
 /// A machine and what was said about it.
@@ -275,6 +293,48 @@ impl Control {
         self.policy.set_tree(admit(&others, settings, &host)?);
         self.told();
         Ok(())
+    }
+
+    /// Puts other settings of the host, its groups and all its machines in force, or none of them. Machines that are not named are let
+    /// go.
+    ///
+    /// # Errors
+    /// The contradiction, or the arithmetic where the host could keep its word less than now. What was in force stays.
+    pub fn settle(&mut self, settings: Settings) -> Result<(), SettleError> {
+        let mut wanted = settings;
+        wanted.machines.retain(|machine| self.members.contains_key(&machine.id));
+        let tree = Tree::new(wanted)?;
+        let (before, after) = (self.account(self.policy.tree()), self.account(&tree));
+        let beyond = |account: &Account| {
+            let promised = account.kept_free + account.own + account.reserved + account.overhead;
+            promised.saturating_sub(account.total)
+        };
+        if beyond(&after) > beyond(&before) {
+            return Err(SettleError::NoRoom { missing: beyond(&after), account: after });
+        }
+        let leaving: Vec<MachineId> =
+            self.members.keys().filter(|id| tree.terms(**id).is_none()).copied().collect();
+        self.pool.set_total(tree.settings().capacity);
+        self.policy.set_tree(tree);
+        leaving.into_iter().for_each(|id| self.release(id));
+        self.told();
+        Ok(())
+    }
+
+    /// What settings promise, each machine with what one of its kind costs.
+    fn account(&self, tree: &Tree) -> Account {
+        let overhead = tree.machines().filter_map(|(id, terms)| {
+            self.members.get(&id).map(|member| member.backend.predicted().of(terms))
+        });
+        let total = tree.settings().capacity;
+        Account {
+            total,
+            kept_free: min_free(total),
+            own: self.own,
+            reserved: tree.reserved(),
+            overhead: overhead.sum(),
+            machines: tree.machines().count(),
+        }
     }
 
     /// Machines share so much from now on.

@@ -201,12 +201,15 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
         signal_hook::low_level::pipe::register(*signal, write).map_err(DaemonError::Wait)?;
     }
     signalled.set_nonblocking(true).map_err(DaemonError::Wait)?;
-    let [term, int, _] = wanted.each_ref().map(|(_, flag)| flag);
+    let [term, int, reload] = wanted.each_ref().map(|(_, flag)| flag);
 
     let mut session = Session::open(settings, keeper, started_ns)?;
     let mut is_told = false;
     loop {
         session.turn(&signalled)?;
+        if reload.swap(false, Ordering::Relaxed) {
+            session.steering.reload();
+        }
         is_told |= [term, int].into_iter().any(|flag| flag.swap(false, Ordering::Relaxed));
         // Without a keeper and without machines there is nothing to live for.
         if is_told || session.is_alone {

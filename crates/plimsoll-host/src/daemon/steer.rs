@@ -7,7 +7,7 @@ use super::Settings;
 use super::manage::Used;
 use super::place::API;
 use crate::api::Api;
-use crate::api::exchange::exchange;
+use crate::api::exchange::{Bell, Order, exchange};
 use crate::config::Config;
 use crate::control::{Control, Pool};
 use crate::helm::kept::{Kept, KeptError};
@@ -18,9 +18,10 @@ use plimsoll_linux::uffd::manager::{Manager, Meter};
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_types::ByteCount;
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -42,6 +43,17 @@ pub(super) struct Steering {
     api: Option<Api>,
     thread: Option<(EventFd, JoinHandle<()>)>,
     heard: Receiver<String>,
+    say: Sender<String>,
+    reading: Reading,
+}
+
+/// The settings file being read again, on a thread that nobody waits for: a file may lie where reading takes long.
+struct Reading {
+    path: Option<PathBuf>,
+    bell: Option<Arc<Bell>>,
+    thread: Option<JoinHandle<()>>,
+    /// It was asked for again meanwhile, and what is being read may be older.
+    again: bool,
 }
 
 impl Steering {
@@ -54,7 +66,9 @@ impl Steering {
         budget: &Arc<Mutex<ByteCount>>,
     ) -> Self {
         let (say, heard) = channel();
-        let mut steering = Self { api: None, thread: None, heard };
+        let (path, bell) = (settings.config.clone(), None);
+        let reading = Reading { path, bell, thread: None, again: false };
+        let mut steering = Self { api: None, thread: None, heard, say: say.clone(), reading };
         let own = Own::new(Arc::clone(manager), Arc::clone(budget));
         let said = |text: String| drop(say.send(text));
         let config = settings.config.as_ref().map(|path| Config::read(path)).transpose();
@@ -96,6 +110,7 @@ impl Steering {
         match begun {
             Ok((thread, door)) => {
                 steering.thread = Some(thread);
+                steering.reading.bell = Some(Arc::new(door.bell()));
                 match Api::start(&settings.directory.join(API), door) {
                     Ok(api) => steering.api = Some(api),
                     Err(error) => said(explain(&error)),
@@ -106,8 +121,39 @@ impl Steering {
         steering
     }
 
+    /// Has the settings file read again. What becomes of that is heard of.
+    pub(super) fn reload(&mut self) {
+        if self.reading.thread.is_some() {
+            self.reading.again = true;
+            return;
+        }
+        let say = self.say.clone();
+        let tell = move |text: String| drop(say.send(text));
+        let (path, bell) = match (&self.reading.path, &self.reading.bell) {
+            (None, _) => return tell("there is no settings file to read again: see --config".to_owned()),
+            (_, None) => {
+                return tell("no decisions are made, so there is nothing to put in force".to_owned());
+            }
+            (Some(path), Some(bell)) => (path.clone(), Arc::clone(bell)),
+        };
+        let read = {
+            let tell = tell.clone();
+            move || tell(reread(&path, &bell))
+        };
+        match std::thread::Builder::new().name("settings".to_owned()).spawn(read) {
+            Ok(thread) => self.reading.thread = Some(thread),
+            Err(error) => tell(format!("the settings cannot be read again: {error}")),
+        }
+    }
+
     /// What an operator should hear since the last time.
     pub(super) fn heard(&mut self) -> Vec<String> {
+        if let Some(thread) = self.reading.thread.take_if(|thread| thread.is_finished()) {
+            let _ = thread.join();
+            if std::mem::take(&mut self.reading.again) {
+                self.reload();
+            }
+        }
         let mut heard: Vec<String> = self.heard.try_iter().collect();
         if let Some((_, thread)) = self.thread.take_if(|(_, thread)| thread.is_finished())
             && thread.join().is_err()
@@ -120,12 +166,23 @@ impl Steering {
         heard
     }
 
-    /// Ends both. Nothing of theirs has the manager any more.
+    /// Ends both; a file that is being read is not waited for. Nothing of theirs has the manager any more.
     pub(super) fn stop(mut self) {
         self.api = None;
         if let Some((end, thread)) = self.thread.take() {
             let _ = end.signal();
             let _ = thread.join();
         }
+    }
+}
+
+/// Reads the file and has the loop put it in force. What became of that.
+fn reread(path: &Path, bell: &Bell) -> String {
+    let done = Config::read(path)
+        .map_err(|error| explain(&error))
+        .and_then(|config| bell.order(Order::Reload(Box::new(config))).map_err(|fault| fault.message));
+    match done {
+        Ok(_) => format!("the settings {path:?} are in force"),
+        Err(why) => format!("the settings were not changed, and those of before stay in force: {why}"),
     }
 }

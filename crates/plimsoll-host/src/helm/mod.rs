@@ -8,6 +8,7 @@
 //! Machines under our own pager are found by looking, once a turn: they come and go without this thread, which may be late, or
 //! not there at all, and no guest waits for it.
 pub mod kept;
+mod reload;
 
 use crate::api::exchange::{Asked, Desk, Moment, ORDERS_MAX, Obeyed, Order};
 use crate::api::{Code, Fault, Settings};
@@ -76,12 +77,8 @@ pub struct Helm {
 impl Helm {
     /// Goes on where `kept` says that an earlier one was.
     pub fn new(config: Config, kept: Kept, own: Option<Own>, desk: Desk, note: Note) -> Self {
-        let said = |name: &String| kept.word(name).and_then(|word| word.attached);
-        let named = config.machines.keys().filter(|name| said(name) != Some(false));
-        let also = kept.words().machines.iter().filter(|(_, word)| word.attached == Some(true));
-        let wanted: Vec<String> = named.chain(also.map(|(name, _)| name)).cloned().collect();
         let groups = Arc::new(config.groups.clone());
-        let (roster, tree, obeyed) = (Roster::new(wanted), None, Vec::new());
+        let (roster, tree, obeyed) = (Roster::new(wanted(&config, &kept)), None, Vec::new());
         Self { desk, config, groups, kept, roster, own, note, tree, obeyed }
     }
 
@@ -210,9 +207,7 @@ impl Helm {
                 let name = name_of(control, id)?;
                 let before = said(&self.kept, &self.config, &self.groups, &name);
                 let wanted = settings.over(&before, &self.groups)?;
-                let shown = control.berth(id).and_then(|berth| berth.size);
-                let size = shown.or_else(|| control.tree().terms(id).map(|terms| terms.size.bytes()));
-                let size = size.unwrap_or_default();
+                let size = size_of(control, id);
                 let in_force = control.tree().settings().machines.iter().find(|one| one.id == id).copied();
                 control.change(wanted.settings(id, size)).map_err(|error| self.refusal(control, &error))?;
                 let settings = Settings::said(&wanted, &self.groups);
@@ -246,6 +241,7 @@ impl Helm {
                 })?;
                 Ok(None)
             }
+            Order::Reload(config) => self.reload(control, *config).map(|()| None),
         }
     }
 
@@ -353,23 +349,42 @@ impl Helm {
 
     /// In the names that machines and groups have.
     fn contradiction(&self, control: &Control, error: &SettingsError) -> Fault {
-        let name = |owner| match owner {
-            // One that is being taken in has no name here yet.
-            Owner::Machine(id) => control
-                .names()
-                .find(|(own, _)| *own == id)
-                .map_or_else(|| "the machine".to_owned(), |(_, name)| name.to_owned())
-                .into(),
-            Owner::Group(id) => group_name(&self.groups, id),
-            Owner::Host => None,
-        };
-        let is_its_own = matches!(error.owner(), Owner::Machine(_));
-        let code = if is_its_own { Code::Unprocessable } else { Code::Conflict };
-        Fault::new(code, error.named(&name).to_string())
+        contradiction(control, &self.groups, error)
     }
 }
 
 type Groups = BTreeMap<String, GroupSettings>;
+
+/// In the names that machines and these groups have.
+fn contradiction(control: &Control, groups: &Groups, error: &SettingsError) -> Fault {
+    let name = |owner| match owner {
+        // One that is being taken in has no name here yet.
+        Owner::Machine(id) => control
+            .names()
+            .find(|(own, _)| *own == id)
+            .map_or_else(|| "the machine".to_owned(), |(_, name)| name.to_owned())
+            .into(),
+        Owner::Group(id) => group_name(groups, id),
+        Owner::Host => None,
+    };
+    let is_its_own = matches!(error.owner(), Owner::Machine(_));
+    let code = if is_its_own { Code::Unprocessable } else { Code::Conflict };
+    Fault::new(code, error.named(&name).to_string())
+}
+
+/// Machines that are to be managed from outside, by the file and by the API.
+fn wanted(config: &Config, kept: &Kept) -> BTreeSet<String> {
+    let said = |name: &str| kept.word(name).and_then(|word| word.attached);
+    let named = config.machines.keys().filter(move |name| said(name) != Some(false));
+    let also = kept.words().machines.iter().filter(|(_, word)| word.attached == Some(true));
+    named.chain(also.map(|(name, _)| name)).cloned().collect()
+}
+
+/// The RAM a machine's guest owns.
+fn size_of(control: &Control, id: MachineId) -> ByteCount {
+    let shown = control.berth(id).and_then(|berth| berth.size);
+    shown.or_else(|| control.tree().terms(id).map(|terms| terms.size.bytes())).unwrap_or_default()
+}
 
 /// What is said about the machine of a name: by the API, else by the file, else nothing.
 fn said(kept: &Kept, config: &Config, groups: &Groups, name: &str) -> MachineConfig {

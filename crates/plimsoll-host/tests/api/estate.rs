@@ -1,7 +1,7 @@
 //! A host made of numbers behind a real loop and a real socket.
 use parking_lot::Mutex;
 use plimsoll_host::api::client::{Answer, Client};
-use plimsoll_host::api::exchange::exchange;
+use plimsoll_host::api::exchange::{Bell, exchange};
 use plimsoll_host::api::{Api, Attach, Code, Fault, Opener};
 use plimsoll_host::backend::{Backend, Done, Trouble};
 use plimsoll_host::config::{Config, MachineConfig};
@@ -88,6 +88,7 @@ impl Backend for Fake {
 /// A daemon without its pager: loop, API, and a directory.
 pub(crate) struct Estate {
     api: Option<Api>,
+    pub(crate) bell: Bell,
     end: EventFd,
     thread: Option<JoinHandle<()>>,
     pub(crate) bodies: Bodies,
@@ -95,7 +96,8 @@ pub(crate) struct Estate {
     pub(crate) directory: PathBuf,
 }
 
-const CONFIG: &str = "[group.tenant]\nlimit = \"1G\"\n[group.inner]\ngroup = \"tenant\"\nsharing = true\n";
+pub(crate) const CONFIG: &str =
+    "[group.tenant]\nlimit = \"1G\"\n[group.inner]\ngroup = \"tenant\"\nsharing = true\n";
 
 impl Estate {
     /// `count` machines m1, m2, ... of processes 100,001, 100,002, ... on a host with that budget, in MiB.
@@ -120,9 +122,10 @@ impl Estate {
         let end = EventFd::new().unwrap();
         let told = end.as_fd().try_clone_to_owned().unwrap();
         let thread = std::thread::spawn(move || helm.run(control, Some(told.as_fd())).unwrap());
+        let bell = door.bell();
         let api = Api::start_with(&directory.join("api.sock"), door, opener(&bodies)).unwrap();
         let directory = directory.to_owned();
-        let estate = Self { api: Some(api), end, thread: Some(thread), bodies, notes, directory };
+        let estate = Self { api: Some(api), bell, end, thread: Some(thread), bodies, notes, directory };
         wait_until("a decision is made", || estate.get("/v1/host").status == 200);
         estate
     }

@@ -3,5 +3,6 @@
 mod estate;
 mod limits;
 mod outside;
+mod reload;
 mod requests;
 mod scale;
