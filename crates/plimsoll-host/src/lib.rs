@@ -14,6 +14,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod helm;
+pub mod homecoming;
 pub mod keeper;
 pub mod line;
 pub mod metrics;

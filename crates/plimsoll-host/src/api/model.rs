@@ -4,7 +4,7 @@
 //! so the loop pays for none of them.
 use super::exchange::Moment;
 use super::settings::Settings;
-use crate::backend::Kind;
+use crate::backend::{Departure, Kind};
 use crate::config::group_name;
 use crate::control::Berth;
 use plimsoll_policy::Position;
@@ -35,6 +35,8 @@ pub enum MachineState {
     Running,
     /// Nothing is taken from it, because an operator said so.
     Paused,
+    /// It is given back to its VMM: its memory comes back, and nothing more is taken.
+    Leaving,
     /// It cannot be looked at now, and is left out of decisions.
     LeftOut,
 }
@@ -71,7 +73,7 @@ pub struct Machine {
     pub pid: Option<u32>,
     /// What becomes of it.
     pub state: MachineState,
-    /// Why it is left out, or what it does not do of what it is asked.
+    /// Why it is left out, was not released, or what it does not do of what it is asked.
     pub trouble: Option<String>,
     /// The RAM its guest owns.
     pub size_bytes: u64,
@@ -213,11 +215,16 @@ impl Moment {
         });
         let state = match (&berth.trouble, seen) {
             (Some(_), _) => MachineState::LeftOut,
+            _ if berth.departure == Departure::UnderWay => MachineState::Leaving,
             _ if berth.is_paused => MachineState::Paused,
             (None, Some(seen)) if seen.phase == Phase::Running => MachineState::Running,
             _ => MachineState::Starting,
         };
-        let trouble = berth.trouble.as_ref().map(ToString::to_string);
+        let stayed = match &berth.departure {
+            Departure::Vain(why) => Some(format!("it was not released: {why}")),
+            Departure::None | Departure::UnderWay => None,
+        };
+        let trouble = berth.trouble.as_ref().map(ToString::to_string).or(stayed);
         Some(Machine {
             id: id.0,
             name: berth.name.clone(),

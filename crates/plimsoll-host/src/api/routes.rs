@@ -319,14 +319,22 @@ async fn set(
     app.obey(Order::Set(id, settings)).await.map(Json)
 }
 
-/// Let a machine go. It goes on, and nothing of plimsoll stays with it.
+/// Let a machine go. It goes on, and nothing of plimsoll stays with it. 204: it was. 202: it was handed over by its VMM, and its
+/// memory is brought back; it is gone from the machines when that is done, and is managed as before, with the reason as its
+/// `trouble`, when that was in vain.
 #[utoipa::path(
     delete, path = "/v1/machines/{machine}", tag = "machines",
-    params(Key), responses((status = 204), Fault)
+    params(Key), responses((status = 204), (status = 202, body = Machine), Fault)
 )]
-async fn release(State(app): Here, Named(name): Named) -> Result<StatusCode, Fault> {
+async fn release(State(app): Here, Named(name): Named) -> Result<Response, Fault> {
     let (_, id) = app.found(&name)?;
-    app.door.order(Order::Release(id)).await.map(|_| StatusCode::NO_CONTENT)
+    let leaving = app.door.order(Order::Release(id)).await?;
+    // What has come home at once is not there any more.
+    let leaving = leaving.and_then(|id| app.door.moment().ok()?.machine(id));
+    Ok(leaving.map_or_else(
+        || StatusCode::NO_CONTENT.into_response(),
+        |machine| (StatusCode::ACCEPTED, Json(machine)).into_response(),
+    ))
 }
 
 /// Take nothing from a machine until it is resumed.

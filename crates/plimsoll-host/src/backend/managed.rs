@@ -4,7 +4,8 @@
 //! to its pager. The pager's statistics say what came of them. Nothing here waits: the manager's lock is held for reading
 //! counters and writing numbers.
 use super::overhead::{Overhead, measure};
-use super::{Backend, Done, Kind, Refused, Trouble};
+use super::{Backend, Departure, Done, Kind, Refused, Trouble};
+use crate::homecoming::{Homecoming, Progress, stored};
 use parking_lot::Mutex;
 use plimsoll_linux::uffd::manager::Manager;
 use plimsoll_linux::uffd::stats::MachineStats;
@@ -21,6 +22,8 @@ use std::time::{Duration, Instant};
 const STARTING: Duration = Duration::from_secs(10);
 /// How long an operator's order lasts of which nothing comes.
 const BARREN: Duration = Duration::from_secs(3);
+/// How often is looked whether a machine that is given back is home.
+const HOMECOMING: Duration = Duration::from_millis(50);
 
 /// A machine under our own pager.
 pub struct Managed {
@@ -38,6 +41,10 @@ pub struct Managed {
     ordered: PageCount,
     /// When it last gave any, or was asked.
     gave: Instant,
+    /// While it is given back.
+    leaving: Option<Homecoming>,
+    /// Why it was not.
+    stayed: Option<String>,
     last: Option<(Instant, Counters)>,
 }
 
@@ -74,6 +81,8 @@ impl Managed {
             target: None,
             ordered: PageCount(0),
             gave: now,
+            leaving: None,
+            stayed: None,
             last: None,
         }
     }
@@ -100,8 +109,13 @@ impl Managed {
         }
     }
 
-    /// What a target leaves for pages in RAM: the rest of it is taken up by those in the store.
+    /// What a target leaves for pages in RAM: the rest of it is taken up by those in the store. One that comes home is to come to
+    /// all it has.
     fn aim(&self, manager: &Manager) {
+        if self.leaving.is_some() {
+            manager.set_target(self.id, self.size);
+            return;
+        }
         let Some(target) = self.target else { return };
         manager.set_target(self.id, Some(target.saturating_sub(manager.stored(self.id))));
     }
@@ -112,7 +126,10 @@ impl Backend for Managed {
         let (machine, stored) = {
             let manager = self.manager.lock();
             let machine = manager.machine(self.id).filter(|_| !manager.is_gone(self.id));
-            let machine = machine.ok_or_else(|| Trouble::Gone("its VMM has ended".to_owned()))?;
+            let machine = machine.ok_or_else(|| match self.leaving {
+                Some(leaving) if leaving.is_final() => Trouble::GivenBack,
+                _ => Trouble::Gone("its VMM has ended".to_owned()),
+            })?;
             self.aim(&manager);
             (machine, manager.stored(self.id))
         };
@@ -139,7 +156,7 @@ impl Backend for Managed {
             taken,
             returned: PageCount(counters.returned.saturating_sub(before.returned)),
             stalled: Ppm::of(nanoseconds(waited), nanoseconds(elapsed)),
-            rungs: Rungs::NONE.with(Rung::Compress),
+            rungs: if self.leaving.is_some() { Rungs::NONE } else { Rungs::NONE.with(Rung::Compress) },
             ..MachineView::new(id, stats.ram.bytes() + stored)
         })
     }
@@ -161,7 +178,50 @@ impl Backend for Managed {
         steps.iter().map(|step| self.step(*step)).collect()
     }
 
+    fn work(&mut self, now: Instant) -> Result<Option<Instant>, Trouble> {
+        let Some(leaving) = &mut self.leaving else { return Ok(None) };
+        let manager = self.manager.lock();
+        // One that is gone is seen to be when it is looked at.
+        let Some(machine) = manager.machine(self.id) else { return Ok(None) };
+        if let Progress::Vain(why) = leaving.look(&manager, &[machine]) {
+            (self.leaving, self.stayed) = (None, Some(why.to_string()));
+            return Ok(None);
+        }
+        Ok(Some(now + HOMECOMING))
+    }
+
+    fn hold(&mut self, is_to: bool) {
+        self.manager.lock().hold(self.id, is_to);
+    }
+
+    fn give_back(&mut self, budget: ByteCount) -> Result<(), String> {
+        if self.leaving.is_some() {
+            return Ok(());
+        }
+        let manager = self.manager.lock();
+        let machine = manager.machine(self.id).filter(|_| !manager.is_lost(self.id));
+        let machines = [machine.ok_or_else(|| "its pager cannot go on: end its VMM".to_owned())?];
+        let leaving = Homecoming::begin(&manager, &machines, budget).map_err(|lack| {
+            format!("{} of its memory are stored; {lack} for giving it back", stored(&machines))
+        })?;
+        drop(manager);
+        (self.leaving, self.stayed) = (Some(leaving), None);
+        self.aim(&self.manager.lock());
+        Ok(())
+    }
+
+    fn departure(&self) -> Departure {
+        match (&self.leaving, &self.stayed) {
+            (Some(_), _) => Departure::UnderWay,
+            (None, Some(why)) => Departure::Vain(why.clone()),
+            (None, None) => Departure::None,
+        }
+    }
+
     fn reclaim(&mut self, pages: PageCount, now: Instant) -> Done {
+        if self.leaving.is_some() && pages > PageCount(0) {
+            return Done::Refused(Refused::Short("it is being given back to its VMM".to_owned()));
+        }
         let manager = self.manager.lock();
         let there = manager.machine(self.id).map_or(PageCount(0), |machine| machine.stats.ram);
         (self.ordered, self.gave) = (pages.min(there), now);

@@ -64,6 +64,23 @@ pub trait Backend: Send {
         Done::Refused(Refused::NoSuchRung(Rung::Compress))
     }
 
+    /// Takes nothing more from the machine, whoever wants it, or takes again.
+    fn hold(&mut self, _is_to: bool) {}
+
+    /// Begins to give the machine back to its VMM, where it is ours; `budget` is what everybody may use. What came of it shows in
+    /// its [`departure`](Self::departure), and when it is gone it is [given back](Trouble::GivenBack).
+    ///
+    /// # Errors
+    /// Why that cannot be, in words; nothing was begun.
+    fn give_back(&mut self, _budget: ByteCount) -> Result<(), String> {
+        Err("its memory is its VMM's already".to_owned())
+    }
+
+    /// How far giving it back has come.
+    fn departure(&self) -> Departure {
+        Departure::None
+    }
+
     /// Whose the machine's memory is.
     fn kind(&self) -> Kind {
         Kind::Attached
@@ -90,6 +107,18 @@ pub trait Backend: Send {
     }
 }
 
+/// How far giving a machine back has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Departure {
+    /// It is not to be given back.
+    #[default]
+    None,
+    /// It is under way: nothing more is taken from it.
+    UnderWay,
+    /// It was in vain, for this reason. It is managed as before.
+    Vain(String),
+}
+
 /// Whose a machine's memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -105,6 +134,9 @@ pub enum Trouble {
     /// It has ended, or has moved away: it will not be asked again.
     #[error("it is gone: {0}")]
     Gone(String),
+    /// All of it is its VMM's again, because that was ordered: it will not be asked again.
+    #[error("it was given back to its VMM")]
+    GivenBack,
     /// Not now. It is left out of this decision, and asked again for the next.
     #[error("it cannot be looked at: {0}")]
     Unseen(String),

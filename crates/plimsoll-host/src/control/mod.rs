@@ -15,7 +15,7 @@ mod run;
 pub use pool::Pool;
 pub use run::{Happened, RunError, Wakers, host_pressure, run};
 
-use crate::backend::{Backend, Done, Kind, Overhead, Refused, Trouble};
+use crate::backend::{Backend, Departure, Done, Kind, Overhead, Refused, Trouble};
 use crate::trace::{Basis, Recorder, Tick, TraceError};
 use plimsoll_policy::admission::{Account, AdmissionError, Capacity, Overheads, admit};
 use plimsoll_policy::host_state::{HostState, min_free};
@@ -160,6 +160,7 @@ impl Member {
             process: self.backend.process(),
             size: self.backend.size(),
             is_paused: self.is_paused,
+            departure: self.backend.departure(),
             trouble: self.trouble.clone(),
             refused: self.refused.clone(),
         }
@@ -179,6 +180,8 @@ pub struct Berth {
     pub size: Option<ByteCount>,
     /// Nothing is taken from it for now.
     pub is_paused: bool,
+    /// How far giving it back has come.
+    pub departure: Departure,
     /// Why it is left out, if it is.
     pub trouble: Option<Trouble>,
     /// What it does not do of what it is asked.
@@ -278,6 +281,18 @@ impl Control {
         self.hurry = self.hurry.or(Some(Hurry::Went));
     }
 
+    /// Begins to give a machine of our own pager back to its VMM; it goes from here when that is done.
+    ///
+    /// # Errors
+    /// Why that cannot be, in words; nothing was begun.
+    pub fn give_back(&mut self, id: MachineId) -> Result<(), String> {
+        let total = self.pool.total();
+        let member = self.members.get_mut(&id).ok_or_else(|| "it is not managed any more".to_owned())?;
+        member.backend.give_back(total)?;
+        self.told();
+        Ok(())
+    }
+
     /// Puts other settings of a machine in force, if the host can keep its word to all. Those of a machine that is not there
     /// change nothing.
     ///
@@ -354,6 +369,7 @@ impl Control {
     pub fn pause(&mut self, id: MachineId, is_paused: bool, now: Instant) {
         if let Some(member) = self.members.get_mut(&id) {
             member.is_paused = is_paused;
+            member.backend.hold(is_paused);
             if is_paused {
                 let _ = member.backend.reclaim(PageCount(0), now);
             }
@@ -474,7 +490,7 @@ impl Control {
                     }
                     views.push(view);
                 }
-                Err(why @ Trouble::Gone(_)) => {
+                Err(why @ (Trouble::Gone(_) | Trouble::GivenBack)) => {
                     events.push(Event::Left { name: member.name.clone(), kind: member.backend.kind(), why });
                     gone.push(*id);
                 }

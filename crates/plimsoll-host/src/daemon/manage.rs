@@ -10,6 +10,7 @@ use super::steer::Steering;
 use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
 use crate::api::may_speak;
 use crate::helm::kept::Kept;
+use crate::homecoming::{Homecoming, Progress, stored};
 use crate::keeper::client::Client;
 use crate::voice::say;
 use parking_lot::Mutex;
@@ -27,7 +28,6 @@ use plimsoll_linux::uffd::manager::{MachineView, Manager, Membership, Meter, Vau
 use plimsoll_linux::uffd::probe::Probe;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::fdpass;
-use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_sys::{ProcessId, process};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -37,7 +37,6 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::collections::VecDeque;
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -57,11 +56,6 @@ const LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 const SIGN_PERIOD: Duration = Duration::from_secs(1);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 const INCIDENTS_MAX: usize = 100;
-/// How long machines are given to come home before the daemon goes on with them, and the bytes that add a second to that.
-const PARTING_PATIENCE: Duration = Duration::from_secs(60);
-const PARTING_PACE: u64 = 64 << 20;
-/// How long guests may wait for memory because nothing is taken from anybody meanwhile.
-const SHORT_PATIENCE: Duration = Duration::from_secs(1);
 /// The longest request.
 const REQUEST_MAX: usize = 4096;
 const GROUP: GroupId = GroupId(1);
@@ -98,6 +92,13 @@ impl Used {
         if let Source::Processes(sum) = &self.source {
             // One that has ended already uses nothing.
             let _ = sum.lock().add(process);
+        }
+    }
+
+    /// The VMM of a machine that was given back is nobody's affair here any more.
+    fn remove(&self, process: ProcessId) {
+        if let Source::Processes(sum) = &self.source {
+            sum.lock().remove(process);
         }
     }
 
@@ -182,7 +183,7 @@ struct Session<'a> {
     /// When the keeper was told last that this manager lives.
     told: Instant,
     /// While machines are given back.
-    parting: Option<Parting>,
+    parting: Option<Homecoming>,
 }
 
 /// Manages machines until the process is killed, or told to stop and without any. `keeper` is the number of the
@@ -242,22 +243,6 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// How far giving the machines back has come.
-#[derive(Clone, Copy, Debug)]
-struct Parting {
-    /// By when they must be home.
-    due: Instant,
-    /// Since when there was no memory for that.
-    short_since: Option<Instant>,
-    /// All were home, and have been let go.
-    is_final: bool,
-}
-
-/// What of the machines is in stores.
-fn stored(machines: &[MachineView]) -> ByteCount {
-    machines.iter().map(|view| view.stats.census.of(StateKind::Stored).bytes()).sum()
-}
-
 /// What a manager that stops would leave behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Left {
@@ -296,6 +281,11 @@ impl<'a> Session<'a> {
         }
         let milestones = Arc::new(Milestones::default());
         let mut manager = Manager::start(vault, Arc::clone(&milestones) as Arc<dyn Probe>)?;
+        // Before anybody takes anything: the loop, which says so again, begins later.
+        let is_paused = |name: &str| words.as_ref().is_ok_and(|kept| kept.is_paused(name));
+        manager.machines().iter().filter(|view| is_paused(&view.name)).for_each(|view| {
+            manager.hold(view.id, true);
+        });
         manager.govern(Box::new(used.clone()), SAMPLE_PERIOD)?;
         let serving_ns = now_ns();
         // Best effort: a keeper that is gone is noticed below.
@@ -436,6 +426,9 @@ impl<'a> Session<'a> {
         if manager.machine(id).is_none() {
             return Answer::Refused(format!("there is no {id}"));
         }
+        if manager.is_held(id) {
+            return Answer::Refused(format!("{id} is paused: resume it first"));
+        }
         order(&manager, id);
         Answer::Done
     }
@@ -444,7 +437,9 @@ impl<'a> Session<'a> {
     fn look(&mut self) {
         let incidents = {
             let mut manager = self.manager.lock();
+            let given_back: Vec<ProcessId> = manager.given_back().collect();
             manager.forget_gone();
+            given_back.into_iter().for_each(|process| self.used.remove(process));
             manager.host().take_incidents()
         };
         let heard = self.steering.heard();
@@ -488,52 +483,27 @@ impl<'a> Session<'a> {
         let shared = Arc::clone(&self.manager);
         let manager = shared.lock();
         let machines = manager.machines();
-        let mut parting = match self.parting {
+        let mut parting = match self.parting.take() {
             Some(parting) => parting,
             None => self.begin_parting(&manager, &machines)?,
         };
-        let is_short = machines.iter().any(|view| manager.is_short(view.id));
-        parting.short_since = is_short.then(|| parting.short_since.unwrap_or_else(Instant::now));
-        self.parting = Some(parting);
-        if parting.is_final {
-            // The kernel, or an agent, does not let us: that one stays ours, and home.
-            let is_late = Instant::now() >= parting.due + PARTING_PATIENCE;
-            let running = machines.len();
-            return if is_late {
-                self.parting = None;
-                Err(format!(
-                    "not stopped: {running} machines could not be left; all others have been given back"
-                ))
-            } else {
+        let running = machines.len();
+        match parting.look(&manager, &machines) {
+            Progress::UnderWay => {
+                self.parting = Some(parting);
                 Ok(())
-            };
-        }
-        if machines.iter().all(|view| manager.is_home(view.id)) {
-            // All are home, so each of them is.
-            machines.iter().for_each(|view| {
-                manager.let_go(view.id);
-            });
-            self.parting = Some(Parting { is_final: true, ..parting });
-            return Ok(());
-        }
-        let lost = machines.iter().find(|view| manager.is_lost(view.id));
-        let why = match lost {
-            Some(view) => format!("{} is no longer managed", view.name),
-            None if parting.short_since.is_some_and(|since| since.elapsed() >= SHORT_PATIENCE) => {
-                "the guests need the memory that is left".to_owned()
             }
-            None if Instant::now() >= parting.due => "it takes too long".to_owned(),
-            None => return Ok(()),
-        };
-        self.parting = None;
-        machines.iter().for_each(|view| manager.go_home(view.id, false));
-        let (running, away) = (machines.len(), stored(&machines));
-        Err(format!(
-            "not stopped: {why}; {away} of {running} machines are still stored, and they are managed as before"
-        ))
+            Progress::Stuck => Err(format!(
+                "not stopped: {running} machines could not be left; all others have been given back"
+            )),
+            Progress::Vain(why) => Err(format!(
+                "not stopped: {why}; {} of {running} machines are still stored, and they are managed as before",
+                stored(&machines)
+            )),
+        }
     }
 
-    fn begin_parting(&mut self, manager: &Manager, machines: &[MachineView]) -> Result<Parting, String> {
+    fn begin_parting(&mut self, manager: &Manager, machines: &[MachineView]) -> Result<Homecoming, String> {
         let lost = machines.iter().filter(|view| manager.is_lost(view.id)).count();
         let unmanaged = manager.unmanaged() + lost;
         if unmanaged > 0 {
@@ -542,30 +512,15 @@ impl<'a> Session<'a> {
                  manager; end them first"
             ));
         }
-        let away = stored(machines);
-        let used = self.used.now();
-        // What may be installed, not what there is: nearer to the line than this nobody gets a page.
-        let room = manager.host().ledger(|ledger| ledger.left());
-        let running = machines.len();
-        if away > room {
-            return Err(format!(
-                "not stopped: {running} machines run, and {away} of their memory are stored; the budget of {} has {room} \
-                 left ({used} in use) for giving them back; end machines first",
-                *self.budget.lock(),
-            ));
-        }
-        let available = fs::read_to_string("/proc/meminfo").ok();
-        let available = available.and_then(|text| parse_meminfo(&text, "MemAvailable"));
-        if let Some(available) = available.filter(|available| away > *available) {
-            return Err(format!(
-                "not stopped: {running} machines run, and {away} of their memory are stored; the host has {available} \
-                 available for giving them back; end machines first"
-            ));
-        }
-        machines.iter().for_each(|view| manager.go_home(view.id, true));
+        let (running, away) = (machines.len(), stored(machines));
+        let parting = Homecoming::begin(manager, machines, *self.budget.lock()).map_err(|lack| {
+            format!(
+                "not stopped: {running} machines run, and {away} of their memory are stored; {lack} for giving them back; end \
+                 machines first"
+            )
+        })?;
         self.tell(format!("stopping: {running} machines are given back, {away} of them from the store"));
-        let due = Instant::now() + PARTING_PATIENCE + Duration::from_secs(away.0 / PARTING_PACE);
-        Ok(Parting { due, short_since: None, is_final: false })
+        Ok(parting)
     }
 
     fn status(&self) -> Status {

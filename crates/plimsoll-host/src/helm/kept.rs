@@ -135,6 +135,11 @@ impl Kept {
         self.words.machines.get(name)
     }
 
+    /// Whether nothing is to be taken from machines of that name.
+    pub fn is_paused(&self, name: &str) -> bool {
+        self.word(name).is_some_and(|word| word.paused)
+    }
+
     /// Keeps something else. What was kept stays where that fails.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ mod reload;
 
 use crate::api::exchange::{Asked, Desk, Moment, ORDERS_MAX, Obeyed, Order};
 use crate::api::{Code, Fault, Settings};
-use crate::backend::{Backend, Done, Kind, Managed};
+use crate::backend::{Backend, Done, Kind, Managed, Trouble};
 use crate::config::{Config, MachineConfig, group_name};
 use crate::control::{Control, Event, Happened, RunError, Turn, Wakers, host_pressure, run};
 use crate::roster::{Opened, Roster};
@@ -133,8 +133,15 @@ impl Helm {
         }
         let events: Vec<String> = turn.events.iter().map(ToString::to_string).collect();
         // That a VMM ends which has handed its machine over is no news: its pager has seen to it.
-        let is_news = |event: &&Event| !matches!(event, Event::Left { kind: Kind::HandedOver, .. });
+        let is_news = |event: &&Event| {
+            !matches!(event, Event::Left { kind: Kind::HandedOver, why: Trouble::Gone(_), .. })
+        };
         turn.events.iter().filter(is_news).for_each(|event| (self.note)(&event.to_string()));
+        for event in &turn.events {
+            if let Event::Left { name, why: Trouble::GivenBack, .. } = event {
+                self.forget(name);
+            }
+        }
         let waiting = self.roster.waiting().map(|(name, why)| (name.to_owned(), why.map(str::to_owned)));
         self.desk.show(Moment {
             unix_ms: unix_ms(),
@@ -159,14 +166,21 @@ impl Helm {
         let (kept, config, groups) = (&self.kept, &self.config, &self.groups);
         let said = |name: &str| Some(said(kept, config, groups, name));
         for (id, name) in self.roster.take_in(control, now, &said, &mut self.note) {
-            if self.kept.word(&name).is_some_and(|word| word.paused) {
+            if self.kept.is_paused(&name) {
                 control.pause(id, true, now);
             }
         }
     }
 
-    /// Takes in machines that were handed over since the last look. That one is paused may have been said of another of its name,
-    /// which was attached to: these are not.
+    /// Nothing that was said about a machine holds for the next one of its name.
+    fn forget(&mut self, name: &str) {
+        let struck = self.kept.change(|words| drop(words.machines.remove(name)));
+        if let Err(error) = struck {
+            (self.note)(&format!("what was said about {name} is still kept: {}", explain(&error)));
+        }
+    }
+
+    /// Takes in machines that were handed over since the last look.
     fn meet(&mut self, control: &mut Control) {
         let Some(own) = &mut self.own else { return };
         let machines = {
@@ -193,8 +207,12 @@ impl Helm {
                 let usual = MachineConfig::default().settings(MachineId(0), machine.size);
                 control.admit(&machine.name, usual, backend())
             });
-            if let Err(error) = admitted {
-                (self.note)(&format!("{} has an equal share: {}", machine.name, explain(&error)));
+            match admitted {
+                Ok(id) if self.kept.is_paused(&machine.name) => control.pause(id, true, Instant::now()),
+                Ok(_) => {}
+                Err(error) => {
+                    (self.note)(&format!("{} has an equal share: {}", machine.name, explain(&error)));
+                }
             }
             own.met.insert(machine.id);
         }
@@ -217,16 +235,9 @@ impl Helm {
                 })?;
                 Ok(Some(id))
             }
-            Order::Release(id) => self.release(control, id).map(|()| None),
+            Order::Release(id) => self.release(control, id),
             Order::Pause(id, is_paused) => {
-                let (name, kind) = (name_of(control, id)?, control.berth(id).map(|berth| berth.kind));
-                if is_paused && kind == Some(Kind::HandedOver) {
-                    let text = format!(
-                        "{name} is paged by the daemon itself, which cannot leave it alone: the hard line is kept by taking"
-                    );
-                    return Err(Fault::new(Code::Conflict, text)
-                        .help("raise its reservation, or set its kind to static"));
-                }
+                let name = name_of(control, id)?;
                 self.keep(&name, |word| word.paused = is_paused)?;
                 control.pause(id, is_paused, Instant::now());
                 Ok(Some(id))
@@ -270,11 +281,13 @@ impl Helm {
         Ok(id)
     }
 
-    fn release(&mut self, control: &mut Control, id: MachineId) -> Result<(), Fault> {
+    /// Lets a machine go: one that is managed from outside at once, one of our own pager when its memory has come back.
+    fn release(&mut self, control: &mut Control, id: MachineId) -> Obeyed {
         let name = name_of(control, id)?;
         if control.berth(id).is_some_and(|berth| berth.kind == Kind::HandedOver) {
-            let text = format!("{name} was handed over by its VMM, and its memory is in the daemon's store");
-            return Err(Fault::new(Code::Conflict, text).help("end its VMM to be rid of it"));
+            let refused = |why| Fault::new(Code::Conflict, format!("{name} is not released: {why}"));
+            let help = "nothing was changed; raise the budget, or have other machines give first";
+            return control.give_back(id).map(|()| Some(id)).map_err(|why| refused(why).help(help));
         }
         // The file may know it by its UUID.
         let wanted = self.roster.wanted(id).unwrap_or(&name).to_owned();
@@ -286,7 +299,7 @@ impl Helm {
         self.kept.change(released).map_err(|error| unkept(&error))?;
         self.roster.strike(id, &name);
         control.release(id);
-        Ok(())
+        Ok(None)
     }
 
     fn reclaim(&mut self, control: &mut Control, id: MachineId, pages: PageCount) -> Obeyed {

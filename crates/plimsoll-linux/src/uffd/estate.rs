@@ -15,13 +15,15 @@
 //!       4 state taken
 //! end   1 state free                       the rest as in 1 above
 //!       2 descriptors let go
+//! leave 1 state left                       all of the machine is its VMM's: there is no way back
+//!       2 VMM told, shard by shard         told again by the next manager, which ends it as above
 //! ```
 //!
 //! The file, all integers little endian:
 //!
 //! ```text
 //! 0      magic u64 | 8 version u32 | 12 records u32 | 16 epoch u64 | 24 next identity u64
-//! 4096   state u64 of record 0, 1, ...                       (0 free, 1 offered, 2 taken), padded to a page
+//! 4096   state u64 of record 0, 1, ...                       (0 free, 1 offered, 2 taken, 3 left), padded to a page
 //! then   record 0, 1, ..., 2048 bytes each
 //! Record 0 check u64 | 8 kind u32 (1 shard, 2 domain, 4 tier) | 12 machine u32 | 16 shard's identity u32 | 20 group u32
 //!        24 domain u32 | 28 process u32 | 32 amount u64 (reservation, the store's limit, or a domain's part of the tier) | 40 slots [u32; 6]
@@ -40,10 +42,10 @@ use crate::disk::tier::Tier;
 use crate::explain;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
-use plimsoll_sys::ProcessId;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::uffd::Userfaultfd;
+use plimsoll_sys::{ProcessId, fdpass};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -79,6 +81,7 @@ const HEAD_NEXT_ID: usize = 3;
 const FREE: u64 = 0;
 const OFFERED: u64 = 1;
 const TAKEN: u64 = 2;
+const LEFT: u64 = 3;
 
 const SHARD: u32 = 1;
 const DOMAIN: u32 = 2;
@@ -88,6 +91,8 @@ const TIER: u32 = 4;
 const NO_SLOT: u32 = u32::MAX;
 /// Which of a shard's slots is that of its process.
 const PROCESS: usize = 4;
+/// Which of them is that of its socket.
+const SOCKET: usize = 2;
 /// Which of a shard's slots is that of the agent's end of its socket.
 const AGENT: usize = 5;
 
@@ -454,6 +459,11 @@ impl Estate {
         }
     }
 
+    /// All of the machine is its VMM's again. Whoever finds that written tells it so, and takes nothing over.
+    pub(super) fn leave(&self, machine: MachineId) {
+        self.records_of(machine).for_each(|(at, ..)| self.state(at).store(LEFT, Ordering::Release));
+    }
+
     /// Nothing of the machine is to be kept any more.
     pub(super) fn strike(&self, machine: MachineId) {
         self.strike_all(&self.records_of(machine).collect::<Vec<_>>());
@@ -519,6 +529,10 @@ impl Estate {
         }
         for (machine, records) in shards {
             let id = MachineId(machine);
+            if records.iter().any(|(_, state, _)| *state == LEFT) {
+                self.see_off(&records);
+                continue;
+            }
             // Before its descriptors are claimed.
             let fragment = self.fragment(&records);
             match self.machine(id, &records) {
@@ -568,6 +582,17 @@ impl Estate {
         };
         let slabs = MemfdSlabs::inherit(self.claim(record.slots[0])?, ByteCount(record.amount))?;
         Ok((id, GroupId(record.group), slabs))
+    }
+
+    /// Tells the VMM of a machine that was left that it is alone with it, as far as it was not told, and forgets the machine.
+    fn see_off(&self, records: &[(usize, u64, Record)]) {
+        for (.., record) in records {
+            if let Ok(socket) = self.claim(record.slots[SOCKET]) {
+                // An agent that was told has shut its end, and one that has ended needs no telling.
+                let _ = fdpass::send(&socket, &Welcome::GivenBack.encode(), &[]);
+            }
+        }
+        self.strike_all(records);
     }
 
     /// What sound records tell of a machine, whether it can be put together from them or not.

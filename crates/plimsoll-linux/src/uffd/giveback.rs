@@ -10,16 +10,17 @@
 //!  2  manager: all shards of the machine are home; orders them to let go
 //!  3  agents: UNREGISTER everything           waiters go on; the kernel serves touches, with zeros
 //!     ... pagers go on reading events, until the VMM is told ...
-//!  4  manager: tells the VMM, shard by shard, then strikes the machine from what outlives it, and closes
+//!  4  manager: enters into the register that the machine is left, tells the VMM, shard by shard, strikes it, and closes
 //! ```
 //!
 //! The interleavings that worry us:
 //!
 //! * **The manager dies before 4.** The next one registers everything again and looks, as at every take-over: what the guest has
-//!   put there since is found, and what it has discarded unheard is not. So until the VMM is told, nothing is final.
-//! * **It dies while it tells.** Shards are told in order and taken over in order. The first one's agent has ended and has shut its
-//!   socket, so the next manager cannot have the machine, learns that at once, and registers nothing of it. It counts as lost until
-//!   its VMM ends, which keeps a daemon from stopping; its guest goes on.
+//!   put there since is found, and what it has discarded unheard is not. The order is dropped whole: the machine is managed as
+//!   before, and whoever gave it gives it again.
+//! * **It dies in 4.** What the register says is final: nothing of the machine is registered, nothing of it elsewhere. The next
+//!   manager goes on: it registers nothing, tells every shard, also those that have been told, and strikes the machine. Without
+//!   a register, in one process, nobody can die there and leave somebody else.
 //! * **A discard that saw its pages registered and queues its event after 3.** Nobody of the manager reads it any more. The VMM
 //!   reads such events until no discard is left that began before (`plimsoll_vmm::agent`).
 //! * **A region cannot be unregistered**, for want of memory in the kernel. It is tried again. Meanwhile its faults are served, and

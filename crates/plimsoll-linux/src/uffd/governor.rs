@@ -7,12 +7,13 @@
 //! Reclaim is kept ahead of demand: it starts at the high mark and goes down to the low one, while guests' faults find
 //! room up to the install line. It backs off in two cases. A machine that *gives nothing* is passed over for a while, so
 //! that it cannot keep the host at its hard line. A machine that *thrashes*, because most of what is taken from it comes
-//! back, is passed over as long as another one can give; and when all thrash, no more is taken than must be.
+//! back, is passed over as long as another one can give; and when all thrash, no more is taken than must be. A machine
+//! whose pager is told to take nothing is not asked at all.
 use super::host::Host;
 use super::manager::{Controls, Governed};
 use plimsoll_core::ledger::Budget;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -51,7 +52,9 @@ pub(super) fn govern(
     while !stop.load(Ordering::Relaxed) {
         let machines: Vec<(MachineId, Controls)> =
             governed.lock().iter().map(|(id, controls)| (*id, controls.clone())).collect();
-        let asked = ask(host, &mut *meter, &mut overheads, &watched);
+        let spared = machines.iter().filter(|(_, controls)| controls.orders.is_spared());
+        let spared: BTreeSet<MachineId> = spared.map(|(id, _)| *id).collect();
+        let asked = ask(host, &mut *meter, &mut overheads, &watched, &spared);
         let sample = sampled.elapsed() >= sample_period;
         let unpin = unpinned.elapsed() >= UNPIN_PERIOD;
         for (id, controls) in &machines {
@@ -88,12 +91,13 @@ pub(super) fn govern(
     }
 }
 
-/// How many pages each machine is to give up now.
+/// How many pages each machine is to give up now; those that are spared none.
 fn ask(
     host: &Host,
     meter: &mut dyn Meter,
     overheads: &mut VecDeque<ByteCount>,
     watched: &BTreeMap<MachineId, Watched>,
+    spared: &BTreeSet<MachineId>,
 ) -> Vec<(MachineId, u32)> {
     // Charges precede use and follow release, so the smaller sum is the one that hides no overhead. What is charged
     // in between, and the batches in which the kernel counts, make single looks err: the largest of some counts.
@@ -105,12 +109,12 @@ fn ask(
         ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
         let Budget { high, low, .. } = ledger.budget();
         let thrashes = |id: MachineId| watched.get(&id).is_some_and(|watched| watched.thrash.is_on);
-        let asked = ledger.reclaim(low, thrashes);
+        let asked = ledger.reclaim(low, |id| spared.contains(&id) || thrashes(id));
         let gives: PageCount = asked.iter().map(|(_, pages)| *pages).sum();
         // Those who would want back what they give are spared as long as the others have enough; when they have not,
         // all give, and only what must be given.
         let is_enough = gives.bytes() >= ledger.used().saturating_sub(high);
-        if is_enough { asked } else { ledger.reclaim(high, |_| false) }
+        if is_enough { asked } else { ledger.reclaim(high, |id| spared.contains(&id)) }
     });
     asked.into_iter().map(|(id, pages)| (id, u32::try_from(pages.0).unwrap_or(u32::MAX))).collect()
 }

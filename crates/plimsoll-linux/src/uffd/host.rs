@@ -243,6 +243,8 @@ pub struct Orders {
     pub is_parked: AtomicBool,
     /// The machine is about to go on: its working set is to be brought back.
     pub wake: AtomicBool,
+    /// Nothing is to be taken from it.
+    pub hold: AtomicBool,
     /// Everything of the machine is to come back into its RAM, and nothing more to be taken.
     pub go_home: AtomicBool,
     /// The pager's answer: nothing of the machine is elsewhere.
@@ -253,6 +255,13 @@ pub struct Orders {
     pub let_go: AtomicBool,
     /// The pager should end.
     pub stop: AtomicBool,
+}
+
+impl Orders {
+    /// True while its pager takes nothing from the machine.
+    pub(super) fn is_spared(&self) -> bool {
+        self.hold.load(Ordering::Relaxed) || self.go_home.load(Ordering::Relaxed)
+    }
 }
 
 #[cfg(test)]

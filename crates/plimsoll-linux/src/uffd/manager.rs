@@ -14,7 +14,8 @@
 //! * Where there is a disk tier, **the disk's thread** (`parking`) moves what is parked or cold there, and a thread beside each
 //!   pager (`far`) reads it back.
 //!
-//! `admit` takes machines in, `staff` starts the threads that are of no machine. Everything else is here.
+//! `admit` takes machines in, `orders` tells their pagers what to do, `staff` starts the threads that are of no machine. Everything
+//! else is here.
 use super::drive::{End, drive};
 use super::estate::{Estate, EstateError, Fragment, Inheritance};
 use super::far::Far;
@@ -43,11 +44,12 @@ use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 mod admit;
+mod orders;
 mod staff;
 
 pub use self::admit::AdmitError;
@@ -547,36 +549,6 @@ impl Manager {
         }
     }
 
-    /// Has everything of the machine brought back into its RAM, and nothing more taken from it; or, with `false`, goes on
-    /// with it as before, unless it was [let go](Self::let_go).
-    pub fn go_home(&self, id: MachineId, is_to: bool) {
-        if let Some(running) = self.machines.get(&id).filter(|running| !running.is_let_go()) {
-            running.order(|orders| orders.go_home.store(is_to, Ordering::Relaxed));
-        }
-    }
-
-    /// True once nothing of a machine that was told to [`go_home`](Self::go_home) is elsewhere.
-    pub fn is_home(&self, id: MachineId) -> bool {
-        self.machines.get(&id).is_some_and(Running::is_home)
-    }
-
-    /// True while there is no memory to bring a machine home that was told to, or for its guest meanwhile.
-    pub fn is_short(&self, id: MachineId) -> bool {
-        self.machines.get(&id).is_some_and(Running::is_short)
-    }
-
-    /// True once the machine's pager could not go on: its guest waits at absent pages until its VMM is ended.
-    pub fn is_lost(&self, id: MachineId) -> bool {
-        self.machines.get(&id).is_some_and(Running::is_lost)
-    }
-
-    /// Leaves a machine that [`is_home`](Self::is_home) to its VMM, for good; false if it is not. It goes on without us, and
-    /// is gone here when [`forget_gone`](Self::forget_gone) names it.
-    pub fn let_go(&self, id: MachineId) -> bool {
-        let running = self.machines.get(&id).filter(|running| running.is_home());
-        running.map(|running| running.order(|orders| orders.let_go.store(true, Ordering::Relaxed))).is_some()
-    }
-
     /// True once the machine's VMM has ended, or is alone with it, and everything of it has been freed.
     pub fn is_gone(&self, id: MachineId) -> bool {
         let is_waiting = |kept: &MachineVault| kept.id == id && !kept.has_ended();
@@ -588,8 +560,13 @@ impl Manager {
         if self.is_gone(id)
             && let Some(running) = self.machines.remove(&id)
         {
-            // Before it is struck: a manager that dies between the two leaves the next one a machine that it cannot have.
-            running.part();
+            if running.is_given_back() {
+                // Before the VMM hears of it: from its first word on no other manager can have the machine.
+                if let Some(estate) = &self.estate {
+                    estate.leave(id);
+                }
+                running.part();
+            }
             self.strike(id);
             for shard in running.shards {
                 let _ = shard.thread.join();
@@ -629,48 +606,6 @@ impl Manager {
     /// machine's memory can be freed only when the last reference is gone.
     pub fn custody(&self, id: MachineId) -> Option<&Custody> {
         self.machines.get(&id)?.shards.first().map(|shard| &*shard.controls.custody)
-    }
-
-    /// Takes so many pages from the machine, as if the host were that short.
-    pub fn squeeze(&self, id: MachineId, pages: u32) {
-        if let Some(running) = self.machines.get(&id) {
-            running.squeeze(pages);
-        }
-    }
-
-    /// Takes everything it can from a machine that is going to sleep, and remembers what it used. Where there is a disk tier,
-    /// what is stored goes there.
-    pub fn park(&self, id: MachineId) {
-        if let Some(running) = self.machines.get(&id) {
-            running.order(|orders| {
-                orders.park.store(true, Ordering::Relaxed);
-                orders.is_parked.store(true, Ordering::Relaxed);
-            });
-            running.squeeze(u32::MAX);
-        }
-    }
-
-    /// True from the order to park on, until the one to wake.
-    pub fn is_parked(&self, id: MachineId) -> bool {
-        self.machines.get(&id).is_some_and(Running::is_parked)
-    }
-
-    /// Brings back what the machine used before it was parked last, in one go, and takes nothing more from it.
-    pub fn wake(&self, id: MachineId) {
-        if let Some(running) = self.machines.get(&id) {
-            running.squeeze(0);
-            running.order(|orders| {
-                orders.is_parked.store(false, Ordering::Relaxed);
-                orders.wake.store(true, Ordering::Relaxed);
-            });
-        }
-    }
-
-    /// Has a bit flipped in a stored page of the machine, as soon as it has one: the damage must be noticed.
-    pub fn sabotage(&self, id: MachineId) {
-        if let Some(shard) = self.machines.get(&id).and_then(|running| running.shards.first()) {
-            shard.controls.sabotage.store(true, Ordering::Relaxed);
-        }
     }
 
     /// Stops all threads where they are and gives up everything that must live on.

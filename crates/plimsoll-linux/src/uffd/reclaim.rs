@@ -54,12 +54,14 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         if self.orders.unpin.swap(false, Ordering::Relaxed) {
             self.machine.unpin()?;
         }
-        if self.orders.sample.swap(false, Ordering::Relaxed) {
+        let is_held = self.orders.hold.load(Ordering::Relaxed);
+        // A sample is taken, too.
+        if self.orders.sample.swap(false, Ordering::Relaxed) && !is_held {
             self.sample()?;
             return Ok(true);
         }
         let residue = self.machine.airlock().residue().0;
-        let wanted = |order: &AtomicU32| order.load(Ordering::Relaxed) > 0;
+        let wanted = |order: &AtomicU32| !is_held && order.load(Ordering::Relaxed) > 0;
         let is_wanted = wanted(&self.orders.reclaim) || wanted(&self.orders.squeeze);
         let batch = if wanted(&self.orders.reclaim) { ZAP_BATCH } else { ZAP_BATCH_AT_EASE };
         if residue >= batch || (residue > 0 && served == 0 && !is_wanted) {

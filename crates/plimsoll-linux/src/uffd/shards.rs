@@ -266,17 +266,23 @@ impl Running {
         self.shards.iter().any(|shard| shard.controls.orders.is_parked.load(Ordering::Relaxed))
     }
 
+    /// True while nothing is to be taken from it.
+    pub(super) fn is_held(&self) -> bool {
+        self.shards.iter().any(|shard| shard.controls.orders.hold.load(Ordering::Relaxed))
+    }
+
     /// True once its pagers have been told to leave it: some may have, so there is no way back.
     pub(super) fn is_let_go(&self) -> bool {
         self.shards.iter().any(|shard| shard.controls.orders.let_go.load(Ordering::Relaxed))
     }
 
-    /// Tells the VMM, shard by shard in their order, that it is alone with its memory, if it is.
+    /// True once all of every shard is the VMM's again, which has not been told yet.
+    pub(super) fn is_given_back(&self) -> bool {
+        self.shards.iter().all(|shard| shard.controls.is_given_back.load(Ordering::Acquire))
+    }
+
+    /// Tells the VMM, shard by shard, that it is alone with its memory.
     pub(super) fn part(&self) {
-        let is_given_back = |shard: &Shard| shard.controls.is_given_back.load(Ordering::Acquire);
-        if !self.shards.iter().all(is_given_back) {
-            return;
-        }
         for shard in &self.shards {
             // One that has ended needs no telling.
             let _ = shard.controls.custody.tell(&Welcome::GivenBack.encode(), &[]);

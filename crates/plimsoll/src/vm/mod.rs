@@ -7,12 +7,13 @@ mod view;
 
 use crate::live::{LiveArgs, escaped};
 use crate::verb::ended;
-use plimsoll_host::api::{Attach, Budget, Host, Machine, Machines, Reclaim};
+use plimsoll_host::api::{Attach, Budget, Host, Machine, MachineState, Machines, Reclaim};
 use plimsoll_types::ByteCount;
 use serde::Serialize;
 use settings::SettingsArgs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 use view::{All, Done, One};
 
 #[derive(clap::Args)]
@@ -96,6 +97,9 @@ impl Which {
     }
 }
 
+/// How often is looked whether a machine is gone.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
 /// No body.
 const NOTHING: Option<&()> = None;
 
@@ -120,12 +124,33 @@ fn run(what: &What) -> Result<(), String> {
             which.live.show(&One(machine))
         }
         What::Release(which) => {
-            which.live.send::<()>("DELETE", &which.path(), NOTHING)?;
+            let manager = which.live.get::<Host>("/v1/host")?.pid;
+            let leaving: Option<Machine> = which.live.send("DELETE", &which.path(), NOTHING)?;
+            leaving.map_or(Ok(()), |machine| gone(&which.live, manager, &machine))?;
             which.live.show(&Done { released: which.name.clone() })
         }
         What::Pause(which) => which.order("POST", "/pause", NOTHING),
         What::Resume(which) => which.order("POST", "/resume", NOTHING),
         What::Reclaim { which, size } => which.order("POST", "/reclaim", Some(&Reclaim { bytes: size.0 })),
+    }
+}
+
+/// Waits for a machine whose memory is brought back to be gone. The daemon gives up on it if it must, so this ends.
+fn gone(live: &LiveArgs, manager: u32, leaving: &Machine) -> Result<(), String> {
+    let name = &leaving.name;
+    loop {
+        let there = all(live, None)?.machines.into_iter().find(|machine| machine.id == leaving.id);
+        // Numbers are a manager's, and what one was doing ends with it.
+        if live.get::<Host>("/v1/host")?.pid != manager {
+            return Err(format!("the manager was replaced meanwhile: if it still has {name}, ask again"));
+        }
+        match there {
+            None => return Ok(()),
+            Some(machine) if machine.state != MachineState::Leaving => {
+                return Err(format!("{name} is managed as before: {}", machine.trouble.unwrap_or_default()));
+            }
+            Some(_) => std::thread::sleep(LOOK_EVERY),
+        }
     }
 }
 

@@ -33,6 +33,7 @@ const fn state(machine: &Machine) -> &'static str {
         MachineState::Starting => "starting",
         MachineState::Running => "running",
         MachineState::Paused => "paused",
+        MachineState::Leaving => "leaving",
         MachineState::LeftOut => "left out",
     }
 }

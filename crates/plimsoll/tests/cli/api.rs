@@ -1,6 +1,10 @@
 //! The verbs that speak to a running daemon, and what the daemon makes of what they say.
-use super::daemon::{Directory, Machine, exists, kill_manager, plimsoll, start};
+use super::daemon::{
+    Directory, Machine, ask, exists, kill_manager, manager_of, plimsoll, signal, start, start_with,
+    status_of, stored_by_all,
+};
 use super::run::{Ended, Run, alone, can, wait_until};
+use plimsoll_host::api::client::Client;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::fs;
@@ -92,8 +96,6 @@ fn what_is_said_about_a_machine_outlives_its_manager() {
     let refusals = [
         (&["vm", "set", "lonely", "--reservation", "80M"][..], "80M"),
         (&["vm", "set", "lonely", "--limit", "1G"], "more than its size of 96M"),
-        (&["vm", "pause", "lonely"], "the hard line is kept by taking"),
-        (&["vm", "release", "lonely"], "end its VMM"),
         (&["vm", "show", "lonly"], "no machine is called \"lonly\""),
         (&["vm", "attach", "lonly"], "lonly"),
         (&["budget", "1M"], "a machine cannot run in less than 32M"),
@@ -127,6 +129,135 @@ fn what_is_said_about_a_machine_outlives_its_manager() {
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
     assert!(!directory.0.join("said.json").exists() && !directory.0.join("api.sock").exists());
+}
+
+/// Has pages of the only machine taken until it has so many bytes in the store.
+fn squeeze(directory: &Directory, bytes: u64) {
+    wait_until("some of it is stored", || {
+        let order = format!(r#"{{"do":"squeeze","machine":{},"pages":8000}}"#, only(directory)["id"]);
+        assert_eq!(ask(directory, &order).unwrap(), "done");
+        stored_by_all(directory) > bytes
+    });
+}
+
+/// The only machine, as the manager itself sees it.
+fn only(directory: &Directory) -> Value {
+    status_of(directory).unwrap()["machines"][0].take()
+}
+
+#[test]
+fn a_machine_is_released_where_there_is_room_for_it_and_goes_on_alone() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("released");
+    let daemon = start(&directory);
+    let mut machine = Machine::that_uses(&directory, 80 << 20);
+    wait_until("what it uses is more than the budget", || stored_by_all(&directory) > 16 << 20);
+    wait_until("it is decided about", || !json(&directory, &["vm", "list"])["machines"][0].is_null());
+    let ended = plimsoll(&directory, &["vm", "release", "lonely"]);
+    let said = refused(&ended);
+    println!("{said}");
+    assert!(
+        said.contains("of its memory are stored; the budget of 64M has") && said.contains("raise the budget"),
+        "{said}"
+    );
+    json(&directory, &["vm", "set", "lonely", "--weight", "2000", "--min", "16M", "--max", "96M"]);
+    plimsoll(&directory, &["budget", "256M"]).expect_code(0);
+    let ended = plimsoll(&directory, &["vm", "release", "lonely"]);
+    ended.expect_code(0);
+    assert!(ended.stdout.contains("lonely was let go, and goes on"), "{}", ended.stdout);
+    machine.is_given_back();
+    assert_eq!(json(&directory, &["vm", "list"])["machines"], serde_json::json!([]));
+    let status = status_of(&directory).unwrap();
+    assert_eq!((&status["machines"], &status["domains"]), (&serde_json::json!([]), &serde_json::json!([])));
+    assert!(status["used_bytes"].as_u64().unwrap() < 64 << 20, "it counts against the budget: {status}");
+    let kept = fs::read_to_string(directory.0.join("said.json")).unwrap();
+    assert!(!kept.contains("lonely"), "{kept}");
+    // Nobody who comes later has it, and nobody is needed.
+    kill_manager(&directory);
+    assert_eq!(status_of(&directory).unwrap()["machines"], serde_json::json!([]));
+    daemon.signal(Signal::TERM);
+    let ended = daemon.wait();
+    ended.expect_code(0).expect_nothing_left();
+    assert!(ended.stderr.contains("lonely is no longer managed: it was given back"), "{}", ended.stderr);
+    machine.verifies(30_000);
+    machine.finish();
+}
+
+#[test]
+fn a_release_is_dropped_whole_when_its_manager_dies_before_the_machine_is_left() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("dropped");
+    let daemon = start_with(&directory, &["--budget", "256M"]);
+    let mut machine = Machine::start(&directory);
+    machine.verifies(1000);
+    wait_until("it is decided about", || !json(&directory, &["vm", "list"])["machines"][0].is_null());
+    squeeze(&directory, 1 << 20);
+    // Its agent does nothing, so it cannot come home.
+    signal(machine.process(), Signal::STOP);
+    let client = Client::of(&directory.0);
+    let answer = client.exchange("DELETE", "/v1/machines/lonely", &[], Vec::new()).unwrap();
+    assert_eq!(answer.status, 202);
+    let leaving: Value = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!(leaving["state"], "leaving");
+    let again = client.exchange("DELETE", "/v1/machines/lonely", &[], Vec::new()).unwrap();
+    assert_eq!(again.status, 202, "asking twice changes nothing");
+    let killed = manager_of(&directory).unwrap();
+    signal(killed, Signal::KILL);
+    signal(machine.process(), Signal::CONT);
+    wait_until("another manager serves", || manager_of(&directory).is_some_and(|manager| manager != killed));
+    machine.verifies(1000);
+    let shown = || json(&directory, &["vm", "list"])["machines"][0].take();
+    wait_until("it is managed as before", || shown()["memory"].is_object());
+    assert!(["starting", "running"].contains(&shown()["state"].as_str().unwrap()), "{}", shown());
+    squeeze(&directory, 1 << 20);
+    plimsoll(&directory, &["vm", "release", "lonely"]).expect_code(0);
+    machine.is_given_back();
+    machine.verifies(1000);
+    machine.finish();
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
+}
+
+#[test]
+fn nothing_is_taken_from_a_paused_machine_by_this_manager_or_the_next() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("paused");
+    let daemon = start_with(&directory, &["--budget", "256M"]);
+    let mut machine = Machine::start(&directory);
+    machine.verifies(1000);
+    wait_until("it is decided about", || !json(&directory, &["vm", "list"])["machines"][0].is_null());
+    squeeze(&directory, 1 << 20);
+    assert_eq!(json(&directory, &["vm", "pause", "lonely"])["state"], "paused");
+    kill_manager(&directory);
+    let captured = || only(&directory)["captured"].as_u64().unwrap();
+    let id = only(&directory)["id"].as_u64().unwrap();
+    let order = format!(r#"{{"do":"squeeze","machine":{id},"pages":8000}}"#);
+    assert_eq!(ask(&directory, &order).unwrap(), "done");
+    let park = plimsoll(&directory, &["park", "lonely"]);
+    assert!(refused(&park).contains("resume it first"), "{}", park.stderr);
+    let reclaim = || plimsoll(&directory, &["vm", "reclaim", "lonely", "8M"]);
+    wait_until("it is decided about again", || !json(&directory, &["vm", "list"])["machines"][0].is_null());
+    assert!(refused(&reclaim()).contains("lonely is paused: nothing is taken from it"));
+    // More than it has in RAM: what is elsewhere comes back, and several periods of the sampler pass.
+    machine.verifies(30_000);
+    assert_eq!(captured(), 0, "taken from a paused machine");
+    assert_ne!(json(&directory, &["vm", "resume", "lonely"])["state"], "paused");
+    wait_until("it gives again", || {
+        assert_eq!(ask(&directory, &order).unwrap(), "done");
+        captured() > 0
+    });
+    machine.finish();
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub(crate) fn start(directory: &Directory) -> Running {
     start_with(directory, &["--budget", "64M"])
 }
 
-fn start_with(directory: &Directory, words: &[&str]) -> Running {
+pub(crate) fn start_with(directory: &Directory, words: &[&str]) -> Running {
     let running = Run::new(&[&["daemon", "--directory", directory.text()][..], words].concat()).start();
     wait_until("its manager serves", || manager_of(directory).is_some());
     running
@@ -54,24 +54,24 @@ pub(crate) fn plimsoll(directory: &Directory, words: &[&str]) -> Ended {
 }
 
 /// The process of the manager that answers, if one does.
-fn manager_of(directory: &Directory) -> Option<u32> {
+pub(crate) fn manager_of(directory: &Directory) -> Option<u32> {
     u32::try_from(status_of(directory)?["pid"].as_u64()?).ok()
 }
 
 /// How the manager that answers, if one does, says things are.
-fn status_of(directory: &Directory) -> Option<serde_json::Value> {
+pub(crate) fn status_of(directory: &Directory) -> Option<serde_json::Value> {
     Some(ask(directory, r#"{"do":"status"}"#)?["status"].take())
 }
 
 /// The least that a machine has in the store, in bytes.
-fn stored_by_all(directory: &Directory) -> u64 {
+pub(crate) fn stored_by_all(directory: &Directory) -> u64 {
     let status = status_of(directory).unwrap();
     let machines = status["machines"].as_array().unwrap().iter();
     machines.map(|machine| machine["stored_bytes"].as_u64().unwrap()).min().unwrap_or(0)
 }
 
 /// What the manager answers, if one does.
-fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
+pub(crate) fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
     let socket = fdpass::seqpacket_connect(&directory.0.join("control.sock")).ok()?;
     fdpass::send(&socket, request.as_bytes(), &[]).ok()?;
     let mut bytes = vec![0; 64 << 10];
@@ -91,7 +91,7 @@ pub(crate) fn exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok()
 }
 
-fn signal(pid: u32, signal: Signal) {
+pub(crate) fn signal(pid: u32, signal: Signal) {
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
 }
@@ -238,7 +238,7 @@ impl Machine {
         Self::that_uses(directory, 48 << 20)
     }
 
-    fn that_uses(directory: &Directory, footprint_bytes: u64) -> Self {
+    pub(crate) fn that_uses(directory: &Directory, footprint_bytes: u64) -> Self {
         Self::with(directory, WorkloadSpec { footprint_bytes, ..WorkloadSpec::new(WorkloadKind::Sweep) })
     }
 
@@ -278,6 +278,16 @@ impl Machine {
             let Event::Report(Summary { verified_pages, .. }) = event else { return false };
             *verified_pages >= *first.get_or_insert(*verified_pages) + more
         });
+    }
+
+    /// Waits until it says that it is alone with its memory.
+    pub(crate) fn is_given_back(&mut self) {
+        self.until(|event| matches!(event, Event::GivenBack));
+    }
+
+    /// The process of its VMM.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
     }
 
     /// Has it check every page once more.
@@ -390,7 +400,7 @@ fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
     assert!(ended.stderr.contains("stopping: 2 machines are given back"), "{}", ended.stderr);
     for mut machine in machines {
         // It says so before anything that comes later.
-        machine.until(|event| matches!(event, Event::GivenBack));
+        machine.is_given_back();
         machine.verifies(30_000);
         machine.finish();
     }
@@ -422,7 +432,7 @@ fn a_parked_machine_is_given_back_from_the_disk() {
     });
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
-    machine.until(|event| matches!(event, Event::GivenBack));
+    machine.is_given_back();
     machine.finish();
     fs::remove_file(disk).unwrap();
 }

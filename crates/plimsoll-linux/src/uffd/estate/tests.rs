@@ -204,6 +204,33 @@ fn a_machine_comes_back_with_everything_and_one_that_was_offered_is_welcomed_aga
 }
 
 #[test]
+fn a_machine_that_was_left_is_told_so_by_the_next_manager_and_by_none_after_it() {
+    for shards in [1, 3] {
+        let keeper = Arc::new(Map::default());
+        let estate = keeper.open().unwrap();
+        let Some((machine, agents)) = machine(5, shards) else { return };
+        let further: Vec<OwnedFd> = agents.iter().skip(1).map(|agent| agent.try_clone().unwrap()).collect();
+        estate.offer(&machine, &further).unwrap();
+        estate.taken(machine.id);
+        estate.leave(machine.id);
+        // The manager that left it has come to tell the first of the shards, whose agent has gone.
+        assert_eq!(heard(&agents[0]), None);
+        rustix::net::shutdown(&agents[0], rustix::net::Shutdown::Both).unwrap();
+        drop((machine, estate));
+
+        let estate = keeper.open().unwrap();
+        let inheritance = estate.inherit();
+        assert!(inheritance.machines.is_empty() && inheritance.lost.is_empty());
+        for agent in agents.iter().skip(1) {
+            assert_eq!(heard(agent), Some((Welcome::GivenBack, 0)));
+        }
+        assert_eq!(keeper.slots_taken(), [REGISTER], "something of it is kept");
+        drop(estate);
+        assert!(keeper.open().unwrap().inherit().machines.is_empty());
+    }
+}
+
+#[test]
 fn a_machine_that_ends_takes_nothing_of_one_that_came_later_with_it() {
     let keeper = Arc::new(Map::default());
     let estate = keeper.open().unwrap();
