@@ -9,12 +9,14 @@
 //! * [`ci`]: format, lints, documentation. [`lints`]: the house rules that no other tool knows.
 //! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`count`]: instructions of page-table work. [`chaos`]: a daemon whose
 //!   manager is killed again and again. [`mod@metal`]: the bare-metal host, booted.
+//! * [`dist`]: what is shipped, and a package's life on a machine.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
 mod bench;
 mod cargo;
 mod chaos;
 mod ci;
 mod count;
+mod dist;
 mod lints;
 mod machine;
 mod metal;
@@ -49,6 +51,8 @@ enum Command {
     Chaos(chaos::Choice),
     /// Boot the bare-metal host under QEMU with two guests, or stop it for a debugger; see docs/metal.md.
     Metal(metal::Choice),
+    /// Make the Debian package and the archive below target/dist; see docs/packages.md.
+    Dist(dist::Choice),
 }
 
 #[derive(clap::Args)]
@@ -78,6 +82,7 @@ fn main() -> ExitCode {
         Command::Bench(choice) => bench::run(&choice),
         Command::Chaos(choice) => chaos::run(&choice).map(|never| match never {}),
         Command::Metal(choice) => metal::run(&choice).map(|never| match never {}),
+        Command::Dist(choice) => dist::run(&choice),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

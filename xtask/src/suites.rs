@@ -7,6 +7,7 @@
 //! All chosen packages are built by one cargo call and their test programs are run from here, one after the other, so that
 //! no package is built twice with different features and no two programs compete for the machine's memory.
 use crate::cargo::{self, Metadata, Package, Target};
+use crate::dist::trial;
 use crate::machine;
 use crate::no_std;
 use crate::tally::Tally;
@@ -96,7 +97,15 @@ pub(crate) fn run(choice: &Choice) -> Result<()> {
 
     let suites = build(&metadata, choice)?;
     if choice.level.is_none_or(|level| level == PURE) && choice.filters.is_empty() {
-        runner.check("rooms linked without std", |log| no_std::check(&metadata.target_directory, log))?;
+        runner
+            .check(PURE, "rooms linked without std", |log| no_std::check(&metadata.target_directory, log))?;
+    }
+    if choice.level.is_none_or(|level| level == KERNEL) && choice.filters.is_empty() {
+        // Its own tests have just had it built.
+        let program = metadata.target_directory.join("debug/plimsoll");
+        let logs = runner.logs.clone();
+        runner
+            .check(KERNEL, "package in an empty root", |log| trial::in_an_empty_root(&program, &logs, log))?;
     }
     for suite in &suites {
         let mut command = Command::new(&suite.program);
@@ -206,12 +215,12 @@ enum End {
 
 impl Runner<'_> {
     /// Runs something that passes or fails as a whole.
-    fn check(&mut self, name: &str, check: impl FnOnce(&File) -> Result<()>) -> Result<()> {
-        let (log, path) = self.begin(PURE, name)?;
+    fn check(&mut self, level: u8, name: &str, check: impl FnOnce(&File) -> Result<()>) -> Result<()> {
+        let (log, path) = self.begin(level, name)?;
         let start = Instant::now();
         let outcome = check(&log);
         let tally = Tally::of_check(outcome.is_ok());
-        self.end(PURE, name, tally, start, &path)?;
+        self.end(level, name, tally, start, &path)?;
         if let Err(error) = outcome {
             println!("{error:#}");
         }
