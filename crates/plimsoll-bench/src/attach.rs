@@ -18,7 +18,7 @@ mod taken;
 use crate::contents::{MIX, POOL_PAGES, SEED};
 use crate::guest::{RAM, check_kvm};
 use crate::ksm;
-use crate::report::{self, Comparison, Report, Run, Subject, compare, compare_slices, higher, lower};
+use crate::report::{self, Comparison, Report, Subject, Way, higher, lower};
 use crate::session::{BenchError, Interrupt};
 use crate::swap::check_host;
 use anyhow::{Context, Result};
@@ -53,30 +53,12 @@ struct Stage<'a> {
 }
 
 /// One or more ratios that are measured together.
-struct Trial {
+struct Trial<'a> {
     subjects: Vec<Subject>,
-    way: Way,
+    way: Way<Stage<'a>>,
 }
 
-/// How a trial is measured.
-#[derive(Clone, Copy)]
-enum Way {
-    /// So many rounds, each of which gives a run for each subject.
-    Rounds(usize, fn(&Stage<'_>) -> Result<Vec<Run>, BenchError>),
-    /// Once, with many short runs for each subject, which are this share of what is compared.
-    Slices(f64, fn(&Stage<'_>) -> Result<Vec<Vec<Run>>, BenchError>),
-}
-
-impl Trial {
-    fn measure(self, stage: &Stage<'_>) -> Result<Vec<Comparison>, BenchError> {
-        match self.way {
-            Way::Rounds(rounds, round) => compare(self.subjects, rounds, || round(stage)),
-            Way::Slices(share, measure) => compare_slices(self.subjects, measure(stage)?, share),
-        }
-    }
-}
-
-fn trials() -> Vec<Trial> {
+fn trials<'a>() -> Vec<Trial<'a>> {
     let trial = |subjects, round| Trial { subjects, way: Way::Rounds(ROUNDS, round) };
     let slices = |subjects, share, measure| Trial { subjects, way: Way::Slices(share, measure) };
     let taken = |name, round| trial(vec![higher(name, "pages/s", None)], round);
@@ -178,7 +160,7 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
             let names: Vec<&str> = trial.subjects.iter().map(|subject| subject.name.as_str()).collect();
             let names = names.join(", ");
             eprintln!("measuring {names}");
-            let measured = trial.measure(&stage);
+            let measured = trial.way.measure(trial.subjects, &stage);
             measured.iter().flatten().for_each(|comparison| println!("  {comparison}"));
             rows.add(&names, measured)?;
         }
@@ -235,7 +217,7 @@ fn attach(held: &Held, ranges: Vec<HvaRange>) -> Result<KernelMachine> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::Sample;
+    use crate::report::{Run, Sample};
 
     fn row(name: &str) -> Comparison {
         let sample = Sample::untimed(1.0);

@@ -6,14 +6,15 @@
 //! pages that were not away.
 //!
 //! `keepers`: the three ways to keep a guest's pages elsewhere. `measures`: what is done with any of them. `special`:
-//! what only the pager can be asked. The table of rows is here.
+//! what only the pager can be asked. `sampled`: what a guest notices of being sampled. The table of rows is here.
 pub(crate) mod keepers;
 pub(crate) mod measures;
+mod sampled;
 mod special;
 
 use crate::contents::{MIX, NO_DUPLICATE, NO_ZERO_NO_DUPLICATE, POOL_PAGES, RANDOM, SEED};
 use crate::guest::{self, RAM};
-use crate::report::{Machine, Report, Run, Sample, Subject, compare, higher, lower};
+use crate::report::{Machine, Report, Run, Sample, Subject, Way, higher, lower};
 use crate::session::{BenchError, Interrupt};
 use crate::swap::check_host;
 use keepers::{Bare, Ours, Zram};
@@ -33,8 +34,8 @@ const NOTES: [&str; 4] = [
      that asks",
     "the bare loop reads one event, copies one page that lies ready in a buffer, and waits as the pager does: awake for up \
      to 100 us after a fault, then in poll; in the row called asleep, in poll only",
-    "in huge-kept the peer is the same guest unmanaged, from which nothing is taken; in sampling-cost it is managed, too, but \
-     never sampled",
+    "in huge-kept the peer is the same guest unmanaged, from which nothing is taken; sampling-cost is measured once, in slices \
+     of one managed guest's life, and its peer is the slices in which it is not sampled",
     "sixteen-guests compares plimsoll with itself: the peer is one guest, and of the tail the median",
 ];
 
@@ -56,18 +57,24 @@ impl Scene<'_> {
 /// One measurement of one side.
 type Measure = fn(&Scene<'_>) -> Result<Sample, BenchError>;
 
+/// One round of what is measured together.
+type Round<'a> = fn(&Scene<'a>) -> Result<Vec<Run>, BenchError>;
+
 /// One or more ratios that are measured together.
-struct Trial {
+struct Trial<'a> {
     subjects: Vec<Subject>,
     mix: Mix,
     waiting: Waiting,
-    /// A run for each subject.
-    round: fn(&Scene<'_>) -> Result<Vec<Run>, BenchError>,
+    way: Way<Scene<'a>>,
 }
 
-impl Trial {
-    fn new(subjects: Vec<Subject>, round: fn(&Scene<'_>) -> Result<Vec<Run>, BenchError>) -> Self {
-        Self { subjects, mix: MIX, waiting: Waiting::Adaptive, round }
+impl<'a> Trial<'a> {
+    fn new(subjects: Vec<Subject>, round: Round<'a>) -> Self {
+        Self::of(subjects, Way::Rounds(ROUNDS, round))
+    }
+
+    fn of(subjects: Vec<Subject>, way: Way<Scene<'a>>) -> Self {
+        Self { subjects, mix: MIX, waiting: Waiting::Adaptive, way }
     }
 
     fn names(&self) -> String {
@@ -93,7 +100,7 @@ fn against_both(
     Ok(vec![run, Run { peer: outer_before, peer_again: outer_after, ..run }])
 }
 
-fn trials() -> Vec<Trial> {
+fn trials<'a>() -> Vec<Trial<'a>> {
     let capture = |content, goal, mix| Trial {
         mix,
         ..Trial::new(vec![higher(content, "pages/s", goal)], |scene| {
@@ -143,9 +150,10 @@ fn trials() -> Vec<Trial> {
         Trial::new(vec![higher("fitting-guest", "ops/s", Some(0.95))], |scene| {
             against(scene, special::fitting_unmanaged, special::fitting_managed)
         }),
-        Trial::new(vec![higher("sampling-cost", "ops/s", Some(0.99))], |scene| {
-            against(scene, special::fitting_unsampled, special::fitting_managed)
-        }),
+        Trial::of(
+            vec![higher("sampling-cost", "ops/s", Some(0.99))],
+            Way::Slices(sampled::SHARE, sampled::slices),
+        ),
         Trial::new(
             vec![
                 higher("sixteen-guests", "pages/s", Some(1.0)),
@@ -191,7 +199,7 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         if trial.subjects.iter().any(|subject| is_wanted(&subject.name)) {
             eprintln!("measuring {}", trial.names());
             let scene = Scene { mix: trial.mix, waiting: trial.waiting, interrupt };
-            for comparison in compare(trial.subjects, ROUNDS, || (trial.round)(&scene))? {
+            for comparison in trial.way.measure(trial.subjects, &scene)? {
                 if is_wanted(comparison.name()) {
                     println!("  {comparison}");
                     results.push(comparison);

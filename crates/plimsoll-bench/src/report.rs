@@ -181,6 +181,24 @@ impl fmt::Display for Comparison {
     }
 }
 
+/// How subjects are measured together, given what a measurement needs to know.
+pub(crate) enum Way<S> {
+    /// So many rounds, each of which gives a run for each subject.
+    Rounds(usize, fn(&S) -> Result<Vec<Run>, BenchError>),
+    /// Once, with many short runs for each subject, which are this share of what is compared.
+    Slices(f64, fn(&S) -> Result<Vec<Vec<Run>>, BenchError>),
+}
+
+impl<S> Way<S> {
+    /// Measures them.
+    pub(crate) fn measure(self, subjects: Vec<Subject>, scene: &S) -> Result<Vec<Comparison>, BenchError> {
+        match self {
+            Self::Rounds(rounds, round) => compare(subjects, rounds, || round(scene)),
+            Self::Slices(share, measure) => compare_slices(subjects, measure(scene)?, share),
+        }
+    }
+}
+
 /// Subjects that are measured together, in so many rounds, each of which gives a run for each of them.
 pub(crate) fn compare(
     subjects: Vec<Subject>,
@@ -201,7 +219,7 @@ pub(crate) fn compare(
 }
 
 /// Subjects that are measured together, with the runs of each, which are this share of what is compared.
-pub(crate) fn compare_slices(
+fn compare_slices(
     subjects: Vec<Subject>,
     runs: Vec<Vec<Run>>,
     share: f64,

@@ -22,7 +22,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 /// How often machines are sampled, as in the demo.
-const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
+pub(super) const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 
 fn program(config: &VmmConfig) -> Result<Program> {
     config.guest().context("an impossible guest")
@@ -176,17 +176,8 @@ pub(super) fn huge_untouched(scene: &Scene<'_>) -> Result<Sample, BenchError> {
 
 /// What a managed guest does while nobody is short of memory.
 pub(super) fn fitting_managed(scene: &Scene<'_>) -> Result<Sample, BenchError> {
-    fitting(scene, SAMPLE_PERIOD)
-}
-
-/// The same, but no sampling period ends.
-pub(super) fn fitting_unsampled(scene: &Scene<'_>) -> Result<Sample, BenchError> {
-    fitting(scene, Duration::MAX)
-}
-
-fn fitting(scene: &Scene<'_>, sample_period: Duration) -> Result<Sample, BenchError> {
     let mut ours = Ours::start(&guest::busy(scene.mix), scene)?;
-    ours.govern(sample_period)?;
+    ours.govern(SAMPLE_PERIOD)?;
     ours.guest().operations()
 }
 

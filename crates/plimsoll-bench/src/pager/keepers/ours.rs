@@ -2,15 +2,17 @@
 use super::{Keeper, STAY_MAX, Taken, check_away};
 use crate::guest::Guest;
 use crate::pager::Scene;
+use crate::report::Sample;
 use crate::session::{BenchError, Interrupt};
 use anyhow::{Context, Result, anyhow};
 use plimsoll_core::ledger::{Budget, Kind, Usage};
 use plimsoll_linux::uffd::host::Host;
 use plimsoll_linux::uffd::manager::{Manager, Membership, Meter, Vault};
 use plimsoll_linux::uffd::probe::NoProbe;
+use plimsoll_linux::uffd::stats::MachineStats;
 use plimsoll_linux::uffd::waiting::Waiting;
 use plimsoll_sys::pidfd::Pidfd;
-use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE, PageCount};
+use plimsoll_types::{BLOCK_PAGES, ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE, PageCount};
 use plimsoll_vmm::VmmConfig;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -198,6 +200,28 @@ impl Ours {
         let id = self.first.id;
         let machine = self.manager.manager()?.machine(id).context("a guest is gone")?;
         Ok(machine.stats.faults.limbo)
+    }
+
+    /// What the first guest does in a second from now on for so long, with what its manager is told at the beginning.
+    pub(crate) fn operations_for(
+        &mut self,
+        length: Duration,
+        begin: impl FnOnce(&Manager, MachineId),
+    ) -> Result<Sample, BenchError> {
+        let Self { first: Managed { id, guest }, manager, .. } = self;
+        let manager = manager.manager()?;
+        let ns = u64::try_from(length.as_nanos()).unwrap_or(u64::MAX);
+        guest.operations_for(0, ns, || {
+            begin(manager, *id);
+            Ok(())
+        })
+    }
+
+    /// How many of the first guest's pages came back to it, ever, as far as its pager has told yet.
+    pub(crate) fn came_back(&mut self) -> Result<u64> {
+        let machine = self.manager.manager()?.machine(self.first.id).context("a guest is gone")?;
+        let MachineStats { faults, blocks, .. } = machine.stats;
+        Ok(faults.limbo + faults.stored + blocks.returned * u64::from(BLOCK_PAGES - 1))
     }
 
     fn squeeze(&mut self, id: MachineId, pages: u32) -> Result<()> {

@@ -16,6 +16,13 @@ impl Manager {
         }
     }
 
+    /// Ends a sampling period of the machine now. The governor ends everybody's, too, as often as it was told.
+    pub fn sample(&self, id: MachineId) {
+        if let Some(running) = self.machines.get(&id) {
+            running.order(|orders| orders.sample.store(true, Ordering::Relaxed));
+        }
+    }
+
     /// Takes everything it can from a machine that is going to sleep, and remembers what it used. Where there is a disk tier,
     /// what is stored goes there.
     pub fn park(&self, id: MachineId) {
