@@ -71,4 +71,4 @@ pub use entry::{
 pub use format::{Extension, Feature, Format};
 pub use mapper::{MapError, Mapper};
 pub use memory::{Invalidate, NothingCached, Pools, TableFrames, TableMemory};
-pub use walk::{Access, Dead, End, Marks, Step, Walked};
+pub use walk::{Access, Dead, End, Found, Marks, Step, Walked};

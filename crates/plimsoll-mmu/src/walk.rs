@@ -3,9 +3,12 @@
 //! Enters: an address. Leaves: the leaf and the entries on the way to it, or the entry where the way ends. Each step goes
 //! one level down, so that tables that name themselves or each other end like any others. What may be done through the
 //! leaf, and what it is called when it may not, is for the architectures: [`crate::x86`], [`crate::ept`].
+//!
+//! All walks go by plain words ([`crate::format::Plain`]) as far as there are such, which is to the end almost always. What is not
+//! plain is decoded, and so is the rest of the way behind it: what is rare or wrong costs more, and comes to the same.
 use crate::address::{Input, Level, MAX_LEVELS, Output, entry_at};
 use crate::entry::{Entry, Leaf, Malformed, Permissions, Table};
-use crate::format::Format;
+use crate::format::{Format, Plains, Row, Words};
 use crate::memory::TableMemory;
 
 /// How often a walk begins again because an entry changed before its accessed bit was set.
@@ -96,29 +99,179 @@ pub struct End<E> {
     pub dead: Dead<E>,
 }
 
-/// Goes the way of `input`, which the format translates, from the table at `root`, which is aligned to its size.
+/// Where an address goes, by the word of its leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The address after this stage.
+    pub output: Output,
+    /// log2 of the bytes of the page it is in: the level's, or more where a group of neighbours maps one run.
+    pub shift: u32,
+    /// The leaf's level.
+    pub level: Level,
+    /// What all entries on the way permit together.
+    pub permissions: Permissions,
+    /// The leaf's word. [`Format::decode`] has it say memory type, key, marks and software's bits.
+    pub word: u64,
+}
+
+/// Where plain words lead: the entry of `level` at `step`, through the table at `table`.
+#[derive(Clone, Copy)]
+struct Way {
+    table: Output,
+    level: Level,
+    step: Step,
+    tables: Words,
+}
+
+/// Why plain words do not lead to a leaf: the word there is not plain, or cannot be read.
+struct Halt<E> {
+    way: Way,
+    unread: Option<E>,
+}
+
+/// Goes the way of `input` by plain words alone. `passed` is shown each entry that was read.
+#[inline(always)]
+fn plainly<F: Format, M: TableMemory>(
+    memory: &M,
+    root: Output,
+    rows: impl Fn(Level) -> Row,
+    input: Input,
+    mut passed: impl FnMut(Level, Step),
+) -> Result<(Way, u32), Halt<M::Error>> {
+    let (mut table, mut level, mut tables) = (root, F::root(), Words::NONE);
+    loop {
+        let mut step = Step { at: entry_at(table, F::index(input, level)), raw: 0 };
+        let way = |step| Way { table, level, step, tables };
+        step.raw = match memory.read(step.at) {
+            Ok(word) => word,
+            Err(error) => return Err(Halt { way: way(step), unread: Some(error) }),
+        };
+        passed(level, step);
+        let Row { plain, shift } = rows(level);
+        match level.below() {
+            Some(below) if plain.table.fits(step.raw) => {
+                tables = tables.and(step.raw);
+                (table, level) = (Output((step.raw & F::ADDRESS) << F::ADDRESS_DOWN), below);
+            }
+            _ if plain.leaf.fits(step.raw) => return Ok((way(step), shift)),
+            _ => return Err(Halt { way: way(step), unread: None }),
+        }
+    }
+}
+
+/// Where a plain leaf of 2^`shift` bytes leads.
+#[inline(always)]
+fn output<F: Format>(word: u64, shift: u32, input: Input) -> Output {
+    let base = (word & F::ADDRESS) << F::ADDRESS_DOWN;
+    Output(base ^ (base ^ input.0) & ((1 << shift) - 1))
+}
+
+/// Where `input` goes, which the format translates, from the table at `root`, which is aligned to its size.
+#[inline(always)]
+pub(crate) fn translate<F: Format, M: TableMemory>(
+    memory: &M,
+    root: Output,
+    (caps, plains): (&F::Caps, &Plains),
+    input: Input,
+) -> Result<Found, End<M::Error>> {
+    match plainly::<F, M>(memory, root, |level| plains.at(level), input, |_, _| {}) {
+        Ok((Way { level, step, tables, .. }, shift)) => Ok(Found {
+            output: output::<F>(step.raw, shift, input),
+            shift,
+            level,
+            permissions: F::permits(tables, step.raw, caps),
+            word: step.raw,
+        }),
+        Err(halt) => go_on::<F, M>(memory, halt, NO_STEPS, caps, input).map(|walked| Found {
+            output: walked.output,
+            shift: walked.leaf.shift,
+            level: walked.level,
+            permissions: walked.permissions,
+            word: walked.step(walked.level).raw,
+        }),
+    }
+}
+
+const NO_STEPS: [Step; MAX_LEVELS] = [Step { at: Output(0), raw: 0 }; MAX_LEVELS];
+
+/// Goes the way of `input`, which the format translates, from the table at `root`, which is aligned to its size, and keeps all of it.
+#[inline]
 pub(crate) fn descend<F: Format, M: TableMemory>(
     memory: &M,
     root: Output,
     caps: &F::Caps,
     input: Input,
 ) -> Result<Walked, End<M::Error>> {
-    let begin = Begin { table: root, level: F::root(), permissions: Permissions::all() };
+    let mut steps = NO_STEPS;
+    let way = plainly::<F, M>(
+        memory,
+        root,
+        |level| Row::of::<F>(level, caps),
+        input,
+        |level, step| {
+            if let Some(place) = steps.get_mut(level.subscript()) {
+                *place = step;
+            }
+        },
+    );
+    let halt = match way {
+        Ok((way, shift)) => match F::decode(way.step.raw, way.level, caps) {
+            Entry::Leaf(leaf) => {
+                let Way { level, step, tables, .. } = way;
+                let (output, permissions) =
+                    (output::<F>(step.raw, shift, input), F::through(tables) & leaf.permissions);
+                return Ok(Walked { output, leaf, level, permissions, steps });
+            }
+            // No format has plain leaves that are something else.
+            _ => Halt { way, unread: None },
+        },
+        Err(halt) => halt,
+    };
+    go_on::<F, M>(memory, halt, steps, caps, input)
+}
+
+/// Goes on by decoding where plain words ended.
+#[cold]
+#[inline(never)]
+fn go_on<F: Format, M: TableMemory>(
+    memory: &M,
+    halt: Halt<M::Error>,
+    steps: [Step; MAX_LEVELS],
+    caps: &F::Caps,
+    input: Input,
+) -> Result<Walked, End<M::Error>> {
+    let Halt { way: Way { table, level, step, tables }, unread } = halt;
+    let permissions = F::through(tables);
+    if let Some(error) = unread {
+        return Err(End { level, step, permissions, dead: Dead::Memory(error) });
+    }
+    let begin = Begin { word: Some(step.raw), steps, ..Begin::at(table, level, permissions) };
     descend_from::<F, M>(memory, begin, caps, input, |_, _, _| {})
 }
 
 /// Where the rest of a way begins.
 pub(crate) struct Begin {
     /// A table, aligned to its size.
-    pub(crate) table: Output,
+    table: Output,
     /// The table's level.
-    pub(crate) level: Level,
+    level: Level,
     /// What the entries before it permit together.
-    pub(crate) permissions: Permissions,
+    permissions: Permissions,
+    /// The entry in it, if that was read.
+    word: Option<u64>,
+    /// The entries before it, as far as they are to be kept.
+    steps: [Step; MAX_LEVELS],
 }
 
-/// Goes the rest of the way of `input`. `passed` is shown each entry on it that names a table, its level, and what the entries
-/// up to it permit together.
+impl Begin {
+    /// At a table of `level`, behind entries that permit this together.
+    pub(crate) const fn at(table: Output, level: Level, permissions: Permissions) -> Self {
+        Self { table, level, permissions, word: None, steps: NO_STEPS }
+    }
+}
+
+/// Goes the rest of the way of `input`, decoding each entry. `passed` is shown each on it that names a table, its level, and what the
+/// entries up to it permit together.
 pub(crate) fn descend_from<F: Format, M: TableMemory>(
     memory: &M,
     begin: Begin,
@@ -126,12 +279,14 @@ pub(crate) fn descend_from<F: Format, M: TableMemory>(
     input: Input,
     mut passed: impl FnMut(Level, &Table, Permissions),
 ) -> Result<Walked, End<M::Error>> {
-    let Begin { mut table, mut level, mut permissions } = begin;
-    let mut steps = [Step::default(); MAX_LEVELS];
+    let Begin { mut table, mut level, mut permissions, mut word, mut steps } = begin;
     loop {
         let mut step = Step { at: entry_at(table, F::index(input, level)), raw: 0 };
         let end = |step, dead| End { level, step, permissions, dead };
-        step.raw = memory.read(step.at).map_err(|error| end(step, Dead::Memory(error)))?;
+        step.raw = match word.take() {
+            Some(word) => word,
+            None => memory.read(step.at).map_err(|error| end(step, Dead::Memory(error)))?,
+        };
         if let Some(place) = steps.get_mut(level.subscript()) {
             *place = step;
         }

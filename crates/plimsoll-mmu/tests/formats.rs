@@ -3,8 +3,8 @@ use plimsoll_mmu::format::ept::{self, Ept};
 use plimsoll_mmu::format::riscv::{self, Sv39, Sv39x4, Sv48, Sv48x4, Sv57, Sv57x4};
 use plimsoll_mmu::format::x86::{self, Long4, Long5, Maker, Npt};
 use plimsoll_mmu::{
-    Cache, Entry, Feature, Format, GuestPat, Input, Leaf, Level, Malformed, Memory, Output, Pat, Permissions,
-    Span, Unencodable,
+    Access, Cache, Entry, Feature, Format, GuestPat, Input, Leaf, Level, Malformed, Memory, Output, Pat,
+    Permissions, Span, Table, Unencodable,
 };
 use proptest::prelude::*;
 
@@ -18,6 +18,21 @@ fn round_trip<F: Format>(raw: u64, level: Level, caps: &F::Caps) {
         }
         Err(Unencodable::Permissions(permissions)) => assert!(!permissions.contains(Permissions::USER)),
         Err(error) => panic!("{} {level} {raw:#x} {entry:?}: {error}", F::NAME),
+    }
+}
+
+/// An access marks an entry, and nothing else of it changes.
+fn marks<F: Format>(raw: u64, level: Level, caps: &F::Caps) {
+    for access in [Access::Read, Access::Write, Access::Fetch] {
+        let marked = F::decode(F::marked(raw, level, caps, access), level, caps);
+        let expected = match F::decode(raw, level, caps) {
+            Entry::Table(table) => Entry::Table(Table { accessed: true, ..table }),
+            Entry::Leaf(leaf) => {
+                Entry::Leaf(Leaf { accessed: true, dirty: leaf.dirty || access == Access::Write, ..leaf })
+            }
+            _ => continue,
+        };
+        assert_eq!(marked, expected, "{} {level} {raw:#x} {access:?}", F::NAME);
     }
 }
 
@@ -40,6 +55,7 @@ fn round_trip_everywhere(raw: u64) {
     for level in (1..=5).map(Level) {
         for caps in [x86::Caps::FULL, WEAK_X86] {
             round_trip::<Long5>(raw, level, &caps);
+            marks::<Long5>(raw, level, &caps);
             if level.0 < 5 {
                 round_trip::<Long4>(raw, level, &caps);
                 round_trip::<Npt>(raw, level, &caps);

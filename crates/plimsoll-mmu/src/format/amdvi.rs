@@ -17,7 +17,7 @@
 //! Address bits below a level's page are taken as reserved; QEMU's and VirtualBox's models do not look at them.
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Format, aligned, beyond, field, low_byte, set, software};
+use crate::format::{Bits, Extension, Format, Plain, Words, aligned, beyond, field, low_byte, set, software};
 
 const PRESENT: u64 = 1;
 const ACCESSED: u64 = 1 << 5;
@@ -94,10 +94,32 @@ impl<const LEVELS: u8> Format for Host<LEVELS> {
     const NAME: &'static str = "AMD-Vi host tables";
     const LEVELS: u8 = LEVELS;
     const EXTENSION: Extension = Extension::Zero;
+    const ADDRESS: u64 = ADDRESS;
 
     #[inline]
     fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
         decode(raw, level, caps)
+    }
+
+    /// No level is left out, and a page has its level's size.
+    #[inline]
+    fn plain(level: Level, caps: &Caps) -> Plain {
+        let low = field(0, shift_of(level));
+        let leaf = field(NEXT_SHIFT, 3) | RESERVED | ADDRESS & low | caps.beyond();
+        let table = match level.below() {
+            None => Bits::NONE,
+            Some(below) => {
+                let next = u64::from(below.0) << NEXT_SHIFT;
+                let reserved = RESERVED | caps.beyond() | UNTRANSLATED | COHERENT;
+                Bits::new(PRESENT | next, field(NEXT_SHIFT, 3) & !next | reserved)
+            }
+        };
+        Plain { table, leaf: Bits::new(PRESENT, leaf) }
+    }
+
+    #[inline]
+    fn through(words: Words) -> Permissions {
+        permissions(words.all)
     }
 
     fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {

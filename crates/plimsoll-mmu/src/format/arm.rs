@@ -20,7 +20,8 @@
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Shareability, Table, Unencodable};
 use crate::format::{
-    Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, names_next, set, software,
+    Bits, Extension, Feature, Format, Plain, Stage, Words, aligned, beyond, field, low_byte, names_next, set,
+    software,
 };
 use crate::walk::Access;
 
@@ -158,10 +159,26 @@ macro_rules! vmsa {
             const INDEX_BITS: u32 = GRANULE - 3;
             const ROOT_BITS: u32 = BITS - GRANULE - (GRANULE - 3) * (Self::LEVELS as u32 - 1);
             const EXTENSION: Extension = Extension::$extension;
+            const ADDRESS: u64 = field(0, ADDRESS_BITS) & !field(0, GRANULE);
 
             #[inline(always)]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, Self::shape(level), caps)
+            }
+
+            #[inline(always)]
+            fn plain(level: Level, caps: &Caps) -> Plain {
+                plain(Self::shape(level), caps)
+            }
+
+            #[inline(always)]
+            fn through(words: Words) -> Permissions {
+                table_permissions(words.any, Stage::$stage)
+            }
+
+            #[inline(always)]
+            fn permits(tables: Words, leaf: u64, caps: &Caps) -> Permissions {
+                Self::through(tables) & leaf_permissions(leaf, Stage::$stage, caps).0
             }
 
             fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
@@ -208,18 +225,39 @@ fn decode(raw: u64, shape: Shape, caps: &Caps) -> Entry {
     }
 }
 
+/// By itself: a contiguous hint is decoded.
+#[inline(always)]
+fn plain(shape: Shape, caps: &Caps) -> Plain {
+    let last = shape.level == Level::PAGES;
+    let beyond = |shift| caps.beyond() & shape.address(shift);
+    let table = if last { Bits::NONE } else { Bits::new(VALID | TABLE, beyond(shape.granule)) };
+    let leaf = match (shape.maps(), last) {
+        (false, _) => Bits::NONE,
+        (true, true) => Bits::new(VALID | TABLE, CONTIGUOUS | beyond(shape.shift)),
+        (true, false) => Bits::new(VALID, TABLE | CONTIGUOUS | beyond(shape.shift)),
+    };
+    Plain { table, leaf }
+}
+
+/// What entries that name tables permit, whose withholding bits are those of `raw`.
+#[inline(always)]
+fn table_permissions(raw: u64, stage: Stage) -> Permissions {
+    let mut permissions = Permissions::all();
+    if stage == Stage::First {
+        for (bit, right) in TABLE_RIGHTS {
+            permissions.set(right, raw & bit == 0);
+        }
+    }
+    permissions
+}
+
 #[inline(always)]
 fn decode_table(raw: u64, shape: Shape, caps: &Caps) -> Entry {
     let at = raw & shape.address(shape.granule);
     if at & caps.beyond() != 0 {
         return Entry::Malformed(Malformed::Beyond(Output(at)));
     }
-    let mut permissions = Permissions::all();
-    if shape.stage == Stage::First {
-        for (bit, right) in TABLE_RIGHTS {
-            permissions.set(right, raw & bit == 0);
-        }
-    }
+    let permissions = table_permissions(raw, shape.stage);
     Entry::Table(Table {
         // NSTable, address bits below the granule, and in the second stage the bits that are only the first's: reserved,
         // and kept to be seen.
@@ -265,22 +303,13 @@ const fn leaf_bits(stage: Stage, caps: &Caps) -> u64 {
     }
 }
 
+/// What a leaf permits, and whether it is clean: writable, and not written.
 #[inline(always)]
-fn decode_leaf(raw: u64, shape: Shape, caps: &Caps) -> Entry {
-    let output = raw & shape.address(shape.shift);
-    if output & caps.beyond() != 0 {
-        return Entry::Malformed(Malformed::Beyond(Output(output)));
-    }
+fn leaf_permissions(raw: u64, stage: Stage, caps: &Caps) -> (Permissions, bool) {
     let set = |bit: u64| raw & bit != 0;
-    let share = match raw >> SHARE_SHIFT & 3 {
-        0 => Shareability::Non,
-        1 => Shareability::Reserved,
-        2 => Shareability::Outer,
-        _ => Shareability::Inner,
-    };
     let (low, high) = (set(AP_LOW), set(AP_HIGH));
     let mut permissions = Permissions::empty();
-    let withheld = match shape.stage {
+    let withheld = match stage {
         Stage::First => {
             permissions.set(Permissions::READ, true);
             permissions.set(Permissions::USER, low);
@@ -298,9 +327,26 @@ fn decode_leaf(raw: u64, shape: Shape, caps: &Caps) -> Entry {
             !high
         }
     };
-    let manages = caps.dirty_management == Feature::On;
-    let clean = manages && set(DIRTY_MANAGED) && withheld;
+    let clean = caps.dirty_management == Feature::On && set(DIRTY_MANAGED) && withheld;
     permissions.set(Permissions::WRITE, !withheld || clean);
+    (permissions, clean)
+}
+
+#[inline(always)]
+fn decode_leaf(raw: u64, shape: Shape, caps: &Caps) -> Entry {
+    let output = raw & shape.address(shape.shift);
+    if output & caps.beyond() != 0 {
+        return Entry::Malformed(Malformed::Beyond(Output(output)));
+    }
+    let set = |bit: u64| raw & bit != 0;
+    let share = match raw >> SHARE_SHIFT & 3 {
+        0 => Shareability::Non,
+        1 => Shareability::Reserved,
+        2 => Shareability::Outer,
+        _ => Shareability::Inner,
+    };
+    let manages = caps.dirty_management == Feature::On;
+    let (permissions, clean) = leaf_permissions(raw, shape.stage, caps);
     let writable = permissions.contains(Permissions::WRITE);
     // What is writable keeps DBM when it is written, and bit 55, which says something elsewhere only.
     let kept = match (manages, writable) {

@@ -15,7 +15,8 @@
 use crate::address::{Level, Output};
 use crate::entry::{Cache, Entry, GuestPat, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
 use crate::format::{
-    Extension, Feature, Format, aligned, beyond, field, low_byte, names_next, set, software,
+    Bits, Extension, Feature, Format, Plain, Words, aligned, beyond, field, low_byte, names_next, set,
+    software,
 };
 
 const READ: u64 = 1;
@@ -23,6 +24,7 @@ const WRITE: u64 = 1 << 1;
 const EXECUTE: u64 = 1 << 2;
 const TYPE_SHIFT: u32 = 3;
 const TYPE: u64 = field(TYPE_SHIFT, 3);
+const WRITE_BACK: u64 = (Cache::WriteBack.number() as u64) << TYPE_SHIFT;
 const IGNORE_PAT: u64 = 1 << 6;
 const LARGE: u64 = 1 << 7;
 const ACCESSED: u64 = 1 << 8;
@@ -84,6 +86,7 @@ impl Format for Ept {
     const NAME: &'static str = "Intel extended page tables";
     const LEVELS: u8 = 4;
     const EXTENSION: Extension = Extension::Zero;
+    const ADDRESS: u64 = ADDRESS;
 
     #[inline]
     fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
@@ -98,10 +101,7 @@ impl Format for Ept {
             _ => {}
         }
         let maps = level == Level::PAGES || (raw & LARGE != 0 && level <= Level(3));
-        let mut permissions = Permissions::USER;
-        permissions.set(Permissions::READ, raw & READ != 0);
-        permissions.set(Permissions::WRITE, raw & WRITE != 0);
-        permissions.set(Permissions::EXECUTE, raw & EXECUTE != 0);
+        let permissions = permissions(raw);
         let keeps = caps.accessed_dirty == Feature::On;
         if !maps {
             let reserved = raw & (caps.beyond() | TYPE | IGNORE_PAT | LARGE);
@@ -135,6 +135,28 @@ impl Format for Ept {
         })
     }
 
+    /// Readable, and written back if it maps memory: most are.
+    #[inline]
+    fn plain(level: Level, caps: &Caps) -> Plain {
+        let large = if level == Level::PAGES { 0 } else { LARGE };
+        let leaf = if level > Self::largest_leaf(caps) {
+            Bits::NONE
+        } else {
+            let set = READ | large | WRITE_BACK;
+            Bits::new(set, TYPE & !WRITE_BACK | caps.beyond() | field(12, Self::shift(level) - 12))
+        };
+        let table = match level {
+            Level::PAGES => Bits::NONE,
+            _ => Bits::new(READ, caps.beyond() | TYPE | IGNORE_PAT | LARGE),
+        };
+        Plain { table, leaf }
+    }
+
+    #[inline]
+    fn through(words: Words) -> Permissions {
+        permissions(words.all)
+    }
+
     fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
         match *entry {
             Entry::Absent { software: word } => software(word, !(READ | WRITE | EXECUTE)),
@@ -147,6 +169,14 @@ impl Format for Ept {
     fn largest_leaf(caps: &Caps) -> Level {
         caps.largest_leaf.min(Level(3))
     }
+}
+
+fn permissions(raw: u64) -> Permissions {
+    let mut permissions = Permissions::USER;
+    permissions.set(Permissions::READ, raw & READ != 0);
+    permissions.set(Permissions::WRITE, raw & WRITE != 0);
+    permissions.set(Permissions::EXECUTE, raw & EXECUTE != 0);
+    permissions
 }
 
 fn encode_permissions(permissions: Permissions, caps: &Caps) -> Result<u64, Unencodable> {

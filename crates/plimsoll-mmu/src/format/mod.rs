@@ -5,14 +5,17 @@
 pub mod amdvi;
 pub mod arm;
 pub mod ept;
+mod plain;
 pub mod riscv;
 pub mod vtd;
 pub mod x86;
 
 use crate::address::{Input, Level, MAX_LEVELS, Output, Span};
-use crate::entry::{Entry, Leaf, Memory, Table, Unencodable};
+use crate::entry::{Entry, Leaf, Memory, Permissions, Table, Unencodable};
 use crate::walk::Access;
 use core::fmt;
+pub use plain::{Bits, Plain, Words};
+pub(crate) use plain::{Plains, Row};
 
 /// Whether a feature is there and switched on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +59,10 @@ pub trait Format: Copy + fmt::Debug + 'static {
     const EXTENSION: Extension;
     /// How tables are read, where the entry that names one says so.
     const TABLE_MEMORY: Memory = Memory::Physical;
+    /// Where the address is in a plain word, down to the bits of a page.
+    const ADDRESS: u64 = 0;
+    /// How many bits lower it is there than it is as an address.
+    const ADDRESS_DOWN: u32 = 0;
     /// Bits of an input address that are translated.
     const INPUT_BITS: u32 = {
         let bits = Self::PAGE_SHIFT + Self::INDEX_BITS * (Self::LEVELS as u32 - 1) + Self::ROOT_BITS;
@@ -66,6 +73,21 @@ pub trait Format: Copy + fmt::Debug + 'static {
 
     /// What `raw` says in a table of `level`.
     fn decode(raw: u64, level: Level, caps: &Self::Caps) -> Entry;
+
+    /// The words of `level` that a walk need not decode; none in a format that does not say.
+    fn plain(_: Level, _: &Self::Caps) -> Plain {
+        Plain::NONE
+    }
+
+    /// What plain words that name tables permit together.
+    fn through(_: Words) -> Permissions {
+        Permissions::all()
+    }
+
+    /// What they and a plain word that maps memory permit together: the same bits of it, unless the format says otherwise.
+    fn permits(tables: Words, leaf: u64, _: &Self::Caps) -> Permissions {
+        Self::through(tables.and(leaf))
+    }
 
     /// The word that says `entry` in a table of `level`.
     ///
@@ -147,7 +169,13 @@ pub trait Format: Copy + fmt::Debug + 'static {
 
     /// Whether the format translates `input` at all (x86-64: it is canonical).
     fn accepts(input: Input) -> bool {
-        Self::extend(Self::offset(input)) == input
+        let above = input.0 >> Self::INPUT_BITS;
+        match Self::EXTENSION {
+            // From the middle on, the addresses that are translated are one run that begins at zero.
+            Extension::Sign => input.0.wrapping_add(1 << (Self::INPUT_BITS - 1)) >> Self::INPUT_BITS == 0,
+            Extension::Zero => above == 0,
+            Extension::Ones => above == u64::MAX >> Self::INPUT_BITS,
+        }
     }
 
     /// Whether every address of `span` is translated.

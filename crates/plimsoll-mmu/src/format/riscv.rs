@@ -13,7 +13,10 @@
 //! leaf with A clear, or written with D clear, is well-formed either way.
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, Stage, aligned, field, low_byte, names_next, set, software};
+use crate::format::{
+    Bits, Extension, Feature, Format, Plain, Stage, Words, aligned, field, low_byte, names_next, set,
+    software,
+};
 
 const VALID: u64 = 1;
 const READ: u64 = 1 << 1;
@@ -64,10 +67,29 @@ macro_rules! sv {
             const LEVELS: u8 = $levels;
             const ROOT_BITS: u32 = $root;
             const EXTENSION: Extension = Extension::$extension;
+            const ADDRESS: u64 = PPN;
+            const ADDRESS_DOWN: u32 = DOWN;
 
             #[inline]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, level, caps)
+            }
+
+            /// Readable if it maps memory, by itself, of no memory type.
+            #[inline]
+            fn plain(level: Level, _: &Caps) -> Plain {
+                let extended = RESERVED | PBMT | NAPOT;
+                let table = match level {
+                    Level::PAGES => Bits::NONE,
+                    _ => Bits::new(VALID, extended | READ | WRITE | EXECUTE | USER | ACCESSED | DIRTY),
+                };
+                let leaf = Bits::new(VALID | READ, extended | unaligned(level));
+                Plain { table, leaf }
+            }
+
+            #[inline]
+            fn permits(_: Words, leaf: u64, _: &Caps) -> Permissions {
+                permissions(leaf)
             }
 
             fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
@@ -110,6 +132,21 @@ sv!(
     Sv57x4, "RISC-V Sv57x4", 5, 11, Zero, Second
 );
 
+/// A superpage that is not aligned to its size faults like reserved bits: step 5 of the translation process.
+fn unaligned(level: Level) -> u64 {
+    field(PPN_SHIFT, Sv39::shift(level) - 12)
+}
+
+#[inline]
+fn permissions(raw: u64) -> Permissions {
+    let mut permissions = Permissions::empty();
+    permissions.set(Permissions::READ, raw & READ != 0);
+    permissions.set(Permissions::WRITE, raw & WRITE != 0);
+    permissions.set(Permissions::EXECUTE, raw & EXECUTE != 0);
+    permissions.set(Permissions::USER, raw & USER != 0);
+    permissions
+}
+
 #[inline]
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & VALID == 0 {
@@ -138,9 +175,8 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if caps.napot == Feature::Off || level != Level::PAGES {
         reserved |= NAPOT;
     }
-    // A superpage that is not aligned to its size faults like reserved bits: step 5 of the translation process.
     let shift = Sv39::shift(level);
-    reserved |= field(PPN_SHIFT, shift - 12);
+    reserved |= unaligned(level);
     if raw & reserved != 0 {
         return Entry::Malformed(Malformed::Reserved(raw & reserved));
     }
@@ -150,11 +186,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
         2 => Memory::Io,
         number => return Entry::Malformed(Malformed::MemoryType(low_byte(number))),
     };
-    let mut permissions = Permissions::empty();
-    permissions.set(Permissions::READ, raw & READ != 0);
-    permissions.set(Permissions::WRITE, raw & WRITE != 0);
-    permissions.set(Permissions::EXECUTE, raw & EXECUTE != 0);
-    permissions.set(Permissions::USER, raw & USER != 0);
+    let permissions = permissions(raw);
     let (output, shift) = match raw & NAPOT {
         0 => (address, shift),
         _ if raw & NAPOT_FIELD == NAPOT_PPN << PPN_SHIFT => (address & !field(0, NAPOT_SHIFT), NAPOT_SHIFT),

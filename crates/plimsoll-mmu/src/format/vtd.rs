@@ -17,7 +17,9 @@
 //! scalable mode): they are kept as software's, as is TM, which is a hint to the device's own cache.
 use crate::address::{Input, Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
-use crate::format::{Extension, Feature, Format, aligned, beyond, field, names_next, set, software};
+use crate::format::{
+    Bits, Extension, Feature, Format, Plain, Words, aligned, beyond, field, names_next, set, software,
+};
 
 const READ: u64 = 1;
 const WRITE: u64 = 1 << 1;
@@ -127,10 +129,31 @@ macro_rules! vtd {
             const NAME: &'static str = $text;
             const LEVELS: u8 = $levels;
             const EXTENSION: Extension = Extension::Zero;
+            const ADDRESS: u64 = ADDRESS;
 
             #[inline]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, level, caps)
+            }
+
+            /// Readable: what devices only write is decoded.
+            #[inline]
+            fn plain(level: Level, caps: &Caps) -> Plain {
+                let leaf = match level {
+                    Level::PAGES => Bits::new(READ, caps.reserved(level, Kind::Leaf)),
+                    _ if level > caps.largest_leaf() => Bits::NONE,
+                    _ => Bits::new(READ | LARGE, caps.reserved(level, Kind::Leaf)),
+                };
+                let table = match level {
+                    Level::PAGES => Bits::NONE,
+                    _ => Bits::new(READ, LARGE | caps.reserved(level, Kind::Table)),
+                };
+                Plain { table, leaf }
+            }
+
+            #[inline]
+            fn through(words: Words) -> Permissions {
+                permissions(words.all)
             }
 
             fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
@@ -158,6 +181,14 @@ vtd!(
 );
 
 #[inline]
+fn permissions(raw: u64) -> Permissions {
+    let mut permissions = Permissions::all();
+    permissions.set(Permissions::READ, raw & READ != 0);
+    permissions.set(Permissions::WRITE, raw & WRITE != 0);
+    permissions
+}
+
+#[inline]
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & (READ | WRITE) == 0 {
         return Entry::Absent { software: raw };
@@ -168,9 +199,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if reserved != 0 {
         return Entry::Malformed(Malformed::Reserved(reserved));
     }
-    let mut permissions = Permissions::all();
-    permissions.set(Permissions::READ, raw & READ != 0);
-    permissions.set(Permissions::WRITE, raw & WRITE != 0);
+    let permissions = permissions(raw);
     let (output, software) = (Output(raw & ADDRESS), raw & caps.ignored(level, kind));
     let accessed = caps.keeps() && raw & ACCESSED != 0;
     if !maps {

@@ -12,8 +12,10 @@
 use crate::address::{Level, Output};
 use crate::entry::{Entry, Leaf, Malformed, Memory, Permissions, Table, Unencodable};
 use crate::format::{
-    Extension, Feature, Format, Stage, aligned, beyond, field, low_byte, names_next, set, software,
+    Bits, Extension, Feature, Format, Plain, Stage, Words, aligned, beyond, field, low_byte, names_next, set,
+    software,
 };
+use crate::walk::Access;
 
 const PRESENT: u64 = 1;
 const WRITABLE: u64 = 1 << 1;
@@ -111,14 +113,32 @@ macro_rules! x86 {
             const LEVELS: u8 = $levels;
             const EXTENSION: Extension = Extension::$extension;
             const TABLE_MEMORY: Memory = Memory::Pat(0);
+            const ADDRESS: u64 = ADDRESS;
 
             #[inline(always)]
             fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
                 decode(raw, level, caps)
             }
 
+            #[inline(always)]
+            fn plain(level: Level, caps: &Caps) -> Plain {
+                plain(level, caps)
+            }
+
+            #[inline(always)]
+            fn through(words: Words) -> Permissions {
+                // NX takes away where one word has it, the others give where all have them.
+                permissions(words.all & !NO_EXECUTE | words.any & NO_EXECUTE)
+            }
+
             fn encode(entry: &Entry, level: Level, caps: &Caps) -> Result<u64, Unencodable> {
                 encode(entry, level, caps, Stage::$stage)
+            }
+
+            #[inline]
+            fn marked(raw: u64, level: Level, _: &Caps, access: Access) -> u64 {
+                let dirties = access == Access::Write && maps(raw, level);
+                raw | ACCESSED | set(dirties, DIRTY)
             }
 
             fn largest_leaf(caps: &Caps) -> Level {
@@ -142,6 +162,12 @@ x86!(
     Npt, "AMD nested page tables", 4, Zero, Second
 );
 
+/// Whether a present entry maps memory.
+#[inline(always)]
+fn maps(raw: u64, level: Level) -> bool {
+    level == Level::PAGES || (raw & SIZE != 0 && level <= Level(3))
+}
+
 #[inline(always)]
 fn permissions(raw: u64) -> Permissions {
     let mut permissions = Permissions::READ;
@@ -152,12 +178,31 @@ fn permissions(raw: u64) -> Permissions {
 }
 
 #[inline(always)]
+fn plain(level: Level, caps: &Caps) -> Plain {
+    let reserved = caps.reserved();
+    let leaf = match level {
+        Level::PAGES => Bits::new(PRESENT, reserved),
+        _ if level > caps.largest_leaf() => Bits::NONE,
+        _ => Bits::new(PRESENT | SIZE, reserved | large_reserved(level)),
+    };
+    let table = match level {
+        Level::PAGES => Bits::NONE,
+        _ => Bits::new(PRESENT, SIZE | reserved | caps.table_reserved(level)),
+    };
+    Plain { table, leaf }
+}
+
+/// From bit 13 to where the address of a large page begins: SDM tables "PDPTE that maps a 1-GByte page", "PDE that maps a 2-MByte".
+fn large_reserved(level: Level) -> u64 {
+    field(13, Long4::shift(level) - 13)
+}
+
+#[inline(always)]
 fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
     if raw & PRESENT == 0 {
         return Entry::Absent { software: raw };
     }
-    let maps = level == Level::PAGES || (raw & SIZE != 0 && level <= Level(3));
-    if !maps {
+    if !maps(raw, level) {
         let reserved = raw & (caps.reserved() | caps.table_reserved(level));
         if reserved != 0 {
             return Entry::Malformed(Malformed::Reserved(reserved));
@@ -175,8 +220,7 @@ fn decode(raw: u64, level: Level, caps: &Caps) -> Entry {
         if large { (PAT_LARGE_SHIFT, ADDRESS & !field(12, shift - 12)) } else { (PAT_SMALL_SHIFT, ADDRESS) };
     let mut reserved = caps.reserved();
     if large {
-        // From bit 13 to where the address begins: SDM tables "PDPTE that maps a 1-GByte page", "PDE that maps a 2-MByte".
-        reserved |= field(13, shift - 13);
+        reserved |= large_reserved(level);
     }
     if level > caps.largest_leaf() {
         reserved |= SIZE;

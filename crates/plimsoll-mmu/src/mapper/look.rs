@@ -4,7 +4,7 @@ use crate::address::{Input, Level, Output, Span, entry_at};
 use crate::entry::{Entry, Leaf, Malformed, Permissions};
 use crate::format::Format;
 use crate::memory::{Invalidate, TableFrames, TableMemory};
-use crate::walk::{Dead, End, Step, Walked, descend};
+use crate::walk::{Dead, End, Found, Step, Walked, descend, translate};
 
 /// A leaf and where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,33 @@ pub struct Touched {
 /// Is shown each leaf and where its entry is, and may end the visit.
 type Visitor<'a, E> = dyn FnMut(Output, &Mapping) -> Result<(), MapError<E>> + 'a;
 
+/// The entry because of which nothing is mapped, if that is why the way ended.
+fn absent<E>(end: End<E>) -> Result<(Level, Output), MapError<E>> {
+    let End { level, step: Step { at, .. }, dead, .. } = end;
+    match dead {
+        Dead::Absent | Dead::Malformed(Malformed::Skipped) => Ok((level, at)),
+        Dead::Malformed(reason) => Err(MapError::Malformed { level, at, reason }),
+        Dead::Memory(error) => Err(MapError::Memory { level, at, error }),
+    }
+}
+
 impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, P, I> {
+    /// Where `input` goes, by the leaf's word and not by what it says: what lookups need. `None` where nothing is mapped; [`walk`](Self::walk)
+    /// says which entry is why. Sets no bits.
+    ///
+    /// # Errors
+    /// Those of [`walk`](Self::walk).
+    #[inline(always)]
+    pub fn translate(&self, input: Input) -> Result<Option<Found>, MapError<M::Error>> {
+        if !F::accepts(input) {
+            return Err(MapError::Span(Span::one(input)));
+        }
+        match translate::<F, M>(self.memory, self.root, (&self.caps, &self.plains), input) {
+            Ok(found) => Ok(Some(found)),
+            Err(end) => absent(end).map(|_| None),
+        }
+    }
+
     /// Where `input` goes. Sets no bits.
     ///
     /// # Errors
@@ -72,11 +98,7 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                 let input = F::extend(F::offset(input) >> shift << shift);
                 Ok(Translation::Mapped(output, Mapping { input, level, leaf, permissions }))
             }
-            Err(End { level, step: Step { at, .. }, dead, .. }) => match dead {
-                Dead::Absent | Dead::Malformed(Malformed::Skipped) => Ok(Translation::Absent { level, at }),
-                Dead::Malformed(reason) => Err(MapError::Malformed { level, at, reason }),
-                Dead::Memory(error) => Err(MapError::Memory { level, at, error }),
-            },
+            Err(end) => absent(end).map(|(level, at)| Translation::Absent { level, at }),
         }
     }
 

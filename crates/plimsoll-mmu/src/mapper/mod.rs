@@ -23,7 +23,7 @@ pub use look::{Clear, Mapping, Touched, Translation};
 
 use crate::address::{Input, Level, MAX_LEVELS, Output, Span};
 use crate::entry::{Entry, Leaf, Malformed, Permissions, Table, Unencodable};
-use crate::format::Format;
+use crate::format::{Format, Plains};
 use crate::memory::{Invalidate, TableFrames, TableMemory};
 use core::fmt;
 
@@ -131,6 +131,7 @@ type Need = [usize; MAX_LEVELS];
 pub struct Mapper<'a, F: Format, M, P, I> {
     root: Output,
     caps: F::Caps,
+    plains: Plains,
     memory: &'a M,
     frames: &'a mut P,
     caches: &'a mut I,
@@ -203,7 +204,8 @@ impl<'a, F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'a, F,
         if !root.0.is_multiple_of(F::entries(F::root()) << 3) {
             return Err(UnalignedRoot(root));
         }
-        Ok(Self { root, caps, memory, frames, caches })
+        let plains = Plains::of::<F>(&caps);
+        Ok(Self { root, caps, plains, memory, frames, caches })
     }
 
     /// The first and last translated bits of `span`, if it is one of whole pages that the format translates.

@@ -189,11 +189,11 @@ fn walk<F: Format, M: TableMemory>(
     who: &Who,
     input: Input,
 ) -> Result<Found, End<M::Error>> {
-    let mut begin = Begin { table: tables.root, level: F::root(), permissions: Permissions::all() };
+    let mut begin = Begin::at(tables.root, F::root(), Permissions::all());
     let mut global = false;
     if let Some(found) = structures.find(who, input) {
         let level = found.level.below().unwrap_or(Level::PAGES);
-        begin = Begin { table: found.output, level, permissions: found.permissions };
+        begin = Begin::at(found.output, level, found.permissions);
         global = found.cached.global;
     }
     let known_by = |kind, shift: u32, global| {
