@@ -26,6 +26,10 @@ impl LiveArgs {
         Client::of(&self.directory)
     }
 
+    pub(crate) const fn is_json(&self) -> bool {
+        self.json
+    }
+
     pub(crate) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
         self.client().get(path).map_err(|error| explain(&error))
     }

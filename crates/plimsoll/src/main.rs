@@ -20,6 +20,7 @@ mod signals;
 mod soak;
 mod surface;
 mod tools;
+mod top;
 mod trace;
 mod verb;
 mod vm;
@@ -80,6 +81,8 @@ enum Verb {
     Wake(park::ParkArgs),
     /// The machines of a running daemon: list, show, set, attach, release, pause, resume, reclaim.
     Vm(vm::VmArgs),
+    /// Watch a running daemon: the host, its machines, where their memory is, and why.
+    Top(top::TopArgs),
     /// Say what the machines of a running daemon may use, or change it.
     Budget(vm::BudgetArgs),
     /// Completions for a shell, on standard output.
@@ -120,6 +123,7 @@ fn main() -> ExitCode {
         Verb::Park(args) => park::park(&args),
         Verb::Wake(args) => park::wake(&args),
         Verb::Vm(args) => vm::main(&args),
+        Verb::Top(args) => top::main(&args),
         Verb::Budget(args) => vm::budget(&args),
         Verb::Completions(args) => manual::completions(&args, Cli::command()),
         Verb::Man(args) => manual::man(&args, Cli::command()),

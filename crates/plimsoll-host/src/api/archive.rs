@@ -116,6 +116,11 @@ impl Archive {
         self.machines.get(&id).map(|past| past.entries.iter().cloned().collect()).unwrap_or_default()
     }
 
+    /// The last reason of a machine, as a sentence.
+    pub(super) fn reason(&self, id: MachineId) -> Option<String> {
+        self.machines.get(&id)?.entries.back().map(|entry| entry.sentence.clone())
+    }
+
     /// The last minutes of a machine, the newest last.
     pub(super) fn samples(&self, id: MachineId) -> Vec<Sample> {
         self.machines.get(&id).map(|past| past.samples.iter().copied().collect()).unwrap_or_default()

@@ -24,7 +24,9 @@ mod settings;
 pub(crate) use archive::{Archive, Counts};
 pub use archive::{Happening, Sample};
 pub use fault::{Code, Fault};
-pub use model::{Group, Groups, Host, Machine, MachineKind, MachineState, Machines, Memory, Waiting};
+pub use model::{
+    Cell, Group, Groups, Host, Machine, MachineKind, MachineState, Machines, Map, Memory, Pages, Waiting,
+};
 pub use routes::{Attach, Budget, History, Opener, Reclaim, Why, openapi};
 pub(crate) use serve::may_speak;
 pub use serve::{Api, SOCKET, ServeError};

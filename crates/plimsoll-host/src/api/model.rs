@@ -4,7 +4,7 @@
 //! so the loop pays for none of them.
 use super::exchange::Moment;
 use super::settings::Settings;
-use crate::backend::{Departure, Kind};
+use crate::backend::{self, Departure, Kind};
 use crate::config::group_name;
 use crate::control::Berth;
 use plimsoll_policy::Position;
@@ -60,6 +60,45 @@ pub struct Memory {
     pub stalled_ppm: u32,
 }
 
+/// What a guest owns, by where it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pages {
+    /// In its RAM.
+    pub resident_bytes: u64,
+    /// In RAM still, unmapped, until it is touched or compressed.
+    pub limbo_bytes: u64,
+    /// Compressed, in the store or in swap: what the guest has there, not what that takes up.
+    pub stored_bytes: u64,
+    /// On the disk tier.
+    pub disk_bytes: u64,
+    /// Nowhere: never touched, or given back.
+    pub free_bytes: u64,
+    /// Faults that were served so far; of a machine managed from outside, pages that came back.
+    pub faults: u64,
+}
+
+/// A part of a machine's memory. What is in none of these states is nowhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Cell {
+    /// How much of it is in RAM, in millionths.
+    pub resident_ppm: u32,
+    /// In limbo.
+    pub limbo_ppm: u32,
+    /// Compressed, or on a disk.
+    pub stored_ppm: u32,
+    /// How much of it came back lately; of machines managed from outside only.
+    pub heat_ppm: Option<u32>,
+}
+
+/// Where a machine's memory is, from its first page to its last.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Map {
+    /// Its name.
+    pub name: String,
+    /// At most 256 cells of equal size, the last apart.
+    pub cells: Vec<Cell>,
+}
+
 /// A machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Machine {
@@ -79,6 +118,10 @@ pub struct Machine {
     pub size_bytes: u64,
     /// Where it stands; nothing before the first decision about it.
     pub memory: Option<Memory>,
+    /// Where its pages are; nothing before it was looked at.
+    pub pages: Option<Pages>,
+    /// What was decided or found about it last, as a sentence.
+    pub reason: Option<String>,
     /// The settings in force.
     pub settings: Settings,
 }
@@ -237,8 +280,22 @@ impl Moment {
             trouble: trouble.or_else(|| berth.refused.as_ref().map(ToString::to_string)),
             size_bytes: berth.size.unwrap_or(self.tree.terms(id)?.size.bytes()).0,
             memory,
+            pages: berth.whereabouts.as_ref().map(|seen| Pages::of(&seen.pages, seen.faults)),
+            reason: None,
             settings: Settings::in_force(settings, &self.groups),
         })
+    }
+
+    /// Where a machine's memory is.
+    pub(super) fn map(&self, id: MachineId) -> Option<Map> {
+        let berth = self.berths.get(&id)?;
+        let cells = berth.whereabouts.as_ref()?.chart.cells().into_iter().map(|cell| Cell {
+            resident_ppm: cell.resident.0,
+            limbo_ppm: cell.limbo.0,
+            stored_ppm: cell.stored.0,
+            heat_ppm: cell.heat.map(|heat| heat.0),
+        });
+        Some(Map { name: berth.name.clone(), cells: cells.collect() })
     }
 
     /// The host.
@@ -282,6 +339,20 @@ impl Moment {
             }
         });
         Groups { groups: groups.collect() }
+    }
+}
+
+impl Pages {
+    fn of(pages: &backend::Pages, faults: u64) -> Self {
+        let backend::Pages { resident, limbo, stored, disk, free } = *pages;
+        Self {
+            resident_bytes: resident.bytes().0,
+            limbo_bytes: limbo.bytes().0,
+            stored_bytes: stored.bytes().0,
+            disk_bytes: disk.bytes().0,
+            free_bytes: free.bytes().0,
+            faults,
+        }
     }
 }
 

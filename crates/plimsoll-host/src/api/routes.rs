@@ -5,7 +5,7 @@
 use super::archive::{Archive, Happening, Sample};
 use super::exchange::{Door, Moment, Order};
 use super::fault::{Code, Fault};
-use super::model::{Found, Groups, Host, Machine, Machines};
+use super::model::{Found, Groups, Host, Machine, Machines, Map};
 use super::settings::{Settings, group_called};
 use crate::line::Line;
 use crate::metrics;
@@ -94,7 +94,13 @@ impl App {
     /// The machine of an order, as the decision after it found it.
     async fn obey(&self, order: Order) -> Result<Machine, Fault> {
         let id = self.door.order(order).await?.ok_or_else(Fault::gone)?;
-        self.door.moment()?.machine(id).ok_or_else(Fault::gone)
+        let moment = self.door.moment()?;
+        self.machine(&moment, id)
+    }
+
+    fn machine(&self, moment: &Moment, id: MachineId) -> Result<Machine, Fault> {
+        let machine = moment.machine(id).ok_or_else(Fault::gone)?;
+        Ok(Machine { reason: self.archive.lock().reason(id), ..machine })
     }
 }
 
@@ -264,7 +270,11 @@ async fn list(State(app): Here, Asked(page): Asked<Page>) -> Result<Json<Machine
     })?;
     let moment = app.door.moment()?;
     let group = page.group.as_deref().map(|name| group_called(name, &moment.groups)).transpose()?;
-    Ok(Json(moment.page(page.after, limit, group)))
+    let mut found = moment.page(page.after, limit, group);
+    let archive = app.archive.lock();
+    found.machines.iter_mut().for_each(|one| one.reason = archive.reason(MachineId(one.id)));
+    drop(archive);
+    Ok(Json(found))
 }
 
 /// Manage a running machine from outside.
@@ -302,7 +312,7 @@ async fn attach(
 )]
 async fn show(State(app): Here, Named(name): Named) -> Result<Json<Machine>, Fault> {
     let (moment, id) = app.found(&name)?;
-    moment.machine(id).map(Json).ok_or_else(Fault::gone)
+    app.machine(&moment, id).map(Json)
 }
 
 /// Change a machine's settings. What is left out stays.
@@ -399,6 +409,18 @@ async fn history(State(app): Here, Named(name): Named) -> Result<Json<History>, 
     let (moment, id) = app.found(&name)?;
     let name = moment.name(id).unwrap_or_default();
     Ok(Json(History { name, samples: app.archive.lock().samples(id) }))
+}
+
+/// Where a machine's memory is, in at most 256 cells from its first page to its last.
+#[utoipa::path(
+    get, path = "/v1/machines/{machine}/map", tag = "machines",
+    params(Key), responses((status = 200, body = Map), Fault)
+)]
+async fn map(State(app): Here, Named(name): Named) -> Result<Json<Map>, Fault> {
+    let (moment, id) = app.found(&name)?;
+    let unseen =
+        || Fault::new(Code::Conflict, "it was not looked at yet").help("wait a second and ask again");
+    moment.map(id).map(Json).ok_or_else(unseen)
 }
 
 /// The host.
@@ -516,6 +538,7 @@ fn table() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(reclaim))
         .routes(routes!(why))
         .routes(routes!(history))
+        .routes(routes!(map))
         .routes(routes!(host))
         .routes(routes!(line))
         .routes(routes!(budget))

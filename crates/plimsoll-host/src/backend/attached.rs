@@ -5,6 +5,7 @@
 //! many a second. What must never happen: a page asked for where the dossier says the rung is off, or while the machine
 //! migrates.
 use super::balloon::{Balloon, Seen};
+use super::chart::{Chart, Pages, Whereabouts};
 use super::memory::Memory;
 use super::migration::{Phase as Migration, Watch};
 use super::overhead::{Overhead, measure};
@@ -41,6 +42,7 @@ pub struct Attached {
     /// When the machine was last seen whole, what that showed, and when it is worth while again.
     usage: Usage,
     look_at: Instant,
+    chart: Option<Chart>,
     cost: SwapCost,
     /// Pages the last plan asked for that were not asked of the kernel yet, and when to go on.
     wanted: PageCount,
@@ -74,6 +76,7 @@ impl Attached {
             began: now,
             usage: Usage::default(),
             look_at: now,
+            chart: None,
             cost: SwapCost::default(),
             wanted: PageCount(0),
             ordered: PageCount(0),
@@ -126,6 +129,7 @@ impl Attached {
         if now >= self.look_at {
             let began = Instant::now();
             self.usage = self.memory.usage()?;
+            self.chart = Some(self.memory.chart());
             self.look_at = now + began.elapsed() * LOOKING;
             self.cost = zram::swap_cost().unwrap_or(self.cost);
         }
@@ -265,6 +269,15 @@ impl Backend for Attached {
 
     fn size(&self) -> Option<ByteCount> {
         Some(self.follower.dossier().size())
+    }
+
+    fn whereabouts(&self) -> Option<Whereabouts> {
+        let Usage { resident, elsewhere } = self.usage;
+        Some(Whereabouts {
+            pages: Pages::outside(self.follower.dossier().size(), resident, elsewhere),
+            faults: self.memory.totals().refaults.0,
+            chart: self.chart.clone()?,
+        })
     }
 
     fn is_gone(&self) -> bool {

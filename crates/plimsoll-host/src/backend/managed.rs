@@ -3,12 +3,13 @@
 //! Enters: steps. Leaves: a target in the ledger, which the governor works towards whenever the host is short, and orders
 //! to its pager. The pager's statistics say what came of them. Nothing here waits: the manager's lock is held for reading
 //! counters and writing numbers.
+use super::chart::{Chart, Pages, Whereabouts};
 use super::overhead::{Overhead, measure};
 use super::{Backend, Departure, Done, Kind, Refused, Trouble};
 use crate::homecoming::{Homecoming, Progress, stored};
 use parking_lot::Mutex;
 use plimsoll_linux::uffd::manager::Manager;
-use plimsoll_linux::uffd::stats::MachineStats;
+use plimsoll_linux::uffd::stats::{FaultCounts, MachineStats};
 use plimsoll_policy::admission::Overheads;
 use plimsoll_policy::view::{MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs, Step};
@@ -46,6 +47,7 @@ pub struct Managed {
     /// Why it was not.
     stayed: Option<String>,
     last: Option<(Instant, Counters)>,
+    whereabouts: Option<Whereabouts>,
 }
 
 /// Counts that only grow.
@@ -84,6 +86,7 @@ impl Managed {
             leaving: None,
             stayed: None,
             last: None,
+            whereabouts: None,
         }
     }
 
@@ -123,7 +126,7 @@ impl Managed {
 
 impl Backend for Managed {
     fn observe(&mut self, id: MachineId, now: Instant) -> Result<MachineView, Trouble> {
-        let (machine, stored) = {
+        let (machine, stored, words, disk) = {
             let manager = self.manager.lock();
             let machine = manager.machine(self.id).filter(|_| !manager.is_gone(self.id));
             let machine = machine.ok_or_else(|| match self.leaving {
@@ -131,11 +134,17 @@ impl Backend for Managed {
                 _ => Trouble::Gone("its VMM has ended".to_owned()),
             })?;
             self.aim(&manager);
-            (machine, manager.stored(self.id))
+            (machine, manager.stored(self.id), manager.words(self.id), manager.on_disk(self.id))
         };
         self.size = Some(machine.size);
         let stats = machine.stats;
         let counters = Counters::of(&stats);
+        let FaultCounts { zero, limbo, stored: stored_faults, present } = stats.faults;
+        self.whereabouts = Some(Whereabouts {
+            pages: Pages::of_census(&stats.census, disk),
+            faults: zero + limbo + stored_faults + present,
+            chart: Chart::Words(words),
+        });
         let (then, before) = self.last.replace((now, counters)).unwrap_or((now, counters));
         let taken = PageCount(counters.taken.saturating_sub(before.taken));
         let captured = PageCount(counters.captured.saturating_sub(before.captured));
@@ -239,6 +248,10 @@ impl Backend for Managed {
 
     fn size(&self) -> Option<ByteCount> {
         self.size
+    }
+
+    fn whereabouts(&self) -> Option<Whereabouts> {
+        self.whereabouts.clone()
     }
 
     fn is_gone(&self) -> bool {

@@ -2,6 +2,7 @@
 //!
 //! Enters: a dossier, and each later one. Leaves: what the machine takes and uses. What must never happen: a page asked for
 //! where the dossier says the rung is off, or memory left out of the sum because it cannot be managed.
+use super::chart::Chart;
 use plimsoll_attach::{Dossier, Held, RamRange, Rung};
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{Counter, KernelError, KernelMachine, Totals};
@@ -9,6 +10,7 @@ use plimsoll_linux::reclaimer::{Reclaimer, Usage};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_types::PageCount;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// A machine's RAM, from outside.
@@ -69,6 +71,12 @@ impl Memory {
             resident: managed.resident + self.counted.resident,
             elsewhere: managed.elsewhere + self.counted.elsewhere,
         })
+    }
+
+    /// What [`usage`](Self::usage) saw last, of the part that is managed.
+    pub(super) fn chart(&self) -> Chart {
+        let managed = self.managed.as_ref().map(|machine| Chart::of_blocks(machine.blocks()));
+        managed.unwrap_or_else(|| Chart::Seen(Arc::default()))
     }
 
     /// What the machine uses, when that is known: all there is in RAM of what nothing may be taken from, since nothing tells

@@ -12,12 +12,14 @@
 //! An attached one may have a [`Balloon`](balloon::Balloon) beside it.
 mod attached;
 pub mod balloon;
+mod chart;
 mod managed;
 mod memory;
 mod migration;
 mod overhead;
 
 pub use attached::Attached;
+pub use chart::{CELLS, Cell, Chart, Pages, Whereabouts};
 pub use managed::Managed;
 pub use memory::{Memory, reopen, why_counted_only};
 pub use migration::{Phase as MigrationPhase, Watch as MigrationWatch};
@@ -93,6 +95,11 @@ pub trait Backend: Send {
 
     /// The RAM its guest owns, as far as that is seen.
     fn size(&self) -> Option<ByteCount> {
+        None
+    }
+
+    /// Where its pages are, as of the last time it was observed.
+    fn whereabouts(&self) -> Option<Whereabouts> {
         None
     }
 

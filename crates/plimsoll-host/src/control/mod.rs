@@ -15,7 +15,7 @@ mod run;
 pub use pool::Pool;
 pub use run::{Happened, RunError, Wakers, host_pressure, run};
 
-use crate::backend::{Backend, Departure, Done, Kind, Overhead, Refused, Trouble};
+use crate::backend::{Backend, Departure, Done, Kind, Overhead, Refused, Trouble, Whereabouts};
 use crate::trace::{Basis, Recorder, Tick, TraceError};
 use plimsoll_policy::admission::{Account, AdmissionError, Capacity, Overheads, admit};
 use plimsoll_policy::host_state::{HostState, min_free};
@@ -163,12 +163,13 @@ impl Member {
             departure: self.backend.departure(),
             trouble: self.trouble.clone(),
             refused: self.refused.clone(),
+            whereabouts: self.backend.whereabouts(),
         }
     }
 }
 
 /// A machine of the loop, besides what is seen of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Berth {
     /// Its name.
     pub name: String,
@@ -186,6 +187,8 @@ pub struct Berth {
     pub trouble: Option<Trouble>,
     /// What it does not do of what it is asked.
     pub refused: Option<Refused>,
+    /// Where its pages are.
+    pub whereabouts: Option<Whereabouts>,
 }
 
 /// The control loop of one host.

@@ -82,6 +82,17 @@ impl std::ops::Add for Totals {
     }
 }
 
+/// Where the pages of a block of 2 MiB were when they were last looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockUse {
+    /// Pages in RAM.
+    pub resident: u16,
+    /// Pages elsewhere.
+    pub elsewhere: u16,
+    /// Pages that came back, halved with each period since.
+    pub heat: u16,
+}
+
 /// One machine. One thread drives it; different machines may have different threads.
 ///
 /// ```no_run
@@ -126,6 +137,8 @@ pub struct KernelMachine {
     returning: u32,
     pub(super) collapsing: u32,
     pub(super) totals: Totals,
+    /// Of each block, pages in RAM and elsewhere when all were last looked at.
+    seen: Vec<(u16, u16)>,
 }
 
 impl KernelMachine {
@@ -160,6 +173,7 @@ impl KernelMachine {
             returning: 0,
             collapsing: 0,
             totals: Totals::default(),
+            seen: Vec::new(),
         };
         // The page map was opened by number: as long as the process of the descriptor lives, the number is its own.
         machine.check_alive()?;
@@ -211,7 +225,16 @@ impl KernelMachine {
 
     /// Bytes of bookkeeping.
     pub fn table_bytes(&self) -> usize {
-        self.known.table_bytes()
+        self.known.table_bytes() + self.seen.capacity() * size_of::<(u16, u16)>()
+    }
+
+    /// The blocks of its memory, as [`usage`](Reclaimer::usage) saw them last.
+    pub fn blocks(&self) -> impl Iterator<Item = BlockUse> {
+        self.seen.iter().zip(0..).map(|((resident, elsewhere), block)| BlockUse {
+            resident: *resident,
+            elsewhere: *elsewhere,
+            heat: self.known.heat(BlockIndex(block)),
+        })
     }
 
     /// The guest's memory has grown or shrunk. What is known of memory that stays is kept.
@@ -342,12 +365,16 @@ impl Reclaimer for KernelMachine {
         self.check_alive()?;
         self.view.forget();
         let mut usage = Usage::default();
+        self.seen.clear();
         for block in (0..self.known.block_count()).map(BlockIndex) {
             let presence = self.view.look(block, AHEAD)?;
             self.known.see(block, &presence);
             let elsewhere = presence.swapped | (self.known.away(block) - presence.present);
             usage.resident += PageCount(u64::from(presence.present.len()));
             usage.elsewhere += PageCount(u64::from(elsewhere.len()));
+            // A block has 512 pages.
+            let counted = |pages: u32| u16::try_from(pages).unwrap_or(u16::MAX);
+            self.seen.push((counted(presence.present.len()), counted(elsewhere.len())));
         }
         Ok(usage)
     }

@@ -47,5 +47,5 @@ mod view;
 pub use counter::Counter;
 pub use error::KernelError;
 pub use layout::Layout;
-pub use machine::{KernelMachine, PERIOD, PERIOD_MAX, Tick, Totals};
+pub use machine::{BlockUse, KernelMachine, PERIOD, PERIOD_MAX, Tick, Totals};
 pub use signs::PressureScope;

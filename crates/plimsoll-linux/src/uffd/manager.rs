@@ -40,7 +40,7 @@ use plimsoll_store::{Handle, Store};
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::MemfdError;
-use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -537,6 +537,21 @@ impl Manager {
         let part =
             u128::from(stats.held().0) * u128::from(pages.0) / u128::from(stats.pages.0.max(pages.0).max(1));
         ByteCount(u64::try_from(part).unwrap_or(u64::MAX))
+    }
+
+    /// Those of the machine's stored pages that are on the disk: its part of its domain's, by the number of pages.
+    pub fn on_disk(&self, id: MachineId) -> PageCount {
+        let Some(running) = self.machines.get(&id) else { return PageCount(0) };
+        let Some(domain) = self.domain(running.membership.domain) else { return PageCount(0) };
+        let (stats, pages) = (domain.store(|store| store.stats()), running.stored());
+        // What is there once for several machines is there for each.
+        let part = u128::from(stats.away.0) * u128::from(pages.0) / u128::from(stats.objects().max(1));
+        PageCount(u64::try_from(part).unwrap_or(u64::MAX)).min(pages)
+    }
+
+    /// The machine's page words, one part a shard, in their order. They are to be read only: their pager alone writes them.
+    pub fn words(&self, id: MachineId) -> Vec<Arc<MemfdWords>> {
+        self.machines.get(&id).map(Running::words).unwrap_or_default()
     }
 
     /// States what the machine is to come to in RAM. When the host is short, machines give down to a common part of their

@@ -233,6 +233,11 @@ impl Running {
         MachineStats::merge(self.shards.iter().map(|shard| shard.controls.stats.lock().clone()))
     }
 
+    /// The page words of all shards, in their order.
+    pub(super) fn words(&self) -> Vec<Arc<MemfdWords>> {
+        self.shards.iter().map(|shard| Arc::clone(&shard.controls.words)).collect()
+    }
+
     /// Pages of all shards that are in the store, as last published.
     pub(super) fn stored(&self) -> PageCount {
         self.shards.iter().map(|shard| shard.controls.stats.lock().census.of(StateKind::Stored)).sum()

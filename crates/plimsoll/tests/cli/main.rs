@@ -12,3 +12,4 @@ mod metal;
 mod plan;
 mod run;
 mod soak;
+mod top;
