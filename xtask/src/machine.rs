@@ -2,7 +2,7 @@
 //!
 //! Enters: device files, the control group file system, programs. Leaves: the capabilities that tests above level 0 need,
 //! present or missing. A test may be skipped only where one that its level needs is missing.
-use crate::setup::{has_all_of, has_kernel, has_promtool, has_schemathesis, is_root, is_there};
+use crate::setup::{has_all_of, has_browser, has_kernel, has_promtool, has_schemathesis, is_root, is_there};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
@@ -29,6 +29,7 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (1, "ksm", is_root() && can_merge()),
         (1, "promtool", has_promtool()),
         (1, "schemathesis", has_schemathesis()),
+        (1, "browser", has_browser()),
         (2, "qemu", is_there("qemu-system-x86_64")),
         (2, "libvirt", has_libvirt),
         (2, "gdb", is_there("gdb")),

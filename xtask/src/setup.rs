@@ -20,8 +20,11 @@ struct Need {
 }
 
 /// Levels 0 and 1 make their guests, control groups and swap devices themselves, so they need hardly anything.
-const NEEDS: [Need; 11] = [
+const NEEDS: [Need; 14] = [
     Need { level: 0, package: "gcc", program: "cc", why: "links the rooms below the line without std" },
+    Need { level: 1, package: "chromium", program: "chromium", why: "opens the dashboard" },
+    Need { level: 1, package: "nodejs", program: "node", why: "drives the browser" },
+    Need { level: 1, package: "npm", program: "npm", why: "brings what drives the browser" },
     Need { level: 2, package: "qemu-system-x86", program: "qemu-system-x86_64", why: "runs stock guests" },
     Need { level: 2, package: "libvirt-daemon-system", program: "libvirtd", why: "runs stock guests" },
     Need { level: 2, package: "libvirt-clients", program: "virsh", why: "speaks to libvirtd" },
@@ -50,6 +53,9 @@ const JUDGES_LEVEL: u8 = 1;
 /// Tries the API by its description: an environment of Python's, below `target`.
 const SCHEMATHESIS: &str = "schemathesis";
 const SCHEMATHESIS_VERSION: &str = "4.32.5";
+/// Drives the browser that opens the dashboard: a package of npm's without others, below `target`.
+const PLAYWRIGHT: &str = "playwright-core";
+const PLAYWRIGHT_VERSION: &str = "1.65.1";
 /// Checks metrics and alerts: one program of the package `prometheus`, whose others nobody needs.
 const PROMTOOL: &str = "/var/cache/plimsoll/promtool";
 /// Depends on the newest kernel of its kind.
@@ -93,6 +99,20 @@ pub(crate) fn has_schemathesis() -> bool {
     schemathesis().join("bin/st").exists()
 }
 
+/// True when a browser and what drives it are where tests look for them.
+pub(crate) fn has_browser() -> bool {
+    is_there("chromium") && is_there("node") && has_playwright()
+}
+
+fn has_playwright() -> bool {
+    playwright().join("node_modules").join(PLAYWRIGHT).exists()
+}
+
+/// Where tests look for it.
+fn playwright() -> PathBuf {
+    crate::cargo::root().join("target/playwright")
+}
+
 /// Where tests look for it.
 fn schemathesis() -> PathBuf {
     crate::cargo::root().join("target").join(SCHEMATHESIS)
@@ -106,7 +126,8 @@ pub(crate) fn run(level: Option<u8>) -> Result<()> {
     let lacks_kernel = is_wanted(KERNEL_LEVEL) && !has_kernel();
     let lacks_promtool = is_wanted(JUDGES_LEVEL) && !has_promtool();
     let lacks_schemathesis = is_wanted(JUDGES_LEVEL) && !has_schemathesis();
-    if missing.is_empty() && !lacks_kernel && !lacks_promtool && !lacks_schemathesis {
+    let lacks_playwright = is_wanted(JUDGES_LEVEL) && !has_playwright();
+    if missing.is_empty() && !lacks_kernel && !lacks_promtool && !lacks_schemathesis && !lacks_playwright {
         println!("setup: nothing is missing");
         return Ok(());
     }
@@ -118,6 +139,7 @@ pub(crate) fn run(level: Option<u8>) -> Result<()> {
         (lacks_kernel, format!("no kernel for stock guests in {KERNELS}")),
         (lacks_promtool, format!("no promtool at {PROMTOOL} (checks metrics and alerts)")),
         (lacks_schemathesis, format!("no {SCHEMATHESIS} below target (tries the API)")),
+        (lacks_playwright, format!("no {PLAYWRIGHT} below target (drives the browser)")),
     ] {
         if is_lacking {
             println!("setup: {what}");
@@ -140,6 +162,7 @@ pub(crate) fn run(level: Option<u8>) -> Result<()> {
     }
     for (is_lacking, bring) in [
         (lacks_schemathesis, bring_schemathesis as fn() -> Result<()>),
+        (lacks_playwright, bring_playwright),
         (lacks_promtool, bring_promtool),
         (lacks_kernel, bring_kernel),
     ] {
@@ -164,6 +187,15 @@ fn bring_schemathesis() -> Result<()> {
     let wanted = format!("{SCHEMATHESIS}=={SCHEMATHESIS_VERSION}");
     let mut install = Command::new(place.join("bin/pip"));
     crate::cargo::run(install.args(["install", "--quiet", "--disable-pip-version-check", &wanted]))
+}
+
+/// Installs it as npm does, without running anything of the package. npm puts it in its place when it is whole.
+fn bring_playwright() -> Result<()> {
+    let place = playwright();
+    fs::create_dir_all(&place).with_context(|| format!("cannot make {}", place.display()))?;
+    let mut install = Command::new("npm");
+    install.args(["install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix"]).arg(&place);
+    crate::cargo::run(install.arg(format!("{PLAYWRIGHT}@{PLAYWRIGHT_VERSION}")))
 }
 
 /// Downloads the package and takes the one program out of it.

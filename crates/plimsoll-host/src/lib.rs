@@ -7,12 +7,14 @@
 //! * [`backend`]: one machine as the control loop sees it. [`control`]: the loop. [`config`]: what an operator says, as a file.
 //! * [`trace`]: decisions on record, and the same decisions made again. [`line`](mod@line) and [`advise`]: what follows from them.
 //! * [`keeper`]: the process that outlives every manager. [`daemon`]: the manager as a process of its own.
+//! * [`api`]: what clients ask of it. [`dashboard`]: a page for a browser, which is such a client.
 pub mod advise;
 pub mod api;
 pub mod backend;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod dashboard;
 pub mod helm;
 pub mod homecoming;
 pub mod keeper;

@@ -5,6 +5,7 @@
 mod advise;
 mod attach;
 mod daemon;
+mod dashboard;
 mod demo;
 mod guest;
 mod host;
@@ -83,6 +84,8 @@ enum Verb {
     Vm(vm::VmArgs),
     /// Watch a running daemon: the host, its machines, where their memory is, and why.
     Top(top::TopArgs),
+    /// Serve a page about a running daemon to browsers on this host.
+    Dashboard(dashboard::DashboardArgs),
     /// Say what the machines of a running daemon may use, or change it.
     Budget(vm::BudgetArgs),
     /// Completions for a shell, on standard output.
@@ -124,6 +127,7 @@ fn main() -> ExitCode {
         Verb::Wake(args) => park::wake(&args),
         Verb::Vm(args) => vm::main(&args),
         Verb::Top(args) => top::main(&args),
+        Verb::Dashboard(args) => dashboard::main(&args),
         Verb::Budget(args) => vm::budget(&args),
         Verb::Completions(args) => manual::completions(&args, Cli::command()),
         Verb::Man(args) => manual::man(&args, Cli::command()),

@@ -140,7 +140,9 @@ impl Backend for Managed {
         let stats = machine.stats;
         let counters = Counters::of(&stats);
         let FaultCounts { zero, limbo, stored: stored_faults, present } = stats.faults;
-        self.whereabouts = Some(Whereabouts {
+        // Its pagers publish what they have counted once they have taken it over.
+        let is_counted = stats.census.total() > PageCount(0);
+        self.whereabouts = is_counted.then(|| Whereabouts {
             pages: Pages::of_census(&stats.census, disk),
             faults: zero + limbo + stored_faults + present,
             chart: Chart::Words(words),

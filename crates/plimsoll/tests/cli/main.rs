@@ -6,6 +6,7 @@
 mod api;
 mod attach;
 mod daemon;
+mod dashboard;
 mod demo;
 mod host;
 mod metal;

@@ -38,6 +38,13 @@ pub(crate) fn can(capability: &str) -> bool {
                 std::env::split_paths(&path).any(|folder| folder.join("qemu-system-x86_64").exists());
             (!is_here).then(|| "no qemu-system-x86_64".to_owned())
         }
+        "browser" => {
+            let playwright = "/../../target/playwright/node_modules/playwright-core";
+            let playwright = format!("{}{playwright}", env!("CARGO_MANIFEST_DIR"));
+            let needed = ["/usr/bin/chromium", "/usr/bin/node", &playwright];
+            let missing = needed.into_iter().find(|path| !Path::new(path).exists());
+            missing.map(|path| format!("no {path}: `cargo xtask setup` brings it"))
+        }
         "root" if is_root() => None,
         "root" => Some("not root".to_owned()),
         other => panic!("no test knows of {other}"),
