@@ -12,6 +12,7 @@ use plimsoll_linux::explain;
 use plimsoll_policy::admission::AdmissionError;
 use plimsoll_types::{ByteCount, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How often is looked for machines that are not there yet: finding one reads all of /proc.
@@ -155,7 +156,7 @@ impl Roster {
 /// Why it cannot be attached to, in words.
 pub fn open(identity: Identity, said: impl Fn(&str) -> Option<MachineConfig>) -> Result<Opened, String> {
     let held = Held::reopen(identity.process, identity.start).map_err(|refusal| explain(&refusal))?;
-    let lock = AttachLock::acquire(&held).map_err(|refusal| explain(&refusal))?;
+    let lock = Arc::new(AttachLock::acquire(&held).map_err(|refusal| explain(&refusal))?);
     // The monitor serves one client, which is the balloon's thread: it also tells of migrations.
     let follower = Follower::new(held, Request::default()).map_err(|refusal| explain(&refusal))?;
     let dossier = follower.dossier();
@@ -163,7 +164,7 @@ pub fn open(identity: Identity, said: impl Fn(&str) -> Option<MachineConfig>) ->
     let config = said(&name).unwrap_or_default();
     let request = Request { qmp: config.qmp.clone(), api: config.api.clone(), ..Request::default() };
     let mut notes = Vec::new();
-    let balloon = balloon(&follower, &request).unwrap_or_else(|why| {
+    let balloon = balloon(&follower, &request, &lock).unwrap_or_else(|why| {
         notes.push(format!("{name} is managed without its balloon: {why}"));
         None
     });
@@ -175,7 +176,11 @@ pub fn open(identity: Identity, said: impl Fn(&str) -> Option<MachineConfig>) ->
 }
 
 /// The machine's balloon, where somebody may be asked about it. That nobody may is no news.
-fn balloon(follower: &Follower, request: &Request) -> Result<Option<Balloon>, String> {
+fn balloon(
+    follower: &Follower,
+    request: &Request,
+    lock: &Arc<AttachLock>,
+) -> Result<Option<Balloon>, String> {
     let control = match join(follower.held(), follower.dossier(), request) {
         Ok(control) => control,
         Err(
@@ -187,7 +192,8 @@ fn balloon(follower: &Follower, request: &Request) -> Result<Option<Balloon>, St
         Err(error) => return Err(explain(&error)),
     };
     let Some(interface) = of_interface(control).map_err(|error| explain(&error))? else { return Ok(None) };
-    Balloon::start(interface, follower.held().process()).map(Some).map_err(|error| explain(&error))
+    let balloon = Balloon::start(interface, follower.held().process(), Arc::clone(lock));
+    balloon.map(Some).map_err(|error| explain(&error))
 }
 
 impl std::fmt::Debug for Opened {

@@ -4,7 +4,7 @@
 //! to take. Pages are asked for in bites between two decisions, because each bite costs processor time and the pace allows so
 //! many a second. What must never happen: a page asked for where the dossier says the rung is off, or while the machine
 //! migrates.
-use super::balloon::{Balloon, Seen};
+use super::balloon::{Balloon, Farewell, Seen};
 use super::chart::{Chart, Pages, Whereabouts};
 use super::memory::Memory;
 use super::migration::{Phase as Migration, Watch};
@@ -21,6 +21,7 @@ use plimsoll_policy::{Ppm, Rung, Rungs, Step};
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::procfs::maps::MeasuredMapping;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Pages asked for at a time: 13.5 us each (FACTS.md), so 55 ms, after which another machine has its turn.
@@ -54,7 +55,8 @@ pub struct Attached {
     last: (Instant, Totals),
     /// When the sampler's estimate was made.
     sampled: Instant,
-    _lock: AttachLock,
+    /// The balloon's thread may have it for longer.
+    _lock: Arc<AttachLock>,
 }
 
 impl Attached {
@@ -64,7 +66,7 @@ impl Attached {
     /// When its process may not be looked at, in words.
     pub fn new(
         follower: Follower,
-        lock: AttachLock,
+        lock: Arc<AttachLock>,
         balloon: Option<Balloon>,
         now: Instant,
     ) -> Result<Self, String> {
@@ -261,6 +263,10 @@ impl Backend for Attached {
             self.go_on_at = Some(self.go_on_at.map_or(now, |at| at.min(now)));
         }
         done
+    }
+
+    fn farewell(&self) -> Option<Farewell> {
+        self.balloon.as_ref().map(Balloon::farewell)
     }
 
     fn process(&self) -> Option<ProcessId> {

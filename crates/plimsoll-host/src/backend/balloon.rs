@@ -3,7 +3,9 @@
 //! Enters: what the balloon is to hold. Leaves: what was last seen of it and of the guest's own word. The loop reads and
 //! writes numbers only; whoever answers slowly, or never, keeps this thread waiting and nobody else. The
 //! [controller](plimsoll_attach::balloon) decides how fast the balloon goes there, and when it rests. What must never
-//! happen: an ask that stays behind when the machine is let go in good order.
+//! happen: an ask that stays behind when the machine is let go in good order, or somebody who lets it go waiting for its VMM. So
+//! the thread outlives the balloon until it has given back what was asked for, keeps the machine's lock as long, and whoever must
+//! know has its [`Farewell`].
 use super::Done;
 use parking_lot::{Condvar, Mutex};
 use plimsoll_attach::balloon::{Controller, Observation};
@@ -12,7 +14,6 @@ use plimsoll_policy::view;
 use plimsoll_sys::{ProcessId, procfs};
 use plimsoll_types::{ByteCount, PageCount};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How often a balloon is looked at, and its guest asked for statistics: as often as the policy decides.
@@ -77,6 +78,9 @@ struct Board {
     wanted: Option<ByteCount>,
     seen: Option<Seen>,
     is_over: bool,
+    has_ended: bool,
+    /// To be done when it has.
+    after: Vec<Box<dyn FnOnce() + Send>>,
 }
 
 #[derive(Default)]
@@ -85,23 +89,71 @@ struct Shared {
     changed: Condvar,
 }
 
-/// A balloon and the thread that speaks to it.
+/// A balloon, to which a thread speaks.
 pub struct Balloon {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+}
+
+/// The end of a balloon's thread: what was asked for has been given back, as far as its VMM listens.
+#[derive(Clone)]
+pub struct Farewell(Arc<Shared>);
+
+impl Farewell {
+    /// True once it has come.
+    pub fn has_come(&self) -> bool {
+        self.0.board.lock().has_ended
+    }
+
+    /// Waits for it, until `due` at most.
+    pub fn wait(&self, due: Instant) {
+        let mut board = self.0.board.lock();
+        while !board.has_ended && !self.0.changed.wait_until(&mut board, due).timed_out() {}
+    }
+
+    /// Does something when it has come, on that thread; at once if it has.
+    pub fn then(&self, act: impl FnOnce() + Send + 'static) {
+        let mut board = self.0.board.lock();
+        if board.has_ended {
+            drop(board);
+            act();
+        } else {
+            board.after.push(Box::new(act));
+        }
+    }
+}
+
+impl std::fmt::Debug for Farewell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Farewell").field("has_come", &self.has_come()).finish()
+    }
 }
 
 impl Balloon {
-    /// Starts the thread. `process` is the machine's, for what the host had to bring back of it.
+    /// Starts the thread. `process` is the machine's, for what the host had to bring back of it; `lock` is what nobody else may have
+    /// as long as somebody speaks to it.
     ///
     /// # Errors
     /// When no thread is to be had.
-    pub fn start(interface: Interface, process: ProcessId) -> std::io::Result<Self> {
+    pub fn start(
+        interface: Interface,
+        process: ProcessId,
+        lock: impl Send + 'static,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
-        let drive = move || Worker { interface, process, shared: &theirs, started: Instant::now() }.run();
-        let thread = std::thread::Builder::new().name(format!("balloon-{process}")).spawn(drive)?;
-        Ok(Self { shared, thread: Some(thread) })
+        let drive = move || {
+            // Last of all, also when the thread fails: whoever waits is told when the lock is free.
+            let _end = End(&theirs);
+            let _lock = lock;
+            Worker { interface, process, shared: &theirs, started: Instant::now() }.run();
+        };
+        std::thread::Builder::new().name(format!("balloon-{process}")).spawn(drive)?;
+        Ok(Self { shared })
+    }
+
+    /// When the thread has ended, after this is dropped.
+    pub fn farewell(&self) -> Farewell {
+        Farewell(Arc::clone(&self.shared))
     }
 
     /// What was last seen, if anything was.
@@ -112,19 +164,31 @@ impl Balloon {
     /// What it is to hold from now on.
     pub(super) fn ask(&self, holds: ByteCount) -> Done {
         self.shared.board.lock().wanted = Some(holds);
-        self.shared.changed.notify_one();
+        self.shared.changed.notify_all();
         Done::Begun
     }
 }
 
 impl Drop for Balloon {
-    /// Gives back what was asked for. Waits for an answer that is under way, within the interface's patience.
+    /// Has the thread give back what was asked for, and end.
     fn drop(&mut self) {
         self.shared.board.lock().is_over = true;
-        self.shared.changed.notify_one();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.shared.changed.notify_all();
+    }
+}
+
+/// Tells that a thread has ended.
+struct End<'a>(&'a Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let after = {
+            let mut board = self.0.board.lock();
+            board.has_ended = true;
+            std::mem::take(&mut board.after)
+        };
+        self.0.changed.notify_all();
+        after.into_iter().for_each(|act| act());
     }
 }
 

@@ -25,6 +25,7 @@ pub use memory::{Memory, reopen, why_counted_only};
 pub use migration::{Phase as MigrationPhase, Watch as MigrationWatch};
 pub use overhead::{Overhead, OverheadError, measure};
 
+use balloon::Farewell;
 use plimsoll_policy::admission::Overheads;
 use plimsoll_policy::view::MachineView;
 use plimsoll_policy::{Rung, Step};
@@ -81,6 +82,11 @@ pub trait Backend: Send {
     /// How far giving it back has come.
     fn departure(&self) -> Departure {
         Departure::None
+    }
+
+    /// When what was asked of its VMM has been given back, after this is dropped; nothing where that is at once.
+    fn farewell(&self) -> Option<Farewell> {
+        None
     }
 
     /// Whose the machine's memory is.

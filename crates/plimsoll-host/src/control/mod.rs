@@ -15,6 +15,7 @@ mod run;
 pub use pool::Pool;
 pub use run::{Happened, RunError, Wakers, host_pressure, run};
 
+use crate::backend::balloon::Farewell;
 use crate::backend::{Backend, Departure, Done, Kind, Overhead, Refused, Trouble, Whereabouts};
 use crate::trace::{Basis, Recorder, Tick, TraceError};
 use plimsoll_policy::admission::{Account, AdmissionError, Capacity, Overheads, admit};
@@ -34,6 +35,9 @@ use thiserror::Error;
 pub const PERIOD: Duration = Duration::from_secs(1);
 /// How often overheads are measured: walking the page tables of a machine takes milliseconds.
 const MEASURED_EVERY: Duration = Duration::from_secs(10);
+
+/// How long VMMs that do not answer may keep a loop that ends: less than whoever ends it waits before it kills.
+const PARTING: Duration = Duration::from_secs(20);
 
 /// What became of one step of a plan.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -198,6 +202,8 @@ pub struct Control {
     /// What the host and its manager use themselves, for admission.
     own: ByteCount,
     members: BTreeMap<MachineId, Member>,
+    /// Of machines that went, as far as they have not come.
+    farewells: Vec<Farewell>,
     next_id: u32,
     epoch: Instant,
     due: Instant,
@@ -215,12 +221,13 @@ impl Control {
     /// Contradictions among the groups.
     pub fn new(settings: Settings, pool: Pool, own: ByteCount, now: Instant) -> Result<Self, SettingsError> {
         let policy = PolicyState::new(Tree::new(Settings { machines: Vec::new(), ..settings })?);
-        let (members, recorder) = (BTreeMap::new(), None);
+        let (members, farewells, recorder) = (BTreeMap::new(), Vec::new(), None);
         Ok(Self {
             policy,
             pool,
             own,
             members,
+            farewells,
             next_id: 1,
             epoch: now,
             due: now,
@@ -269,11 +276,11 @@ impl Control {
         Ok(id)
     }
 
-    /// Lets a machine go. Nothing of ours remains with it.
-    pub fn release(&mut self, id: MachineId) {
-        if self.members.remove(&id).is_none() {
-            return;
-        }
+    /// Lets a machine go. Nothing of ours remains with it, from the farewell on if there is one; nobody waits for that here.
+    pub fn release(&mut self, id: MachineId) -> Option<Farewell> {
+        let farewell = self.members.remove(&id)?.backend.farewell();
+        self.farewells.retain(|farewell| !farewell.has_come());
+        self.farewells.extend(farewell.clone());
         let mut settings = self.policy.tree().settings().clone();
         settings.machines.retain(|machine| machine.id != id);
         // Less is promised than before, so nothing can contradict it.
@@ -282,6 +289,7 @@ impl Control {
         }
         self.is_changed = true;
         self.hurry = self.hurry.or(Some(Hurry::Went));
+        farewell
     }
 
     /// Begins to give a machine of our own pager back to its VMM; it goes from here when that is done.
@@ -505,7 +513,7 @@ impl Control {
                 }
             }
         }
-        gone.into_iter().for_each(|id| self.release(id));
+        gone.into_iter().for_each(|id| drop(self.release(id)));
         views
     }
 
@@ -588,6 +596,16 @@ impl Control {
             self.recorder = None;
             turn.events.push(Event::NotRecorded(plimsoll_linux::explain(&error)));
         }
+    }
+}
+
+impl Drop for Control {
+    /// Lets all machines go, and waits until nothing of ours remains with any, all of them together no longer than [`PARTING`].
+    fn drop(&mut self) {
+        let due = Instant::now() + PARTING;
+        let ids: Vec<MachineId> = self.members.keys().copied().collect();
+        ids.into_iter().for_each(|id| drop(self.release(id)));
+        self.farewells.iter().for_each(|farewell| farewell.wait(due));
     }
 }
 

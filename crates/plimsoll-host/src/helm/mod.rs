@@ -12,6 +12,7 @@ mod reload;
 
 use crate::api::exchange::{Asked, Desk, Moment, ORDERS_MAX, Obeyed, Order};
 use crate::api::{Code, Fault, Settings};
+use crate::backend::balloon::Farewell;
 use crate::backend::{Backend, Done, Kind, Managed, Trouble};
 use crate::config::{Config, MachineConfig, group_name};
 use crate::control::{Control, Event, Happened, RunError, Turn, Wakers, host_pressure, run};
@@ -70,16 +71,18 @@ pub struct Helm {
     own: Option<Own>,
     note: Note,
     tree: Option<Arc<Tree>>,
-    /// Orders that were carried out, until it has been decided about what they changed.
-    obeyed: Vec<(oneshot::Sender<Obeyed>, Obeyed)>,
+    /// Orders that were carried out, until it has been decided about what they changed; and what else their answers wait for.
+    obeyed: Vec<(oneshot::Sender<Obeyed>, Obeyed, Option<Farewell>)>,
+    /// That of the order that is being carried out.
+    farewell: Option<Farewell>,
 }
 
 impl Helm {
     /// Goes on where `kept` says that an earlier one was.
     pub fn new(config: Config, kept: Kept, own: Option<Own>, desk: Desk, note: Note) -> Self {
         let groups = Arc::new(config.groups.clone());
-        let (roster, tree, obeyed) = (Roster::new(wanted(&config, &kept)), None, Vec::new());
-        Self { desk, config, groups, kept, roster, own, note, tree, obeyed }
+        let (roster, tree) = (Roster::new(wanted(&config, &kept)), None);
+        Self { desk, config, groups, kept, roster, own, note, tree, obeyed: Vec::new(), farewell: None }
     }
 
     /// Runs until `end` is readable.
@@ -109,7 +112,7 @@ impl Helm {
                         match self.obey(control, order) {
                             // Nothing was changed, so there is nothing to decide about.
                             Err(fault) => drop(answer.send(Err(fault))),
-                            done => self.obeyed.push((answer, done)),
+                            done => self.obeyed.push((answer, done, self.farewell.take())),
                         }
                     }
                     self.desk.remind();
@@ -153,9 +156,13 @@ impl Helm {
             waiting: waiting.collect(),
             own: control.own(),
         });
-        for (answer, obeyed) in self.obeyed.drain(..) {
+        for (answer, obeyed, farewell) in self.obeyed.drain(..) {
             // Whoever asked may have gone; what was done stays done, and is shown.
-            let _ = answer.send(obeyed);
+            let tell = move || drop(answer.send(obeyed));
+            match farewell {
+                Some(farewell) => farewell.then(tell),
+                None => tell(),
+            }
         }
     }
 
@@ -273,7 +280,7 @@ impl Helm {
         let id = opened.admit(control).map_err(|error| self.refusal(control, &error))?;
         let word = Word { attached: Some(true), paused: false, settings: Some(settings), qmp, api };
         if let Err(fault) = self.keep(&name, |kept| *kept = word) {
-            control.release(id);
+            drop(control.release(id));
             return Err(fault);
         }
         notes.iter().for_each(|note| (self.note)(note));
@@ -298,7 +305,8 @@ impl Helm {
         };
         self.kept.change(released).map_err(|error| unkept(&error))?;
         self.roster.strike(id, &name);
-        control.release(id);
+        // Its VMM has what it had when it is told that it has.
+        self.farewell = control.release(id);
         Ok(None)
     }
 

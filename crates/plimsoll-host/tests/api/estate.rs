@@ -1,8 +1,10 @@
 //! A host made of numbers behind a real loop and a real socket.
+use super::slow::Gate;
 use parking_lot::Mutex;
 use plimsoll_host::api::client::{Answer, Client};
 use plimsoll_host::api::exchange::{Bell, exchange};
 use plimsoll_host::api::{Api, Attach, Code, Fault, Opener};
+use plimsoll_host::backend::balloon::{Balloon, Farewell};
 use plimsoll_host::backend::{Backend, Done, Trouble};
 use plimsoll_host::config::{Config, MachineConfig};
 use plimsoll_host::control::{Control, Pool};
@@ -43,13 +45,14 @@ pub(crate) type Bodies = Arc<Mutex<BTreeMap<String, Arc<Mutex<Body>>>>>;
 struct Fake {
     body: Arc<Mutex<Body>>,
     process: Option<ProcessId>,
+    balloon: Option<Balloon>,
 }
 
 impl Fake {
     fn new(bodies: &Bodies, name: &str, process: u32) -> Self {
         let body = Arc::new(Mutex::new(Body { consumed: TAKES, ..Body::default() }));
         bodies.lock().insert(name.to_owned(), Arc::clone(&body));
-        Self { body, process: ProcessId::new(process) }
+        Self { body, process: ProcessId::new(process), balloon: None }
     }
 }
 
@@ -83,6 +86,10 @@ impl Backend for Fake {
     fn process(&self) -> Option<ProcessId> {
         self.process
     }
+
+    fn farewell(&self) -> Option<Farewell> {
+        self.balloon.as_ref().map(Balloon::farewell)
+    }
 }
 
 /// A daemon without its pager: loop, API, and a directory.
@@ -94,6 +101,8 @@ pub(crate) struct Estate {
     pub(crate) bodies: Bodies,
     pub(crate) notes: Arc<Mutex<Vec<String>>>,
     pub(crate) directory: PathBuf,
+    /// Of the machines called `slow`.
+    pub(crate) gate: Arc<Gate>,
 }
 
 pub(crate) const CONFIG: &str =
@@ -104,7 +113,7 @@ impl Estate {
     pub(crate) fn start(directory: &Path, count: u32, budget: u64) -> Self {
         let config = Config::parse(CONFIG, "host.toml").unwrap();
         let budget = ByteCount::mib(budget);
-        let bodies = Bodies::default();
+        let (bodies, gate) = (Bodies::default(), Arc::<Gate>::default());
         let mut control =
             Control::new(config.settings(budget), Pool::of(budget), ByteCount(0), Instant::now()).unwrap();
         for number in 1..=count {
@@ -123,9 +132,10 @@ impl Estate {
         let told = end.as_fd().try_clone_to_owned().unwrap();
         let thread = std::thread::spawn(move || helm.run(control, Some(told.as_fd())).unwrap());
         let bell = door.bell();
-        let api = Api::start_with(&directory.join("api.sock"), door, opener(&bodies)).unwrap();
+        let api = Api::start_with(&directory.join("api.sock"), door, opener(&bodies, &gate)).unwrap();
         let directory = directory.to_owned();
-        let estate = Self { api: Some(api), bell, end, thread: Some(thread), bodies, notes, directory };
+        let thread = Some(thread);
+        let estate = Self { api: Some(api), bell, end, thread, bodies, notes, directory, gate };
         wait_until("a decision is made", || estate.get("/v1/host").status == 200);
         estate
     }
@@ -166,16 +176,18 @@ impl Drop for Estate {
 }
 
 /// Attaches to any machine but that called `nobody`.
-fn opener(bodies: &Bodies) -> Box<Opener> {
-    let bodies = Arc::clone(bodies);
+fn opener(bodies: &Bodies, gate: &Arc<Gate>) -> Box<Opener> {
+    let (bodies, gate) = (Arc::clone(bodies), Arc::clone(gate));
     Box::new(move |attach: &Attach| {
         if attach.machine == "nobody" {
             return Err(Fault::new(Code::NotFound, "no machine of this host is called \"nobody\""));
         }
+        let mut fake = Fake::new(&bodies, &attach.machine, 7);
+        fake.balloon = (attach.machine == "slow").then(|| gate.balloon());
         Ok(Opened {
             name: attach.machine.clone(),
             size: ByteCount(SIZE),
-            backend: Box::new(Fake::new(&bodies, &attach.machine, 7)),
+            backend: Box::new(fake),
             config: MachineConfig::default(),
             notes: vec![format!("{} has no balloon", attach.machine)],
         })

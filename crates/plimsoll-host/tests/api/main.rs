@@ -6,3 +6,4 @@ mod outside;
 mod reload;
 mod requests;
 mod scale;
+mod slow;

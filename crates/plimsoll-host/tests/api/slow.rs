@@ -1,0 +1,136 @@
+//! VMMs that do not answer, and who waits for them.
+use super::estate::{Estate, wait_until};
+use parking_lot::{Condvar, Mutex};
+use plimsoll_attach::control::{
+    self, BalloonDevice, Capabilities, Control as Interface, ControlError, RunState,
+};
+use plimsoll_host::backend::balloon::{Balloon, Farewell, of_interface};
+use plimsoll_host::backend::{Backend, Done, Trouble};
+use plimsoll_host::control::{Control, Pool};
+use plimsoll_policy::Step;
+use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
+use plimsoll_policy::view::MachineView;
+use plimsoll_sys::ProcessId;
+use plimsoll_types::{ByteCount, MachineId};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What the VMMs behind it have been asked, and whether they answer.
+#[derive(Default)]
+pub(crate) struct Gate {
+    is_open: Mutex<bool>,
+    opened: Condvar,
+    looks: Mutex<u32>,
+    given_back: Mutex<u32>,
+}
+
+impl Gate {
+    pub(crate) fn open(&self) {
+        *self.is_open.lock() = true;
+        self.opened.notify_all();
+    }
+
+    /// The balloon of a VMM behind the gate.
+    pub(crate) fn balloon(self: &Arc<Self>) -> Balloon {
+        let interface = of_interface(Box::new(Slow(Arc::clone(self)))).unwrap().unwrap();
+        Balloon::start(interface, ProcessId::own(), ()).unwrap()
+    }
+}
+
+struct Slow(Arc<Gate>);
+
+impl Interface for Slow {
+    fn interface(&self) -> &str {
+        "a VMM that takes its time"
+    }
+
+    fn probe(&mut self) -> Result<Capabilities, ControlError> {
+        let device = BalloonDevice { granularity: ByteCount(4096), deflate_on_oom: None };
+        Ok(Capabilities { balloon: Some(device), ..Capabilities::default() })
+    }
+
+    fn run_state(&mut self) -> Result<RunState, ControlError> {
+        Err(self.unsupported("its state"))
+    }
+
+    fn pause(&mut self) -> Result<(), ControlError> {
+        Err(self.unsupported("pausing"))
+    }
+
+    fn resume(&mut self) -> Result<(), ControlError> {
+        Err(self.unsupported("resuming"))
+    }
+
+    fn balloon(&mut self) -> Result<control::Balloon, ControlError> {
+        *self.0.looks.lock() += 1;
+        let (memory, held) = (ByteCount::mib(64), Some(ByteCount(0)));
+        Ok(control::Balloon { memory, target: held, actual: held })
+    }
+
+    fn set_balloon(&mut self, size: ByteCount) -> Result<(), ControlError> {
+        assert_eq!(size, ByteCount(0), "what it had");
+        let mut is_open = self.0.is_open.lock();
+        *self.0.given_back.lock() += 1;
+        let due = Instant::now() + Duration::from_secs(60);
+        while !*is_open && !self.0.opened.wait_until(&mut is_open, due).timed_out() {}
+        Ok(())
+    }
+}
+
+/// A machine that is a balloon.
+struct Inflated(Balloon);
+
+impl Backend for Inflated {
+    fn observe(&mut self, id: MachineId, _now: Instant) -> Result<MachineView, Trouble> {
+        Ok(MachineView::new(id, ByteCount(0)))
+    }
+
+    fn apply(&mut self, steps: &[Step], _now: Instant) -> Vec<Done> {
+        steps.iter().map(|_| Done::Begun).collect()
+    }
+
+    fn farewell(&self) -> Option<Farewell> {
+        Some(self.0.farewell())
+    }
+}
+
+#[test]
+fn a_release_is_answered_when_its_vmm_has_answered_and_nobody_else_waits_for_that() {
+    let folder = tempfile::tempdir().unwrap();
+    let estate = Estate::start(folder.path(), 1, 1024);
+    assert_eq!(estate.send("POST", "/v1/machines", r#"{"machine": "slow"}"#).status, 201);
+    wait_until("its balloon was looked at", || *estate.gate.looks.lock() > 0);
+    let client = estate.client();
+    let release =
+        std::thread::spawn(move || client.exchange("DELETE", "/v1/machines/slow", &[], Vec::new()).unwrap());
+    wait_until("its balloon is to be given back", || *estate.gate.given_back.lock() > 0);
+    for shares in [500, 2000] {
+        let text = format!(r#"{{"shares": {shares}}}"#);
+        assert_eq!(estate.send("PATCH", "/v1/machines/m1", &text).status, 200);
+    }
+    assert!(!release.is_finished(), "its VMM has not answered");
+    estate.gate.open();
+    assert_eq!(release.join().unwrap().status, 204);
+}
+
+#[test]
+fn a_loop_that_ends_waits_for_all_its_vmms_together() {
+    const MACHINES: u32 = 5;
+    let gate = Arc::<Gate>::default();
+    let budget = ByteCount::mib(1024);
+    let now = Instant::now();
+    let mut control = Control::new(Settings::new(budget), Pool::of(budget), ByteCount(0), now).unwrap();
+    for number in 0..MACHINES {
+        let (size, reservation) = (ByteCount::mib(64), ByteCount(0));
+        let face = Face::Guarantee { size, reservation, limit: size, shares: Shares::NORMAL };
+        let machine = Box::new(Inflated(gate.balloon()));
+        control.admit(&number.to_string(), MachineSettings::new(MachineId(0), face), machine).unwrap();
+    }
+    wait_until("all balloons were looked at", || *gate.looks.lock() >= MACHINES);
+    let end = std::thread::spawn(move || drop(control));
+    // None has answered, and all have been asked.
+    wait_until("all are to give theirs back", || *gate.given_back.lock() == MACHINES);
+    assert!(!end.is_finished());
+    gate.open();
+    end.join().unwrap();
+}
