@@ -2,9 +2,11 @@
 //!
 //! Enters: a path. Leaves: a lock and two listening sockets. What must never happen: a socket of a daemon that lives taken
 //! from it. The lock says whether one does; it belongs to the open file, and so lives as long as the last process that has it,
-//! be it keeper or manager. A socket in a directory that nobody has locked is stale, and removed.
+//! be it keeper or manager. A socket in a directory that nobody has locked is stale, and removed. What is written there is found
+//! there: nobody else may write to it.
+use crate::api::may_speak;
 use crate::helm::kept::SAID;
-use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdirat, open};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdirat, open, stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use std::fs;
@@ -33,6 +35,18 @@ pub enum PlaceError {
     Taken {
         /// The directory.
         directory: PathBuf,
+    },
+    /// Others could put something of theirs in the place of what the daemon has there.
+    #[error(
+        "user {owner} has {directory:?}, whose mode is {mode:04o}: use a --directory of your own to which nobody else may write"
+    )]
+    Open {
+        /// The directory.
+        directory: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// Who may do what.
+        mode: u32,
     },
     /// The path of a socket would be too long for the kernel.
     #[error("the path {path:?} is too long for a socket: use a --directory of fewer than 90 bytes")]
@@ -76,6 +90,11 @@ pub fn claim(directory: &Path) -> Result<Place, PlaceError> {
     match mkdirat(rustix::fs::CWD, directory, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(errno) => return Err(failed("make the directory", directory)(errno)),
+    }
+    let stat = stat(directory).map_err(failed("look at the directory", directory))?;
+    let mode = stat.st_mode & 0o7777;
+    if !may_speak(stat.st_uid) || mode & 0o022 != 0 {
+        return Err(PlaceError::Open { directory: directory.to_owned(), owner: stat.st_uid, mode });
     }
     let path = directory.join(LOCK);
     let lock = open(&path, OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
@@ -136,6 +155,28 @@ mod tests {
         drop(claim(&directory).unwrap());
         give_up(&directory);
         assert!(!directory.join(HANDOVER).exists() && !directory.join(CONTROL).exists());
+    }
+
+    #[test]
+    fn a_directory_to_which_others_may_write_is_refused_and_left_as_it_was() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("run");
+        fs::create_dir(&directory).unwrap();
+        for mode in [0o777, 0o1777, 0o770, 0o702] {
+            fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).unwrap();
+            let text = claim(&directory).unwrap_err().to_string();
+            assert!(text.contains(&format!("whose mode is {mode:04o}")), "{text}");
+        }
+        assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
+        if rustix::process::geteuid().is_root() {
+            fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
+            std::os::unix::fs::chown(&directory, Some(65534), None).unwrap();
+            let text = claim(&directory).unwrap_err().to_string();
+            assert!(text.contains("user 65534 has"), "{text}");
+            std::os::unix::fs::chown(&directory, Some(0), None).unwrap();
+        }
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
+        drop(claim(&directory).unwrap());
     }
 
     #[test]
