@@ -17,6 +17,7 @@ pub mod client;
 pub mod exchange;
 mod fault;
 mod model;
+mod patience;
 mod routes;
 mod serve;
 mod settings;

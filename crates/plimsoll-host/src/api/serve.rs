@@ -5,6 +5,7 @@
 //! connections, headers, bodies and time are bounded.
 use super::exchange::Door;
 use super::fault::{Code, Fault};
+use super::patience::Patient;
 use super::routes::{App, Attach, Opener, router};
 use crate::config::MachineConfig;
 use crate::roster::{Opened, open};
@@ -34,6 +35,8 @@ const CLIENTS_MAX: usize = 64;
 const STRANGERS_MAX: usize = 16;
 /// How long a client may take for a request's head, and be idle between two.
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a client may take to read some of an answer.
+const WRITE_PATIENCE: Duration = Duration::from_secs(10);
 /// The largest head, and the largest body.
 const HEAD_MAX: usize = 16 << 10;
 const BODY_MAX: usize = 64 << 10;
@@ -157,7 +160,8 @@ async fn accept(listener: UnixListener, app: Arc<App>) {
                     let mut server = http1::Builder::new();
                     server.timer(TokioTimer::new()).header_read_timeout(HEAD_PATIENCE).max_buf_size(HEAD_MAX);
                     // A client that breaks off is its own affair.
-                    let _ = server.serve_connection(TokioIo::new(stream), service).await;
+                    let stream = TokioIo::new(Patient::new(stream, WRITE_PATIENCE));
+                    let _ = server.serve_connection(stream, service).await;
                 });
                 continue;
             }
