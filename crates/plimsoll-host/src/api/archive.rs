@@ -57,6 +57,8 @@ pub(crate) struct Counts {
 struct Past {
     entries: VecDeque<Entry>,
     samples: VecDeque<Sample>,
+    /// When the last sample was kept, by the loop's own clock: the host's may be set.
+    sampled_ms: Option<u64>,
     counts: Counts,
 }
 
@@ -95,9 +97,10 @@ impl Archive {
                 add_each(&mut past.entries, view.id, tick, said.into_iter());
                 past.entries.drain(..past.entries.len().saturating_sub(ENTRIES_MAX));
             }
-            let is_due =
-                past.samples.back().is_none_or(|last| moment.unix_ms >= last.unix_ms + SAMPLE_EVERY_MS);
+            let now_ms = tick.view.now_ms;
+            let is_due = past.sampled_ms.is_none_or(|last| now_ms.saturating_sub(last) >= SAMPLE_EVERY_MS);
             if let Some(position) = positions.get(&view.id).filter(|_| is_due) {
+                past.sampled_ms = Some(now_ms);
                 past.samples.push_back(Sample {
                     unix_ms: moment.unix_ms,
                     consumed_bytes: position.consumed.0,
@@ -144,4 +147,54 @@ fn happened(moment: &Moment) -> Vec<Happening> {
     let of_host = of_host.map(|note| note.reason.to_string());
     let texts = moment.events.iter().cloned().chain(of_host);
     actions.chain(texts.map(|sentence| Happening { unix_ms, machine: None, step: None, sentence })).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Backend, Done, Trouble};
+    use crate::config::MachineConfig;
+    use crate::control::{Control, Pool};
+    use plimsoll_policy::settings::Settings;
+    use plimsoll_policy::view::MachineView;
+    use plimsoll_types::ByteCount;
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    struct Idle;
+
+    impl Backend for Idle {
+        fn observe(&mut self, id: MachineId, _now: Instant) -> Result<MachineView, Trouble> {
+            Ok(MachineView::new(id, ByteCount::mib(1)))
+        }
+
+        fn apply(&mut self, steps: &[Step], _now: Instant) -> Vec<Done> {
+            steps.iter().map(|_| Done::Begun).collect()
+        }
+    }
+
+    #[test]
+    fn history_goes_on_when_the_clock_is_set_back() {
+        let (budget, began) = (ByteCount::mib(64), Instant::now());
+        let mut control = Control::new(Settings::new(budget), Pool::of(budget), ByteCount(0), began).unwrap();
+        let settings = MachineConfig::default().settings(MachineId(0), ByteCount::mib(32));
+        let id = control.admit("m", settings, Box::new(Idle)).unwrap();
+        let mut archive = Archive::default();
+        let clock = [10_000_000, 10_005_000, 1_000, 6_000, 99_000_000];
+        for (turn, unix_ms) in (0..).zip(clock) {
+            let turn = control.turn(began + Duration::from_secs(5) * turn);
+            archive.add(&Moment {
+                unix_ms,
+                tick: control.tick(&turn),
+                events: Vec::new(),
+                tree: Arc::new(control.tree().clone()),
+                groups: Arc::default(),
+                berths: control.berths(),
+                waiting: Vec::new(),
+                own: ByteCount(0),
+            });
+        }
+        let kept: Vec<u64> = archive.samples(id).iter().map(|sample| sample.unix_ms).collect();
+        assert_eq!(kept, clock);
+    }
 }
