@@ -154,6 +154,8 @@ struct Member {
     is_paused: bool,
     /// As last measured.
     overhead: Option<Overhead>,
+    /// As last seen.
+    consumed: ByteCount,
 }
 
 impl Member {
@@ -269,8 +271,9 @@ impl Control {
         self.policy.set_tree(tree);
         self.next_id += 1;
         let (trouble, refused, overhead) = (None, None, None);
-        let name = name.to_owned();
-        self.members.insert(id, Member { name, backend, trouble, refused, is_paused: false, overhead });
+        let (name, is_paused, consumed) = (name.to_owned(), false, ByteCount(0));
+        let member = Member { name, backend, trouble, refused, is_paused, overhead, consumed };
+        self.members.insert(id, member);
         self.is_changed = true;
         self.hurry = self.hurry.or(Some(Hurry::Came));
         Ok(id)
@@ -388,11 +391,22 @@ impl Control {
         }
     }
 
-    /// Has so much taken from a machine, once, whatever its target.
+    /// Has so much taken from a machine, once, whatever its target, but nothing of what is guaranteed to it.
     pub fn reclaim(&mut self, id: MachineId, pages: PageCount, now: Instant) -> Done {
-        let missing = || Done::Refused(Refused::Short("it is not managed any more".to_owned()));
-        let done =
-            self.members.get_mut(&id).map_or_else(missing, |member| member.backend.reclaim(pages, now));
+        let refused = |why: String| Done::Refused(Refused::Short(why));
+        let floor = self.tree().terms(id).map(|terms| terms.floor).unwrap_or_default();
+        let Some(member) = self.members.get_mut(&id) else {
+            return refused("it is not managed any more".to_owned());
+        };
+        let above = member.consumed.pages_floor().saturating_sub(floor);
+        if above == PageCount(0) {
+            return refused(format!(
+                "it takes up {}, and {} are guaranteed to it",
+                member.consumed,
+                floor.bytes()
+            ));
+        }
+        let done = member.backend.reclaim(pages.min(above), now);
         self.hurry = self.hurry.or(Some(Hurry::Told));
         done
     }
@@ -493,6 +507,7 @@ impl Control {
         for (id, member) in &mut self.members {
             match member.backend.observe(*id, now) {
                 Ok(mut view) => {
+                    member.consumed = view.consumed;
                     if member.is_paused {
                         view.rungs = Rungs::NONE;
                     }

@@ -268,6 +268,23 @@ fn nothing_is_taken_from_a_paused_machine_and_a_resumed_one_gives_again() {
 }
 
 #[test]
+fn what_is_guaranteed_to_a_machine_is_not_taken_from_it_by_an_order_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let estate = Estate::start(folder.path(), 1, 1024);
+    // It takes up 48 MiB.
+    let reserved = format!("{{\"reservation_bytes\": {}}}", 40 * MIB);
+    assert_eq!(estate.send("PATCH", "/v1/machines/m1", &reserved).status, 200);
+    let take = format!("{{\"bytes\": {}}}", 30 * MIB);
+    assert_eq!(estate.send("POST", "/v1/machines/m1/reclaim", &take).status, 202);
+    assert_eq!(estate.body("m1", |body| body.ordered << 12), 8 * MIB);
+    let refused = estate.send("POST", "/v1/machines/m1/reclaim", &take);
+    assert_eq!(refused.status, 409);
+    let message = fault(&refused).message;
+    assert!(message.contains("it takes up 40M, and 40M are guaranteed to it"), "{message}");
+    assert_eq!(estate.body("m1", |body| body.consumed), 40 * MIB);
+}
+
+#[test]
 fn whoever_listens_hears_what_is_done() {
     let folder = tempfile::tempdir().unwrap();
     let estate = Estate::start(folder.path(), 4, 1024);
