@@ -57,22 +57,28 @@ pub fn discover() -> Result<Discovery, Refusal> {
     Ok(found)
 }
 
-/// The machine of that name, process id or UUID.
+/// The machine of that name or UUID, or where none is called so, of that process id.
 pub fn find(wanted: &str) -> Result<Sighting, Refusal> {
-    numbered(wanted).unwrap_or_else(|| choose(wanted, &discover()?.machines))
+    // That of a process can be had where others cannot be looked for.
+    let found = discover().and_then(|seen| choose(wanted, &seen.machines));
+    found.or_else(|refusal| otherwise(wanted, refusal))
 }
 
 impl Discovery {
     /// The machine of that name or UUID among those that were found, or, whether or not it was, that process id.
     pub fn find(&self, wanted: &str) -> Result<Sighting, Refusal> {
-        numbered(wanted).unwrap_or_else(|| choose(wanted, &self.machines))
+        choose(wanted, &self.machines).or_else(|refusal| otherwise(wanted, refusal))
     }
 }
 
-/// The machine of that process, if a process is named.
-fn numbered(wanted: &str) -> Option<Result<Sighting, Refusal>> {
-    let number = wanted.parse().ok()?;
-    Some(ProcessId::new(number).ok_or(Refusal::NoProcess(number)).and_then(sight))
+/// The machine of that process, if a process is named, where none has that name. Numbers are names, too.
+fn otherwise(wanted: &str, refusal: Refusal) -> Result<Sighting, Refusal> {
+    match wanted.parse() {
+        Ok(number) if !matches!(refusal, Refusal::SharedName { .. }) => {
+            ProcessId::new(number).ok_or(Refusal::NoProcess(number)).and_then(sight)
+        }
+        _ => Err(refusal),
+    }
 }
 
 fn choose(wanted: &str, machines: &[Sighting]) -> Result<Sighting, Refusal> {
@@ -152,5 +158,17 @@ mod tests {
         let text = choose("mail", &machines()).unwrap_err().to_string();
         assert_eq!(text, "no machine is called \"mail\"; there are web, db, web");
         assert!(choose("mail", &[]).unwrap_err().to_string().ends_with("there are no machines here"));
+    }
+
+    #[test]
+    fn a_number_is_a_name_before_it_is_a_process_id() {
+        let own = ProcessId::own().get();
+        let named = |machines| Discovery { machines, ..Discovery::default() };
+        let found = named(vec![machine(7, &own.to_string()), machine(8, "web")]).find(&own.to_string());
+        assert_eq!(found.unwrap().identity.process.get(), 7);
+        let found = named(vec![machine(8, "web")]).find(&own.to_string());
+        assert!(matches!(found, Err(Refusal::Ourselves(_))), "{found:?}");
+        let found = named(vec![machine(7, "5"), machine(8, "5")]).find("5");
+        assert!(matches!(found, Err(Refusal::SharedName { .. })), "{found:?}");
     }
 }
