@@ -13,8 +13,8 @@ use zerocopy::{FromZeros, IntoBytes};
 
 /// See the file's head.
 pub struct Image {
-    segment: u32,
-    sequence: u64,
+    pub(super) segment: u32,
+    pub(super) sequence: u64,
     blocks: Blocks,
     entries: Vec<Entry>,
 }
@@ -65,6 +65,11 @@ impl Image {
                 length: usize::from(entry.length),
             })
         })
+    }
+
+    /// True when everything that was written into the segment is there. Each block of it has a part of something.
+    pub(super) fn is_whole(&self, tier: &Tier) -> bool {
+        self.lines().all(|line| self.bytes(tier, &line, &mut vec![0; line.length]).is_ok())
     }
 
     /// The encoded bytes of one of them, as many as `into` has.

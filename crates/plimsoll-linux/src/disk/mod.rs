@@ -47,6 +47,7 @@
 //! * Segments are given back to the tier, not to the file system: the file is as long as it ever was.
 pub mod device;
 mod draft;
+mod error;
 mod fetch;
 mod format;
 mod image;
@@ -58,6 +59,7 @@ pub mod tier;
 pub mod window;
 
 pub use draft::Draft;
+pub use error::{ReadError, TierError, WriteError};
 pub use fetch::{FetchError, fetch};
 pub use format::{SEGMENT_SIZE, SEGMENTS_MAX};
 pub use image::{Image, Line};

@@ -32,13 +32,15 @@ pub struct Mover<M: SlabMemory> {
     moves: Vec<Move<M>>,
     /// Objects that have left memory since that was asked last.
     left: u64,
+    /// Segments written.
+    written: usize,
     fetched: Fetched,
 }
 
 impl<M: SlabMemory> Mover<M> {
     /// For a tier.
     pub fn new(tier: Arc<Tier>) -> Self {
-        Self { tier, draft: None, moves: Vec::new(), left: 0, fetched: Fetched::new() }
+        Self { tier, draft: None, moves: Vec::new(), left: 0, written: 0, fetched: Fetched::new() }
     }
 
     /// The tier.
@@ -114,6 +116,7 @@ impl<M: SlabMemory> Mover<M> {
         let moves = std::mem::take(&mut self.moves);
         let Some(draft) = self.draft.take().filter(|draft| !draft.is_empty()) else { return Ok(()) };
         let segment = self.tier.write(draft, purpose)?;
+        self.written += 1;
         for Move { id, domain, ticket, granule, length, old } in moves {
             let Some(at) = Tier::place(segment, granule) else { continue };
             let domain = domain.upgrade();
@@ -131,8 +134,8 @@ impl<M: SlabMemory> Mover<M> {
         Ok(())
     }
 
-    /// Cleans what is worth it: moves what is needed of some sparse segments into fewer. How many segments it went over; 0
-    /// where none is worth it.
+    /// Cleans what is worth it: moves what is needed of some sparse segments into fewer. How many segments that has won; 0
+    /// where there is room enough, or nothing to be won.
     ///
     /// # Errors
     /// [`WriteError`]: what was not written is where it was.
@@ -140,21 +143,29 @@ impl<M: SlabMemory> Mover<M> {
         &mut self,
         domain_of: &dyn Fn(DomainId) -> Option<Arc<Domain<M>>>,
     ) -> Result<usize, WriteError> {
+        if !self.tier.is_short() {
+            return Ok(0);
+        }
+        self.tier.prove();
         let victims = self.tier.victims();
         if victims.is_empty() {
             return Ok(0);
         }
         // What is on its way out of memory may well wait.
         self.abandon();
-        let mut cleaned = 0;
+        let (written, mut emptied) = (self.written, Vec::new());
         for segment in victims {
             // One that cannot be read is not worth it from now on.
             let Ok(image) = self.tier.image(segment) else { continue };
             self.empty(&image, domain_of)?;
-            cleaned += 1;
+            emptied.push((segment, image.sequence));
         }
         self.write(Purpose::Clean)?;
-        Ok(cleaned)
+        // What is named nowhere and not free either was lost: it would be gone over again and again.
+        let (full, freed): (Vec<_>, Vec<_>) =
+            emptied.into_iter().partition(|(segment, sequence)| self.tier.still_holds(*segment, *sequence));
+        full.iter().for_each(|(segment, _)| self.tier.set_stuck(*segment));
+        Ok(freed.len().saturating_sub(self.written - written))
     }
 
     fn empty(

@@ -8,8 +8,11 @@
 //!
 //! ```text
 //! 0    magic | version u32, segments u32 | next sequence | key, 4 words | zeros to 4096
-//! 4096 word of segment 0, 1, ...: 0 nothing of value | the sequence that lies there | 2^64 - 1 the disk failed there
+//! 4096 word of segment 0, 1, ...: 0 nothing of value | the sequence that lies there | 2^63 + the sequence that is being
+//!      written there | 2^64 - 1 the disk failed there
 //! ```
+//!
+//! That a segment is being written is said before the disk is asked to: a manager may die in a write that goes on without it.
 use super::seal::KEY_SIZE;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
 use plimsoll_types::{ByteCount, PAGE_SIZE};
@@ -30,6 +33,7 @@ const SEGMENTS: usize = PAGE_SIZE / size_of::<u64>();
 
 const NOTHING: u64 = 0;
 const FAILED: u64 = u64::MAX;
+const WRITING: u64 = 1 << 63;
 
 /// The table of a tier could not be had.
 #[derive(Debug, Error)]
@@ -63,6 +67,8 @@ pub enum TableError {
 pub(super) enum Holds {
     Nothing,
     Sequence(u64),
+    /// That sequence is being written there, or was when its manager died.
+    Writing(u64),
     Failed,
 }
 
@@ -141,6 +147,7 @@ impl Table {
         match word {
             NOTHING => Holds::Nothing,
             FAILED => Holds::Failed,
+            word if word & WRITING != 0 => Holds::Writing(word & !WRITING),
             sequence => Holds::Sequence(sequence),
         }
     }
@@ -149,6 +156,7 @@ impl Table {
         let word = match holds {
             Holds::Nothing => NOTHING,
             Holds::Sequence(sequence) => sequence,
+            Holds::Writing(sequence) => sequence | WRITING,
             Holds::Failed => FAILED,
         };
         if segment < self.segments {
@@ -188,11 +196,13 @@ mod tests {
         let given: Vec<u64> = (0..3).map(|_| table.next_sequence()).collect();
         table.set(999, Holds::Sequence(given[2]));
         table.set(0, Holds::Failed);
+        table.set(7, Holds::Writing(given[1]));
         let next = Table::inherit(table.keepsake().try_clone_to_owned().unwrap()).unwrap();
         assert_eq!(next.segments(), 1000);
         assert_eq!(*next.key(), *table.key());
         assert_ne!(*next.key(), [0; KEY_SIZE]);
         assert_eq!([next.holds(999), next.holds(0)], [Holds::Sequence(given[2]), Holds::Failed]);
+        assert_eq!(next.holds(7), Holds::Writing(given[1]));
         assert_eq!([next.holds(1), next.holds(1000)], [Holds::Nothing; 2]);
         assert!(!given.contains(&next.next_sequence()));
         table.forget();

@@ -7,8 +7,16 @@
 //! # A segment's life
 //! ```text
 //! free -> being written -> written -> free     when nobody needs anything in it any more, by itself or by cleaning
-//!               \-> failed  \-> kept           the disk refused it: it is not used again
+//!               |           \-> kept
+//!               |-> failed                     the disk refused it: it is used again when there is nothing else left
+//!               \-> doubtful -> free           its manager died; when all that it wrote is there
 //! ```
+//! *Doubtful* is what was being written when a manager died. The process is gone, and its write may not be: a request that is
+//! with a server, or in a queue, is done when its time comes, and would be done over whatever had been written there meanwhile.
+//! So the table says before each write that it begins, and a later manager leaves such a segment alone until it has seen every
+//! byte of that writing on the disk: then nothing of it is under way any more. It looks when room is short. A write that came
+//! to nothing is never seen to have ended, and its segment is left alone for good.
+//!
 //! *Kept* are segments that may have objects of a store that could not be put together at a take-over. What is in
 //! them is counted by what the other stores name, which is not all, so none of them is cleaned or free until a manager
 //! knows every store. That is one of a later process: a successor in this one has the same tier, and keeps what it kept.
@@ -22,22 +30,23 @@
 //! beginning: a disk that is full, because it has as many segments as it may or because others filled the file system, can
 //! still be cleaned. Quotas are of domains, because an object is a domain's: a machine that shares with nobody is one.
 //!
-//! The lock is held for a few hundred instructions, for a look at all segments where something is to be cleaned, and never
-//! across I/O.
+//! The lock is held for a few hundred instructions, for a look at some thousand segments where something is to be cleaned, and
+//! never across I/O.
 use super::device::{Disk, write_blocks};
 use super::draft::Draft;
+pub use super::error::{ReadError, TierError, WriteError};
 use super::format::{Place, ROOM, SEGMENT_SIZE, SEGMENTS_MAX, TAG_SIZE, offset_of, room_of};
 use super::seal::{Sealer, Seat};
-use super::table::{Holds, Table, TableError};
+use super::table::{Holds, Table};
 use super::window::Window;
 use parking_lot::Mutex;
 use plimsoll_store::{Away, Handle, Remote};
 use plimsoll_types::{ByteCount, DomainId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
-use thiserror::Error;
 
 /// Segments kept for cleaning: one to write what several others have left, one because what was a segment's in several others
 /// may not fill one exactly.
@@ -48,6 +57,8 @@ pub const SEGMENTS_MIN: u32 = 2 * RESERVE;
 const VICTIMS_MAX: usize = 8;
 /// Segments fuller than this, in hundredths, are not cleaned: ten of them would be read and nine written to win one.
 const FULL_PERCENT: u64 = 90;
+/// Segments looked at under one lock: some 20 us, of 2 million in the largest tier.
+const LOOKED_AT: u32 = 4096;
 /// A write is tried in so many places before the disk is left alone for a while.
 const PLACES_MAX: usize = 3;
 /// How long a disk without room, or with nothing but errors, is left alone: longer each time.
@@ -60,96 +71,6 @@ pub struct Limits {
     pub disk: ByteCount,
     /// Of it, by one sharing domain; `None` for all.
     pub domain: Option<ByteCount>,
-}
-
-/// A tier could not be had.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum TierError {
-    /// It would be too small.
-    #[error("a disk tier of {limit} is too small: give it {least} or more")]
-    TooSmall {
-        /// What was asked for.
-        limit: ByteCount,
-        /// What there must be.
-        least: ByteCount,
-    },
-    /// It would be larger than records can name.
-    #[error("a disk tier of {limit} is too large: it can have at most {most}")]
-    TooLarge {
-        /// What was asked for.
-        limit: ByteCount,
-        /// What can be had.
-        most: ByteCount,
-    },
-    /// The disk has no room for the reserve.
-    #[error("the disk has no room for the {reserve} that the tier needs to begin with")]
-    Reserve {
-        /// How much.
-        reserve: ByteCount,
-        /// What it said.
-        #[source]
-        source: io::Error,
-    },
-    /// What outlives the manager could not be had.
-    #[error(transparent)]
-    Table(#[from] TableError),
-}
-
-/// Why something was not written. What was to be written is where it was before.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum WriteError {
-    /// The tier is as large as it may be.
-    #[error("the disk tier is full: it has used {limit}")]
-    Full {
-        /// What it may use.
-        limit: ByteCount,
-    },
-    /// The file system has no room.
-    #[error("the disk has no room left")]
-    NoSpace(#[source] io::Error),
-    /// The disk refused in every place that was tried.
-    #[error("the disk cannot be written")]
-    Failed(#[source] io::Error),
-    /// It is being left alone after one of the above.
-    #[error("the disk is left alone for a while")]
-    Resting,
-    /// The domain has what it may have.
-    #[error("{domain} has used its part of the disk tier, {quota}")]
-    Quota {
-        /// Whose pages.
-        domain: DomainId,
-        /// What it may have.
-        quota: ByteCount,
-    },
-    /// The draft has no room for it.
-    #[error("the segment is complete")]
-    Complete,
-}
-
-/// Why something could not be read.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum ReadError {
-    /// Nothing is there: the record names no place of this tier, or its bytes have moved since.
-    #[error("nothing is at its place on the disk")]
-    Nothing,
-    /// The disk failed.
-    #[error("the disk cannot be read at {offset:#x}")]
-    Failed {
-        /// Where.
-        offset: u64,
-        /// What it said.
-        #[source]
-        source: io::Error,
-    },
-    /// The bytes are not what was written.
-    #[error("what the disk has at {offset:#x} is not what was written there")]
-    Damaged {
-        /// Where.
-        offset: u64,
-    },
 }
 
 /// What a segment is written for.
@@ -170,7 +91,7 @@ pub struct TierStats {
     pub used: ByteCount,
     /// Of these, what somebody needs.
     pub live: ByteCount,
-    /// Segments that the disk refused.
+    /// Segments that the disk refused, and those that it may still be writing for a manager that is gone.
     pub failed: ByteCount,
     /// Bytes written, ever.
     pub written: ByteCount,
@@ -191,6 +112,8 @@ enum Duty {
     Stuck,
     /// Written, and perhaps needed by a store that is not known.
     Kept,
+    /// A manager died while it wrote here, and its write may still be under way.
+    Doubtful,
     Failed,
 }
 
@@ -208,6 +131,14 @@ struct Segment {
     live: u32,
 }
 
+/// A segment that is worth cleaning, least worth first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Sparse {
+    worth: u64,
+    number: u32,
+    live: u64,
+}
+
 const UNUSED: Segment = Segment { duty: Duty::Free, live: 0 };
 
 #[derive(Debug)]
@@ -216,6 +147,8 @@ struct State {
     segments: Vec<Segment>,
     /// Of these, those that are free.
     free: BTreeSet<u32>,
+    /// Those that the disk refused, the one that it refused longest ago first.
+    failed: VecDeque<u32>,
     owned: BTreeMap<DomainId, u64>,
     rest: Option<Rest>,
     stats: TierStats,
@@ -274,12 +207,14 @@ impl Tier {
         let duty = |segment| match table.holds(segment) {
             Holds::Nothing => Duty::Free,
             Holds::Sequence(_) => Duty::Written,
+            Holds::Writing(_) => Duty::Doubtful,
             Holds::Failed => Duty::Failed,
         };
         let segments: Vec<Segment> = (0..known).map(|at| Segment { duty: duty(at), live: 0 }).collect();
         let free = (0..known).filter(|at| duty(*at) == Duty::Free).collect();
+        let failed = (0..known).filter(|at| duty(*at) == Duty::Failed).collect();
         let stats = TierStats { limit: ByteCount(offset_of(table.segments())), ..TierStats::default() };
-        let state = State { segments, free, owned: BTreeMap::new(), rest: None, stats };
+        let state = State { segments, free, failed, owned: BTreeMap::new(), rest: None, stats };
         Self {
             sealer: Sealer::new(&table.key()),
             disk,
@@ -322,7 +257,7 @@ impl Tier {
         };
         TierStats {
             used: ByteCount(count(&[Duty::Writing, Duty::Written, Duty::Stuck, Duty::Kept]) as u64),
-            failed: ByteCount(count(&[Duty::Failed]) as u64),
+            failed: ByteCount(count(&[Duty::Failed, Duty::Doubtful]) as u64),
             live: ByteCount(state.owned.values().sum()),
             ..state.stats
         }
@@ -372,9 +307,11 @@ impl Tier {
     pub fn write(&self, draft: Draft, purpose: Purpose) -> Result<u32, WriteError> {
         // Its parts were seen to fit.
         let mut closed = draft.close(&self.sealer).ok_or(WriteError::Complete)?;
+        let sequence = closed.draft.sequence;
         let mut refusal = None;
-        for _ in 0..PLACES_MAX {
+        for _ in 0..self.places() {
             let segment = self.take_segment(purpose, Instant::now())?;
+            self.table.set(segment, Holds::Writing(sequence));
             let bytes = closed.at(segment);
             let length = bytes.len() as u64;
             match write_blocks(&*self.disk, offset_of(segment), bytes) {
@@ -383,12 +320,12 @@ impl Tier {
                     return Ok(segment);
                 }
                 Err(error) if is_no_space(&error) => {
-                    self.refused(segment, Duty::Free);
+                    self.found_full(segment);
                     self.rest(true);
                     return Err(WriteError::NoSpace(error));
                 }
                 Err(error) => {
-                    self.refused(segment, Duty::Failed);
+                    self.refused(segment);
                     refusal = Some(error);
                 }
             }
@@ -397,21 +334,32 @@ impl Tier {
         Err(WriteError::Failed(refusal.unwrap_or_else(|| io::ErrorKind::Other.into())))
     }
 
+    /// In how many places a write is tried: once a disk has refused all of them, it is the disk, and each costs a place.
+    fn places(&self) -> usize {
+        if self.state.lock().rest.is_some_and(|rest| !rest.is_full) { 1 } else { PLACES_MAX }
+    }
+
     fn take_segment(&self, purpose: Purpose, now: Instant) -> Result<u32, WriteError> {
         let mut state = self.state.lock();
         let rests = state.rest.filter(|rest| rest.until > now);
+        if rests.is_some_and(|rest| !rest.is_full) {
+            return Err(WriteError::Resting);
+        }
         let known = u32::try_from(state.segments.len()).unwrap_or(u32::MAX);
+        let has_more = known < self.table.segments();
         let spare = state.free.len() > RESERVE as usize;
-        let taken = match purpose {
-            _ if rests.is_some_and(|rest| !rest.is_full) => return Err(WriteError::Resting),
-            Purpose::Clean => state.free.first().copied(),
-            Purpose::Demote if spare => state.free.first().copied(),
-            Purpose::Demote if known >= self.table.segments() => None,
-            Purpose::Demote if rests.is_some() => return Err(WriteError::Resting),
-            Purpose::Demote => {
+        let free = state.free.first().copied();
+        let taken = match (purpose, free) {
+            (Purpose::Clean, Some(_)) => free,
+            (Purpose::Demote, Some(_)) if spare => free,
+            (Purpose::Demote, _) if has_more && rests.is_some() => return Err(WriteError::Resting),
+            _ if has_more && rests.is_none() => {
                 state.segments.push(UNUSED);
                 Some(known)
             }
+            // The disk has refused what was kept for this. Better a place that it refused once than a tier full for good.
+            (Purpose::Clean, None) => state.failed.pop_front(),
+            (Purpose::Demote, _) => None,
         };
         let segment = taken.ok_or(WriteError::Full { limit: state.stats.limit })?;
         state.free.remove(&segment);
@@ -437,23 +385,47 @@ impl Tier {
         }
     }
 
-    /// The disk did not take the segment.
-    fn refused(&self, segment: u32, duty: Duty) {
-        if duty == Duty::Failed {
-            self.table.set(segment, Holds::Failed);
-        }
+    /// The disk had no room for the segment.
+    fn found_full(&self, segment: u32) {
+        self.table.set(segment, Holds::Nothing);
         let mut state = self.state.lock();
-        let is_last = segment as usize + 1 == state.segments.len();
-        if duty == Duty::Free && is_last && segment >= RESERVE {
+        if segment as usize + 1 == state.segments.len() && segment >= RESERVE {
             // It never got its room.
             state.segments.pop();
-            return;
-        }
-        if let Some(refused) = state.segments.get_mut(segment as usize) {
-            refused.duty = duty;
-        }
-        if duty == Duty::Free {
+        } else if let Some(refused) = state.segments.get_mut(segment as usize) {
+            *refused = UNUSED;
             state.free.insert(segment);
+        }
+    }
+
+    /// The disk did not take the segment.
+    fn refused(&self, segment: u32) {
+        self.table.set(segment, Holds::Failed);
+        let mut state = self.state.lock();
+        if let Some(refused) = state.segments.get_mut(segment as usize) {
+            refused.duty = Duty::Failed;
+            state.failed.push_back(segment);
+        }
+    }
+
+    /// Looks whether writes in which managers died have ended. What all of is there is free: nobody's record names it.
+    pub fn prove(&self) {
+        let doubtful: Vec<u32> = {
+            let state = self.state.lock();
+            let is_doubtful = |(_, segment): &(u32, &Segment)| segment.duty == Duty::Doubtful;
+            (0..).zip(&state.segments).filter(is_doubtful).map(|(number, _)| number).collect()
+        };
+        for number in doubtful {
+            let Holds::Writing(sequence) = self.table.holds(number) else { continue };
+            let image = super::Image::read(&*self.disk, self, number, sequence);
+            if !image.is_ok_and(|image| image.is_whole(self)) {
+                continue;
+            }
+            let mut state = self.state.lock();
+            let State { segments, free, .. } = &mut *state;
+            if let Some(segment) = segments.get_mut(number as usize) {
+                self.set_free(number, segment, free);
+            }
         }
     }
 
@@ -508,7 +480,7 @@ impl Tier {
     pub fn writing(&self, remote: Remote) -> Option<u64> {
         match self.table.holds(Place::of(remote.at).segment) {
             Holds::Sequence(sequence) => Some(sequence),
-            Holds::Nothing | Holds::Failed => None,
+            Holds::Nothing | Holds::Writing(_) | Holds::Failed => None,
         }
     }
 
@@ -523,7 +495,7 @@ impl Tier {
     pub fn recount(&self) {
         let mut state = self.state.lock();
         state.owned.clear();
-        for segment in state.segments.iter_mut().filter(|segment| segment.duty != Duty::Failed) {
+        for segment in state.segments.iter_mut().filter(|segment| segment.duty.holds_objects()) {
             segment.live = 0;
             if segment.duty == Duty::Stuck {
                 segment.duty = Duty::Written;
@@ -591,17 +563,38 @@ impl Tier {
         free.insert(number);
     }
 
-    /// Segments to be cleaned together, because what they have fits into fewer: those first that give most for what is read
-    /// and written and have been left longest, as their pages will not go by themselves. Empty where that wins nothing, or
-    /// where there is room enough.
-    pub fn victims(&self) -> Vec<u32> {
+    /// True where there is little room left: then cleaning is worth its while.
+    pub fn is_short(&self) -> bool {
         let state = self.state.lock();
         let spare = state.free.len().saturating_sub(RESERVE as usize);
         let is_stuck = state.rest.is_some_and(|rest| rest.is_full);
         let unused = if is_stuck { 0 } else { self.table.segments() as usize - state.segments.len() };
-        if spare + unused > self.table.segments() as usize / 16 {
-            return Vec::new();
+        spare + unused <= self.table.segments() as usize / 16
+    }
+
+    /// Segments to be cleaned together, because what they have fits into fewer: those first that give most for what is read
+    /// and written and have been left longest, as their pages will not go by themselves. Empty where that wins nothing.
+    /// Others may use the tier meanwhile: a segment may have come to be free, and then nothing is to be done there.
+    pub fn victims(&self) -> Vec<u32> {
+        let mut sparse: Vec<Sparse> = Vec::new();
+        let mut next = 0;
+        while let Some(some) = self.sparse(next..next + LOOKED_AT) {
+            sparse.extend(some);
+            sparse.sort_unstable_by(|one, other| other.cmp(one));
+            sparse.truncate(VICTIMS_MAX);
+            next += LOOKED_AT;
         }
+        let mut live = 0;
+        let wins = |(taken, sparse): (usize, &Sparse)| {
+            live += sparse.live;
+            (live.div_ceil(ROOM as u64) < taken as u64).then_some(taken)
+        };
+        let taken = (1..).zip(&sparse).find_map(wins);
+        sparse.iter().take(taken.unwrap_or(0)).map(|sparse| sparse.number).collect()
+    }
+
+    /// Those of some segments that are worth cleaning; `None` behind the last.
+    fn sparse(&self, some: Range<u32>) -> Option<Vec<Sparse>> {
         let now = self.table.now();
         let worth = |(number, segment): (u32, &Segment)| {
             let (live, room) = (u64::from(segment.live), ROOM as u64);
@@ -609,17 +602,12 @@ impl Tier {
             let is_sparse = segment.duty == Duty::Written && live * 100 <= room * FULL_PERCENT;
             // Rosenblum and Ousterhout's benefit to cost, (1 - u) * age / (1 + u).
             let age = now.saturating_sub(sequence).min(1 << 20);
-            is_sparse.then(|| ((room - live) * age * 1000 / (room + live), number, live))
+            is_sparse.then(|| Sparse { worth: (room - live) * age * 1000 / (room + live), number, live })
         };
-        let mut sparse: Vec<_> = (0..).zip(&state.segments).filter_map(worth).collect();
-        sparse.sort_unstable_by(|one, other| other.cmp(one));
-        let mut live = 0;
-        let wins = |(taken, (_, _, needed)): (usize, &(u64, u32, u64))| {
-            live += needed;
-            (live.div_ceil(ROOM as u64) < taken as u64).then_some(taken)
-        };
-        let taken = (1..).zip(sparse.iter().take(VICTIMS_MAX)).find_map(wins);
-        sparse.iter().take(taken.unwrap_or(0)).map(|(_, number, _)| *number).collect()
+        let state = self.state.lock();
+        let end = state.segments.len().min(some.end as usize);
+        let segments = state.segments.get(some.start as usize..end).filter(|some| !some.is_empty())?;
+        Some((some.start..).zip(segments).filter_map(worth).collect())
     }
 
     /// Reads a whole segment and its directory.
@@ -633,7 +621,13 @@ impl Tier {
         image.inspect_err(|_| self.set_stuck(segment))
     }
 
-    /// Something in the segment cannot be read: cleaning it would win nothing.
+    /// True while that writing is what lies in the segment.
+    pub(super) fn still_holds(&self, segment: u32, sequence: u64) -> bool {
+        self.table.holds(segment) == Holds::Sequence(sequence)
+    }
+
+    /// Something in the segment cannot be read, or it is not free after all that is named in it has gone: cleaning it would
+    /// win nothing.
     pub fn set_stuck(&self, segment: u32) {
         if let Some(segment) = self.state.lock().segments.get_mut(segment as usize)
             && segment.duty == Duty::Written

@@ -4,6 +4,7 @@ use plimsoll_linux::disk::device::{BLOCK_SIZE, Disk};
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -20,6 +21,20 @@ pub(crate) enum Fault {
     Short,
     /// It does a part, and fails.
     Torn,
+    /// Whoever writes is killed meanwhile, and the write is done [later](FaultyDisk::land).
+    Killed,
+}
+
+/// What a killed writer unwinds with.
+struct Dead;
+
+/// Does what a killed manager may have been at; `None` if it was killed.
+pub(crate) fn until_killed<T>(work: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => Some(done),
+        Err(cause) if cause.is::<Dead>() => None,
+        Err(cause) => resume_unwind(cause),
+    }
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +48,25 @@ struct State {
     /// By sequence number, what was encrypted under it.
     encrypted: BTreeMap<u64, u64>,
     writes_made: u64,
+    /// Writes of the dead that have not been done yet.
+    late: Vec<(u64, Vec<u8>)>,
+}
+
+impl State {
+    fn store(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        for (number, block) in (offset / BLOCK_SIZE as u64..).zip(bytes.chunks(BLOCK_SIZE)) {
+            if !self.blocks.contains_key(&number) {
+                match &mut self.room {
+                    Some(0) => return Err(io::ErrorKind::StorageFull.into()),
+                    Some(room) => *room -= 1,
+                    None => {}
+                }
+            }
+            let room = self.blocks.entry(number).or_insert_with(|| vec![0; BLOCK_SIZE]);
+            room[..block.len()].copy_from_slice(block);
+        }
+        Ok(())
+    }
 }
 
 /// See the file's head. Clones are the same disk.
@@ -51,6 +85,14 @@ impl FaultyDisk {
     /// It has room for so many blocks more; `None` for any number.
     pub(crate) fn set_room(&self, blocks: Option<u64>) {
         self.0.lock().room = blocks;
+    }
+
+    /// Does the writes of managers that were killed, as far as there is room.
+    pub(crate) fn land(&self) {
+        let mut state = self.0.lock();
+        for (offset, bytes) in std::mem::take(&mut state.late) {
+            let _ = state.store(offset, &bytes);
+        }
     }
 
     /// Changes a byte; false where there is none.
@@ -84,7 +126,7 @@ fn error_of(fault: Fault) -> Option<io::Error> {
     match fault {
         Fault::None | Fault::Short => None,
         Fault::NoSpace => Some(io::ErrorKind::StorageFull.into()),
-        Fault::Failed | Fault::Torn => Some(io::Error::from_raw_os_error(5)),
+        Fault::Failed | Fault::Torn | Fault::Killed => Some(io::Error::from_raw_os_error(5)),
     }
 }
 
@@ -122,17 +164,12 @@ impl Disk for FaultyDisk {
             assert_eq!(before, content, "sequence number {sequence} was used for two segments");
         }
         let length = if fault == Fault::NoSpace { 0 } else { part(bytes.len(), fault) };
-        for (number, block) in (offset / BLOCK_SIZE as u64..).zip(bytes[..length].chunks(BLOCK_SIZE)) {
-            if !state.blocks.contains_key(&number) {
-                match &mut state.room {
-                    Some(0) => return Err(io::ErrorKind::StorageFull.into()),
-                    Some(room) => *room -= 1,
-                    None => {}
-                }
-            }
-            let room = state.blocks.entry(number).or_insert_with(|| vec![0; BLOCK_SIZE]);
-            room[..block.len()].copy_from_slice(block);
+        if fault == Fault::Killed {
+            state.late.push((offset, bytes.to_vec()));
+            drop(state);
+            resume_unwind(Box::new(Dead));
         }
+        state.store(offset, &bytes[..length])?;
         error_of(fault).map_or(Ok(length), Err)
     }
 

@@ -1,6 +1,6 @@
 //! Random pages, demotions, releases, cleanings and deaths of the manager, over a disk that fails at random: whatever happens,
 //! a page reads as what it is or, while the disk cannot be read, not at all.
-use crate::faulty::{Fault, FaultyDisk};
+use crate::faulty::{Fault, FaultyDisk, until_killed};
 use crate::world::World;
 use plimsoll_linux::disk::FetchError;
 use proptest::collection::vec;
@@ -17,6 +17,7 @@ enum Step {
     Writes(Vec<Fault>),
     Room(Option<u64>),
     Restart,
+    Land,
 }
 
 fn fault() -> impl Strategy<Value = Fault> {
@@ -37,7 +38,8 @@ fn step() -> impl Strategy<Value = Step> {
         5 => Just(Step::Clean),
         3 => any::<usize>().prop_map(|at| Step::Read { at }),
         1 => vec(fault(), 0..6).prop_map(Step::Reads),
-        2 => vec(fault(), 0..6).prop_map(Step::Writes),
+        2 => vec(prop_oneof![6 => fault(), 1 => Just(Fault::Killed)], 0..6).prop_map(Step::Writes),
+        1 => Just(Step::Land),
         1 => prop_oneof![Just(None), (0..300_u64).prop_map(Some)].prop_map(Step::Room),
         2 => Just(Step::Restart),
     ]
@@ -60,10 +62,14 @@ fn apply(world: &mut World, disk: &FaultyDisk, step: Step, next: &mut u64) {
             let first = at.checked_rem(world.held.len()).unwrap_or(0);
             let chosen: Vec<_> = world.held.iter().skip(first).take(pages).copied().collect();
             // What was refused is in memory.
-            let _ = world.demote(chosen);
+            if until_killed(|| world.demote(chosen)).is_none() {
+                world.restart(Box::new(disk.clone()));
+            }
         }
         Step::Clean => {
-            let _ = world.clean();
+            if until_killed(|| world.clean()).is_none() {
+                world.restart(Box::new(disk.clone()));
+            }
         }
         Step::Read { at } => {
             let Some(at) = at.checked_rem(world.held.len()) else { return };
@@ -73,6 +79,7 @@ fn apply(world: &mut World, disk: &FaultyDisk, step: Step, next: &mut u64) {
         Step::Reads(faults) => disk.fail_reads(&faults),
         Step::Writes(faults) => disk.fail_writes(&faults),
         Step::Room(blocks) => disk.set_room(blocks),
+        Step::Land => disk.land(),
         Step::Restart => world.restart(Box::new(disk.clone())),
     }
 }
@@ -91,6 +98,7 @@ proptest! {
         disk.fail_reads(&[]);
         disk.fail_writes(&[]);
         disk.set_room(None);
+        disk.land();
         world.read_all();
         world.restart(Box::new(disk.clone()));
         world.read_all();
