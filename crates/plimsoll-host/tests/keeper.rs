@@ -7,6 +7,7 @@
 use plimsoll_host::keeper::client::Client;
 use plimsoll_host::keeper::protocol::Request;
 use plimsoll_host::keeper::serve::{End, Keeper};
+use plimsoll_host::keeper::store::Store;
 use plimsoll_linux::uffd::estate::Keep;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::fdpass;
@@ -16,8 +17,10 @@ use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::process::adopt_inherited;
 use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,10 +37,11 @@ const TURN: Duration = Duration::from_millis(20);
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 9] = [
+const TESTS: [Test; 10] = [
     ("what_a_killed_manager_gave_is_there_for_the_next", a_killed_manager),
     ("more_descriptors_than_fit_in_a_message_come_back_each_in_its_slot", many_descriptors),
     ("a_keeper_allocates_nothing_once_it_runs", allocates_nothing),
+    ("a_supervisor_that_did_not_listen_has_everything_later_and_nothing_is_allocated", supervised),
     ("requests_that_make_no_sense_are_refused_and_change_nothing", nonsense),
     ("managers_that_never_serve_are_started_ever_later_and_for_ever_while_machines_are_kept", never_serves),
     ("a_keeper_without_machines_gives_up_a_manager_that_cannot_be", cannot_be),
@@ -289,6 +293,38 @@ fn allocates_nothing() {
     assert_eq!((counted.count_total, counted.bytes_total), (0, 0), "in {} starts", board.get(STARTS));
     let control = allocation_counter::measure(|| drop(std::hint::black_box(vec![1_u8; 100])));
     assert_eq!(control.count_total, 1, "allocations are not counted");
+    end(keeper);
+}
+
+fn supervised() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("notify");
+    let socket = UnixDatagram::bind(&place).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let (mut keeper, board) = keeper("gives-many");
+    keeper.store_in(Store::new(place.as_os_str(), 512, None).unwrap());
+    // The kernel keeps a few datagrams for one who does not read; the rest have to wait.
+    let counted = allocation_counter::measure(|| {
+        until(&mut keeper, |_| board.get(GOOD) >= 2);
+    });
+    assert_eq!((counted.count_total, counted.bytes_total), (0, 0));
+    let expected: BTreeSet<String> = keeper.slots().taken().map(|(slot, _)| format!("slot-{slot}")).collect();
+    assert_eq!(expected.len(), 200);
+    let (mut stored, mut bytes) = (BTreeSet::new(), [0; 200]);
+    until(&mut keeper, |_| {
+        while let Ok(length) = socket.recv(&mut bytes) {
+            let text = str::from_utf8(&bytes[..length]).unwrap();
+            let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap().to_owned();
+            if text.starts_with("FDSTORE=1") {
+                stored.insert(name)
+            } else {
+                stored.remove(&name)
+            };
+        }
+        expected.is_subset(&stored)
+    });
+    stored.remove("manager");
+    assert_eq!(stored, expected, "what was let go is not stored");
     end(keeper);
 }
 

@@ -72,6 +72,12 @@ pub struct Pidfd {
     process: ProcessId,
 }
 
+/// What the kernel says of which process a descriptor is.
+fn pid_of(fd: &OwnedFd) -> io::Result<Option<String>> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+    Ok(text.lines().find_map(|line| line.strip_prefix("Pid:")).map(|id| id.trim().to_owned()))
+}
+
 impl Pidfd {
     /// Opens the process that has the id now.
     pub fn open(process: ProcessId) -> Result<Self, PidfdError> {
@@ -100,14 +106,41 @@ impl Pidfd {
     /// [`PidfdError::Other`] where the descriptor is something else, or of another process.
     pub fn adopt(fd: OwnedFd, process: ProcessId) -> Result<Self, PidfdError> {
         let failed = |source| PidfdError::Other { process, source };
-        let text =
-            std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).map_err(failed)?;
-        let found = text.lines().find_map(|line| line.strip_prefix("Pid:")).map(str::trim);
+        let found = pid_of(&fd).map_err(failed)?;
         // A process that was reaped has no id any more.
-        if found == Some("-1") || found.and_then(|id| id.parse().ok()) == Some(process.get()) {
+        if found.as_deref() == Some("-1")
+            || found.as_ref().and_then(|id| id.parse().ok()) == Some(process.get())
+        {
             return Ok(Self { fd, process });
         }
         Err(failed(io::Error::other(format!("the descriptor is not one of that process: {found:?}"))))
+    }
+
+    /// Takes over a descriptor that somebody else opened on a process; `None` if that has ended and was reaped.
+    ///
+    /// # Errors
+    /// When the descriptor is something else.
+    pub fn recognise(fd: OwnedFd) -> io::Result<Option<Self>> {
+        let found = pid_of(&fd)?;
+        if found.as_deref() == Some("-1") {
+            return Ok(None);
+        }
+        let process = found.as_ref().and_then(|id| id.parse().ok()).and_then(ProcessId::new);
+        let process = process.ok_or_else(|| io::Error::other(format!("not a process: {found:?}")))?;
+        Ok(Some(Self { fd, process }))
+    }
+
+    /// Opens the same process once more: another open file, where a copy of the descriptor would be the same.
+    ///
+    /// # Errors
+    /// [`PidfdError::NoProcess`] where it has ended.
+    pub fn reopened(&self) -> Result<Self, PidfdError> {
+        let again = Self::open(self.process)?;
+        // It had its number still when that was opened.
+        match self.wait_exit(Duration::ZERO)? {
+            Liveness::Alive => Ok(again),
+            Liveness::Exited => Err(PidfdError::NoProcess(self.process)),
+        }
     }
 
     /// The id the process had when it was opened.

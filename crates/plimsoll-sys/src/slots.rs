@@ -69,11 +69,7 @@ impl Slots {
         raise_limit(count)?;
         let mut slots = Self((0..count).map(|_| None).collect());
         for (slot, number) in slots.0.iter_mut().zip(FIRST..) {
-            // SAFETY: borrowed for this call, which the kernel refuses where the number is not open.
-            let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
-            if flags.is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
-                // SAFETY: it is open and not close-on-exec, so nobody in this process owns it, as argued above.
-                let fd = unsafe { OwnedFd::from_raw_fd(number) };
+            if let Some(fd) = unowned(number) {
                 fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
                 *slot = Some(fd);
             }
@@ -144,6 +140,29 @@ impl Slots {
     pub fn taken(&self) -> impl Iterator<Item = (u32, BorrowedFd<'_>)> {
         (0..).zip(&self.0).filter_map(|(slot, fd)| Some((slot, fd.as_ref()?.as_fd())))
     }
+}
+
+/// The `count` descriptors that a supervisor has opened for this process, from the first number after the standard ones on, as
+/// systemd does; moved to where they are in the way of none of `slots` slots. `None` where there is none. To be called once, and before
+/// anything else, for the reason at [`Slots::inherit`].
+///
+/// # Errors
+/// When there is no room for them.
+pub fn handed_on(count: u32, slots: u32) -> io::Result<Vec<Option<OwnedFd>>> {
+    raise_limit(slots.saturating_add(count))?;
+    let above = FIRST.saturating_add_unsigned(slots);
+    let numbers = (3..).take(usize::try_from(count).unwrap_or(usize::MAX));
+    let moved = |fd: OwnedFd| fcntl_dupfd_cloexec(fd, above);
+    numbers.map(|number| Ok(unowned(number).map(moved).transpose()?)).collect()
+}
+
+/// What is open at a number and nobody's: it came with the process.
+fn unowned(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: borrowed for this call, which the kernel refuses where the number is not open.
+    let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
+    let is_nobodys = flags.is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC));
+    // SAFETY: it is open and not close-on-exec, so nobody in this process owns it, as argued at `Slots::inherit`.
+    is_nobodys.then(|| unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 fn raise_limit(count: u32) -> io::Result<()> {

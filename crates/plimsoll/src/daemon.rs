@@ -12,6 +12,7 @@ use plimsoll_host::daemon::{self, Beginning, Counted, DiskSettings, Settings, Sh
 use plimsoll_host::helm::BUDGET_MIN;
 use plimsoll_host::keeper::protocol::VERSION;
 use plimsoll_host::keeper::serve::End;
+use plimsoll_host::keeper::store::{HANDED_ON, is_handed_on};
 use plimsoll_linux::disk::device::FileDisk;
 use plimsoll_linux::disk::tier::{Limits, SEGMENTS_MIN};
 use plimsoll_linux::disk::{SEGMENT_SIZE, SEGMENTS_MAX};
@@ -152,7 +153,8 @@ fn check(path: &Path) -> Result<(), String> {
 
 fn run(args: &DaemonArgs) -> Result<End, String> {
     let settings = args.settings()?;
-    if !args.resumed {
+    // Machines that wait are not refused what they had.
+    if !args.resumed && !is_handed_on() {
         if let Some(path) = &args.config {
             check(path)?;
         }
@@ -175,6 +177,7 @@ fn run(args: &DaemonArgs) -> Result<End, String> {
         let words =
             ["plimsoll"].iter().chain(verb).map(OsStr::new).chain(own.iter().map(OsString::as_os_str));
         let variables: Vec<OsString> = std::env::vars_os()
+            .filter(|(name, _)| !HANDED_ON.iter().any(|own| name == own))
             .map(|(mut name, value)| {
                 name.push("=");
                 name.push(value);

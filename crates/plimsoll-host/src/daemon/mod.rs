@@ -20,6 +20,7 @@ pub mod status;
 mod steer;
 
 use crate::keeper::serve::{End, Keeper};
+use crate::keeper::store::{Store, received};
 use crate::voice::say;
 use plimsoll_linux::disk::device::OpenError;
 use plimsoll_linux::disk::tier::{Limits, TierError};
@@ -28,7 +29,7 @@ use plimsoll_sys::launch::{Program, accept_signals};
 use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
 
@@ -99,6 +100,9 @@ pub enum DaemonError {
     /// A descriptor of the daemon's own could not be put where it belongs.
     #[error("the daemon's descriptors cannot be kept")]
     Slots(#[source] io::Error),
+    /// The supervisor that keeps descriptors cannot be spoken to.
+    #[error("the supervisor at NOTIFY_SOCKET cannot be spoken to")]
+    Store(#[source] io::Error),
     /// Waiting, or catching signals, failed.
     #[error("the daemon cannot wait for anything")]
     Wait(#[source] io::Error),
@@ -146,18 +150,12 @@ pub fn keep(
 ) -> Result<End, DaemonError> {
     let slots = match beginning {
         Beginning::Resumed => Slots::inherit(SLOTS).map_err(DaemonError::Slots)?,
-        Beginning::Fresh => {
-            let mut slots = Slots::new(SLOTS).map_err(DaemonError::Slots)?;
-            let place = place::claim(&settings.directory)?;
-            for (slot, descriptor) in
-                [(HANDOVER, place.handover), (CONTROL, place.control), (LOCK, place.lock)]
-            {
-                slots.put(slot, descriptor).map_err(|error| DaemonError::Slots(io::Error::other(error)))?;
-            }
-            slots
-        }
+        Beginning::Fresh => begin(&settings.directory)?,
     };
     let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
+    if let Some(store) = Store::of_supervisor(SLOTS).map_err(DaemonError::Store)? {
+        keeper.store_in(store);
+    }
     // Only now does something catch what an upgrade has kept waiting.
     accept_signals().map_err(DaemonError::Wait)?;
     loop {
@@ -174,4 +172,22 @@ pub fn keep(
             }
         }
     }
+}
+
+/// The slots of a daemon that begins: with its directory, or with all that a supervisor has kept since an earlier keeper died.
+fn begin(directory: &Path) -> Result<Slots, DaemonError> {
+    let mut slots = match received(SLOTS).map_err(DaemonError::Slots)? {
+        Some(slots) => slots,
+        None => Slots::new(SLOTS).map_err(DaemonError::Slots)?,
+    };
+    // It is stored last of the three, so with it the sockets are there; and without it there is no machine yet.
+    if slots.get(LOCK).is_some() {
+        return Ok(slots);
+    }
+    let place = place::claim(directory)?;
+    for (slot, descriptor) in [(HANDOVER, place.handover), (CONTROL, place.control), (LOCK, place.lock)] {
+        slots.clear(slot);
+        slots.put(slot, descriptor).map_err(|error| DaemonError::Slots(io::Error::other(error)))?;
+    }
+    Ok(slots)
 }

@@ -6,7 +6,7 @@
 //! nothing but eight bytes from its own child, and allocates no memory once it has started.
 //!
 //! * [`protocol`]: what the two say to each other. [`client`]: the manager's side.
-//! * [`serve`]: the keeper's side, and what it does when the manager ends.
+//! * [`serve`]: the keeper's side, and what it does when the manager ends. [`store`]: what a supervisor keeps for the next keeper.
 //!
 //! ```text
 //! keeper                                   manager
@@ -26,8 +26,9 @@
 //!
 //! # Known holes
 //! * A manager counts as hanging when its main thread does. A pager's thread that hangs shows in its machine.
-//! * When the keeper dies, the manager goes on and says so; when that one dies too, the VMMs' own copies of their userfaultfds keep
-//!   their guests waiting, and nobody can bring the pages.
+//! * When a keeper dies that no supervisor has started, the manager goes on and says so; when that one dies too, the VMMs' own copies of
+//!   their userfaultfds keep their guests waiting, and nobody can bring the pages.
 pub mod client;
 pub mod protocol;
 pub mod serve;
+pub mod store;

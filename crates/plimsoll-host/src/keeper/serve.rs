@@ -3,6 +3,7 @@
 //! Enters: slots, a program to start. Leaves: how it ended. Nothing here allocates after [`Keeper::new`]: not the messages,
 //! which lie on the stack, nor the slots, nor the start of a child.
 use super::protocol::{LISTING_MAX, LISTING_SIZE, REQUEST_SIZE, Request, Status, encode_listing};
+use super::store::Store;
 use crate::voice::say;
 use plimsoll_sys::fdpass;
 use plimsoll_sys::launch::{Ending, Program, StartError, accept_signals, hold_signals, reap};
@@ -84,6 +85,8 @@ pub struct Keeper {
     silence_max: Duration,
     signals: Signals,
     manager: Option<Manager>,
+    /// What a supervisor keeps for the next keeper.
+    store: Option<Store>,
     /// Managers that have ended before they served, since one has.
     fruitless: u32,
     next_start: Instant,
@@ -106,10 +109,16 @@ impl Keeper {
             silence_max,
             signals,
             manager: None,
+            store: None,
             fruitless: 0,
             next_start,
             is_stopping: false,
         })
+    }
+
+    /// Has a supervisor keep what is kept here.
+    pub fn store_in(&mut self, store: Store) {
+        self.store = Some(store);
     }
 
     /// What is kept.
@@ -144,6 +153,8 @@ impl Keeper {
         } else {
             limit
         };
+        self.settle();
+        let wait = self.store.as_ref().map_or(wait, |store| wait.min(store.patience()));
         let [has_ended, has_asked, signals @ ..] = self.wait(wait)?;
         for (is_set, index) in signals.into_iter().zip(0..) {
             if is_set && let Some(end) = self.obey(index) {
@@ -169,13 +180,25 @@ impl Keeper {
         Ok(if has_ended && is_silent { self.bury() } else { None })
     }
 
+    /// Has the supervisor keep what is kept now. False where it did not listen.
+    fn settle(&mut self) -> bool {
+        let manager = self.manager.as_ref().map(|manager| manager.process.as_fd());
+        self.store.as_mut().is_none_or(|store| store.settle(&self.slots, manager))
+    }
+
+    /// Remembers which manager there is.
+    fn set_manager(&mut self, manager: Option<Manager>) -> Option<Manager> {
+        self.store.iter_mut().for_each(Store::manager_changed);
+        std::mem::replace(&mut self.manager, manager)
+    }
+
     /// False while it is not time yet.
     fn start_when_due(&mut self) -> bool {
         if Instant::now() < self.next_start {
             return false;
         }
         match start(&self.program) {
-            Ok(manager) => self.manager = Some(manager),
+            Ok(manager) => drop(self.set_manager(Some(manager))),
             Err(error) => {
                 say(format_args!("plimsoll keeper: no manager can be started: {error}"));
                 self.postpone();
@@ -239,7 +262,7 @@ impl Keeper {
         }
         let is_cut = received.flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC);
         let request = bytes.get(..received.bytes).and_then(|bytes| Request::decode(bytes, descriptors));
-        let status = match (request.filter(|_| !is_cut), descriptor) {
+        let changed = match (request.filter(|_| !is_cut), descriptor) {
             (Some(Request::List), _) => return list(manager, &self.slots),
             (Some(Request::Serving), _) => {
                 self.fruitless = 0;
@@ -255,11 +278,18 @@ impl Keeper {
                 manager.is_told = false;
                 return Ok(());
             }
-            (Some(Request::Keep(slot)), Some(descriptor)) => self.slots.put(slot, descriptor).is_ok(),
-            (Some(Request::LetGo(slot)), _) => self.slots.clear(slot),
-            _ => false,
+            (Some(Request::Keep(slot)), Some(descriptor)) => {
+                self.slots.put(slot, descriptor).is_ok().then_some(slot)
+            }
+            (Some(Request::LetGo(slot)), _) => self.slots.clear(slot).then_some(slot),
+            _ => None,
         };
-        let status = if status { Status::Done } else { Status::Refused };
+        if let (Some(store), Some(slot)) = (&mut self.store, changed) {
+            store.slot_changed(slot);
+            // Before it is answered, if that can be: what is taken from a machine next may be found there only.
+            store.settle(&self.slots, Some(manager.process.as_fd()));
+        }
+        let status = if changed.is_some() { Status::Done } else { Status::Refused };
         tell(manager, &status.encode(self.slots.count()), &[])
     }
 
@@ -292,9 +322,15 @@ impl Keeper {
             let _ = accept_signals();
             return None;
         }
-        if let Some(manager) = self.manager.take() {
+        if let Some(manager) = self.set_manager(None) {
             let _ = manager.process.send_signal(Signal::KILL);
             let _ = reap(&manager.process);
+        }
+        // The new program does not know what was not sent.
+        if !self.settle() {
+            say(format_args!("plimsoll keeper: no upgrade: the supervisor does not listen"));
+            self.stay();
+            return None;
         }
         match self.slots.leave_open() {
             Ok(()) => Some(End::Upgrade),
@@ -320,7 +356,7 @@ impl Keeper {
 
     /// Reaps the manager and says whether there is to be another.
     fn bury(&mut self) -> Option<End> {
-        let manager = self.manager.take()?;
+        let manager = self.set_manager(None)?;
         let process = manager.process.process();
         let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
         let has_machines = self.holds_machines();

@@ -427,6 +427,9 @@ impl Estate {
         };
         room.copy_from_slice(&encoded);
         let [ram, airlock, socket, process] = custody.descriptors();
+        // A supervisor that keeps what the keeper has keeps each open file once. All shards have one process.
+        let reopened = custody.process_reopened();
+        let process = reopened.as_ref().map_or(process, AsFd::as_fd);
         let mut keep = |descriptor| self.keep(descriptor, slots);
         let kept = [keep(ram)?, keep(airlock)?, keep(socket)?, keep(shard.words.keepsake())?, keep(process)?];
         let [ram, airlock, socket, words, process] = kept;

@@ -71,6 +71,11 @@ impl Custody {
         [self.ram.as_fd(), self.airlock.as_fd(), self.socket.as_fd(), self.process.as_fd()]
     }
 
+    /// The process as another open file, while it runs.
+    pub(super) fn process_reopened(&self) -> Option<Pidfd> {
+        self.process.reopened().ok()
+    }
+
     /// The VMM's process id.
     pub fn process(&self) -> ProcessId {
         self.process.process()

@@ -13,4 +13,5 @@ mod metal;
 mod plan;
 mod run;
 mod soak;
+mod store;
 mod top;
