@@ -345,7 +345,7 @@ impl Control {
             self.members.keys().filter(|id| tree.terms(**id).is_none()).copied().collect();
         self.pool.set_total(tree.settings().capacity);
         self.policy.set_tree(tree);
-        leaving.into_iter().for_each(|id| self.release(id));
+        leaving.into_iter().for_each(|id| drop(self.release(id)));
         self.told();
         Ok(())
     }

@@ -96,7 +96,7 @@ function showHost(host) {
   $('awaited').textContent = 'Awaited: ' + host.waiting.map(({ name, why }) => why ? `${name} (${why})` : name).join(', ');
 }
 
-const STATES = { starting: 'starting', running: '', paused: 'paused', left_out: 'left out' };
+const STATES = { starting: 'starting', running: '', paused: 'paused', leaving: 'leaving', left_out: 'left out' };
 
 function range(settings) {
   const least = settings.minimum_bytes ?? settings.reservation_bytes;

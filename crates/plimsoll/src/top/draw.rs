@@ -92,6 +92,7 @@ const fn state_of(machine: &Machine) -> &'static str {
         MachineState::Starting => "starting",
         MachineState::Running => "running",
         MachineState::Paused => "paused",
+        MachineState::Leaving => "leaving",
         MachineState::LeftOut => "left out",
     }
 }
