@@ -12,7 +12,7 @@ extern crate alloc;
 mod run;
 pub mod wire;
 
-pub use run::{Event, Guest, MetalError, Options, Run};
+pub use run::{Event, Guest, MetalError, Options, Run, Ticks};
 
 /// The hypervisor, to be booted by PVH: `qemu-system-x86_64 -kernel`.
 pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/image"));

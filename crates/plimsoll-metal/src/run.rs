@@ -83,6 +83,15 @@ impl Guest {
     }
 }
 
+/// What the machine's time-stamp counter counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ticks {
+    /// Time, as the emulated machine sees it.
+    Time,
+    /// Instructions, 8 ns each: QEMU's `-icount`, which counts them exactly. Time then passes as they are executed.
+    Instructions,
+}
+
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -90,6 +99,8 @@ pub struct Options {
     pub memory: ByteCount,
     /// QEMU's processor.
     pub processor: &'static str,
+    /// What its time is.
+    pub ticks: Ticks,
     /// How long the guests work.
     pub seconds: u32,
     /// What the hypervisor is to do to itself.
@@ -106,6 +117,7 @@ impl Options {
         Self {
             memory,
             processor: "max,+svm",
+            ticks: Ticks::Time,
             seconds: 1,
             provoke: Provoke::Nothing,
             guests: Vec::new(),
@@ -184,6 +196,9 @@ impl Run {
         ]);
         command.args(["-accel", "tcg", "-machine", "pc", "-cpu", options.processor]);
         command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
+        if options.ticks == Ticks::Instructions {
+            command.args(["-icount", "shift=3"]);
+        }
         command.arg("-m").arg(format!("{}M", options.memory.0 >> 20));
         command.arg("-kernel").arg(image).arg("-initrd").arg(module).args(&options.arguments);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -77,6 +77,8 @@ impl ProgramKind {
     pub const WORKLOAD: Self = Self(0);
     /// One that asks the hypervisor for memory to give, lend and share: `caller/`.
     pub const CALLER: Self = Self(1);
+    /// The same in ring 0, where it has address spaces of its own.
+    pub const KERNEL: Self = Self(2);
 }
 
 /// How a guest's addresses become the machine's.
@@ -114,6 +116,24 @@ pub struct GuestSettings {
 }
 
 const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 280);
+
+/// Ticks of the time-stamp counter to an instruction, where it counts those.
+pub const TICKS_PER_INSTRUCTION: u64 = 8;
+/// Of the instructions counted for one entry of a guest, those of the hypervisor: between the two reads of the counter in `svm::enter_guest`, the
+/// second included. That they are so many is in the code, and in a test: a guest's instructions do not depend on how often it leaves.
+pub const SWITCH_INSTRUCTIONS: u64 = 38;
+
+impl GuestLine {
+    /// Instructions of the guest's own, if the counter counted instructions.
+    pub fn instructions(&self) -> u64 {
+        (self.ticks / TICKS_PER_INSTRUCTION).saturating_sub(self.exits * SWITCH_INSTRUCTIONS)
+    }
+
+    /// World switches for a million of them.
+    pub fn exits_per_million(&self) -> u64 {
+        self.exits * 1_000_000 / self.instructions().max(1)
+    }
+}
 
 /// One line of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -166,6 +186,10 @@ pub struct GuestLine {
     pub stalled_ns: u64,
     /// Since its start.
     pub elapsed_ns: u64,
+    /// World switches.
+    pub exits: u64,
+    /// Ticks of the time-stamp counter between them in the guest: see [`Self::instructions`].
+    pub ticks: u64,
     /// Pages taken from it.
     pub captured_pages: u64,
     /// Pages whose word and tables contradicted each other.

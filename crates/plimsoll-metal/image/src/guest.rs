@@ -83,7 +83,7 @@ impl fmt::Display for StartError {
             Self::Layout(error) => write!(f, "{error}"),
             Self::Program(error) => write!(f, "{error}"),
             Self::Processors { found } => write!(f, "it is to have {found} processors; guests here have one"),
-            Self::NoProgram { found } => write!(f, "no program has number {found}: use 0 or 1"),
+            Self::NoProgram { found } => write!(f, "no program has number {found}: use 0 to 2"),
             Self::NoPaging { found } => write!(f, "no paging has number {found}: use 0 or 1"),
             Self::OutOfReach { at } => {
                 write!(f, "its memory at {at} is out of reach of {DIRECTORIES} page directories")
@@ -166,10 +166,7 @@ pub enum State {
         until: u64,
     },
     /// It waits for memory: its last fault is to be tried again.
-    Stalled {
-        /// How often it was, in a row.
-        turns: u32,
-    },
+    Stalled,
     /// It has ended.
     Ended(Result<(), Death>),
 }
@@ -200,8 +197,12 @@ pub struct Guest {
     pub report: Report,
     /// What it said it touched in each window, the newest last.
     pub windows: Vec<(u64, u64)>,
+    /// Turns that ended for want of memory since a fault was last served.
+    pub stalls: u32,
     /// World switches.
     pub exits: u64,
+    /// Ticks of the time-stamp counter between them, in the guest.
+    pub ticks: u64,
     /// Extents it has mapped.
     pub mapped: Vec<Mapped>,
     /// Its processor.
@@ -237,8 +238,9 @@ impl Guest {
                 Paging::SHADOW => Stages::One { root: paged.shadow(memory, abi::PAGE_TABLES_GPA)? },
                 found => return Err(StartError::NoPaging { found: found.0 }),
             };
+            let ring = if settings.program == ProgramKind::KERNEL { Ring::Kernel } else { Ring::User };
             // Address space 0 is the hypervisor's.
-            let vcpu = Vcpu::new(memory, number, stages, Ring::User)?;
+            let vcpu = Vcpu::new(memory, number, stages, ring)?;
             (paged, vcpu)
         };
         let name = String::from_utf8_lossy(&settings.name).trim_end_matches('\0').to_string();
@@ -250,14 +252,16 @@ impl Guest {
             times: Times { faults: [0; LATENCY_BUCKETS], stalled: 0, started: cpu::now() },
             report: Report::EMPTY,
             windows: Vec::new(),
+            stalls: 0,
             exits: 0,
+            ticks: 0,
             mapped: Vec::new(),
             vcpu,
             tsc_hz,
         };
         let program = match settings.program {
             ProgramKind::WORKLOAD => WORKLOAD,
-            ProgramKind::CALLER => CALLER,
+            ProgramKind::CALLER | ProgramKind::KERNEL => CALLER,
             found => return Err(StartError::NoProgram { found: found.0 }),
         };
         guest.write(pool, Gpa(abi::IMAGE_GPA), program)?;
@@ -372,7 +376,9 @@ impl Guest {
     pub fn run(&mut self, svm: &Svm) -> Exit {
         self.exits += 1;
         let translations = self.paged.take_translations();
-        self.vcpu.run(svm, translations)
+        let exit = self.vcpu.run(svm, translations);
+        self.ticks += self.vcpu.ticks();
+        exit
     }
 
     /// It has run one instruction that writes to a table. Whether it had to.

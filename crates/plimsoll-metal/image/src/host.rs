@@ -26,7 +26,7 @@ const LIMBO_PART: u64 = 16;
 const WINDOW_SECONDS: u64 = 2;
 /// How long filling may take, and how long the last check, beyond what a machine that does much else needs.
 const PATIENCE_SECONDS: u64 = 600;
-/// Turns in a row in which there was no memory for a guest, after which it ends: others have had time to give some up.
+/// Turns without a fault served in which there was no memory for a guest, after which it ends: others have had time to give some up.
 const STALLED_TURNS: u32 = 200;
 
 /// Exceptions of guests' that may be the hypervisor's.
@@ -205,7 +205,7 @@ impl Host {
     fn take_turn(&mut self, now: u64) {
         let count = self.guests.len();
         let can_run = |guest: &Guest| match guest.state {
-            State::Ready | State::Stalled { .. } => true,
+            State::Ready | State::Stalled => true,
             State::Asleep { until } => until <= now,
             State::Ended(_) => false,
         };
@@ -218,18 +218,14 @@ impl Host {
             return;
         };
         self.turn = place;
-        let stalled = if let State::Stalled { turns } = self.guests[place].state { turns } else { 0 };
         self.guests[place].state = State::Ready;
         while matches!(self.guests[place].state, State::Ready) {
             let exit = self.guests[place].run(&self.svm);
             match self.handle(place, exit) {
                 Ok(None) => {}
-                Ok(Some(State::Stalled { .. })) if stalled == STALLED_TURNS => {
+                Ok(Some(State::Stalled)) if self.guests[place].stalls > STALLED_TURNS => {
                     let full = if self.store_full { PagedError::StoreFull } else { PagedError::NoMemory };
                     self.kill(place, Death::Memory(full));
-                }
-                Ok(Some(State::Stalled { .. })) => {
-                    self.guests[place].state = State::Stalled { turns: stalled + 1 };
                 }
                 Ok(Some(state)) => {
                     let is_over = matches!(state, State::Ended(_));
@@ -334,8 +330,15 @@ impl Host {
         }
         self.guests[place].faulted(since);
         match outcome {
-            Ok(()) => Ok(None),
-            Err(PagedError::NoMemory) => Ok(Some(State::Stalled { turns: 0 })),
+            Ok(()) => {
+                self.guests[place].stalls = 0;
+                Ok(None)
+            }
+            Err(PagedError::NoMemory) => {
+                // Its turn may end by the timer before it faults again: that is no progress.
+                self.guests[place].stalls += 1;
+                Ok(Some(State::Stalled))
+            }
             Err(error) => Err(Death::Memory(error)),
         }
     }

@@ -63,6 +63,8 @@ fn guest_line(guest: &Guest, tsc_hz: u64) -> GuestLine {
         fault_p99_ns: ns(quantile(faults.into_iter(), 99), tsc_hz),
         stalled_ns: ns(guest.times.stalled, tsc_hz),
         elapsed_ns: ns(cpu::now().saturating_sub(guest.times.started), tsc_hz),
+        exits: guest.exits,
+        ticks: guest.ticks,
         ..GuestLine::default()
     }
 }

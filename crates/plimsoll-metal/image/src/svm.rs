@@ -129,10 +129,15 @@ struct Registers {
     general: [u64; 14],
     guest_sse: [u8; 512],
     host_sse: [u8; 512],
+    /// The time-stamp counter before and after the guest ran, `wire::SWITCH_INSTRUCTIONS` of the hypervisor's own between.
+    entered: u64,
+    left: u64,
 }
 
 const GUEST_SSE: usize = offset_of!(Registers, guest_sse);
 const HOST_SSE: usize = offset_of!(Registers, host_sse);
+const ENTERED: usize = offset_of!(Registers, entered);
+const LEFT: usize = offset_of!(Registers, left);
 
 const RDX: usize = 2;
 
@@ -164,7 +169,7 @@ impl Registers {
         // FCW and MXCSR as after reset: everything masked.
         sse[..2].copy_from_slice(&0x37fu16.to_le_bytes());
         sse[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-        Self { general: [0; 14], guest_sse: sse, host_sse: sse }
+        Self { general: [0; 14], guest_sse: sse, host_sse: sse, entered: 0, left: 0 }
     }
 }
 
@@ -185,6 +190,11 @@ global_asm!(
     "vmsave rax",
     "mov rax, rsi",
     "vmload rax",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rdx, rax",
+    "mov [rdi + {entered}], rdx",
+    "mov rax, rsi",
     "mov rbx, [rdi]",
     "mov rcx, [rdi + 8]",
     "mov rdx, [rdi + 16]",
@@ -217,6 +227,12 @@ global_asm!(
     "mov [rax + 88], r13",
     "mov [rax + 96], r14",
     "mov [rax + 104], r15",
+    "mov rbx, rax",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rdx, rax",
+    "mov rax, rbx",
+    "mov [rax + {left}], rdx",
     "fxsave64 [rax + {guest_sse}]",
     "fxrstor64 [rax + {host_sse}]",
     "mov rax, [rsp + 16]",
@@ -229,6 +245,8 @@ global_asm!(
     "ret",
     guest_sse = const GUEST_SSE,
     host_sse = const HOST_SSE,
+    entered = const ENTERED,
+    left = const LEFT,
 );
 
 unsafe extern "C" {
@@ -431,6 +449,11 @@ impl Vcpu {
         };
         self.next = next;
         exit
+    }
+
+    /// Ticks of the time-stamp counter that passed when it last ran.
+    pub fn ticks(&self) -> u64 {
+        self.registers.left.saturating_sub(self.registers.entered)
     }
 
     /// Where its instruction is.

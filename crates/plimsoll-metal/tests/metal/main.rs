@@ -4,3 +4,4 @@ mod boot;
 mod calls;
 mod common;
 mod overcommit;
+mod paging;

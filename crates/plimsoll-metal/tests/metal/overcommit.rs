@@ -59,9 +59,7 @@ fn guests_on_shadow_tables_own_twice_the_memory_there_is_and_read_no_wrong_word(
 
 #[test]
 fn guests_whose_contents_do_not_fit_however_they_are_stored_end_with_a_sentence_and_the_others_go_on() {
-    // Guests that thrash under emulation take half a minute, or eight: with `cargo xtask test --soak 600`.
-    let seconds = std::env::var("PLIMSOLL_SOAK_SECONDS").ok().and_then(|seconds| seconds.parse::<u64>().ok());
-    if !can() || seconds.is_none_or(|seconds| seconds < 600) {
+    if !can() {
         return;
     }
     let mut options = Options::new(ByteCount::mib(48));
