@@ -2,7 +2,7 @@
 use crate::common::{can, guest, run};
 use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_metal::wire::Paging;
-use plimsoll_metal::{Event, Options};
+use plimsoll_metal::{Event, Options, Ticks};
 use plimsoll_types::ByteCount;
 
 #[test]
@@ -63,6 +63,8 @@ fn guests_whose_contents_do_not_fit_however_they_are_stored_end_with_a_sentence_
         return;
     }
     let mut options = Options::new(ByteCount::mib(48));
+    // How long they thrash then depends on what they do, not on how busy this machine is.
+    options.ticks = Ticks::Instructions;
     options.guests = (1..=2).map(|seed| guest(WorkloadKind::Idle, ByteCount::mib(64), 60, seed)).collect();
     for params in options.guests.iter_mut().map(|guest| &mut guest.params) {
         (params.mix.zero, params.mix.duplicate, params.mix.text, params.mix.random) = (0, 0, 0, 100);

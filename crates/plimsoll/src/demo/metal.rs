@@ -29,7 +29,12 @@ pub(super) fn run(args: &DemoArgs) -> Result<ExitCode, String> {
     options.seconds = u32::try_from(plan.seconds).map_err(|_| "--seconds: too many".to_owned())?;
     for config in &plan.guests {
         let params = config.parameters().map_err(|error| explain(&error))?;
-        options.guests.push(Guest { name: config.name.clone(), program: ProgramKind::WORKLOAD, paging: Paging::NESTED, params });
+        options.guests.push(Guest {
+            name: config.name.clone(),
+            program: ProgramKind::WORKLOAD,
+            paging: Paging::NESTED,
+            params,
+        });
     }
     let interrupt = Interrupt::install()?;
     let heard = Heard::of(Run::start(&options).map_err(|error| explain(&error))?, &interrupt)?;
