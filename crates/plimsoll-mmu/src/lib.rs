@@ -3,7 +3,7 @@
 //! * [`mod@format`]: x86-64 with four and five levels, AMD's nested tables, Intel's EPT, Arm's VMSAv8-64 in both stages,
 //!   RISC-V's Sv39 to Sv57 and Sv39x4 to Sv57x4, the second stage of Intel's VT-d with three to five levels, AMD-Vi's host tables with one
 //!   to five. Each is a zero-sized type; what a processor lacks is a value beside it. All decode to one [`Entry`].
-//! * [`mapper`]: map, unmap, protect, split, merge, walk, iterate and harvest ranges of a tree of any format.
+//! * [`mapper`]: map, unmap, protect, split, merge, translate, walk, iterate and harvest ranges of a tree of any format.
 //! * [`x86`], [`ept`], [`arm`], [`riscv`]: a walk as the processor does it, down to error code, exit qualification, fault
 //!   status and cause.
 //! * [`vtd`], [`amdvi`], [`smmu`]: a walk as the remapping hardware does it for a device, down to the fault reason or event. Arm's

@@ -49,6 +49,7 @@ impl<M: TableMemory> SecondStage for NptStage<'_, M> {
     type Fault = NestedPageFault<M::Error>;
 
     /// All accesses are a user's, and those to a guest's tables are writes (APM vol. 2, 15.25.5 "Nested Table Walk").
+    #[inline]
     fn translate(&self, input: Input, access: Access, purpose: Purpose) -> Result<Walked, Self::Fault> {
         let access = if purpose == Purpose::GuestTable { Access::Write } else { access };
         x86::walk::<Npt, M>(self.memory, &self.registers, input, (access, Mode::User), Marks::Set)

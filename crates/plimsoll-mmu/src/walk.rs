@@ -195,7 +195,7 @@ pub(crate) fn translate<F: Format, M: TableMemory>(
 const NO_STEPS: [Step; MAX_LEVELS] = [Step { at: Output(0), raw: 0 }; MAX_LEVELS];
 
 /// Goes the way of `input`, which the format translates, from the table at `root`, which is aligned to its size, and keeps all of it.
-#[inline]
+#[inline(always)]
 pub(crate) fn descend<F: Format, M: TableMemory>(
     memory: &M,
     root: Output,
@@ -321,6 +321,7 @@ pub(crate) fn descend_from<F: Format, M: TableMemory>(
 
 /// Goes the way of `input` and marks it as the access does that `judge` answers with; as none where it answers `None`. Begins
 /// again when an entry changed meanwhile. `None` when the entries change faster than they can be walked.
+#[inline]
 pub(crate) fn attempt<F: Format, M: TableMemory, E>(
     memory: &M,
     root: Output,

@@ -54,8 +54,9 @@ impl<F: Format> Hostile<'_, F> {
             let table = Table::new(at, permissions, F::TABLE_MEMORY);
             Entry::Table(Table { skips: u8::from(next(8) == 0), ..table })
         } else {
-            let shift = shift + if next(4) == 0 { u32::try_from(next(8)).unwrap() } else { 0 };
-            let memory = self.memories[usize::try_from(next(self.memories.len() as u64)).unwrap()];
+            let shift = shift + if next(4) == 0 { u32::try_from(next(8)).expect("below 8") } else { 0 };
+            let memory =
+                self.memories[usize::try_from(next(self.memories.len() as u64)).expect("one of them")];
             let output = Output(next(1 << 40) >> shift << shift);
             let (accessed, dirty) = (next(2) == 0, next(2) == 0);
             Entry::Leaf(Leaf { accessed, dirty, ..Leaf::new(output, shift, permissions, memory) })
@@ -88,7 +89,7 @@ impl<F: Format> TableMemory for Hostile<'_, F> {
             return Err(at);
         }
         // Whose level a table is, is its address's affair as well: mostly right where tables of a level lead to those below.
-        let level = Level(u8::try_from(mixed(at.0 >> 12) % u64::from(F::LEVELS)).unwrap() + 1);
+        let level = Level(u8::try_from(mixed(at.0 >> 12) % u64::from(F::LEVELS)).expect("a level") + 1);
         let level = if at.0 >> 16 == 0 { F::root() } else { level };
         Ok(self.word(level, at.0))
     }
@@ -180,7 +181,8 @@ fn walks<F: Format>(hostile: &Hostile<'_, F>, seed: u64, seen: &mut Seen) {
     let (mut frames, mut caches) = (Pools::<1>::default(), NothingCached);
     let memory = Counted::new(hostile);
     let root = Output(0);
-    let mapper = Mapper::<F, _, _, _>::new(root, hostile.caps, &memory, &mut frames, &mut caches).unwrap();
+    let mapper = Mapper::<F, _, _, _>::new(root, hostile.caps, &memory, &mut frames, &mut caches)
+        .expect("zero is aligned");
     for number in 0..WALKS {
         let input = F::extend(mixed(seed ^ number) & ((1 << F::INPUT_BITS) - 1));
         let (expected, reads) = decoding(hostile, root, input);

@@ -3,7 +3,7 @@ use crate::world::{CAPS, Guest, Mistake, Op, Place, World};
 use crate::{BLOCK, DIRTY, PRESENT, ROOTS, USER, address, direct, guest};
 use plimsoll_mmu::format::Feature;
 use plimsoll_mmu::format::x86::{Caps, Long4};
-use plimsoll_mmu::shadow::{Error, Load, Outcome, Shadow};
+use plimsoll_mmu::shadow::{Backing, Error, Load, Outcome, P2m, Shadow, Writes};
 use plimsoll_mmu::x86::{Control, Mode, Registers};
 use plimsoll_mmu::{Access, Input, Level};
 use plimsoll_types::Gpa;
@@ -93,6 +93,25 @@ fn a_large_page_is_one_leaf_until_a_table_in_it_is_shadowed() {
     touch(&mut world, address([0, 0, 2, 2], 0), Access::Write);
     assert_eq!(world.seen.emulated, 1, "a write to the table itself");
     assert_eq!(guest.get((BLOCK + 2) << 12), PRESENT | USER | 12 << 12);
+}
+
+#[test]
+fn a_large_page_whose_writes_are_logged_is_in_pieces_and_each_is_logged() {
+    let guest = guest();
+    for page in BLOCK..BLOCK + 512 {
+        let backing = guest.backing(Gpa(page << 12)).expect("the block is there");
+        guest.back(page, Backing { writes: Writes::Logged, ..backing });
+    }
+    let mut place = Place::new(16);
+    let mut world = world(&guest, &mut place);
+    let logged = || guest.logged.borrow().iter().copied().collect::<Vec<_>>();
+    for (pages, page) in (1..).zip([5, 6, 9]) {
+        touch(&mut world, address([0, 0, 2, page], 0), Access::Read);
+        assert_eq!(logged().len(), pages - 1, "a read is no write");
+        touch(&mut world, address([0, 0, 2, page], 0), Access::Write);
+        assert_eq!(logged().len(), pages, "{:?}", logged());
+    }
+    assert!(world.host.leaves().iter().all(|(_, leaf)| leaf.shift == 12));
 }
 
 #[test]
