@@ -4,7 +4,7 @@
 //! again. What must never happen: one that does not answer keeping those from their decisions that are there; so [`open`] can
 //! be called on any thread, and only [`Opened`] machines come to the loop.
 use crate::backend::balloon::{Balloon, of_interface};
-use crate::backend::{Attached, Backend, why_counted_only};
+use crate::backend::{Attached, Backend, Kind, why_counted_only};
 use crate::config::MachineConfig;
 use crate::control::Control;
 use plimsoll_attach::{AttachLock, Follower, Held, Identity, NoInterface, Request, discover, find, join};
@@ -95,6 +95,11 @@ impl Roster {
         self.waiting.remove(name);
     }
 
+    /// Nobody of that name is waited for any more.
+    pub fn forget(&mut self, name: &str) {
+        self.waiting.remove(name);
+    }
+
     /// Takes in whoever is there, if it is time to look again, and returns those that came, with their names. `note` hears of each of
     /// them, and once of each other why it did not.
     pub fn take_in(
@@ -112,12 +117,18 @@ impl Roster {
         let here: BTreeSet<MachineId> = control.names().map(|(id, _)| id).collect();
         let gone = self.managed.extract_if(.., |id, _| !here.contains(id)).map(|(_, name)| (name, None));
         self.waiting.extend(gone);
-        if self.waiting.is_empty() {
+        // They have handed themselves over, and are as they are to be.
+        let own = control.berths().into_values().filter(|berth| berth.kind == Kind::HandedOver);
+        let own: BTreeSet<String> = own.map(|berth| berth.name).collect();
+        if self.waiting.keys().all(|wanted| own.contains(wanted)) {
             return came;
         }
         // All of /proc is read once for all, not once for each, between two decisions.
         let seen = discover();
         self.waiting.retain(|wanted, told| {
+            if own.contains(wanted) {
+                return true;
+            }
             // Where that failed, it says so of each.
             let found = seen.as_ref().map_or_else(|_| find(wanted), |seen| seen.find(wanted));
             let opened = found

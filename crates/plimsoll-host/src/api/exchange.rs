@@ -59,6 +59,8 @@ pub enum Order {
     Set(MachineId, Settings),
     /// Let a machine go.
     Release(MachineId),
+    /// Wait no longer for a machine of that name.
+    Forgo(String),
     /// Stop taking from it, or take again.
     Pause(MachineId, bool),
     /// Take so much from it once.

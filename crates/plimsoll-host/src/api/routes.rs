@@ -329,16 +329,22 @@ async fn set(
     app.obey(Order::Set(id, settings)).await.map(Json)
 }
 
-/// Let a machine go. It goes on, and nothing of plimsoll stays with it. 204: it was. 202: it was handed over by its VMM, and its
-/// memory is brought back; it is gone from the machines when that is done, and is managed as before, with the reason as its
-/// `trouble`, when that was in vain.
+/// Let a machine go, or wait no longer for one. It goes on, and nothing of plimsoll stays with it. 204: it was let go. 202: it was
+/// handed over by its VMM, and its memory is brought back; it is gone from the machines when that is done, and is managed as
+/// before, with the reason as its `trouble`, when that was in vain.
 #[utoipa::path(
     delete, path = "/v1/machines/{machine}", tag = "machines",
     params(Key), responses((status = 204), (status = 202, body = Machine), Fault)
 )]
 async fn release(State(app): Here, Named(name): Named) -> Result<Response, Fault> {
-    let (_, id) = app.found(&name)?;
-    let leaving = app.door.order(Order::Release(id)).await?;
+    let order = match app.found(&name) {
+        Ok((_, id)) => Order::Release(id),
+        Err(_) if app.door.moment()?.waiting.iter().any(|(waiting, _)| *waiting == name) => {
+            Order::Forgo(name)
+        }
+        Err(fault) => return Err(fault),
+    };
+    let leaving = app.door.order(order).await?;
     // What has come home at once is not there any more.
     let leaving = leaving.and_then(|id| app.door.moment().ok()?.machine(id));
     Ok(leaving.map_or_else(

@@ -145,7 +145,14 @@ impl Helm {
                 self.forget(name);
             }
         }
-        let waiting = self.roster.waiting().map(|(name, why)| (name.to_owned(), why.map(str::to_owned)));
+        let is_here =
+            |name: &str| berths.values().any(|berth| berth.kind == Kind::HandedOver && berth.name == name);
+        let waiting = self
+            .roster
+            .waiting()
+            .filter(|(name, _)| !is_here(name))
+            .map(|(name, why)| (name.to_owned(), why.map(str::to_owned)));
+        let waiting = waiting.collect();
         self.desk.show(Moment {
             unix_ms: unix_ms(),
             tick: control.tick(turn),
@@ -153,7 +160,7 @@ impl Helm {
             tree,
             groups: Arc::clone(&self.groups),
             berths,
-            waiting: waiting.collect(),
+            waiting,
             own: control.own(),
         });
         for (answer, obeyed, farewell) in self.obeyed.drain(..) {
@@ -243,6 +250,7 @@ impl Helm {
                 Ok(Some(id))
             }
             Order::Release(id) => self.release(control, id),
+            Order::Forgo(name) => self.forgo(&name),
             Order::Pause(id, is_paused) => {
                 let name = name_of(control, id)?;
                 self.keep(&name, |word| word.paused = is_paused)?;
@@ -298,16 +306,31 @@ impl Helm {
         }
         // The file may know it by its UUID.
         let wanted = self.roster.wanted(id).unwrap_or(&name).to_owned();
-        let attached = self.config.machines.contains_key(&wanted).then_some(false);
-        let released = |words: &mut Words| {
-            words.machines.remove(&name);
-            words.machines.insert(wanted.clone(), Word { attached, ..Word::default() });
-        };
-        self.kept.change(released).map_err(|error| unkept(&error))?;
+        self.unsay(&name, &wanted)?;
         self.roster.strike(id, &name);
         // Its VMM has what it had when it is told that it has.
         self.farewell = control.release(id);
         Ok(None)
+    }
+
+    /// Nobody waits any more for a machine that is not there.
+    fn forgo(&mut self, name: &str) -> Obeyed {
+        if !self.roster.waiting().any(|(waiting, _)| waiting == name) {
+            return Err(Fault::gone());
+        }
+        self.unsay(name, name)?;
+        self.roster.forget(name);
+        Ok(None)
+    }
+
+    /// Nothing is said any more about a machine, but that it is not to be managed, if the file names it by `wanted`.
+    fn unsay(&mut self, name: &str, wanted: &str) -> Result<(), Fault> {
+        let attached = self.config.machines.contains_key(wanted).then_some(false);
+        let unsaid = |words: &mut Words| {
+            words.machines.remove(name);
+            words.machines.insert(wanted.to_owned(), Word { attached, ..Word::default() });
+        };
+        self.kept.change(unsaid).map_err(|error| unkept(&error))
     }
 
     fn reclaim(&mut self, control: &mut Control, id: MachineId, pages: PageCount) -> Obeyed {

@@ -225,6 +225,44 @@ fn a_release_is_dropped_whole_when_its_manager_dies_before_the_machine_is_left()
 }
 
 #[test]
+fn who_is_awaited_can_be_let_go_and_who_handed_itself_over_is_not_awaited() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("awaited");
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("host.toml");
+    fs::write(&config, "[machine.lonely]\nshares = 500\n[machine.ghost]\nshares = 500\n").unwrap();
+    let daemon = start_with(&directory, &["--budget", "256M", "--config", config.to_str().unwrap()]);
+    let awaited = || {
+        let list = json(&directory, &["vm", "list"])["waiting"].take();
+        list.as_array()
+            .unwrap()
+            .iter()
+            .map(|one| one["name"].as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    wait_until("the API is served", || plimsoll(&directory, &["budget"]).code() == Some(0));
+    assert_eq!(awaited(), ["ghost", "lonely"]);
+    let mut machine = Machine::start(&directory);
+    machine.verifies(100);
+    wait_until("one of them has come", || awaited() == ["ghost"]);
+    plimsoll(&directory, &["vm", "release", "ghost"]).expect_code(0);
+    assert_eq!(awaited(), [""; 0]);
+    assert!(refused(&plimsoll(&directory, &["vm", "release", "ghost"])).contains("no machine is called"));
+    kill_manager(&directory);
+    wait_until("the next one has met the machine", || {
+        json(&directory, &["vm", "list"])["machines"][0]["settings"]["shares"] == 500
+    });
+    assert_eq!(awaited(), [""; 0]);
+    machine.finish();
+    wait_until("it is awaited again", || awaited() == ["lonely"]);
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
+}
+
+#[test]
 fn nothing_is_taken_from_a_paused_machine_by_this_manager_or_the_next() {
     let _alone = alone();
     if !can("userfaultfd") {
