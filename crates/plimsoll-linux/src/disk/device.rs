@@ -4,14 +4,16 @@
 //! boundary that tests put a failing disk behind; [`FileDisk`] is a real one, past the page cache where the file system allows.
 //!
 //! What must never happen: a file that is somebody's becomes the tier's. So one that is neither empty nor begins like a tier's
-//! is refused, and one that is in use is locked.
+//! is refused, and one that is in use is locked. A block device is opened exclusively: what is mounted, swapped to or a part of
+//! another device is refused by the kernel, whatever it begins with. A device may be named by a link, because the names under
+//! `/dev/disk` that stay the same are links; a file may not.
 use super::format::{self, SEGMENT_SIZE};
 use rustix::fs::{
     FallocateFlags, FileType, FlockOperation, Mode, OFlags, fallocate, flock, fstat, ftruncate, open,
 };
 use rustix::io::Errno;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use thiserror::Error;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
@@ -145,8 +147,8 @@ pub enum OpenError {
         /// Where.
         path: String,
     },
-    /// Another process uses it.
-    #[error("{path} is in use by another process: give each daemon a file of its own")]
+    /// Another process uses it, or it is a device that is mounted or a part of another.
+    #[error("{path} is in use: give each daemon a file or a device of its own")]
     InUse {
         /// Where.
         path: String,
@@ -173,25 +175,39 @@ impl FileDisk {
         let shown = || path.display().to_string();
         let failed = |source: Errno| OpenError::Open { path: shown(), source: source.into() };
         // Where writes go through the page cache all the same, they are not to fail after their pages' memory was given back.
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::DSYNC;
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::DSYNC;
         let mode = Mode::RUSR | Mode::WUSR;
-        // Not every file system can go past the page cache; those that cannot are slower, and as right.
-        let file = match open(path, flags | OFlags::DIRECT, mode) {
-            Err(Errno::INVAL) => open(path, flags, mode),
-            opened => opened,
+        let device = device(path);
+        let is_file = device.is_none();
+        let file = match &device {
+            // The very device that was looked at, whatever the path names by now.
+            Some(seen) => {
+                let seen = format!("/proc/self/fd/{}", seen.as_raw_fd());
+                open(seen, flags | OFlags::EXCL | OFlags::DIRECT, mode)
+            }
+            // Not every file system can go past the page cache; those that cannot are slower, and as right.
+            None => {
+                let flags = flags | OFlags::CREATE | OFlags::NOFOLLOW;
+                match open(path, flags | OFlags::DIRECT, mode) {
+                    Err(Errno::INVAL) => open(path, flags, mode),
+                    opened => opened,
+                }
+            }
         };
-        let file = file.map_err(failed)?;
+        let file = match file {
+            Err(Errno::BUSY) => return Err(OpenError::InUse { path: shown() }),
+            opened => opened.map_err(failed)?,
+        };
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::AGAIN) => return Err(OpenError::InUse { path: shown() }),
             Err(errno) => return Err(failed(errno)),
         }
         let stat = fstat(&file).map_err(failed)?;
-        let is_file = match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile => true,
-            FileType::BlockDevice => false,
-            _ => return Err(OpenError::Kind { path: shown() }),
-        };
+        let expected = if is_file { FileType::RegularFile } else { FileType::BlockDevice };
+        if FileType::from_raw_mode(stat.st_mode) != expected {
+            return Err(OpenError::Kind { path: shown() });
+        }
         let disk = Self { file, is_file };
         let mut start = Blocks::new(FOREIGN_MAX / BLOCK_SIZE);
         let mut read = 0;
@@ -219,6 +235,13 @@ impl FileDisk {
         let stat = fstat(&file)?;
         Ok(Self { file, is_file: FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile })
     }
+}
+
+/// The block device that a path names, as a link or not, without opening it.
+fn device(path: &Path) -> Option<OwnedFd> {
+    let seen = open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let is_device = FileType::from_raw_mode(fstat(&seen).ok()?.st_mode) == FileType::BlockDevice;
+    is_device.then_some(seen)
 }
 
 impl Disk for FileDisk {
@@ -297,6 +320,25 @@ mod tests {
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(FileDisk::create(&link), Err(OpenError::Open { .. })));
+    }
+
+    #[test]
+    fn a_device_that_is_mounted_is_in_use_also_where_a_link_names_it() {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounted = mounts.lines().filter_map(|line| line.split_whitespace().next()).map(Path::new);
+        // Looking never writes to a device: also were it not refused, nothing would become of it.
+        let may_open = |path: &&Path| device(path).is_some() && std::fs::File::open(path).is_ok();
+        let Some(mounted) = mounted.filter(|path| path.starts_with("/dev")).find(may_open) else {
+            println!("SKIPPED: no block device is mounted that this process may open");
+            return;
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let link = directory.path().join("by-id");
+        std::os::unix::fs::symlink(mounted, &link).unwrap();
+        for path in [mounted, &link] {
+            let opened = FileDisk::create(path);
+            assert!(matches!(opened, Err(OpenError::InUse { .. })), "{opened:?}");
+        }
     }
 
     #[test]
