@@ -1,5 +1,8 @@
 //! All machines of a host: /proc enters, a list of sightings leaves. Only programs and arguments are read, nothing is
 //! asked and no page table walked, so that looking costs little and disturbs nobody.
+//!
+//! Who looks again and again brings what was seen last: a machine that was seen is known by its process and start time, and of any other
+//! process only the name of its program is read. A VMM that executes another program under the same number is seen as what it was.
 
 use crate::Refusal;
 use crate::argv::Options;
@@ -39,6 +42,11 @@ pub struct Discovery {
 
 /// Looks at all processes.
 pub fn discover() -> Result<Discovery, Refusal> {
+    Discovery::default().again()
+}
+
+/// Looks at all processes; of machines that are in `before` only whether they are still there.
+fn discover_since(before: &Discovery) -> Result<Discovery, Refusal> {
     let mut found = Discovery::default();
     for entry in std::fs::read_dir("/proc").map_err(Refusal::Listing)? {
         let name = entry.map_err(Refusal::Listing)?.file_name();
@@ -46,9 +54,10 @@ pub fn discover() -> Result<Discovery, Refusal> {
         let Some(process) = number.and_then(ProcessId::new) else { continue };
         match program::executable(process) {
             Err(ProcfsError::NotPermitted { .. }) if claims_to_be_vmm(process) => found.unreadable += 1,
-            Ok(path) if vmm::recognise(&path, &program::arguments(process).unwrap_or_default()).is_some() => {
-                // It may end at any time, or turn out to be a part of another machine.
-                found.machines.extend(sight(process).ok());
+            // It may end at any time, have another verb, or turn out to be a part of another machine.
+            Ok(path) if vmm::is_named_like_one(&path) => {
+                let known = before.known(process).cloned();
+                found.machines.extend(known.or_else(|| sight(process).ok()));
             }
             _ => {}
         }
@@ -65,6 +74,18 @@ pub fn find(wanted: &str) -> Result<Sighting, Refusal> {
 }
 
 impl Discovery {
+    /// Looks at all processes again.
+    pub fn again(&self) -> Result<Self, Refusal> {
+        discover_since(self)
+    }
+
+    /// The machine of a process, if it is still the one that was seen.
+    fn known(&self, process: ProcessId) -> Option<&Sighting> {
+        let place = self.machines.binary_search_by_key(&process, |machine| machine.identity.process).ok()?;
+        let machine = self.machines.get(place)?;
+        (program::stat(process).ok()?.start == machine.identity.start).then_some(machine)
+    }
+
     /// The machine of that name or UUID among those that were found, or, whether or not it was, that process id.
     pub fn find(&self, wanted: &str) -> Result<Sighting, Refusal> {
         choose(wanted, &self.machines).or_else(|refusal| otherwise(wanted, refusal))

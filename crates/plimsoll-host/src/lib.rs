@@ -22,5 +22,6 @@ pub mod line;
 pub mod metrics;
 pub mod roster;
 pub mod trace;
+mod traits;
 mod voice;
 pub mod why;

@@ -1,15 +1,21 @@
 //! Machines that are to be managed from outside, and how one is attached to.
 //!
-//! Enters: names. Leaves: back ends of those that are there, and of each other, once, why not. A machine that went is waited for
+//! Enters: names, and rules for those that nobody has named. Leaves: back ends of those that are there, and of each other, once, why not. A machine that went is waited for
 //! again. What must never happen: one that does not answer keeping those from their decisions that are there; so [`open`] can
 //! be called on any thread, and only [`Opened`] machines come to the loop.
 use crate::backend::balloon::{Balloon, of_interface};
 use crate::backend::{Attached, Backend, Kind, why_counted_only};
-use crate::config::MachineConfig;
+use crate::config::{Config, MachineConfig};
 use crate::control::Control;
-use plimsoll_attach::{AttachLock, Follower, Held, Identity, NoInterface, Request, discover, find, join};
+use crate::traits::traits_of;
+use plimsoll_attach::vmm::Vmm;
+use plimsoll_attach::{
+    AttachLock, Discovery, Follower, Held, Identity, NoInterface, Request, Sighting, find, join,
+};
 use plimsoll_linux::explain;
 use plimsoll_policy::admission::AdmissionError;
+use plimsoll_sys::ProcessId;
+use plimsoll_sys::procfs::StartTime;
 use plimsoll_types::{ByteCount, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,9 +23,46 @@ use std::time::{Duration, Instant};
 
 /// How often is looked for machines that are not there yet: finding one reads all of /proc.
 const FIND_EVERY: Duration = Duration::from_secs(5);
+/// Machines that rules bring are attached to so many a turn: walking page tables takes milliseconds each, asking libvirt more.
+const OPENED_MAX: usize = 4;
+/// The longest pause before one that could not be attached to is tried again.
+const PAUSE_MAX: Duration = Duration::from_secs(80);
 
 /// What is said about the machine of a name. A machine has the name it is looked for by, and its own.
 pub type Said<'a> = dyn Fn(&str) -> Option<MachineConfig> + 'a;
+
+/// What a rule says about a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ruled {
+    /// Which rule.
+    pub rule: String,
+    /// What it says.
+    pub config: MachineConfig,
+}
+
+impl Ruled {
+    /// What the first rule says for a machine that nobody has named, if it says that it is to be managed.
+    pub fn of(config: &Config, process: ProcessId, vmm: Vmm, name: &str) -> Option<Self> {
+        // Looking costs something.
+        if config.rules.is_empty() {
+            return None;
+        }
+        let rule = config.rule(&traits_of(process, vmm, name))?;
+        Some(Self { rule: rule.to_string(), config: rule.config.clone()? })
+    }
+}
+
+/// What a rule says about a machine that was seen and is to be managed.
+pub type Rules<'a> = dyn Fn(&Sighting) -> Option<Ruled> + 'a;
+
+/// A machine that a rule is for and that could not be attached to.
+#[derive(Debug)]
+struct Stranger {
+    start: StartTime,
+    why: String,
+    again_at: Instant,
+    pause: Duration,
+}
 
 /// A machine that is attached to and not in the loop yet.
 pub struct Opened {
@@ -54,18 +97,48 @@ pub struct Roster {
     managed: BTreeMap<MachineId, String>,
     /// When is looked for them again.
     find_at: Instant,
+    /// What was seen last.
+    seen: Discovery,
+    /// What rules say about machines of the loop.
+    ruled: BTreeMap<MachineId, Ruled>,
+    strangers: BTreeMap<ProcessId, Stranger>,
 }
 
 impl Roster {
     /// Those of these names, UUIDs or process ids.
     pub fn new(wanted: impl IntoIterator<Item = String>) -> Self {
         let waiting = wanted.into_iter().map(|name| (name, None)).collect();
-        Self { waiting, managed: BTreeMap::new(), find_at: Instant::now() }
+        Self {
+            waiting,
+            managed: BTreeMap::new(),
+            find_at: Instant::now(),
+            seen: Discovery::default(),
+            ruled: BTreeMap::new(),
+            strangers: BTreeMap::new(),
+        }
     }
 
     /// Those that are not there, each with why not.
     pub fn waiting(&self) -> impl Iterator<Item = (&str, Option<&str>)> {
         self.waiting.iter().map(|(name, why)| (&**name, why.as_deref()))
+    }
+
+    /// What a rule says about a machine of the loop.
+    pub fn ruled(&self, id: MachineId) -> Option<&Ruled> {
+        self.ruled.get(&id)
+    }
+
+    /// A rule speaks for a machine of the loop, or none does any more.
+    pub fn rule(&mut self, id: MachineId, ruled: Option<Ruled>) {
+        match ruled {
+            Some(ruled) => drop(self.ruled.insert(id, ruled)),
+            None => drop(self.ruled.remove(&id)),
+        }
+    }
+
+    /// What was last seen of a process.
+    pub fn sighting(&self, process: ProcessId) -> Option<&Sighting> {
+        self.seen.machines.iter().find(|machine| machine.identity.process == process)
     }
 
     /// One more is managed from now on, and waited for when it goes.
@@ -92,6 +165,7 @@ impl Roster {
     /// A machine is not waited for any more, by whatever name it was.
     pub fn strike(&mut self, id: MachineId, name: &str) {
         self.managed.remove(&id);
+        self.ruled.remove(&id);
         self.waiting.remove(name);
     }
 
@@ -101,12 +175,13 @@ impl Roster {
     }
 
     /// Takes in whoever is there, if it is time to look again, and returns those that came, with their names. `note` hears of each of
-    /// them, and once of each other why it did not.
+    /// them, and once of each other why it did not. Those that are waited for come before those that only `rules` know.
     pub fn take_in(
         &mut self,
         control: &mut Control,
         now: Instant,
         said: &Said<'_>,
+        rules: Option<&Rules<'_>>,
         note: &mut dyn FnMut(&str),
     ) -> Vec<(MachineId, String)> {
         let mut came = Vec::new();
@@ -115,16 +190,17 @@ impl Roster {
         }
         self.find_at = now + FIND_EVERY;
         let here: BTreeSet<MachineId> = control.names().map(|(id, _)| id).collect();
+        self.ruled.retain(|id, _| here.contains(id));
         let gone = self.managed.extract_if(.., |id, _| !here.contains(id)).map(|(_, name)| (name, None));
         self.waiting.extend(gone);
         // They have handed themselves over, and are as they are to be.
         let own = control.berths().into_values().filter(|berth| berth.kind == Kind::HandedOver);
         let own: BTreeSet<String> = own.map(|berth| berth.name).collect();
-        if self.waiting.keys().all(|wanted| own.contains(wanted)) {
+        if rules.is_none() && self.waiting.keys().all(|wanted| own.contains(wanted)) {
             return came;
         }
         // All of /proc is read once for all, not once for each, between two decisions.
-        let seen = discover();
+        let seen = self.seen.again();
         self.waiting.retain(|wanted, told| {
             if own.contains(wanted) {
                 return true;
@@ -134,15 +210,7 @@ impl Roster {
             let opened = found
                 .map_err(|refusal| explain(&refusal))
                 .and_then(|found| open(found.identity, |name| said(wanted).or_else(|| said(name))))
-                .and_then(|opened| {
-                    let (name, size, notes) = (opened.name.clone(), opened.size, opened.notes.clone());
-                    let process = opened.backend.process();
-                    let id = opened.admit(control).map_err(|error| explain(&error))?;
-                    notes.iter().for_each(|text| note(text));
-                    let process = process.map_or(0, plimsoll_sys::ProcessId::get);
-                    note(&format!("{name} is managed: {size}, process {process}"));
-                    Ok((id, name))
-                });
+                .and_then(|opened| welcome(opened, control, None, note));
             match opened {
                 Ok((id, name)) => {
                     self.managed.insert(id, wanted.clone());
@@ -157,8 +225,91 @@ impl Roster {
             }
             true
         });
+        self.seen = seen.unwrap_or_default();
+        if let Some(rules) = rules {
+            came.extend(self.take_in_strangers(control, now, rules, note));
+        }
         came
     }
+
+    /// Takes in those that nobody has named and a rule is for, a few at a time: each may take as long as its VMM likes.
+    fn take_in_strangers(
+        &mut self,
+        control: &mut Control,
+        now: Instant,
+        rules: &Rules<'_>,
+        note: &mut dyn FnMut(&str),
+    ) -> Vec<(MachineId, String)> {
+        let (mut came, mut opened) = (Vec::new(), 0);
+        let mut names: BTreeSet<String> = control.names().map(|(_, name)| name.to_owned()).collect();
+        let managed: BTreeSet<ProcessId> =
+            control.berths().into_values().filter_map(|berth| berth.process).collect();
+        let seen = &self.seen.machines;
+        self.strangers.retain(|process, stranger| {
+            let is_it =
+                |one: &Sighting| one.identity.process == *process && one.identity.start == stranger.start;
+            seen.iter().any(is_it)
+        });
+        for sighting in seen {
+            let process = sighting.identity.process;
+            let is_early = self.strangers.get(&process).is_some_and(|stranger| now < stranger.again_at);
+            // A machine of plimsoll's own hands itself over.
+            if managed.contains(&process) || is_early || sighting.vmm == Vmm::Plimsoll {
+                continue;
+            }
+            let Some(ruled) = rules(sighting) else { continue };
+            if opened == OPENED_MAX {
+                // The others in the next turn.
+                self.find_at = now;
+                break;
+            }
+            opened += 1;
+            let taken = if names.contains(&sighting.name) {
+                Err(format!("a machine called {} is managed already", sighting.name))
+            } else {
+                open(sighting.identity, |_| Some(ruled.config.clone()))
+                    .and_then(|opened| welcome(opened, control, Some(&ruled.rule), note))
+            };
+            match taken {
+                Ok((id, name)) => {
+                    self.strangers.remove(&process);
+                    self.ruled.insert(id, ruled);
+                    names.insert(name.clone());
+                    came.push((id, name));
+                }
+                Err(why) => {
+                    let before = self.strangers.get(&process);
+                    if before.is_none_or(|stranger| stranger.why != why) {
+                        let (name, rule) = (&sighting.name, &ruled.rule);
+                        note(&format!(
+                            "{name}, process {process}, is not managed, as {rule} says it should be: {why}"
+                        ));
+                    }
+                    let pause = before.map_or(FIND_EVERY, |stranger| (stranger.pause * 2).min(PAUSE_MAX));
+                    let (start, again_at) = (sighting.identity.start, now + pause);
+                    self.strangers.insert(process, Stranger { start, why, again_at, pause });
+                }
+            }
+        }
+        came
+    }
+}
+
+/// Has the loop take in a machine that was attached to, and tells of it.
+fn welcome(
+    opened: Opened,
+    control: &mut Control,
+    rule: Option<&str>,
+    note: &mut dyn FnMut(&str),
+) -> Result<(MachineId, String), String> {
+    let (name, size, notes) = (opened.name.clone(), opened.size, opened.notes.clone());
+    let process = opened.backend.process();
+    let id = opened.admit(control).map_err(|error| explain(&error))?;
+    notes.iter().for_each(|text| note(text));
+    let process = process.map_or(0, ProcessId::get);
+    let by = rule.map(|rule| format!(" by {rule}")).unwrap_or_default();
+    note(&format!("{name} is managed{by}: {size}, process {process}"));
+    Ok((id, name))
 }
 
 /// Attaches to a machine; `said` tells what is said about the machine of its name.

@@ -3,6 +3,7 @@
 //! Enters: what the daemon is to do. Leaves: exit status 0 when it was told to stop and had no machine left, 1 when no manager
 //! could be had, 2 when it could not be started. Keeper and manager are told the same: the manager's command line is the
 //! keeper's.
+use crate::config::all;
 use crate::demo::limits;
 use crate::live::DIRECTORY;
 use crate::verb::ended;
@@ -41,32 +42,32 @@ enum Count {
 #[derive(Args)]
 pub(crate) struct DaemonArgs {
     /// Where its sockets are; made if there is none.
-    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY, env = "PLIMSOLL_DIRECTORY")]
     directory: PathBuf,
     /// What the machines, their processes and the daemon may use.
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", env = "PLIMSOLL_BUDGET")]
     budget: ByteCount,
     /// What the store of one sharing domain may hold. Default: the budget.
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", env = "PLIMSOLL_STORE")]
     store: Option<ByteCount>,
     /// Where parked machines go: a file that may be made, or a block device, of the daemon's own. What is there is encrypted, and
     /// lost with the daemon.
-    #[arg(long, value_name = "FILE", requires = "disk_limit")]
+    #[arg(long, value_name = "FILE", requires = "disk_limit", env = "PLIMSOLL_DISK")]
     disk: Option<PathBuf>,
     /// What of it may be used.
-    #[arg(long, value_name = "SIZE", requires = "disk")]
+    #[arg(long, value_name = "SIZE", requires = "disk", env = "PLIMSOLL_DISK_LIMIT")]
     disk_limit: Option<ByteCount>,
     /// What of it one sharing domain may use. Default: all.
-    #[arg(long, value_name = "SIZE", requires = "disk")]
+    #[arg(long, value_name = "SIZE", requires = "disk", env = "PLIMSOLL_DISK_SHARE")]
     disk_share: Option<ByteCount>,
     /// Equal pages of all machines are kept once: they are one tenant's.
     #[arg(long)]
     share: bool,
     /// How memory is counted.
-    #[arg(long, value_enum, default_value_t = Count::Processes)]
+    #[arg(long, value_enum, default_value_t = Count::Processes, env = "PLIMSOLL_COUNT")]
     count: Count,
     /// The settings of its machines and groups; machines it names are managed from outside when they come. See docs/policy.md.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "PLIMSOLL_CONFIG")]
     config: Option<PathBuf>,
     /// Everything is in its place: an earlier program of this process has left it.
     #[arg(long, hide = true)]
@@ -142,12 +143,8 @@ fn check(path: &Path) -> Result<(), String> {
     if !path.is_absolute() {
         return Err(format!("--config {shown}: a daemon outlives its working directory; use a path from /"));
     }
-    let config = Config::read(path).map_err(|error| explain(&error))?;
-    if config.memory.is_some() || config.reserve > ByteCount(0) {
-        return Err(format!(
-            "{shown} says what memory there is; leave memory and reserve out: a daemon has --budget"
-        ));
-    }
+    let config = Config::read(path).map_err(|mistakes| all(&mistakes))?;
+    config.suits_a_daemon().map_err(|why| format!("{shown}: {why}"))?;
     Ok(())
 }
 

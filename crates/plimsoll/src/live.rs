@@ -14,7 +14,7 @@ pub(crate) const DIRECTORY: &str = "/run/plimsoll";
 #[derive(clap::Args)]
 pub(crate) struct LiveArgs {
     /// The daemon's directory.
-    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY, env = "PLIMSOLL_DIRECTORY")]
     directory: PathBuf,
     /// JSON instead of text.
     #[arg(long)]

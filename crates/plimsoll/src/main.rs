@@ -4,6 +4,7 @@
 //! explains, 2 when what was asked cannot be done (nothing was started, nothing is left behind).
 mod advise;
 mod attach;
+mod config;
 mod daemon;
 mod dashboard;
 mod demo;
@@ -88,6 +89,8 @@ enum Verb {
     Dashboard(dashboard::DashboardArgs),
     /// Say what the machines of a running daemon may use, or change it.
     Budget(vm::BudgetArgs),
+    /// Check settings before a daemon sees them, or say what may be said in them.
+    Config(config::ConfigArgs),
     /// Completions for a shell, on standard output.
     #[command(hide = true)]
     Completions(manual::CompletionsArgs),
@@ -129,6 +132,7 @@ fn main() -> ExitCode {
         Verb::Top(args) => top::main(&args),
         Verb::Dashboard(args) => dashboard::main(&args),
         Verb::Budget(args) => vm::budget(&args),
+        Verb::Config(args) => config::main(&args),
         Verb::Completions(args) => manual::completions(&args, Cli::command()),
         Verb::Man(args) => manual::man(&args, Cli::command()),
         Verb::Manager(args) => daemon::manager(&args),

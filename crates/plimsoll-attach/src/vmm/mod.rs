@@ -310,12 +310,21 @@ const KINDS: [Kind; 5] = [
     },
 ];
 
+/// Whether the program may be a VMM, by its file alone: what it was told is dearer to find out.
+pub(crate) fn is_named_like_one(program: &Path) -> bool {
+    named(program).is_some()
+}
+
+fn named(program: &Path) -> Option<&'static Kind> {
+    let name = program.file_name()?.to_str()?;
+    let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+    KINDS.iter().find(|kind| kind.names.iter().any(|candidate| candidate.matches(name)))
+}
+
 /// The kind of VMM that the program is, if it is one. Its path may end in ` (deleted)`: an upgrade replaced the file
 /// under the running machine.
 pub(crate) fn recognise(program: &Path, argv: &[String]) -> Option<&'static Kind> {
-    let name = program.file_name()?.to_str()?;
-    let name = name.strip_suffix(" (deleted)").unwrap_or(name);
-    let kind = KINDS.iter().find(|kind| kind.names.iter().any(|candidate| candidate.matches(name)))?;
+    let kind = named(program)?;
     let runs_a_machine = match kind.vmm {
         // The same programs have other verbs.
         Vmm::Plimsoll => argv.get(1).is_some_and(|verb| verb == "vmm"),

@@ -1,10 +1,12 @@
-//! What can be wrong with a settings file, and where.
+//! What can be wrong with settings, and where.
+use super::Place;
 use plimsoll_policy::settings::SettingsError;
 use plimsoll_types::ByteCount;
+use std::fmt;
 use std::io;
 use thiserror::Error;
 
-/// A settings file was refused. Nothing of it was taken over.
+/// Something is wrong with settings. Nothing of them was taken over.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -18,15 +20,51 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// It says something that cannot be.
-    #[error("{path}:{line}: {wrong}")]
+    #[error("{place}: {wrong}")]
     Wrong {
-        /// Its path.
-        path: String,
-        /// The line, from 1.
-        line: usize,
+        /// Where.
+        place: Place,
         /// What.
         wrong: Wrong,
     },
+}
+
+/// Everything that is wrong with settings, in the order of the files. As a sentence it is the first.
+#[derive(Debug)]
+pub struct Mistakes(Vec<ConfigError>);
+
+impl Mistakes {
+    /// Nothing, where there is none.
+    pub(super) fn of(mut found: Vec<ConfigError>) -> Result<(), Self> {
+        let place = |error: &ConfigError| match error {
+            ConfigError::Read { .. } => None,
+            ConfigError::Wrong { place, .. } => Some(place.clone()),
+        };
+        found.sort_by_key(place);
+        if found.is_empty() { Ok(()) } else { Err(Self(found)) }
+    }
+
+    /// Each of them.
+    pub fn each(&self) -> impl Iterator<Item = &ConfigError> {
+        self.0.iter()
+    }
+}
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some((first, others)) = self.0.split_first() else { return Ok(()) };
+        first.fmt(f)?;
+        match others.len() {
+            0 => Ok(()),
+            count => write!(f, " ({count} more: `plimsoll config check` tells all)"),
+        }
+    }
+}
+
+impl std::error::Error for Mistakes {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.first().and_then(std::error::Error::source)
+    }
 }
 
 /// What is wrong.
@@ -78,6 +116,28 @@ pub enum Wrong {
         /// Those that are there.
         known: String,
     },
+    /// One that is there twice.
+    #[error("{name} is said here and in {before}: leave one of the two out")]
+    Twice {
+        /// Its name.
+        name: String,
+        /// Where it was said before.
+        before: Place,
+    },
+    /// A rule for everything.
+    #[error("{rule} has no condition: say which machines it is for, or name = \"*\" if it is for all")]
+    NoCondition {
+        /// Which one.
+        rule: String,
+    },
+    /// A rule that gives settings to machines that it leaves alone.
+    #[error("{rule} leaves machines alone and says {key} of them: leave one of the two out")]
+    Idle {
+        /// Which one.
+        rule: String,
+        /// What it says.
+        key: &'static str,
+    },
     /// Nothing is left for machines.
     #[error("the host has {memory}, of which {reserve} are reserved: leave something for machines")]
     NothingLeft {
@@ -99,12 +159,6 @@ pub enum Wrong {
     /// A tax that leaves nothing.
     #[error("{0}")]
     Tax(plimsoll_policy::auction::TaxTooHigh),
-}
-
-impl ConfigError {
-    pub(super) fn new(path: &str, line: usize, wrong: Wrong) -> Self {
-        Self::Wrong { path: path.to_owned(), line, wrong }
-    }
 }
 
 /// The key of the first setting to look at.

@@ -1,51 +1,38 @@
-//! What an operator says about a host, as a file.
+//! What an operator says about a host, as files.
 //!
-//! Enters: TOML. Leaves: a [`Config`] that contradicts itself nowhere, or one sentence with file, line and what to do. Nothing
-//! of a file with a mistake is taken over. What must never happen: a key that is read past because it is misspelt.
+//! Enters: TOML: one file for the host, and beside it one for each machine and group in `machines.d` and `groups.d`, if people like that
+//! better than tables. Leaves: a [`Config`] that contradicts itself nowhere, or every [mistake](Mistakes), each a sentence with file, line and
+//! what to do. Nothing of files with a mistake is taken over. What must never happen: a key that is read past because it is misspelt.
 //!
 //! ```toml
 //! [host]
-//! memory = "4G"            # what machines share; left out: all the host has
-//! reserve = "256M"         # of it, for the manager and whatever else is no machine
-//! idle-tax = "75%"
-//! costs = "costs.json"     # what `cargo xtask bench cost` has written; left out: what we measured
+//! memory = "4G"
 //!
-//! [group.tenant]           # machines belong to the host unless they say otherwise
-//! reservation = "1G"
+//! [group.tenant]
 //! limit = "3G"
-//! shares = 5000
-//! sharing = true           # its machines may share pages with each other
 //!
-//! [machine.web]            # ESX's face
+//! [machine.web]
 //! group = "tenant"
 //! reservation = "512M"
-//! limit = "2G"
-//! shares = 10000
-//! highest = "compress"     # or guest-free, balloon, sharing, disk; never-page is sharing
-//! stall-objective = "0.1%"
-//! qmp = "/run/web.qmp"     # QEMU's monitor, if nobody else uses it; api for Cloud Hypervisor and Firecracker
 //!
-//! [machine.db]             # Hyper-V's face
-//! startup = "1G"
-//! minimum = "256M"
-//! maximum = "4G"
-//! buffer = "20%"
-//! weight = 5000
-//!
-//! [machine.realtime]
-//! kind = "dedicated"       # or static
+//! [[rule]]
+//! name = "test-*"
+//! group = "tenant"
 //! ```
+//!
+//! * [`keys`] lists every key; [`read`] understands a file by that list; `whole` puts the files together and finds contradictions.
 mod error;
-mod file;
+pub mod keys;
+mod read;
+mod rules;
+mod whole;
 
-pub use error::{ConfigError, Wrong};
-pub use file::Part;
+pub use error::{ConfigError, Mistakes, Wrong};
+pub use read::{Kind, Part, Place};
+pub use rules::{Conditions, Pattern, Rule, Traits};
 
 use plimsoll_policy::auction::IdleTax;
-use plimsoll_policy::settings::{
-    Face, GroupSettings, MachineSettings, Owner, Settings, SettingsError, Shares, Terms,
-};
-use plimsoll_policy::tree::Tree;
+use plimsoll_policy::settings::{Face, GroupSettings, MachineSettings, Settings, Shares};
 use plimsoll_policy::{Costs, Ppm, Rung};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::BTreeMap;
@@ -66,6 +53,8 @@ pub struct Config {
     pub groups: BTreeMap<String, GroupSettings>,
     /// The machines by name.
     pub machines: BTreeMap<String, MachineConfig>,
+    /// What is said about others, the first that matches before the rest.
+    pub rules: Vec<Rule>,
 }
 
 /// What an operator says about a machine.
@@ -116,8 +105,15 @@ pub enum FaceConfig {
 impl Default for Config {
     /// Nothing was said.
     fn default() -> Self {
-        let (memory, reserve, tax, costs) = (None, ByteCount(0), IdleTax::USUAL, Costs::MEASURED);
-        Self { memory, reserve, tax, costs, groups: BTreeMap::new(), machines: BTreeMap::new() }
+        Self {
+            memory: None,
+            reserve: ByteCount(0),
+            tax: IdleTax::USUAL,
+            costs: Costs::MEASURED,
+            groups: BTreeMap::new(),
+            machines: BTreeMap::new(),
+            rules: Vec::new(),
+        }
     }
 }
 
@@ -173,54 +169,39 @@ impl MachineConfig {
 }
 
 impl Config {
-    /// Reads and checks a file.
+    /// Reads and checks a file, and what is in `machines.d` and `groups.d` beside it.
     ///
     /// # Errors
-    /// [`ConfigError`], with file and line where there is one.
-    pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let shown = path.display().to_string();
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: shown.clone(), source })?;
-        Self::parse(&text, &shown)
+    /// [`Mistakes`]: all of them.
+    pub fn read(path: &Path) -> Result<Self, Mistakes> {
+        whole::read(path)
     }
 
     /// Checks a text; `path` is what it is called. A file of costs that it names is read.
     ///
     /// # Errors
-    /// [`ConfigError::Wrong`].
-    pub fn parse(text: &str, path: &str) -> Result<Self, ConfigError> {
-        let (mut config, costs) =
-            file::parse(text).map_err(|(line, wrong)| ConfigError::new(path, line, wrong))?;
-        if let Some(named) = costs {
-            config.costs = file::costs_in(&named, text, path)?;
+    /// [`Mistakes`].
+    pub fn parse(text: &str, path: &str) -> Result<Self, Mistakes> {
+        whole::parse(text, path)
+    }
+
+    /// Whether a daemon can have these settings.
+    ///
+    /// # Errors
+    /// A sentence, where they say what a daemon is told otherwise.
+    pub fn suits_a_daemon(&self) -> Result<(), &'static str> {
+        if self.memory.is_some() || self.reserve > ByteCount(0) {
+            return Err(
+                "the settings say what memory there is; leave memory and reserve out: a daemon has --budget",
+            );
         }
-        let ids: BTreeMap<MachineId, &str> =
-            (1..).map(MachineId).zip(config.machines.keys().map(String::as_str)).collect();
-        let names = |owner: Owner| match owner {
-            Owner::Machine(id) => ids.get(&id).map(|name| ("machine", (*name).to_owned())),
-            Owner::Group(id) => group_name(&config.groups, id).map(|name| ("group", name)),
-            Owner::Host => None,
-        };
-        let wrong = |error: SettingsError| {
-            let key = error::key(&error);
-            let line = match names(error.owner()) {
-                Some((kind, name)) => file::line_of(text, &[kind, &name, key]),
-                None => file::line_of(text, &["host", key]),
-            };
-            let text = error.named(&|owner| names(owner).map(|(_, name)| name)).to_string();
-            ConfigError::new(path, line, Wrong::Settings { text, error })
-        };
-        let machines: Vec<MachineSettings> = ids
-            .iter()
-            .filter_map(|(id, name)| config.machines.get(*name).map(|machine| (id, machine)))
-            .map(|(id, machine)| machine.settings(*id, machine.least()))
-            .collect();
-        // One after the other first, so that a contradiction inside one is not told as one among many.
-        machines.iter().try_for_each(|machine| Terms::of(machine).map(drop)).map_err(wrong)?;
-        let capacity =
-            config.memory.map_or(ByteCount(u64::MAX), |memory| memory.saturating_sub(config.reserve));
-        Tree::new(Settings { machines, ..config.settings(capacity) }).map_err(wrong)?;
-        Ok(config)
+        Ok(())
+    }
+
+    /// The first rule for a machine that is seen so; none where a table is its own.
+    pub fn rule(&self, traits: &Traits) -> Option<&Rule> {
+        let is_named = self.machines.contains_key(&traits.name);
+        self.rules.iter().filter(|_| !is_named).find(|rule| rule.conditions.hold(traits))
     }
 
     /// The same with the numbers that groups had before. One that is new gets a number that none had, so that no machine is taken for one
@@ -243,7 +224,8 @@ impl Config {
             group.parent = group.parent.map(new);
             group.domain = group.domain.map(|_| DomainId(group.id.0));
         }
-        self.machines.values_mut().for_each(|machine| machine.parent = machine.parent.map(new));
+        let rules = self.rules.iter_mut().filter_map(|rule| rule.config.as_mut());
+        self.machines.values_mut().chain(rules).for_each(|machine| machine.parent = machine.parent.map(new));
         self
     }
 

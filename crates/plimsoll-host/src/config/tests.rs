@@ -1,7 +1,7 @@
 //! Settings files that are understood, and the sentence for each that is not.
 use super::*;
 use plimsoll_policy::costs::Losses;
-use plimsoll_policy::settings::BUFFER_USUAL;
+use plimsoll_policy::settings::{BUFFER_USUAL, Terms};
 use plimsoll_types::DomainId;
 
 fn refusal(text: &str) -> String {
@@ -73,24 +73,24 @@ fn each_mistake_is_told_with_its_line_and_what_to_do() {
         ("\n[machine.web]\nshares = 0\n", "host.toml:3: web has 0 shares: give it at least 1"),
         (
             "[machine.web]\nreservaton = \"1G\"\n",
-            "host.toml:2: unknown key `reservaton`: use one of `group`, `kind`, `size`, `reservation`, `limit`, `shares`, \
-          `startup`, `minimum`, `maximum`, `buffer`, `weight`, `highest`, `stall-objective`, `qmp`, `api`",
+            "host.toml:2: unknown key `reservaton`: use one of `group`, `kind`, `reservation`, `limit`, `shares`, `startup`, \
+          `minimum`, `maximum`, `buffer`, `weight`, `highest`, `stall-objective`, `size`, `qmp`, `api`",
         ),
         (
             "[machine.web]\nlimit = \"1Q\"\n",
-            "host.toml:2: \"1Q\": unknown size suffix: use K, M, G or T (powers of 1024)",
+            "host.toml:2: limit = \"1Q\": unknown size suffix: use K, M, G or T (powers of 1024)",
         ),
         (
             "[machine.web]\nlimit = 512\n",
-            "host.toml:2: invalid type: integer `512`, expected a text with a unit, such as \"512M\" or \"20%\"",
+            "host.toml:2: limit = 512: write a size in quotes, such as \"512M\" (K, M, G, T: powers of 1024)",
         ),
         (
             "[machine.web]\nstall-objective = nan\n",
-            "host.toml:2: invalid type: floating point `NaN`, expected a text with a unit, such as \"512M\" or \"20%\"",
+            "host.toml:2: stall-objective = nan: write a percentage in quotes, such as \"20%\" or \"0.1%\"",
         ),
         (
             "[machine.web]\nstall-objective = \"-1%\"\n",
-            "host.toml:2: \"-1%\": not a percentage: write it as \"20%\" or \"0.1%\"",
+            "host.toml:2: stall-objective = \"-1%\": not a percentage: write it as \"20%\" or \"0.1%\"",
         ),
         (
             "[group.a]\ngroup = \"b\"\n\n[group.b]\ngroup = \"a\"\n",
@@ -176,4 +176,184 @@ fn costs_are_read_from_the_file_beside_the_settings_and_a_wrong_one_is_told_with
 fn a_file_that_is_not_there_is_named() {
     let error = Config::read("/no/such/host.toml".as_ref()).unwrap_err();
     assert_eq!(error.to_string(), "the settings \"/no/such/host.toml\" cannot be read");
+}
+
+#[test]
+fn what_is_no_file_or_too_large_is_refused_without_waiting_for_it() {
+    for (path, why) in [("/dev/zero", "it is no file"), ("/proc", "it is no file")] {
+        let error = plimsoll_linux::explain(&Config::read(path.as_ref()).unwrap_err());
+        assert!(error.contains(why), "{error}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let large = folder.path().join("host.toml");
+    std::fs::File::create(&large).unwrap().set_len(5 << 20).unwrap();
+    let error = plimsoll_linux::explain(&Config::read(&large).unwrap_err());
+    assert!(error.contains("it is larger than 4M"), "{error}");
+}
+
+/// Everything a value may be that it should not be.
+const WRONG: [&str; 9] = [
+    "-1",
+    "4294967296",
+    "1.5",
+    "\"\"",
+    "\"x\\u0000y\"",
+    "[]",
+    "{}",
+    "1979-05-27",
+    "\"99999999999999999999T\"",
+];
+/// What may be said of each kind.
+fn right(kind: read::Kind) -> &'static str {
+    use read::Kind as K;
+    match kind {
+        K::Size => "\"4M\"",
+        K::Part => "\"20%\"",
+        K::Count => "7",
+        K::Flag => "true",
+        K::Text => "\"t\"",
+        K::Pattern => "\"*\"",
+        K::Socket | K::File => "\"/dev/null\"",
+        K::OneOf(words) => Box::leak(format!("{:?}", words[0]).into_boxed_str()),
+    }
+}
+
+/// Each section with how a table of it begins, and each key of it.
+fn every_key() -> impl Iterator<Item = (&'static str, &'static keys::Key)> {
+    let headings = ["[host]", "[group.g]", "[machine.m]", "[[rule]]"];
+    headings
+        .into_iter()
+        .zip(keys::SECTIONS)
+        .flat_map(|(heading, section)| section.keys().map(move |key| (heading, key)))
+}
+
+#[test]
+fn every_key_refuses_every_wrong_value_on_its_line_in_one_sentence_that_names_it() {
+    for (heading, key) in every_key() {
+        for wrong in WRONG {
+            let is_text = matches!(key.kind, read::Kind::Text | read::Kind::Pattern | read::Kind::File);
+            if is_text && wrong.starts_with('"') && wrong != "\"\"" {
+                continue;
+            }
+            let text = format!("# a line\n{heading}\n{} = {wrong}\n", key.name);
+            let mistakes = Config::parse(&text, "host.toml").expect_err(&text);
+            let of_key: Vec<String> = mistakes
+                .each()
+                .map(ToString::to_string)
+                .filter(|one| one.starts_with(&format!("host.toml:3: {} = ", key.name)))
+                .collect();
+            assert!(
+                matches!(&*of_key, [one] if one.lines().count() == 1 && one.contains(": ")),
+                "{text}: {mistakes:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_key_that_is_described_is_understood_and_changes_something() {
+    let mut rules = 0;
+    for (heading, key) in every_key() {
+        // Some say something only beside others.
+        let beside = match (heading, key.name) {
+            ("[machine.m]" | "[[rule]]", "startup" | "buffer" | "weight") => {
+                "minimum = \"2M\"\nmaximum = \"8M\"\n"
+            }
+            ("[machine.m]" | "[[rule]]", "minimum") => "maximum = \"8M\"\n",
+            ("[machine.m]" | "[[rule]]", "maximum") => "minimum = \"2M\"\n",
+            ("[host]", "reserve") => "memory = \"1G\"\n",
+            _ => "",
+        };
+        let condition = if heading == "[[rule]]" && key.name != "name" { "name = \"x\"\n" } else { "" };
+        let value = match key.name {
+            "costs" => "\"/no/such\"",
+            "startup" => "\"4M\"",
+            "buffer" => "\"30%\"",
+            "idle-tax" => "\"50%\"",
+            // True is usual.
+            "attach" => "false",
+            _ => right(key.kind),
+        };
+        let read = |line: &str| {
+            let said = format!("[group.t]\n{heading}\n{condition}{beside}{line}\n");
+            Config::parse(&said, "host.toml").map_err(|mistakes| mistakes.to_string())
+        };
+        rules += usize::from(heading == "[[rule]]");
+        let line = format!("{} = {value}", key.name);
+        assert_ne!(read(&line), read(""), "{heading} {line}");
+        assert!(key.name == "costs" || read(&line).is_ok(), "{heading} {line}: {:?}", read(&line));
+    }
+    assert_eq!(rules, keys::RULE.keys().count());
+}
+
+#[test]
+fn all_mistakes_are_told_at_once_in_the_order_of_the_files_and_each_once() {
+    let text = "[host]\nmemory = 1\n[group.a]\ngroup = \"b\"\n[group.b]\ngroup = \"a\"\n[machine.x]\nshares = 0\ngroup = \"no\"\n\
+                [machine.y]\nminimum = \"2G\"\nmaximum = \"1G\"\n[[rule]]\nshares = 1\n[[rule]]\nname = \"*\"\nattach = false\n\
+                limit = \"1G\"\n[[rule]]\nname = \"w\"\nreservation = \"4M\"\nlimit = \"1M\"\n[hosts]\n";
+    let mistakes = Config::parse(text, "h").unwrap_err();
+    let told: Vec<String> = mistakes.each().map(ToString::to_string).collect();
+    let expected = [
+        "h:2: memory = 1: write a size",
+        "h:4: a is nested in b",
+        "h:8: x has 0 shares",
+        "h:9: x belongs to the group \"no\"",
+        "h:11: y has a minimum of 2G",
+        "h:13: rule 1 has no condition: say which machines it is for, or name = \"*\" if it is for all",
+        "h:18: rule 2 leaves machines alone and says limit of them",
+        "h:21: rule 3 reserves 4M, more than its limit of 1M",
+        "h:23: unknown key `hosts`: use one of `host`, `group`, `machine`, `rule`",
+    ];
+    assert_eq!(told.len(), expected.len(), "{told:#?}");
+    for (told, expected) in told.iter().zip(expected) {
+        assert!(told.starts_with(expected), "{told}\n{expected}");
+    }
+    assert!(mistakes.to_string().ends_with("(8 more: `plimsoll config check` tells all)"), "{mistakes}");
+    let broken = Config::parse("[host\n[group.a]\nshares =\n", "h").unwrap_err();
+    assert!(broken.each().count() >= 2, "{broken:?}");
+}
+
+#[test]
+fn files_beside_the_settings_are_machines_and_groups_of_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |path: &str, text: &str| {
+        let path = folder.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    at("plimsoll.toml", "[host]\nmemory = \"4G\"\n[machine.db]\n");
+    at("groups.d/tenant.toml", "limit = \"2G\"\n");
+    at("machines.d/web.toml", "group = \"tenant\"\nshares = 7\n");
+    for ignored in ["machines.d/web.toml~", "machines.d/.web.toml", "machines.d/web.toml.dpkg-old"] {
+        at(ignored, "nonsense");
+    }
+    let main = folder.path().join("plimsoll.toml");
+    let config = Config::read(&main).unwrap();
+    assert_eq!(config.machines.keys().collect::<Vec<_>>(), ["db", "web"]);
+    assert_eq!(config.machine("web").parent, Some(config.groups["tenant"].id));
+    at("machines.d/web.toml", "group = \"tenant\"\n\nshare = 7\n");
+    at("machines.d/db.toml", "");
+    at("groups.d/tenant.toml", "[limit\n");
+    let told: Vec<String> = Config::read(&main).unwrap_err().each().map(ToString::to_string).collect();
+    let shown = folder.path().display();
+    for (told, expected) in told.iter().zip([
+        format!("{shown}/groups.d/tenant.toml:1: unclosed table"),
+        format!("{shown}/machines.d/db.toml:1: db is said here and in {shown}/plimsoll.toml:3: leave one"),
+        format!("{shown}/machines.d/web.toml:1: web belongs to the group \"tenant\", which is not there"),
+        format!("{shown}/machines.d/web.toml:3: unknown key `share`: use one of"),
+    ]) {
+        assert!(told.starts_with(&expected), "{told}\n{expected}");
+    }
+    assert_eq!(told.len(), 4, "{told:#?}");
+}
+
+#[test]
+fn the_chapter_lists_the_keys_as_they_are() {
+    let chapter = include_str!("../../../../docs/config.md");
+    let listed = chapter.split_once("<!-- plimsoll config docs -->\n").map(|(_, listed)| listed.trim());
+    assert_eq!(
+        listed,
+        Some(keys::reference().trim()),
+        "put what `plimsoll config docs` says at the end of docs/config.md"
+    );
 }

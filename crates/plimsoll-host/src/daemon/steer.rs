@@ -178,10 +178,12 @@ impl Steering {
 
 /// Reads the file and has the loop put it in force. What became of that.
 fn reread(path: &Path, bell: &Bell) -> String {
-    let done = Config::read(path)
-        .map_err(|error| explain(&error))
-        .and_then(|config| bell.order(Order::Reload(Box::new(config))).map_err(|fault| fault.message));
-    match done {
+    let put = || {
+        let config = Config::read(path).map_err(|error| explain(&error))?;
+        config.suits_a_daemon()?;
+        bell.order(Order::Reload(Box::new(config))).map_err(|fault| fault.message)
+    };
+    match put() {
         Ok(_) => format!("the settings {path:?} are in force"),
         Err(why) => format!("the settings were not changed, and those of before stay in force: {why}"),
     }

@@ -16,9 +16,11 @@ use crate::backend::balloon::Farewell;
 use crate::backend::{Backend, Done, Kind, Managed, Trouble};
 use crate::config::{Config, MachineConfig, group_name};
 use crate::control::{Control, Event, Happened, RunError, Turn, Wakers, host_pressure, run};
-use crate::roster::{Opened, Roster};
+use crate::roster::{Opened, Roster, Ruled, Rules};
 use kept::{Kept, KeptError, Word, Words};
 use parking_lot::Mutex;
+use plimsoll_attach::Sighting;
+use plimsoll_attach::vmm::Vmm;
 use plimsoll_core::ledger::{Budget, Kind as LedgerKind};
 use plimsoll_linux::explain;
 use plimsoll_linux::uffd::manager::Manager;
@@ -178,8 +180,17 @@ impl Helm {
         self.meet(control);
         let now = Instant::now();
         let (kept, config, groups) = (&self.kept, &self.config, &self.groups);
-        let said = |name: &str| Some(said(kept, config, groups, name));
-        for (id, name) in self.roster.take_in(control, now, &said, &mut self.note) {
+        let said_of = |name: &str| Some(said(kept, config.machine(name), groups, name));
+        let rules = |sighting: &Sighting| {
+            let Sighting { identity, vmm, name, uuid, .. } = sighting;
+            let is_named = uuid.as_ref().is_some_and(|uuid| config.machines.contains_key(uuid));
+            let is_let_go = kept.word(name).is_some_and(|word| word.attached == Some(false));
+            let ruled =
+                Ruled::of(config, identity.process, *vmm, name).filter(|_| !is_named && !is_let_go)?;
+            Some(Ruled { config: said(kept, ruled.config, groups, name), ..ruled })
+        };
+        let rules: Option<&Rules<'_>> = if config.rules.is_empty() { None } else { Some(&rules) };
+        for (id, name) in self.roster.take_in(control, now, &said_of, rules, &mut self.note) {
             if self.kept.is_paused(&name) {
                 control.pause(id, true, now);
             }
@@ -207,7 +218,10 @@ impl Helm {
                 .collect::<Vec<_>>()
         };
         for (process, machine) in machines {
-            let config = said(&self.kept, &self.config, &self.groups, &machine.name);
+            let rule = process.and_then(|it| Ruled::of(&self.config, it, Vmm::Plimsoll, &machine.name));
+            let of_file =
+                rule.as_ref().map_or_else(|| self.config.machine(&machine.name), |rule| rule.config.clone());
+            let config = said(&self.kept, of_file, &self.groups, &machine.name);
             let backend = || -> Box<dyn Backend> {
                 let managed = Managed::new(Arc::clone(&own.manager), machine.id, 1, Instant::now());
                 Box::new(match process {
@@ -222,8 +236,15 @@ impl Helm {
                 control.admit(&machine.name, usual, backend())
             });
             match admitted {
-                Ok(id) if self.kept.is_paused(&machine.name) => control.pause(id, true, Instant::now()),
-                Ok(_) => {}
+                Ok(id) => {
+                    if let Some(ruled) = rule {
+                        (self.note)(&format!("{} has what {} says", machine.name, ruled.rule));
+                        self.roster.rule(id, Some(ruled));
+                    }
+                    if self.kept.is_paused(&machine.name) {
+                        control.pause(id, true, Instant::now());
+                    }
+                }
                 Err(error) => {
                     (self.note)(&format!("{} has an equal share: {}", machine.name, explain(&error)));
                 }
@@ -232,12 +253,20 @@ impl Helm {
         }
     }
 
+    /// What the file says about a machine of the loop: by its name, by that it is looked for by, or by a rule.
+    fn of_file(&self, id: MachineId, name: &str) -> MachineConfig {
+        let machines = &self.config.machines;
+        let wanted = || machines.get(self.roster.wanted(id)?);
+        let ruled = || self.roster.ruled(id).map(|ruled| &ruled.config);
+        machines.get(name).or_else(wanted).or_else(ruled).cloned().unwrap_or_default()
+    }
+
     fn obey(&mut self, control: &mut Control, order: Order) -> Obeyed {
         match order {
             Order::Attach(opened, settings) => self.attach(control, *opened, &settings).map(Some),
             Order::Set(id, settings) => {
                 let name = name_of(control, id)?;
-                let before = said(&self.kept, &self.config, &self.groups, &name);
+                let before = said(&self.kept, self.of_file(id, &name), &self.groups, &name);
                 let wanted = settings.over(&before, &self.groups)?;
                 let size = size_of(control, id);
                 let in_force = control.tree().settings().machines.iter().find(|one| one.id == id).copied();
@@ -282,7 +311,7 @@ impl Helm {
             return Err(Fault::new(Code::Conflict, format!("a machine called {name} is managed already")));
         }
         let (qmp, api, notes) = (opened.config.qmp.clone(), opened.config.api.clone(), opened.notes.clone());
-        let before = said(&self.kept, &self.config, &self.groups, &name);
+        let before = said(&self.kept, self.config.machine(&name), &self.groups, &name);
         opened.config = said_now.over(&before, &self.groups)?;
         let settings = Settings::said(&opened.config, &self.groups);
         let id = opened.admit(control).map_err(|error| self.refusal(control, &error))?;
@@ -306,7 +335,8 @@ impl Helm {
         }
         // The file may know it by its UUID.
         let wanted = self.roster.wanted(id).unwrap_or(&name).to_owned();
-        self.unsay(&name, &wanted)?;
+        let is_of_file = self.config.machines.contains_key(&wanted) || self.roster.ruled(id).is_some();
+        self.unsay(&name, &wanted, is_of_file)?;
         self.roster.strike(id, &name);
         // Its VMM has what it had when it is told that it has.
         self.farewell = control.release(id);
@@ -318,14 +348,14 @@ impl Helm {
         if !self.roster.waiting().any(|(waiting, _)| waiting == name) {
             return Err(Fault::gone());
         }
-        self.unsay(name, name)?;
+        self.unsay(name, name, self.config.machines.contains_key(name))?;
         self.roster.forget(name);
         Ok(None)
     }
 
-    /// Nothing is said any more about a machine, but that it is not to be managed, if the file names it by `wanted`.
-    fn unsay(&mut self, name: &str, wanted: &str) -> Result<(), Fault> {
-        let attached = self.config.machines.contains_key(wanted).then_some(false);
+    /// Nothing is said any more about a machine, but that it is not to be managed, if the file would have it: as `wanted`, or by a rule.
+    fn unsay(&mut self, name: &str, wanted: &str, is_of_file: bool) -> Result<(), Fault> {
+        let attached = is_of_file.then_some(false);
         let unsaid = |words: &mut Words| {
             words.machines.remove(name);
             words.machines.insert(wanted.to_owned(), Word { attached, ..Word::default() });
@@ -430,9 +460,8 @@ fn size_of(control: &Control, id: MachineId) -> ByteCount {
     shown.or_else(|| control.tree().terms(id).map(|terms| terms.size.bytes())).unwrap_or_default()
 }
 
-/// What is said about the machine of a name: by the API, else by the file, else nothing.
-fn said(kept: &Kept, config: &Config, groups: &Groups, name: &str) -> MachineConfig {
-    let of_file = config.machine(name);
+/// What is said about the machine of a name: by the API, else by the file.
+fn said(kept: &Kept, of_file: MachineConfig, groups: &Groups, name: &str) -> MachineConfig {
     let Some(word) = kept.word(name) else { return of_file };
     let of_file = MachineConfig {
         qmp: word.qmp.clone().or(of_file.qmp.clone()),

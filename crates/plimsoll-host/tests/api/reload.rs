@@ -36,8 +36,11 @@ fn what_a_file_says_is_in_force_after_it_was_read_again_and_a_groups_new_neighbo
     assert_eq!(estate.json("/v1/machines/m1")["settings"], m1);
     assert_eq!(estate.json("/v1/groups")["groups"].as_array().map(Vec::len), Some(3));
     // What the file says no more is not in force any more.
-    reload(&estate, CONFIG).unwrap();
+    reload(&estate, &format!("{CONFIG}[machine.m1]\n")).unwrap();
     assert_eq!(estate.json("/v1/machines/m1")["settings"]["shares"], Value::from(5000));
+    // Nor is a machine managed that it names no more; nobody has ever named the others.
+    reload(&estate, CONFIG).unwrap();
+    assert_eq!([1, 2].map(|number| estate.get(&format!("/v1/machines/m{number}")).status), [404, 200]);
 }
 
 #[test]

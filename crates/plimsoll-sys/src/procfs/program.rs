@@ -99,6 +99,26 @@ pub fn arguments(process: ProcessId) -> Result<Vec<String>, ProcfsError> {
     Ok(split_arguments(&read(process, "cmdline")?))
 }
 
+/// The number of its real user.
+pub fn user(process: ProcessId) -> Result<u32, ProcfsError> {
+    let file = "status";
+    let [real, ..] = Lines { file, text: &read(process, file)? }.ids("Uid")?;
+    Ok(real)
+}
+
+/// The paths of the control groups it is in, of whatever hierarchy, as this process's namespace sees them; each once.
+pub fn control_groups(process: ProcessId) -> Result<Vec<String>, ProcfsError> {
+    let mut paths = parse_control_groups(&read(process, "cgroup")?);
+    paths.sort();
+    paths.dedup();
+    Ok(paths)
+}
+
+/// Each line is a hierarchy's number, its controllers, and a path, which may have colons.
+fn parse_control_groups(text: &str) -> Vec<String> {
+    text.lines().filter_map(|line| Some(line.splitn(3, ':').nth(2)?.to_owned())).collect()
+}
+
 /// Splits what cmdline holds: each argument ends with a zero byte.
 pub fn split_arguments(text: &str) -> Vec<String> {
     let text = text.strip_suffix('\0').unwrap_or(text);
@@ -132,6 +152,15 @@ mod tests {
         assert!(stat.is_kernel_thread());
         assert_eq!(parse_stat(&text.replace(" 1 7 7", " 0 7 7")).unwrap().parent, None);
         assert!(matches!(parse_stat("7 (a) S 1"), Err(ProcfsError::Missing { field: "flags", .. })));
+    }
+
+    #[test]
+    fn users_and_control_groups_are_this_processs() {
+        let own = ProcessId::own();
+        assert_eq!(user(own).unwrap(), rustix::process::getuid().as_raw());
+        assert!(control_groups(own).unwrap().iter().all(|path| path.starts_with('/')));
+        let text = "12:memory:/a:b\n1:name=systemd:/a:b\n0::/\nnonsense\n";
+        assert_eq!(parse_control_groups(text), ["/a:b", "/a:b", "/"]);
     }
 
     #[test]

@@ -5,12 +5,14 @@
 //! not there yet is taken in when it comes.
 mod view;
 
+use crate::config::{USUAL as USUAL_CONFIG, all};
 use crate::signals::signals;
 use crate::trace::USUAL;
 use crate::verb::ended;
+use plimsoll_attach::Sighting;
 use plimsoll_host::config::Config;
 use plimsoll_host::control::{Control, Happened, Pool, Wakers, host_pressure, run};
-use plimsoll_host::roster::Roster;
+use plimsoll_host::roster::{Roster, Ruled, Rules};
 use plimsoll_host::trace::Recorder;
 use plimsoll_linux::explain;
 use std::ops::ControlFlow;
@@ -23,7 +25,7 @@ use view::View;
 #[derive(clap::Args)]
 pub(crate) struct ManageArgs {
     /// The settings of the host and its machines.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", default_value = USUAL_CONFIG, env = "PLIMSOLL_CONFIG")]
     config: PathBuf,
     /// The machines: names, UUIDs or process ids. Without any: all that the settings name.
     machines: Vec<String>,
@@ -43,12 +45,17 @@ pub(crate) fn main(args: &ManageArgs) -> ExitCode {
 }
 
 fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
-    let config = Config::read(&args.config).map_err(|error| explain(&error))?;
+    let config = Config::read(&args.config).map_err(|mistakes| all(&mistakes))?;
     let named = &args.machines;
     let mut wanted =
         Roster::new(if named.is_empty() { config.machines.keys().cloned().collect() } else { named.clone() });
-    if wanted.waiting().next().is_none() {
-        return Err(format!("{} names no machine: add one, or name some here", args.config.display()));
+    let rules = |one: &Sighting| Ruled::of(&config, one.identity.process, one.vmm, &one.name);
+    // Who names machines wants those.
+    let has_rules = named.is_empty() && !config.rules.is_empty();
+    let rules: Option<&Rules<'_>> = if has_rules { Some(&rules) } else { None };
+    if wanted.waiting().next().is_none() && rules.is_none() {
+        let file = args.config.display();
+        return Err(format!("{file} names no machine and has no rule: add one, or name some machines here"));
     }
     let pool = match config.memory {
         Some(memory) => Pool::of(memory.saturating_sub(config.reserve)),
@@ -61,7 +68,7 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
         Control::new(config.settings(pool.total()), pool, own, began).map_err(|error| explain(&error))?;
     let mut view = View::new(args.json);
     let said = |name: &str| config.machines.get(name).cloned();
-    wanted.take_in(&mut control, began, &said, &mut |text| view.note(text));
+    wanted.take_in(&mut control, began, &said, rules, &mut |text| view.note(text));
     // Who names a machine wants that one, now.
     let told: Vec<&str> = wanted.waiting().filter_map(|(_, why)| why).collect();
     if !named.is_empty() && !told.is_empty() {
@@ -78,7 +85,7 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
             view.turn(turn, control);
         }
         let now = Instant::now();
-        wanted.take_in(control, now, &said, &mut |text| view.note(text));
+        wanted.take_in(control, now, &said, rules, &mut |text| view.note(text));
         let is_over = over.is_some_and(|over| now >= over) || view.is_broken();
         if is_over { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })
