@@ -280,7 +280,7 @@ impl Roster {
                 Err(why) => {
                     let before = self.strangers.get(&process);
                     if before.is_none_or(|stranger| stranger.why != why) {
-                        let (name, rule) = (&sighting.name, &ruled.rule);
+                        let (name, rule, process) = (&sighting.name, &ruled.rule, process.get());
                         note(&format!(
                             "{name}, process {process}, is not managed, as {rule} says it should be: {why}"
                         ));
