@@ -167,7 +167,9 @@ pub fn keep(
                 keeper.stay();
             }
             end => {
+                // While the lock is held.
                 place::give_up(&settings.directory);
+                keeper.let_go_of_all();
                 return Ok(end);
             }
         }

@@ -3,7 +3,8 @@
 //! Enters: descriptors from the manager, over a socket, each for a numbered slot; signals. Leaves: the same descriptors, to the
 //! next manager; children, one at a time. What must never happen: a descriptor of a machine closed that no manager said
 //! to close. So the keeper does next to nothing: it understands none of the descriptors, reads no memory of any machine, parses
-//! nothing but eight bytes from its own child, and allocates no memory once it has started.
+//! nothing but eight bytes from its own child (and, before it starts, the names of what its supervisor hands on), and allocates no
+//! memory once it has started.
 //!
 //! * [`protocol`]: what the two say to each other. [`client`]: the manager's side.
 //! * [`serve`]: the keeper's side, and what it does when the manager ends. [`store`]: what a supervisor keeps for the next keeper.

@@ -28,6 +28,8 @@ const STARTS_AT_ONCE: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(20);
 /// The longest.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// How long a keeper that ends waits for its supervisor to listen.
+const PARTING_MAX: Duration = Duration::from_secs(2);
 /// A keeper that holds nothing of any machine gives up after so many managers that ended before they served.
 const STARTS_MAX: u32 = 8;
 /// The status of a manager that was asked for something that cannot be.
@@ -119,6 +121,21 @@ impl Keeper {
     /// Has a supervisor keep what is kept here.
     pub fn store_in(&mut self, store: Store) {
         self.store = Some(store);
+    }
+
+    /// Lets go of everything, and has the supervisor do the same: this daemon ends, and the next one begins anew.
+    pub fn let_go_of_all(&mut self) {
+        for slot in 0..self.slots.count() {
+            if self.slots.clear(slot)
+                && let Some(store) = &mut self.store
+            {
+                store.slot_changed(slot);
+            }
+        }
+        let until = Instant::now() + PARTING_MAX;
+        while !self.settle() && Instant::now() < until {
+            std::thread::sleep(PAUSE);
+        }
     }
 
     /// What is kept.

@@ -157,6 +157,7 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
     wait_until("nothing of the machine is stored", || supervisor.stored() == OWN);
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
+    wait_until("nothing is stored", || supervisor.stored().is_empty());
     for killed in killed {
         killed.wait().expect_nothing_left();
     }
