@@ -5,6 +5,7 @@
 
 mod api;
 mod attach;
+mod config;
 mod daemon;
 mod dashboard;
 mod demo;
