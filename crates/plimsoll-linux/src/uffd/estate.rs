@@ -220,6 +220,11 @@ pub(super) struct Fragment {
 }
 
 impl Fragment {
+    /// True for what may have pages in that domain's store. One whose domain nobody knows may be of any.
+    pub(super) fn may_be_of(&self, id: DomainId) -> bool {
+        self.domain.is_none_or(|domain| domain == id)
+    }
+
     /// True once its VMM has ended. One that is not known has not.
     pub(super) fn has_ended(&self) -> bool {
         self.process.as_ref().is_some_and(|process| matches!(process.is_alive(), Ok(false)))

@@ -268,7 +268,7 @@ impl Manager {
             let members = managed.chain(&manager.unmanaged).filter(|kept| kept.membership.domain == id);
             let shards = members.flat_map(|kept| &kept.shards);
             let handles: Vec<Handle> = shards.flat_map(|shard| shard.words.handles()).collect();
-            let is_partly_known = manager.stalled_fragments().any(|fragment| fragment.domain == Some(id));
+            let is_partly_known = manager.stalled_fragments().any(|fragment| fragment.may_be_of(id));
             let recover = if is_partly_known { Store::recover_partly } else { Store::recover };
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
             let (store, _) = recover(slabs, handles);
@@ -608,7 +608,9 @@ impl Manager {
     fn close_domains(&mut self) {
         let running = self.machines.values().map(|running| running.membership.domain);
         let used: BTreeSet<u32> = running.chain(self.awaited()).map(|domain| domain.0).collect();
-        let unused: Vec<u32> = self.domains.keys().copied().filter(|id| !used.contains(id)).collect();
+        let may_be_used = |id| self.stalled_fragments().any(|fragment| fragment.may_be_of(DomainId(id)));
+        let unused = self.domains.keys().copied().filter(|id| !used.contains(id) && !may_be_used(*id));
+        let unused: Vec<u32> = unused.collect();
         for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
             domain.close(&self.host);
             if let Some(estate) = &self.estate {
