@@ -1,6 +1,6 @@
 //! One QEMU with one hypervisor in it.
 use crate::IMAGE;
-use crate::wire::{GuestSettings, Header, Line, MAGIC, Paging, ProgramKind, Provoke};
+use crate::wire::{GuestLine, GuestSettings, Header, Line, MAGIC, Paging, ProgramKind, Provoke};
 use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PARAMS_MAGIC, Params, Region};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::WorkloadSpec;
@@ -280,5 +280,23 @@ impl Drop for Run {
         for reader in [self.reader.take()].into_iter().flatten() {
             let _ = reader.join();
         }
+    }
+}
+
+/// Ticks of the time-stamp counter to an instruction, where it counts those.
+const TICKS_PER_INSTRUCTION: u64 = 8;
+/// Of the instructions counted for one entry of a guest, those of the hypervisor: between the two reads of the counter in `svm::enter_guest`, the
+/// second included. That they are so many is in the code, and in a test: a guest's instructions do not depend on how often it leaves.
+const SWITCH_INSTRUCTIONS: u64 = 38;
+
+impl GuestLine {
+    /// Instructions of the guest's own, if the counter counted instructions.
+    pub fn instructions(&self) -> u64 {
+        (self.ticks / TICKS_PER_INSTRUCTION).saturating_sub(self.exits * SWITCH_INSTRUCTIONS)
+    }
+
+    /// World switches for a million of them.
+    pub fn exits_per_million(&self) -> u64 {
+        self.exits * 1_000_000 / self.instructions().max(1)
     }
 }

@@ -117,24 +117,6 @@ pub struct GuestSettings {
 
 const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 280);
 
-/// Ticks of the time-stamp counter to an instruction, where it counts those.
-pub const TICKS_PER_INSTRUCTION: u64 = 8;
-/// Of the instructions counted for one entry of a guest, those of the hypervisor: between the two reads of the counter in `svm::enter_guest`, the
-/// second included. That they are so many is in the code, and in a test: a guest's instructions do not depend on how often it leaves.
-pub const SWITCH_INSTRUCTIONS: u64 = 38;
-
-impl GuestLine {
-    /// Instructions of the guest's own, if the counter counted instructions.
-    pub fn instructions(&self) -> u64 {
-        (self.ticks / TICKS_PER_INSTRUCTION).saturating_sub(self.exits * SWITCH_INSTRUCTIONS)
-    }
-
-    /// World switches for a million of them.
-    pub fn exits_per_million(&self) -> u64 {
-        self.exits * 1_000_000 / self.instructions().max(1)
-    }
-}
-
 /// One line of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,6 +1,6 @@
 //! Every key of a settings file: its kind, what it is unless it is said, and what it means.
 //!
-//! Enters: nothing. Leaves: the tables by which files are read ([`super::read`]) and described ([`reference`]). What must never happen: a key
+//! Enters: nothing. Leaves: the tables by which files are read (`read`) and described ([`reference()`]). What must never happen: a key
 //! that is understood and not described, or the other way round; so there is no other list of them.
 use super::read::Kind;
 use Kind::{Count, File, Flag, OneOf, Part, Pattern, Size, Socket, Text};

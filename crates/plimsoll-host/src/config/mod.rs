@@ -20,7 +20,7 @@
 //! group = "tenant"
 //! ```
 //!
-//! * [`keys`] lists every key; [`read`] understands a file by that list; `whole` puts the files together and finds contradictions.
+//! * [`keys`] lists every key; `read` understands a file by that list; `whole` puts the files together and finds contradictions.
 mod error;
 pub mod keys;
 mod read;

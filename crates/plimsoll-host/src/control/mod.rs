@@ -615,7 +615,7 @@ impl Control {
 }
 
 impl Drop for Control {
-    /// Lets all machines go, and waits until nothing of ours remains with any, all of them together no longer than [`PARTING`].
+    /// Lets all machines go, and waits until nothing of ours remains with any, all of them together no longer than `PARTING`.
     fn drop(&mut self) {
         let due = Instant::now() + PARTING;
         let ids: Vec<MachineId> = self.members.keys().copied().collect();

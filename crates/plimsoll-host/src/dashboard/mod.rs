@@ -8,7 +8,7 @@
 //!   set: a cookie would go to every port of this host, also to those of other users;
 //! * `Host` must be the address itself, else a name that an attacker has point here would make their page one of ours; where `Origin` and
 //!   `Sec-Fetch-Site` are sent, they must say that the page is ours; no answer allows another origin;
-//! * requests are those of [`is_passed_on`]: to look, and to change settings. Nothing can be attached to, released or given to disk.
+//! * requests are those of `is_passed_on`: to look, and to change settings. Nothing can be attached to, released or given to disk.
 //!
 //! It is a process of its own, a client of the daemon as others are: the daemon has no network interface, and this one ends with whoever
 //! started it.

@@ -197,12 +197,13 @@ impl Helm {
         }
     }
 
-    /// Nothing that was said about a machine holds for the next one of its name.
+    /// A machine was given back: what was said about it holds for no other of its name, and nobody attaches to it from outside.
     fn forget(&mut self, name: &str) {
-        let struck = self.kept.change(|words| drop(words.machines.remove(name)));
-        if let Err(error) = struck {
-            (self.note)(&format!("what was said about {name} is still kept: {}", explain(&error)));
+        let is_of_file = self.config.machines.contains_key(name) || !self.config.rules.is_empty();
+        if let Err(fault) = self.unsay(name, name, is_of_file) {
+            (self.note)(&format!("what was said about {name} is still kept: {}", fault.message));
         }
+        self.roster.forget(name);
     }
 
     /// Takes in machines that were handed over since the last look.

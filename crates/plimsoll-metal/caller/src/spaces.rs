@@ -103,14 +103,14 @@ pub fn run() -> (u64, u64) {
     let (mut random, mut checks, mut sum, mut now) = (Random(1), 0, 0u64, 0);
     load(now);
     for round in 0..ROUNDS {
-        let slot = random.below(SLOTS as u64) as usize;
+        let slot = address(random.below(SLOTS as u64));
         let shown = &mut spaces[now][slot];
         match (random.below(16), shown.page) {
             // Another page, often the one that the other space shows, or none.
             (0..5, old) => {
                 let page = (random.below(8) > 0).then(|| random.below(COUNT));
                 let rights = if random.below(4) == 0 { READABLE } else { TABLE };
-                let word = page.map_or(0, |page| PAGES + page * PAGE_SIZE | rights);
+                let word = page.map_or(0, |page| (PAGES + page * PAGE_SIZE) | rights);
                 let was = read(entry(now, slot));
                 if old.is_some() {
                     assert_eq!(was & ACCESSED != 0, shown.touched, "round {round}: {was:#x}'s accessed bit");

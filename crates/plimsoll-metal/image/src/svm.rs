@@ -129,7 +129,7 @@ struct Registers {
     general: [u64; 14],
     guest_sse: [u8; 512],
     host_sse: [u8; 512],
-    /// The time-stamp counter before and after the guest ran, `wire::SWITCH_INSTRUCTIONS` of the hypervisor's own between.
+    /// The time-stamp counter before and after the guest ran, `SWITCH_INSTRUCTIONS` (`plimsoll_metal::run`) of the hypervisor's own between.
     entered: u64,
     left: u64,
 }

@@ -258,6 +258,15 @@ fn who_is_awaited_can_be_let_go_and_who_handed_itself_over_is_not_awaited() {
     assert_eq!(awaited(), [""; 0]);
     machine.finish();
     wait_until("it is awaited again", || awaited() == ["lonely"]);
+    let mut another = Machine::start(&directory);
+    another.verifies(100);
+    wait_until("another one of that name has come", || awaited().is_empty());
+    plimsoll(&directory, &["vm", "release", "lonely"]).expect_code(0);
+    another.is_given_back();
+    wait_until("it is not awaited: it was released", || {
+        json(&directory, &["vm", "list"])["machines"].as_array().unwrap().is_empty() && awaited().is_empty()
+    });
+    another.finish();
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
 }

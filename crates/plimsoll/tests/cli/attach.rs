@@ -9,13 +9,13 @@ use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
 
 /// A process that looks like a QEMU from outside, until it is dropped.
-struct Fake {
+pub(crate) struct Fake {
     child: Child,
     _folder: TempDir,
 }
 
 impl Fake {
-    fn start(name: &str) -> Self {
+    pub(crate) fn start(name: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join("qemu-system-x86_64");
         // Not written by this process, whose other children would inherit the file open for writing: it could not be run.
@@ -29,7 +29,7 @@ impl Fake {
         Self { child, _folder: folder }
     }
 
-    fn pid(&self) -> String {
+    pub(crate) fn pid(&self) -> String {
         self.child.id().to_string()
     }
 }

@@ -1,6 +1,10 @@
-//! Settings: checked and described.
-use super::run::Run;
+//! Settings: checked, described, and read again by a daemon that runs.
+use super::attach::Fake;
+use super::daemon::{Directory, status_of};
+use super::run::{Run, can, wait_until};
+use rustix::process::Signal;
 use std::fs;
+use std::path::Path;
 
 #[test]
 fn checking_settings_tells_every_mistake_on_a_line_of_its_own_and_the_description_has_every_table() {
@@ -22,4 +26,47 @@ fn checking_settings_tells_every_mistake_on_a_line_of_its_own_and_the_descriptio
     for heading in ["## `[host]`", "## `[group.", "## `[machine.", "## `[[rule]]`", "| `stall-objective` |"] {
         assert!(ended.stdout.contains(heading), "{heading}");
     }
+}
+
+#[test]
+fn a_running_daemon_follows_its_rules_and_reads_its_settings_again_at_sighup() {
+    if !can("userfaultfd") {
+        return;
+    }
+    let name = format!("ruled-{}", std::process::id());
+    let machine = Fake::start(&name);
+    let (directory, folder) = (Directory::new("settings"), tempfile::tempdir().unwrap());
+    let file = folder.path().join("host.toml");
+    let shown = file.to_str().unwrap();
+    fs::write(&file, format!("[[rule]]\nvmm = \"qemu\"\ncommand-line = \"*-name {name} *\"\nuser = \"*\"\n"))
+        .unwrap();
+    // The flag comes before the variable, which could not be.
+    let words = ["daemon", "--directory", directory.text(), "--budget", "64M"];
+    let run = Run::new(&words).with("PLIMSOLL_CONFIG", &file).with("PLIMSOLL_BUDGET", Path::new("1M"));
+    let daemon = run.start();
+    let told = |text: &str| {
+        let incidents = status_of(&directory).map(|mut status| status["incidents"].take());
+        incidents.is_some_and(|them| {
+            them.as_array().unwrap().iter().any(|one| one.as_str().unwrap().contains(text))
+        })
+    };
+    // It has no memory of the size it claims, which is found out by attaching to it.
+    let refusal = format!(
+        "{name}, process {}, is not managed, as rule 1 ({shown}:1) says it should be: ",
+        machine.pid()
+    );
+    wait_until("the rule has been followed", || told(&refusal));
+
+    fs::write(&file, "[group.a]\nshares = 0\n").unwrap();
+    daemon.signal(Signal::HUP);
+    let kept = format!("those of before stay in force: {shown}:2: a has 0 shares");
+    wait_until("the mistake is told", || told(&kept));
+    fs::write(&file, "[host]\nmemory = \"1G\"\n").unwrap();
+    daemon.signal(Signal::HUP);
+    wait_until("what a daemon cannot be told is told", || told("leave memory and reserve out"));
+    fs::write(&file, "[group.a]\nshares = 7\n").unwrap();
+    daemon.signal(Signal::HUP);
+    wait_until("the settings are in force", || told(&format!("the settings {shown:?} are in force")));
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
 }

@@ -48,6 +48,13 @@ impl Served {
     }
 }
 
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 #[test]
 fn a_dashboard_answers_its_own_page_with_the_token_and_nobody_else() {
     if !can("userfaultfd") {
