@@ -8,6 +8,7 @@
 //! ROOTS + 0x2000 for each space a PDPT, a directory, and the table of the window's 512 pages
 //! PAGES          the pages that are mapped there, each with words of its own
 //! ```
+use crate::vcpu::address;
 use crate::{call, read, write};
 use core::arch::asm;
 use plimsoll_guest::abi::{PAGE_SIZE, PAGE_TABLES_GPA};

@@ -455,7 +455,9 @@ fn a_machine_that_a_manager_could_not_put_together_finds_its_pages_in_the_store_
         let (place, .., record) = records.records().find(|(.., record)| record.kind == SHARD).unwrap();
         let words = record.slots[3];
         // Nobody knows whose its record is; or its words are not to be had for a moment, as when the host is short of memory.
-        let spoil = || drop(records.place(place)[6].fetch_xor(1 << 40, Ordering::Relaxed));
+        let spoil = || {
+            records.place(place)[6].fetch_xor(1 << 40, Ordering::Relaxed);
+        };
         let missing = if is_damaged { None } else { keeper.0.lock().remove(&words) };
         if is_damaged {
             spoil();
