@@ -161,15 +161,15 @@ impl Store {
         again.min(due.unwrap_or(Duration::MAX).max(AGAIN))
     }
 
-    /// The manager comes last: a keeper that finds it finds what it had.
+    /// The manager comes first: one that nobody finds to end it goes on beside the next one, on the same machines.
     fn bring(&mut self, slots: &Slots, manager: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        if self.manager != Held::Same {
+            self.manager = self.replace(Stored::Manager, self.manager, manager)?;
+        }
         for (at, slot) in (0..self.slots.len()).zip(0..) {
             if self.slots[at] != Held::Same {
                 self.slots[at] = self.replace(Stored::Slot(slot), self.slots[at], slots.get(slot))?;
             }
-        }
-        if self.manager != Held::Same {
-            self.manager = self.replace(Stored::Manager, self.manager, manager)?;
         }
         Ok(())
     }
@@ -207,10 +207,9 @@ impl Store {
 }
 
 impl Held {
+    /// What an earlier keeper has stored under the name is removed first: two of one name would be refused when they come back.
     fn change(&mut self) {
-        if *self == Self::Same {
-            *self = Self::Other;
-        }
+        *self = Self::Other;
     }
 }
 
