@@ -175,6 +175,8 @@ struct Session<'a> {
     used: Used,
     handover: OwnedFd,
     control: OwnedFd,
+    /// Held as long as a manager has machines: there is no second daemon beside one that has lost its keeper.
+    _lock: OwnedFd,
     arrivals: Arrivals,
     incidents: VecDeque<String>,
     started_ns: u64,
@@ -264,7 +266,7 @@ impl<'a> Session<'a> {
             let missing = || DaemonError::NoKeeper(io::Error::other(format!("slot {slot} is empty")));
             kept.remove(&slot).ok_or_else(missing)
         };
-        let (handover, control, _lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
+        let (handover, control, lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
         let keeper = Arc::new(keeper);
         let used = Used::new(settings.counted)?;
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
@@ -305,6 +307,7 @@ impl<'a> Session<'a> {
             used,
             handover,
             control,
+            _lock: lock,
             arrivals,
             incidents: VecDeque::new(),
             started_ns,
@@ -437,9 +440,7 @@ impl<'a> Session<'a> {
     fn look(&mut self) {
         let incidents = {
             let mut manager = self.manager.lock();
-            let given_back: Vec<ProcessId> = manager.given_back().collect();
-            manager.forget_gone();
-            given_back.into_iter().for_each(|process| self.used.remove(process));
+            self.forget_gone(&mut manager);
             manager.host().take_incidents()
         };
         let heard = self.steering.heard();
@@ -465,9 +466,19 @@ impl<'a> Session<'a> {
         self.incidents.push_front(incident);
     }
 
+    /// What the VMM of a machine that was given back takes is nobody's business any more.
+    fn forget_gone(&self, manager: &mut Manager) {
+        let process = |view: MachineView| Some((view.id, manager.custody(view.id)?.process()));
+        let processes: Vec<(MachineId, ProcessId)> =
+            manager.machines().into_iter().filter_map(process).collect();
+        let gone = manager.forget_gone();
+        let parted = processes.into_iter().filter(|(id, _)| gone.contains(id));
+        parted.for_each(|(_, process)| self.used.remove(process));
+    }
+
     fn left(&mut self) -> Left {
         let mut manager = self.manager.lock();
-        manager.forget_gone();
+        self.forget_gone(&mut manager);
         let machines = manager.machines();
         let custody = |view: &MachineView| manager.custody(view.id);
         let has_ended = |view| custody(view).is_none_or(|custody| custody.has_ended(Duration::ZERO));

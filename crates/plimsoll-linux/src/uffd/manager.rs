@@ -201,6 +201,8 @@ pub struct Manager {
     unmanaged: Vec<MachineVault>,
     /// Machines that could not even be put together. They stall, too.
     fragments: BTreeMap<MachineId, Fragment>,
+    /// Domains that were there before this manager: those that a fragment may be of.
+    inherited: BTreeSet<DomainId>,
     tier: Option<Arc<Tier>>,
     /// What outlives this process, if anything is to.
     estate: Option<Arc<Estate>>,
@@ -231,6 +233,7 @@ impl Manager {
             machines: BTreeMap::new(),
             unmanaged: Vec::new(),
             fragments: vault.fragments,
+            inherited: vault.domains.iter().map(|(id, ..)| *id).collect(),
             tier: vault.tier,
             estate: vault.estate,
             governed: Governed::default(),
@@ -260,9 +263,7 @@ impl Manager {
                 }
             }
         }
-        if let Some(tier) = &manager.tier {
-            tier.recount();
-        }
+        manager.tier.iter().for_each(|tier| tier.recount());
         for (id, group, slabs) in vault.domains {
             let managed = recovered.iter().map(|(kept, _)| kept);
             let members = managed.chain(&manager.unmanaged).filter(|kept| kept.membership.domain == id);
@@ -608,8 +609,11 @@ impl Manager {
     fn close_domains(&mut self) {
         let running = self.machines.values().map(|running| running.membership.domain);
         let used: BTreeSet<u32> = running.chain(self.awaited()).map(|domain| domain.0).collect();
-        let may_be_used = |id| self.stalled_fragments().any(|fragment| fragment.may_be_of(DomainId(id)));
-        let unused = self.domains.keys().copied().filter(|id| !used.contains(id) && !may_be_used(*id));
+        let may_be_used = |id| {
+            self.inherited.contains(&id) && self.stalled_fragments().any(|fragment| fragment.may_be_of(id))
+        };
+        let unused = self.domains.keys().copied();
+        let unused = unused.filter(|id| !used.contains(id) && !may_be_used(DomainId(*id)));
         let unused: Vec<u32> = unused.collect();
         for domain in unused.into_iter().filter_map(|id| self.domains.remove(&id)) {
             domain.close(&self.host);

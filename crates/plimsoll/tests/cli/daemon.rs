@@ -329,6 +329,10 @@ fn a_manager_whose_keeper_is_killed_goes_on_with_its_machines_until_they_have_en
     // More than the budget holds: each round brings back what the one before has moved out.
     machine.verifies(30_000);
     assert!(exists(manager));
+    let second = plimsoll(&directory, &["daemon", "--budget", "64M"]);
+    second.expect_code(2);
+    assert!(second.stderr.contains("another plimsoll daemon runs on"), "{}", second.stderr);
+    machine.verifies(1000);
     machine.finish();
     wait_until("the manager ends", || !exists(manager));
     assert!(daemon.wait().stderr.contains("the keeper is gone: this manager goes on"));

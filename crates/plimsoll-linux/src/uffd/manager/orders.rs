@@ -4,7 +4,6 @@
 //! little later. What must never happen: an order that waits for a pager.
 use super::Manager;
 use crate::uffd::shards::Running;
-use plimsoll_sys::ProcessId;
 use plimsoll_types::MachineId;
 use std::sync::atomic::Ordering;
 
@@ -77,12 +76,6 @@ impl Manager {
         if let Some(running) = self.machines.get(&id).filter(|running| !running.is_let_go()) {
             running.order(|orders| orders.go_home.store(is_to, Ordering::Relaxed));
         }
-    }
-
-    /// The VMMs of machines that are theirs again, before they are [forgotten](Self::forget).
-    pub fn given_back(&self) -> impl Iterator<Item = ProcessId> {
-        let given_back = self.machines.values().filter(|running| running.is_given_back());
-        given_back.filter_map(|running| running.shards.first()).map(|shard| shard.controls.custody.process())
     }
 
     /// True once nothing of a machine that was told to [`go_home`](Self::go_home) is elsewhere.
