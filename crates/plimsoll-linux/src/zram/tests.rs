@@ -4,6 +4,7 @@ use super::disk::{choose, node, sysfs};
 use super::*;
 use crate::cgroup::Swappiness;
 use crate::cgroup::tests::cgroup_or_skip;
+use crate::disk::device::{FileDisk, OpenError};
 use crate::procsum::test_child::{self, HELD, TestChild};
 use plimsoll_sys::swap::SwapRank;
 use plimsoll_types::PAGE_SIZE;
@@ -54,6 +55,19 @@ fn assert_gone(number: u32, identity: &Identity) {
 
 fn recorded(number: u32) -> Option<Identity> {
     Identity::parse(&fs::read_to_string(record_path(number)).ok()?)
+}
+
+#[test]
+fn a_device_that_is_swapped_to_is_nobodys_disk_tier_also_where_a_link_names_it() {
+    let _alone = alone();
+    let Some(swap) = swap_or_skip() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let link = directory.path().join("by-id");
+    std::os::unix::fs::symlink(swap.path(), &link).unwrap();
+    for path in [swap.path(), &link] {
+        let opened = FileDisk::create(path);
+        assert!(matches!(opened, Err(OpenError::InUse { .. })), "{opened:?}");
+    }
 }
 
 #[test]

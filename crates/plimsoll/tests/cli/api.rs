@@ -10,9 +10,17 @@ use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-/// What a verb says for programs.
+/// What a verb says for programs, once something has been decided.
 fn json(directory: &Directory, words: &[&str]) -> Value {
-    let ended = plimsoll(directory, &[words, &["--json"]].concat());
+    let words = [words, &["--json"]].concat();
+    let mut ended = plimsoll(directory, &words);
+    wait_until("something is decided", || {
+        let is_early = ended.stderr.contains("nothing was decided yet");
+        if is_early {
+            ended = plimsoll(directory, &words);
+        }
+        !is_early
+    });
     ended.expect_code(0);
     serde_json::from_str(&ended.stdout).unwrap()
 }
