@@ -468,12 +468,8 @@ impl<'a> Session<'a> {
 
     /// What the VMM of a machine that was given back takes is nobody's business any more.
     fn forget_gone(&self, manager: &mut Manager) {
-        let process = |view: MachineView| Some((view.id, manager.custody(view.id)?.process()));
-        let processes: Vec<(MachineId, ProcessId)> =
-            manager.machines().into_iter().filter_map(process).collect();
-        let gone = manager.forget_gone();
-        let parted = processes.into_iter().filter(|(id, _)| gone.contains(id));
-        parted.for_each(|(_, process)| self.used.remove(process));
+        let parted = manager.forget_gone().into_iter().filter_map(|(_, process)| process);
+        parted.for_each(|process| self.used.remove(process));
     }
 
     fn left(&mut self) -> Left {

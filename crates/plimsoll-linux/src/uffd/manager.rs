@@ -593,16 +593,20 @@ impl Manager {
     }
 
     /// Forgets every machine that is gone, those that could not be taken over too, and every domain that has none left.
-    pub fn forget_gone(&mut self) -> Vec<MachineId> {
+    /// Who they were, each with its VMM's process.
+    pub fn forget_gone(&mut self) -> Vec<(MachineId, Option<ProcessId>)> {
         let ended: Vec<MachineVault> = self.unmanaged.extract_if(.., |kept| kept.has_ended()).collect();
         for kept in &ended {
             self.dismiss(kept.id, kept.shards.iter().map(|shard| shard.id));
         }
-        let gone: Vec<MachineId> = self.machines.keys().copied().filter(|id| self.is_gone(*id)).collect();
-        gone.iter().for_each(|id| self.forget(*id));
+        let process = |id| (id, self.custody(id).map(Custody::process));
+        let gone: Vec<_> =
+            self.machines.keys().copied().filter(|id| self.is_gone(*id)).map(process).collect();
+        gone.iter().for_each(|(id, _)| self.forget(*id));
         // Also of machines that had ended before this manager could take them over, or were refused.
         self.close_domains();
-        ended.into_iter().map(|kept| kept.id).chain(gone).collect()
+        let process = |kept: &MachineVault| kept.shards.first().map(|shard| shard.custody.process());
+        ended.into_iter().map(|kept| (kept.id, process(&kept))).chain(gone).collect()
     }
 
     /// Frees the stores of domains without machines.
