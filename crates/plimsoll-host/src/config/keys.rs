@@ -4,6 +4,7 @@
 //! that is understood and not described, or the other way round; so there is no other list of them.
 use super::read::Kind;
 use Kind::{Count, File, Flag, OneOf, Part, Pattern, Size, Socket, Text};
+use plimsoll_policy::Rung;
 use std::fmt::Write;
 
 /// A key.
@@ -78,8 +79,19 @@ pub const GROUP: Section = Section {
     ]],
 };
 
-/// What `highest` may be.
-const MEANS: &[&str] = &["guest-free", "balloon", "sharing", "never-page", "compress", "disk"];
+/// What `highest` may be: of each word for the dearest means, the policy's.
+pub(super) const MEANS: [(&str, Rung); 6] = [
+    ("guest-free", Rung::GuestFree),
+    ("balloon", Rung::Balloon),
+    ("sharing", Rung::Sharing),
+    ("never-page", Rung::NEVER_PAGE),
+    ("compress", Rung::Compress),
+    ("disk", Rung::Disk),
+];
+const MEANS_WORDS: &[&str] = &{
+    let [one, two, three, four, five, six] = MEANS;
+    [one.0, two.0, three.0, four.0, five.0, six.0]
+};
 
 /// What is said of machines one by one and by rules.
 const SETTINGS: &[Key] = &[
@@ -100,7 +112,7 @@ const SETTINGS: &[Key] = &[
     key("weight", Count, "5000", "Hyper-V's words: its weight, at most 10000"),
     key(
         "highest",
-        OneOf(MEANS),
+        OneOf(MEANS_WORDS),
         "disk",
         "the dearest means by which memory may be taken from it; never-page is sharing",
     ),

@@ -3,7 +3,7 @@
 //! Enters: files. Leaves: a [`Config`], or all mistakes: what each value can be wrong in by itself, then each machine, group and rule by
 //! itself, then all of them together. Of what has a mistake the usual is assumed further on, so that one is not told as two.
 use super::error::{Mistakes, Wrong, key};
-use super::keys::{GROUP, HOST, MACHINE, RULE};
+use super::keys::{GROUP, HOST, MACHINE, MEANS, RULE};
 use super::read::{Place, Said, Source, folder, text_of};
 use super::rules::{Conditions, Pattern, Rule};
 use super::{Config, ConfigError, FaceConfig, MachineConfig};
@@ -21,16 +21,6 @@ use std::io;
 use std::path::Path;
 use toml::Spanned;
 use toml::de::DeValue;
-
-/// Of each word for the dearest means, the policy's.
-const RUNGS: [(&str, Rung); 6] = [
-    ("guest-free", Rung::GuestFree),
-    ("balloon", Rung::Balloon),
-    ("sharing", Rung::Sharing),
-    ("never-page", Rung::NEVER_PAGE),
-    ("compress", Rung::Compress),
-    ("disk", Rung::Disk),
-];
 
 /// What files say, and what is wrong with them.
 #[derive(Default)]
@@ -241,7 +231,7 @@ impl Reading {
             self.wrong(said.place_of(key), wrong);
             MachineConfig::default().face
         });
-        let highest = said.text("highest").and_then(|word| RUNGS.iter().find(|(own, _)| *own == word));
+        let highest = said.text("highest").and_then(|word| MEANS.iter().find(|(own, _)| *own == word));
         MachineConfig {
             parent: self.parent(said, name, ids),
             face,
@@ -282,33 +272,22 @@ impl Reading {
         let capacity =
             config.memory.map_or(ByteCount(u64::MAX), |memory| memory.saturating_sub(config.reserve));
         let mut settings = config.settings(capacity);
-        let machines: Vec<(MachineId, &MachineConfig)> =
-            (1..).map(MachineId).zip(config.machines.values()).collect();
-        let rules = (1..).map(|number| MachineId(u32::MAX - number));
-        let rules = rules.zip(config.rules.iter().filter_map(|rule| rule.config.as_ref()));
-        let names: BTreeMap<MachineId, (String, &Said)> = (1..)
-            .map(MachineId)
-            .zip(owners.machines.iter().map(|(name, said)| (name.clone(), said)))
-            .chain(
-                config
-                    .rules
-                    .iter()
-                    .zip(&owners.rules)
-                    .filter(|(rule, _)| rule.config.is_some())
-                    .zip(1..)
-                    .map(|((rule, said), number)| {
-                        (MachineId(u32::MAX - number), (format!("rule {}", rule.number), said))
-                    }),
-            )
-            .collect();
+        // How many machines a rule will be for is not known: what it says is looked at by itself, and is not among all.
+        let named = config.machines.iter().zip(owners.machines.values());
+        let named = named.map(|((name, machine), said)| (name.clone(), said, machine));
+        let ruled = config.rules.iter().zip(&owners.rules);
+        let ruled = ruled
+            .filter_map(|(rule, said)| Some((format!("rule {}", rule.number), said, rule.config.as_ref()?)));
+        let owned: BTreeMap<MachineId, (String, &Said, &MachineConfig)> =
+            (1..).map(MachineId).zip(named.chain(ruled)).collect();
         let mut tell = |error: SettingsError| {
             let called = |owner| match owner {
-                Owner::Machine(id) => names.get(&id).map(|(name, _)| name.clone()),
+                Owner::Machine(id) => owned.get(&id).map(|(name, ..)| name.clone()),
                 Owner::Group(id) => super::group_name(&config.groups, id),
                 Owner::Host => None,
             };
             let said = match error.owner() {
-                Owner::Machine(id) => names.get(&id).map(|(_, said)| *said),
+                Owner::Machine(id) => owned.get(&id).map(|(_, said, _)| *said),
                 Owner::Group(_) => called(error.owner()).and_then(|name| owners.groups.get(&name)),
                 Owner::Host => owners.host.as_ref(),
             };
@@ -316,12 +295,10 @@ impl Reading {
             let place = said.map_or(&start, |said| said.place_of(key(&error)));
             self.wrong(place, Wrong::Settings { text: error.named(&called).to_string(), error });
         };
-        for (id, machine) in machines.iter().map(|(id, machine)| (*id, *machine)).chain(rules) {
-            let own: MachineSettings = machine.settings(id, machine.least());
+        for (at, (id, (.., machine))) in owned.iter().enumerate() {
+            let own: MachineSettings = machine.settings(*id, machine.least());
             match Terms::of(&own) {
-                Ok(_) if id.0 <= u32::try_from(machines.len()).unwrap_or(u32::MAX) => {
-                    settings.machines.push(own)
-                }
+                Ok(_) if at < config.machines.len() => settings.machines.push(own),
                 Ok(_) => {}
                 Err(error) => tell(error),
             }
