@@ -1,6 +1,7 @@
 //! What the verbs that speak to a running daemon have in common: where it is, and how its answers are said.
 use crate::trace::say;
-use plimsoll_host::api::client::Client;
+use plimsoll_host::api::client::{Client, ClientError};
+use plimsoll_host::api::{Machine, Machines};
 use plimsoll_linux::explain;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -46,6 +47,19 @@ impl LiveArgs {
     /// Says it.
     pub(crate) fn show(&self, value: &(impl Serialize + Display)) -> Result<(), String> {
         say(self.json, value)
+    }
+}
+
+/// All machines, or those of a group, page by page. The usual number of machines of one answer is 100; those of a whole host need a tenth
+/// of the requests so.
+pub(crate) fn machines(client: &Client, group: Option<&str>) -> Result<Vec<Machine>, ClientError> {
+    let group = group.map(|group| format!("&group={}", escaped(group))).unwrap_or_default();
+    let (mut machines, mut after) = (Vec::new(), String::new());
+    loop {
+        let page: Machines = client.get(&format!("/v1/machines?limit=1000{group}{after}"))?;
+        machines.extend(page.machines);
+        let Some(next) = page.next else { return Ok(machines) };
+        after = format!("&after={next}");
     }
 }
 

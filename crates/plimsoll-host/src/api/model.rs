@@ -41,6 +41,19 @@ pub enum MachineState {
     LeftOut,
 }
 
+impl MachineState {
+    /// In words.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Leaving => "leaving",
+            Self::LeftOut => "left out",
+        }
+    }
+}
+
 /// Where a machine stands by the last decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Memory {

@@ -87,16 +87,6 @@ fn machine_bar(pages: Option<&Pages>, size: u64, palette: Palette) -> Vec<Span<'
     )
 }
 
-const fn state_of(machine: &Machine) -> &'static str {
-    match machine.state {
-        MachineState::Starting => "starting",
-        MachineState::Running => "running",
-        MachineState::Paused => "paused",
-        MachineState::Leaving => "leaving",
-        MachineState::LeftOut => "left out",
-    }
-}
-
 /// The host in three lines: sizes, a bar with the mark that is to stay free, and what there is to be said.
 fn host_lines(state: &State, width: usize, palette: Palette) -> Vec<Line<'static>> {
     let Some(host) = state.host() else {
@@ -221,7 +211,7 @@ fn detail_lines(state: &State, width: usize, palette: Palette) -> Vec<Line<'stat
         MachineKind::HandedOver => "handed over by its VMM",
     };
     let pid = machine.pid.map(|pid| format!(", process {pid}")).unwrap_or_default();
-    let title = harmless(&format!("{}: {}, {kind}{pid}", machine.name, state_of(machine)));
+    let title = harmless(&format!("{}: {}, {kind}{pid}", machine.name, machine.state.text()));
     let mut lines = vec![Line::styled(title, BOLD)];
     lines.extend(machine.trouble.as_ref().map(|said| Line::raw(harmless(&format!("  {said}")))));
     let map =

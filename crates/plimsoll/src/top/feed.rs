@@ -2,9 +2,9 @@
 //!
 //! Enters: which machine is looked at. Leaves: snapshots, or why there is none. It is on a thread of its own, and goes on asking a
 //! daemon that has gone.
-use crate::live::escaped;
+use crate::live::{escaped, machines};
 use plimsoll_host::api::client::{Client, ClientError};
-use plimsoll_host::api::{Host, Machine, Machines, Map, Why};
+use plimsoll_host::api::{Host, Machine, Map, Why};
 use plimsoll_linux::explain;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::Duration;
@@ -30,15 +30,7 @@ pub(super) struct Detail {
 /// Asks for the host, all machines, and more about one of them.
 pub(super) fn ask(client: &Client, chosen: Option<&str>) -> Result<Snapshot, ClientError> {
     let host = client.get("/v1/host")?;
-    let (mut machines, mut after) = (Vec::new(), String::new());
-    loop {
-        let page: Machines = client.get(&format!("/v1/machines?limit=1000{after}"))?;
-        machines.extend(page.machines);
-        match page.next {
-            Some(next) => after = format!("&after={next}"),
-            None => break,
-        }
-    }
+    let machines = machines(client, None)?;
     let detail = chosen.map(|name| {
         let of = |what: &str| format!("/v1/machines/{}/{what}", escaped(name));
         // One that has gone meanwhile is not in the next snapshot.

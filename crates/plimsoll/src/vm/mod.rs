@@ -5,9 +5,9 @@
 mod settings;
 mod view;
 
-use crate::live::{LiveArgs, escaped};
+use crate::live::{LiveArgs, escaped, machines};
 use crate::verb::ended;
-use plimsoll_host::api::{Attach, Budget, Host, Machine, MachineState, Machines, Reclaim};
+use plimsoll_host::api::{Attach, Budget, Host, Machine, MachineState, Reclaim};
 use plimsoll_types::ByteCount;
 use serde::Serialize;
 use settings::SettingsArgs;
@@ -81,9 +81,6 @@ enum What {
 pub(crate) fn main(args: &VmArgs) -> ExitCode {
     ended("vm", run(&args.what).map(|()| ExitCode::SUCCESS))
 }
-
-/// The usual number of machines of one answer is 100; those of a whole host need a tenth of the requests so.
-const PAGE: &str = "/v1/machines?limit=1000";
 
 impl Which {
     fn path(&self) -> String {
@@ -162,17 +159,8 @@ fn absolute(path: &Option<PathBuf>) -> Result<Option<PathBuf>, String> {
 
 /// All machines, page by page.
 fn all(live: &LiveArgs, group: Option<&str>) -> Result<All, String> {
-    let group = group.map(|group| format!("&group={}", escaped(group))).unwrap_or_default();
-    let mut found = All::default();
-    let mut after = String::new();
-    loop {
-        let page: Machines = live.get(&format!("{PAGE}{group}{after}"))?;
-        found.machines.extend(page.machines);
-        let Some(next) = page.next else { break };
-        after = format!("&after={next}");
-    }
-    found.waiting = live.get::<Host>("/v1/host")?.waiting;
-    Ok(found)
+    let machines = machines(&live.client(), group).map_err(|error| plimsoll_linux::explain(&error))?;
+    Ok(All { machines, waiting: live.get::<Host>("/v1/host")?.waiting })
 }
 
 /// `plimsoll budget`: what the machines of a running daemon, their VMMs and the daemon may use.

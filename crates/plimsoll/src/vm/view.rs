@@ -1,5 +1,5 @@
 //! How machines are shown: a line each, or one at length.
-use plimsoll_host::api::{Host, Machine, MachineKind, MachineState, Settings, SettingsKind, Waiting};
+use plimsoll_host::api::{Host, Machine, MachineKind, Settings, SettingsKind, Waiting};
 use plimsoll_policy::Ppm;
 use plimsoll_types::ByteCount;
 use serde::Serialize;
@@ -28,16 +28,6 @@ pub(super) struct Done {
 #[serde(transparent)]
 pub(super) struct Shared(pub(super) Host);
 
-const fn state(machine: &Machine) -> &'static str {
-    match machine.state {
-        MachineState::Starting => "starting",
-        MachineState::Running => "running",
-        MachineState::Paused => "paused",
-        MachineState::Leaving => "leaving",
-        MachineState::LeftOut => "left out",
-    }
-}
-
 impl fmt::Display for All {
     /// At most 100 columns.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -52,7 +42,7 @@ impl fmt::Display for All {
         for machine in &self.machines {
             let pid = machine.pid.map(|pid| pid.to_string()).unwrap_or_default();
             let size = ByteCount(machine.size_bytes);
-            write!(f, "{:<24.24} {pid:>8} {:<8} {size:>8}", machine.name, state(machine))?;
+            write!(f, "{:<24.24} {pid:>8} {:<8} {size:>8}", machine.name, machine.state.text())?;
             match &machine.memory {
                 Some(memory) => writeln!(
                     f,
@@ -89,7 +79,7 @@ impl fmt::Display for One {
             f,
             "{}: {}, {kind}{pid}, owns {}",
             machine.name,
-            state(machine),
+            machine.state.text(),
             ByteCount(machine.size_bytes)
         )?;
         if let Some(trouble) = &machine.trouble {
