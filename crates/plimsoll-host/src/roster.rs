@@ -193,6 +193,9 @@ impl Roster {
         self.ruled.retain(|id, _| here.contains(id));
         let gone = self.managed.extract_if(.., |id, _| !here.contains(id)).map(|(_, name)| (name, None));
         self.waiting.extend(gone);
+        if rules.is_none() && self.waiting.is_empty() {
+            return came;
+        }
         // They have handed themselves over, and are as they are to be.
         let own = control.berths().into_values().filter(|berth| berth.kind == Kind::HandedOver);
         let own: BTreeSet<String> = own.map(|berth| berth.name).collect();
