@@ -308,6 +308,7 @@ mod tests {
     use plimsoll_core::ledger::Budget;
     use plimsoll_store::Encoder;
     use plimsoll_types::{ByteCount, GroupId, PAGE_SIZE, PageBytes};
+    use tempfile::TempDir;
 
     const GROUP: GroupId = GroupId(1);
 
@@ -324,6 +325,18 @@ mod tests {
         page
     }
 
+    /// A host of 64 MiB with a tier of 16, whose file is in the directory.
+    fn host_with_tier() -> (TempDir, Arc<Tier>, Host) {
+        let directory = tempfile::tempdir().unwrap();
+        let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
+        let limits = Limits { disk: ByteCount::mib(16), domain: None };
+        let tier = Arc::new(Tier::create(Box::new(disk), limits).unwrap());
+        let host = Host::new(Budget::of(ByteCount::mib(64)));
+        host.ledger(|ledger| ledger.add_group(GROUP));
+        host.set_tier(Arc::clone(&tier));
+        (directory, tier, host)
+    }
+
     /// Goes over all records, as the housekeeper does.
     fn walk(domain: &Domain<MemfdSlabs>) {
         let mut fetched = Fetched::new();
@@ -332,13 +345,7 @@ mod tests {
 
     #[test]
     fn what_is_cold_leaves_when_memory_is_short_and_nothing_does_when_it_is_not() {
-        let directory = tempfile::tempdir().unwrap();
-        let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
-        let limits = Limits { disk: ByteCount::mib(16), domain: None };
-        let tier = Arc::new(Tier::create(Box::new(disk), limits).unwrap());
-        let host = Host::new(Budget::of(ByteCount::mib(64)));
-        host.ledger(|ledger| ledger.add_group(GROUP));
-        host.set_tier(Arc::clone(&tier));
+        let (_directory, tier, host) = host_with_tier();
         let slabs = MemfdSlabs::create("test-parking", ByteCount::mib(64)).unwrap();
         let domain = Arc::new(Domain::new(DomainId(1), GROUP, Store::new(slabs)));
         let mut encoder = Encoder::new();
@@ -373,13 +380,7 @@ mod tests {
     #[test]
     fn a_domain_that_is_closed_while_its_objects_move_leaves_nothing_on_the_disk_and_no_segment_is_freed_early()
      {
-        let directory = tempfile::tempdir().unwrap();
-        let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
-        let limits = Limits { disk: ByteCount::mib(16), domain: None };
-        let tier = Arc::new(Tier::create(Box::new(disk), limits).unwrap());
-        let host = Host::new(Budget::of(ByteCount::mib(64)));
-        host.ledger(|ledger| ledger.add_group(GROUP));
-        host.set_tier(Arc::clone(&tier));
+        let (_directory, tier, host) = host_with_tier();
         let mut encoder = Encoder::new();
         let mut domain = |id| {
             let slabs = MemfdSlabs::create("test-parking", ByteCount::mib(16)).unwrap();

@@ -3,7 +3,7 @@ use super::daemon::{
     Directory, Machine, ask, exists, kill_manager, manager_of, plimsoll, signal, start, start_with,
     status_of, stored_by_all,
 };
-use super::run::{Ended, Run, alone, can, wait_until};
+use super::run::{Ended, Run, Running, alone, can, wait_until};
 use plimsoll_host::api::client::Client;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -148,6 +148,16 @@ fn squeeze(directory: &Directory, bytes: u64) {
     });
 }
 
+/// A daemon with room for all of its machine, of which some is stored and about which it is decided.
+fn start_with_stored(directory: &Directory) -> (Running, Machine) {
+    let daemon = start_with(directory, &["--budget", "256M"]);
+    let mut machine = Machine::start(directory);
+    machine.verifies(1000);
+    wait_until("it is decided about", || !json(directory, &["vm", "list"])["machines"][0].is_null());
+    squeeze(directory, 1 << 20);
+    (daemon, machine)
+}
+
 /// The only machine, as the manager itself sees it.
 fn only(directory: &Directory) -> Value {
     status_of(directory).unwrap()["machines"][0].take()
@@ -201,11 +211,7 @@ fn a_release_is_dropped_whole_when_its_manager_dies_before_the_machine_is_left()
         return;
     }
     let directory = Directory::new("dropped");
-    let daemon = start_with(&directory, &["--budget", "256M"]);
-    let mut machine = Machine::start(&directory);
-    machine.verifies(1000);
-    wait_until("it is decided about", || !json(&directory, &["vm", "list"])["machines"][0].is_null());
-    squeeze(&directory, 1 << 20);
+    let (daemon, mut machine) = start_with_stored(&directory);
     // Its agent does nothing, so it cannot come home.
     signal(machine.process(), Signal::STOP);
     let client = Client::of(&directory.0);
@@ -286,11 +292,7 @@ fn nothing_is_taken_from_a_paused_machine_by_this_manager_or_the_next() {
         return;
     }
     let directory = Directory::new("paused");
-    let daemon = start_with(&directory, &["--budget", "256M"]);
-    let mut machine = Machine::start(&directory);
-    machine.verifies(1000);
-    wait_until("it is decided about", || !json(&directory, &["vm", "list"])["machines"][0].is_null());
-    squeeze(&directory, 1 << 20);
+    let (daemon, mut machine) = start_with_stored(&directory);
     assert_eq!(json(&directory, &["vm", "pause", "lonely"])["state"], "paused");
     kill_manager(&directory);
     let captured = || only(&directory)["captured"].as_u64().unwrap();

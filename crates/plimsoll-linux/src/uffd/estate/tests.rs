@@ -169,14 +169,20 @@ fn a_domain_whose_machines_ended_before_they_could_be_taken_over_does_not_stay()
     assert_eq!(manager.host().ledger(|ledger| ledger.charged()), ByteCount(0));
 }
 
+/// A machine 5 that was offered to the next manager, and its agents' ends.
+fn offered(estate: &Estate, shards: u32) -> Option<(MachineVault, Vec<OwnedFd>)> {
+    let (machine, agents) = machine(5, shards)?;
+    let further: Vec<OwnedFd> = agents.iter().skip(1).map(|agent| agent.try_clone().unwrap()).collect();
+    estate.offer(&machine, &further).unwrap();
+    Some((machine, agents))
+}
+
 #[test]
 fn a_machine_comes_back_with_everything_and_one_that_was_offered_is_welcomed_again() {
     for shards in [1, 3] {
         let keeper = Arc::new(Map::default());
         let estate = keeper.open().unwrap();
-        let Some((machine, agents)) = machine(5, shards) else { return };
-        let further: Vec<OwnedFd> = agents.iter().skip(1).map(|agent| agent.try_clone().unwrap()).collect();
-        estate.offer(&machine, &further).unwrap();
+        let Some((machine, agents)) = offered(&estate, shards) else { return };
         drop((machine, estate));
 
         let estate = keeper.open().unwrap();
@@ -208,9 +214,7 @@ fn a_machine_that_was_left_is_told_so_by_the_next_manager_and_by_none_after_it()
     for shards in [1, 3] {
         let keeper = Arc::new(Map::default());
         let estate = keeper.open().unwrap();
-        let Some((machine, agents)) = machine(5, shards) else { return };
-        let further: Vec<OwnedFd> = agents.iter().skip(1).map(|agent| agent.try_clone().unwrap()).collect();
-        estate.offer(&machine, &further).unwrap();
+        let Some((machine, agents)) = offered(&estate, shards) else { return };
         estate.taken(machine.id);
         estate.leave(machine.id);
         // The manager that left it has come to tell the first of the shards, whose agent has gone.
