@@ -19,6 +19,9 @@
 //! With five bytes it took 6.7 us and freed 1,679 bytes; with seven 5.2 us, but then one page in twenty stays raw. What became
 //! cold is packed densely anyway.
 //!
+//! The table is with lz4's own patience, 2^6 places. Half of that, as it is now, takes 2 % less time and frees 1 % less, and gives
+//! a random page up after 0.58 us instead of 0.75; a quarter takes 9 % less and frees 5 % less, and one text page in a hundred stays raw.
+//!
 //! # The block
 //! ```text
 //!  sequence  token: literals (15: more follow) in the high half, match length - 4 (15: more) in the low half
@@ -47,7 +50,7 @@ const WORD: usize = size_of::<u64>();
 const STRIDE: usize = 16;
 const HASH_BITS: u32 = 12;
 /// After so many places without a match, in powers of two, every second place is looked at, and so on.
-const PATIENCE: u32 = 6;
+const PATIENCE: u32 = 5;
 /// Room for the longest block and for what is written before it is known to be too long.
 const ROOM: usize = PAGE_SIZE;
 

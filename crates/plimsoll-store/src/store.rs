@@ -170,11 +170,11 @@ impl<M: SlabMemory> Store<M> {
         }
         let Digest::Hashed(hash) = *digest else { return Ok(Sought::Absent) };
         let wanted = Fingerprint::of_hash(hash);
-        let handle = self.run(wanted.key).iter().find_map(|number| {
-            let record = self.records.read(&self.memory, *number)?.ok()?;
+        let handle = self.records_of(wanted.key).find_map(|number| {
+            let record = self.records.read(&self.memory, number)?.ok()?;
             let is_dense = matches!(record.body, Body::Data { codec: Codec::Dense, .. });
             let is_likely = is_dense && record.check == wanted.check;
-            (is_likely && record.count < u32::MAX).then(|| record.handle(*number))
+            (is_likely && record.count < u32::MAX).then(|| record.handle(number))
         });
         let fetched = handle.is_some_and(|handle| self.fetch(handle, candidate).is_ok());
         Ok(if fetched { Sought::Candidate } else { Sought::Absent })
@@ -386,9 +386,9 @@ impl<M: SlabMemory> Store<M> {
         self.memory.bytes(extent.slab).get(self.slots.range(extent)?)
     }
 
-    /// The records that may have a key.
-    fn run(&self, key: u64) -> &[RecordNumber] {
-        self.index.run(key, |number| self.records.key(&self.memory, number))
+    /// The records that have a key.
+    fn records_of(&self, key: u64) -> impl Iterator<Item = RecordNumber> {
+        self.index.find(key, |number| self.records.key(&self.memory, number))
     }
 
     /// A record whose page has these very bytes and that takes one more reference. Takes note where there is none.
@@ -403,8 +403,8 @@ impl<M: SlabMemory> Store<M> {
             Digest::Same(word) => Fingerprint::of_word(word),
             Digest::Hashed(hash) => Fingerprint::of_hash(hash),
         };
-        let found = self.run(wanted.key).iter().find_map(|number| {
-            let record = self.records.read(&self.memory, *number)?.ok()?;
+        let found = self.records_of(wanted.key).find_map(|number| {
+            let record = self.records.read(&self.memory, number)?.ok()?;
             if record.check != wanted.check || record.count == u32::MAX {
                 return None;
             }
@@ -418,7 +418,7 @@ impl<M: SlabMemory> Store<M> {
                 }
                 _ => false,
             };
-            equal.then_some((*number, record))
+            equal.then_some((number, record))
         });
         // Of same-filled pages nothing is noted: who inserts one is asked for the page again.
         self.missed = Some(*digest).filter(|digest| found.is_none() && matches!(digest, Digest::Hashed(_)));
@@ -486,8 +486,7 @@ impl<M: SlabMemory> Store<M> {
     }
 
     fn drop_record(&mut self, number: RecordNumber, key: u64) {
-        let Self { memory, records, index, .. } = self;
-        index.remove(key, number, |number| records.key(memory, number));
+        self.index.remove(key, number);
         self.records.free(&mut self.memory, number);
     }
 
