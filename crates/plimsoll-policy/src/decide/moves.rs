@@ -228,18 +228,18 @@ pub(crate) fn give(
     state: &mut PolicyState,
     findings: &mut Findings,
 ) {
-    let claims: Vec<Claim<'_>> =
-        seen.iter().zip(aims).filter_map(|(machine, aim)| Claim::of(machine, aim)).collect();
     // What was granted and has not arrived yet is free no more.
     let owed = |machine: &Seen<'_>| {
         let asked = state.machines.get(&machine.id())?.balloon.as_ref()?.asked();
         Some(machine.view.balloon?.saturating_sub(asked))
     };
-    let promised: ByteCount = seen
-        .iter()
-        .filter(|machine| claims.iter().all(|claim| claim.machine.id() != machine.id()))
-        .filter_map(owed)
-        .sum();
+    let (mut claims, mut promised) = (Vec::new(), ByteCount(0));
+    for (machine, aim) in seen.iter().zip(aims) {
+        match Claim::of(machine, aim) {
+            Some(claim) => claims.push(claim),
+            None => promised += owed(machine).unwrap_or_default(),
+        }
+    }
     let free = host.free.saturating_sub(promised);
     let above = |line: HostState| free.saturating_sub(line.line(host.total)).pages_floor();
     let grant = |room: PageCount, cap: fn(&Claim<'_>) -> PageCount| {

@@ -27,10 +27,18 @@ fn host(machines: u32) -> (HostView, PolicyState) {
             .collect(),
         ..Settings::new(MIB(1 << 40))
     };
-    let shown = |id: u32| MachineView {
-        balloon: Some(MIB(u64::from(id % 3) * 100)),
-        rungs: Rungs::ALL.without(Rung::Sharing),
-        ..view(id, 2000 + u64::from(id % 13) * 100, u64::from(id % 31) * 120)
+    // Half of them give; the others want what their balloons hold.
+    let shown = |id: u32| {
+        let (holds, has) = if id.is_multiple_of(2) {
+            (u64::from(id % 3) * 100, 2000 + u64::from(id % 13) * 100)
+        } else {
+            (3600, 400)
+        };
+        MachineView {
+            balloon: Some(MIB(holds)),
+            rungs: Rungs::ALL.without(Rung::Sharing),
+            ..view(id, has, u64::from(id % 31) * 120)
+        }
     };
     let view = HostView {
         now_ms: 0,
