@@ -27,23 +27,25 @@
 //! Each is a test over random hosts; entitlements also against auctions that are held page by page, which is slow and
 //! plainly right:
 //!
-//! 1. **A guarantee is kept.** Nobody's entitlement is below its reservation or minimum, and nothing is taken from a
-//!    machine that would be left with less, what its guest has free apart.
+//! 1. **A guarantee is kept.** Nobody's entitlement is below its reservation or minimum, nor its target below what it uses
+//!    of it; nothing is taken from a machine, or asked of its balloon, that would leave it less, what its guest has free apart.
 //! 2. **Memory is neither invented nor left lying.** Entitlements sum to the budget to the page, or everyone has all
 //!    it may have. Targets never exceed the budget, unless more is guaranteed than there is: then that is said, and
 //!    guarantees are kept.
 //! 3. **The auction is what it says:** page by page to the highest price. More shares, or more memory, never bring
 //!    less.
 //! 4. **Idle memory is taxed:** at equal shares it moves from who does not use it to who does.
-//! 5. **A group is an island.** What is inside a group (shares, stalls, number of machines) changes nothing outside,
-//!    as long as the sum of what it uses and may have is the same; no group is below its reservation or above its
-//!    limit.
+//! 5. **A group is an island.** What is inside a group (shares, stalls, number of machines) changes nothing of what others
+//!    have a right to, as long as the sum of what it uses and may have is the same; what its machines are entitled to, and
+//!    what they are to come to, is never above its limit, and the former not below its reservation. Only how fast targets get
+//!    there depends on the room that all of them leave.
 //! 6. **What does not change is left alone.** On constant input a fixed point is reached and kept; on steady input with
 //!    5 % of noise no target moves more than 5 % back and forth within a minute.
 //! 7. **Bad numbers harm nobody else.** Missing, stale, negative or absurd samples are named, and the others' targets
 //!    stay the same.
 //! 8. **A recorded decision replays** to the bit, from JSON.
-//! 9. **It is O(n log n):** comparisons are counted for 10, 1,000 and 100,000 machines.
+//! 9. **It is O(n log n):** comparisons are counted for 10, 1,000 and 100,000 bidders, and whole decisions about 1,000 and
+//!    100,000 machines, half of which give and half of which are given to, are held against each other.
 //!
 //! # Where memory goes: an example
 //!

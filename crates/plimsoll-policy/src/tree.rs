@@ -125,14 +125,7 @@ impl Tree {
 
     /// The domain a machine may share pages in; `None` where it shares with nobody.
     pub fn domain(&self, id: MachineId) -> Option<DomainId> {
-        let mut index = self.machines[self.place(id)?].parent;
-        loop {
-            let group = &self.groups[index];
-            if group.domain.is_some() || index == 0 {
-                return group.domain;
-            }
-            index = group.parent;
-        }
+        self.around(self.place(id)?).find_map(|group| self.groups[group].domain)
     }
 
     /// The machines, by id.
@@ -142,6 +135,24 @@ impl Tree {
 
     pub(crate) fn place(&self, id: MachineId) -> Option<usize> {
         self.machines.binary_search_by_key(&id, |machine| machine.id).ok()
+    }
+
+    /// The groups a machine is in, from the innermost outward; the host last.
+    pub(crate) fn around(&self, place: usize) -> impl Iterator<Item = GroupIndex> {
+        let outer = |group: &GroupIndex| (*group > 0).then(|| self.groups[*group].parent);
+        core::iter::successors(Some(self.machines[place].parent), outer)
+    }
+
+    /// For each group the sum of what machines in it have, given by their places.
+    pub(crate) fn sums(&self, pages: impl Iterator<Item = (usize, PageCount)>) -> Vec<PageCount> {
+        let mut sums = vec![PageCount(0); self.groups.len()];
+        pages.for_each(|(place, pages)| sums[self.machines[place].parent] += pages);
+        // Parents come before their children.
+        for group in (1..sums.len()).rev() {
+            let inside = sums[group];
+            sums[self.groups[group].parent] += inside;
+        }
+        sums
     }
 
     /// Sums guarantees from the innermost groups outward; the host last.

@@ -10,7 +10,7 @@ use crate::host_state::{HostState, min_free};
 use crate::plan::{Action, Position, Step};
 use crate::reason::{self, Reason};
 use crate::settings::Hold;
-use crate::tree::Tree;
+use crate::tree::{GroupIndex, Tree};
 use alloc::vec;
 use alloc::vec::Vec;
 use plimsoll_types::PageCount;
@@ -131,10 +131,11 @@ fn judge(host: &Host, machine: &Seen<'_>, due: PageCount, state: &PolicyState) -
     damper.judge(due, urgent, host.now_ms)
 }
 
-/// Targets that are damped and yet within the budget.
+/// Targets that are damped, and yet within the budget and within each group's limit.
 ///
 /// Those that sink, and those that must rise, go where they are due. If what is held above its due then leaves
-/// too little, it is held no longer. What remains is for those that rise without need, each in proportion.
+/// too little, it is held no longer: on the host, or in the group whose limit it is. What remains is for those that rise without
+/// need, each in proportion.
 fn settle(
     budget: PageCount,
     seen: &[Seen<'_>],
@@ -161,15 +162,27 @@ fn settle(
             (Some(target), Verdict::Stays | Verdict::Held(_)) => target,
         });
     }
-    if targets.iter().copied().sum::<PageCount>() > budget {
-        targets.iter_mut().zip(dues).for_each(|(target, due)| *target = (*target).min(*due));
+    let around = |index: usize| state.tree.around(seen[index].place);
+    let sums = |pages: &[PageCount]| {
+        state.tree.sums(seen.iter().map(|machine| machine.place).zip(pages.iter().copied()))
+    };
+    let most = |group: GroupIndex| if group == 0 { budget } else { state.tree.groups[group].cap };
+    let before = sums(&targets);
+    let is_tight: Vec<bool> = before.into_iter().enumerate().map(|(group, sum)| sum > most(group)).collect();
+    for (index, target) in targets.iter_mut().enumerate() {
+        if around(index).any(|group| is_tight[group]) {
+            *target = (*target).min(dues[index]);
+        }
     }
-    let room = budget.saturating_sub(targets.iter().copied().sum());
-    let missing = |index: &usize| dues[*index].saturating_sub(targets[*index]);
-    let asked: PageCount = waiting.iter().map(missing).sum();
-    let raises: Vec<(usize, PageCount)> =
-        waiting.iter().map(|index| (*index, part_of(missing(index), room, asked))).collect();
-    for (index, raise) in raises {
+    let room: Vec<PageCount> =
+        sums(&targets).into_iter().enumerate().map(|(group, sum)| most(group).saturating_sub(sum)).collect();
+    let mut missing = vec![PageCount(0); seen.len()];
+    waiting.iter().for_each(|index| missing[*index] = dues[*index].saturating_sub(targets[*index]));
+    let asked = sums(&missing);
+    for index in waiting {
+        // The least of what each group around it has room for: so no sum exceeds any of them.
+        let raise = around(index).map(|group| part_of(missing[index], room[group], asked[group])).min();
+        let raise = raise.unwrap_or_default();
         // A raise that is hardly one waits until it is worth making.
         if raise.0 > DEAD_BAND.apply(targets[index].0) {
             targets[index] += raise;

@@ -5,16 +5,17 @@
 use plimsoll_policy::auction::IdleTax;
 use plimsoll_policy::costs::{Cost, Losses};
 use plimsoll_policy::host_state::HostState;
-use plimsoll_policy::settings::{Face, GroupSettings, Hold, MachineSettings, Settings, Shares};
+use plimsoll_policy::reason::Need;
+use plimsoll_policy::settings::{Face, GroupSettings, Hold, MachineSettings, Settings, Shares, Terms};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{GuestStatistics, HostView, MachineView, Phase, Reading};
-use plimsoll_policy::{Costs, Plan, PolicyState, Ppm, Reason, Rung, Rungs, Step, decide};
+use plimsoll_policy::{Action, Costs, Plan, PolicyState, Position, Ppm, Reason, Rung, Rungs, Step, decide};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
 use proptest::prelude::{
     Just, ProptestConfig, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest,
 };
 use proptest::test_runner::FileFailurePersistence;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const MIB: u64 = 1 << 20;
 /// Groups there are at most, machines at most.
@@ -58,9 +59,11 @@ fn costs() -> impl Strategy<Value = Costs> {
     prop_oneof![Just(Costs::MEASURED), prop::array::uniform5(cost).prop_map(Costs)]
 }
 
-/// Settings that can be: groups nested at random, some with reservations and limits that cover what is nested.
+/// Settings that can be: groups nested at random, some with reservations of their own and with limits, both of which cover what
+/// is nested.
 fn tree() -> impl Strategy<Value = Tree> {
-    let group = (0..=GROUPS, any::<u16>(), any::<bool>(), 1..10_000u32);
+    let own = prop::option::of(0..600u64);
+    let group = (0..=GROUPS, own, prop::option::of(0..3000u64), 1..10_000u32);
     let machine = (face(), 0..=GROUPS, prop::sample::select(Rung::ALL.to_vec()));
     let tax = prop::sample::select(vec![0, 50, 75, 99]);
     let nested = (
@@ -72,32 +75,42 @@ fn tree() -> impl Strategy<Value = Tree> {
         let parent = |at_most: usize, wanted: u32| {
             (wanted > 0 && wanted as usize <= at_most).then_some(GroupId(wanted))
         };
-        let count = groups.len();
         let mut settings = Settings {
             tax: IdleTax::new(Ppm::percent(tax)).unwrap(),
             costs,
             ..Settings::new(ByteCount(1 << 50))
         };
-        for ((index, (up, extra, has_limit, shares)), id) in groups.into_iter().enumerate().zip(1..) {
-            settings.groups.push(GroupSettings {
-                id: GroupId(id),
-                parent: parent(index, up),
-                reservation: None,
-                limit: has_limit.then(|| ByteCount((2000 + u64::from(extra % 2000)) * MIB)),
-                shares: Shares(shares),
-                domain: has_limit.then_some(DomainId(id)),
-            });
-        }
         for ((face, group, highest), id) in machines.into_iter().zip(1..) {
             let new = MachineSettings::new(MachineId(id), face);
-            settings.machines.push(MachineSettings { parent: parent(count, group), highest, ..new });
+            settings.machines.push(MachineSettings { parent: parent(groups.len(), group), highest, ..new });
         }
-        // A limit below what is reserved inside is a contradiction, which is tested elsewhere.
-        Tree::new(settings.clone()).unwrap_or_else(|_| {
-            settings.groups.iter_mut().for_each(|group| group.limit = None);
-            Tree::new(settings).unwrap()
-        })
+        // From the innermost outward: a group's number is above its parent's.
+        for (index, (up, own, limit, shares)) in groups.into_iter().enumerate().rev() {
+            let id = GroupId(u32::try_from(index).unwrap() + 1);
+            let inside = promised_in(&settings, id);
+            let reservation = own.map(|mib| inside + ByteCount(mib * MIB));
+            settings.groups.push(GroupSettings {
+                id,
+                parent: parent(index, up),
+                reservation,
+                limit: limit.map(|mib| reservation.unwrap_or(inside).max(ByteCount(mib * MIB))),
+                shares: Shares(shares),
+                domain: limit.map(|_| DomainId(id.0)),
+            });
+        }
+        settings.groups.reverse();
+        Tree::new(settings).unwrap()
     })
+}
+
+/// What is reserved of the machines and groups in a group.
+fn promised_in(settings: &Settings, group: GroupId) -> ByteCount {
+    let machines = settings.machines.iter().filter(|machine| machine.parent == Some(group));
+    let groups = settings.groups.iter().filter(|nested| nested.parent == Some(group));
+    let machines = machines.map(|machine| Terms::of(machine).unwrap().floor.bytes());
+    machines
+        .chain(groups.map(|nested| nested.reservation.unwrap_or_else(|| promised_in(settings, nested.id))))
+        .sum()
 }
 
 /// A number that may be anything.
@@ -185,6 +198,43 @@ fn taken_in_use(plan: &Plan) -> BTreeMap<MachineId, u64> {
     sums
 }
 
+/// What a machine's balloon is asked to hold.
+fn balloon_asks(plan: &Plan, id: MachineId) -> Vec<ByteCount> {
+    let asked = |action: &Action| match action.step {
+        Step::Balloon(holds) if action.machine == id => Some(holds),
+        _ => None,
+    };
+    plan.actions.iter().filter_map(asked).collect()
+}
+
+/// What a machine needs, by the reason of its first target.
+fn first_need(plan: &Plan, id: MachineId) -> Option<Need> {
+    plan.actions.iter().filter(|action| action.machine == id).find_map(|action| match action.reason {
+        Reason::TargetMoved { need, .. } => Some(need),
+        _ => None,
+    })
+}
+
+/// The machines of a group and of those nested in it.
+fn machines_in(settings: &Settings, group: GroupId) -> BTreeSet<MachineId> {
+    let members = settings.machines.iter().filter(|machine| machine.parent == Some(group));
+    let nested = settings.groups.iter().filter(|nested| nested.parent == Some(group));
+    members
+        .map(|machine| machine.id)
+        .chain(nested.flat_map(|nested| machines_in(settings, nested.id)))
+        .collect()
+}
+
+/// What the machines that were decided about bid, floors not raised.
+fn bids(tree: &Tree, plan: &Plan) -> BTreeMap<MachineId, Bid> {
+    let bid = |one: &Position| {
+        let terms = tree.terms(one.machine).unwrap();
+        let (floor, cap, shares) = (terms.floor.0, terms.cap.0, u64::from(terms.shares.0));
+        (one.machine, Bid { floor, lift: 0, cap, active: pages(one.active), shares })
+    };
+    plan.machines.iter().map(bid).collect()
+}
+
 proptest! {
     #![proptest_config(config(600))]
 
@@ -195,7 +245,7 @@ proptest! {
             let plan = decide(&view, &mut state);
             let budget = pages(plan.budget);
             let terms = |id| state.tree().terms(id).unwrap();
-            let floors: u64 = plan.machines.iter().map(|one| terms(one.machine).floor.0).sum();
+            let floors = bid_of(state.tree().settings(), None, &bids(state.tree(), &plan)).floor;
             let entitled: u64 = plan.machines.iter().map(|one| pages(one.entitlement)).sum();
             let targets: u64 = plan.machines.iter().map(|one| pages(one.target)).sum();
             prop_assert!(entitled <= budget.max(floors), "{entitled} entitled of {budget}, {floors} guaranteed");
@@ -203,13 +253,41 @@ proptest! {
             for one in &plan.machines {
                 let (terms, shown) = (terms(one.machine), first(&view, one.machine));
                 prop_assert!(pages(one.entitlement) >= terms.floor.0 && pages(one.entitlement) <= terms.cap.0);
-                prop_assert!(pages(one.target) <= terms.cap.0);
-                // What the guest uses of its guarantee stays, whatever is taken.
+                // What the guest uses of its guarantee stays, whatever is aimed at, taken, or asked of its balloon.
                 let in_use = shown.consumed.saturating_sub(shown.reported_free);
+                let kept = terms.floor.bytes().min(in_use);
+                prop_assert!(pages(one.target) >= pages(kept), "{} aims at {}", one.machine, one.target);
+                prop_assert!(pages(one.target) <= terms.cap.0);
                 let taken = taken_in_use(&plan).get(&one.machine).copied().unwrap_or_default();
                 let left = shown.consumed.saturating_sub(ByteCount(taken));
-                prop_assert!(left >= terms.floor.bytes().min(in_use), "{} was left {left}", one.machine);
+                prop_assert!(left >= kept, "{} was left {left}", one.machine);
                 prop_assert!(taken == 0 || left >= one.target);
+                for asked in balloon_asks(&plan, one.machine) {
+                    let most = shown.balloon.unwrap_or_default().max(terms.size.saturating_sub(terms.floor).bytes());
+                    prop_assert!(asked <= most, "the balloon of {} is to hold {asked}", one.machine);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_group_is_below_its_reservation_or_above_its_limit(
+        tree in tree(), moments in prop::collection::vec(moment(), 1..6),
+    ) {
+        let mut state = PolicyState::new(tree);
+        for view in moments {
+            let plan = decide(&view, &mut state);
+            let (settings, bids) = (state.tree().settings(), bids(state.tree(), &plan));
+            for group in &settings.groups {
+                let inside = machines_in(settings, group.id);
+                let sum = |of: fn(&Position) -> ByteCount| -> u64 {
+                    plan.machines.iter().filter(|one| inside.contains(&one.machine)).map(|one| pages(of(one))).sum()
+                };
+                // A reservation holds as far as its machines may have so much.
+                let bid = bid_of(settings, Some(group), &bids);
+                let (entitled, targets) = (sum(|one| one.entitlement), sum(|one| one.target));
+                prop_assert!((bid.floor..=bid.cap).contains(&entitled), "{}: {entitled} entitled", group.id);
+                prop_assert!(targets <= bid.cap, "{}: {targets} targeted, {} at most", group.id, bid.cap);
             }
         }
     }
@@ -246,12 +324,14 @@ proptest! {
         settings.groups.iter_mut().for_each(|group| group.limit = None);
         let mut state = PolicyState::new(Tree::new(settings).unwrap());
         let plan = decide(&view, &mut state);
-        let terms = |id| state.tree().terms(id).unwrap();
-        let (floors, caps) = plan.machines.iter().fold((0, 0), |(floors, caps), one| {
-            (floors + terms(one.machine).floor.0, caps + terms(one.machine).cap.0)
-        });
+        let host = bid_of(state.tree().settings(), None, &bids(state.tree(), &plan));
         let entitled: u64 = plan.machines.iter().map(|one| pages(one.entitlement)).sum();
-        prop_assert_eq!(entitled, pages(plan.budget).clamp(floors, caps));
+        prop_assert_eq!(entitled, pages(plan.budget).clamp(host.floor, host.cap));
+        // Nor does anybody want what nobody has.
+        let targets: u64 = plan.machines.iter().map(|one| pages(one.target)).sum();
+        let wants_more = |one: &&Position| first_need(&plan, one.machine).is_some_and(|need| one.target < need.wanted);
+        let unmet = plan.machines.iter().find(wants_more);
+        prop_assert!(unmet.is_none() || targets >= pages(plan.budget), "{unmet:?} with {targets} of {}", plan.budget);
     }
 
     #[test]
@@ -305,41 +385,33 @@ proptest! {
 
     #[test]
     fn what_happens_inside_a_group_is_no_matter_of_another(
-        tree in tree(), view in moment(), shares in 1..1_000_000u32, stalled in 0..1_000_000u32,
+        tree in tree(), moments in prop::collection::vec(moment(), 1..4),
+        shares in 1..1_000_000u32, stalled in 0..1_000_000u32,
     ) {
         let Some(group) = tree.settings().groups.first().map(|group| group.id) else { return Ok(()) };
-        let parents: BTreeMap<GroupId, Option<GroupId>> =
-            tree.settings().groups.iter().map(|group| (group.id, group.parent)).collect();
-        let is_inside = |machine: &MachineSettings| {
-            let mut at = machine.parent;
-            while let Some(here) = at {
-                if here == group {
-                    return true;
-                }
-                at = parents[&here];
-            }
-            false
-        };
+        let inside = machines_in(tree.settings(), group);
         let mut settings = tree.settings().clone();
-        let mut other = view.clone();
-        let inside: Vec<MachineId> =
-            settings.machines.iter().filter(|one| is_inside(one)).map(|one| one.id).collect();
         for machine in settings.machines.iter_mut().filter(|one| inside.contains(&one.id)) {
             if let Face::Guarantee { shares: own, .. } = &mut machine.face {
                 *own = Shares(shares);
             }
         }
-        for machine in other.machines.iter_mut().filter(|one| inside.contains(&one.id)) {
-            machine.stalled = Ppm(stalled);
-        }
-        let before = decide(&view, &mut PolicyState::new(tree));
-        let after = decide(&other, &mut PolicyState::new(Tree::new(settings).unwrap()));
-        let sum = |plan: &Plan| -> u64 {
-            plan.machines.iter().filter(|one| inside.contains(&one.machine)).map(|one| pages(one.entitlement)).sum()
-        };
-        prop_assert_eq!(sum(&before), sum(&after), "the group itself");
-        for (one, other) in before.machines.iter().zip(&after.machines) {
-            prop_assert!(inside.contains(&one.machine) || one == other, "{one:?} became {other:?}");
+        let (mut before, mut after) = (PolicyState::new(tree), PolicyState::new(Tree::new(settings).unwrap()));
+        for (moment, view) in moments.into_iter().enumerate() {
+            let mut other = view.clone();
+            for machine in other.machines.iter_mut().filter(|one| inside.contains(&one.id)) {
+                machine.stalled = Ppm(stalled);
+            }
+            let (before, after) = (decide(&view, &mut before), decide(&other, &mut after));
+            let sum = |plan: &Plan| -> u64 {
+                plan.machines.iter().filter(|one| inside.contains(&one.machine)).map(|one| pages(one.entitlement)).sum()
+            };
+            prop_assert_eq!(sum(&before), sum(&after), "the group itself");
+            for (one, other) in before.machines.iter().zip(&after.machines).filter(|(one, _)| !inside.contains(&one.machine)) {
+                // Targets are damped afterwards, in what room all of them leave.
+                let other = if moment == 0 { *other } else { Position { target: one.target, ..*other } };
+                prop_assert_eq!(*one, other);
+            }
         }
     }
 
@@ -362,7 +434,7 @@ fn small(tree: &Tree) -> Tree {
     let less = |bytes: &mut ByteCount| bytes.0 /= 64;
     let mut settings = tree.settings().clone();
     for group in &mut settings.groups {
-        group.limit.iter_mut().for_each(less);
+        [&mut group.reservation, &mut group.limit].into_iter().flatten().for_each(less);
     }
     for machine in &mut settings.machines {
         match &mut machine.face {
@@ -382,6 +454,8 @@ fn small(tree: &Tree) -> Tree {
 #[derive(Clone, Copy)]
 struct Bid {
     floor: u64,
+    /// What its floor is raised by, if its siblings have so much above theirs.
+    lift: u64,
     cap: u64,
     active: u64,
     shares: u64,
@@ -424,11 +498,12 @@ fn by_hand(
         .filter(|machine| machine.parent == parent && machines.contains_key(&machine.id))
         .map(|machine| machine.id)
         .collect();
-    let bids: Vec<Bid> = groups
+    let mut bids: Vec<Bid> = groups
         .iter()
-        .map(|group| bid_of(settings, group, machines))
+        .map(|group| bid_of(settings, Some(group), machines))
         .chain(members.iter().map(|id| machines[id]))
         .collect();
+    raise(&mut bids, pages, tax);
     let held = page_by_page(pages, &bids, tax);
     for (group, won) in groups.iter().zip(&held) {
         by_hand(settings, Some(group.id), *won, machines, tax, grants);
@@ -436,20 +511,50 @@ fn by_hand(
     grants.extend(members.into_iter().zip(held[groups.len()..].iter().copied()));
 }
 
-/// The sum of what is nested in a group, within its limit.
-fn bid_of(settings: &Settings, group: &GroupSettings, machines: &BTreeMap<MachineId, Bid>) -> Bid {
-    let nested = settings.groups.iter().filter(|nested| nested.parent == Some(group.id));
-    let members = settings.machines.iter().filter(|machine| machine.parent == Some(group.id));
+/// Raises floors by what is above all of them, a page at a time and by shares alone: what is wanted urgently is all in use.
+fn raise(bids: &mut [Bid], pages: u64, tax: u64) {
+    let room = pages.saturating_sub(bids.iter().map(|bid| bid.floor).sum());
+    let lift = |bid: &Bid| bid.lift.min(bid.cap.saturating_sub(bid.floor));
+    let lifts: Vec<Bid> =
+        bids.iter().map(|bid| Bid { floor: 0, cap: lift(bid), active: lift(bid), ..*bid }).collect();
+    let raised = page_by_page(room, &lifts, tax);
+    bids.iter_mut().zip(raised).for_each(|(bid, lift)| bid.floor += lift);
+}
+
+/// The sum of what is nested in a group, at least what it reserves and within its limit; of the host, which has neither, without one.
+fn bid_of(settings: &Settings, group: Option<&GroupSettings>, machines: &BTreeMap<MachineId, Bid>) -> Bid {
+    let parent = group.map(|group| group.id);
+    let nested = settings.groups.iter().filter(|nested| nested.parent == parent);
+    let members = settings.machines.iter().filter(|machine| machine.parent == parent);
     let inside: Vec<Bid> = nested
-        .map(|nested| bid_of(settings, nested, machines))
+        .map(|nested| bid_of(settings, Some(nested), machines))
         .chain(members.filter_map(|machine| machines.get(&machine.id).copied()))
         .collect();
     let sum = |of: fn(&Bid) -> u64| inside.iter().map(of).sum::<u64>();
-    Bid {
-        floor: sum(|bid| bid.floor),
-        cap: group.limit.map_or(u64::MAX, pages).min(sum(|bid| bid.cap)),
-        active: sum(|bid| bid.active.min(bid.cap)),
-        shares: u64::from(group.shares.0),
+    let cap = group.and_then(|group| group.limit).map_or(u64::MAX, pages).min(sum(|bid| bid.cap));
+    let own = group.and_then(|group| group.reservation).map_or(0, pages);
+    let shares = group.map_or(1, |group| u64::from(group.shares.0));
+    let floor = sum(|bid| bid.floor).max(own).min(cap);
+    Bid { floor, lift: 0, cap, active: sum(|bid| bid.active.min(bid.cap)), shares }
+}
+
+proptest! {
+    #![proptest_config(config(100))]
+
+    #[test]
+    fn what_is_seen_again_and_again_moves_no_target_any_more(tree in tree(), view in moment()) {
+        let mut view = HostView { now_ms: 0, ..view };
+        let mut state = PolicyState::new(tree);
+        let mut again = || {
+            view.now_ms += 1000;
+            let plan = decide(&view, &mut state);
+            (plan.state, plan.machines)
+        };
+        // What comes back counts for a minute, fading; a floor is raised by a hundredth of its machine a second.
+        let rested = (0..1200).map(|_| again()).last();
+        for _ in 0..120 {
+            prop_assert_eq!(Some(again()), rested.clone());
+        }
     }
 }
 
@@ -465,15 +570,14 @@ proptest! {
         for machine in &mut view.machines {
             machine.consumed.0 /= 64;
             machine.active = machine.active.map(|reading| Reading { bytes: reading.bytes / 64, ..reading });
-            // Floors are not raised here.
-            (machine.phase, machine.stalled) = (Phase::Running, Ppm::ZERO);
         }
         let plan = decide(&view, &mut PolicyState::new(tree.clone()));
-        let machines: BTreeMap<MachineId, Bid> = plan.machines.iter().map(|one| {
-            let terms = tree.terms(one.machine).unwrap();
-            let (floor, cap, shares) = (terms.floor.0, terms.cap.0, u64::from(terms.shares.0));
-            (one.machine, Bid { floor, cap, active: pages(one.active), shares })
-        }).collect();
+        let mut machines = bids(&tree, &plan);
+        for action in &plan.actions {
+            if let (Reason::TargetMoved { bounds, .. }, Some(bid)) = (action.reason, machines.get_mut(&action.machine)) {
+                bid.lift = pages(bounds.lift);
+            }
+        }
         let mut grants = BTreeMap::new();
         let tax = u64::from(tree.settings().tax.rate().0 / 10_000);
         by_hand(tree.settings(), None, pages(plan.budget), &machines, tax, &mut grants);
