@@ -82,10 +82,10 @@ fn trials<'a>() -> Vec<Trial<'a>> {
         slices(vec![higher("split-cost", "ops/s", None)], 1.0, slices::split),
         trial(
             vec![
-                higher("working-set-low/zipf", "pages", Some(0.8)),
-                lower("working-set-high/zipf", "pages", Some(1.2)),
-                higher("working-set-low/sweep", "pages", Some(0.8)),
-                lower("working-set-high/sweep", "pages", Some(1.2)),
+                higher("working-set-low/zipf", "pages", Some(0.85)),
+                lower("working-set-high/zipf", "pages", Some(1.15)),
+                higher("working-set-low/sweep", "pages", Some(0.85)),
+                lower("working-set-high/sweep", "pages", Some(1.15)),
             ],
             guests::working_sets,
         ),
