@@ -9,7 +9,7 @@ use super::chart::{Chart, Pages, Whereabouts};
 use super::memory::Memory;
 use super::migration::{Phase as Migration, Watch};
 use super::overhead::{Overhead, measure};
-use super::{Backend, Done, Refused, Trouble};
+use super::{Backend, Cooperation, Done, Refused, Trouble};
 use plimsoll_attach::{AttachLock, Change, Follower, Rung as Offered};
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{KernelError, KernelMachine, Totals};
@@ -263,6 +263,10 @@ impl Backend for Attached {
             self.go_on_at = Some(self.go_on_at.map_or(now, |at| at.min(now)));
         }
         done
+    }
+
+    fn news(&mut self) -> Option<Cooperation> {
+        self.balloon.as_ref().and_then(Balloon::news)
     }
 
     fn farewell(&self) -> Option<Farewell> {

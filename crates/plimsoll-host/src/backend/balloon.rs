@@ -9,7 +9,7 @@
 use super::Done;
 use parking_lot::{Condvar, Mutex};
 use plimsoll_attach::balloon::{Controller, Observation};
-use plimsoll_attach::control::{self, Control, ControlError, Cooperation, Migration};
+use plimsoll_attach::control::{self, Change, Control, ControlError, Cooperation, Migration};
 use plimsoll_policy::view;
 use plimsoll_sys::{ProcessId, procfs};
 use plimsoll_types::{ByteCount, PageCount};
@@ -77,6 +77,8 @@ impl Seen {
 struct Board {
     wanted: Option<ByteCount>,
     seen: Option<Seen>,
+    /// What nobody was told yet.
+    news: Option<Change>,
     is_over: bool,
     has_ended: bool,
     /// To be done when it has.
@@ -161,6 +163,11 @@ impl Balloon {
         self.shared.board.lock().seen
     }
 
+    /// That its interface failed for good or works again, told once.
+    pub fn news(&self) -> Option<Change> {
+        self.shared.board.lock().news.take()
+    }
+
     /// What it is to hold from now on.
     pub(super) fn ask(&self, holds: ByteCount) -> Done {
         self.shared.board.lock().wanted = Some(holds);
@@ -208,8 +215,10 @@ impl Worker<'_> {
             let now = self.started.elapsed();
             if cooperation.may_try(now) {
                 let outcome = self.turn(&mut controller, now);
-                cooperation.note(&outcome, now);
-                if let (Err(_), Some(seen)) = (outcome, &mut self.shared.board.lock().seen) {
+                let change = cooperation.note(&outcome, now);
+                let mut board = self.shared.board.lock();
+                board.news = change.or_else(|| board.news.take());
+                if let (Err(_), Some(seen)) = (outcome, &mut board.seen) {
                     seen.is_cooperating = cooperation.is_there();
                 }
             }

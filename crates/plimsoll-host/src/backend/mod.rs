@@ -24,6 +24,7 @@ pub use managed::Managed;
 pub use memory::{Memory, reopen, why_counted_only};
 pub use migration::{Phase as MigrationPhase, Watch as MigrationWatch};
 pub use overhead::{Overhead, OverheadError, measure};
+pub use plimsoll_attach::control::Change as Cooperation;
 
 use balloon::Farewell;
 use plimsoll_policy::admission::Overheads;
@@ -86,6 +87,11 @@ pub trait Backend: Send {
 
     /// When what was asked of its VMM has been given back, after this is dropped; nothing where that is at once.
     fn farewell(&self) -> Option<Farewell> {
+        None
+    }
+
+    /// That its VMM's own interface failed for good, or works again, since the last call.
+    fn news(&mut self) -> Option<Cooperation> {
         None
     }
 

@@ -16,7 +16,7 @@ pub use pool::Pool;
 pub use run::{Happened, RunError, Wakers, host_pressure, run};
 
 use crate::backend::balloon::Farewell;
-use crate::backend::{Backend, Departure, Done, Kind, Overhead, Refused, Trouble, Whereabouts};
+use crate::backend::{Backend, Cooperation, Departure, Done, Kind, Overhead, Refused, Trouble, Whereabouts};
 use crate::trace::{Basis, Recorder, Tick, TraceError};
 use plimsoll_policy::admission::{Account, AdmissionError, Capacity, Overheads, admit};
 use plimsoll_policy::host_state::{HostState, min_free};
@@ -81,6 +81,13 @@ pub enum Event {
         /// Why.
         why: Refused,
     },
+    /// A machine's own interface failed for good, so that it is managed without its balloon, or works again.
+    Cooperation {
+        /// Its name.
+        name: String,
+        /// Which of the two.
+        change: Cooperation,
+    },
     /// Nothing is recorded any more.
     NotRecorded(String),
 }
@@ -92,6 +99,12 @@ impl std::fmt::Display for Event {
             Self::LeftOut { name, why } => write!(f, "{name} is left out for now: {why}"),
             Self::Back { name } => write!(f, "{name} is managed again"),
             Self::Refused { name, why } => write!(f, "{name} does not do what it is asked: {why}"),
+            Self::Cooperation { name, change: Cooperation::Lost { why, .. } } => {
+                write!(f, "{name} is managed without its balloon from now on: {why}")
+            }
+            Self::Cooperation { name, change: Cooperation::Restored { .. } } => {
+                write!(f, "the balloon of {name} can be asked again")
+            }
             Self::NotRecorded(why) => write!(f, "nothing is recorded any more: {why}"),
         }
     }
@@ -513,6 +526,9 @@ impl Control {
                     }
                     if member.trouble.take().is_some() {
                         events.push(Event::Back { name: member.name.clone() });
+                    }
+                    if let Some(change) = member.backend.news() {
+                        events.push(Event::Cooperation { name: member.name.clone(), change });
                     }
                     views.push(view);
                 }

@@ -1,5 +1,6 @@
 //! The control loop over back ends that do what they are told, or do not.
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+mod cooperation;
 mod fake;
 mod record;
 mod turns;

@@ -163,6 +163,42 @@ fn advice_gives_the_idle_machine_less_and_is_checked_on_the_same_demand() {
     assert!(report.to_string().lines().all(|line| line.chars().count() <= 100), "{report}");
 }
 
+/// A machine that needs five times as much in one second of two hundred: a limit that leaves that out costs it, and it shows.
+#[test]
+fn advice_that_would_have_made_a_machine_wait_is_seen_to_on_the_same_demand() {
+    let folder = folder();
+    let path = folder.path().join("trace");
+    let mut host = Host::new(4096, &[(2048, 128, 300, 200)]);
+    host.control.record(Recorder::create(&path).unwrap());
+    for second in 0..600 {
+        let uses = if second % 200 == 199 { 1000 } else { 200 };
+        host.set(0, |body| body.active = uses << 20);
+        host.turn();
+    }
+    host.control.finish().unwrap();
+    let report = advise(Reader::open(&path).unwrap()).unwrap();
+    assert_eq!(report.machines[0].advised.high, ByteCount::mib(240));
+    let after = report.after.unwrap();
+    assert!(after.stalled > report.before.stalled, "{after:?} after {:?}", report.before);
+}
+
+#[test]
+fn advice_that_the_host_has_no_room_for_is_said_to_be_such() {
+    let folder = folder();
+    let path = folder.path().join("trace");
+    let mut host = Host::new(1536, &[(1024, 128, 600, 900), (1024, 128, 600, 900)]);
+    host.control.record(Recorder::create(&path).unwrap());
+    (0..60).for_each(|_| drop(host.turn()));
+    host.control.finish().unwrap();
+    let report = advise(Reader::open(&path).unwrap()).unwrap();
+    let why = report.after.as_ref().unwrap_err();
+    assert_eq!(*why, "the host has 1.5G for machines, but 1.7G is reserved: lower a reservation");
+    assert!(
+        report.to_string().ends_with(&format!("the advice cannot be followed as a whole: {why}\n")),
+        "{report}"
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
