@@ -11,6 +11,7 @@
 //!
 //! * [`tree`]: words that lead an address to memory, made by the crate's own encoders.
 //! * [`x86`]: four and five levels, as ring 0 and ring 3 see them.
+//! * [`npt`]: the same in guests, through AMD's nested tables.
 //! * [`arm`]: granules of 4, 16 and 64 KiB, stage 1, stage 2 and both, by the instructions that translate for EL2.
 //! * [`riscv`]: Sv39 to Sv57 and their x4 forms, alone and one over the other, as VS, VU and HS mode see them.
 //! * [`verdict`]: expectations, mismatches, and how often each kind of end was seen.
@@ -22,6 +23,7 @@ pub mod batch;
 mod chance;
 mod hardware;
 mod memory;
+pub mod npt;
 pub mod riscv;
 pub mod tree;
 pub mod verdict;

@@ -44,23 +44,23 @@ pub const HARDWARE: Hardware = Hardware {
     // isa-debug-exit, of the 0x10 that the program writes.
     status: 0x21,
 };
-const PROGRAM: u64 = 1 << 20;
+pub(crate) const PROGRAM: u64 = 1 << 20;
 /// What runs in ring 3 is here in the program, and at this address in every tree.
 const USER_PAGE: u64 = PROGRAM + 0x2000;
 const USER: u64 = 0xc000_0000;
 /// Tables through which the program sees itself: a root, level 4 below a fifth, and so on down.
 const OWN_TABLES: [u64; 5] = [0x20_0000, 0x20_1000, 0x20_2000, 0x20_3000, 0x20_4000];
 /// What cases have of RAM: below are program and batch.
-const RAM: Region = Region { first: 128 << 20, bytes: 1920 << 20 };
-const TABLES: Region = Region { first: 384 << 20, bytes: 64 << 20 };
+pub(crate) const RAM: Region = Region { first: 128 << 20, bytes: 1920 << 20 };
+pub(crate) const TABLES: Region = Region { first: 384 << 20, bytes: 64 << 20 };
 /// Where addresses lead.
-const ARENA: Region = Region { first: 512 << 20, bytes: 1536 << 20 };
+pub(crate) const ARENA: Region = Region { first: 512 << 20, bytes: 1536 << 20 };
 /// What a store writes.
-const STORED: u64 = 0x5354_4f52_4544_2121;
+pub(crate) const STORED: u64 = 0x5354_4f52_4544_2121;
 
 const PRESENT_WRITABLE_USER_ACCESSED: u64 = 0x27;
-const ACCESSED: u64 = 1 << 5;
-const LARGE: u64 = 1 << 7;
+pub(crate) const ACCESSED: u64 = 1 << 5;
+pub(crate) const LARGE: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
 /// What entries may have in bits that the processor ignores; GLOBAL not in the upper levels, where AMD's does not.
 const TABLE_IGNORED: u64 = 1 << 6 | GLOBAL | LEAF_IGNORED | 0xf << 59;
@@ -79,8 +79,8 @@ const FLAGS: u64 = 2;
 const FLAGS_AC: u64 = 1 << 18;
 
 const BREAKPOINT: u64 = 3;
-const GENERAL_PROTECTION: u64 = 13;
-const PAGE_FAULT: u64 = 14;
+pub(crate) const GENERAL_PROTECTION: u64 = 13;
+pub(crate) const PAGE_FAULT: u64 = 14;
 
 /// The processor of a run.
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +121,32 @@ const fn cr4<F: X86Format>() -> u64 {
     if F::LEVELS == 5 { CR4_PAE | CR4_LA57 } else { CR4_PAE }
 }
 
+/// What registers are called by the processor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Switches {
+    pub(crate) cr0: u64,
+    pub(crate) cr4: u64,
+    pub(crate) efer: u64,
+    pub(crate) flags: u64,
+}
+
+impl Switches {
+    /// Those that a walk depends on.
+    pub(crate) fn of<F: X86Format>(registers: &Registers) -> Self {
+        let if_set = |flag, bit| if registers.control.contains(flag) { bit } else { 0 };
+        let if_on = |feature, bit| if feature == Feature::On { bit } else { 0 };
+        Self {
+            cr0: CR0 | if_set(Control::WRITE_PROTECT, CR0_WP),
+            cr4: cr4::<F>()
+                | if_set(Control::SMEP, CR4_SMEP)
+                | if_set(Control::SMAP, CR4_SMAP)
+                | if_on(registers.caps.keys, CR4_PKE),
+            efer: EFER | if_on(registers.caps.no_execute, EFER_NXE),
+            flags: FLAGS | if_set(Control::ALIGNMENT_CHECK, FLAGS_AC),
+        }
+    }
+}
+
 /// One access in the format `F`.
 #[derive(Clone, Debug)]
 pub struct X86Case<F> {
@@ -150,16 +176,20 @@ const fn own_link<F: X86Format>() -> u64 {
     OWN_TABLES[if F::LEVELS == 5 { 1 } else { 2 }] | PRESENT_WRITABLE_USER_ACCESSED
 }
 
-struct Entries {
-    frames: Frames,
+/// Entries at random.
+pub(crate) struct Entries<T> {
+    /// Makes places for tables.
+    pub(crate) place: T,
+    /// What all entries permit: for everybody in a second stage, whose accesses are a user's.
+    pub(crate) least: Permissions,
 }
 
-impl<F: X86Format> Dress<F> for Entries {
+impl<F: X86Format, T: FnMut(&mut Chance) -> Output> Dress<F> for Entries<T> {
     fn table(&mut self, chance: &mut Chance, level: Level) -> Entry {
-        let at = self.frames.take(chance, 4096);
+        let at = (self.place)(chance);
         let full = chance.percent(75);
         let ignored = TABLE_IGNORED & if level >= Level(4) { !GLOBAL } else { u64::MAX };
-        let permissions = if full { Permissions::all() } else { permissions(chance) };
+        let permissions = if full { Permissions::all() } else { permissions(chance) | self.least };
         let table = Table::new(at, permissions, Memory::Pat(chance.of(&[0, 1, 2, 3])));
         Entry::Table(Table { accessed: chance.percent(50), software: chance.bits() & ignored, ..table })
     }
@@ -174,7 +204,7 @@ impl<F: X86Format> Dress<F> for Entries {
             ..Leaf::new(
                 Output(size.join(target.0, 0)),
                 size.shift,
-                if chance.percent(40) { Permissions::all() } else { permissions(chance) },
+                if chance.percent(40) { Permissions::all() } else { permissions(chance) | self.least },
                 Memory::Pat(chance.of(&[0, 1, 2, 3, 4, 5, 6, 7])),
             )
         })
@@ -187,7 +217,7 @@ fn permissions(chance: &mut Chance) -> Permissions {
 }
 
 /// One bit of an entry turned over: what makes it absent, reserved, another kind, or any.
-fn damaged(chance: &mut Chance, word: u64) -> u64 {
+pub(crate) fn damaged(chance: &mut Chance, word: u64) -> u64 {
     let reserved = 40 + chance.below(12);
     let any = chance.below(64);
     word ^ 1 << chance.of(&[0, reserved, 7, 63, 12 + any % 9, any, any])
@@ -196,6 +226,20 @@ fn damaged(chance: &mut Chance, word: u64) -> u64 {
 fn control(chance: &mut Chance) -> Control {
     let all = [Control::WRITE_PROTECT, Control::SMEP, Control::SMAP, Control::ALIGNMENT_CHECK];
     all.into_iter().filter(|_| chance.percent(50)).fold(Control::empty(), |some, one| some | one)
+}
+
+/// What decides about rights, at random.
+pub(crate) fn registers(chance: &mut Chance, root: Output, caps: Caps) -> Registers {
+    let on = |chance: &mut Chance| if chance.percent(85) { Feature::On } else { Feature::Off };
+    let caps = Caps { no_execute: on(chance), keys: on(chance), ..caps };
+    // Where there are keys, most forbid nothing.
+    let pkru = low_half(chance.bits() & chance.bits());
+    Registers { cr3: root.0, control: control(chance), pkru, caps }
+}
+
+/// The lower 32 bits.
+fn low_half(bits: u64) -> u32 {
+    u32::try_from(bits & u64::from(u32::MAX)).unwrap_or_default()
 }
 
 const ACCESSES: [(Access, Mode); 7] = [
@@ -219,8 +263,8 @@ impl<F: X86Format> X86Case<F> {
     }
 
     fn attempt(chance: &mut Chance, processor: &Processor) -> Option<Self> {
-        let mut entries = Entries { frames: Frames::new(TABLES) };
-        let root = entries.frames.take(chance, 4096);
+        let mut frames = Frames::new(TABLES);
+        let root = frames.take(chance, 4096);
         let ram = Ram::new(RAM);
         ram.set(root, own_link::<F>());
 
@@ -232,6 +276,8 @@ impl<F: X86Format> X86Case<F> {
         if F::index(input, F::root()) == 0 {
             return None;
         }
+        let place = |chance: &mut Chance| frames.take(chance, 4096);
+        let mut entries = Entries { place, least: Permissions::READ };
         let tree = Tree::<F> { ram: &ram, root, caps: processor.caps };
         let (_, places) = tree.lead(chance, &mut entries, (input, target, size))?;
         if chance.percent(45) {
@@ -244,12 +290,8 @@ impl<F: X86Format> X86Case<F> {
         } else {
             input
         };
-        let on = |chance: &mut Chance| if chance.percent(85) { Feature::On } else { Feature::Off };
-        let caps = Caps { no_execute: on(chance), keys: on(chance), ..processor.caps };
-        // Where there are keys, most forbid nothing.
-        let pkru = u32::try_from(chance.bits() & chance.bits() & u64::from(u32::MAX)).ok()?;
         let access = chance.of(if not_canonical { &ACCESSES[..6] } else { &ACCESSES });
-        let registers = Registers { cr3: root.0, control: control(chance), pkru, caps };
+        let registers = registers(chance, root, processor.caps);
         let case = Self { registers, input, access, memory: ram, format: PhantomData };
         match case.walk(&case.memory) {
             // What is executed is in the arena, and so is what is written; tables can be read as well.
@@ -267,6 +309,12 @@ impl<F: X86Format> X86Case<F> {
     }
 }
 
+/// An error code as it should be, by a rule above.
+pub(crate) fn with_present(code: u64) -> u64 {
+    let [reserved, present] = [ErrorCode::RESERVED, ErrorCode::PRESENT].map(|bit| u64::from(bit.bits()));
+    if code & reserved != 0 { code | present } else { code }
+}
+
 /// What is in memory where an address leads: `mov $N, %eax; int3`, with an N that says where.
 fn target_word(at: Output) -> u64 {
     0xb8 | (at.0 >> 3 & 0xffff_ffff) << 8 | 0x0090_90cc << 40
@@ -277,23 +325,18 @@ impl<F: X86Format> Case for X86Case<F> {
         [Some("vector"), Some("error code"), Some("CR2"), Some("RAX"), Some("RIP"), None, None];
 
     fn head(&self) -> [u64; 8] {
-        let Registers { cr3, control, pkru, caps } = self.registers;
-        let if_set = |flag, bit| if control.contains(flag) { bit } else { 0 };
-        let if_on = |feature, bit| if feature == Feature::On { bit } else { 0 };
+        let Switches { cr0, cr4, efer, flags } = Switches::of::<F>(&self.registers);
         let operation = ACCESSES.iter().position(|access| *access == self.access);
         let operation = operation.map_or(0, |number| if number < 3 { number } else { number + 1 });
         [
             operation as u64,
             self.input.0,
-            cr3,
-            CR0 | if_set(Control::WRITE_PROTECT, CR0_WP),
-            cr4::<F>()
-                | if_set(Control::SMEP, CR4_SMEP)
-                | if_set(Control::SMAP, CR4_SMAP)
-                | if_on(caps.keys, CR4_PKE),
-            EFER | if_on(caps.no_execute, EFER_NXE),
-            u64::from(pkru),
-            FLAGS | if_set(Control::ALIGNMENT_CHECK, FLAGS_AC),
+            self.registers.cr3,
+            cr0,
+            cr4,
+            efer,
+            u64::from(self.registers.pkru),
+            flags,
         ]
     }
 
@@ -302,9 +345,8 @@ impl<F: X86Format> Case for X86Case<F> {
     }
 
     fn outputs(&self, mut written: [u64; 7]) -> [u64; 7] {
-        let reserved = u64::from(ErrorCode::RESERVED.bits());
-        if written[0] == PAGE_FAULT && written[1] & reserved != 0 {
-            written[1] |= u64::from(ErrorCode::PRESENT.bits());
+        if written[0] == PAGE_FAULT {
+            written[1] = with_present(written[1]);
         }
         written
     }

@@ -1,0 +1,60 @@
+//! Nested paging: QEMU's model agrees with the crate on every access, exit, accessed and dirty bit of both stages.
+mod common;
+
+use common::{check, is_wanting, seed};
+use plimsoll_mmu::format::x86::{Long4, Long5, X86Format};
+use plimsoll_mmu::x86::Control;
+use plimsoll_mmu::{Feature, Format};
+use plimsoll_oracle::npt::{HARDWARE, NptCase, OPTIONS};
+use plimsoll_oracle::x86::{Processor, own_tables};
+use plimsoll_oracle::{Chance, Outcome, Report, Run};
+
+/// Cases of a format.
+const CASES: usize = 10_000;
+
+fn outcomes<F: X86Format>() -> (Vec<NptCase<F>>, Vec<Outcome>) {
+    let processor = Processor::default();
+    let mut chance = Chance::new(seed());
+    let cases: Vec<_> = (0..CASES).map(|_| NptCase::<F>::draw(&mut chance, processor.caps)).collect();
+    // The host's own tables have four levels.
+    let words = processor.run::<Long4>();
+    let run = Run { options: &OPTIONS, words: &words[1..], memory: own_tables() };
+    let outcomes = HARDWARE.execute(&run, &cases).unwrap_or_else(|error| panic!("{error}"));
+    (cases, outcomes)
+}
+
+#[test]
+fn guests_of_four_levels_see_what_the_model_shows_them() {
+    if is_wanting(&HARDWARE) {
+        return;
+    }
+    let (cases, outcomes) = outcomes::<Long4>();
+    check(&format!("{}, nested", Long4::NAME), &Report::new(&cases, &outcomes), 1000);
+    // The same outcomes against a crate that is wrong in one respect each.
+    type Mistake = (&'static str, fn(&mut NptCase<Long4>));
+    let wrong: [Mistake; 7] = [
+        ("the host's NX", |case| case.host.caps.no_execute = Feature::On),
+        ("the guest's NX", |case| case.guest.caps.no_execute = Feature::On),
+        ("nested MAXPHYADDR", |case| case.host.caps.physical_bits = 41),
+        ("nested pages of 1 GiB", |case| case.host.caps.gib_pages = Feature::Off),
+        ("nested SMEP", |case| case.host.control.insert(Control::SMEP)),
+        ("WP", |case| case.guest.control.toggle(Control::WRITE_PROTECT)),
+        ("keys", |case| case.guest.caps.keys = Feature::Off),
+    ];
+    for (what, mistake) in wrong {
+        let mut mistaken = cases.clone();
+        mistaken.iter_mut().for_each(mistake);
+        let found = Report::new(&mistaken, &outcomes).mismatches.len();
+        assert!(found > 0, "nobody would notice a crate that is wrong about {what}");
+        println!("wrong about {what}: {found} mismatches");
+    }
+}
+
+#[test]
+fn guests_of_five_levels_see_what_the_model_shows_them() {
+    if is_wanting(&HARDWARE) {
+        return;
+    }
+    let (cases, outcomes) = outcomes::<Long5>();
+    check(&format!("{}, nested", Long5::NAME), &Report::new(&cases, &outcomes), 1000);
+}
