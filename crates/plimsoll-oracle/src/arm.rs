@@ -21,6 +21,7 @@
 //! * VTCR_EL2.PS says no fewer bits than stage 2 translates (constrained unpredictable).
 //! * After a fault, the access flag and dirty state of an entry may have been set.
 use crate::Chance;
+use crate::grown::grow;
 use crate::hardware::{Hardware, Source};
 use crate::memory::{Outside, Ram, Region};
 use crate::tree::{self, Dress, Frames, Moved, Size, Tree};
@@ -34,6 +35,7 @@ use plimsoll_mmu::{
     Access, Entry, Feature, Format, Input, Leaf, Level, Malformed, Marks, Memory, Output, Permissions,
     Shareability, Table,
 };
+use std::cell::RefCell;
 use std::marker::PhantomData;
 
 /// A board with 2 GiB of RAM whose processor starts in EL2, at the program.
@@ -80,6 +82,9 @@ const PAN: u64 = 1 << 8;
 /// PAR_EL1.PTW.
 const WALK: u64 = 1 << 8;
 const MARKS: u64 = 1 << 10 | 1 << 7;
+
+/// Words of a batch whose tables the mapper made, about: with granules of 64 KiB a tree has thousands.
+const GROWN_WORDS: usize = 1_500_000;
 
 /// Which stages translate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -237,6 +242,42 @@ fn managed(chance: &mut Chance, least_bits: u32) -> (Feature, Caps) {
     )
 }
 
+/// What entries can say, and who keeps what in them.
+struct Setting {
+    first: (Feature, Caps),
+    second: (Feature, Caps),
+    forced_write_back: Feature,
+}
+
+impl Setting {
+    fn draw<S: Format>(chance: &mut Chance) -> Self {
+        let (first, second) = (managed(chance, 0), managed(chance, S::INPUT_BITS));
+        Self { first, second, forced_write_back: on(chance, 30) }
+    }
+
+    fn second_input<S: Format>(&self, chance: &mut Chance) -> u64 {
+        let bits = S::INPUT_BITS.min(self.first.1.physical_bits);
+        tree::input::<S>(chance).0 & ((1 << bits) - 1)
+    }
+
+    fn first_entries<T>(&self, place: T) -> Entries<T> {
+        let dirty_management = self.first.1.dirty_management == Feature::On;
+        Entries { place, second: false, memory: &INDICES, dirty_management }
+    }
+
+    fn second_entries<T>(&self, place: T) -> Entries<T> {
+        let forced = self.forced_write_back == Feature::On;
+        let dirty_management = self.second.1.dirty_management == Feature::On;
+        let memory = if forced { &FORCED_MEMORY[..] } else { &MEMORY[..] };
+        Entries { place, second: true, memory, dirty_management }
+    }
+}
+
+/// Where a table is put.
+fn place(frames: &RefCell<Frames>) -> impl FnMut(&mut Chance, u64) -> Output {
+    |chance, bytes| frames.borrow_mut().take(chance, bytes.max(4096))
+}
+
 impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> ArmCase<F, S> {
     /// A case that can be compared.
     pub fn draw(chance: &mut Chance, stages: Stages) -> Self {
@@ -248,57 +289,45 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> ArmCase<F, S> {
     }
 
     fn attempt(chance: &mut Chance, stages: Stages) -> Option<Self> {
-        let mut frames = Frames::new(TABLES);
+        let frames = RefCell::new(Frames::new(TABLES));
         let ram = Ram::new(RAM);
-        let (first_flag, first_caps) = managed(chance, 0);
-        let (second_flag, second_caps) = managed(chance, S::INPUT_BITS);
-        let forced_write_back = on(chance, 30);
-        let second_root = frames.take(chance, (S::entries(S::root()) * 8).max(4096));
+        let setting = Setting::draw::<S>(chance);
+        let second_root = place(&frames)(chance, S::entries(S::root()) * 8);
 
         let target = Output(ARENA.first + chance.below(ARENA.bytes));
-        let final_size = size::<S>(chance, &second_caps);
-        let second_input = |chance: &mut Chance| {
-            let bits = S::INPUT_BITS.min(first_caps.physical_bits);
-            tree::input::<S>(chance).0 & ((1 << bits) - 1)
-        };
+        let final_size = size::<S>(chance, &setting.second.1);
         let middle = match stages {
             Stages::First => target.0,
-            _ => final_size.join(second_input(chance), target.0),
+            _ => final_size.join(setting.second_input::<S>(chance), target.0),
         };
         let mut moved = Moved::default();
         let (mut first_root, mut input, mut places) = (Output(0), Input(middle), Vec::new());
         let guest = Ram::new(RAM);
         if stages != Stages::Second {
             let place = |chance: &mut Chance, bytes: u64| {
-                let host = frames.take(chance, bytes.max(4096));
+                let host = place(&frames)(chance, bytes);
                 if stages == Stages::First {
                     return host;
                 }
-                let size = size::<S>(chance, &second_caps);
+                let size = size::<S>(chance, &setting.second.1);
                 // A table can be larger than what leads to a part of it.
                 let aligned = Size { shift: size.shift.max(bytes.ilog2()), ..size };
-                let ipa = Output(aligned.join(second_input(chance), host.0));
+                let ipa = Output(aligned.join(setting.second_input::<S>(chance), host.0));
                 moved.add((ipa, host), bytes, size);
                 ipa
             };
-            let dirty_management = first_caps.dirty_management == Feature::On;
-            let mut entries = Entries { place, second: false, memory: &INDICES, dirty_management };
+            let mut entries = setting.first_entries(place);
             first_root = (entries.place)(chance, F::entries(F::root()) * 8);
-            let size = size::<F>(chance, &first_caps);
+            let size = size::<F>(chance, &setting.first.1);
             input = Input(size.join(tree::input::<F>(chance).0, middle));
             let ram = if stages == Stages::First { &ram } else { &guest };
-            let tree = Tree::<F> { ram, root: first_root, caps: first_caps };
+            let tree = Tree::<F> { ram, root: first_root, caps: setting.first.1 };
             places = tree.lead(chance, &mut entries, (input, Output(middle), size))?.1;
         }
         let of_guest = places.len();
         if stages != Stages::First {
-            let tree = Tree::<S> { ram: &ram, root: second_root, caps: second_caps };
-            let mut entries = Entries {
-                place: |chance: &mut Chance, bytes: u64| frames.take(chance, bytes.max(4096)),
-                second: true,
-                memory: if forced_write_back == Feature::On { &FORCED_MEMORY } else { &MEMORY },
-                dirty_management: second_caps.dirty_management == Feature::On,
-            };
+            let tree = Tree::<S> { ram: &ram, root: second_root, caps: setting.second.1 };
+            let mut entries = setting.second_entries(place(&frames));
             let last = (Output(middle), target, final_size);
             places = moved.lead((&tree, chance), &mut entries, (&guest, &places), last)?;
         }
@@ -307,39 +336,83 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> ArmCase<F, S> {
             let word = damaged(chance, ram.get(at));
             ram.set(at, word);
             let of_second = places.iter().skip(of_guest).any(|place| *place == at);
-            if of_second && is_reserved::<S>(word, &second_caps, forced_write_back) {
+            if of_second && is_reserved::<S>(word, &setting.second.1, setting.forced_write_back) {
                 return None;
             }
         }
         if chance.percent(3) {
             input = too_long::<F, S>(chance, stages, input);
         }
+        Some(Self::finish(chance, (stages, &setting), (first_root, second_root), input, ram))
+            .filter(Self::is_comparable)
+    }
+
+    /// Cases, at most so many, whose tables the mapper made: those of the stage that translates alone.
+    pub fn grow(chance: &mut Chance, stages: Stages, count: usize) -> Vec<Self> {
+        let (mut cases, mut words) = (Vec::new(), 0);
+        while cases.len() < count && words < GROWN_WORDS {
+            let frames = RefCell::new(Frames::new(TABLES));
+            let ram = Ram::new(RAM);
+            let setting = Setting::draw::<S>(chance);
+            let first_root = place(&frames)(chance, F::entries(F::root()) * 8);
+            let second_root = place(&frames)(chance, S::entries(S::root()) * 8);
+            let target = Output(ARENA.first + chance.below(ARENA.bytes));
+            let looks = if stages == Stages::Second {
+                let size = size::<S>(chance, &setting.second.1);
+                let input = Input(size.join(setting.second_input::<S>(chance), target.0));
+                let tree = Tree::<S> { ram: &ram, root: second_root, caps: setting.second.1 };
+                let mut entries = setting.second_entries(place(&frames));
+                grow(chance, (&tree, &frames), &mut entries, (input, target, size))
+            } else {
+                let size = size::<F>(chance, &setting.first.1);
+                let input = Input(size.join(tree::input::<F>(chance).0, target.0));
+                let tree = Tree::<F> { ram: &ram, root: first_root, caps: setting.first.1 };
+                let mut entries = setting.first_entries(place(&frames));
+                grow(chance, (&tree, &frames), &mut entries, (input, target, size))
+            };
+            for look in looks.into_iter().flatten() {
+                let roots = (first_root, second_root);
+                let case = Self::finish(chance, (stages, &setting), roots, look, ram.clone());
+                words += case.memory.len();
+                cases.extend(Some(case).filter(Self::is_comparable));
+            }
+        }
+        cases
+    }
+
+    /// Registers and an access for tables that are there.
+    fn finish(
+        chance: &mut Chance,
+        (stages, setting): (Stages, &Setting),
+        (first_root, second_root): (Output, Output),
+        input: Input,
+        ram: Ram,
+    ) -> Self {
         let mut control = Control::empty();
         control.set(Control::PAN, stages == Stages::First && chance.percent(30));
         let user = !control.contains(Control::PAN) && chance.percent(50);
         let mode = if user { Mode::User } else { Mode::Privileged };
-        let case = Self {
+        Self {
             stages,
             first: Registers {
                 root: first_root,
                 control,
-                access_flag: first_flag,
+                access_flag: setting.first.0,
                 hierarchy_off: on(chance, 50),
-                caps: first_caps,
+                caps: setting.first.1,
             },
             second: SecondRegisters {
                 root: second_root,
-                access_flag: second_flag,
+                access_flag: setting.second.0,
                 protected_walks: on(chance, 20),
-                forced_write_back,
-                caps: second_caps,
+                forced_write_back: setting.forced_write_back,
+                caps: setting.second.1,
             },
             input,
             access: (chance.of(&[Access::Read, Access::Write]), mode),
             memory: ram,
             formats: PhantomData,
-        };
-        case.is_comparable().then_some(case)
+        }
     }
 
     /// Not one of those that the rules above leave out.

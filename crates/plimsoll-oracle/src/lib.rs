@@ -10,6 +10,7 @@
 //! file: the batch is in it before the program starts, and its outcomes are when QEMU has ended ([`mod@batch`] has the form).
 //!
 //! * [`tree`]: words that lead an address to memory, made by the crate's own encoders.
+//! * [`grown`]: words that the mapper wrote, in a history of changes.
 //! * [`x86`]: four and five levels, as ring 0 and ring 3 see them.
 //! * [`npt`]: the same in guests, through AMD's nested tables.
 //! * [`arm`]: granules of 4, 16 and 64 KiB, stage 1, stage 2 and both, by the instructions that translate for EL2.
@@ -21,6 +22,7 @@
 pub mod arm;
 pub mod batch;
 mod chance;
+pub mod grown;
 mod hardware;
 mod memory;
 pub mod npt;

@@ -46,6 +46,16 @@ impl Ram {
         self.words.borrow_mut().insert(at.0, word);
     }
 
+    /// How many words were set.
+    pub fn len(&self) -> usize {
+        self.words.borrow().len()
+    }
+
+    /// Whether none was.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// All words that were set, by address.
     pub fn words(&self) -> BTreeMap<u64, u64> {
         self.words.borrow().clone()

@@ -17,6 +17,7 @@
 //! * What a guest executes ends with an undefined instruction. QEMU takes INT3 for an INTn, which another intercept is for.
 //! * Nested tables have four levels: they have as many as the host's own. Bit 8 of nested entries of level 4 is ignored, as in [`crate::x86`].
 use crate::Chance;
+use crate::grown::grow;
 use crate::hardware::{Hardware, Source};
 use crate::memory::{Outside, Ram};
 use crate::tree::{self, Dress, Frames, Moved, Size, Tree};
@@ -28,6 +29,7 @@ use plimsoll_mmu::nested::{
 };
 use plimsoll_mmu::x86::{self, Control, Fault, Mode, Registers};
 use plimsoll_mmu::{Access, Entry, Feature, Input, Leaf, Level, Marks, Output, Permissions, Table};
+use std::cell::RefCell;
 use std::marker::PhantomData;
 
 /// The PC of [`crate::x86`], whose processor can have guests.
@@ -46,6 +48,8 @@ const SAME_BELOW: u64 = 1 << 30;
 /// Guest physical addresses have as many bits as an entry of the guest's can name.
 const GUEST_PHYSICAL_BITS: u32 = 40;
 
+/// What nested entries permit at least.
+const EVERYBODY: Permissions = Permissions::USER.union(Permissions::READ);
 const TABLE: u64 = 7;
 const USER: u64 = 4;
 /// EFER.SVME, which a guest must have too.
@@ -133,6 +137,13 @@ fn size<F: X86Format>(chance: &mut Chance, caps: &Caps) -> Size {
     Size::of::<F>(Level(chance.of(&[1, 1, 2, largest])))
 }
 
+/// An address of the guest's that is to go to `last`, and by what size of leaf; `None` if what it executes is in its place.
+fn first_way<F: X86Format>(chance: &mut Chance, caps: &Caps, last: Output) -> Option<(Input, Size)> {
+    let size = size::<F>(chance, caps);
+    let input = Input(size.join(tree::input::<F>(chance).0, last.0));
+    (F::index(input, F::root()) != 0).then_some((input, size))
+}
+
 impl<F: X86Format> NptCase<F> {
     /// A case whose walks stay in RAM.
     pub fn draw(chance: &mut Chance, caps: Caps) -> Self {
@@ -144,9 +155,9 @@ impl<F: X86Format> NptCase<F> {
     }
 
     fn attempt(chance: &mut Chance, caps: Caps) -> Option<Self> {
-        let mut frames = Frames::new(TABLES);
+        let frames = RefCell::new(Frames::new(TABLES));
         let ram = Ram::new(RAM);
-        let host_root = same_below(chance, &ram, &mut frames);
+        let host_root = same_below(chance, &ram, &frames);
 
         let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
         let final_size = size::<Npt>(chance, &caps);
@@ -155,9 +166,9 @@ impl<F: X86Format> NptCase<F> {
         // The guest's tables: those of its code where the host has them, the others anywhere.
         let guest = Ram::new(RAM);
         let mut moved = Moved::default();
-        let code = code_tables::<F>(chance, &ram, &mut frames);
+        let code = code_tables::<F>(chance, &ram, &frames);
         let place = |chance: &mut Chance| {
-            let host = frames.take(chance, 4096);
+            let host = frames.borrow_mut().take(chance, 4096);
             let size = size::<Npt>(chance, &caps);
             let at = Output(size.join(middle(chance), host.0));
             moved.add((at, host), 4096, size);
@@ -166,17 +177,12 @@ impl<F: X86Format> NptCase<F> {
         let mut entries = Entries { place, least: Permissions::READ };
         let guest_root = (entries.place)(chance);
         guest.set(guest_root, code.0 | TABLE);
-        let first_size = size::<F>(chance, &caps);
-        let input = Input(first_size.join(tree::input::<F>(chance).0, last.0));
-        if F::index(input, F::root()) == 0 {
-            return None;
-        }
+        let (input, first_size) = first_way::<F>(chance, &caps, last)?;
         let tree = Tree::<F> { ram: &guest, root: guest_root, caps };
         let (_, places) = tree.lead(chance, &mut entries, (input, last, first_size))?;
 
         let tree = Tree::<Npt> { ram: &ram, root: host_root, caps };
-        let place = |chance: &mut Chance| frames.take(chance, 4096);
-        let mut entries = Nested(Entries { place, least: Permissions::USER | Permissions::READ });
+        let mut entries = Nested(Entries { place: plain::place(&frames), least: EVERYBODY });
         let last = (last, target, final_size);
         let places = moved.lead((&tree, chance), &mut entries, (&guest, &places), last)?;
         if chance.percent(45) {
@@ -184,6 +190,38 @@ impl<F: X86Format> NptCase<F> {
             ram.set(at, plain::damaged(chance, ram.get(at)));
         }
         Self::finish(chance, caps, (guest_root, host_root), input, ram)
+    }
+
+    /// Cases, at least so many, whose tables the mapper made, the guest's and those below.
+    pub fn grow(chance: &mut Chance, caps: Caps, count: usize) -> Vec<Self> {
+        let mut cases = Vec::new();
+        while cases.len() < count {
+            cases.extend(Self::grown(chance, caps).into_iter().flatten());
+        }
+        cases
+    }
+
+    fn grown(chance: &mut Chance, caps: Caps) -> Option<Vec<Self>> {
+        let frames = RefCell::new(Frames::new(TABLES));
+        let ram = Ram::new(RAM);
+        let host_root = same_below(chance, &ram, &frames);
+        let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
+        let final_size = size::<Npt>(chance, &caps);
+        let last = Output(final_size.join(middle(chance), target.0));
+
+        // Where the guest's tables are, the host's addresses are the guest's.
+        let mut entries = Entries { place: plain::place(&frames), least: Permissions::READ };
+        let guest_root = (entries.place)(chance);
+        ram.set(guest_root, code_tables::<F>(chance, &ram, &frames).0 | TABLE);
+        let (input, first_size) = first_way::<F>(chance, &caps, last)?;
+        let tree = Tree::<F> { ram: &ram, root: guest_root, caps };
+        let looks = grow(chance, (&tree, &frames), &mut entries, (input, last, first_size))?;
+
+        let mut entries = Nested(Entries { place: plain::place(&frames), least: EVERYBODY });
+        let tree = Tree::<Npt> { ram: &ram, root: host_root, caps };
+        grow(chance, (&tree, &frames), &mut entries, (last.as_input(), target, final_size))?;
+        let mut finish = |look| Self::finish(chance, caps, (guest_root, host_root), look, ram.clone());
+        Some(looks.into_iter().filter_map(&mut finish).collect())
     }
 
     /// Registers and an access for tables that are there, if the walks stay in RAM.
@@ -253,19 +291,20 @@ impl<F: X86Format> NptCase<F> {
 }
 
 /// Nested tables that lead the first GiB to itself.
-fn same_below(chance: &mut Chance, ram: &Ram, frames: &mut Frames) -> Output {
-    let [root, below] = [(); 2].map(|()| frames.take(chance, 4096));
+fn same_below(chance: &mut Chance, ram: &Ram, frames: &RefCell<Frames>) -> Output {
+    let [root, below] = [(); 2].map(|()| frames.borrow_mut().take(chance, 4096));
     ram.set(root, below.0 | TABLE);
     ram.set(below, plain::LARGE | TABLE);
     root
 }
 
 /// A guest's tables below its root that lead to what it executes.
-fn code_tables<F: X86Format>(chance: &mut Chance, ram: &Ram, frames: &mut Frames) -> Output {
-    let first = frames.take(chance, 4096);
+fn code_tables<F: X86Format>(chance: &mut Chance, ram: &Ram, frames: &RefCell<Frames>) -> Output {
+    let mut place = plain::place(frames);
+    let first = place(chance);
     let mut table = first;
     for _ in 2..F::LEVELS {
-        let below = frames.take(chance, 4096);
+        let below = place(chance);
         ram.set(table, below.0 | TABLE);
         table = below;
     }

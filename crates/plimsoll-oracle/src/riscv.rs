@@ -26,6 +26,7 @@
 //! Besides: VS and VU mode fetch through the tables that are looked at, so that a guest's root which the second stage refuses is
 //! drawn for fetches, HLV and HSV only. After a fault, A and D of an entry may have been set. Tables outside of RAM are not drawn, nor is anything else.
 use crate::Chance;
+use crate::grown::grow;
 use crate::hardware::{Hardware, Source};
 use crate::memory::{Outside, Ram, Region};
 use crate::tree::{self, Dress, Frames, Moved, Size, Tree};
@@ -37,6 +38,7 @@ use plimsoll_mmu::{
     Access, Entry, Feature, Format, Input, Leaf, Level, Malformed, Marks, Memory, Output, Permissions, Table,
     TableMemory,
 };
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
@@ -129,6 +131,19 @@ fn own_link<F: Format>(stages: Stages) -> (u64, u64) {
         Stages::Second => (page_number(OWN_SECOND + (below - 1) * 4096) | POINTER, BASE),
         _ => (page_number(OWN_FIRST + (below - 1) * 4096) | POINTER, 0),
     }
+}
+
+/// A second stage's root that has the program's tables.
+fn with_own_link<S: Format>(chance: &mut Chance, frames: &RefCell<Frames>, ram: &Ram) -> Output {
+    let root = frames.borrow_mut().take(chance, 16 << 10);
+    let (word, at) = own_link::<S>(Stages::Second);
+    ram.set(Output(root.0 | S::index(Input(at), S::root()) << 3), word);
+    root
+}
+
+/// Where a table is put.
+fn place(frames: &RefCell<Frames>) -> impl FnMut(&mut Chance) -> Output {
+    |chance| frames.borrow_mut().take(chance, 4096)
 }
 
 /// The mode field of vsatp and hgatp.
@@ -236,11 +251,9 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
     }
 
     fn attempt(chance: &mut Chance, stages: Stages, caps: Caps) -> Option<Self> {
-        let mut frames = Frames::new(TABLES);
+        let frames = RefCell::new(Frames::new(TABLES));
         let ram = Ram::new(RAM);
-        let second_root = frames.take(chance, 16 << 10);
-        let (word, at) = own_link::<S>(Stages::Second);
-        ram.set(Output(second_root.0 | S::index(Input(at), S::root()) << 3), word);
+        let second_root = with_own_link::<S>(chance, &frames, &ram);
 
         // Where it all leads, and what the first stage calls it.
         let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
@@ -254,7 +267,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
         let guest = Ram::new(RAM);
         if stages != Stages::Second {
             let place = |chance: &mut Chance| {
-                let host = frames.take(chance, 4096);
+                let host = frames.borrow_mut().take(chance, 4096);
                 if stages == Stages::First {
                     return host;
                 }
@@ -277,8 +290,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
         }
         if stages != Stages::First {
             let tree = Tree::<S> { ram: &ram, root: second_root, caps };
-            let place = |chance: &mut Chance| frames.take(chance, 4096);
-            let mut entries = Entries { place, caps, user: true };
+            let mut entries = Entries { place: place(&frames), caps, user: true };
             let last = (Output(middle), target, final_size);
             places = moved.lead((&tree, chance), &mut entries, (&guest, &places), last)?;
         }
@@ -290,7 +302,50 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
             let bits = if stages == Stages::Second { S::INPUT_BITS } else { F::INPUT_BITS };
             input.0 ^= 1 << (u64::from(bits) + chance.below(u64::from(64 - bits)));
         }
+        Self::finish(chance, (stages, caps), (first_root, second_root), input, ram)
+    }
 
+    /// Cases, at least so many, whose tables the mapper made: those of the stage that translates alone.
+    pub fn grow(chance: &mut Chance, stages: Stages, caps: Caps, count: usize) -> Vec<Self> {
+        let mut cases = Vec::new();
+        while cases.len() < count {
+            let frames = RefCell::new(Frames::new(TABLES));
+            let ram = Ram::new(RAM);
+            let second_root = with_own_link::<S>(chance, &frames, &ram);
+            let first_root = frames.borrow_mut().take(chance, 4096);
+            ram.set(first_root, own_link::<F>(Stages::First).0);
+            let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
+            let mut entries = Entries { place: place(&frames), caps, user: stages == Stages::Second };
+            let looks = if stages == Stages::Second {
+                let size = size::<S>(chance, caps);
+                let input = Input(size.join(second_input::<S>(chance), target.0));
+                let tree = Tree::<S> { ram: &ram, root: second_root, caps };
+                grow(chance, (&tree, &frames), &mut entries, (input, target, size))
+            } else {
+                let size = size::<F>(chance, caps);
+                let input = Input(size.join(tree::input::<F>(chance).0, target.0));
+                if F::index(input, F::root()) == 0 {
+                    continue;
+                }
+                let tree = Tree::<F> { ram: &ram, root: first_root, caps };
+                grow(chance, (&tree, &frames), &mut entries, (input, target, size))
+            };
+            for look in looks.into_iter().flatten() {
+                let case = Self::finish(chance, (stages, caps), (first_root, second_root), look, ram.clone());
+                cases.extend(case.filter(Self::is_comparable));
+            }
+        }
+        cases
+    }
+
+    /// Registers and an access for tables that are there, if the walk stays in RAM.
+    fn finish(
+        chance: &mut Chance,
+        (stages, caps): (Stages, Caps),
+        (first_root, second_root): (Output, Output),
+        input: Input,
+        ram: Ram,
+    ) -> Option<Self> {
         let by_hypervisor = chance.percent(30);
         let operation = match by_hypervisor {
             true => chance.of(&[Operation::Load, Operation::Store]),

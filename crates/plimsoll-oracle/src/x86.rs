@@ -14,6 +14,7 @@
 //!   7.2 lets it pass SMAP (`cpu_mmu_index_kernel` in target/i386/cpu.h), where the SDM does not (4.6.1).
 //! * CR4.PGE and PCIDE are off: a TLB is not what is compared here.
 use crate::Chance;
+use crate::grown::grow;
 use crate::hardware::{Hardware, Source};
 use crate::memory::{Ram, Region};
 use crate::tree::{self, Dress, Frames, Size, Tree};
@@ -21,6 +22,7 @@ use crate::verdict::{Case, Expected};
 use plimsoll_mmu::format::x86::{Caps, Maker, X86Format};
 use plimsoll_mmu::x86::{self, Control, ErrorCode, Fault, Mode, Registers};
 use plimsoll_mmu::{Access, Entry, Feature, Input, Leaf, Level, Marks, Memory, Output, Permissions, Table};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
@@ -242,6 +244,29 @@ fn low_half(bits: u64) -> u32 {
     u32::try_from(bits & u64::from(u32::MAX)).unwrap_or_default()
 }
 
+/// A root that has the program's tables.
+fn with_own_link<F: X86Format>(chance: &mut Chance, frames: &RefCell<Frames>) -> (Ram, Output) {
+    let root = frames.borrow_mut().take(chance, 4096);
+    let ram = Ram::new(RAM);
+    ram.set(root, own_link::<F>());
+    (ram, root)
+}
+
+/// Where a table is put.
+pub(crate) fn place(frames: &RefCell<Frames>) -> impl FnMut(&mut Chance) -> Output {
+    |chance| frames.borrow_mut().take(chance, 4096)
+}
+
+/// An address, where it is to go, and by what size of leaf; `None` if the program's tables are in its place.
+fn way<F: X86Format>(chance: &mut Chance, processor: &Processor) -> Option<(Input, Output, Size)> {
+    let largest = F::largest_leaf(&processor.caps).0;
+    let size = Size::of::<F>(Level(chance.of(&[1, 1, 2, largest])));
+    let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
+    let target = if chance.percent(10) { Output(target.0 | 0xff8) } else { target };
+    let input = Input(size.join(tree::input::<F>(chance).0, target.0));
+    (F::index(input, F::root()) != 0).then_some((input, target, size))
+}
+
 const ACCESSES: [(Access, Mode); 7] = [
     (Access::Read, Mode::Supervisor),
     (Access::Write, Mode::Supervisor),
@@ -263,34 +288,47 @@ impl<F: X86Format> X86Case<F> {
     }
 
     fn attempt(chance: &mut Chance, processor: &Processor) -> Option<Self> {
-        let mut frames = Frames::new(TABLES);
-        let root = frames.take(chance, 4096);
-        let ram = Ram::new(RAM);
-        ram.set(root, own_link::<F>());
-
-        let largest = F::largest_leaf(&processor.caps).0;
-        let size = Size::of::<F>(Level(chance.of(&[1, 1, 2, largest])));
-        let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
-        let target = if chance.percent(10) { Output(target.0 | 0xff8) } else { target };
-        let input = Input(size.join(tree::input::<F>(chance).0, target.0));
-        if F::index(input, F::root()) == 0 {
-            return None;
-        }
-        let place = |chance: &mut Chance| frames.take(chance, 4096);
-        let mut entries = Entries { place, least: Permissions::READ };
+        let frames = RefCell::new(Frames::new(TABLES));
+        let (ram, root) = with_own_link::<F>(chance, &frames);
+        let way = way::<F>(chance, processor)?;
+        let mut entries = Entries { place: place(&frames), least: Permissions::READ };
         let tree = Tree::<F> { ram: &ram, root, caps: processor.caps };
-        let (_, places) = tree.lead(chance, &mut entries, (input, target, size))?;
+        let (_, places) = tree.lead(chance, &mut entries, way)?;
         if chance.percent(45) {
             let at = chance.of(&places);
             ram.set(at, damaged(chance, ram.get(at)));
         }
         let not_canonical = chance.percent(3);
-        let input = if not_canonical {
-            Input(input.0 ^ 1 << (F::INPUT_BITS + u32::try_from(chance.below(7)).ok()?))
-        } else {
-            input
-        };
-        let access = chance.of(if not_canonical { &ACCESSES[..6] } else { &ACCESSES });
+        let wrong = u64::from(not_canonical) << (u64::from(F::INPUT_BITS) + chance.below(7));
+        let accesses = if not_canonical { &ACCESSES[..6] } else { &ACCESSES };
+        Self::finish(chance, processor, root, (Input(way.0.0 ^ wrong), accesses), ram)
+    }
+
+    /// Cases, at least so many, whose tables the mapper made.
+    pub fn grow(chance: &mut Chance, processor: &Processor, count: usize) -> Vec<Self> {
+        let mut cases = Vec::new();
+        while cases.len() < count {
+            let frames = RefCell::new(Frames::new(TABLES));
+            let (ram, root) = with_own_link::<F>(chance, &frames);
+            let Some(way) = way::<F>(chance, processor) else { continue };
+            let mut entries = Entries { place: place(&frames), least: Permissions::READ };
+            let tree = Tree::<F> { ram: &ram, root, caps: processor.caps };
+            for input in grow(chance, (&tree, &frames), &mut entries, way).into_iter().flatten() {
+                cases.extend(Self::finish(chance, processor, root, (input, &ACCESSES), ram.clone()));
+            }
+        }
+        cases
+    }
+
+    /// Registers and an access for tables that are there, if the walk stays in RAM.
+    fn finish(
+        chance: &mut Chance,
+        processor: &Processor,
+        root: Output,
+        (input, accesses): (Input, &[(Access, Mode)]),
+        ram: Ram,
+    ) -> Option<Self> {
+        let access = chance.of(accesses);
         let registers = registers(chance, root, processor.caps);
         let case = Self { registers, input, access, memory: ram, format: PhantomData };
         match case.walk(&case.memory) {

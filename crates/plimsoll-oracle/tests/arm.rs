@@ -10,6 +10,8 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 
 /// Cases of a format alone, and of two stages.
 const CASES: usize = 10_000;
+/// Of trees that the mapper made, at most.
+const GROWN: usize = 1_000;
 
 fn outcomes<F, S>(stages: Stages, count: usize) -> (Vec<ArmCase<F, S>>, Vec<Outcome>)
 where
@@ -18,9 +20,17 @@ where
 {
     let mut chance = Chance::new(seed());
     let cases: Vec<_> = (0..count).map(|_| ArmCase::<F, S>::draw(&mut chance, stages)).collect();
-    let run = Run { words: &run(), ..Run::default() };
-    let outcomes = HARDWARE.execute(&run, &cases).unwrap_or_else(|error| panic!("{error}"));
+    let outcomes = execute(&cases);
     (cases, outcomes)
+}
+
+fn execute<F, S>(cases: &[ArmCase<F, S>]) -> Vec<Outcome>
+where
+    F: Format<Caps = Caps>,
+    S: Format<Caps = Caps>,
+{
+    let run = Run { words: &run(), ..Run::default() };
+    HARDWARE.execute(&run, cases).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn agree<F: Format<Caps = Caps>, S: Format<Caps = Caps>>() {
@@ -29,15 +39,14 @@ fn agree<F: Format<Caps = Caps>, S: Format<Caps = Caps>>() {
     }
     for stages in [Stages::First, Stages::Second, Stages::Both] {
         let (cases, outcomes) = outcomes::<F, S>(stages, CASES);
-        let (input, granule) = (F::INPUT_BITS, F::PAGE_SHIFT);
-        let (input2, granule2) = (S::INPUT_BITS, S::PAGE_SHIFT);
-        let name = format!(
-            "{}, {input} bits, 2^{granule}; {}, {input2} bits, 2^{granule2}; {stages:?}",
-            F::NAME,
-            S::NAME
-        );
-        check(&name, &Report::new(&cases, &outcomes), CASES / 20);
+        check(&name::<F, S>(stages), &Report::new(&cases, &outcomes), CASES / 20);
     }
+}
+
+fn name<F: Format, S: Format>(stages: Stages) -> String {
+    let (input, granule) = (F::INPUT_BITS, F::PAGE_SHIFT);
+    let (input2, granule2) = (S::INPUT_BITS, S::PAGE_SHIFT);
+    format!("{}, {input} bits, 2^{granule}; {}, {input2} bits, 2^{granule2}; {stages:?}", F::NAME, S::NAME)
 }
 
 #[test]
@@ -60,6 +69,23 @@ fn granules_of_64_kib_are_translated_as_the_model_translates_them() {
 fn granules_that_differ_by_stage_are_translated_as_the_model_translates_them() {
     agree::<Upper<16, 42>, Second<12, 44>>();
     agree::<Lower<12, 42>, Second<16, 48>>();
+}
+
+#[test]
+fn trees_that_the_mapper_made_are_translated_as_the_model_translates_them() {
+    fn agree<F: Format<Caps = Caps>, S: Format<Caps = Caps>>() {
+        for stages in [Stages::First, Stages::Second] {
+            let cases = ArmCase::<F, S>::grow(&mut Chance::new(seed()), stages, GROWN);
+            let report = Report::new(&cases, &execute(&cases));
+            check(&format!("{}, grown", name::<F, S>(stages)), &report, GROWN / 100);
+        }
+    }
+    if is_wanting(&HARDWARE) {
+        return;
+    }
+    agree::<Lower<12, 48>, Second<12, 40>>();
+    agree::<Upper<14, 47>, Second<14, 40>>();
+    agree::<Lower<16, 42>, Second<16, 48>>();
 }
 
 #[test]

@@ -11,16 +11,19 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 
 /// Cases of a format.
 const CASES: usize = 10_000;
+/// Of trees that the mapper made.
+const GROWN: usize = 2_000;
 
-fn outcomes<F: X86Format>() -> (Vec<NptCase<F>>, Vec<Outcome>) {
-    let processor = Processor::default();
-    let mut chance = Chance::new(seed());
-    let cases: Vec<_> = (0..CASES).map(|_| NptCase::<F>::draw(&mut chance, processor.caps)).collect();
+fn execute<F: X86Format>(cases: &[NptCase<F>]) -> Vec<Outcome> {
     // The host's own tables have four levels.
-    let words = processor.run::<Long4>();
+    let words = Processor::default().run::<Long4>();
     let run = Run { options: &OPTIONS, words: &words[1..], memory: own_tables() };
-    let outcomes = HARDWARE.execute(&run, &cases).unwrap_or_else(|error| panic!("{error}"));
-    (cases, outcomes)
+    HARDWARE.execute(&run, cases).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn drawn<F: X86Format>() -> Vec<NptCase<F>> {
+    let mut chance = Chance::new(seed());
+    (0..CASES).map(|_| NptCase::draw(&mut chance, Processor::default().caps)).collect()
 }
 
 #[test]
@@ -28,7 +31,8 @@ fn guests_of_four_levels_see_what_the_model_shows_them() {
     if is_wanting(&HARDWARE) {
         return;
     }
-    let (cases, outcomes) = outcomes::<Long4>();
+    let cases = drawn::<Long4>();
+    let outcomes = execute(&cases);
     check(&format!("{}, nested", Long4::NAME), &Report::new(&cases, &outcomes), 1000);
     // The same outcomes against a crate that is wrong in one respect each.
     type Mistake = (&'static str, fn(&mut NptCase<Long4>));
@@ -55,6 +59,15 @@ fn guests_of_five_levels_see_what_the_model_shows_them() {
     if is_wanting(&HARDWARE) {
         return;
     }
-    let (cases, outcomes) = outcomes::<Long5>();
-    check(&format!("{}, nested", Long5::NAME), &Report::new(&cases, &outcomes), 1000);
+    let cases = drawn::<Long5>();
+    check(&format!("{}, nested", Long5::NAME), &Report::new(&cases, &execute(&cases)), 1000);
+}
+
+#[test]
+fn guests_see_through_trees_that_the_mapper_made_what_the_model_shows_them() {
+    if is_wanting(&HARDWARE) {
+        return;
+    }
+    let cases = NptCase::<Long4>::grow(&mut Chance::new(seed()), Processor::default().caps, GROWN);
+    check("nested, grown", &Report::new(&cases, &execute(&cases)), GROWN / 10);
 }

@@ -10,6 +10,8 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 
 /// Cases of a format alone, and of two stages.
 const CASES: usize = 10_000;
+/// Of trees that the mapper made.
+const GROWN: usize = 1_000;
 const PLAIN: Caps = Caps { napot: Feature::Off, memory_types: Feature::Off };
 
 fn outcomes<F, S>(stages: Stages, caps: Caps, count: usize) -> (Vec<RiscvCase<F, S>>, Vec<Outcome>)
@@ -19,9 +21,17 @@ where
 {
     let mut chance = Chance::new(seed());
     let cases: Vec<_> = (0..count).map(|_| RiscvCase::<F, S>::draw(&mut chance, stages, caps)).collect();
-    let run = Run { options: &options(caps), words: &[], memory: own_tables() };
-    let outcomes = HARDWARE.execute(&run, &cases).unwrap_or_else(|error| panic!("{error}"));
+    let outcomes = execute(&cases, caps);
     (cases, outcomes)
+}
+
+fn execute<F, S>(cases: &[RiscvCase<F, S>], caps: Caps) -> Vec<Outcome>
+where
+    F: Format<Caps = Caps>,
+    S: Format<Caps = Caps>,
+{
+    let run = Run { options: &options(caps), words: &[], memory: own_tables() };
+    HARDWARE.execute(&run, cases).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn agree<F: Format<Caps = Caps>, S: Format<Caps = Caps>>() {
@@ -54,6 +64,24 @@ fn four_levels_are_translated_as_the_model_translates_them() {
 
 #[test]
 fn five_levels_are_translated_as_the_model_translates_them() {
+    agree::<Sv57, Sv57x4>();
+}
+
+#[test]
+fn trees_that_the_mapper_made_are_translated_as_the_model_translates_them() {
+    fn agree<F: Format<Caps = Caps>, S: Format<Caps = Caps>>() {
+        for stages in [Stages::First, Stages::Second] {
+            let cases = RiscvCase::<F, S>::grow(&mut Chance::new(seed()), stages, Caps::FULL, GROWN);
+            let outcomes = execute(&cases, Caps::FULL);
+            let name = format!("{} and {}, {stages:?}, grown", F::NAME, S::NAME);
+            check(&name, &Report::new(&cases, &outcomes), GROWN / 20);
+        }
+    }
+    if is_wanting(&HARDWARE) {
+        return;
+    }
+    agree::<Sv39, Sv39x4>();
+    agree::<Sv48, Sv48x4>();
     agree::<Sv57, Sv57x4>();
 }
 

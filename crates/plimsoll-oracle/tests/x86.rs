@@ -10,6 +10,8 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 
 /// Cases of a format.
 const CASES: usize = 20_000;
+/// Of trees that the mapper made.
+const GROWN: usize = 2_000;
 
 fn execute<F: X86Format>(processor: &Processor, cases: &[X86Case<F>]) -> Vec<Outcome> {
     let (options, words) = (processor.options(), processor.run::<F>());
@@ -59,6 +61,20 @@ fn five_levels_are_translated_as_the_model_translates_them() {
     let processor = Processor::default();
     let cases = drawn::<Long5>(&processor, CASES);
     check(Long5::NAME, &Report::new(&cases, &execute(&processor, &cases)), 1000);
+}
+
+#[test]
+fn trees_that_the_mapper_made_are_translated_as_the_model_translates_them() {
+    fn agree<F: X86Format>(processor: &Processor) {
+        let cases = X86Case::<F>::grow(&mut Chance::new(seed()), processor, GROWN);
+        check(&format!("{}, grown", F::NAME), &Report::new(&cases, &execute(processor, &cases)), GROWN / 10);
+    }
+    if is_wanting(&HARDWARE) {
+        return;
+    }
+    let processor = Processor::default();
+    agree::<Long4>(&processor);
+    agree::<Long5>(&processor);
 }
 
 #[test]

@@ -1,0 +1,211 @@
+//! Trees that the mapper made, by changes at random.
+//!
+//! Enters: a root, and a way that an address could go. Leaves: the words of a history of maps, splits, protections, unmappings and merges
+//! around that address, and the addresses where one of them began or ended. What must never happen: a frame that is given back with a
+//! word in it, or a refusal that nobody asked for.
+use crate::tree::{Dress, Frames, Size, Tree};
+use crate::{Chance, Ram};
+use plimsoll_mmu::mapper::Mapper;
+use plimsoll_mmu::{
+    Entry, Format, Input, Invalidate, Leaf, Level, MapError, NothingCached, Output, Span, TableFrames,
+    TableMemory,
+};
+use std::cell::RefCell;
+use std::fmt;
+
+/// How many blocks are mapped beside that of the address, at most: entries of more than one table, where those have 512.
+const BLOCKS: u64 = 300;
+/// How many pages what is mapped goes on beyond the last whole block.
+const PAGES: u64 = 100;
+/// Changes after the first.
+const CHANGES: u64 = 7;
+/// Words of a tree. A 64 KiB table of Arm's has 8192; trees with several of them would leave room for no others in a batch.
+const WORDS_MAX: usize = 20_000;
+/// Cases of one tree.
+const LOOKS: usize = 6;
+
+/// Frames at random, as many as are asked for.
+struct Supply<'a> {
+    ram: &'a Ram,
+    frames: &'a RefCell<Frames>,
+    chance: Chance,
+    /// What a table of a level takes.
+    bytes: fn(Level) -> u64,
+}
+
+/// The bytes of a table of `level`.
+fn bytes<F: Format>(level: Level) -> u64 {
+    F::entries(level) * 8
+}
+
+impl TableFrames for Supply<'_> {
+    fn left(&self, _: Level) -> usize {
+        usize::MAX
+    }
+
+    fn take(&mut self, level: Level) -> Option<Output> {
+        let bytes = (self.bytes)(level).max(4096);
+        Some(self.frames.borrow_mut().take(&mut self.chance, bytes))
+    }
+
+    fn give(&mut self, level: Level, frame: Output) {
+        for at in (frame.0..frame.0 + (self.bytes)(level)).step_by(8).map(Output) {
+            assert_eq!(self.ram.get(at), 0, "the table at {frame} was given back with a word at {at}");
+        }
+    }
+}
+
+/// Translated bits: from the first to the last.
+#[derive(Clone, Copy)]
+struct Range {
+    first: u64,
+    last: u64,
+}
+
+impl Range {
+    fn span<F: Format>(self) -> Span {
+        Span::new(F::extend(self.first), self.last - self.first + 1).expect("a range is not empty")
+    }
+}
+
+/// A place for changes: what is mapped at first, and where.
+struct Place {
+    page: u64,
+    /// Where the address's page begins.
+    here: u64,
+    mapped: Range,
+    /// Where the first mapped byte goes.
+    output: u64,
+}
+
+impl Place {
+    /// Blocks around that of the address, with some pages more or fewer at the ends, all below one entry of the root.
+    fn draw<F: Format>(chance: &mut Chance, (input, target, size): (Input, Output, Size)) -> Self {
+        let (page, block) = (1 << F::PAGE_SHIFT, 1 << F::shift(size.level));
+        let root = (1 << F::shift(F::root())) - 1;
+        let offset = F::offset(input);
+        let (here, begin, there) = (offset & !(page - 1), offset & !(block - 1), target.0 & !(block - 1));
+        let most = chance.of(&[0, 1, 3, BLOCKS]) + 1;
+        let before = (chance.below(most) * block).min(begin & root).min(there);
+        let after = ((chance.below(most) + 1) * block).min((begin | root) - begin + 1);
+        let (mut first, mut last) = (begin - before, begin + after - 1);
+        if chance.percent(40) {
+            let inside = if before > 0 { first + block } else { here };
+            first = first.max(inside.saturating_sub(chance.below(PAGES) * page));
+        }
+        if chance.percent(40) {
+            let inside = if after > block { last - block } else { here + page - 1 };
+            last = last.min(inside + chance.below(PAGES) * page);
+        }
+        Self { page, here, mapped: Range { first, last }, output: there + first - begin }
+    }
+
+    /// A part of what is mapped, at the address half the time, of at most `most` bytes.
+    fn part(&self, chance: &mut Chance, most: u64) -> Range {
+        let Range { first, last } = self.mapped;
+        let pages = (last - first + 1) / self.page;
+        let any = chance.below(pages) + 1;
+        let length = chance.of(&[1, 2, any, any, pages]).min(most / self.page).min(pages).max(1);
+        let near = ((self.here - first) / self.page).saturating_sub(chance.below(length + 1));
+        let any = chance.below(pages);
+        let begin = if chance.percent(60) { near } else { any };
+        let begin = begin.min(pages - length);
+        Range { first: first + begin * self.page, last: first + (begin + length) * self.page - 1 }
+    }
+}
+
+/// A refusal by which nothing was changed is one of the ends that a change has; others are mistakes.
+fn done<T, E: fmt::Debug>(result: Result<T, MapError<E>>) {
+    match result {
+        Ok(_) | Err(MapError::Mapped { .. } | MapError::Unencodable { .. }) => {}
+        Err(error) => panic!("the mapper failed: {error}"),
+    }
+}
+
+/// What `dress` makes of a leaf.
+fn leaf<F: Format>(chance: &mut Chance, dress: &mut impl Dress<F>, target: Output, size: Size) -> Leaf {
+    match dress.leaf(chance, target, size) {
+        Entry::Leaf(leaf) => leaf,
+        other => panic!("{other:?} is no leaf"),
+    }
+}
+
+/// Maps memory around `input`, which is to go to `target` by a leaf of `size`, and changes what is mapped; sometimes there is something
+/// already, by entries as others have them. Says at which addresses below the same entry of the root it is worth to look; `None` where
+/// the tree became too large.
+///
+/// # Panics
+/// The mapper fails, or gives a frame back with a word in it.
+pub fn grow<F: Format>(
+    chance: &mut Chance,
+    (tree, frames): (&Tree<'_, F>, &RefCell<Frames>),
+    dress: &mut impl Dress<F>,
+    (input, target, size): (Input, Output, Size),
+) -> Option<Vec<Input>> {
+    let place = Place::draw::<F>(chance, (input, target, size));
+    if chance.percent(30) {
+        tree.lead(chance, dress, (input, target, size));
+    }
+    let mut supply = Supply { ram: tree.ram, frames, chance: Chance::new(chance.bits()), bytes: bytes::<F> };
+    let mut caches = NothingCached;
+    let mut mapper = Mapper::<F, _, _, _>::new(tree.root, tree.caps, tree.ram, &mut supply, &mut caches)
+        .unwrap_or_else(|error| panic!("{error}"));
+    let alone = Size::of::<F>(size.level);
+    let mut edges = Vec::new();
+    let mut changed = |range: Range| {
+        let ends = [range.first.saturating_sub(8), range.first, range.last - 7, range.last.saturating_add(1)];
+        edges.extend(ends.map(F::extend));
+    };
+    let first = leaf(chance, dress, target, alone);
+    done(mapper.map(place.mapped.span::<F>(), Leaf { output: Output(place.output), ..first }));
+    changed(place.mapped);
+    for _ in 0..chance.below(CHANGES) {
+        changed(change(chance, &mut mapper, dress, (&place, target, alone)));
+        if tree.ram.len() > WORDS_MAX {
+            return None;
+        }
+    }
+    edges.push(input);
+    let page = F::extend(place.here | target.0 & (place.page - 1) & !7);
+    let looks = (0..LOOKS).map(|_| if chance.percent(30) { page } else { chance.of(&edges) });
+    let root = |input| F::index(input, F::root());
+    Some(looks.filter(|look| F::accepts(*look) && root(*look) == root(input)).collect())
+}
+
+/// One change at random, and where it was.
+fn change<F: Format, M: TableMemory, P: TableFrames, I: Invalidate>(
+    chance: &mut Chance,
+    mapper: &mut Mapper<'_, F, M, P, I>,
+    dress: &mut impl Dress<F>,
+    (place, target, size): (&Place, Output, Size),
+) -> Range {
+    let part = place.part(chance, u64::MAX);
+    let span = part.span::<F>();
+    let new = leaf(chance, dress, target, size);
+    match chance.below(6) {
+        0 | 1 => {
+            let to = Level(u8::try_from(chance.below(u64::from(size.level.0))).unwrap_or(0) + 1);
+            // No more than makes two tables of the level.
+            let part = place.part(chance, 1 << F::shift(Level(to.0 + 1)));
+            done(mapper.split(part.span::<F>(), to));
+            return part;
+        }
+        2 => done(mapper.protect(span, new.permissions)),
+        3 => done(mapper.unmap(span)),
+        4 => {
+            // To other memory, in line or not: then all of it is pages.
+            let part = place.part(chance, PAGES * place.page);
+            let output = target.0 >> size.shift << size.shift;
+            let output = output ^ chance.of(&[0, place.page, 1 << size.shift]);
+            let offset = part.first & ((1 << size.shift) - 1);
+            done(mapper.unmap(part.span::<F>()));
+            done(mapper.map(part.span::<F>(), Leaf { output: Output(output + offset), ..new }));
+            return part;
+        }
+        _ => {
+            done(mapper.merge(place.mapped.span::<F>()));
+            return place.mapped;
+        }
+    }
+    part
+}
