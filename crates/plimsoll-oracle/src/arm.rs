@@ -84,7 +84,7 @@ const WALK: u64 = 1 << 8;
 const MARKS: u64 = 1 << 10 | 1 << 7;
 
 /// Words of a batch whose tables the mapper made, about: with granules of 64 KiB a tree has thousands.
-const GROWN_WORDS: usize = 1_500_000;
+const GROWN_WORDS: usize = 1_000_000;
 
 /// Which stages translate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,13 +2,14 @@
 //!
 //! Enters: a root, and a way that an address could go. Leaves: the words of a history of maps, splits, protections, unmappings and merges
 //! around that address, and the addresses where one of them began or ended. What must never happen: a frame that is given back with a
-//! word in it, or a refusal that nobody asked for.
+//! word in it, a refusal that nobody asked for, or a tree that leads elsewhere than was asked: each address is looked up in what was asked
+//! of the mapper, one request after the other, before a processor walks it.
 use crate::tree::{Dress, Frames, Size, Tree};
 use crate::{Chance, Ram};
 use plimsoll_mmu::mapper::Mapper;
 use plimsoll_mmu::{
-    Entry, Format, Input, Invalidate, Leaf, Level, MapError, NothingCached, Output, Span, TableFrames,
-    TableMemory,
+    Entry, Format, Input, Invalidate, Leaf, Level, MapError, NothingCached, Output, Permissions, Span,
+    TableFrames, TableMemory,
 };
 use std::cell::RefCell;
 use std::fmt;
@@ -63,6 +64,10 @@ struct Range {
 }
 
 impl Range {
+    const fn has(self, offset: u64) -> bool {
+        self.first <= offset && offset <= self.last
+    }
+
     fn span<F: Format>(self) -> Span {
         Span::new(F::extend(self.first), self.last - self.first + 1).expect("a range is not empty")
     }
@@ -114,10 +119,42 @@ impl Place {
     }
 }
 
-/// A refusal by which nothing was changed is one of the ends that a change has; others are mistakes.
-fn done<T, E: fmt::Debug>(result: Result<T, MapError<E>>) {
+/// What was asked of the mapper, and done.
+#[derive(Clone, Copy)]
+enum Asked {
+    /// To map a range, from this memory on, with these rights.
+    Map(Range, u64, Permissions),
+    Unmap(Range),
+    Protect(Range, Permissions),
+    /// What changes sizes and nothing else.
+    Resize(Range),
+}
+
+impl Asked {
+    const fn range(&self) -> Range {
+        match self {
+            Self::Map(range, ..) | Self::Unmap(range) | Self::Protect(range, _) | Self::Resize(range) => {
+                *range
+            }
+        }
+    }
+}
+
+/// Where translated bits go, and with which rights, after all that was asked.
+fn meant(asked: &[Asked], offset: u64) -> Option<(u64, Permissions)> {
+    asked.iter().filter(|one| one.range().has(offset)).fold(None, |found, one| match (*one, found) {
+        (Asked::Map(range, output, permissions), _) => Some((output + (offset - range.first), permissions)),
+        (Asked::Unmap(_), _) => None,
+        (Asked::Protect(_, permissions), Some((output, _))) => Some((output, permissions)),
+        (Asked::Protect(..) | Asked::Resize(_), found) => found,
+    })
+}
+
+/// Whether it was done. A refusal by which nothing was changed is one of the ends that a request has; others are mistakes.
+fn done<T, E: fmt::Debug>(result: Result<T, MapError<E>>) -> bool {
     match result {
-        Ok(_) | Err(MapError::Mapped { .. } | MapError::Unencodable { .. }) => {}
+        Ok(_) => true,
+        Err(MapError::Mapped { .. } | MapError::Unencodable { .. }) => false,
         Err(error) => panic!("the mapper failed: {error}"),
     }
 }
@@ -135,7 +172,7 @@ fn leaf<F: Format>(chance: &mut Chance, dress: &mut impl Dress<F>, target: Outpu
 /// the tree became too large.
 ///
 /// # Panics
-/// The mapper fails, or gives a frame back with a word in it.
+/// The mapper fails, does something else than it was asked, or gives a frame back with a word in it.
 pub fn grow<F: Format>(
     chance: &mut Chance,
     (tree, frames): (&Tree<'_, F>, &RefCell<Frames>),
@@ -143,7 +180,8 @@ pub fn grow<F: Format>(
     (input, target, size): (Input, Output, Size),
 ) -> Option<Vec<Input>> {
     let place = Place::draw::<F>(chance, (input, target, size));
-    if chance.percent(30) {
+    let over_others = chance.percent(30);
+    if over_others {
         tree.lead(chance, dress, (input, target, size));
     }
     let mut supply = Supply { ram: tree.ram, frames, chance: Chance::new(chance.bits()), bytes: bytes::<F> };
@@ -151,36 +189,53 @@ pub fn grow<F: Format>(
     let mut mapper = Mapper::<F, _, _, _>::new(tree.root, tree.caps, tree.ram, &mut supply, &mut caches)
         .unwrap_or_else(|error| panic!("{error}"));
     let alone = Size::of::<F>(size.level);
-    let mut edges = Vec::new();
-    let mut changed = |range: Range| {
-        let ends = [range.first.saturating_sub(8), range.first, range.last - 7, range.last.saturating_add(1)];
-        edges.extend(ends.map(F::extend));
-    };
     let first = leaf(chance, dress, target, alone);
-    done(mapper.map(place.mapped.span::<F>(), Leaf { output: Output(place.output), ..first }));
-    changed(place.mapped);
+    let mut asked = Vec::new();
+    map(&mut mapper, &mut asked, place.mapped, Leaf { output: Output(place.output), ..first });
     for _ in 0..chance.below(CHANGES) {
-        changed(change(chance, &mut mapper, dress, (&place, target, alone)));
+        change(chance, &mut mapper, &mut asked, dress, (&place, target, alone));
         if tree.ram.len() > WORDS_MAX {
             return None;
         }
     }
+    let ends = |range: Range| {
+        [range.first.saturating_sub(8), range.first, range.last - 7, range.last.saturating_add(1)]
+    };
+    let mut edges: Vec<_> = asked.iter().flat_map(|one| ends(one.range())).map(F::extend).collect();
     edges.push(input);
     let page = F::extend(place.here | target.0 & (place.page - 1) & !7);
-    let looks = (0..LOOKS).map(|_| if chance.percent(30) { page } else { chance.of(&edges) });
     let root = |input| F::index(input, F::root());
-    Some(looks.filter(|look| F::accepts(*look) && root(*look) == root(input)).collect())
+    let looks = (0..LOOKS).map(|_| if chance.percent(30) { page } else { chance.of(&edges) });
+    let looks: Vec<_> = looks.filter(|look| F::accepts(*look) && root(*look) == root(input)).collect();
+    for look in looks.iter().filter(|_| !over_others) {
+        let found = mapper.translate(*look).unwrap_or_else(|error| panic!("{error}"));
+        let found = found.map(|found| (found.output.0, found.permissions));
+        assert_eq!(found, meant(&asked, F::offset(*look)), "what {look} leads to, and what was asked for");
+    }
+    Some(looks)
 }
 
-/// One change at random, and where it was.
+/// Maps a range, and takes note of it.
+fn map<F: Format, M: TableMemory, P: TableFrames, I: Invalidate>(
+    mapper: &mut Mapper<'_, F, M, P, I>,
+    asked: &mut Vec<Asked>,
+    range: Range,
+    leaf: Leaf,
+) {
+    if done(mapper.map(range.span::<F>(), leaf)) {
+        asked.push(Asked::Map(range, leaf.output.0, leaf.permissions));
+    }
+}
+
+/// One change at random.
 fn change<F: Format, M: TableMemory, P: TableFrames, I: Invalidate>(
     chance: &mut Chance,
     mapper: &mut Mapper<'_, F, M, P, I>,
+    asked: &mut Vec<Asked>,
     dress: &mut impl Dress<F>,
     (place, target, size): (&Place, Output, Size),
-) -> Range {
+) {
     let part = place.part(chance, u64::MAX);
-    let span = part.span::<F>();
     let new = leaf(chance, dress, target, size);
     match chance.below(6) {
         0 | 1 => {
@@ -188,24 +243,32 @@ fn change<F: Format, M: TableMemory, P: TableFrames, I: Invalidate>(
             // No more than makes two tables of the level.
             let part = place.part(chance, 1 << F::shift(Level(to.0 + 1)));
             done(mapper.split(part.span::<F>(), to));
-            return part;
+            asked.push(Asked::Resize(part));
         }
-        2 => done(mapper.protect(span, new.permissions)),
-        3 => done(mapper.unmap(span)),
+        2 => {
+            if done(mapper.protect(part.span::<F>(), new.permissions)) {
+                asked.push(Asked::Protect(part, new.permissions));
+            }
+        }
+        3 => {
+            if done(mapper.unmap(part.span::<F>())) {
+                asked.push(Asked::Unmap(part));
+            }
+        }
         4 => {
             // To other memory, in line or not: then all of it is pages.
             let part = place.part(chance, PAGES * place.page);
             let output = target.0 >> size.shift << size.shift;
             let output = output ^ chance.of(&[0, place.page, 1 << size.shift]);
             let offset = part.first & ((1 << size.shift) - 1);
-            done(mapper.unmap(part.span::<F>()));
-            done(mapper.map(part.span::<F>(), Leaf { output: Output(output + offset), ..new }));
-            return part;
+            if done(mapper.unmap(part.span::<F>())) {
+                asked.push(Asked::Unmap(part));
+            }
+            map(mapper, asked, part, Leaf { output: Output(output + offset), ..new });
         }
         _ => {
             done(mapper.merge(place.mapped.span::<F>()));
-            return place.mapped;
+            asked.push(Asked::Resize(place.mapped));
         }
     }
-    part
 }

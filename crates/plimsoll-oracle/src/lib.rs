@@ -13,6 +13,7 @@
 //! * [`grown`]: words that the mapper wrote, in a history of changes.
 //! * [`x86`]: four and five levels, as ring 0 and ring 3 see them.
 //! * [`npt`]: the same in guests, through AMD's nested tables.
+//! * [`vtd`]: what a device reaches through the tables of remapping hardware.
 //! * [`arm`]: granules of 4, 16 and 64 KiB, stage 1, stage 2 and both, by the instructions that translate for EL2.
 //! * [`riscv`]: Sv39 to Sv57 and their x4 forms, alone and one over the other, as VS, VU and HS mode see them.
 //! * [`verdict`]: expectations, mismatches, and how often each kind of end was seen.
@@ -29,6 +30,7 @@ pub mod npt;
 pub mod riscv;
 pub mod tree;
 pub mod verdict;
+pub mod vtd;
 pub mod x86;
 
 pub use chance::Chance;

@@ -11,7 +11,7 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 /// Cases of a format alone, and of two stages.
 const CASES: usize = 10_000;
 /// Of trees that the mapper made, at most.
-const GROWN: usize = 1_000;
+const GROWN: usize = 500;
 
 fn outcomes<F, S>(stages: Stages, count: usize) -> (Vec<ArmCase<F, S>>, Vec<Outcome>)
 where

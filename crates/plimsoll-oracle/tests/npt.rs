@@ -12,7 +12,7 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 /// Cases of a format.
 const CASES: usize = 10_000;
 /// Of trees that the mapper made.
-const GROWN: usize = 2_000;
+const GROWN: usize = 1_000;
 
 fn execute<F: X86Format>(cases: &[NptCase<F>]) -> Vec<Outcome> {
     // The host's own tables have four levels.

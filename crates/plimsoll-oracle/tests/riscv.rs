@@ -11,7 +11,7 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 /// Cases of a format alone, and of two stages.
 const CASES: usize = 10_000;
 /// Of trees that the mapper made.
-const GROWN: usize = 1_000;
+const GROWN: usize = 500;
 const PLAIN: Caps = Caps { napot: Feature::Off, memory_types: Feature::Off };
 
 fn outcomes<F, S>(stages: Stages, caps: Caps, count: usize) -> (Vec<RiscvCase<F, S>>, Vec<Outcome>)

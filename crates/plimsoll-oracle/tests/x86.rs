@@ -11,7 +11,7 @@ use plimsoll_oracle::{Chance, Outcome, Report, Run};
 /// Cases of a format.
 const CASES: usize = 20_000;
 /// Of trees that the mapper made.
-const GROWN: usize = 2_000;
+const GROWN: usize = 1_000;
 
 fn execute<F: X86Format>(processor: &Processor, cases: &[X86Case<F>]) -> Vec<Outcome> {
     let (options, words) = (processor.options(), processor.run::<F>());
