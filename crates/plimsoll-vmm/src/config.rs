@@ -11,6 +11,7 @@ use plimsoll_guest::{Guest, GuestError};
 use plimsoll_linux::uffd::wire::SHARDS_MAX;
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use thiserror::Error;
 
 /// Most airlock slots a machine may have: 16 GiB of address space, far more than ever rests in limbo.
@@ -58,6 +59,9 @@ pub struct VmmConfig {
     /// Milliseconds between two reports on the control socket, 10 to 60,000.
     #[serde(default = "default_report_ms")]
     pub report_ms: u32,
+    /// Where tools may ask for registers: a socket that is not there yet, and stays there.
+    #[serde(default)]
+    pub inspect: Option<PathBuf>,
 }
 
 const fn default_airlock_slots() -> u32 {
@@ -292,6 +296,7 @@ impl VmmConfig {
             huge_pages: HugePages::default(),
             sandbox: Sandbox::default(),
             report_ms: default_report_ms(),
+            inspect: None,
         }
     }
 

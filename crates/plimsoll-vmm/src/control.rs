@@ -81,6 +81,17 @@ pub enum Event {
         /// Why it ended early, for the operator.
         refused: Option<String>,
     },
+    /// A vCPU's registers, or why they cannot be had.
+    Registers {
+        /// Which vCPU.
+        vcpu: u32,
+        /// What they are. It goes on with them.
+        registers: Option<Box<Registers>>,
+        /// How long it stood still for it, outside of KVM.
+        stalled_ns: u64,
+        /// Why there are none, for the operator.
+        refused: Option<String>,
+    },
     /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
     ManagerLost,
     /// The manager has given the machine back: all its pages are here, and the kernel serves it from now on.
@@ -136,6 +147,45 @@ pub enum Command {
     },
     /// Frames of such a guest shall be taken without asking it, or given back. Answered with [`Event::Frames`].
     Frames(FrameOrder),
+    /// A vCPU shall say its registers when it next leaves KVM, which is at once. Answered with [`Event::Registers`]; ask one at a time.
+    Registers {
+        /// Which vCPU.
+        vcpu: u32,
+    },
+}
+
+/// What a vCPU has in its registers: all that translates its addresses, and that a debugger asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    /// RAX, RBX, RCX, RDX, RSI, RDI, RBP, RSP, R8 to R15.
+    pub general: [u64; 16],
+    /// The instruction pointer.
+    pub rip: u64,
+    /// The flags.
+    pub rflags: u64,
+    /// ES, CS, SS, DS, FS, GS, LDT, TR.
+    pub segments: [Segment; 8],
+    /// The descriptor tables: of segments, of interrupts. Base and limit.
+    pub tables: [(u64, u64); 2],
+    /// CR0, CR2, CR3, CR4.
+    pub control: [u64; 4],
+    /// EFER.
+    pub efer: u64,
+    /// The current privilege level.
+    pub privilege: u64,
+}
+
+/// A segment register with what is hidden in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// The selector.
+    pub selector: u64,
+    /// Where it begins.
+    pub base: u64,
+    /// Where it ends.
+    pub limit: u64,
+    /// Bits 23:8 of the descriptor's upper half, where they are there.
+    pub flags: u64,
 }
 
 /// The pieces in which a balloon takes memory.

@@ -93,7 +93,7 @@ impl GuestMachine for Vcpu<'_> {
     }
 
     fn idle(&mut self, ns: u64) {
-        self.machine.idle(ns);
+        self.machine.idle(self.index, ns);
     }
 
     fn stop(&mut self) -> u64 {

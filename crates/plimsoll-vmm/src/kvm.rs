@@ -15,15 +15,17 @@
 //! answered.
 #![expect(unsafe_code, reason = "a memory slot is an address that KVM writes through")]
 
+use crate::control::{Registers, Segment};
 use crate::machine::{Death, End, Going, Machine};
 use crate::memory::Memory;
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_dtable, kvm_regs, kvm_segment, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd, VmFd};
 use plimsoll_guest::abi;
 use plimsoll_types::Gpa;
 use std::io;
+use std::time::Instant;
 use thiserror::Error;
 
 /// Protection enabled, coprocessor state as SSE needs it (MP, ET, NE), write protection, alignment mask, paging.
@@ -248,6 +250,26 @@ fn set_state(vcpu: &VcpuFd, index: u32, entry: Gpa) -> Result<(), KvmError> {
     vcpu.set_regs(&general).map_err(failed("KVM_SET_REGS"))
 }
 
+/// A segment with the descriptor's bits where they are in its upper half.
+fn segment(segment: kvm_segment) -> Segment {
+    let flags = [
+        (segment.type_, 8),
+        (segment.s, 12),
+        (segment.dpl, 13),
+        (segment.present, 15),
+        (segment.avl, 20),
+        (segment.l, 21),
+        (segment.db, 22),
+        (segment.g, 23),
+    ];
+    Segment {
+        selector: u64::from(segment.selector),
+        base: segment.base,
+        limit: u64::from(segment.limit),
+        flags: flags.into_iter().map(|(bits, place)| u64::from(bits) << place).sum(),
+    }
+}
+
 /// What an exit asks for, free of the vCPU it came from.
 enum Exit {
     Out { port: u16, bytes: usize },
@@ -260,6 +282,14 @@ impl Vcpu {
     /// Runs the guest until it ends or the machine is told to leave.
     pub(crate) fn run(&mut self, machine: &Machine) -> End {
         while machine.going() == Going::On {
+            if machine.is_asked(self.index) {
+                let since = Instant::now();
+                machine.tell(
+                    self.index,
+                    self.registers().map_err(|error| plimsoll_linux::explain(&error)),
+                    since,
+                );
+            }
             let exit = match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => Exit::Out { port, bytes: data.len() },
                 Ok(VcpuExit::MmioRead(gpa, _) | VcpuExit::MmioWrite(gpa, _)) => {
@@ -287,6 +317,42 @@ impl Vcpu {
             }
         }
         End::Left
+    }
+
+    /// All that a debugger would ask for.
+    fn registers(&self) -> Result<Registers, KvmError> {
+        let general = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        let special = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        let [es, cs, ss, ds] = [special.es, special.cs, special.ss, special.ds];
+        let segments = [es, cs, ss, ds, special.fs, special.gs, special.ldt, special.tr].map(segment);
+        let table = |table: kvm_dtable| (table.base, u64::from(table.limit));
+        Ok(Registers {
+            general: [
+                general.rax,
+                general.rbx,
+                general.rcx,
+                general.rdx,
+                general.rsi,
+                general.rdi,
+                general.rbp,
+                general.rsp,
+                general.r8,
+                general.r9,
+                general.r10,
+                general.r11,
+                general.r12,
+                general.r13,
+                general.r14,
+                general.r15,
+            ],
+            rip: general.rip,
+            rflags: general.rflags,
+            segments,
+            tables: [table(special.gdt), table(special.idt)],
+            control: [special.cr0, special.cr2, special.cr3, special.cr4],
+            efer: special.efer,
+            privilege: u64::from(ss.dpl),
+        })
     }
 
     /// Where the guest is, 0 if KVM does not say. For messages.
@@ -412,6 +478,67 @@ mod tests {
         let Some((machine, mut vcpu)) = machine(&[0xeb, 0xfe]) else { return };
         let shared = Arc::clone(&machine);
         let thread = thread::spawn(move || vcpu.run(&shared));
+        machine.leave();
+        while !thread.is_finished() {
+            thread.kill(signals::kick_number()).unwrap();
+            thread::yield_now();
+        }
+        assert!(matches!(thread.join().unwrap(), End::Left));
+    }
+
+    /// Where an address leads by the tables that these registers name, as far as the guest's memory has them: large pages count.
+    fn walk(machine: &Machine, registers: &Registers, gva: u64) -> Option<u64> {
+        const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+        let mut table = registers.control[2] & ADDRESS;
+        for shift in [39, 30, 21, 12] {
+            let entry = machine.memory.read_u64(Gpa(table | (gva >> shift & 0x1ff) << 3)).unwrap();
+            let inside = (1 << shift) - 1;
+            match (entry & 1, shift == 12 || entry & 0x80 != 0) {
+                (0, _) => return None,
+                (_, true) => return Some((entry & ADDRESS & !inside) | (gva & inside)),
+                (_, false) => table = entry & ADDRESS,
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn registers_of_a_vcpu_that_never_exits_lead_to_what_it_wrote_by_tables_of_its_own() {
+        // mov qword [first directory's entry for 12 MiB], 4 MiB | user, writable, present, large; mov rax, N;
+        // mov [12 MiB + 0x1238], rax; jmp to itself
+        let code = [
+            0x48, 0xc7, 0x04, 0x25, 0x30, 0x20, 0x10, 0x00, 0xe7, 0x00, 0x40, 0x00, //
+            0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8, //
+            0x48, 0x89, 0x04, 0x25, 0x38, 0x12, 0xc0, 0x00, //
+            0xeb, 0xfe,
+        ];
+        let end = ENTRY + code.len() as u64 - 2;
+        let (gva, written) = (0xc0_1238, 0x0807_0605_0403_0201);
+        let Some((machine, mut vcpu)) = machine(&code) else { return };
+        let shared = Arc::clone(&machine);
+        let thread = thread::spawn(move || vcpu.run(&shared));
+        let since = Instant::now();
+        let registers = loop {
+            machine.ask(0);
+            let told = loop {
+                assert!(since.elapsed().as_secs() < 60, "the vCPU does not say its registers");
+                thread.kill(signals::kick_number()).unwrap();
+                match machine.told() {
+                    Some(told) => break told,
+                    None => thread::yield_now(),
+                }
+            };
+            let registers = told.registers.unwrap();
+            if registers.rip == end {
+                break registers;
+            }
+        };
+        assert_eq!((registers.general[0], registers.privilege), (written, 3));
+        assert_eq!((registers.control[0], registers.control[3], registers.efer), (CR0, CR4, EFER));
+        assert_eq!((registers.segments[1].selector, registers.segments[1].flags), (0x33, 0x00a0_fb00));
+        let gpa = walk(&machine, &registers, gva).unwrap();
+        assert_eq!((gpa, machine.memory.read_u64(Gpa(gpa)).unwrap()), (0x40_1238, written));
+        assert_eq!(walk(&machine, &registers, 0x80_0000), None);
         machine.leave();
         while !thread.is_finished() {
             thread.kill(signals::kick_number()).unwrap();

@@ -9,7 +9,7 @@
 //!   not leave.
 //! * `kvm`, `inprocess`: the two ways to run a vCPU. `machine`: what both share. `signals`: how threads are interrupted.
 //! * `balloon`: memory that the guest gives, and frames that are taken from it.
-//! * `agent`: serves the manager, one for each shard. [`control`], [`report`]: talk to the starter. `sandbox`: gives up rights.
+//! * `agent`: serves the manager, one for each shard. [`control`], [`report`]: talk to the starter, `inspection` to tools. `sandbox`: gives up rights.
 //!   [`supervise`]: the main thread, once all that runs.
 //!
 //! # Order
@@ -36,6 +36,7 @@ mod balloon;
 mod boot;
 mod elf;
 mod inprocess;
+mod inspection;
 mod kvm;
 mod machine;
 mod memory;
@@ -97,6 +98,15 @@ pub enum VmmError {
     /// Rights could not be given up.
     #[error("the machine cannot be confined")]
     Sandbox(#[from] SandboxError),
+    /// There can be no inspection socket.
+    #[error("the inspection socket {} cannot be made", path.display())]
+    Inspection {
+        /// Where it should be.
+        path: std::path::PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The starter could not be spoken to.
     #[error("the control socket failed")]
     Control(#[source] io::Error),

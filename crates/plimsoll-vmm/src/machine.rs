@@ -4,6 +4,7 @@
 //! happen: a number the guest wrote being used without a check, or a vCPU thread holding a lock while it touches or
 //! discards guest memory; the balloon's gate apart, which only vCPUs and the frames' thread take.
 use crate::balloon::Balloon;
+use crate::control::Registers;
 use crate::memory::{DiscardError, Memory, MemoryError};
 use crate::report::{self, Summary, VcpuReports};
 use crate::signals;
@@ -14,7 +15,7 @@ use plimsoll_linux::explain;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -139,7 +140,21 @@ struct Desk {
     answers: VecDeque<(u32, Probed)>,
     /// vCPU 0, if it waits for a command, is to look at the balloon's target.
     has_target: bool,
+    /// Registers that were asked for.
+    told: Option<Told>,
 }
+
+/// What a vCPU says of its registers.
+#[derive(Debug)]
+pub(crate) struct Told {
+    /// What they are, or why that cannot be had.
+    pub(crate) registers: Result<Box<Registers>, String>,
+    /// How long it stood still for it.
+    pub(crate) stalled: Duration,
+}
+
+/// No vCPU is asked for its registers.
+const NOBODY: u32 = u32::MAX;
 
 /// One machine, as its threads see it.
 #[derive(Debug)]
@@ -149,6 +164,8 @@ pub(crate) struct Machine {
     pub(crate) tsc_hz: u64,
     vcpus: Vec<Mutex<Vcpu>>,
     leaving: AtomicBool,
+    /// Whose registers are asked for, or [`NOBODY`]'s. Changed with the desk locked, so that nobody falls asleep over it.
+    asked: AtomicU32,
     /// Touches of poisoned pages before the machine was.
     touches_before: u64,
     /// What sleeping vCPUs wait for, and `wake` wakes them.
@@ -179,6 +196,7 @@ impl Machine {
             vcpus: (0..vcpus).map(|_| Mutex::default()).collect(),
             touches_before: signals::touches(),
             leaving: AtomicBool::new(false),
+            asked: AtomicU32::new(NOBODY),
             desk: Mutex::default(),
             wake: Condvar::new(),
             attention,
@@ -210,7 +228,7 @@ impl Machine {
         };
         match port {
             abi::PORT_REPORT => self.report(vcpu, &channel.report),
-            abi::PORT_IDLE => self.idle(channel.request_ns),
+            abi::PORT_IDLE => self.idle(vcpu, channel.request_ns),
             abi::PORT_DISCARD => {
                 let discarded = self.memory.discard(Gpa(channel.request_gpa), channel.request_len);
                 return discarded.err().map(|error| End::Died(Death::Discard(error)));
@@ -284,11 +302,11 @@ impl Machine {
         }
     }
 
-    /// Sleeps at most that long, less when the machine is told to stop.
-    pub(crate) fn idle(&self, ns: u64) {
+    /// Sleeps at most that long, less when the machine is told to stop or the vCPU is asked for something.
+    pub(crate) fn idle(&self, vcpu: u32, ns: u64) {
         let until = Instant::now() + Duration::from_nanos(ns).min(IDLE_MAX);
         let mut desk = locked(&self.desk);
-        while !desk.is_stopping {
+        while !desk.is_stopping && !self.is_asked(vcpu) {
             let Some(left) = until.checked_duration_since(Instant::now()) else { return };
             let woken = self.wake.wait_timeout(desk, left);
             desk = woken.unwrap_or_else(PoisonError::into_inner).0;
@@ -296,7 +314,7 @@ impl Machine {
     }
 
     /// Takes the answer of a probing guest over and waits until there is another command for it. None, with number 0,
-    /// when the machine is told to stop or the balloon has a new target.
+    /// when the machine is told to stop, the balloon has a new target, or the vCPU is asked for its registers.
     pub(crate) fn next_command(&self, vcpu: u32, answer: &Probed) -> ProbeCommand {
         let mut desk = locked(&self.desk);
         if answer.number != 0 {
@@ -305,7 +323,8 @@ impl Machine {
             let _ = self.attention.signal();
         }
         loop {
-            if desk.is_stopping || (vcpu == 0 && std::mem::take(&mut desk.has_target)) {
+            let is_wanted = self.is_asked(vcpu) || (vcpu == 0 && std::mem::take(&mut desk.has_target));
+            if desk.is_stopping || is_wanted {
                 return ProbeCommand::default();
             }
             let place = desk.commands.iter().position(|(whose, _)| *whose == vcpu);
@@ -328,6 +347,47 @@ impl Machine {
     /// What vCPUs have answered since this was asked last.
     pub(crate) fn answers(&self) -> Vec<(u32, Probed)> {
         locked(&self.desk).answers.drain(..).collect()
+    }
+
+    /// Asks a vCPU for its registers. It answers before it enters KVM again; whoever asks gets it out.
+    pub(crate) fn ask(&self, vcpu: u32) {
+        let mut desk = locked(&self.desk);
+        desk.told = None;
+        self.asked.store(vcpu, Ordering::SeqCst);
+        self.wake.notify_all();
+    }
+
+    /// Whether a vCPU is asked for its registers.
+    pub(crate) fn is_asked(&self, vcpu: u32) -> bool {
+        self.asked.load(Ordering::SeqCst) == vcpu
+    }
+
+    /// Takes over what a vCPU that was asked says, unless nobody waits for it any more.
+    pub(crate) fn tell(&self, vcpu: u32, registers: Result<Registers, String>, since: Instant) {
+        let mut desk = locked(&self.desk);
+        if self.asked.compare_exchange(vcpu, NOBODY, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            let stalled = since.elapsed();
+            desk.told = Some(Told { registers: registers.map(Box::new), stalled });
+            // As in `ended`.
+            let _ = self.attention.signal();
+        }
+    }
+
+    /// What the vCPU said that was asked.
+    pub(crate) fn told(&self) -> Option<Told> {
+        locked(&self.desk).told.take()
+    }
+
+    /// Takes the question back.
+    pub(crate) fn no_longer_ask(&self) {
+        let mut desk = locked(&self.desk);
+        desk.told = None;
+        self.asked.store(NOBODY, Ordering::SeqCst);
+    }
+
+    /// Whether a vCPU has ended, or was never there.
+    pub(crate) fn has_ended(&self, vcpu: u32) -> bool {
+        self.vcpu(vcpu).is_none_or(|vcpu| vcpu.end.is_some())
     }
 
     /// A vCPU has ended.

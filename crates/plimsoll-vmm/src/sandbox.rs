@@ -7,7 +7,7 @@
 //!
 //! Order: user and group first (needs rights), then the signal at the parent's death (a change of user clears it), then
 //! "no new privileges", then the filter, on all threads at once.
-use crate::config::Sandbox;
+use crate::config::{Sandbox, VmmConfig};
 use crate::probe::Accel;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::process::{
@@ -20,6 +20,7 @@ use seccompiler::{
 };
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use thiserror::Error;
 
 /// The user and group without rights on every Linux.
@@ -88,20 +89,24 @@ pub(crate) fn drop_rights(sandbox: Sandbox, parent: Option<ProcessId>) -> Result
 ///
 /// # Errors
 /// [`SandboxError`]: the process must end.
-pub(crate) fn restrict(sandbox: Sandbox, accel: &Accel) -> Result<(), SandboxError> {
-    if sandbox == Sandbox::Off {
+pub(crate) fn restrict(config: &VmmConfig, accel: &Accel) -> Result<(), SandboxError> {
+    if config.sandbox == Sandbox::Off {
         return Ok(());
     }
-    Ok(seccompiler::apply_filter_all_threads(&filter(accel)?)?)
+    Ok(seccompiler::apply_filter_all_threads(&filter(config.inspect.as_deref(), accel)?)?)
 }
 
-fn filter(accel: &Accel) -> Result<BpfProgram, BackendError> {
+fn filter(inspect: Option<&Path>, accel: &Accel) -> Result<BpfProgram, BackendError> {
     let mut ioctls = vec![UFFDIO_MOVE, UFFDIO_WAKE, UFFDIO_REGISTER, UFFDIO_UNREGISTER];
     if let Accel::Kvm { .. } = accel {
         ioctls.extend([KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS]);
     }
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         free_calls().into_iter().map(|call| (call, vec![])).collect();
+    if inspect.is_some() {
+        // Clients of the inspection socket, which was made before.
+        rules.insert(libc::SYS_accept4, vec![]);
+    }
     rules.insert(libc::SYS_ioctl, one_of(1, ioctls.into_iter().map(u64::from))?);
     // DONTNEED: discards of the guest, slots given back, and the allocator's trimming. POPULATE_WRITE: the agent's
     // request of that name. MERGEABLE, UNMERGEABLE: the starter's command.
@@ -205,8 +210,9 @@ mod tests {
 
     #[test]
     fn both_filters_compile_and_differ() {
-        let in_process = filter(&Accel::InProcess { because: String::new() }).unwrap();
-        let kvm = filter(&Accel::Kvm { paging: crate::probe::Paging::Ept, module: String::new() }).unwrap();
+        let in_process = filter(None, &Accel::InProcess { because: String::new() }).unwrap();
+        let kvm =
+            filter(None, &Accel::Kvm { paging: crate::probe::Paging::Ept, module: String::new() }).unwrap();
         assert!(kvm.len() > in_process.len());
     }
 }

@@ -4,6 +4,7 @@
 //! before its memory is handed over, or any thread running the guest before the filter is on it.
 use crate::config::{AccelChoice, Management, VmmConfig};
 use crate::control::{Control, Event, Ram};
+use crate::inspection::Inspection;
 use crate::kvm::{self, KvmError};
 use crate::machine::{End, Machine};
 use crate::memory::{Managed, Memory, MemoryError, Shard};
@@ -102,24 +103,32 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
         Some(Manager::Daemon(path)) => Some(hand_over_to_daemon(config, &memory, &path)?),
         None => None,
     };
+    let inspection = match &config.inspect {
+        Some(path) => {
+            Inspection::listen(path).map_err(|source| VmmError::Inspection { path: path.clone(), source })?
+        }
+        None => Inspection::default(),
+    };
     sandbox::drop_rights(config.sandbox, parent)?;
 
     let attention = EventFd::new().map_err(VmmError::Threads)?;
     let ram = ram(&memory);
     let machine = Arc::new(Machine::new(memory, plan, config.vcpus, tsc_hz, attention));
     let threads = Threads::start(&machine, vcpus, accepted.as_ref())?;
-    let confined = sandbox::restrict(config.sandbox, &accel);
+    let confined = sandbox::restrict(config, &accel);
     if confined.is_err() {
         machine.leave();
     }
-    let started = control.send(&Event::Started {
+    let has_registers = matches!(accel, Accel::Kvm { .. });
+    let started = Event::Started {
         name: config.name.clone(),
         pid: std::process::id(),
         accel,
         machine: accepted.as_ref().map(|accepted| accepted.machine),
         tsc_hz,
         ram,
-    });
+    };
+    let said = control.send(&started);
     threads.go.wait();
     let mut supervisor = Supervisor {
         machine,
@@ -131,10 +140,14 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
         died: None,
         stop: Stop::No,
         malformed: 0,
+        started,
+        has_registers,
+        inspection,
+        question: None,
     };
     let ended = confined
         .map_err(VmmError::from)
-        .and_then(|()| started.map_err(VmmError::Control))
+        .and_then(|()| said.map_err(VmmError::Control))
         .and_then(|()| supervisor.run(config));
     for socket in accepted.iter().flat_map(|accepted| &accepted.sockets) {
         // Frees the agent from its wait. A manager that is gone already has the same effect.

@@ -11,6 +11,7 @@ use crate::agent;
 use crate::balloon::Notice;
 use crate::config::VmmConfig;
 use crate::control::{BalloonPiece, Command, Control, Event, FrameOrder, MergeMode, MergeRange, StopMode};
+use crate::inspection::Inspection;
 use crate::machine::Machine;
 use crate::report::{ProbeReport, Summary};
 use crate::{VmmError, signals};
@@ -28,7 +29,10 @@ use vmm_sys_util::signal::Killable;
 
 /// How long each step of stopping may take.
 pub const STOP_GRACE: Duration = Duration::from_secs(2);
-/// How often leaving vCPUs are kicked.
+/// How long a vCPU that is asked for its registers may take. One that waits for a page leaves KVM as well; more means that the host is
+/// not there for it.
+const ANSWER_GRACE: Duration = Duration::from_secs(1);
+/// How often vCPUs that are to leave KVM are kicked.
 const KICK_EVERY: Duration = Duration::from_millis(5);
 
 /// How a machine ended.
@@ -70,6 +74,29 @@ pub(crate) struct Supervisor {
     pub(crate) died: Option<String>,
     pub(crate) stop: Stop,
     pub(crate) malformed: u64,
+    /// What was said when it started.
+    pub(crate) started: Event,
+    /// Whether vCPUs have registers: KVM's have.
+    pub(crate) has_registers: bool,
+    /// Whoever may look into the machine.
+    pub(crate) inspection: Inspection,
+    /// The vCPU whose registers somebody waits for.
+    pub(crate) question: Option<Question>,
+}
+
+/// A vCPU that is to say its registers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Question {
+    vcpu: u32,
+    by: By,
+    since: Instant,
+}
+
+/// Who asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Starter,
+    Inspector,
 }
 
 /// How far stopping has come.
@@ -102,11 +129,16 @@ impl Supervisor {
                 next_report = now + interval;
             }
             let mut wait = next_report.saturating_duration_since(now);
-            if let Stop::Leaving(_) = self.stop {
+            if self.question.is_some() || matches!(self.stop, Stop::Leaving(_)) {
                 wait = wait.min(KICK_EVERY);
             }
             self.wait(wait)?;
             self.look()?;
+            self.inspection
+                .serve(&self.started)
+                .into_iter()
+                .try_for_each(|vcpu| self.ask(vcpu, By::Inspector))?;
+            self.push_question()?;
             if self.push_stop() == Next::End {
                 break;
             }
@@ -136,11 +168,13 @@ impl Supervisor {
     /// Waits for the starter or a vCPU, and obeys the starter.
     fn wait(&mut self, limit: Duration) -> Result<(), VmmError> {
         let limit = Timespec::try_from(limit).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
-        let mut ready =
-            [PollFd::new(&self.machine.attention, PollFlags::IN), PollFd::new(&self.control, PollFlags::IN)];
+        let mut ready = vec![PollFd::new(&self.machine.attention, PollFlags::IN)];
+        ready.extend(self.inspection.watched().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         // A starter that has closed its end makes the socket ready for ever; it has been heard.
-        let watched = if self.stop == Stop::No { 2 } else { 1 };
-        match poll(&mut ready[..watched], Some(&limit)) {
+        if self.stop == Stop::No {
+            ready.push(PollFd::new(&self.control, PollFlags::IN));
+        }
+        match poll(&mut ready, Some(&limit)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(VmmError::Control(errno.into())),
         }
@@ -160,6 +194,7 @@ impl Supervisor {
                 Command::Merge(range) => self.merge(range)?,
                 Command::Balloon { target_bytes, piece } => self.aim(ByteCount(target_bytes), piece)?,
                 Command::Frames(order) => self.order(order)?,
+                Command::Registers { vcpu } => self.ask(vcpu, By::Starter)?,
             }
         }
         if received.closed { self.ask_to_stop(StopMode::Now) } else { Ok(()) }
@@ -186,6 +221,67 @@ impl Supervisor {
         let done = self.machine.memory.advise_merging(Gpa(range.gpa), ByteCount(range.bytes), merging);
         let refused = done.err().map(|error| plimsoll_linux::explain(&error));
         self.send(&Event::Merging { range, refused })
+    }
+
+    /// Asks a vCPU for its registers, and gets it out of KVM.
+    fn ask(&mut self, vcpu: u32, by: By) -> Result<(), VmmError> {
+        let refused = if !self.has_registers {
+            Some("the guest runs in this process: it has no registers of its own".to_owned())
+        } else if self.question.is_some() {
+            Some("another vCPU is being asked: ask one at a time".to_owned())
+        } else if self.machine.has_ended(vcpu) {
+            Some(format!("vCPU {vcpu} has ended, or never was"))
+        } else {
+            None
+        };
+        if refused.is_some() {
+            return self.answer(by, &Event::Registers { vcpu, registers: None, stalled_ns: 0, refused });
+        }
+        self.question = Some(Question { vcpu, by, since: Instant::now() });
+        self.machine.ask(vcpu);
+        self.kick(vcpu);
+        Ok(())
+    }
+
+    fn answer(&mut self, by: By, event: &Event) -> Result<(), VmmError> {
+        match by {
+            By::Starter => self.send(event),
+            By::Inspector => {
+                self.inspection.send(event);
+                Ok(())
+            }
+        }
+    }
+
+    fn kick(&self, vcpu: u32) {
+        if let Some(thread) = usize::try_from(vcpu).ok().and_then(|index| self.vcpus.get(index)) {
+            // A thread that has ended since cannot be signalled, and need not be.
+            let _ = thread.kill(signals::kick_number());
+        }
+    }
+
+    /// Passes on what a vCPU said of its registers, kicks it once more if it said nothing, and gives up when it had its time.
+    fn push_question(&mut self) -> Result<(), VmmError> {
+        let Some(Question { vcpu, by, since }) = self.question else { return Ok(()) };
+        let (told, stalled) = match self.machine.told() {
+            Some(told) => (told.registers, told.stalled),
+            None if self.machine.has_ended(vcpu) => (Err(format!("vCPU {vcpu} has ended")), Duration::ZERO),
+            None if since.elapsed() >= ANSWER_GRACE => {
+                let seconds = ANSWER_GRACE.as_secs();
+                (Err(format!("vCPU {vcpu} did not leave KVM within {seconds} s")), Duration::ZERO)
+            }
+            None => {
+                self.kick(vcpu);
+                return Ok(());
+            }
+        };
+        self.machine.no_longer_ask();
+        self.question = None;
+        let (registers, refused) = match told {
+            Ok(registers) => (Some(registers), None),
+            Err(refused) => (None, Some(refused)),
+        };
+        self.answer(by, &Event::Registers { vcpu, registers, stalled_ns: ns(stalled), refused })
     }
 
     fn aim(&self, bytes: ByteCount, piece: BalloonPiece) -> Result<(), VmmError> {
@@ -306,8 +402,11 @@ impl Supervisor {
     }
 }
 
+fn ns(took: Duration) -> u64 {
+    u64::try_from(took.as_nanos()).unwrap_or(u64::MAX)
+}
+
 fn told(notice: Notice) -> Event {
-    let ns = |took: Duration| u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
     match notice {
         Notice::Settled { target, ballooned, took } => Event::Ballooned {
             target_bytes: PageCount(target.pages()).bytes().0,

@@ -1,12 +1,13 @@
 //! Whole machines, in threads of this process, under KVM and without.
 mod common;
 
-use common::{Honesty, Manager, Started, accels, config, finite};
+use common::{Honesty, Inspector, Manager, Started, accels, config, finite};
+use plimsoll_guest::abi;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_types::{Gpa, PAGE_SIZE};
 use plimsoll_vmm::config::{AccelChoice, Hole, HugePages, Management, Prefault, VmmConfig};
-use plimsoll_vmm::control::{Command, Event, MergeMode, MergeRange, StopMode};
+use plimsoll_vmm::control::{Command, Event, MergeMode, MergeRange, Registers, StopMode};
 use plimsoll_vmm::report::ProbeReport;
 use plimsoll_vmm::supervise::ManagerEnd;
 use plimsoll_vmm::{Accel, VmmError};
@@ -124,6 +125,57 @@ fn blocks_are_offered_to_ksm_and_withdrawn_on_request_and_nothing_outside_of_mem
     assert!(refused.contains("MADV_MERGEABLE"), "{refused}");
     machine.stop(StopMode::Now);
     assert_eq!(machine.end().unwrap().died, None);
+}
+
+#[test]
+fn vcpus_say_their_registers_while_they_work_and_while_they_wait_to_whoever_may_ask() {
+    for (accel, kind) in accels().into_iter().flat_map(|accel| {
+        [WorkloadKind::Zipf, WorkloadKind::Probe, WorkloadKind::Idle].map(|kind| (accel, kind))
+    }) {
+        let folder = tempfile::tempdir().unwrap();
+        let inspect = folder.path().join("inspect.sock");
+        let config =
+            VmmConfig { vcpus: 2, inspect: Some(inspect.clone()), ..config(WorkloadSpec::new(kind), accel) };
+        let mut machine = Started::new(config, None);
+        let ram = machine.until(|event| match event {
+            Event::Started { ram, .. } => Some(ram.clone()),
+            _ => None,
+        });
+        let seen = |event: &Event, asked: u32| match event {
+            Event::Registers { vcpu, registers, refused, stalled_ns } if *vcpu == asked => {
+                println!("{kind} {accel:?}: vCPU {vcpu} stood still for {stalled_ns} ns");
+                Some((registers.clone(), refused.clone()))
+            }
+            _ => None,
+        };
+        let is_kvm = accel == AccelChoice::Kvm;
+        let check = |(registers, refused): (Option<Box<Registers>>, Option<String>)| {
+            let registers = registers.map(|registers| (registers.control[2], registers.privilege));
+            assert_eq!(
+                registers,
+                is_kvm.then_some((abi::PAGE_TABLES_GPA, 3)),
+                "{kind} {accel:?} {refused:?}"
+            );
+        };
+        for vcpu in [0, 1, 0] {
+            machine.command(Command::Registers { vcpu });
+            check(machine.until(|event| seen(event, vcpu)));
+        }
+        machine.command(Command::Registers { vcpu: 2 });
+        assert!(machine.until(|event| seen(event, 2)).0.is_none(), "{kind} {accel:?}");
+        // From the other socket, one client after the other; it obeys nothing else.
+        for _ in 0..2 {
+            let mut client = Inspector::connect(&inspect);
+            let Event::Started { ram: found, .. } = client.event() else { panic!("no first line") };
+            assert_eq!(found, ram);
+            client.command(Command::Registers { vcpu: 1 });
+            check(seen(&client.event(), 1).unwrap());
+            client.command(Command::Stop { mode: StopMode::Now });
+            assert!(matches!(client.event(), Event::Error { .. }));
+        }
+        machine.stop(StopMode::Now);
+        assert_eq!(machine.end().unwrap().died, None, "{kind} {accel:?}");
+    }
 }
 
 #[test]

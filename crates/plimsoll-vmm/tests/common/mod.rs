@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -126,6 +127,28 @@ impl Started {
     pub(crate) fn end(mut self) -> Result<ExitReport, VmmError> {
         while self.event().is_some() {}
         self.thread.join().unwrap()
+    }
+}
+
+/// A client of a machine's inspection socket.
+pub(crate) struct Inspector(BufReader<UnixStream>);
+
+impl Inspector {
+    pub(crate) fn connect(path: &Path) -> Self {
+        let socket = UnixStream::connect(path).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(BufReader::new(socket))
+    }
+
+    pub(crate) fn command(&mut self, command: Command) {
+        let line = serde_json::to_string(&command).unwrap();
+        self.0.get_mut().write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+
+    pub(crate) fn event(&mut self) -> Event {
+        let mut line = String::new();
+        self.0.read_line(&mut line).expect("the machine should say something in time");
+        serde_json::from_str(&line).expect(&line)
     }
 }
 

@@ -239,7 +239,7 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>, merging: &
             // Nobody waits for it where nothing is shared.
             Event::Merging { range, refused } => drop(merging.send(Merging { range, refused })),
             // Nobody here asks a guest to probe.
-            Event::Probed(_) | Event::Ballooned { .. } | Event::Frames { .. } => {}
+            Event::Probed(_) | Event::Ballooned { .. } | Event::Frames { .. } | Event::Registers { .. } => {}
         }
     }
     state.lock().closed = true;
