@@ -60,8 +60,12 @@ impl<F: Format, M: TableMemory> Direct<'_, F, M> {
             (Entry::Absent { .. }, _) => Ok(Named::Nothing),
             (Entry::Malformed(reason), _) => Err(Refused::Malformed { level, reason }),
             (Entry::Table(_), None) => Err(Refused::Malformed { level, reason: Malformed::TableAtLastLevel }),
-            (Entry::Table(next), Some(below)) if !next.global => Ok(Named::Table(find(next.at)?, below)),
-            (Entry::Leaf(leaf), None) if !leaf.global && leaf.shift == F::PAGE_SHIFT => {
+            (Entry::Table(next), Some(below)) if !next.global && next.memory == F::TABLE_MEMORY => {
+                Ok(Named::Table(find(next.at)?, below))
+            }
+            (Entry::Leaf(leaf), None)
+                if !leaf.global && leaf.shift == F::PAGE_SHIFT && leaf.memory == F::TABLE_MEMORY =>
+            {
                 let number = find(leaf.output)?;
                 let writable = leaf.permissions.contains(Permissions::WRITE);
                 Ok(if writable { Named::Writable(number) } else { Named::Readable(number) })
@@ -105,7 +109,7 @@ impl<F: Format, M: TableMemory> Direct<'_, F, M> {
     }
 
     /// Takes what an entry names; of tables, only such as are whole.
-    fn take(&mut self, owner: MachineId, named: Named) -> Done<(), M> {
+    pub(super) fn take(&mut self, owner: MachineId, named: Named) -> Done<(), M> {
         let (number, kind) = match named {
             Named::Nothing => return Ok(()),
             Named::Readable(number) => (number, None),

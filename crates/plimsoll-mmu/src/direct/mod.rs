@@ -6,7 +6,8 @@
 //! # Kinds
 //!
 //! A frame has one [`Kind`] at a time: memory that is mapped writable, or a table of one level. It keeps it as long as anybody
-//! needs it ([`Frame::needed`]): each writable mapping, each entry that names the table, each pin, each processor whose root it is. What
+//! needs it ([`Frame::needed`]): each writable mapping, each entry that names the table, each pin, each processor whose root it is, and
+//! the host, where it writes to memory of the guest's by itself ([`Direct::keep`]). What
 //! only reads needs no kind, so that a guest reads its tables through mappings of its own. Any mapping, and any entry that names a
 //! table, is counted besides ([`Frame::uses`]); a frame with uses stays its owner's.
 //!
@@ -16,9 +17,10 @@
 //!
 //! # Refused
 //!
-//! Large and global leaves, entries that the processor refuses, frames of others. A table that names one of its own or a
-//! higher level (the linear map of old x86 kernels) is refused by kind: walked from above it would be a table of two levels at
-//! once, and where one of them maps pages the other's rights to write would count.
+//! Large and global leaves, entries that the processor refuses, frames of others. Entries that have memory cached otherwise than tables
+//! are: what a guest writes past the caches can differ from what is read here when the frame becomes a table (XSA-402). A table that names
+//! one of its own or a higher level (the linear map of old x86 kernels) is refused by kind: walked from above it would be a table of two
+//! levels at once, and where one of them maps pages the other's rights to write would count.
 //!
 //! # Fences
 //!
@@ -88,6 +90,7 @@ pub struct Frame {
     uses: u32,
     held: u32,
     pinned: bool,
+    kept: bool,
     /// The number of its owner's fences when it lost a mapping.
     lost: Option<u64>,
     making: Making,
@@ -104,6 +107,7 @@ impl Frame {
         uses: 0,
         held: 0,
         pinned: false,
+        kept: false,
         lost: None,
         making: Making::No,
         next: None,
@@ -137,6 +141,11 @@ impl Frame {
     /// Whether its owner pinned it.
     pub const fn pinned(&self) -> bool {
         self.pinned
+    }
+
+    /// Whether the host writes to it.
+    pub const fn kept(&self) -> bool {
+        self.kept
     }
 }
 
@@ -180,7 +189,7 @@ pub enum Refused<E> {
         /// Why.
         reason: Malformed,
     },
-    /// The entry is a large leaf or a global one.
+    /// The entry is a large leaf or a global one, or has memory cached otherwise than tables are.
     Unsupported {
         /// The table's level.
         level: Level,
@@ -219,7 +228,10 @@ impl<E: fmt::Debug> fmt::Display for Refused<E> {
             Self::Needed { frame, kind } => write!(f, "the frame at {frame} is needed as {kind:?}"),
             Self::Malformed { level, reason } => write!(f, "an entry of {level} is malformed: {reason}"),
             Self::Unsupported { level, word } => {
-                write!(f, "the entry {word:#x} of {level} is large or global; map pages, and not globally")
+                write!(
+                    f,
+                    "the entry {word:#x} of {level} is large, global or not cached as tables are; map cached pages, and not globally"
+                )
             }
             Self::NoEntry(at) => write!(f, "{at} is no entry of a table that is in use"),
             Self::Pinned(frame) => write!(f, "the frame at {frame} is pinned; unpin it first"),
@@ -375,6 +387,31 @@ impl<'a, F: Format, M: TableMemory> Direct<'a, F, M> {
             }
             _ => Err(Refused::NotPinned(at)),
         }
+    }
+
+    /// The host writes to a frame by itself until it lets it go: till then it is memory that may be written.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn keep(&mut self, owner: MachineId, at: Output) -> Done<(), M> {
+        let number = self.owned(owner, at)?;
+        if !self.record(number).kept {
+            self.take(owner, Named::Writable(number))?;
+            self.record_mut(number).kept = true;
+        }
+        Ok(())
+    }
+
+    /// The host writes to a frame no more.
+    ///
+    /// # Errors
+    /// [`Refused::NotOwned`].
+    pub fn unkeep(&mut self, owner: MachineId, at: Output) -> Done<(), M> {
+        let number = self.owned(owner, at)?;
+        if core::mem::take(&mut self.record_mut(number).kept) {
+            self.let_go(Named::Writable(number));
+        }
+        Ok(())
     }
 
     /// A processor gets a table as its root, which it loads at once.

@@ -52,6 +52,11 @@ fn cache(ram: &Ram, root: Option<usize>, cached: &mut BTreeSet<Cached>) {
                 }
                 Entry::Leaf(leaf) => {
                     let page = number(leaf.output).unwrap_or_else(|| panic!("{leaf:?} is reached"));
+                    assert_eq!(
+                        leaf.memory,
+                        Long4::TABLE_MEMORY,
+                        "what is written past the caches is not checked"
+                    );
                     todo.push(Cached::Page(page, leaf.permissions.contains(Permissions::WRITE)));
                 }
                 _ => {}
@@ -125,8 +130,8 @@ fn run(seed: u64, seen: &mut Seen) {
     for step in 0..120 {
         let frame = usize::try_from(next() % FRAMES as u64).expect("small");
         let entry = Output(address(frame).0 | INDICES[usize::try_from(next() & 3).expect("small")] << 3);
-        let flags = [0, 1, 3, 5, 7, 7, 7, 0x27, 0x67, 0x87, 0x107, 1 << 63 | 7];
-        let flags = flags[usize::try_from(next() % 12).expect("small")];
+        let flags = [0, 1, 3, 5, 7, 7, 7, 0x27, 0x67, 0x87, 0x107, 0x1f, 1 << 63 | 7];
+        let flags = flags[usize::try_from(next() % 13).expect("small")];
         let target = address(usize::try_from(next() % (FRAMES as u64 + 1)).expect("small")).0;
         let word = if next().is_multiple_of(16) { next() } else { target | flags };
         let level = Level(u8::try_from(next() % 6).expect("small"));

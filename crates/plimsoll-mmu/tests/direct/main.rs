@@ -14,7 +14,7 @@ mod long;
 mod world;
 
 use plimsoll_mmu::Level;
-use plimsoll_mmu::direct::Kind;
+use plimsoll_mmu::direct::{Frame, Kind};
 use stateright::{Checker, Expectation, HasDiscoveries, Model, Property};
 use std::time::Instant;
 use world::{Action, Cached, GUEST, Host, OTHER, Sight, World};
@@ -22,7 +22,8 @@ use world::{Action, Cached, GUEST, Host, OTHER, Sight, World};
 const TABLES_READ_ONLY: &str = "no table is writable by its guest";
 const TABLES_STAY: &str = "what a processor takes for a table is one";
 const NOTHING_FOREIGN: &str = "no frame of others is mapped";
-const COUNTED: &str = "uses and needs are what entries, pins and roots are";
+const HOST_WRITES_NO_TABLE: &str = "what the host writes to is no table";
+const COUNTED: &str = "uses and needs are what entries, pins, roots and the host are";
 
 impl<const LEVELS: u8, const BITS: u32> Model for Host<LEVELS, BITS> {
     type State = World;
@@ -56,7 +57,8 @@ impl<const LEVELS: u8, const BITS: u32> Model for Host<LEVELS, BITS> {
                 }
             }
         }
-        actions.extend([Action::Unload, Action::Fence, Action::Work]);
+        // One frame is enough to see what that does.
+        actions.extend([Action::Unload, Action::Fence, Action::Work, Action::Keep(0), Action::Unkeep(0)]);
     }
 
     fn next_state(&self, world: &World, action: Action) -> Option<World> {
@@ -84,6 +86,9 @@ impl<const LEVELS: u8, const BITS: u32> Model for Host<LEVELS, BITS> {
                     world.records[*frame].owner() == Some(GUEST)
                 })
             }),
+            Property::always(HOST_WRITES_NO_TABLE, |_, world: &World| {
+                world.records.iter().all(|record| !record.kept() || record.kind() == Kind::Writable)
+            }),
             Property::always(COUNTED, |host: &Self, world: &World| {
                 let counts = world.records.iter().map(|frame| (frame.uses(), frame.needed()));
                 counts.eq(host.counted(world))
@@ -96,6 +101,9 @@ impl<const LEVELS: u8, const BITS: u32> Model for Host<LEVELS, BITS> {
                     Cached::Page(frame, false) => world.records[*frame].kind() == Kind::Table(Level(1)),
                     _ => false,
                 })
+            }),
+            Property::sometimes("the host writes to a page while the guest runs", |_, world: &World| {
+                world.root.is_some() && world.records.iter().any(Frame::kept)
             }),
             Property::sometimes("a table is half made", |_, world: &World| {
                 world.records.iter().any(|frame| frame.held() > 0 && frame.needed() == 0)

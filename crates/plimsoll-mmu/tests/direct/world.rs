@@ -87,6 +87,9 @@ pub(crate) enum Action {
     Unpin(usize),
     Load(usize, u64),
     Unload,
+    /// The host begins or ceases to write to it.
+    Keep(usize),
+    Unkeep(usize),
     Update(usize, usize, u64),
     /// The guest writes to what it can write.
     Write(usize, usize, u64),
@@ -200,6 +203,8 @@ impl<const LEVELS: u8, const BITS: u32> Host<LEVELS, BITS> {
                 direct.unload(0);
                 Ok(())
             }
+            Action::Keep(frame) => direct.keep(GUEST, address(frame)),
+            Action::Unkeep(frame) => direct.unkeep(GUEST, address(frame)),
             Action::Update(frame, index, word) => {
                 let at = Output(address(frame).0 + 8 * index as u64);
                 direct.update(GUEST, Update { at, word, marks: Marks::Keep }, &mut { ENOUGH })
@@ -262,8 +267,10 @@ impl<const LEVELS: u8, const BITS: u32> Host<LEVELS, BITS> {
             }
         };
         for (number, frame) in world.records.iter().enumerate() {
-            if frame.pinned() {
-                count(address(number), true);
+            for needs in [frame.pinned(), frame.kept()] {
+                if needs {
+                    count(address(number), true);
+                }
             }
             if world.root.is_some_and(|root| root as usize == number) {
                 count(address(number), true);
