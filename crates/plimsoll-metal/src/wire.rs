@@ -91,6 +91,8 @@ impl Paging {
     pub const NESTED: Self = Self(0);
     /// It walks tables that the hypervisor makes of the guest's and of where its memory is.
     pub const SHADOW: Self = Self(1);
+    /// It walks the guest's own tables, which name the machine's frames: the guest asks for every entry, and all of its memory is reserved for it.
+    pub const DIRECT: Self = Self(2);
 }
 
 /// One guest.

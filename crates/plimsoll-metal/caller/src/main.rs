@@ -2,7 +2,8 @@
 //!
 //! Enters: the parameter page. Leaves: a last report, or a message that says which promise was broken. Machine 1 is the owner, 2 the borrower,
 //! 3 asks for what it must not have. They meet in a page that the owner shares with the borrower; handles need no telling,
-//! for they are no secret: rights are what counts. A fourth asks for nothing: it is a kernel, [`spaces`].
+//! for they are no secret: rights are what counts. Others are kernels: 4 and 5 have address spaces of their own ([`spaces`]), 5 by asking for
+//! every entry; 6 to 8 ask so for what they must not have ([`forger`]).
 //!
 //! ```text
 //! owner                                   borrower
@@ -17,9 +18,11 @@
 
 #[path = "../../../plimsoll-guest/image/src/entry.rs"]
 mod entry;
+mod forger;
 #[path = "../../../plimsoll-guest/image/src/mem.rs"]
 mod mem;
 mod spaces;
+mod tables;
 #[path = "../../../plimsoll-guest/image/src/vcpu.rs"]
 mod vcpu;
 
@@ -30,6 +33,7 @@ use core::ptr::{read_volatile, with_exposed_provenance, with_exposed_provenance_
 use entry::Message;
 use plimsoll_guest::Machine;
 use plimsoll_guest::abi::{PAGE_SIZE, PAGE_TABLES_GPA, Phase, Report, STOP_NO};
+use tables::{Asked, Own};
 use vcpu::{Vcpu, address};
 
 /// Where extents are mapped: the block behind this guest's memory, which has 16 MiB.
@@ -47,6 +51,7 @@ const INVALID: u64 = 2;
 const NO_SUCH_EXTENT: u64 = 3;
 const NOT_ALLOWED: u64 = 4;
 const IN_USE: u64 = 5;
+const NO_SUCH_CALL: u64 = 1;
 /// Calls, likewise.
 const GRANT: u64 = 2;
 const MAP: u64 = 3;
@@ -62,9 +67,14 @@ extern "C" fn guest_main() -> ! {
     // SAFETY: `_start` calls this once, on processor 0, the only one.
     let mut vcpu = unsafe { Vcpu::new(0) };
     let seed = vcpu.params().seed;
-    if seed == 4 {
-        // What it does is over before the others' work begins.
-        let (checks, sum) = spaces::run();
+    // What kernels do is over before the others' work begins.
+    let kernel = match seed {
+        4 => Some(spaces::run(&mut Own)),
+        5 => Some(spaces::run(&mut Asked::new())),
+        6.. => forger::run(&mut vcpu, seed),
+        _ => None,
+    };
+    if let Some((checks, sum)) = kernel {
         vcpu.done(&Report { operations: sum, ..report(Phase::Done, checks) });
     }
     vcpu.report(&report(Phase::Running, 0));
@@ -75,7 +85,7 @@ extern "C" fn guest_main() -> ! {
         1 => own(&mut vcpu),
         2 => borrow(&mut vcpu),
         3 => ask_wrongly(),
-        other => panic!("no role has seed {other}: use 1 to 4"),
+        other => panic!("no role has seed {other}: use 1 to 8"),
     };
     vcpu.done(&report(Phase::Done, checks))
 }

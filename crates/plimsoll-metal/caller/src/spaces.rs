@@ -1,13 +1,15 @@
 //! A small kernel: two address spaces that share a window, into which pages are mapped, and out of it again, at random.
 //!
 //! Enters: nothing. Leaves: how often memory and the marks in its tables were what they must be, and a sum of all that was read, which is the
-//! same however its addresses are translated. It runs in ring 0, loads CR3, writes its tables in place and fences as a kernel does.
+//! same however its addresses are translated. It runs in ring 0, and loads roots, changes its tables and fences as a kernel does: by itself, or
+//! by asking ([`Tables`]).
 //!
 //! ```text
 //! ROOTS          two PML4s: entry 0 is the hypervisor's first, entry 1 leads to the window
 //! ROOTS + 0x2000 for each space a PDPT, a directory, and the table of the window's 512 pages
 //! PAGES          the pages that are mapped there, each with words of its own
 //! ```
+use crate::tables::{ADDRESS, READABLE, Tables};
 use crate::vcpu::address;
 use crate::{call, read, write};
 use core::arch::asm;
@@ -23,7 +25,6 @@ const COUNT: u64 = 1792;
 const ROUNDS: u32 = 12_000;
 /// Entries: present, writable, a user's; accessed; dirty.
 const TABLE: u64 = 7;
-const READABLE: u64 = 5;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
 const GLOBAL_PAGES: u64 = 1 << 7;
@@ -63,16 +64,6 @@ const fn seen_at(slot: usize) -> u64 {
     WINDOW + slot as u64 * PAGE_SIZE
 }
 
-fn load(space: usize) {
-    // SAFETY: ring 0; both spaces map this program, its stack and all of its memory to themselves.
-    unsafe { asm!("mov cr3, {}", in(reg) root(space), options(nostack, preserves_flags)) };
-}
-
-fn invalidate(at: u64) {
-    // SAFETY: ring 0; forgets a translation.
-    unsafe { asm!("invlpg [{}]", in(reg) at, options(nostack, preserves_flags)) };
-}
-
 /// Everything is forgotten, as a kernel does it that has global pages.
 fn invalidate_everything() {
     // SAFETY: ring 0; global pages are switched on and off again, and there are none.
@@ -90,43 +81,47 @@ fn current() -> u64 {
 }
 
 /// Runs it. Checks that were made, and the sum.
-pub fn run() -> (u64, u64) {
+pub fn run(tables: &mut impl Tables) -> (u64, u64) {
     for space in 0..SPACES {
         write(root(space), read(PAGE_TABLES_GPA));
-        write(root(space) + 8, table(space, 3) | TABLE);
-        write(table(space, 3), table(space, 2) | TABLE);
-        write(table(space, 2), table(space, 1) | TABLE);
+        write(root(space) + 8, tables.leads_to(table(space, 3)) | TABLE);
+        write(table(space, 3), tables.leads_to(table(space, 2)) | TABLE);
+        write(table(space, 2), tables.leads_to(table(space, 1)) | TABLE);
     }
+    tables.begin(ROOTS, 8, &[root(0), root(1)]);
     for page in 0..COUNT {
         (0..8).for_each(|word| write(PAGES + page * PAGE_SIZE + word * 512, page << 8 | word));
     }
     let mut spaces = [[Slot { page: None, touched: false }; SLOTS]; SPACES];
     let (mut random, mut checks, mut sum, mut now) = (Random(1), 0, 0u64, 0);
-    load(now);
+    tables.load(root(now));
     for round in 0..ROUNDS {
         let slot = address(random.below(SLOTS as u64));
         let shown = &mut spaces[now][slot];
-        match (random.below(16), shown.page) {
+        let what = random.below(16);
+        if what != 5 && shown.page.is_some() {
+            tables.settle(entry(now, slot));
+        }
+        match (what, shown.page) {
             // Another page, often the one that the other space shows, or none.
             (0..5, old) => {
                 let page = (random.below(8) > 0).then(|| random.below(COUNT));
                 let rights = if random.below(4) == 0 { READABLE } else { TABLE };
-                let word = page.map_or(0, |page| (PAGES + page * PAGE_SIZE) | rights);
-                let was = read(entry(now, slot));
-                if old.is_some() {
+                let word = page.map_or(0, |page| tables.leads_to(PAGES + page * PAGE_SIZE) | rights);
+                if let Some(old) = old {
+                    let was = read(entry(now, slot));
+                    let old = tables.leads_to(PAGES + old * PAGE_SIZE);
+                    assert_eq!(was & ADDRESS, old, "round {round}: {was:#x}'s page");
                     assert_eq!(was & ACCESSED != 0, shown.touched, "round {round}: {was:#x}'s accessed bit");
                     checks += 1;
                 }
-                write(entry(now, slot), word);
-                if old.is_some() {
-                    invalidate(seen_at(slot));
-                }
+                tables.set(entry(now, slot), word, old.map(|_| seen_at(slot)));
                 *shown = Slot { page, touched: false };
             }
             (5, _) => {
                 now = 1 - now;
-                load(now);
-                assert_eq!(current(), root(now), "round {round}: CR3 is what was loaded");
+                tables.load(root(now));
+                assert_eq!(current(), tables.leads_to(root(now)), "round {round}: CR3 is what was loaded");
             }
             (6, _) if round % 16 == 0 => invalidate_everything(),
             (6..11, Some(page)) => {

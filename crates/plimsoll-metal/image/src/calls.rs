@@ -54,6 +54,8 @@ pub enum Status {
     InUse = 5,
     /// There is no memory, or no room.
     NoRoom = 6,
+    /// A part of it was done: the call is to be made again ([`crate::direct`]).
+    Again = 7,
 }
 
 /// A call that was not done, or a hypervisor that contradicts itself.
@@ -130,6 +132,9 @@ impl Host {
     pub fn call(&mut self, place: usize, arguments: [u64; 5]) -> Result<u64, CallError> {
         let by = self.guests[place].id;
         let [call, first, second, third, _] = arguments;
+        if call != 0 && self.guests[place].paged.tables().owner().is_some() {
+            return self.call_direct(place, arguments);
+        }
         let handle = Handle::from_bits(first);
         match call {
             0 => self.pages(place, first).ok_or(refused(Status::Invalid)),

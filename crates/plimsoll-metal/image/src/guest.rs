@@ -66,6 +66,11 @@ pub enum StartError {
         /// The number.
         found: u64,
     },
+    /// There is no room for its first tables.
+    Tables {
+        /// Where they would end.
+        end: Gpa,
+    },
     /// Memory its page tables cannot map.
     OutOfReach {
         /// Where.
@@ -84,7 +89,12 @@ impl fmt::Display for StartError {
             Self::Program(error) => write!(f, "{error}"),
             Self::Processors { found } => write!(f, "it is to have {found} processors; guests here have one"),
             Self::NoProgram { found } => write!(f, "no program has number {found}: use 0 to 2"),
-            Self::NoPaging { found } => write!(f, "no paging has number {found}: use 0 or 1"),
+            Self::NoPaging { found } => write!(f, "no paging has number {found}: use 0 to 2"),
+            Self::Tables { end } => write!(
+                f,
+                "its first tables would end at {end} and have room up to {:#x}; use a smaller guest",
+                abi::PAGE_TABLES_END
+            ),
             Self::OutOfReach { at } => {
                 write!(f, "its memory at {at} is out of reach of {DIRECTORIES} page directories")
             }
@@ -97,6 +107,12 @@ impl fmt::Display for StartError {
 impl From<PagedError> for StartError {
     fn from(error: PagedError) -> Self {
         Self::Memory(error)
+    }
+}
+
+impl From<PagingError> for StartError {
+    fn from(error: PagingError) -> Self {
+        Self::Memory(error.into())
     }
 }
 
@@ -236,6 +252,7 @@ impl Guest {
             let stages = match settings.paging {
                 Paging::NESTED => Stages::Nested { root: paged.root() },
                 Paging::SHADOW => Stages::One { root: paged.shadow(memory, abi::PAGE_TABLES_GPA)? },
+                Paging::DIRECT => Stages::Own,
                 found => return Err(StartError::NoPaging { found: found.0 }),
             };
             let ring = if settings.program == ProgramKind::KERNEL { Ring::Kernel } else { Ring::User };
@@ -266,9 +283,12 @@ impl Guest {
         };
         guest.write(pool, Gpa(abi::IMAGE_GPA), program)?;
         guest.write(pool, Gpa(abi::PARAMS_GPA), params.as_bytes())?;
-        guest.write_tables(pool, features)?;
         // The hypervisor writes there whenever it likes, also when there is no memory to bring it into.
         guest.paged.keep(pool, Gpa(abi::channel_gpa(0)))?;
+        match settings.paging {
+            Paging::DIRECT => guest.build_tables(pool, features)?,
+            _ => guest.write_tables(pool, features)?,
+        }
         Ok(guest)
     }
 
@@ -454,9 +474,7 @@ impl Guest {
                 if !self.vcpu.set_cr4(cr4) {
                     return Err(refused);
                 }
-                if let Some((shadow, translations)) = self.paged.tables().shadows() {
-                    shadow.invalidate(Invalidation::Everything, translations).map_err(broken)?;
-                }
+                self.paged.tables().forget_everything().map_err(broken)?;
             }
             Instruction::Invalidate(operand) => {
                 let input = Input(self.address_of(operand, next));

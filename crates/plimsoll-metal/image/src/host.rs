@@ -12,6 +12,7 @@ use crate::svm::{Exit, Svm};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use plimsoll_core::ledger::{Budget, Kind, Ledger, LedgerError, Purpose, Terms};
+use plimsoll_core::word::StateKind;
 use plimsoll_guest::abi::{self, Report};
 use plimsoll_types::{ByteCount, DomainId, Gpa, GroupId, PAGE_SIZE, PageCount};
 
@@ -93,7 +94,9 @@ impl Host {
     /// # Errors
     /// [`LedgerError`].
     pub fn admit(&mut self, guest: Guest) -> Result<(), LedgerError> {
-        let terms = Terms { size: guest.paged.size().bytes(), reservation: ByteCount(0) };
+        // What is never taken is reserved.
+        let reservation = guest.paged.pages(StateKind::NeverPage).bytes();
+        let terms = Terms { size: guest.paged.size().bytes(), reservation };
         self.ledger.admit(guest.id, GROUP, terms)?;
         // There is room for as many as there can be settings for, and each is new.
         let admitted = self.pool.memory.borrow_mut().with_extents(|extents| extents.admit(guest.id));

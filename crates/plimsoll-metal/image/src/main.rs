@@ -12,6 +12,7 @@
 //! | `memory`, `paging` | frames, and the hypervisor's own tables |
 //! | `svm`, `nested` | a virtual processor, and the second stage of its memory |
 //! | `shadow`, `decode` | a processor without that stage, and what is done for it |
+//! | `direct` | one that walks the guest's own tables, which the guest does not write |
 //! | `paged`, `slabs` | the core's decisions done with frames; the store's memory |
 //! | `guest`, `host` | what a guest's program asks for; turns, budgets, reclaim |
 //! | `calls` | memory that guests own, give, lend and share |
@@ -28,6 +29,7 @@ mod calls;
 mod console;
 mod cpu;
 mod decode;
+mod direct;
 mod guest;
 mod host;
 #[path = "../../../plimsoll-guest/image/src/mem.rs"]
@@ -185,10 +187,13 @@ fn run(start: u64) -> Result<(), Refusal> {
     let shadows = settings.guests.iter().filter(|guest| guest.paging == Paging::SHADOW);
     let shadows = shadows.map(|guest| shadow::heap_bytes(PageCount(pages_of(guest))).0);
     let heap = HEAP_LEAST.0.saturating_add(pages.saturating_mul(HEAP_PER_PAGE));
-    let heap = ByteCount(shadows.fold(heap, u64::saturating_add));
-    let least = ByteCount(GUEST_LEAST.0 * settings.guests.len() as u64);
+    let heap = shadows.fold(heap, u64::saturating_add);
+    let names_frames = settings.guests.iter().any(|guest| guest.paging == Paging::DIRECT);
+    let kinds = |end| if names_frames { direct::heap_bytes(end).0 } else { 0 };
+    let heap = |end| ByteCount(heap.saturating_add(kinds(end)));
+    let least = settings.guests.iter().map(least_of).fold(0, u64::saturating_add);
     // SAFETY: once, here, with nothing allocated before; the claims are firmware's.
-    let found = unsafe { Memory::of(left.claims(), &parts, left.settings, heap, least) }?;
+    let found = unsafe { Memory::of(left.claims(), &parts, left.settings, heap, ByteCount(least)) }?;
     let mut memory = found.memory;
     // The settings lie where the hypervisor's own tables do not reach.
     let (guests, seconds, provoke) = (settings.guests.to_vec(), settings.seconds, settings.provoke);
@@ -214,6 +219,14 @@ fn run(start: u64) -> Result<(), Refusal> {
 /// Pages that settings say a guest owns; whether they may is found out when it is made.
 fn pages_of(guest: &GuestSettings) -> u64 {
     guest.params.regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.len / PAGE_SIZE as u64))
+}
+
+/// The least in which a guest gets anywhere: all of its memory, if none of it can be taken.
+fn least_of(guest: &GuestSettings) -> u64 {
+    match guest.paging {
+        Paging::DIRECT => pages_of(guest).saturating_mul(PAGE_SIZE as u64),
+        _ => GUEST_LEAST.0,
+    }
 }
 
 /// Runs the guests, says what came of it, and gives everything back.

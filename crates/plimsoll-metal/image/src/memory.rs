@@ -4,10 +4,13 @@
 //! map, so that whoever asks for more is refused, and nothing is reserved that is not counted. All memory is mapped to itself.
 //! What must never happen: a frame with two owners. [`Frame`] is a value that cannot be copied, and nobody but this file and
 //! guests' tables ([`crate::nested`]) makes a frame of an address.
+use crate::direct::{self, Kinds};
 use crate::start::Parts;
 use crate::wire::GUESTS_MAX;
 use alloc::boxed::Box;
+use alloc::rc::Rc;
 use alloc::vec::Vec;
+use core::cell::RefCell;
 use core::fmt;
 use core::num::NonZeroU64;
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
@@ -18,6 +21,7 @@ use plimsoll_core::frames::buddy::{
 };
 use plimsoll_core::frames::extents::{ExtentError, Extents, Slot, Task, Work};
 use plimsoll_core::frames::firmware::{Claim, HostMap, HostMapError, HostRegion, Repairs, Use};
+use plimsoll_mmu::format::x86::Caps;
 use plimsoll_mmu::{Level, Output, TableFrames, TableMemory};
 use plimsoll_types::{ByteCount, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount, Pfn};
 
@@ -28,7 +32,7 @@ const CLAIMS: usize = 160;
 /// The hypervisor's own, which come first: the first MiB, its image, the settings.
 const OWN_CLAIMS: usize = 3;
 /// Machines that may own memory.
-const GUESTS: usize = GUESTS_MAX as usize;
+pub const GUESTS: usize = GUESTS_MAX as usize;
 /// Extents there may be.
 const EXTENTS: usize = 1024;
 /// What belongs to firmware and to real-mode leftovers, whatever the map says.
@@ -178,6 +182,8 @@ pub struct Memory {
     /// Image, frame table and heap.
     fixed: PageCount,
     peak: PageCount,
+    /// What frames are used as, once a guest's tables name some.
+    kinds: Option<Rc<RefCell<Kinds>>>,
 }
 
 /// What the hypervisor takes for itself before there are frames, in one piece.
@@ -202,7 +208,7 @@ pub struct Found {
 
 impl Memory {
     /// Makes the frames of what firmware claims, less what the hypervisor keeps: the first MiB, its image, the settings, the frame
-    /// table, and a heap of `heap` bytes. `guests` is the least that guests need beside.
+    /// table, and a heap, whose size `heap` says for memory up to there. `guests` is the least that guests need beside.
     ///
     /// # Safety
     /// Once, while the first tables are in use and before anything is allocated; `claims` are firmware's.
@@ -213,7 +219,7 @@ impl Memory {
         claims: impl Iterator<Item = Claim>,
         parts: &Parts,
         settings: &[u8],
-        heap: ByteCount,
+        heap: impl FnOnce(Pfn) -> ByteCount,
         guests: ByteCount,
     ) -> Result<Found, MemoryError> {
         let reserved = |start: u64, bytes: u64| Claim {
@@ -235,7 +241,8 @@ impl Memory {
         let repairs = HostMap::<REGIONS>::new(&all[OWN_CLAIMS..count]).map_err(MemoryError::Map)?.repairs();
         let map = HostMap::<REGIONS>::new(&all[..count]).map_err(MemoryError::Map)?;
         let regions = map.usable().copied().map(Some);
-        let own = Own::in_map(&map, heap, guests)?;
+        let end = map.usable().next_back().map_or(Pfn(0), HostRegion::end);
+        let own = Own::in_map(&map, heap(end), guests)?;
         all[count] = reserved(own.table.0, own.end.0 - own.table.0);
         let rest = HostMap::<REGIONS>::new(&all[..=count]).map_err(MemoryError::Map)?;
 
@@ -249,13 +256,12 @@ impl Memory {
             core::slice::from_raw_parts_mut(first, own.entries)
         };
         let frames = Frames::of_map(table, &rest)?;
-        let end = map.usable().next_back().map_or(Pfn(0), HostRegion::end);
         let image = PageCount((parts.end - parts.code) >> PAGE_SHIFT);
         let fixed = image + PageCount((own.end.0 - own.table.0) >> PAGE_SHIFT);
         let owned = Extents::new(frames, alloc::vec![Slot::default(); EXTENTS]);
         // Memory's end does not change, and what reads tables outlives this value.
         let physical = Box::leak(Box::new(Physical { end: Hpa(end.0 << PAGE_SHIFT) }));
-        let memory = Self { owned, physical, fixed, peak: fixed };
+        let memory = Self { owned, physical, fixed, peak: fixed, kinds: None };
         let mut found = Found { memory, regions: [None; REGIONS], repairs };
         found.regions.iter_mut().zip(regions).for_each(|(place, region)| *place = region);
         Ok(found)
@@ -264,6 +270,12 @@ impl Memory {
     /// The words of tables.
     pub const fn physical(&self) -> &'static Physical {
         self.physical
+    }
+
+    /// What frames are used as by guests whose tables name them. One processor: it is never borrowed twice at a time.
+    pub fn kinds(&mut self, caps: Caps) -> Rc<RefCell<Kinds>> {
+        let (physical, end) = (self.physical, Pfn(self.physical.end.0 >> PAGE_SHIFT));
+        Rc::clone(self.kinds.get_or_insert_with(|| direct::kinds(physical, caps, end)))
     }
 
     /// All memory: the frames, and what the hypervisor keeps.

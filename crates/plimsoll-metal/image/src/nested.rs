@@ -3,17 +3,19 @@
 //! Enters: frames. Leaves: the same frames, and which pages were used. The tables are the owner of the frames they map: this is the
 //! only place that makes an address of a frame and a frame of an address. What must never happen: a frame taken out while
 //! the processor still translates to it; so the guest is not run before its translations are forgotten, and its shadows, if it has
-//! any, forget the page with its entry.
+//! any, forget the page with its entry. Nothing is taken out of the tables of a guest whose own tables name frames.
 use crate::cpu::Features;
+use crate::direct::Owner;
 use crate::memory::{Frame, Memory, address};
 use crate::paging::PagingError;
-use crate::shadow::{self, Shadowed};
+use crate::shadow::{self, Behind, Shadowed};
 use crate::svm::Translations;
 use core::ptr::with_exposed_provenance_mut;
 use plimsoll_core::frames::Rights;
 use plimsoll_core::frames::buddy::{FramesError, Kind};
 use plimsoll_mmu::format::x86::{Caps, Npt};
 use plimsoll_mmu::mapper::{Clear, MapError, Mapper, Translation};
+use plimsoll_mmu::shadow::Invalidation;
 use plimsoll_mmu::{Input, Invalidate, Leaf, Memory as Type, Output, Permissions, Span};
 use plimsoll_types::{Gpa, Hpa, PAGE_SHIFT, PAGE_SIZE, PageBytes, PageCount};
 
@@ -38,13 +40,22 @@ pub struct Taken {
     pub accessed: bool,
 }
 
+/// What a guest's processor walks.
+enum Walked {
+    /// Its own tables, and these.
+    Both,
+    /// Shadows of both.
+    Shadows(Shadowed),
+    /// Its own tables alone, which name frames: these are the record of where its memory is.
+    Named(Owner),
+}
+
 /// A guest's nested tables.
 pub struct Nested {
     root: Frame,
     caps: Caps,
     translations: Translations,
-    /// The tables that the processor walks instead.
-    shadow: Option<Shadowed>,
+    walked: Walked,
 }
 
 /// The page of an address.
@@ -63,7 +74,7 @@ impl Nested {
             root: memory.take_root()?,
             caps: features.paging,
             translations: Translations::Stale,
-            shadow: None,
+            walked: Walked::Both,
         })
     }
 
@@ -78,22 +89,71 @@ impl Nested {
     /// There is no memory.
     pub fn shadow(&mut self, memory: &mut Memory, pages: PageCount, cr3: u64) -> Result<Hpa, PagingError> {
         let shadow = Shadowed::new(memory, self.caps, pages, (self.root(), cr3))?;
-        Ok(self.shadow.insert(shadow).root())
+        let root = shadow.root();
+        self.walked = Walked::Shadows(shadow);
+        Ok(root)
+    }
+
+    /// From now on the processor walks the guest's own tables alone, whose frames are this owner's.
+    pub fn walks_frames(&mut self, owner: Owner) {
+        self.walked = Walked::Named(owner);
+    }
+
+    /// The owner of the frames, if the guest's tables name them, and whether translations are stale.
+    pub const fn owner(&mut self) -> Option<(&mut Owner, &mut Translations)> {
+        match &mut self.walked {
+            Walked::Named(owner) => Some((owner, &mut self.translations)),
+            _ => None,
+        }
+    }
+
+    /// The same for good: nothing walks the guest's tables any more.
+    pub fn take_owner(&mut self) -> Option<Owner> {
+        match core::mem::replace(&mut self.walked, Walked::Both) {
+            Walked::Named(owner) => Some(owner),
+            other => {
+                self.walked = other;
+                None
+            }
+        }
     }
 
     /// The shadows, if there are any, and whether translations are stale.
     pub fn shadows(&mut self) -> Option<(&mut Shadowed, &mut Translations)> {
-        self.shadow.as_mut().map(|shadow| (shadow, &mut self.translations))
+        match &mut self.walked {
+            Walked::Shadows(shadow) => Some((shadow, &mut self.translations)),
+            _ => None,
+        }
     }
 
     /// The bytes of the guest's instruction at `rip`, by its tables at `cr3`.
     pub fn instruction(&self, memory: &Memory, cr3: u64, rip: u64) -> Option<[u8; 15]> {
-        shadow::instruction(memory.physical(), (self.root(), cr3), self.caps, rip)
+        match self.walked {
+            Walked::Named(_) => shadow::instruction(memory.physical(), cr3, self.caps, rip),
+            _ => {
+                let behind = Behind::new(memory.physical(), self.root(), self.caps);
+                shadow::instruction(&behind, cr3, self.caps, rip)
+            }
+        }
+    }
+
+    /// The guest has all translations forgotten.
+    ///
+    /// # Errors
+    /// [`PagingError`].
+    pub fn forget_everything(&mut self) -> Result<(), PagingError> {
+        self.translations = Translations::Stale;
+        self.shadows().map_or(Ok(()), |(shadow, stale)| shadow.invalidate(Invalidation::Everything, stale))
+    }
+
+    /// What the processor can do.
+    pub const fn caps(&self) -> Caps {
+        self.caps
     }
 
     /// Nothing keeps what was made of the page's entry.
     fn forget(&mut self, page: Gpa) -> Result<(), PagingError> {
-        self.shadow.as_mut().map_or(Ok(()), |shadow| shadow.taken(page, &mut self.translations))
+        self.shadows().map_or(Ok(()), |(shadow, translations)| shadow.taken(page, translations))
     }
 
     /// Whether the processor must forget translations; the caller has it do so.
@@ -155,11 +215,23 @@ impl Nested {
         }
     }
 
+    /// The frame behind a page.
+    ///
+    /// # Errors
+    /// [`PagingError::Absent`].
+    pub fn frame(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<Hpa, PagingError> {
+        let leaf = self.leaf(memory, gpa)?.ok_or(PagingError::Absent { gpa })?;
+        Ok(Hpa(leaf.output.0))
+    }
+
     /// Takes the frame from behind a page, if there is one.
     ///
     /// # Errors
-    /// [`PagingError`]: a bug.
+    /// [`PagingError::Named`] if the guest's tables may name it. Others are bugs.
     pub fn unmap(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<Option<Taken>, PagingError> {
+        if matches!(self.walked, Walked::Named(_)) {
+            return Err(PagingError::Named { gpa });
+        }
         let Some(leaf) = self.leaf(memory, gpa)? else { return Ok(None) };
         let span = page(gpa)?;
         self.with(memory, |mapper| mapper.unmap(span))?;
@@ -226,7 +298,9 @@ impl Nested {
     /// # Errors
     /// [`FramesError`]: a bug.
     pub fn end(self, memory: &mut Memory) -> Result<(), FramesError> {
-        self.shadow.map_or(Ok(()), |shadow| shadow.end(memory))?;
+        if let Walked::Shadows(shadow) = self.walked {
+            shadow.end(memory)?;
+        }
         memory.give_root(self.root)
     }
 }

@@ -13,7 +13,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use plimsoll_core::airlock::Shape;
 use plimsoll_core::frames::buddy::FramesError;
-use plimsoll_core::layout::GuestLayout;
+use plimsoll_core::layout::{GuestLayout, Region};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{HeapWords, MapError};
 use plimsoll_core::replacement::Run;
@@ -172,6 +172,11 @@ impl Window {
             self.pages += PageCount(1);
         }
     }
+}
+
+/// All pages of regions.
+pub fn pages(regions: &[Region]) -> impl Iterator<Item = Gpa> + Clone {
+    regions.iter().flat_map(|it| (it.start.0..it.start.0 + it.bytes.0).step_by(PAGE_SIZE)).map(Gpa)
 }
 
 impl Paged {
@@ -352,7 +357,19 @@ impl Paged {
     pub fn keep(&mut self, pool: &mut Pool, gpa: Gpa) -> Result<(), PagedError> {
         self.bytes(pool, gpa)?;
         let page = self.core.layout().index_of(gpa).ok_or(PagedError::Outside { gpa })?;
-        Ok(self.core.exclude(page)?)
+        if self.core.state(page)? != PageState::NeverPage {
+            self.core.exclude(page)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps all pages in its tables from now on.
+    ///
+    /// # Errors
+    /// Those of [`bring`](Self::bring).
+    pub fn keep_all(&mut self, pool: &mut Pool) -> Result<(), PagedError> {
+        let regions = self.core.layout().regions().to_vec();
+        pages(&regions).try_for_each(|gpa| self.keep(pool, gpa))
     }
 
     /// Looks at the accessed bits: what was used since is worth keeping.
@@ -483,7 +500,7 @@ impl Paged {
     /// The guest gives pages back.
     ///
     /// # Errors
-    /// [`PagedError::Outside`] when they are not whole pages of its memory: nothing has changed then.
+    /// [`PagingError::Named`] if its tables name frames, [`PagedError::Outside`] when they are not whole pages of its memory: nothing has changed then.
     pub fn discard(&mut self, pool: &mut Pool, gpa: Gpa, bytes: u64) -> Result<(), PagedError> {
         let outside = PagedError::Outside { gpa };
         let is_whole = gpa.is_page_aligned() && bytes.is_multiple_of(PAGE_SIZE as u64);
@@ -532,7 +549,9 @@ impl Paged {
     /// # Errors
     /// A bug.
     pub fn discard_all(&mut self, pool: &mut Pool) -> Result<(), PagedError> {
-        for region in self.core.layout().regions().to_vec() {
+        let regions = self.core.layout().regions().to_vec();
+        self.nested.forget_frames(&mut pool.memory.borrow_mut(), pages(&regions))?;
+        for region in regions {
             self.discard(pool, region.start, region.bytes.0)?;
         }
         Ok(())

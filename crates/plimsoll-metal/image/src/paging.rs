@@ -9,12 +9,13 @@ use crate::start::Parts;
 use core::fmt;
 use plimsoll_core::frames::buddy::FramesError;
 use plimsoll_core::frames::firmware::HostRegion;
+use plimsoll_mmu::direct::Refused;
 use plimsoll_mmu::format::x86::{Caps, Long4};
 use plimsoll_mmu::mapper::{MapError, Mapper, UnalignedRoot};
 use plimsoll_mmu::{
     Input, Invalidate, Leaf, Memory as Type, NothingCached, Output, Permissions, Span, shadow,
 };
-use plimsoll_types::{Hpa, PAGE_SHIFT, PAGE_SIZE, PageCount};
+use plimsoll_types::{Gpa, Hpa, PAGE_SHIFT, PAGE_SIZE, PageCount};
 use x86_64::PhysAddr;
 use x86_64::registers::control::{Cr3, Cr3Flags, Cr4, Cr4Flags};
 use x86_64::structures::paging::PhysFrame;
@@ -33,6 +34,18 @@ pub enum PagingError {
     Root(UnalignedRoot),
     /// Shadow tables cannot go on.
     Shadow(shadow::Error<Outside>),
+    /// A bug: frames that a guest's tables name are not what they must be.
+    Direct(Refused<Outside>),
+    /// Nothing is behind a page.
+    Absent {
+        /// The page.
+        gpa: Gpa,
+    },
+    /// The guest's tables may name the page's frame.
+    Named {
+        /// The page.
+        gpa: Gpa,
+    },
 }
 
 impl fmt::Display for PagingError {
@@ -42,6 +55,11 @@ impl fmt::Display for PagingError {
             Self::Map(error) => write!(f, "{error}"),
             Self::Root(error) => write!(f, "{error}"),
             Self::Shadow(error) => write!(f, "{error}"),
+            Self::Direct(error) => write!(f, "{error}"),
+            Self::Absent { gpa } => write!(f, "there is no memory behind {gpa}"),
+            Self::Named { gpa } => {
+                write!(f, "the page at {gpa} stays where it is: the guest's tables may name its frame")
+            }
         }
     }
 }
@@ -61,6 +79,12 @@ impl From<MapError<Outside>> for PagingError {
 impl From<shadow::Error<Outside>> for PagingError {
     fn from(error: shadow::Error<Outside>) -> Self {
         Self::Shadow(error)
+    }
+}
+
+impl From<Refused<Outside>> for PagingError {
+    fn from(error: Refused<Outside>) -> Self {
+        Self::Direct(error)
     }
 }
 

@@ -40,8 +40,8 @@ pub fn heap_bytes(pages: PageCount) -> ByteCount {
     ByteCount(tables.saturating_mul(size_of::<Record>()).saturating_add(heads) as u64)
 }
 
-/// Frames of tables that are not used now, all zero.
-struct Stock(Vec<Output>);
+/// Frames of tables that are not used now, all zero. The last is taken first.
+pub struct Stock(pub Vec<Output>);
 
 impl TableFrames for Stock {
     fn left(&self, _: Level) -> usize {
@@ -61,32 +61,28 @@ type Tables = Shadow<'static, Long4, Physical, Stock>;
 type Stage = NptStage<'static, Physical>;
 
 /// A guest's memory, by its nested tables.
-struct Behind(GuestMemory<'static, Stage, Physical>);
+pub struct Behind(GuestMemory<'static, Stage, Physical>);
 
 impl Behind {
-    const fn new(memory: &'static Physical, nested_root: Hpa, caps: Caps) -> Self {
+    /// That behind nested tables at `nested_root`.
+    pub const fn new(memory: &'static Physical, nested_root: Hpa, caps: Caps) -> Self {
         let second = NptStage { memory, registers: registers(nested_root.0, caps) };
         Self(GuestMemory { second, memory })
     }
 }
 
-/// The bytes at `rip` of a guest with tables at `cr3`, as it executes them; `None` where it could not.
-pub fn instruction(
-    memory: &'static Physical,
-    (nested_root, cr3): (Hpa, u64),
-    caps: Caps,
-    rip: u64,
-) -> Option<[u8; 15]> {
-    let behind = Behind::new(memory, nested_root, caps);
+/// The bytes at `rip` of a guest with tables at `cr3` of `memory`, as it executes them; `None` where it could not.
+pub fn instruction(memory: &impl TableMemory, cr3: u64, caps: Caps, rip: u64) -> Option<[u8; 15]> {
     let mut bytes = [0; 15];
     for (at, byte) in (rip..).zip(&mut bytes) {
-        let look = (Access::Fetch, Mode::User);
-        let Ok(walked) = x86::walk::<Long4, _>(&behind, &registers(cr3, caps), Input(at), look, Marks::Leave)
+        // It may be a kernel's; a user's can be fetched like that, too.
+        let look = (Access::Fetch, Mode::Supervisor);
+        let Ok(walked) = x86::walk::<Long4, _>(memory, &registers(cr3, caps), Input(at), look, Marks::Leave)
         else {
             // What follows the instruction need not be there.
             return (at > rip).then_some(bytes);
         };
-        let word = behind.read(Output(walked.output.0 & !7)).ok()?;
+        let word = memory.read(Output(walked.output.0 & !7)).ok()?;
         *byte = word.to_le_bytes()[usize::try_from(at & 7).ok()?];
     }
     Some(bytes)

@@ -37,9 +37,11 @@ const RFLAGS: u64 = 0x3002;
 /// What the PAT is after reset.
 const PAT: u64 = 0x0007_0406_0007_0406;
 
-/// INTR, NMI, INIT; CPUID, HLT; INVLPG, INVLPGA; ports, MSRs; shutdown.
+const READ_CR3: u32 = 1 << 3;
+const WRITE_CR3: u32 = 1 << 19;
+/// INTR, NMI, INIT; CPUID, INVD, HLT; INVLPG, INVLPGA; ports, MSRs; shutdown.
 const INTERCEPT_3: u32 =
-    1 | 1 << 1 | 1 << 3 | 1 << 18 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 31;
+    1 | 1 << 1 | 1 << 3 | 1 << 18 | 1 << 22 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 31;
 const INVLPG: u32 = 1 << 25;
 /// All of SVM's own instructions, WBINVD, MONITOR, MWAIT, XSETBV.
 const INTERCEPT_4: u32 = 0x7f | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 13;
@@ -304,6 +306,8 @@ pub enum Stages {
         /// Where they are.
         root: Hpa,
     },
+    /// By its own tables alone, once it has a root ([`Vcpu::set_cr3`]).
+    Own,
 }
 
 /// Where a guest starts.
@@ -380,12 +384,16 @@ impl Vcpu {
         (vmcb.nested_paging, vmcb.nested_root, vmcb.cr3) = match stages {
             Stages::Nested { root } => (1, root.0, abi::PAGE_TABLES_GPA),
             Stages::One { root } => (0, 0, root.0),
+            Stages::Own => (0, 0, 0),
         };
-        if matches!(stages, Stages::Nested { .. }) {
-            // The guest's tables are its own business.
-            vmcb.intercept_registers[0] &= !(1 << 3 | 1 << 19);
-            vmcb.intercept_3 &= !INVLPG;
-        }
+        // What is the guest's own business: translations of its own tables, and which they are.
+        let (free, free_3) = match stages {
+            Stages::Nested { .. } => (READ_CR3 | WRITE_CR3, INVLPG),
+            Stages::One { .. } => (0, 0),
+            Stages::Own => (READ_CR3, INVLPG),
+        };
+        vmcb.intercept_registers[0] &= !free;
+        vmcb.intercept_3 &= !free_3;
         // Flat: present, of the ring's privilege; code is 64-bit.
         let ring = ring as u16;
         let data = Segment { selector: 0x28 | ring, attributes: 0xc93 | ring << 5, limit: u32::MAX, base: 0 };
@@ -423,8 +431,8 @@ impl Vcpu {
         let Some(vmcb) = self.vmcb() else { return Exit::Other { code: u64::MAX } };
         vmcb.tlb_control = flush;
         // SAFETY: SVM is on (there is an `Svm`), both blocks are frames of their own. The guest's state is consistent (`new`;
-        // only rip, rax and what guests may change has changed). All it can reach is what its nested tables name: ports, MSRs and
-        // everything privileged is intercepted, and host registers are saved and restored around it.
+        // only rip, rax and what guests may change has changed). All it can reach is what tables name that the hypervisor made or looked
+        // at: ports, MSRs and everything privileged is intercepted, and host registers are saved and restored around it.
         unsafe { enter_guest(&raw mut *self.registers, guest, host) };
         self.exit()
     }
@@ -476,6 +484,11 @@ impl Vcpu {
         if let Some(vmcb) = self.vmcb() {
             vmcb.cr3 = root;
         }
+    }
+
+    /// In which ring it is.
+    pub fn privilege(&mut self) -> u8 {
+        self.vmcb().map_or(u8::MAX, |vmcb| vmcb.cpl)
     }
 
     /// CR4.

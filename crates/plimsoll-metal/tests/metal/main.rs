@@ -3,5 +3,6 @@
 mod boot;
 mod calls;
 mod common;
+mod direct;
 mod overcommit;
 mod paging;
