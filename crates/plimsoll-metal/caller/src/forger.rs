@@ -17,7 +17,7 @@ const SCRATCH: u64 = 0x80_0000;
 /// Of this guest's memory.
 const PAGES: u64 = (16 << 20) / PAGE_SIZE;
 /// More frames than the machine has.
-const FRAMES: u64 = (160 << 20) / PAGE_SIZE;
+const FRAMES: u64 = (80 << 20) / PAGE_SIZE;
 /// Present, writable, a user's.
 const WRITABLE: u64 = 7;
 const LARGE: u64 = 1 << 7;

@@ -22,6 +22,7 @@
 //!
 //! An extent may be mapped once in each guest, at an address behind the guest's own memory that is aligned to its size. Extents
 //! are charged to the guest that was granted them and never taken from it, so there are [`EXTENT_PAGES_MAX`] of their pages at most.
+//! A guest whose tables name frames has other calls: [`crate::direct`].
 use crate::host::Host;
 use crate::memory::Owned;
 use crate::paged::PagedError;

@@ -47,16 +47,23 @@ impl Heard {
         hosts.next().unwrap_or_else(|| panic!("no report of the host: {self:#?}"))
     }
 
-    /// Checks that all went as it should: no wrong word, no death, no failure, and every frame given back.
-    pub(crate) fn assert_well(&self) {
+    /// Checks that the hypervisor did as it should, whatever became of guests: no failure, no more memory than there is, and every frame
+    /// given back.
+    pub(crate) fn assert_sound(&self) {
         assert!(matches!(self.end, Event::Done), "{self:#?}");
         let failures = self.report.iter().any(|line| matches!(line, Line::Failure { .. }));
         assert!(!failures && !self.has("failure"), "{self:#?}");
+        assert!(self.host().peak_bytes <= self.host().budget_bytes, "{self:#?}");
+        assert!(self.has("returned: all but 0 "), "{self:#?}");
+    }
+
+    /// Checks that all went as it should: beside that, no wrong word and no death.
+    pub(crate) fn assert_well(&self) {
+        self.assert_sound();
         for guest in self.guests() {
             assert_eq!((guest.wrong_words, guest.anomalies, &guest.died), (0, 0, &None), "{self:#?}");
             assert!(guest.verified_pages > 0, "{self:#?}");
         }
-        assert!(self.has("returned: all but 0 "), "{self:#?}");
     }
 }
 
