@@ -1,18 +1,21 @@
 //! One manager for one machine: a process that is held enters, a lock that lasts as long as this process at most leaves.
 //!
 //! The lock is flock(2) on `PID-START.lock`, so it goes with its holder however that ends, and a file that is left over
-//! holds nobody; those of machines that have ended are removed by the next manager. The file's text, the holder's number, is
-//! for the message only.
+//! holds nobody; those of machines that have ended are removed by the next manager. The file's text has two lines: the holder's number,
+//! which is for the message only; and, once somebody is about to change it, the bytes that the machine's balloon was asked to hold before.
+//! Who lets the machine go removes the file; who takes the lock of one that was killed finds there what has to be given back.
 
 use crate::Refusal;
 use crate::held::Held;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::procfs::{self, StartTime};
+use plimsoll_types::ByteCount;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, mkdir, open, openat};
 use rustix::io::Errno;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, Write};
+use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// How often a file that was removed between opening and locking is made again.
@@ -24,7 +27,7 @@ const FOLDER_MODE: Mode = Mode::RWXU;
 pub struct AttachLock {
     path: PathBuf,
     /// Holds the lock.
-    _file: File,
+    file: File,
 }
 
 impl AttachLock {
@@ -43,7 +46,7 @@ impl AttachLock {
             match try_lock(&directory, &name) {
                 Ok(Locked::Ours(file)) => {
                     sweep(folder, &directory);
-                    return Ok(Self { path, _file: file });
+                    return Ok(Self { path, file });
                 }
                 Ok(Locked::Theirs(holder)) => {
                     return Err(Refusal::AlreadyAttached { process: held.process(), holder });
@@ -54,6 +57,19 @@ impl AttachLock {
         }
         let source = io::Error::other("it was removed each time it was opened");
         Err(Refusal::Lock { path, source })
+    }
+
+    /// What the machine's balloon was asked to hold before anybody who has had the lock and did not give it up changed that.
+    pub fn balloon(&self) -> Option<ByteCount> {
+        text(&self.file).lines().nth(1)?.parse().ok().map(ByteCount)
+    }
+
+    /// Remembers that for whoever has the lock when this process is killed.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn keep_balloon(&self, bytes: ByteCount) -> io::Result<()> {
+        write(&self.file, Some(bytes))
     }
 
     /// The lock file.
@@ -77,19 +93,33 @@ enum Locked {
 
 fn try_lock(directory: &OwnedFd, name: &str) -> io::Result<Locked> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let mut file = File::from(openat(directory, name, flags, Mode::RUSR | Mode::WUSR)?);
+    let file = File::from(openat(directory, name, flags, Mode::RUSR | Mode::WUSR)?);
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
-        Err(Errno::WOULDBLOCK) => return Ok(Locked::Theirs(holder(&mut file))),
+        Err(Errno::WOULDBLOCK) => return Ok(Locked::Theirs(holder(&file))),
         Err(errno) => return Err(errno.into()),
     }
     if fstat(&file)?.st_nlink == 0 {
         return Ok(Locked::Removed);
     }
-    file.set_len(0)?;
-    file.rewind()?;
-    write!(file, "{}", ProcessId::own().get())?;
+    let balloon = text(&file).lines().nth(1).and_then(|bytes| bytes.parse().ok()).map(ByteCount);
+    write(&file, balloon)?;
     Ok(Locked::Ours(file))
+}
+
+/// The first bytes of a lock's file: all there is.
+fn text(file: &File) -> String {
+    let mut bytes = [0; 64];
+    let length = file.read_at(&mut bytes, 0).unwrap_or(0);
+    String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).into_owned()
+}
+
+/// In one piece, over what is there: a holder may be killed at any instant.
+fn write(file: &File, balloon: Option<ByteCount>) -> io::Result<()> {
+    let balloon = balloon.map(|bytes| format!("{}\n", bytes.0)).unwrap_or_default();
+    let text = format!("{}\n{balloon}", ProcessId::own().get());
+    file.write_all_at(text.as_bytes(), 0)?;
+    file.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))
 }
 
 /// Removes what killed managers have left of machines that have ended.
@@ -114,9 +144,8 @@ fn machine_of(name: &str) -> Option<(ProcessId, StartTime)> {
 }
 
 /// Who holds the lock, as far as the file says: it may just be written.
-fn holder(file: &mut File) -> String {
-    let mut text = String::new();
-    let number = file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+fn holder(file: &File) -> String {
+    let number = text(file).lines().next().and_then(|number| number.parse().ok());
     match number.and_then(ProcessId::new) {
         Some(process) => process.to_string(),
         None => "another process".to_owned(),

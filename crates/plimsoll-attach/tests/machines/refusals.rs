@@ -4,6 +4,7 @@ use crate::fake::{Fake, copy, spawn};
 use crate::{MIB_64, nothing_known, unique};
 use plimsoll_attach::{AttachLock, Held, Refusal, Request, find, inspect, parse_range};
 use plimsoll_sys::ProcessId;
+use plimsoll_types::ByteCount;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -187,7 +188,32 @@ fn a_machine_has_one_manager_at_a_time() {
     // What a manager that was killed has left holds nobody.
     fs::write(&path, "1").unwrap();
     let second = AttachLock::acquire_in(&folder, &fake.held()).unwrap();
-    assert_eq!(fs::read_to_string(second.path()).unwrap(), std::process::id().to_string());
+    assert_eq!(fs::read_to_string(second.path()).unwrap(), format!("{}\n", std::process::id()));
+}
+
+#[test]
+fn what_a_balloon_held_before_is_found_by_who_follows_a_manager_that_was_killed_and_by_nobody_else() {
+    let fake = Fake::start("qemu-system-x86_64", "-m 64");
+    let folder = fake.folder.path().join("attach");
+    let first = AttachLock::acquire_in(&folder, &fake.held()).unwrap();
+    assert_eq!(first.balloon(), None);
+    first.keep_balloon(ByteCount::mib(16)).unwrap();
+    // Killed: the file stays. Whoever was killed had a longer number.
+    let left = fs::read_to_string(first.path()).unwrap();
+    drop(first);
+    let path = folder.join(format!("{}-{}.lock", fake.process().get(), fake.held().start().0));
+    fs::write(&path, format!("9{left}")).unwrap();
+    for _ in 0..2 {
+        let next = AttachLock::acquire_in(&folder, &fake.held()).unwrap();
+        assert_eq!(next.balloon(), Some(ByteCount::mib(16)));
+        let text = AttachLock::acquire_in(&folder, &fake.held()).unwrap_err().to_string();
+        assert!(text.contains(&format!("by {}", ProcessId::own())), "{text}");
+        let left = fs::read_to_string(next.path()).unwrap();
+        drop(next);
+        fs::write(&path, left).unwrap();
+    }
+    fs::remove_file(&path).unwrap();
+    assert_eq!(AttachLock::acquire_in(&folder, &fake.held()).unwrap().balloon(), None);
 }
 
 #[test]

@@ -5,9 +5,11 @@
 //! [controller](plimsoll_attach::balloon) decides how fast the balloon goes there, and when it rests. What must never
 //! happen: an ask that stays behind when the machine is let go in good order, or somebody who lets it go waiting for its VMM. So
 //! the thread outlives the balloon until it has given back what was asked for, keeps the machine's lock as long, and whoever must
-//! know has its [`Farewell`].
+//! know has its [`Farewell`]. What it gives back is written into the lock before anything is asked for: a manager that is killed leaves
+//! the balloon as it is, and the next one must not take that for what was there before.
 use super::Done;
 use parking_lot::{Condvar, Mutex};
+use plimsoll_attach::AttachLock;
 use plimsoll_attach::balloon::{Controller, Observation};
 use plimsoll_attach::control::{self, Change, Control, ControlError, Cooperation, Migration};
 use plimsoll_policy::view;
@@ -131,23 +133,18 @@ impl std::fmt::Debug for Farewell {
 }
 
 impl Balloon {
-    /// Starts the thread. `process` is the machine's, for what the host had to bring back of it; `lock` is what nobody else may have
-    /// as long as somebody speaks to it.
+    /// Starts the thread. `process` is the machine's, for what the host had to bring back of it; `lock` its lock, which nobody else may
+    /// have as long as somebody speaks to it.
     ///
     /// # Errors
     /// When no thread is to be had.
-    pub fn start(
-        interface: Interface,
-        process: ProcessId,
-        lock: impl Send + 'static,
-    ) -> std::io::Result<Self> {
+    pub fn start(interface: Interface, process: ProcessId, lock: Arc<AttachLock>) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
         let drive = move || {
             // Last of all, also when the thread fails: whoever waits is told when the lock is free.
             let _end = End(&theirs);
-            let _lock = lock;
-            Worker { interface, process, shared: &theirs, started: Instant::now() }.run();
+            Worker { interface, process, lock, shared: &theirs, started: Instant::now() }.run();
         };
         std::thread::Builder::new().name(format!("balloon-{process}")).spawn(drive)?;
         Ok(Self { shared })
@@ -203,14 +200,23 @@ impl Drop for End<'_> {
 struct Worker<'a> {
     interface: Interface,
     process: ProcessId,
+    lock: Arc<AttachLock>,
     shared: &'a Shared,
     started: Instant,
+}
+
+/// The balloon as this thread found it.
+struct Found {
+    /// What it was asked to hold then, perhaps by a manager that was killed.
+    target: ByteCount,
+    /// What it was asked to hold before any manager came, which is what it is to hold when the last has gone.
+    inherited: ByteCount,
 }
 
 impl Worker<'_> {
     fn run(mut self) {
         let mut cooperation = Cooperation::default();
-        let mut controller: Option<(Controller, ByteCount)> = None;
+        let mut controller: Option<(Controller, Found)> = None;
         while !self.shared.board.lock().is_over {
             let now = self.started.elapsed();
             if cooperation.may_try(now) {
@@ -227,29 +233,34 @@ impl Worker<'_> {
                 let _ = self.shared.changed.wait_for(&mut board, PERIOD);
             }
         }
-        if let Some((_, inherited)) = controller {
+        if let Some((_, found)) = controller {
             // A guest that does not listen keeps what it has.
-            let _ = self.interface.control.set_balloon(inherited);
+            let _ = self.interface.control.set_balloon(found.inherited);
         }
     }
 
     /// Looks, and asks for what the controller says.
     fn turn(
         &mut self,
-        controller: &mut Option<(Controller, ByteCount)>,
+        controller: &mut Option<(Controller, Found)>,
         now: Duration,
     ) -> Result<(), ControlError> {
         let control::Balloon { memory, actual, target } = self.interface.control.balloon()?;
         let is_migrating = self.interface.is_migrating();
-        let (controller, inherited) = controller.get_or_insert_with(|| {
-            let inherited = target.or(actual).unwrap_or_default();
-            (Controller::new(self.interface.granularity, inherited), inherited)
+        let (controller, found) = controller.get_or_insert_with(|| {
+            let target = target.or(actual).unwrap_or_default();
+            let inherited = self.lock.balloon().unwrap_or_else(|| {
+                // Where that cannot be written, a manager that follows a killed one finds what that one asked for.
+                let _ = self.lock.keep_balloon(target);
+                target
+            });
+            (Controller::new(self.interface.granularity, target), Found { target, inherited })
         });
-        let held = actual.unwrap_or(*inherited);
+        let held = actual.unwrap_or(found.target);
         let statistics = self.interface.control.statistics().ok();
         let said = statistics.map(|said| (said, Instant::now()));
         let refaulted = PageCount(procfs::major_faults(self.process).unwrap_or_default()).bytes();
-        let wanted = self.shared.board.lock().wanted.unwrap_or(*inherited);
+        let wanted = self.shared.board.lock().wanted.unwrap_or(found.target);
         let seen = Observation { now, memory, actual: held, statistics, refaulted };
         let step = controller.step(&seen, wanted);
         if let Some(ask) = step.ask.filter(|_| !is_migrating) {
