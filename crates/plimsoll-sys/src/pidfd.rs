@@ -116,20 +116,6 @@ impl Pidfd {
         Err(failed(io::Error::other(format!("the descriptor is not one of that process: {found:?}"))))
     }
 
-    /// Takes over a descriptor that somebody else opened on a process; `None` if that has ended and was reaped.
-    ///
-    /// # Errors
-    /// When the descriptor is something else.
-    pub fn recognise(fd: OwnedFd) -> io::Result<Option<Self>> {
-        let found = pid_of(&fd)?;
-        if found.as_deref() == Some("-1") {
-            return Ok(None);
-        }
-        let process = found.as_ref().and_then(|id| id.parse().ok()).and_then(ProcessId::new);
-        let process = process.ok_or_else(|| io::Error::other(format!("not a process: {found:?}")))?;
-        Ok(Some(Self { fd, process }))
-    }
-
     /// Opens the same process once more: another open file, where a copy of the descriptor would be the same.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 //! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one. Decisions about
 //! them are made on another (`steer`), which begins when machines are served, and whose end changes nothing for a guest.
 use super::milestones::{Milestones, now_ns};
+use super::sole::claim;
 use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
 use super::steer::Steering;
 use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
@@ -267,6 +268,7 @@ impl<'a> Session<'a> {
             kept.remove(&slot).ok_or_else(missing)
         };
         let (handover, control, lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
+        claim(lock.as_fd(), || keeper.is_alone())?;
         let keeper = Arc::new(keeper);
         let used = Used::new(settings.counted)?;
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
@@ -277,7 +279,7 @@ impl<'a> Session<'a> {
         let mut vault = Vault::of_estate(estate, Budget::within(budget), settings.store_limit);
         vault.processes().for_each(|process| used.add(process));
         vault.set_used(used.now());
-        if let (Some(disk), None) = (&settings.disk, vault.tier()) {
+        if let Some(disk) = settings.disk.as_ref().filter(|_| !vault.has_tier()) {
             let file = FileDisk::create(&disk.file)?;
             vault.set_tier(Tier::create(Box::new(file), disk.limits)?)?;
         }
@@ -592,6 +594,9 @@ fn text_of(incident: &Incident) -> String {
         Incident::Lost { machine, cause } => format!("{machine} is no longer managed: {cause}"),
         Incident::StoreFull { machine } => format!("{machine}: the store took no more pages"),
         Incident::Disk { cause } => format!("the disk tier takes no more for now: {cause}"),
+        Incident::NoTier { cause } => format!(
+            "the disk tier cannot be had, and machines wait for what they have there until a manager can have it: {cause}"
+        ),
         Incident::BadCodec { domain } => format!("{domain}: zstd did not give back what it was given"),
     }
 }

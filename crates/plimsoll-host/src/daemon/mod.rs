@@ -3,11 +3,11 @@
 //! Enters: settings, and machines whose VMMs hand them over on a socket. Leaves: managed machines, an account of them on a second
 //! socket. What must never happen: a second daemon on the same directory, or a stop that leaves a guest without its pages.
 //!
-//! * [`place`]: the directory, its lock and its sockets. [`manage`]: the manager's process. [`status`]: what it says about
-//!   itself. [`milestones`]: when it did what.
+//! * [`place`]: the directory, its lock and its sockets. [`manage`]: the manager's process. [`sole`]: that there is one. [`status`]:
+//!   what it says about itself. [`milestones`]: when it did what.
 //!
 //! ```text
-//! DIRECTORY/lock            held by whoever has the descriptor: the keeper and its manager
+//! DIRECTORY/lock            held by whoever has the descriptor: the keeper and its manager; and as a record lock by the manager
 //! DIRECTORY/handover.sock   SOCK_SEQPACKET; the hand-over protocol of plimsoll_linux::uffd::wire, one machine a connection
 //! DIRECTORY/control.sock    SOCK_SEQPACKET; a request and its answer a datagram each, JSON
 //! DIRECTORY/api.sock        SOCK_STREAM; HTTP: docs/api.md
@@ -16,11 +16,12 @@
 pub mod manage;
 pub mod milestones;
 pub mod place;
+pub mod sole;
 pub mod status;
 mod steer;
 
 use crate::keeper::serve::{End, Keeper};
-use crate::keeper::store::{Store, received};
+use crate::keeper::store::{Adopted, Store, received};
 use crate::voice::say;
 use plimsoll_linux::disk::device::OpenError;
 use plimsoll_linux::disk::tier::{Limits, TierError};
@@ -41,7 +42,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(90);
 pub const HANDOVER: u32 = 1;
 /// The slot of the socket on which an operator asks.
 pub const CONTROL: u32 = 2;
-/// The slot of the directory's lock.
+/// The slot of the directory's lock. The next one is the keeper's own: [`GENERATIONS`](crate::keeper::store::GENERATIONS).
 pub const LOCK: u32 = 3;
 
 /// Which machines share equal pages.
@@ -106,6 +107,9 @@ pub enum DaemonError {
     /// Waiting, or catching signals, failed.
     #[error("the daemon cannot wait for anything")]
     Wait(#[source] io::Error),
+    /// Another manager has the machines.
+    #[error(transparent)]
+    Sole(#[from] sole::SoleError),
     /// The manager was not started by a keeper.
     #[error("there is no keeper: `plimsoll manager` is started by `plimsoll daemon`")]
     NoKeeper(#[source] io::Error),
@@ -148,14 +152,15 @@ pub fn keep(
     manager: Program,
     successor: &Program,
 ) -> Result<End, DaemonError> {
-    let slots = match beginning {
-        Beginning::Resumed => Slots::inherit(SLOTS).map_err(DaemonError::Slots)?,
+    let Adopted { mut slots, stale } = match beginning {
+        Beginning::Resumed => {
+            Adopted { slots: Slots::inherit(SLOTS).map_err(DaemonError::Slots)?, stale: Vec::new() }
+        }
         Beginning::Fresh => begin(&settings.directory)?,
     };
+    let store = Store::of_supervisor(&mut slots, stale).map_err(DaemonError::Store)?;
     let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
-    if let Some(store) = Store::of_supervisor(SLOTS).map_err(DaemonError::Store)? {
-        keeper.store_in(store);
-    }
+    store.into_iter().for_each(|store| keeper.store_in(store));
     // Only now does something catch what an upgrade has kept waiting.
     accept_signals().map_err(DaemonError::Wait)?;
     loop {
@@ -177,19 +182,20 @@ pub fn keep(
 }
 
 /// The slots of a daemon that begins: with its directory, or with all that a supervisor has kept since an earlier keeper died.
-fn begin(directory: &Path) -> Result<Slots, DaemonError> {
-    let mut slots = match received(SLOTS).map_err(DaemonError::Slots)? {
-        Some(slots) => slots,
-        None => Slots::new(SLOTS).map_err(DaemonError::Slots)?,
+fn begin(directory: &Path) -> Result<Adopted, DaemonError> {
+    let mut adopted = match received(SLOTS).map_err(DaemonError::Slots)? {
+        Some(adopted) => adopted,
+        None => Adopted { slots: Slots::new(SLOTS).map_err(DaemonError::Slots)?, stale: Vec::new() },
     };
+    let slots = &mut adopted.slots;
     // It is stored last of the three, so with it the sockets are there; and without it there is no machine yet.
     if slots.get(LOCK).is_some() {
-        return Ok(slots);
+        return Ok(adopted);
     }
     let place = place::claim(directory)?;
     for (slot, descriptor) in [(HANDOVER, place.handover), (CONTROL, place.control), (LOCK, place.lock)] {
         slots.clear(slot);
         slots.put(slot, descriptor).map_err(|error| DaemonError::Slots(io::Error::other(error)))?;
     }
-    Ok(slots)
+    Ok(adopted)
 }

@@ -82,6 +82,9 @@ impl Client {
         match bytes.get(..received.bytes).and_then(Status::decode) {
             Some((Status::Done, _)) => Ok(()),
             Some((Status::Refused, _)) => Err(io::Error::other(format!("the keeper refused to {request:?}"))),
+            Some((Status::Unheard, _)) => Err(io::Error::other(
+                "the supervisor at NOTIFY_SOCKET does not listen, and what is not stored is not kept: try again when it does",
+            )),
             None => Err(io::Error::other("the keeper's answer makes no sense")),
         }
     }

@@ -15,7 +15,7 @@
 //!   |<---------------------------------------|  list          everything that is kept, slot by slot
 //!   |--------------------------------------->|
 //!   |<---------------------------------------|  serving       back-off begins anew; then every second, or it hangs
-//!   |<---------------------------------------|  keep 9 + fd   answered when it is there
+//!   |<---------------------------------------|  keep 9 + fd   answered when it is there, and stored
 //!   |<---------------------------------------|  let go 9
 //!   |                  ... SIGKILL ...       x
 //!   | reaps it, starts the next

@@ -12,7 +12,7 @@
 //! are not answered.
 
 /// The version of this protocol, an argument of the manager's command line.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most descriptors in one listing: well below the kernel's 253.
 pub const LISTING_MAX: usize = 64;
 /// Bytes of a request and of an answer.
@@ -23,7 +23,8 @@ pub const LISTING_SIZE: usize = REQUEST_SIZE + 4 * LISTING_MAX;
 /// What the manager asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Put the descriptor that comes along into this slot, which is free.
+    /// Put the descriptor that comes along into this slot, which is free. Where there is a supervisor, a machine's is answered when
+    /// that was sent it, too.
     Keep(u32),
     /// Close what this slot holds.
     LetGo(u32),
@@ -42,6 +43,8 @@ pub enum Status {
     Done,
     /// The slot is taken, does not exist, or holds nothing; or the request made no sense.
     Refused,
+    /// It is not kept, because the supervisor that is to store it does not listen.
+    Unheard,
 }
 
 fn pair(first: u32, second: u32) -> [u8; REQUEST_SIZE] {
@@ -81,7 +84,12 @@ impl Request {
 impl Status {
     /// As sent, with the number of slots.
     pub fn encode(self, slots: u32) -> [u8; REQUEST_SIZE] {
-        pair(u32::from(self == Self::Refused), slots)
+        let status = match self {
+            Self::Done => 0,
+            Self::Refused => 1,
+            Self::Unheard => 2,
+        };
+        pair(status, slots)
     }
 
     /// Of a datagram; `None` if it is none.
@@ -89,6 +97,7 @@ impl Status {
         match halves(bytes.try_into().ok()?) {
             (0, slots) => Some((Self::Done, slots)),
             (1, slots) => Some((Self::Refused, slots)),
+            (2, slots) => Some((Self::Unheard, slots)),
             _ => None,
         }
     }
@@ -131,7 +140,7 @@ mod tests {
                 prop_assert_eq!(Request::decode(&request.encode(), descriptors), Some(request));
                 prop_assert_eq!(Request::decode(&request.encode(), 1 - descriptors), None);
             }
-            for status in [Status::Done, Status::Refused] {
+            for status in [Status::Done, Status::Refused, Status::Unheard] {
                 prop_assert_eq!(Status::decode(&status.encode(slots)), Some((status, slots)));
             }
         }

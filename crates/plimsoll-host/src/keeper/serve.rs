@@ -30,6 +30,8 @@ const PAUSE: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long a keeper that ends waits for its supervisor to listen.
 const PARTING_MAX: Duration = Duration::from_secs(2);
+/// How long a manager waits for it that wants something kept: far less than its silence may last.
+const STORING_MAX: Duration = Duration::from_secs(5);
 /// A keeper that holds nothing of any machine gives up after so many managers that ended before they served.
 const STARTS_MAX: u32 = 8;
 /// The status of a manager that was asked for something that cannot be.
@@ -54,6 +56,8 @@ struct Manager {
     heard: Instant,
     /// It has been told to stop.
     is_told: bool,
+    /// The slot that it had filled and of which it is told when the supervisor has that, and until when at most it waits.
+    keeping: Option<(u32, Instant)>,
 }
 
 /// Signals, each with what becomes readable when it comes.
@@ -126,11 +130,7 @@ impl Keeper {
     /// Lets go of everything, and has the supervisor do the same: this daemon ends, and the next one begins anew.
     pub fn let_go_of_all(&mut self) {
         for slot in 0..self.slots.count() {
-            if self.slots.clear(slot)
-                && let Some(store) = &mut self.store
-            {
-                store.slot_changed(slot);
-            }
+            self.let_go(slot);
         }
         let until = Instant::now() + PARTING_MAX;
         while !self.settle() && Instant::now() < until {
@@ -171,6 +171,7 @@ impl Keeper {
             limit
         };
         self.settle();
+        self.answer_kept();
         let wait = self.store.as_ref().map_or(wait, |store| wait.min(store.patience()));
         let [has_ended, has_asked, signals @ ..] = self.wait(wait)?;
         for (is_set, index) in signals.into_iter().zip(0..) {
@@ -199,14 +200,7 @@ impl Keeper {
 
     /// Has the supervisor keep what is kept now. False where it did not listen.
     fn settle(&mut self) -> bool {
-        let manager = self.manager.as_ref().map(|manager| manager.process.as_fd());
-        self.store.as_mut().is_none_or(|store| store.settle(&self.slots, manager))
-    }
-
-    /// Remembers which manager there is.
-    fn set_manager(&mut self, manager: Option<Manager>) -> Option<Manager> {
-        self.store.iter_mut().for_each(Store::manager_changed);
-        std::mem::replace(&mut self.manager, manager)
+        self.store.as_mut().is_none_or(|store| store.settle(&self.slots))
     }
 
     /// False while it is not time yet.
@@ -215,7 +209,7 @@ impl Keeper {
             return false;
         }
         match start(&self.program) {
-            Ok(manager) => drop(self.set_manager(Some(manager))),
+            Ok(manager) => self.manager = Some(manager),
             Err(error) => {
                 say(format_args!("plimsoll keeper: no manager can be started: {error}"));
                 self.postpone();
@@ -279,7 +273,7 @@ impl Keeper {
         }
         let is_cut = received.flags.intersects(ReturnFlags::CTRUNC | ReturnFlags::TRUNC);
         let request = bytes.get(..received.bytes).and_then(|bytes| Request::decode(bytes, descriptors));
-        let changed = match (request.filter(|_| !is_cut), descriptor) {
+        let is_done = match (request.filter(|_| !is_cut), descriptor) {
             (Some(Request::List), _) => return list(manager, &self.slots),
             (Some(Request::Serving), _) => {
                 self.fruitless = 0;
@@ -296,17 +290,54 @@ impl Keeper {
                 return Ok(());
             }
             (Some(Request::Keep(slot)), Some(descriptor)) => {
-                self.slots.put(slot, descriptor).is_ok().then_some(slot)
+                let is_kept = self.slots.put(slot, descriptor).is_ok();
+                if let Some(store) = self.store.as_mut().filter(|_| is_kept) {
+                    store.filled();
+                    store.settle(&self.slots);
+                    // The daemon's own are sent before any machine's, whose answer says that they were.
+                    if slot >= self.reserved {
+                        manager.keeping = Some((slot, Instant::now() + STORING_MAX));
+                        self.answer_kept();
+                        return Ok(());
+                    }
+                }
+                is_kept
             }
-            (Some(Request::LetGo(slot)), _) => self.slots.clear(slot).then_some(slot),
-            _ => None,
+            (Some(Request::LetGo(slot)), _) => self.let_go(slot),
+            _ => false,
         };
-        if let (Some(store), Some(slot)) = (&mut self.store, changed) {
-            store.slot_changed(slot);
-            // Before it is answered, if that can be: what is taken from a machine next may be found there only.
-            store.settle(&self.slots, Some(manager.process.as_fd()));
+        let status = if is_done { Status::Done } else { Status::Refused };
+        self.tell_status(status)
+    }
+
+    /// Closes what a slot holds; the supervisor hears of it when it listens. False if it held nothing.
+    fn let_go(&mut self, slot: u32) -> bool {
+        let is_held = self.slots.get(slot).is_some();
+        if let Some(store) = self.store.as_mut().filter(|_| is_held) {
+            store.let_go(slot);
         }
-        let status = if changed.is_some() { Status::Done } else { Status::Refused };
+        self.slots.clear(slot)
+    }
+
+    /// Tells the manager whether what it had kept is stored, once that is known.
+    fn answer_kept(&mut self) {
+        let (Some(store), Some(manager)) = (&mut self.store, &mut self.manager) else { return };
+        let Some((slot, until)) = manager.keeping else { return };
+        let status = if store.has(slot) {
+            Status::Done
+        } else if Instant::now() >= until {
+            self.let_go(slot);
+            Status::Unheard
+        } else {
+            return;
+        };
+        // One that does not listen any more is found when it asks, or when it is silent.
+        let _ = self.tell_status(status);
+    }
+
+    fn tell_status(&mut self, status: Status) -> io::Result<()> {
+        let Some(manager) = &mut self.manager else { return Ok(()) };
+        manager.keeping = None;
         tell(manager, &status.encode(self.slots.count()), &[])
     }
 
@@ -339,7 +370,7 @@ impl Keeper {
             let _ = accept_signals();
             return None;
         }
-        if let Some(manager) = self.set_manager(None) {
+        if let Some(manager) = self.manager.take() {
             let _ = manager.process.send_signal(Signal::KILL);
             let _ = reap(&manager.process);
         }
@@ -373,7 +404,7 @@ impl Keeper {
 
     /// Reaps the manager and says whether there is to be another.
     fn bury(&mut self) -> Option<End> {
-        let manager = self.set_manager(None)?;
+        let manager = self.manager.take()?;
         let process = manager.process.process();
         let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
         let has_machines = self.holds_machines();
@@ -394,7 +425,7 @@ impl Keeper {
 fn start(program: &Program) -> Result<Manager, StartError> {
     let (socket, theirs) = fdpass::seqpacket_pair().map_err(StartError::Spawn)?;
     let process = program.start(theirs.as_fd())?;
-    Ok(Manager { process, socket, heard: Instant::now(), is_told: false })
+    Ok(Manager { process, socket, heard: Instant::now(), is_told: false, keeping: None })
 }
 
 fn list(manager: &Manager, slots: &Slots) -> io::Result<()> {

@@ -31,21 +31,12 @@
 //! ```
 //!
 //! A record's check is xxh3 over the rest of it, and a record does not change while its state is not free. Epoch, next
-//! identity and states are single words.
-use super::linux_space::Custody;
-use super::manager::Membership;
-use super::shards::{MachineVault, MemfdWords, ShardVault};
-use super::stats::MachineStats;
-use super::wire::{Hello, Welcome};
-use crate::disk::device::FileDisk;
+//! identity and states are single words. How the next manager puts machines together from that: [`inherit`].
+use super::shards::{MachineVault, ShardVault};
 use crate::disk::tier::Tier;
-use crate::explain;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
-use plimsoll_sys::pidfd::Pidfd;
-use plimsoll_sys::uffd::Userfaultfd;
-use plimsoll_sys::{ProcessId, fdpass};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -56,8 +47,14 @@ use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
+mod inherit;
+
+pub(super) use self::inherit::{Fragment, Inheritance};
+
 /// The slot of the register.
 const REGISTER: u32 = 0;
+/// The slots of the disk tier's table and its disk: what is there is no machine's.
+const TIER_SLOTS: [u32; 2] = [5, 6];
 /// Slots below this one are the daemon's own.
 pub const RESERVED: u32 = 8;
 
@@ -200,50 +197,19 @@ pub enum EstateError {
     },
 }
 
-/// What there was before.
-#[derive(Default)]
-pub(super) struct Inheritance {
-    pub(super) machines: Vec<MachineVault>,
-    pub(super) domains: Vec<(DomainId, GroupId, MemfdSlabs)>,
-    pub(super) tier: Option<Tier>,
-    /// Machines that cannot be put together again, and why. Their descriptors stay where they are: their guests wait.
-    pub(super) lost: Vec<(MachineId, EstateError)>,
-    /// What is known of those machines.
-    pub(super) fragments: BTreeMap<MachineId, Fragment>,
-}
-
-/// A machine that cannot be put together, as its sound records tell of it, if there are any.
-#[derive(Default)]
-pub(super) struct Fragment {
-    pub(super) domain: Option<DomainId>,
-    process: Option<Pidfd>,
-}
-
-impl Fragment {
-    /// True for what may have pages in that domain's store. One whose domain nobody knows may be of any.
-    pub(super) fn may_be_of(&self, id: DomainId) -> bool {
-        self.domain.is_none_or(|domain| domain == id)
-    }
-
-    /// True once its VMM has ended. One that is not known has not.
-    pub(super) fn has_ended(&self) -> bool {
-        self.process.as_ref().is_some_and(|process| matches!(process.is_alive(), Ok(false)))
-    }
-}
-
 /// The register and the keeper.
 pub struct Estate {
     keeper: Arc<dyn Keep>,
     memory: SharedMapping,
     /// Slots that hold something.
     taken: Mutex<BTreeSet<u32>>,
-    /// What was kept, until it is asked for.
+    /// What was kept, until the machines have been put together.
     kept: Mutex<BTreeMap<u32, OwnedFd>>,
 }
 
 impl Estate {
-    /// Goes on with what a keeper has: nothing, or what an earlier manager left. Slots below [`RESERVED`], the register's
-    /// apart, are left alone.
+    /// Goes on with what a keeper has: nothing, or what an earlier manager left. Slots below [`RESERVED`], the register's and
+    /// the disk tier's apart, are left alone.
     ///
     /// # Errors
     /// [`EstateError`].
@@ -264,7 +230,8 @@ impl Estate {
         if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(EstateError::Version { found: version });
         }
-        let taken = kept.keys().copied().filter(|slot| *slot >= RESERVED).collect();
+        let is_ours = |slot: &u32| *slot >= RESERVED || TIER_SLOTS.contains(slot);
+        let taken = kept.keys().copied().filter(is_ours).collect();
         Ok(Self { keeper, memory, taken: Mutex::new(taken), kept: Mutex::new(kept) })
     }
 
@@ -345,8 +312,19 @@ impl Estate {
         let free = |taken: &BTreeSet<u32>| (RESERVED..self.keeper.slots()).find(|slot| !taken.contains(slot));
         let mut taken = self.taken.lock();
         let slot = free(&taken).ok_or(full)?;
+        // Nobody else's from here on.
         taken.insert(slot);
         drop(taken);
+        self.keep_in(slot, descriptor, slots)
+    }
+
+    fn keep_in(
+        &self,
+        slot: u32,
+        descriptor: BorrowedFd<'_>,
+        slots: &mut Vec<u32>,
+    ) -> Result<u32, EstateError> {
+        self.taken.lock().insert(slot);
         slots.push(slot);
         self.keeper.keep(slot, descriptor).map_err(EstateError::Keep)?;
         Ok(slot)
@@ -389,8 +367,9 @@ impl Estate {
         let what = || EstateError::Damaged { what: "the disk tier's disk ends with this process".to_owned() };
         let disk = disk.ok_or_else(what)?;
         let mut slots = Vec::new();
-        let mut keep = |descriptor| self.keep(descriptor, &mut slots);
-        let kept = keep(table).and_then(|table| Ok([table, keep(disk)?]));
+        let [in_table, in_disk] = TIER_SLOTS;
+        let mut keep = |slot, descriptor| self.keep_in(slot, descriptor, &mut slots);
+        let kept = keep(in_table, table).and_then(|table| Ok([table, keep(in_disk, disk)?]));
         let entered = kept.and_then(|[table, disk]| {
             let record = Record {
                 kind: TIER,
@@ -495,182 +474,6 @@ impl Estate {
     /// The records that can be believed: a damaged one may name another machine, or its slots.
     fn sound(&self) -> impl Iterator<Item = (usize, u64, Record)> + '_ {
         self.records().filter(|(.., record)| !record.is_damaged())
-    }
-
-    /// Puts together what an earlier manager left. Machines that were offered are welcomed once more. What belongs to nothing
-    /// is let go.
-    pub(super) fn inherit(&self) -> Inheritance {
-        let mut inheritance = Inheritance::default();
-        let mut shards: BTreeMap<u32, Vec<(usize, u64, Record)>> = BTreeMap::new();
-        let mut domains: BTreeMap<u32, Vec<Record>> = BTreeMap::new();
-        let mut named = BTreeSet::new();
-        let mut is_damaged = false;
-        for (at, state, record) in self.records() {
-            if record.is_damaged() {
-                // What it held stays unknown, and so everything that no other record names has to stay. Of which machine it
-                // is, too: one of those that are not whole.
-                is_damaged = true;
-                let what = "a record of the machines' register is damaged".to_owned();
-                inheritance.lost.push((MachineId(record.machine), EstateError::Damaged { what }));
-                named.extend(self.taken.lock().iter());
-                // No single bit makes a shard's kind another, whose machines are counted themselves.
-                if ![DOMAIN, TIER].contains(&record.kind) {
-                    inheritance.fragments.entry(MachineId(record.machine)).or_default();
-                }
-                continue;
-            }
-            named.extend(record.held(state));
-            match record.kind {
-                DOMAIN => domains.entry(record.domain).or_default().push(record),
-                TIER => match self.tier(&record) {
-                    Ok(tier) => inheritance.tier = Some(tier),
-                    Err(error) => inheritance.lost.push((MachineId(0), error)),
-                },
-                _ => shards.entry(record.machine).or_default().push((at, state, record)),
-            }
-        }
-        for (domain, records) in domains {
-            match self.domain(DomainId(domain), &records) {
-                Ok(domain) => inheritance.domains.push(domain),
-                Err(error) => inheritance.lost.push((MachineId(0), error)),
-            }
-        }
-        for (machine, records) in shards {
-            let id = MachineId(machine);
-            if records.iter().any(|(_, state, _)| *state == LEFT) {
-                self.see_off(&records);
-                continue;
-            }
-            // Before its descriptors are claimed.
-            let fragment = self.fragment(&records);
-            match self.machine(id, &records) {
-                Ok(Some(machine)) => inheritance.machines.push(machine),
-                Ok(None) if is_damaged => {
-                    let what = "records of it are missing, and one of the register is damaged".to_owned();
-                    inheritance.lost.push((id, EstateError::Damaged { what }));
-                    inheritance.fragments.insert(id, fragment);
-                }
-                // It was being entered, or struck.
-                Ok(None) => self.strike_all(&records),
-                Err(error) => {
-                    inheritance.lost.push((id, error));
-                    inheritance.fragments.insert(id, fragment);
-                }
-            }
-        }
-        let unnamed: Vec<u32> = self.taken.lock().difference(&named).copied().collect();
-        self.kept.lock().retain(|slot, _| named.contains(slot));
-        self.let_go(unnamed);
-        inheritance
-    }
-
-    fn claim(&self, slot: u32) -> Result<OwnedFd, EstateError> {
-        let what = || EstateError::Damaged { what: format!("the keeper has nothing in slot {slot}") };
-        self.kept.lock().remove(&slot).ok_or_else(what)
-    }
-
-    fn tier(&self, record: &Record) -> Result<Tier, EstateError> {
-        let [table, disk, ..] = record.slots;
-        let quota = Some(ByteCount(record.amount)).filter(|quota| quota.0 > 0);
-        let damaged = |error: &dyn std::error::Error| EstateError::Damaged { what: explain(error) };
-        let disk = FileDisk::inherit(self.claim(disk)?).map_err(|error| damaged(&error))?;
-        Tier::inherit(Box::new(disk), self.claim(table)?, quota).map_err(|error| damaged(&error))
-    }
-
-    /// A domain from its record. Of two stores it cannot be told which one has a machine's pages.
-    fn domain(
-        &self,
-        id: DomainId,
-        records: &[Record],
-    ) -> Result<(DomainId, GroupId, MemfdSlabs), EstateError> {
-        let [record] = records else {
-            return Err(EstateError::Damaged {
-                what: format!("the register has {} stores of {id}", records.len()),
-            });
-        };
-        let slabs = MemfdSlabs::inherit(self.claim(record.slots[0])?, ByteCount(record.amount))?;
-        Ok((id, GroupId(record.group), slabs))
-    }
-
-    /// Tells the VMM of a machine that was left that it is alone with it, as far as it was not told, and forgets the machine.
-    fn see_off(&self, records: &[(usize, u64, Record)]) {
-        for (.., record) in records {
-            if let Ok(socket) = self.claim(record.slots[SOCKET]) {
-                // An agent that was told has shut its end, and one that has ended needs no telling.
-                let _ = fdpass::send(&socket, &Welcome::GivenBack.encode(), &[]);
-            }
-        }
-        self.strike_all(records);
-    }
-
-    /// What sound records tell of a machine, whether it can be put together from them or not.
-    fn fragment(&self, records: &[(usize, u64, Record)]) -> Fragment {
-        let process = |record: &Record| {
-            let held = self.kept.lock().get(&record.slots[PROCESS])?.try_clone().ok()?;
-            Pidfd::adopt(held, ProcessId::new(record.process)?).ok()
-        };
-        Fragment {
-            domain: records.first().map(|(.., record)| DomainId(record.domain)),
-            process: records.iter().find_map(|(.., record)| process(record)),
-        }
-    }
-
-    /// A machine from its records; `None` if they are not all there.
-    fn machine(
-        &self,
-        id: MachineId,
-        records: &[(usize, u64, Record)],
-    ) -> Result<Option<MachineVault>, EstateError> {
-        let mut shards = Vec::new();
-        for (_, state, record) in records {
-            let bytes = record.hello.get(..record.hello_bytes as usize).unwrap_or_default();
-            let hello = Hello::decode(bytes, 2);
-            shards.push((
-                hello.map_err(|error| EstateError::Damaged { what: error.to_string() })?,
-                *state,
-                record,
-            ));
-        }
-        shards.sort_by_key(|(hello, ..)| hello.shard);
-        let is_whole = shards.first().is_some_and(|(hello, ..)| hello.shards as usize == shards.len());
-        let Some((_, first_state, first)) = shards.first().filter(|_| is_whole) else { return Ok(None) };
-        let (offered, first) = (*first_state == OFFERED, *first);
-        let process = ProcessId::new(first.process);
-        let process =
-            process.ok_or_else(|| EstateError::Damaged { what: "a machine without a process".to_owned() })?;
-        let damaged = |what: String| EstateError::Damaged { what };
-        let mut pidfd = None;
-        let (mut vaults, mut agents) = (Vec::new(), Vec::new());
-        for (hello, state, record) in shards {
-            let [ram, airlock, socket, words, held, _] = record.slots;
-            let held =
-                Pidfd::adopt(self.claim(held)?, process).map_err(|error| damaged(error.to_string()))?;
-            let process = Arc::clone(pidfd.get_or_insert_with(|| Arc::new(held)));
-            let uffd =
-                |slot| Userfaultfd::try_from(self.claim(slot)?).map_err(|error| damaged(error.to_string()));
-            let uffds = [uffd(ram)?, uffd(airlock)?];
-            let words = MemfdWords::inherit(self.claim(words)?, hello.layout.page_limit().get())?;
-            let custody = Custody::new(hello, process, uffds, self.claim(socket)?);
-            if let Some(agent) = record.agent().filter(|_| state == OFFERED) {
-                agents.push(self.claim(agent)?);
-            }
-            let (id, custody, words) = (MachineId(record.shard), Arc::new(custody), Arc::new(words));
-            vaults.push(ShardVault { id, custody, words, stats: MachineStats::default() });
-        }
-        if offered && let Some(first) = vaults.first() {
-            let agents: Vec<BorrowedFd<'_>> = agents.iter().map(AsFd::as_fd).collect();
-            let welcome = Welcome::Accepted { machine: id.0, epoch: self.epoch() };
-            // One that has ended meanwhile is found so when it is taken over.
-            let _ = first.custody.tell(&welcome.encode(), &agents);
-        }
-        // Also where the earlier manager has come only half way.
-        records.iter().for_each(|(at, state, record)| self.take(*at, *state, record));
-        let membership = Membership {
-            group: GroupId(first.group),
-            domain: DomainId(first.domain),
-            reservation: ByteCount(first.amount),
-        };
-        Ok(Some(MachineVault { id, membership, shards: vaults }))
     }
 }
 

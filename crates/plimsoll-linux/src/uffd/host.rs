@@ -43,6 +43,11 @@ pub enum Incident {
         /// Why, with its causes.
         cause: String,
     },
+    /// There is a disk tier, and it cannot be had. Machines wait for what they have there.
+    NoTier {
+        /// Why, with its causes.
+        cause: String,
+    },
     /// The store could take no more.
     StoreFull {
         /// Whose page it was.
@@ -110,7 +115,7 @@ impl Host {
             Incident::Lost { machine, .. } | Incident::StoreFull { machine } => {
                 *machine = shards.get(machine).map_or(*machine, |(owner, _)| *owner);
             }
-            Incident::BadCodec { .. } | Incident::Disk { .. } => {}
+            Incident::BadCodec { .. } | Incident::Disk { .. } | Incident::NoTier { .. } => {}
         }
         drop(shards);
         self.incidents.lock().push(incident);

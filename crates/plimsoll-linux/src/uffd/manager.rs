@@ -91,7 +91,8 @@ pub struct Vault {
     lost: Vec<(MachineId, EstateError)>,
     /// What is known of them.
     fragments: BTreeMap<MachineId, Fragment>,
-    tier: Option<Arc<Tier>>,
+    /// The disk tier, or why it cannot be had, although there is one.
+    tier: Option<Result<Arc<Tier>, EstateError>>,
     estate: Option<Arc<Estate>>,
     used: ByteCount,
 }
@@ -127,7 +128,7 @@ impl Vault {
             domains,
             lost,
             fragments,
-            tier: tier.map(Arc::new),
+            tier: tier.map(|tier| tier.map(Arc::new)),
             estate: Some(Arc::new(estate)),
             used: ByteCount(0),
         }
@@ -152,13 +153,19 @@ impl Vault {
         if let Some(estate) = &self.estate {
             estate.enter_tier(&tier)?;
         }
-        self.tier = Some(Arc::new(tier));
+        self.tier = Some(Ok(Arc::new(tier)));
         Ok(())
     }
 
-    /// The disk tier, where there is one.
+    /// The disk tier, where there is one that can be had.
     pub fn tier(&self) -> Option<&Tier> {
-        self.tier.as_deref()
+        self.tier.as_ref()?.as_deref().ok()
+    }
+
+    /// True where no [other tier](Self::set_tier) may be: there is one, and machines may have pages on it, whether it can be had now
+    /// or not.
+    pub const fn has_tier(&self) -> bool {
+        self.tier.is_some()
     }
 
     /// Machines in it.
@@ -203,7 +210,8 @@ pub struct Manager {
     fragments: BTreeMap<MachineId, Fragment>,
     /// Domains that were there before this manager: those that a fragment may be of.
     inherited: BTreeSet<DomainId>,
-    tier: Option<Arc<Tier>>,
+    /// The disk tier, or why it cannot be had. Machines wait for what they have there then.
+    tier: Option<Result<Arc<Tier>, EstateError>>,
     /// What outlives this process, if anything is to.
     estate: Option<Arc<Estate>>,
     governed: Governed,
@@ -244,6 +252,9 @@ impl Manager {
         for (machine, error) in &vault.lost {
             manager.lost(*machine, error);
         }
+        if let Some(Err(error)) = &manager.tier {
+            manager.host.report(Incident::NoTier { cause: explain(error) });
+        }
         let mut recovered = Vec::new();
         for (kept, parts) in manager.recover_all(vault.machines) {
             manager.host.ledger(|ledger| ledger.add_group(kept.membership.group));
@@ -263,7 +274,8 @@ impl Manager {
                 }
             }
         }
-        manager.tier.iter().for_each(|tier| tier.recount());
+        let tier = manager.tier().cloned();
+        tier.iter().for_each(|tier| tier.recount());
         for (id, group, slabs) in vault.domains {
             let managed = recovered.iter().map(|(kept, _)| kept);
             let members = managed.chain(&manager.unmanaged).filter(|kept| kept.membership.domain == id);
@@ -273,19 +285,19 @@ impl Manager {
             let recover = if is_partly_known { Store::recover_partly } else { Store::recover };
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
             let (store, _) = recover(slabs, handles);
-            if let Some(tier) = &manager.tier {
+            if let Some(tier) = &tier {
                 store.remotes().for_each(|remote| tier.claim(id, remote));
             }
             manager.host.ledger(|ledger| ledger.add_group(group));
             manager.add_domain(Domain::new(id, group, store));
         }
-        if let Some(tier) = &manager.tier {
+        if let Some(tier) = tier {
             // A store that could not be put together may be by a later manager: its places stay taken.
             if !vault.lost.is_empty() {
                 tier.keep();
             }
             tier.settle();
-            manager.host.set_tier(Arc::clone(tier));
+            manager.host.set_tier(tier);
         }
         // All are in the ledger before the first asks for memory. From the first take-over on nothing may be given up on: a
         // machine that cannot go on is kept for the next manager.
@@ -400,6 +412,10 @@ impl Manager {
         MachineId(self.next_id)
     }
 
+    fn tier(&self) -> Option<&Arc<Tier>> {
+        self.tier.as_ref()?.as_ref().ok()
+    }
+
     fn add_domain(&mut self, domain: Domain<MemfdSlabs>) {
         let (id, domain) = (domain.id, Arc::new(domain));
         let mut tended = self.tended.lock();
@@ -487,7 +503,7 @@ impl Manager {
             pager.continue_stats(shard.stats.clone());
         }
         let kick = Arc::new(EventFd::new().map_err(AdmitError::Thread)?);
-        if self.tier.is_some() {
+        if self.tier().is_some() {
             let (host, domain, kick) = (Arc::clone(&self.host), Arc::clone(domain), Arc::clone(&kick));
             let far = Far::start(format!("disk-{}", id.0), host, domain, kick);
             pager.set_far(far.map_err(AdmitError::Thread)?);

@@ -13,7 +13,7 @@ use super::host::{Domain, Host, Incident, Orders};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
 use super::stats::MachineStats;
-use crate::disk::{self, FetchError};
+use crate::disk;
 use crate::explain;
 use plimsoll_core::ledger::{Kind, LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
@@ -92,7 +92,7 @@ pub(super) enum Served {
     Later,
     /// There is no memory below the hard line.
     NoMemory,
-    /// Its page is being read from the disk. Others can be served.
+    /// Its page is being read from the disk, or waits for a manager that can. Others can be served.
     Far,
 }
 
@@ -100,7 +100,7 @@ pub(super) enum Served {
 pub(super) enum Loaded {
     /// It is in the buffer.
     Here,
-    /// It is being read from the disk.
+    /// It is being read from the disk, or waits for a manager that can.
     Far,
 }
 
@@ -521,7 +521,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let found = domain.store(|store| store.fetch(handle, fetched));
         let found = found.map_err(|error| explain(&error))?;
         if let Whereabouts::Away(_) = found {
-            let far = far.as_mut().ok_or_else(|| explain(&FetchError::NoTier))?;
+            // A manager that cannot have the disk tier is no reason to give a page up: a later one can.
+            let Some(far) = far else { return Ok(Loaded::Far) };
             match far.look(handle) {
                 Sight::UnderWay => return Ok(Loaded::Far),
                 Sight::Read(Err(cause)) => {

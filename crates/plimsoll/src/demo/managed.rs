@@ -208,7 +208,7 @@ impl Session<'_> {
                 Incident::Lost { machine, cause } => {
                     self.failures.push(format!("{}: no longer managed: {cause}", name(machine)));
                 }
-                Incident::Disk { cause } => self.failures.push(cause),
+                Incident::Disk { cause } | Incident::NoTier { cause } => self.failures.push(cause),
                 Incident::BadCodec { domain } => {
                     self.failures.push(format!("{domain}: zstd did not give back what it was given"));
                 }

@@ -438,7 +438,7 @@ impl<'a> Session<'a> {
                 }
                 Incident::Lost { machine, cause } => (machine, format!("no longer managed: {cause}")),
                 Incident::StoreFull { machine } => (machine, "the store took no more pages".to_owned()),
-                Incident::Disk { cause } => {
+                Incident::Disk { cause } | Incident::NoTier { cause } => {
                     self.fail(cause);
                     continue;
                 }

@@ -9,9 +9,10 @@ use plimsoll_vmm::config::Workload;
 use plimsoll_vmm::control::{Command as Order, Event, StopMode};
 use plimsoll_vmm::report::Summary;
 use rustix::process::Signal;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -297,8 +298,16 @@ impl Machine {
 
     /// Has it check every page once more.
     pub(crate) fn finish(mut self) {
+        self.is_to_finish();
+        self.finishes();
+    }
+
+    fn is_to_finish(&mut self) {
         let order = serde_json::to_string(&Order::Stop { mode: StopMode::Finish }).unwrap();
         self.control.write_all(format!("{order}\n").as_bytes()).unwrap();
+    }
+
+    fn finishes(mut self) {
         let Event::Done(summary) = self.until(|event| matches!(event, Event::Done(_))) else {
             unreachable!()
         };
@@ -415,6 +424,35 @@ fn a_daemon_that_has_room_gives_its_machines_back_and_they_go_on_without_it() {
     }
 }
 
+#[test]
+fn a_manager_has_no_more_open_when_machines_were_given_back_than_before_they_came() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("many");
+    let daemon = start_with(&directory, &["--budget", "256M"]);
+    let open = || fs::read_dir(format!("/proc/{}/fd", manager_of(&directory)?)).ok().map(Iterator::count);
+    let before = open().unwrap();
+    for round in 0..6 {
+        let mut machine = Machine::that_uses(&directory, 16 << 20);
+        machine.verifies(1000);
+        assert!(open().unwrap() > before);
+        // Also where it was an earlier manager's.
+        if round % 2 == 1 {
+            kill_manager(&directory);
+        }
+        wait_until("its loop knows it", || {
+            plimsoll(&directory, &["vm", "release", "lonely"]).code() == Some(0)
+        });
+        machine.is_given_back();
+        machine.finish();
+        wait_until("nothing of it is open", || open().is_some_and(|open| open <= before));
+    }
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
+}
+
 /// A daemon with a disk tier, and an idle machine of its.
 fn start_with_disk(directory: &Directory, disk: &Path) -> (Running, Machine) {
     let words = ["--budget", "256M", "--disk", disk.to_str().unwrap(), "--disk-limit", "128M"];
@@ -443,6 +481,50 @@ fn a_parked_machine_is_given_back_from_the_disk() {
     daemon.wait().expect_code(0).expect_nothing_left();
     machine.is_given_back();
     machine.finish();
+    fs::remove_file(disk).unwrap();
+}
+
+#[test]
+fn pages_on_a_disk_tier_that_a_manager_cannot_have_wait_for_one_that_can() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("tierless");
+    let disk = std::env::temp_dir().join(format!("plimsoll-disk-tierless-{}", std::process::id()));
+    let (daemon, mut machine) = start_with_disk(&directory, &disk);
+    plimsoll(&directory, &["park", "lonely"]).expect_code(0);
+    wait_until("most of it is on the disk", || {
+        status_of(&directory).is_some_and(|status| status["domains"][0]["away"].as_u64() > Some(5000))
+    });
+    // The tier's table, in the keeper's slot 5.
+    let table = format!("/proc/{}/fd/{}", daemon.pid(), plimsoll_sys::slots::FIRST + 5);
+    let table = File::options().read(true).write(true).open(table).unwrap();
+    let mut good = [0; 8];
+    table.read_exact_at(&mut good, 0).unwrap();
+    assert_eq!(&good, b"PLIMDISK");
+    table.write_all_at(&[0; 8], 0).unwrap();
+    kill_manager(&directory);
+    let told = status_of(&directory).unwrap()["incidents"].to_string();
+    assert!(told.contains("the disk tier cannot be had, and machines wait"), "{told}");
+    machine.is_to_finish();
+    // It gets no further than to the first page that is there.
+    let (mut verified, mut reports) = (0, 0);
+    machine.until(|event| {
+        if let Event::Report(summary) = event {
+            reports = if summary.verified_pages == verified { reports + 1 } else { 0 };
+            verified = summary.verified_pages;
+        }
+        reports >= 50
+    });
+    let told = status_of(&directory).unwrap()["incidents"].to_string();
+    assert!(!told.contains("poisoned"), "{told}");
+    table.write_all_at(&good, 0).unwrap();
+    kill_manager(&directory);
+    machine.finishes();
+    assert_eq!(status_of(&directory).unwrap()["incidents"], serde_json::json!([]));
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
     fs::remove_file(disk).unwrap();
 }
 

@@ -1,26 +1,56 @@
 //! The estate with a keeper that is a map, and managers that "die" by being dropped.
 use super::*;
 use crate::explain;
-use crate::uffd::linux_space::LinuxSpace;
-use crate::uffd::manager::{AdmitError, Manager, Vault};
+use crate::uffd::linux_space::{Custody, LinuxSpace};
+use crate::uffd::manager::{AdmitError, Manager, Membership, Vault};
 use crate::uffd::probe::NoProbe;
+use crate::uffd::shards::MemfdWords;
 use crate::uffd::space::{Space, SpaceError};
-use crate::uffd::wire::{self, DATAGRAM_MAX, FEATURES_NEEDED, Outcome};
+use crate::uffd::stats::MachineStats;
+use crate::uffd::wire::{self, DATAGRAM_MAX, FEATURES_NEEDED, Hello, Outcome, Welcome};
+use parking_lot::Condvar;
 use plimsoll_core::layout::{GuestLayout, Region};
 use plimsoll_core::ledger::Budget;
 use plimsoll_core::map::Words;
 use plimsoll_core::word::{ObjectRef, PageState, PageWord};
 use plimsoll_store::{Encoder, SlabKind, SlabMemory, SlabTag, Store};
-use plimsoll_sys::fdpass;
-use plimsoll_sys::uffd::Mode;
+use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::uffd::{Mode, Userfaultfd};
+use plimsoll_sys::{ProcessId, fdpass};
 use plimsoll_types::{Gpa, Hva};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Holds copies, as the keeper does.
-#[derive(Default)]
+mod waiting;
+
+/// Holds copies, as the keeper does. While there is one, no other test starts a process: that would have copies of everything, locks
+/// among it, until it runs its program.
 struct Map(Mutex<BTreeMap<u32, OwnedFd>>);
+
+static MAPS: Mutex<usize> = Mutex::new(0);
+static NO_MAPS: Condvar = Condvar::new();
+
+impl Default for Map {
+    fn default() -> Self {
+        *MAPS.lock() += 1;
+        Self(Mutex::default())
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        *MAPS.lock() -= 1;
+        NO_MAPS.notify_all();
+    }
+}
+
+/// Starts a process that ends with its input. To be called by those who have no [`Map`].
+fn start_process() -> Child {
+    let mut maps = MAPS.lock();
+    NO_MAPS.wait_while(&mut maps, |maps| *maps > 0);
+    Command::new("cat").stdin(Stdio::piped()).spawn().unwrap()
+}
 
 impl Map {
     fn slots_taken(&self) -> Vec<u32> {
@@ -405,7 +435,7 @@ fn a_machine_that_cannot_be_put_together_counts_until_its_vmm_is_known_to_have_e
     // Of two shards the sound one names the process; of one nobody knows it.
     for (shards, left) in [(2, 0), (1, 1)] {
         // Ends with this test, whatever becomes of that.
-        let mut vmm = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let mut vmm = start_process();
         let keeper = Arc::new(Map::default());
         let estate = keeper.open().unwrap();
         let machine = machine_of(Pidfd::from_child(&mut vmm).unwrap(), 5, shards);

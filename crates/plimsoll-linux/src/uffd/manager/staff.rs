@@ -30,7 +30,7 @@ impl Manager {
         let (tended, how) = (Arc::clone(&self.tended), self.housekeeping);
         let keep = move || housekeeper::keep(&host, &governed, &tended, how, zstd, &stopped);
         jobs.push(("housekeeper", Box::new(keep)));
-        if let Some(tier) = self.tier.clone() {
+        if let Some(tier) = self.tier().cloned() {
             let (host, governed, stopped) =
                 (Arc::clone(&self.host), Arc::clone(&self.governed), Arc::clone(&stop));
             let tended = Arc::clone(&self.tended);

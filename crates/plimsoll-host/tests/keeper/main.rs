@@ -1,33 +1,35 @@
 //! The shipped keeper with managers that misbehave: this program, started again in a role.
 //!
-//! Enters: the names of tests to run, or a role. Leaves: the standard harness's lines. Tests run one after the other on the main
-//! thread: a keeper owns numbers of descriptors of its process, and its allocations are counted by thread.
+//! Enters: the names of tests to run, or a role. Leaves: the standard harness's lines. Tests run one after the other, each on the main
+//! thread of a process of its own: a keeper owns numbers of descriptors of its process and catches its signals for good, and its allocations
+//! are counted by thread.
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails its test")]
+
+mod sole;
+mod store;
 
 use plimsoll_host::keeper::client::Client;
 use plimsoll_host::keeper::protocol::Request;
 use plimsoll_host::keeper::serve::{End, Keeper};
-use plimsoll_host::keeper::store::Store;
 use plimsoll_linux::uffd::estate::Keep;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::fdpass;
 use plimsoll_sys::launch::{Ending, HANDED, Program};
 use plimsoll_sys::mapping::{Memfd, SharedMapping};
-use plimsoll_sys::pidfd::{Pidfd, Signal};
+use plimsoll_sys::pidfd::{Liveness, Pidfd, Signal};
 use plimsoll_sys::process::adopt_inherited;
 use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixDatagram;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// The first argument of a manager.
+/// The first argument of a manager, and of a process that runs one test.
 const ROLE: &str = "role-manager";
+const ONE: &str = "role-test";
 /// Slots below this one are the daemon's; the board, on which managers count, is one of them.
 const RESERVED: u32 = 8;
 const BOARD: u32 = 3;
@@ -37,11 +39,19 @@ const TURN: Duration = Duration::from_millis(20);
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 10] = [
+const TESTS: [Test; 15] = [
     ("what_a_killed_manager_gave_is_there_for_the_next", a_killed_manager),
     ("more_descriptors_than_fit_in_a_message_come_back_each_in_its_slot", many_descriptors),
     ("a_keeper_allocates_nothing_once_it_runs", allocates_nothing),
-    ("a_supervisor_that_did_not_listen_has_everything_later_and_nothing_is_allocated", supervised),
+    ("what_is_kept_is_stored_what_was_let_go_is_not_and_nothing_is_allocated_for_it", store::supervised),
+    ("a_slot_filled_anew_for_which_the_supervisor_did_not_listen_comes_back_empty", store::comes_back_empty),
+    ("a_manager_is_told_that_something_is_kept_when_the_supervisor_has_it_or_that_it_is_not", store::is_told),
+    (
+        "of_two_that_come_back_for_a_slot_the_last_one_is_in_it_and_the_other_is_dropped",
+        store::two_of_one_slot,
+    ),
+    ("what_moves_to_another_slot_while_nobody_listens_is_stored", store::moves),
+    ("a_manager_that_has_lost_its_keeper_is_ended_by_the_next_and_ends_none_itself", sole::one_of_two),
     ("requests_that_make_no_sense_are_refused_and_change_nothing", nonsense),
     ("managers_that_never_serve_are_started_ever_later_and_for_ever_while_machines_are_kept", never_serves),
     ("a_keeper_without_machines_gives_up_a_manager_that_cannot_be", cannot_be),
@@ -57,6 +67,13 @@ fn main() -> ExitCode {
     {
         return manager(conduct);
     }
+    if let [role, name] = &arguments[..]
+        && role == ONE
+    {
+        let (_, test) = TESTS.iter().find(|(known, _)| known == name).unwrap();
+        test();
+        return ExitCode::SUCCESS;
+    }
     let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
     let is_chosen =
         |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
@@ -67,8 +84,9 @@ fn main() -> ExitCode {
     }
     println!("\nrunning {} tests", tests.len());
     let mut failed = 0;
-    for (name, test) in &tests {
-        let passed = catch_unwind(AssertUnwindSafe(test)).is_ok();
+    let own = std::env::current_exe().unwrap();
+    for (name, _) in &tests {
+        let passed = Command::new(&own).args([ONE, name]).status().unwrap().success();
         println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
         failed += usize::from(!passed);
     }
@@ -91,12 +109,25 @@ impl Board {
     fn get(&self, at: usize) -> u64 {
         self.word(at).load(Ordering::SeqCst)
     }
+
+    fn set(&self, at: usize, value: u64) {
+        self.word(at).store(value, Ordering::SeqCst);
+    }
+
+    /// Waits, in a manager, until the test lets it go so far.
+    fn wait_for_go(&self, far: u64) {
+        while self.get(GO) < far {
+            std::thread::park_timeout(TURN);
+        }
+    }
 }
 
 /// What managers write where.
 const STARTS: usize = 0;
 const GOOD: usize = 1;
 const PROCESS: usize = 2;
+/// Here the test writes how far managers may go.
+const GO: usize = 3;
 
 // The roles.
 
@@ -117,11 +148,12 @@ fn manager(conduct: &str) -> ExitCode {
             ExitCode::FAILURE
         }
         "cannot-be" => ExitCode::from(2),
+        "refills" => store::refills(&keeper, &board),
+        "moves" => store::moves_one(&keeper, &board),
+        "is-sole" => sole::is_sole(&keeper, kept, &board, start),
         "hangs" => {
             keeper.serving().unwrap();
-            loop {
-                std::thread::park();
-            }
+            rests()
         }
         "waits" => {
             keeper.serving().unwrap();
@@ -172,18 +204,19 @@ fn labelled(number: u32) -> Memfd {
     memfd
 }
 
+/// A manager that does nothing more.
+fn rests() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
 fn label(kept: OwnedFd) -> u64 {
     SharedMapping::new(&Memfd::try_from(kept).unwrap()).unwrap().as_atomic_u64s()[0].load(Ordering::SeqCst)
 }
 
 /// The first gives descriptors away and is killed; every other one checks them, and is killed as long as the test wants.
-fn gives(
-    keeper: &Client,
-    kept: std::collections::BTreeMap<u32, OwnedFd>,
-    board: &Board,
-    start: u64,
-    count: u32,
-) -> ExitCode {
+fn gives(keeper: &Client, kept: BTreeMap<u32, OwnedFd>, board: &Board, start: u64, count: u32) -> ExitCode {
     if start == 0 {
         for slot in RESERVED..RESERVED + count {
             keeper.keep(slot, labelled(slot).as_fd()).unwrap();
@@ -191,6 +224,7 @@ fn gives(
         keeper.let_go(RESERVED + 1).unwrap();
     } else {
         let expected: Vec<u32> = (RESERVED..RESERVED + count).filter(|slot| *slot != RESERVED + 1).collect();
+        let kept: BTreeMap<u32, OwnedFd> = kept.into_iter().filter(|(slot, _)| *slot >= RESERVED).collect();
         assert_eq!(kept.keys().copied().collect::<Vec<_>>(), expected);
         assert!(kept.into_iter().all(|(slot, fd)| label(fd) == u64::from(slot) + 1));
         board.word(GOOD).fetch_add(1, Ordering::SeqCst);
@@ -237,17 +271,27 @@ fn keeper(conduct: &str) -> (Keeper, Board) {
 }
 
 fn keeper_that_waits(conduct: &str, silence_max: Duration) -> (Keeper, Board) {
+    let (slots, board) = slots();
+    (keeper_of(slots, conduct, silence_max), board)
+}
+
+/// Slots with nothing but a board in them.
+fn slots() -> (Slots, Board) {
+    let memfd = Memfd::create("test-board", ByteCount(4096)).unwrap();
+    let board = Board(SharedMapping::new(&memfd).unwrap());
+    let mut slots = Slots::new(512).unwrap();
+    slots.put(BOARD, memfd.into()).unwrap();
+    (slots, board)
+}
+
+fn keeper_of(slots: Slots, conduct: &str, silence_max: Duration) -> Keeper {
     let own = std::env::current_exe().unwrap();
     let words = [OsStr::new("keeper"), OsStr::new(ROLE), OsStr::new(conduct)];
     let environment: Vec<OsString> = Vec::new();
     let program =
         Program::new(own.as_os_str(), words.into_iter(), environment.iter().map(OsString::as_os_str))
             .unwrap();
-    let memfd = Memfd::create("test-board", ByteCount(4096)).unwrap();
-    let board = Board(SharedMapping::new(&memfd).unwrap());
-    let mut slots = Slots::new(512).unwrap();
-    slots.put(BOARD, memfd.into()).unwrap();
-    (Keeper::new(slots, RESERVED, program, silence_max).unwrap(), board)
+    Keeper::new(slots, RESERVED, program, silence_max).unwrap()
 }
 
 /// Has the keeper work until something is so.
@@ -260,6 +304,19 @@ fn until(keeper: &mut Keeper, mut condition: impl FnMut(&Keeper) -> bool) -> Opt
         }
     }
     None
+}
+
+/// What a slot of the keeper holds.
+fn held(keeper: &Keeper, slot: u32) -> Option<u64> {
+    keeper.slots().get(slot).map(|held| label(held.try_clone_to_owned().unwrap()))
+}
+
+/// The keeper dies, and so does its manager.
+fn die(keeper: Keeper) {
+    let manager = keeper.manager().unwrap();
+    manager.send_signal(Signal::KILL).unwrap();
+    assert_eq!(manager.wait_exit(PATIENCE).unwrap(), Liveness::Exited);
+    drop(keeper);
 }
 
 /// Ends a keeper's manager before the test ends.
@@ -293,46 +350,6 @@ fn allocates_nothing() {
     assert_eq!((counted.count_total, counted.bytes_total), (0, 0), "in {} starts", board.get(STARTS));
     let control = allocation_counter::measure(|| drop(std::hint::black_box(vec![1_u8; 100])));
     assert_eq!(control.count_total, 1, "allocations are not counted");
-    end(keeper);
-}
-
-fn supervised() {
-    let folder = tempfile::tempdir().unwrap();
-    let place = folder.path().join("notify");
-    let socket = UnixDatagram::bind(&place).unwrap();
-    socket.set_nonblocking(true).unwrap();
-    let (mut keeper, board) = keeper("gives-many");
-    let first: BTreeSet<String> = keeper.slots().taken().map(|(slot, _)| format!("slot-{slot}")).collect();
-    keeper.store_in(Store::new(place.as_os_str(), 512, None).unwrap());
-    // The kernel keeps a few datagrams for one who does not read; the rest have to wait.
-    let counted = allocation_counter::measure(|| {
-        until(&mut keeper, |_| board.get(GOOD) >= 2);
-    });
-    assert_eq!((counted.count_total, counted.bytes_total), (0, 0));
-    let expected: BTreeSet<String> = keeper.slots().taken().map(|(slot, _)| format!("slot-{slot}")).collect();
-    assert_eq!(expected.len(), 200);
-    // What an earlier keeper had stored under the name of a slot that is given anew would be another's.
-    let (mut stored, mut removed, mut bytes) = (BTreeSet::new(), first, [0; 200]);
-    until(&mut keeper, |_| {
-        while let Ok(length) = socket.recv(&mut bytes) {
-            let text = str::from_utf8(&bytes[..length]).unwrap();
-            let name = text.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap().to_owned();
-            if text.starts_with("FDSTORE=1") {
-                assert!(removed.contains(&name), "{name} is stored beside what may be there");
-                assert!(
-                    name == "manager" || stored.contains("manager"),
-                    "{name} is stored before its manager"
-                );
-                stored.insert(name);
-            } else {
-                stored.remove(&name);
-                removed.insert(name);
-            }
-        }
-        expected.is_subset(&stored)
-    });
-    stored.remove("manager");
-    assert_eq!(stored, expected, "what was let go is not stored");
     end(keeper);
 }
 
