@@ -137,7 +137,7 @@ pub(crate) fn main(args: &DaemonArgs) -> ExitCode {
     ended("daemon", run(args).map(code))
 }
 
-/// The manager reads the settings again whenever it begins; they are to make sense at least now.
+/// The first manager reads the settings again; they are to make sense at least now.
 fn check(path: &Path) -> Result<(), String> {
     let shown = path.display();
     if !path.is_absolute() {

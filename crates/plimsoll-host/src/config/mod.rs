@@ -25,11 +25,13 @@ mod error;
 pub mod keys;
 mod read;
 mod rules;
+mod texts;
 mod whole;
 
 pub use error::{ConfigError, Mistakes, Wrong};
 pub use read::{Kind, Part, Place};
 pub use rules::{Conditions, Pattern, Rule, Traits};
+pub use texts::Texts;
 
 use plimsoll_policy::auction::IdleTax;
 use plimsoll_policy::settings::{Face, GroupSettings, MachineSettings, Settings, Shares};
@@ -174,7 +176,25 @@ impl Config {
     /// # Errors
     /// [`Mistakes`]: all of them.
     pub fn read(path: &Path) -> Result<Self, Mistakes> {
-        whole::read(path)
+        Self::read_texts(path).map(|(config, _)| config)
+    }
+
+    /// The same, with the texts that it read.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    pub fn read_texts(path: &Path) -> Result<(Self, Texts), Mistakes> {
+        let mut texts = Texts::default();
+        let config = whole::read(path, texts::Texted::Now(&mut texts))?;
+        Ok((config, texts))
+    }
+
+    /// What a file, and those beside it, said when these texts were read.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
+    pub fn of_texts(path: &Path, texts: &Texts) -> Result<Self, Mistakes> {
+        whole::read(path, texts::Texted::Then(texts))
     }
 
     /// Checks a text; `path` is what it is called. A file of costs that it names is read.

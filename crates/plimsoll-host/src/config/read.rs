@@ -8,15 +8,10 @@ use plimsoll_policy::Ppm;
 use plimsoll_types::ByteCount;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
-
-/// Larger files are none that people write: 10,000 machines take a fifth of it.
-const FILE_MAX: u64 = 4 << 20;
 
 /// What may be said for a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -277,42 +272,4 @@ impl FromStr for Part {
         let ppm = whole.checked_mul(10_000).and_then(|whole| whole.checked_add(fraction)).ok_or(WHAT)?;
         Ok(Self(Ppm(ppm)))
     }
-}
-
-/// The text of a file that people write.
-pub(super) fn text_of(path: &Path) -> io::Result<String> {
-    let file = std::fs::OpenOptions::new().read(true).custom_flags(nonblocking()).open(path)?;
-    let found = file.metadata()?;
-    if !found.is_file() {
-        return Err(io::Error::other("it is no file"));
-    }
-    let mut text = String::new();
-    if file.take(FILE_MAX + 1).read_to_string(&mut text)? > usize::try_from(FILE_MAX).unwrap_or(usize::MAX) {
-        return Err(io::Error::other(format!("it is larger than {}", ByteCount(FILE_MAX))));
-    }
-    Ok(text)
-}
-
-/// Opening something that is no file is to fail, not to wait for its other end.
-fn nonblocking() -> i32 {
-    rustix::fs::OFlags::NONBLOCK.bits().cast_signed()
-}
-
-/// The settings files of a folder, by the names that they stand for. A folder that is not there has none.
-pub(super) fn folder(path: &Path) -> io::Result<Vec<(String, PathBuf)>> {
-    let entries = match std::fs::read_dir(path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        let is_one = |name: &&str| !name.starts_with('.') && path.extension().is_some_and(|it| it == "toml");
-        if let Some(name) = path.file_stem().and_then(|name| name.to_str()).filter(is_one) {
-            found.push((name.to_owned(), path.clone()));
-        }
-    }
-    found.sort();
-    Ok(found)
 }

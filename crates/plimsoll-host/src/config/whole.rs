@@ -4,8 +4,9 @@
 //! itself, then all of them together. Of what has a mistake the usual is assumed further on, so that one is not told as two.
 use super::error::{Mistakes, Wrong, key};
 use super::keys::{GROUP, HOST, MACHINE, MEANS, RULE};
-use super::read::{Place, Said, Source, folder, text_of};
+use super::read::{Place, Said, Source};
 use super::rules::{Conditions, Pattern, Rule};
+use super::texts::{Texted, Texts};
 use super::{Config, ConfigError, FaceConfig, MachineConfig};
 use plimsoll_policy::auction::IdleTax;
 use plimsoll_policy::costs::CostsFile;
@@ -23,8 +24,8 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 /// What files say, and what is wrong with them.
-#[derive(Default)]
-struct Reading {
+struct Reading<'a> {
+    texts: Texted<'a>,
     host: Option<Said>,
     groups: BTreeMap<String, Said>,
     machines: BTreeMap<String, Said>,
@@ -32,16 +33,16 @@ struct Reading {
     mistakes: Vec<ConfigError>,
 }
 
-pub(super) fn read(path: &Path) -> Result<Config, Mistakes> {
-    let mut reading = Reading::default();
+pub(super) fn read<'a>(path: &Path, texts: Texted<'a>) -> Result<Config, Mistakes> {
+    let mut reading = Reading::of(texts);
     reading.file(path, Reading::host_file);
     let beside = path.parent().unwrap_or(Path::new(""));
     for (name, each) in [
-        ("groups.d", Reading::group_file as fn(&mut Reading, &str, &str, &str)),
+        ("groups.d", Reading::group_file as fn(&mut Reading<'a>, &str, &str, &str)),
         ("machines.d", Reading::machine_file),
     ] {
         let directory = beside.join(name);
-        match folder(&directory) {
+        match reading.texts.folder(&directory) {
             Ok(files) => {
                 for (name, path) in files {
                     reading.file(&path, |reading, text, path| each(reading, text, path, &name));
@@ -54,12 +55,24 @@ pub(super) fn read(path: &Path) -> Result<Config, Mistakes> {
 }
 
 pub(super) fn parse(text: &str, path: &str) -> Result<Config, Mistakes> {
-    let mut reading = Reading::default();
+    let mut texts = Texts::default();
+    let mut reading = Reading::of(Texted::Now(&mut texts));
     reading.host_file(text, path);
     reading.config(Path::new(path))
 }
 
-impl Reading {
+impl<'a> Reading<'a> {
+    const fn of(texts: Texted<'a>) -> Self {
+        Self {
+            texts,
+            host: None,
+            groups: BTreeMap::new(),
+            machines: BTreeMap::new(),
+            rules: Vec::new(),
+            mistakes: Vec::new(),
+        }
+    }
+
     fn unreadable(&mut self, path: &Path, source: io::Error) {
         self.mistakes.push(ConfigError::Read { path: path.display().to_string(), source });
     }
@@ -69,7 +82,7 @@ impl Reading {
     }
 
     fn file(&mut self, path: &Path, understand: impl FnOnce(&mut Self, &str, &str)) {
-        match text_of(path) {
+        match self.texts.text(path) {
             Ok(text) => understand(self, &text, &path.display().to_string()),
             Err(source) => self.unreadable(path, source),
         }
@@ -192,7 +205,7 @@ impl Reading {
     /// What taking memory costs here, from the file that the settings name.
     fn costs(&mut self, file: &Path, named: &Place) -> Option<Costs> {
         let path = file.display().to_string();
-        let json = match text_of(file) {
+        let json = match self.texts.text(file) {
             Ok(json) => json,
             Err(error) => {
                 self.wrong(named, Wrong::NoCosts { file: path, why: error.to_string() });

@@ -12,7 +12,9 @@
 //! DIRECTORY/control.sock    SOCK_SEQPACKET; a request and its answer a datagram each, JSON
 //! DIRECTORY/api.sock        SOCK_STREAM; HTTP: docs/api.md
 //! DIRECTORY/said.json       what was said by the API, for the next manager: crate::helm::kept
+//! DIRECTORY/settings.json   what the settings files said that were accepted last, for the next manager: accepted
 //! ```
+mod accepted;
 pub mod manage;
 pub mod milestones;
 pub mod place;

@@ -4,6 +4,7 @@
 //! from it. The lock says whether one does; it belongs to the open file, and so lives as long as the last process that has it,
 //! be it keeper or manager. A socket in a directory that nobody has locked is stale, and removed. What is written there is found
 //! there: nobody else may write to it.
+use super::accepted::ACCEPTED;
 use crate::api::may_speak;
 use crate::helm::kept::SAID;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, mkdirat, open, stat};
@@ -123,14 +124,16 @@ pub fn claim(directory: &Path) -> Result<Place, PlaceError> {
         listen(&socket, BACKLOG).map_err(failed("listen on", &path))?;
         Ok(socket)
     };
-    // What was said by an API lasts as long as its daemon.
-    let _ = fs::remove_file(directory.join(SAID));
+    // What was said by an API, and what settings were accepted, lasts as long as its daemon.
+    for name in [SAID, ACCEPTED] {
+        let _ = fs::remove_file(directory.join(name));
+    }
     Ok(Place { handover: listening(HANDOVER)?, control: listening(CONTROL)?, lock })
 }
 
 /// Removes the files of a daemon that ends. That of the lock stays: removing it would let two have it.
 pub fn give_up(directory: &Path) {
-    for name in [HANDOVER, CONTROL, API, SAID] {
+    for name in [HANDOVER, CONTROL, API, SAID, ACCEPTED] {
         // Best effort: the next daemon removes what is stale.
         let _ = fs::remove_file(directory.join(name));
     }

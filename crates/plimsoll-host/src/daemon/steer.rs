@@ -4,6 +4,7 @@
 //! must never happen: a guest that waits because one of them does, or a manager that ends because they cannot be had: then
 //! machines have equal shares, and that is told.
 use super::Settings;
+use super::accepted::Accepted;
 use super::manage::Used;
 use super::place::API;
 use crate::api::Api;
@@ -50,6 +51,7 @@ pub(super) struct Steering {
 /// The settings file being read again, on a thread that nobody waits for: a file may lie where reading takes long.
 struct Reading {
     path: Option<PathBuf>,
+    accepted: Accepted,
     bell: Option<Arc<Bell>>,
     thread: Option<JoinHandle<()>>,
     /// It was asked for again meanwhile, and what is being read may be older.
@@ -67,14 +69,15 @@ impl Steering {
     ) -> Self {
         let (say, heard) = channel();
         let (path, bell) = (settings.config.clone(), None);
-        let reading = Reading { path, bell, thread: None, again: false };
+        let accepted = Accepted::of(&settings.directory);
+        let reading = Reading { path, accepted, bell, thread: None, again: false };
         let mut steering = Self { api: None, thread: None, heard, say: say.clone(), reading };
         let own = Own::new(Arc::clone(manager), Arc::clone(budget));
         let said = |text: String| drop(say.send(text));
-        let config = settings.config.as_ref().map(|path| Config::read(path)).transpose();
-        let config = config.unwrap_or_else(|error| {
-            said(format!("the settings are not in force: {}", explain(&error)));
-            None
+        let config = settings.config.as_ref().map(|path| {
+            let (config, note) = Accepted::of(&settings.directory).begin(path);
+            note.into_iter().for_each(said);
+            config
         });
         let kept = match kept {
             Ok(kept) => kept,
@@ -137,8 +140,8 @@ impl Steering {
             (Some(path), Some(bell)) => (path.clone(), Arc::clone(bell)),
         };
         let read = {
-            let tell = tell.clone();
-            move || tell(reread(&path, &bell))
+            let (tell, accepted) = (tell.clone(), self.reading.accepted.clone());
+            move || tell(reread(&path, &accepted, &bell))
         };
         match std::thread::Builder::new().name("settings".to_owned()).spawn(read) {
             Ok(thread) => self.reading.thread = Some(thread),
@@ -176,15 +179,18 @@ impl Steering {
     }
 }
 
-/// Reads the file and has the loop put it in force. What became of that.
-fn reread(path: &Path, bell: &Bell) -> String {
+/// Reads the file, has the loop put it in force, and keeps it for the next manager. What became of that.
+fn reread(path: &Path, accepted: &Accepted, bell: &Bell) -> String {
     let put = || {
-        let config = Config::read(path).map_err(|error| explain(&error))?;
+        let (config, texts) = Config::read_texts(path).map_err(|error| explain(&error))?;
         config.suits_a_daemon()?;
-        bell.order(Order::Reload(Box::new(config))).map_err(|fault| fault.message)
+        bell.order(Order::Reload(Box::new(config))).map_err(|fault| fault.message)?;
+        Ok::<_, String>(texts)
     };
     match put() {
-        Ok(_) => format!("the settings {path:?} are in force"),
+        Ok(texts) => {
+            accepted.keep(&texts).err().unwrap_or_else(|| format!("the settings {path:?} are in force"))
+        }
         Err(why) => format!("the settings were not changed, and those of before stay in force: {why}"),
     }
 }

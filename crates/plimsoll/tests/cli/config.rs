@@ -1,6 +1,6 @@
 //! Settings: checked, described, and read again by a daemon that runs.
 use super::attach::Fake;
-use super::daemon::{Directory, status_of};
+use super::daemon::{Directory, kill_manager, status_of};
 use super::run::{Run, can, wait_until};
 use rustix::process::Signal;
 use std::fs;
@@ -64,6 +64,12 @@ fn a_running_daemon_follows_its_rules_and_reads_its_settings_again_at_sighup() {
     fs::write(&file, "[host]\nmemory = \"1G\"\n").unwrap();
     daemon.signal(Signal::HUP);
     wait_until("what a daemon cannot be told is told", || told("leave memory and reserve out"));
+    // What was refused is not in force for the next manager either.
+    kill_manager(&directory);
+    wait_until("the settings of before are in force", || {
+        told("the settings that were accepted last are in force")
+    });
+    wait_until("the rule has been followed", || told(&refusal));
     fs::write(&file, "[group.a]\nshares = 7\n").unwrap();
     daemon.signal(Signal::HUP);
     wait_until("the settings are in force", || told(&format!("the settings {shown:?} are in force")));
