@@ -7,9 +7,13 @@
 //! is refused, and one that is in use is locked. A block device is opened exclusively: what is mounted, swapped to or a part of
 //! another device is refused by the kernel, whatever it begins with. A device may be named by a link, because the names under
 //! `/dev/disk` that stay the same are links; a file may not.
+//!
+//! A file that an earlier process has left is not written to either: what that process was writing may still be under way, and
+//! would be done over the new tier. It is removed, and another takes its name. A device has no such way out.
 use super::format::{self, SEGMENT_SIZE};
 use rustix::fs::{
-    FallocateFlags, FileType, FlockOperation, Mode, OFlags, fallocate, flock, fstat, ftruncate, open,
+    AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fchmod,
+    fcntl_getfl, flock, fstat, ftruncate, open, seek, statx, unlink,
 };
 use rustix::io::Errno;
 use std::io;
@@ -56,17 +60,21 @@ pub trait Disk: Send + Sync {
     /// Whatever the disk says.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize>;
 
-    /// Writes at an offset; how many bytes, perhaps fewer than given.
+    /// Writes at an offset; how many bytes. Of what was not written, or of all after an error, nobody knows whether it still
+    /// will be.
     ///
     /// # Errors
     /// [`io::ErrorKind::StorageFull`] and [`io::ErrorKind::QuotaExceeded`] where there is no room; whatever else the disk says.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize>;
 
-    /// Sees to it that the first `bytes` have room on the disk, where it can say.
+    /// Sees to it that so many bytes at an offset have room on the disk, where it can say, without writing any.
     ///
     /// # Errors
     /// As for [`write_at`](Self::write_at).
-    fn reserve(&self, bytes: u64) -> io::Result<()>;
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()>;
+
+    /// True where what is read has been written to the disk itself. A page cache shows what may yet have to be written.
+    fn shows_what_has_landed(&self) -> bool;
 
     /// Gives up everything that was written.
     ///
@@ -80,16 +88,21 @@ pub trait Disk: Send + Sync {
 
 /// Reads at least `needed` bytes to the front of `into`, which is whole blocks, in as many pieces as the disk gives; how many.
 pub(super) fn read_blocks(disk: &dyn Disk, offset: u64, into: &mut [u8], needed: usize) -> io::Result<usize> {
-    pieces(into.len(), needed, io::ErrorKind::UnexpectedEof, |done| {
+    pieces(into.len(), needed, |done| {
         into.get_mut(done..).map_or(Ok(0), |rest| disk.read_at(offset + done as u64, rest))
     })
 }
 
-/// Writes whole blocks, in as many pieces as the disk takes.
-pub(super) fn write_blocks(disk: &dyn Disk, offset: u64, bytes: &[u8]) -> io::Result<()> {
-    let write =
-        |done: usize| bytes.get(done..).map_or(Ok(0), |rest| disk.write_at(offset + done as u64, rest));
-    pieces(bytes.len(), bytes.len(), io::ErrorKind::WriteZero, write).map(drop)
+/// Writes whole blocks in one call, or has failed: to go on behind what was written would be to write a second time what may be
+/// under way, and nobody could tell any more when the first has ended.
+pub(super) fn write_once(disk: &dyn Disk, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    match disk.write_at(offset, bytes)? {
+        done if done == bytes.len() => Ok(()),
+        done => {
+            let what = format!("{done} of {} bytes were written", bytes.len());
+            Err(io::Error::new(io::ErrorKind::WriteZero, what))
+        }
+    }
 }
 
 /// Goes on with a piece at a time until `needed` bytes are done. A piece that ends within a block is taken up at the block's
@@ -97,7 +110,6 @@ pub(super) fn write_blocks(disk: &dyn Disk, offset: u64, bytes: &[u8]) -> io::Re
 fn pieces(
     length: usize,
     needed: usize,
-    stuck: io::ErrorKind,
     mut piece: impl FnMut(usize) -> io::Result<usize>,
 ) -> io::Result<usize> {
     let mut done = 0;
@@ -109,7 +121,7 @@ fn pieces(
             Ok(more) => {
                 let now = begun.saturating_add(more).min(length);
                 if now <= done {
-                    return Err(stuck.into());
+                    return Err(io::ErrorKind::UnexpectedEof.into());
                 }
                 done = now;
             }
@@ -160,14 +172,15 @@ pub enum OpenError {
 pub struct FileDisk {
     file: OwnedFd,
     is_file: bool,
+    is_direct: bool,
 }
 
 /// Where others begin at the latest: btrfs 64 KiB, ISO 9660 32 KiB, ZFS 16 KiB, MD and bcachefs 4 KiB behind the start.
 const FOREIGN_MAX: usize = 2 * SEGMENT_SIZE;
 
 impl FileDisk {
-    /// Opens a file that is the tier's alone, makes it if there is none, and empties it: without the key that went with an
-    /// earlier process, what is in it is nothing.
+    /// Opens a file that is the tier's alone, makes it if there is none, and puts an empty one in the place of an earlier
+    /// process's: without the key that went with it, what is in that is nothing.
     ///
     /// # Errors
     /// [`OpenError`]; what was there is then as it was.
@@ -208,7 +221,7 @@ impl FileDisk {
         if FileType::from_raw_mode(stat.st_mode) != expected {
             return Err(OpenError::Kind { path: shown() });
         }
-        let disk = Self { file, is_file };
+        let disk = Self::of(file, is_file);
         let mut start = Blocks::new(FOREIGN_MAX / BLOCK_SIZE);
         let mut read = 0;
         while let Some(rest) = start.bytes_mut().get_mut(read..).filter(|rest| !rest.is_empty()) {
@@ -223,8 +236,30 @@ impl FileDisk {
         if !format::may_be_overwritten(start.bytes()) {
             return Err(OpenError::Foreign { path: shown() });
         }
+        if is_file && stat.st_size > 0 && unlink(path).is_ok() {
+            return disk.replaced(path, Mode::from_raw_mode(stat.st_mode));
+        }
+        // A name that cannot be removed, as that of a file that is mounted, stays that of the same file.
         disk.empty().map_err(|source| OpenError::Open { path: shown(), source })?;
         Ok(disk)
+    }
+
+    /// An empty file, opened as this one, under a name that is free now.
+    fn replaced(self, path: &Path, mode: Mode) -> Result<Self, OpenError> {
+        let shown = || path.display().to_string();
+        let failed = |source: Errno| OpenError::Open { path: shown(), source: source.into() };
+        let flags = fcntl_getfl(&self.file).map_err(failed)? & OFlags::DIRECT;
+        let flags = flags | OFlags::RDWR | OFlags::CLOEXEC | OFlags::DSYNC | OFlags::CREATE | OFlags::EXCL;
+        let file = match open(path, flags, Mode::RUSR | Mode::WUSR) {
+            Err(Errno::EXIST) => return Err(OpenError::InUse { path: shown() }),
+            opened => opened.map_err(failed)?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN) => return Err(OpenError::InUse { path: shown() }),
+            locked => locked.map_err(failed)?,
+        }
+        fchmod(&file, mode).map_err(failed)?;
+        Ok(Self::of(file, true))
     }
 
     /// Goes on with a descriptor of an earlier process, whose lock it holds.
@@ -233,8 +268,21 @@ impl FileDisk {
     /// [`io::Error`] when it is not one that can be looked at.
     pub fn inherit(file: OwnedFd) -> io::Result<Self> {
         let stat = fstat(&file)?;
-        Ok(Self { file, is_file: FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile })
+        Ok(Self::of(file, FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile))
     }
+
+    fn of(file: OwnedFd, is_file: bool) -> Self {
+        let is_direct = is_direct(&file).unwrap_or(false);
+        Self { file, is_file, is_direct }
+    }
+}
+
+/// True where the descriptor goes past the page cache and the kernel says that the file system really does: some take the flag
+/// and read and write through the cache all the same. Network file systems say nothing.
+fn is_direct(file: &OwnedFd) -> rustix::io::Result<bool> {
+    let seen = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)?;
+    let is_real = seen.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && seen.stx_dio_offset_align != 0;
+    Ok(is_real && fcntl_getfl(file)?.contains(OFlags::DIRECT))
 }
 
 /// The block device that a path names, as a link or not, without opening it.
@@ -253,20 +301,20 @@ impl Disk for FileDisk {
         Ok(rustix::io::pwrite(&self.file, bytes, offset)?)
     }
 
-    fn reserve(&self, bytes: u64) -> io::Result<()> {
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
         if !self.is_file {
-            return Ok(());
+            let has_room = offset + bytes <= seek(&self.file, SeekFrom::End(0))?;
+            return if has_room { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) };
         }
-        match fallocate(&self.file, FallocateFlags::empty(), 0, bytes) {
-            Ok(()) => Ok(()),
-            // A file system that cannot promise room is written to, which takes it.
-            Err(Errno::OPNOTSUPP) => {
-                let zeros = Blocks::new(SEGMENT_SIZE / BLOCK_SIZE);
-                let starts = (0..bytes).step_by(SEGMENT_SIZE);
-                starts.into_iter().try_for_each(|start| write_blocks(self, start, zeros.bytes()))
-            }
+        match fallocate(&self.file, FallocateFlags::empty(), offset, bytes) {
+            // A file system that cannot promise room says so when it is written to.
+            Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    fn shows_what_has_landed(&self) -> bool {
+        self.is_direct
     }
 
     fn empty(&self) -> io::Result<()> {
@@ -291,12 +339,12 @@ mod tests {
             begun.borrow_mut().push(at);
             given.next().unwrap().map_err(io::Error::from)
         };
-        let outcome = pieces(16384, 9000, io::ErrorKind::WriteZero, piece);
+        let outcome = pieces(16384, 9000, piece);
         // 100 bytes from 4096 come no further than the 5000 that there were.
-        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WriteZero);
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(begun.into_inner(), [0, 4096, 4096]);
         let mut given = [5000, 4096, 4096].into_iter();
-        let done = pieces(12288, 12288, io::ErrorKind::WriteZero, |_| Ok(given.next().unwrap()));
+        let done = pieces(12288, 12288, |_| Ok(given.next().unwrap()));
         assert_eq!(done.unwrap(), 12288);
     }
 
@@ -323,16 +371,20 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_one_process_s_at_a_time_and_is_emptied_for_the_next() {
+    fn a_file_is_one_process_s_at_a_time_and_what_that_was_still_writing_is_not_in_the_next_one_s() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         let disk = FileDisk::create(&path).unwrap();
         assert!(matches!(FileDisk::create(&path), Err(OpenError::InUse { .. })));
         let mut block = Blocks::new(1);
         format::Header::new(0, 1, 0, 1).write(block.bytes_mut());
-        write_blocks(&disk, 0, block.bytes()).unwrap();
+        write_once(&disk, 0, block.bytes()).unwrap();
+        let late = disk.keepsake().unwrap().try_clone_to_owned().unwrap();
+        flock(&late, FlockOperation::Unlock).unwrap();
         drop(disk);
         let disk = FileDisk::create(&path).unwrap();
+        assert!(matches!(FileDisk::create(&path), Err(OpenError::InUse { .. })));
+        rustix::io::pwrite(&late, block.bytes(), 0).unwrap();
         assert_eq!(disk.read_at(0, block.bytes_mut()).unwrap(), 0);
     }
 }

@@ -3,7 +3,9 @@
 //! Enters: encoded pages, one after the other. Leaves: a segment as it is to be written, everything in it encrypted the moment
 //! it was put there. What must never happen: a byte of a guest in clear in memory that is about to be written.
 use super::device::{BLOCK_SIZE, Blocks};
-use super::format::{Entry, GRANULE, Header, ROOM, SEGMENT_SIZE, TAG_SIZE, room_of, sealed_size};
+use super::format::{
+    Entry, GRANULE, Header, ROOM, SEGMENT_SIZE, TAG_SIZE, directory_end, room_of, sealed_size,
+};
 use super::seal::{Sealer, Seat};
 use plimsoll_store::Handle;
 use plimsoll_types::DomainId;
@@ -75,7 +77,9 @@ impl Draft {
     /// Nothing more comes into it: its directory takes the place, and with it the nonce, that the next entry would have had.
     pub(super) fn close(mut self, sealer: &Sealer) -> Option<Closed> {
         let directory = u16::try_from(self.used / GRANULE).ok()?;
-        let lines: Vec<u8> = self.entries.iter().flat_map(|entry| entry.as_bytes().to_vec()).collect();
+        let end = directory_end(self.used, self.entries.len());
+        let mut lines = self.entries.as_bytes().to_vec();
+        lines.resize(end - self.used - TAG_SIZE, 0);
         self.seal(sealer, DIRECTORY_OWNER, directory, &lines)?;
         Some(Closed { draft: self, directory })
     }
@@ -107,7 +111,7 @@ impl Closed {
         let Self { draft, directory } = self;
         let entries = u32::try_from(draft.entries.len()).unwrap_or(u32::MAX);
         Header::new(segment, draft.sequence, entries, (*directory).into()).write(draft.blocks.bytes_mut());
-        draft.blocks.bytes().get(..draft.used.next_multiple_of(BLOCK_SIZE)).unwrap_or(&[])
+        draft.blocks.bytes().get(..draft.used).unwrap_or(&[])
     }
 }
 

@@ -9,9 +9,11 @@
 //!             32 check u64: xxh3 of the first 32 bytes | 40 zeros
 //! granule 1.. entries, each at a granule of its own
 //!             tag [16] | encoded bytes of a page, encrypted | zeros to the next granule
-//! directory   tag [16] | 16 bytes an entry, encrypted | zeros
+//! directory   tag [16] | 16 bytes an entry, then zeros to the end of the block, encrypted
 //!             handle u64 | 8 domain u32 | 12 granule u16 | 14 length u16
 //! then        not written: whatever an earlier segment left there
+//!
+//! So there is no sector in what is written of which a tag, or the header's check, does not tell whether it is there.
 //! ```
 //!
 //! The header is for people and for whoever looks whether a file is a tier's: nothing is believed of it. What is read is
@@ -47,8 +49,8 @@ const SEGMENT_BITS: u32 = AWAY_BITS - GRANULE_BITS;
 pub const SEGMENTS_MAX: u32 = 1 << SEGMENT_BITS;
 /// Bytes of an authentication tag.
 pub(super) const TAG_SIZE: usize = 16;
-/// The version of the layout.
-const VERSION: u32 = 1;
+/// The version of the layout. In 1 the directory ended with its last entry.
+const VERSION: u32 = 2;
 const MAGIC: u64 = u64::from_le_bytes(*b"PLIMSEGM");
 
 const _: () = assert!(SEGMENT_SIZE == GRANULE << GRANULE_BITS);
@@ -95,6 +97,11 @@ pub(super) const fn room_of(length: usize) -> usize {
 /// What so many bytes take in their place.
 pub(super) const fn sealed_size(length: usize) -> usize {
     (TAG_SIZE + length).next_multiple_of(GRANULE)
+}
+
+/// Where a directory of so many entries ends that begins there: with a block.
+pub(super) const fn directory_end(start: usize, entries: usize) -> usize {
+    (start + sealed_size(entries * size_of::<Entry>())).next_multiple_of(BLOCK_SIZE)
 }
 
 /// What entries can take of a segment.

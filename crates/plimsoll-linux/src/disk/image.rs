@@ -4,7 +4,7 @@
 //! written. Which of them somebody still needs, the stores know.
 use super::device::{BLOCK_SIZE, Blocks, Disk, read_blocks};
 use super::draft::DIRECTORY_OWNER;
-use super::format::{Entry, GRANULE, Header, Place, SEGMENT_SIZE, TAG_SIZE, offset_of, sealed_size};
+use super::format::{Entry, GRANULE, Header, Place, SEGMENT_SIZE, TAG_SIZE, directory_end, offset_of};
 use super::seal::Seat;
 use super::tier::{ReadError, Tier};
 use plimsoll_store::{Away, Handle};
@@ -43,15 +43,18 @@ impl Image {
         let here = read(&mut blocks, GRANULE).map_err(failed)?;
         let header = Header::read(blocks.bytes(), segment, sequence).ok_or(damaged)?;
         let start = header.directory as usize * GRANULE;
-        let mut entries = vec![Entry::new_zeroed(); (header.entries as usize).min(SEGMENT_SIZE / GRANULE)];
-        let end = start + sealed_size(size_of_val(&*entries));
+        let named = (header.entries as usize).min(SEGMENT_SIZE / GRANULE);
+        let end = directory_end(start, named).min(SEGMENT_SIZE);
         if here < end {
-            read(&mut blocks, end.min(SEGMENT_SIZE)).map_err(failed)?;
+            read(&mut blocks, end).map_err(failed)?;
         }
+        let room = end.saturating_sub(start + TAG_SIZE) / size_of::<Entry>();
+        let mut entries = vec![Entry::new_zeroed(); room];
         let granule = u16::try_from(header.directory).unwrap_or(u16::MAX);
         let seat = Seat { sequence, granule, domain: DIRECTORY_OWNER };
         let sealed = blocks.bytes().get(start..).unwrap_or_default();
         tier.open(seat, sealed, entries.as_mut_bytes()).ok_or(ReadError::Damaged { offset })?;
+        entries.truncate(named);
         Ok(Self { segment, sequence, blocks, entries })
     }
 
@@ -67,7 +70,7 @@ impl Image {
         })
     }
 
-    /// True when everything that was written into the segment is there. Each block of it has a part of something.
+    /// True when every sector that was written is there: each has a part of something that is looked at here, or was before.
     pub(super) fn is_whole(&self, tier: &Tier) -> bool {
         self.lines().all(|line| self.bytes(tier, &line, &mut vec![0; line.length]).is_ok())
     }

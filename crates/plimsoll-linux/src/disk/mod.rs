@@ -11,6 +11,7 @@
 //! | `seal` | ChaCha20-Poly1305 |
 //! | `table` | what outlives the manager: key, counter, which segment holds what |
 //! | `draft` | a segment that is being filled |
+//! | `doubt` | writes that may still be under way, and why none is done over anything that came later |
 //! | [`tier`] | which segment holds what and for whom; room, quotas, what is worth cleaning |
 //! | [`window`] | reading, and what was written together |
 //! | `image` | a segment read whole, to be cleaned |
@@ -46,6 +47,7 @@
 //!   nobody reads before it is released gives up a place that is not its own.
 //! * Segments are given back to the tier, not to the file system: the file is as long as it ever was.
 pub mod device;
+mod doubt;
 mod draft;
 mod error;
 mod fetch;

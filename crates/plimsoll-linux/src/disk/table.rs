@@ -8,11 +8,12 @@
 //!
 //! ```text
 //! 0    magic | version u32, segments u32 | next sequence | key, 4 words | zeros to 4096
-//! 4096 word of segment 0, 1, ...: 0 nothing of value | the sequence that lies there | 2^63 + the sequence that is being
-//!      written there | 2^64 - 1 the disk failed there
+//! 4096 word of segment 0, 1, ...: 0 nothing of value | the sequence that lies there | 2^63 + the sequence that may be under way
+//!      there | 2^64 - 1 more than one may be
 //! ```
 //!
-//! That a segment is being written is said before the disk is asked to: a manager may die in a write that goes on without it.
+//! That a segment is being written is said before the disk is asked to, and stays said unless the disk has taken all of it: a
+//! write may go on without the manager that has died in it, and after the disk has refused it.
 use super::seal::KEY_SIZE;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
 use plimsoll_types::{ByteCount, PAGE_SIZE};
@@ -32,7 +33,7 @@ const KEY_WORDS: usize = KEY_SIZE / size_of::<u64>();
 const SEGMENTS: usize = PAGE_SIZE / size_of::<u64>();
 
 const NOTHING: u64 = 0;
-const FAILED: u64 = u64::MAX;
+const SPOILT: u64 = u64::MAX;
 const WRITING: u64 = 1 << 63;
 
 /// The table of a tier could not be had.
@@ -67,9 +68,10 @@ pub enum TableError {
 pub(super) enum Holds {
     Nothing,
     Sequence(u64),
-    /// That sequence is being written there, or was when its manager died.
+    /// That sequence is being written there, or may be although its manager has died or the disk has refused it.
     Writing(u64),
-    Failed,
+    /// More than one may be.
+    Spoilt,
 }
 
 #[derive(Debug)]
@@ -146,7 +148,7 @@ impl Table {
         let word = if segment < self.segments { self.segment(segment).load(Ordering::Acquire) } else { 0 };
         match word {
             NOTHING => Holds::Nothing,
-            FAILED => Holds::Failed,
+            SPOILT => Holds::Spoilt,
             word if word & WRITING != 0 => Holds::Writing(word & !WRITING),
             sequence => Holds::Sequence(sequence),
         }
@@ -157,7 +159,7 @@ impl Table {
             Holds::Nothing => NOTHING,
             Holds::Sequence(sequence) => sequence,
             Holds::Writing(sequence) => sequence | WRITING,
-            Holds::Failed => FAILED,
+            Holds::Spoilt => SPOILT,
         };
         if segment < self.segments {
             self.segment(segment).store(word, Ordering::Release);
@@ -195,13 +197,13 @@ mod tests {
         let table = Table::create(1000).unwrap();
         let given: Vec<u64> = (0..3).map(|_| table.next_sequence()).collect();
         table.set(999, Holds::Sequence(given[2]));
-        table.set(0, Holds::Failed);
+        table.set(0, Holds::Spoilt);
         table.set(7, Holds::Writing(given[1]));
         let next = Table::inherit(table.keepsake().try_clone_to_owned().unwrap()).unwrap();
         assert_eq!(next.segments(), 1000);
         assert_eq!(*next.key(), *table.key());
         assert_ne!(*next.key(), [0; KEY_SIZE]);
-        assert_eq!([next.holds(999), next.holds(0)], [Holds::Sequence(given[2]), Holds::Failed]);
+        assert_eq!([next.holds(999), next.holds(0)], [Holds::Sequence(given[2]), Holds::Spoilt]);
         assert_eq!(next.holds(7), Holds::Writing(given[1]));
         assert_eq!([next.holds(1), next.holds(1000)], [Holds::Nothing; 2]);
         assert!(!given.contains(&next.next_sequence()));

@@ -8,14 +8,10 @@
 //! ```text
 //! free -> being written -> written -> free     when nobody needs anything in it any more, by itself or by cleaning
 //!               |           \-> kept
-//!               |-> failed                     the disk refused it: it is used again when there is nothing else left
-//!               \-> doubtful -> free           its manager died; when all that it wrote is there
+//!               \-> doubtful -> free           the disk refused it, or its manager died; when all of it is there
+//!                      \-> spoilt              it was tried there whether the disk takes anything
 //! ```
-//! *Doubtful* is what was being written when a manager died. The process is gone, and its write may not be: a request that is
-//! with a server, or in a queue, is done when its time comes, and would be done over whatever had been written there meanwhile.
-//! So the table says before each write that it begins, and a later manager leaves such a segment alone until it has seen every
-//! byte of that writing on the disk: then nothing of it is under way any more. It looks when room is short. A write that came
-//! to nothing is never seen to have ended, and its segment is left alone for good.
+//! What may still be written to a segment, and when it is used again, is argued in `doubt`.
 //!
 //! *Kept* are segments that may have objects of a store that could not be put together at a take-over. What is in
 //! them is counted by what the other stores name, which is not all, so none of them is cleaned or free until a manager
@@ -32,8 +28,9 @@
 //!
 //! The lock is held for a few hundred instructions, for a look at some thousand segments where something is to be cleaned, and
 //! never across I/O.
-use super::device::{Disk, write_blocks};
-use super::draft::Draft;
+use super::device::{BLOCK_SIZE, Blocks, Disk, write_once};
+use super::doubt::{Rest, Trouble};
+use super::draft::{Closed, Draft};
 pub use super::error::{ReadError, TierError, WriteError};
 use super::format::{Place, ROOM, SEGMENT_SIZE, SEGMENTS_MAX, TAG_SIZE, offset_of, room_of};
 use super::seal::{Sealer, Seat};
@@ -59,7 +56,7 @@ const VICTIMS_MAX: usize = 8;
 const FULL_PERCENT: u64 = 90;
 /// Segments looked at under one lock: some 20 us, of 2 million in the largest tier.
 const LOOKED_AT: u32 = 4096;
-/// A write is tried in so many places before the disk is left alone for a while.
+/// A write is tried in so many places before the disk is left alone for a while: one may be bad.
 const PLACES_MAX: usize = 3;
 /// How long a disk without room, or with nothing but errors, is left alone: longer each time.
 const PATIENCE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(30)];
@@ -91,7 +88,7 @@ pub struct TierStats {
     pub used: ByteCount,
     /// Of these, what somebody needs.
     pub live: ByteCount,
-    /// Segments that the disk refused, and those that it may still be writing for a manager that is gone.
+    /// Segments that the disk may still be writing, although it has refused that, or for a manager that is gone.
     pub failed: ByteCount,
     /// Bytes written, ever.
     pub written: ByteCount,
@@ -104,7 +101,7 @@ pub struct TierStats {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Duty {
+pub(super) enum Duty {
     Free,
     Writing,
     Written,
@@ -112,9 +109,10 @@ enum Duty {
     Stuck,
     /// Written, and perhaps needed by a store that is not known.
     Kept,
-    /// A manager died while it wrote here, and its write may still be under way.
+    /// The disk refused a write here, or a manager died in it, and it may still be under way.
     Doubtful,
-    Failed,
+    /// More than one may be.
+    Spoilt,
 }
 
 impl Duty {
@@ -125,8 +123,8 @@ impl Duty {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Segment {
-    duty: Duty,
+pub(super) struct Segment {
+    pub(super) duty: Duty,
     /// Of [`ROOM`], what somebody needs.
     live: u32,
 }
@@ -142,35 +140,35 @@ struct Sparse {
 const UNUSED: Segment = Segment { duty: Duty::Free, live: 0 };
 
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     /// Those that were ever written or reserved: the rest are free and have no room on the disk yet.
-    segments: Vec<Segment>,
+    pub(super) segments: Vec<Segment>,
     /// Of these, those that are free.
-    free: BTreeSet<u32>,
-    /// Those that the disk refused, the one that it refused longest ago first.
-    failed: VecDeque<u32>,
+    pub(super) free: BTreeSet<u32>,
+    /// Those in doubt, the one that was looked at longest ago first.
+    pub(super) doubtful: VecDeque<u32>,
+    /// One in which it is tried whether the disk takes anything.
+    pub(super) spoilt: Option<u32>,
     owned: BTreeMap<DomainId, u64>,
-    rest: Option<Rest>,
+    pub(super) rest: Option<Rest>,
     stats: TierStats,
 }
 
-/// The disk is left alone.
+/// A segment that is to be written.
 #[derive(Clone, Copy, Debug)]
-struct Rest {
-    until: Instant,
-    patience: Duration,
-    /// For want of room: no new segment can be had, cleaning may go on.
-    is_full: bool,
+struct Taken {
+    number: u32,
+    has_room: bool,
 }
 
 /// See the file's head.
 pub struct Tier {
-    disk: Box<dyn Disk>,
-    table: Table,
+    pub(super) disk: Box<dyn Disk>,
+    pub(super) table: Table,
     sealer: Sealer,
     quota: Option<ByteCount>,
-    patience: [Duration; 2],
-    state: Mutex<State>,
+    pub(super) patience: [Duration; 2],
+    pub(super) state: Mutex<State>,
 }
 
 impl Tier {
@@ -188,7 +186,12 @@ impl Tier {
         let too_large = TierError::TooLarge { limit: limits.disk, most: size_of(SEGMENTS_MAX) };
         let table = Table::create(segments.ok_or(too_large)?)?;
         let reserve = size_of(RESERVE);
-        disk.reserve(reserve.0).map_err(|source| TierError::Reserve { reserve, source })?;
+        // A file system that cannot promise room is written to, which takes it. What of that may be under way after an error is
+        // under way in a file that is given up.
+        let zeros = Blocks::new(SEGMENT_SIZE / BLOCK_SIZE);
+        let write = |segment| write_once(&*disk, offset_of(segment), zeros.bytes());
+        let reserved = disk.reserve(0, reserve.0).and_then(|()| (0..RESERVE).try_for_each(write));
+        reserved.map_err(|source| TierError::Reserve { reserve, source })?;
         Ok(Self::of(disk, table, limits.domain))
     }
 
@@ -208,13 +211,15 @@ impl Tier {
             Holds::Nothing => Duty::Free,
             Holds::Sequence(_) => Duty::Written,
             Holds::Writing(_) => Duty::Doubtful,
-            Holds::Failed => Duty::Failed,
+            Holds::Spoilt => Duty::Spoilt,
         };
         let segments: Vec<Segment> = (0..known).map(|at| Segment { duty: duty(at), live: 0 }).collect();
         let free = (0..known).filter(|at| duty(*at) == Duty::Free).collect();
-        let failed = (0..known).filter(|at| duty(*at) == Duty::Failed).collect();
+        let doubtful = (0..known).filter(|at| duty(*at) == Duty::Doubtful).collect();
+        let spoilt = (0..known).find(|at| duty(*at) == Duty::Spoilt);
         let stats = TierStats { limit: ByteCount(offset_of(table.segments())), ..TierStats::default() };
-        let state = State { segments, free, failed, owned: BTreeMap::new(), rest: None, stats };
+        let (owned, rest) = (BTreeMap::new(), None);
+        let state = State { segments, free, doubtful, spoilt, owned, rest, stats };
         Self {
             sealer: Sealer::new(&table.key()),
             disk,
@@ -257,7 +262,7 @@ impl Tier {
         };
         TierStats {
             used: ByteCount(count(&[Duty::Writing, Duty::Written, Duty::Stuck, Duty::Kept]) as u64),
-            failed: ByteCount(count(&[Duty::Failed, Duty::Doubtful]) as u64),
+            failed: ByteCount(count(&[Duty::Doubtful, Duty::Spoilt]) as u64),
             live: ByteCount(state.owned.values().sum()),
             ..state.stats
         }
@@ -307,66 +312,76 @@ impl Tier {
     pub fn write(&self, draft: Draft, purpose: Purpose) -> Result<u32, WriteError> {
         // Its parts were seen to fit.
         let mut closed = draft.close(&self.sealer).ok_or(WriteError::Complete)?;
-        let sequence = closed.draft.sequence;
-        let mut refusal = None;
-        for _ in 0..self.places() {
-            let segment = self.take_segment(purpose, Instant::now())?;
-            self.table.set(segment, Holds::Writing(sequence));
-            let bytes = closed.at(segment);
-            let length = bytes.len() as u64;
-            match write_blocks(&*self.disk, offset_of(segment), bytes) {
-                Ok(()) => {
-                    self.written(segment, &closed.draft, length);
-                    return Ok(segment);
-                }
-                Err(error) if is_no_space(&error) => {
-                    self.found_full(segment);
-                    self.rest(true);
-                    return Err(WriteError::NoSpace(error));
-                }
-                Err(error) => {
-                    self.refused(segment);
-                    refusal = Some(error);
-                }
+        self.try_out(&mut closed, purpose)?;
+        for _ in 1..PLACES_MAX {
+            match self.write_to(self.take_segment(purpose, Instant::now())?, &mut closed) {
+                Err(WriteError::Failed(_)) => {}
+                outcome => return outcome,
             }
         }
-        self.rest(false);
-        Err(WriteError::Failed(refusal.unwrap_or_else(|| io::ErrorKind::Other.into())))
+        self.write_to(self.take_segment(purpose, Instant::now())?, &mut closed).inspect_err(|error| {
+            if matches!(error, WriteError::Failed(_)) {
+                self.rest(Trouble::Refused);
+            }
+        })
     }
 
-    /// In how many places a write is tried: once a disk has refused all of them, it is the disk, and each costs a place.
-    fn places(&self) -> usize {
-        if self.state.lock().rest.is_some_and(|rest| !rest.is_full) { 1 } else { PLACES_MAX }
+    fn write_to(&self, taken: Taken, closed: &mut Closed) -> Result<u32, WriteError> {
+        let Taken { number, has_room } = taken;
+        if !has_room && let Err(error) = self.disk.reserve(offset_of(number), SEGMENT_SIZE as u64) {
+            // Nothing was written.
+            self.give_back(number);
+            return Err(self.without_room(error, Trouble::NoRoom));
+        }
+        self.table.set(number, Holds::Writing(closed.draft.sequence));
+        let bytes = closed.at(number);
+        let length = bytes.len() as u64;
+        match write_once(&*self.disk, offset_of(number), bytes) {
+            Ok(()) => {
+                self.written(number, &closed.draft, length);
+                Ok(number)
+            }
+            Err(error) => {
+                self.doubt(number);
+                Err(self.without_room(error, Trouble::RoomRefused))
+            }
+        }
     }
 
-    fn take_segment(&self, purpose: Purpose, now: Instant) -> Result<u32, WriteError> {
+    fn take_segment(&self, purpose: Purpose, now: Instant) -> Result<Taken, WriteError> {
         let mut state = self.state.lock();
         let rests = state.rest.filter(|rest| rest.until > now);
-        if rests.is_some_and(|rest| !rest.is_full) {
+        if rests.is_some_and(|rest| rest.trouble == Trouble::Refused) {
             return Err(WriteError::Resting);
         }
         let known = u32::try_from(state.segments.len()).unwrap_or(u32::MAX);
         let has_more = known < self.table.segments();
         let spare = state.free.len() > RESERVE as usize;
-        let free = state.free.first().copied();
+        let free = state.free.first().map(|number| Taken { number: *number, has_room: true });
         let taken = match (purpose, free) {
             (Purpose::Clean, Some(_)) => free,
             (Purpose::Demote, Some(_)) if spare => free,
             (Purpose::Demote, _) if has_more && rests.is_some() => return Err(WriteError::Resting),
             _ if has_more && rests.is_none() => {
                 state.segments.push(UNUSED);
-                Some(known)
+                Some(Taken { number: known, has_room: false })
             }
-            // The disk has refused what was kept for this. Better a place that it refused once than a tier full for good.
-            (Purpose::Clean, None) => state.failed.pop_front(),
-            (Purpose::Demote, _) => None,
+            _ => None,
         };
-        let segment = taken.ok_or(WriteError::Full { limit: state.stats.limit })?;
-        state.free.remove(&segment);
-        if let Some(taken) = state.segments.get_mut(segment as usize) {
-            *taken = Segment { duty: Duty::Writing, live: 0 };
+        let taken = taken.ok_or(WriteError::Full { limit: state.stats.limit })?;
+        state.free.remove(&taken.number);
+        if let Some(segment) = state.segments.get_mut(taken.number as usize) {
+            *segment = Segment { duty: Duty::Writing, live: 0 };
         }
-        Ok(segment)
+        Ok(taken)
+    }
+
+    /// The segment got no room, and was not written.
+    fn give_back(&self, number: u32) {
+        let mut state = self.state.lock();
+        if number as usize + 1 == state.segments.len() {
+            state.segments.pop();
+        }
     }
 
     fn written(&self, segment: u32, draft: &Draft, length: u64) {
@@ -383,57 +398,6 @@ impl Tier {
             // A segment has less room than that.
             *written = Segment { duty: Duty::Written, live: u32::try_from(live).unwrap_or(u32::MAX) };
         }
-    }
-
-    /// The disk had no room for the segment.
-    fn found_full(&self, segment: u32) {
-        self.table.set(segment, Holds::Nothing);
-        let mut state = self.state.lock();
-        if segment as usize + 1 == state.segments.len() && segment >= RESERVE {
-            // It never got its room.
-            state.segments.pop();
-        } else if let Some(refused) = state.segments.get_mut(segment as usize) {
-            *refused = UNUSED;
-            state.free.insert(segment);
-        }
-    }
-
-    /// The disk did not take the segment.
-    fn refused(&self, segment: u32) {
-        self.table.set(segment, Holds::Failed);
-        let mut state = self.state.lock();
-        if let Some(refused) = state.segments.get_mut(segment as usize) {
-            refused.duty = Duty::Failed;
-            state.failed.push_back(segment);
-        }
-    }
-
-    /// Looks whether writes in which managers died have ended. What all of is there is free: nobody's record names it.
-    pub fn prove(&self) {
-        let doubtful: Vec<u32> = {
-            let state = self.state.lock();
-            let is_doubtful = |(_, segment): &(u32, &Segment)| segment.duty == Duty::Doubtful;
-            (0..).zip(&state.segments).filter(is_doubtful).map(|(number, _)| number).collect()
-        };
-        for number in doubtful {
-            let Holds::Writing(sequence) = self.table.holds(number) else { continue };
-            let image = super::Image::read(&*self.disk, self, number, sequence);
-            if !image.is_ok_and(|image| image.is_whole(self)) {
-                continue;
-            }
-            let mut state = self.state.lock();
-            let State { segments, free, .. } = &mut *state;
-            if let Some(segment) = segments.get_mut(number as usize) {
-                self.set_free(number, segment, free);
-            }
-        }
-    }
-
-    fn rest(&self, is_full: bool) {
-        let [first, most] = self.patience;
-        let mut state = self.state.lock();
-        let patience = state.rest.map_or(first, |rest| (rest.patience * 2).min(most));
-        state.rest = Some(Rest { until: Instant::now() + patience, patience, is_full });
     }
 
     /// Reads an object's encoded bytes, `into` as many as the record says, and proves that they are what was written in that
@@ -480,7 +444,7 @@ impl Tier {
     pub fn writing(&self, remote: Remote) -> Option<u64> {
         match self.table.holds(Place::of(remote.at).segment) {
             Holds::Sequence(sequence) => Some(sequence),
-            Holds::Nothing | Holds::Writing(_) | Holds::Failed => None,
+            Holds::Nothing | Holds::Writing(_) | Holds::Spoilt => None,
         }
     }
 
@@ -557,7 +521,7 @@ impl Tier {
         }
     }
 
-    fn set_free(&self, number: u32, segment: &mut Segment, free: &mut BTreeSet<u32>) {
+    pub(super) fn set_free(&self, number: u32, segment: &mut Segment, free: &mut BTreeSet<u32>) {
         self.table.set(number, Holds::Nothing);
         *segment = UNUSED;
         free.insert(number);
@@ -567,7 +531,7 @@ impl Tier {
     pub fn is_short(&self) -> bool {
         let state = self.state.lock();
         let spare = state.free.len().saturating_sub(RESERVE as usize);
-        let is_stuck = state.rest.is_some_and(|rest| rest.is_full);
+        let is_stuck = state.rest.is_some_and(|rest| rest.trouble != Trouble::Refused);
         let unused = if is_stuck { 0 } else { self.table.segments() as usize - state.segments.len() };
         spare + unused <= self.table.segments() as usize / 16
     }
@@ -640,10 +604,6 @@ impl Tier {
 /// What an object takes of a segment.
 fn share_of(remote: Remote) -> u32 {
     u32::try_from(room_of(remote.length)).unwrap_or(u32::MAX)
-}
-
-fn is_no_space(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl std::fmt::Debug for Tier {

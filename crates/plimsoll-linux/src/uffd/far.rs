@@ -180,7 +180,8 @@ mod tests {
         let kick = Arc::new(EventFd::new().unwrap());
         let mut far = Far::start("far".to_owned(), host, Arc::clone(&domain), Arc::clone(&kick)).unwrap();
         let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
-        let place = file.metadata().unwrap().len() - 4096;
+        // The first segment behind the reserve.
+        let place = 2 << 20;
         let mut good = [0; 4096];
         file.read_exact_at(&mut good, place).unwrap();
         file.write_all_at(&[0; 4096], place).unwrap();

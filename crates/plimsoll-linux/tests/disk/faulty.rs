@@ -8,20 +8,22 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// What the disk does wrong with a call.
+/// What the disk does wrong with a call. What is said to be done later is done when it [lands](FaultyDisk::land).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// Nothing, this time.
     None,
-    /// It has no room.
+    /// It has no room, and says so; a write is done later all the same.
     NoSpace,
-    /// It fails.
+    /// It fails, and that is all.
     Failed,
-    /// It does a part, and says so.
+    /// It fails to say so in time: a write is done later.
+    Late,
+    /// It does a part, and says so; the rest of a write is done later.
     Short,
-    /// It does a part, and fails.
+    /// It does a part, and fails; the rest of a write is done later.
     Torn,
-    /// Whoever writes is killed meanwhile, and the write is done [later](FaultyDisk::land).
+    /// Whoever writes is killed meanwhile, and the write is done later.
     Killed,
 }
 
@@ -48,8 +50,8 @@ struct State {
     /// By sequence number, what was encrypted under it.
     encrypted: BTreeMap<u64, u64>,
     writes_made: u64,
-    /// Writes of the dead that have not been done yet.
-    late: Vec<(u64, Vec<u8>)>,
+    /// Sectors of writes that were refused, or whose writers are dead, and that have not been done yet.
+    late: VecDeque<(u64, Vec<u8>)>,
 }
 
 impl State {
@@ -67,7 +69,23 @@ impl State {
         }
         Ok(())
     }
+
+    fn delay(&mut self, offset: u64, bytes: &[u8]) {
+        let sectors = (offset..).step_by(SECTOR_SIZE).zip(bytes.chunks(SECTOR_SIZE));
+        self.late.extend(sectors.map(|(offset, sector)| (offset, sector.to_vec())));
+    }
+
+    /// A sector of a late write, if there is room for it.
+    fn land(&mut self, offset: u64, sector: &[u8]) {
+        let (number, at) = (offset / BLOCK_SIZE as u64, usize::try_from(offset).unwrap() % BLOCK_SIZE);
+        let mut block = self.blocks.get(&number).cloned().unwrap_or_else(|| vec![0; BLOCK_SIZE]);
+        block[at..at + sector.len()].copy_from_slice(sector);
+        let _ = self.store(number * BLOCK_SIZE as u64, &block);
+    }
 }
+
+/// What a disk writes whole or not at all.
+const SECTOR_SIZE: usize = 512;
 
 /// See the file's head. Clones are the same disk.
 #[derive(Clone, Debug, Default)]
@@ -87,12 +105,23 @@ impl FaultyDisk {
         self.0.lock().room = blocks;
     }
 
-    /// Does the writes of managers that were killed, as far as there is room.
+    /// Does all that was to be done later, as far as there is room.
     pub(crate) fn land(&self) {
+        self.land_some(usize::MAX);
+    }
+
+    /// Does so many sectors of what was to be done later, in the order in which they were given.
+    pub(crate) fn land_some(&self, sectors: usize) {
         let mut state = self.0.lock();
-        for (offset, bytes) in std::mem::take(&mut state.late) {
-            let _ = state.store(offset, &bytes);
+        for _ in 0..sectors {
+            let Some((offset, sector)) = state.late.pop_front() else { return };
+            state.land(offset, &sector);
         }
+    }
+
+    /// Sectors that are still to be done.
+    pub(crate) fn late(&self) -> usize {
+        self.0.lock().late.len()
     }
 
     /// Changes a byte; false where there is none.
@@ -117,8 +146,11 @@ impl FaultyDisk {
 fn part(length: usize, fault: Fault) -> usize {
     match fault {
         // Not even whole blocks.
-        Fault::Short | Fault::Torn => (length * 2 / 3).max(BLOCK_SIZE.min(length)),
-        _ => length,
+        Fault::Short | Fault::Torn => {
+            (length * 2 / 3).max(BLOCK_SIZE.min(length)) / SECTOR_SIZE * SECTOR_SIZE
+        }
+        Fault::None => length,
+        Fault::NoSpace | Fault::Failed | Fault::Late | Fault::Killed => 0,
     }
 }
 
@@ -126,7 +158,7 @@ fn error_of(fault: Fault) -> Option<io::Error> {
     match fault {
         Fault::None | Fault::Short => None,
         Fault::NoSpace => Some(io::ErrorKind::StorageFull.into()),
-        Fault::Failed | Fault::Torn | Fault::Killed => Some(io::Error::from_raw_os_error(5)),
+        Fault::Failed | Fault::Late | Fault::Torn | Fault::Killed => Some(io::Error::from_raw_os_error(5)),
     }
 }
 
@@ -163,9 +195,11 @@ impl Disk for FaultyDisk {
             let before = *state.encrypted.entry(sequence).or_insert(content);
             assert_eq!(before, content, "sequence number {sequence} was used for two segments");
         }
-        let length = if fault == Fault::NoSpace { 0 } else { part(bytes.len(), fault) };
+        let length = part(bytes.len(), fault);
+        if fault != Fault::Failed {
+            state.delay(offset + length as u64, &bytes[length..]);
+        }
         if fault == Fault::Killed {
-            state.late.push((offset, bytes.to_vec()));
             drop(state);
             resume_unwind(Box::new(Dead));
         }
@@ -173,12 +207,19 @@ impl Disk for FaultyDisk {
         error_of(fault).map_or(Ok(length), Err)
     }
 
-    fn reserve(&self, bytes: u64) -> io::Result<()> {
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
         let mut state = self.0.lock();
-        for number in 0..bytes / BLOCK_SIZE as u64 {
-            state.blocks.entry(number).or_insert_with(|| vec![0; BLOCK_SIZE]);
+        let wanted = offset / BLOCK_SIZE as u64..(offset + bytes) / BLOCK_SIZE as u64;
+        let missing: Vec<u64> = wanted.filter(|number| !state.blocks.contains_key(number)).collect();
+        if let Some(room) = &mut state.room {
+            *room = room.checked_sub(missing.len() as u64).ok_or(io::ErrorKind::StorageFull)?;
         }
+        state.blocks.extend(missing.into_iter().map(|number| (number, vec![0; BLOCK_SIZE])));
         Ok(())
+    }
+
+    fn shows_what_has_landed(&self) -> bool {
+        true
     }
 
     fn empty(&self) -> io::Result<()> {

@@ -17,7 +17,7 @@ enum Step {
     Writes(Vec<Fault>),
     Room(Option<u64>),
     Restart,
-    Land,
+    Land { sectors: usize },
 }
 
 fn fault() -> impl Strategy<Value = Fault> {
@@ -25,6 +25,7 @@ fn fault() -> impl Strategy<Value = Fault> {
         3 => Just(Fault::None),
         1 => Just(Fault::NoSpace),
         1 => Just(Fault::Failed),
+        2 => Just(Fault::Late),
         2 => Just(Fault::Short),
         1 => Just(Fault::Torn),
     ]
@@ -39,7 +40,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => any::<usize>().prop_map(|at| Step::Read { at }),
         1 => vec(fault(), 0..6).prop_map(Step::Reads),
         2 => vec(prop_oneof![6 => fault(), 1 => Just(Fault::Killed)], 0..6).prop_map(Step::Writes),
-        1 => Just(Step::Land),
+        2 => prop_oneof![Just(usize::MAX), 1..2048_usize].prop_map(|sectors| Step::Land { sectors }),
         1 => prop_oneof![Just(None), (0..300_u64).prop_map(Some)].prop_map(Step::Room),
         2 => Just(Step::Restart),
     ]
@@ -79,7 +80,7 @@ fn apply(world: &mut World, disk: &FaultyDisk, step: Step, next: &mut u64) {
         Step::Reads(faults) => disk.fail_reads(&faults),
         Step::Writes(faults) => disk.fail_writes(&faults),
         Step::Room(blocks) => disk.set_room(blocks),
-        Step::Land => disk.land(),
+        Step::Land { sectors } => disk.land_some(sectors),
         Step::Restart => world.restart(Box::new(disk.clone())),
     }
 }

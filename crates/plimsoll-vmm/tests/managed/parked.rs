@@ -51,8 +51,12 @@ impl<F: Fn(&FileDisk, u64, &mut [u8]) -> io::Result<usize> + Send + Sync> Disk f
         self.disk.write_at(offset, bytes)
     }
 
-    fn reserve(&self, bytes: u64) -> io::Result<()> {
-        self.disk.reserve(bytes)
+    fn reserve(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.disk.reserve(offset, bytes)
+    }
+
+    fn shows_what_has_landed(&self) -> bool {
+        self.disk.shows_what_has_landed()
     }
 
     fn empty(&self) -> io::Result<()> {
