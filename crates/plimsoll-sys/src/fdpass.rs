@@ -5,7 +5,7 @@
 //! On a SEQPACKET socket a call sends or receives one message. On a stream socket the kernel attaches descriptors to
 //! the first byte sent with them and never joins data across them; a short send or receive is possible and the
 //! caller's protocol has to frame its data.
-#![expect(unsafe_code, reason = "SO_PEERCRED and SO_PEERPIDFD are read with getsockopt")]
+#![expect(unsafe_code, reason = "SO_PEERCRED, SO_PEERGROUPS and SO_PEERPIDFD are read with getsockopt")]
 
 use crate::ProcessId;
 use crate::pidfd::Pidfd;
@@ -197,6 +197,41 @@ pub fn peer_credentials(socket: impl AsFd) -> io::Result<PeerCredentials> {
     }
     let process = u32::try_from(raw.pid).ok().and_then(ProcessId::new);
     Ok(PeerCredentials { process, uid: raw.uid, gid: raw.gid })
+}
+
+/// The supplementary groups of whoever connected, listened, or made the pair, as they were then. Its effective group is in
+/// [`peer_credentials`].
+///
+/// # Errors
+/// Those of `getsockopt(SO_PEERGROUPS)`.
+pub fn peer_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
+    // Most users are in fewer; the kernel says how much room the others need.
+    let mut groups: Vec<libc::gid_t> = vec![0; 64];
+    loop {
+        let mut len = libc::socklen_t::try_from(size_of_val(&*groups)).map_err(io::Error::other)?;
+        // SAFETY: the kernel writes at most `len` bytes, the size of the elements that `groups` has, which are integers.
+        let status = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &raw mut len,
+            )
+        };
+        let count = usize::try_from(len).map_err(io::Error::other)? / size_of::<libc::gid_t>();
+        let error = io::Error::last_os_error();
+        match status {
+            0 => {
+                groups.truncate(count);
+                return Ok(groups);
+            }
+            _ if error.raw_os_error() == Some(libc::ERANGE) && count > groups.len() => {
+                groups.resize(count, 0)
+            }
+            _ => return Err(error),
+        }
+    }
 }
 
 /// The process that connected, held from the moment it did: its id cannot have become another's.

@@ -2,6 +2,7 @@
 //!
 //! Enters: a file. Leaves: what it says in one line, or every mistake, each in a line with its place, and exit status 2. Nothing is changed.
 use crate::verb::ended;
+use plimsoll_host::api::Access;
 use plimsoll_host::config::{Config, Mistakes, keys};
 use plimsoll_linux::explain;
 use std::io::{Write, stdout};
@@ -42,6 +43,12 @@ pub(crate) fn main(args: &ConfigArgs) -> ExitCode {
 
 fn check(file: &Path) -> ExitCode {
     let read = Config::read(file).map_err(|mistakes| all(&mistakes));
+    // What a daemon says of the files that they name, it says when it starts.
+    let read = read.and_then(|config| {
+        let checked =
+            Access::check(&config.api).map_err(|error| format!("{}: {}", file.display(), explain(&error)));
+        checked.map(|()| config)
+    });
     ended(
         "config",
         read.map(|config| {

@@ -8,6 +8,7 @@ use crate::demo::limits;
 use crate::live::DIRECTORY;
 use crate::verb::ended;
 use clap::Args;
+use plimsoll_host::api::Access;
 use plimsoll_host::config::Config;
 use plimsoll_host::daemon::{self, Beginning, Counted, DiskSettings, Settings, Sharing};
 use plimsoll_host::helm::BUDGET_MIN;
@@ -145,7 +146,9 @@ fn check(path: &Path) -> Result<(), String> {
     }
     let config = Config::read(path).map_err(|mistakes| all(&mistakes))?;
     config.suits_a_daemon().map_err(|why| format!("{shown}: {why}"))?;
-    Ok(())
+    // Listened for a moment: that a port is another's is said now as well.
+    let access = Access::prepare(&config.api, &Access::default());
+    access.map(drop).map_err(|error| format!("{shown}: {}", explain(&error)))
 }
 
 fn run(args: &DaemonArgs) -> Result<End, String> {

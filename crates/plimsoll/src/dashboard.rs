@@ -1,17 +1,15 @@
 //! `plimsoll dashboard`: the page for a browser on this host, as long as this runs.
 //!
-//! Enters: where to listen, a daemon's directory. Leaves: an address on standard output. Whoever has that address may use the page, so it
+//! Enters: where to listen, a daemon. Leaves: an address on standard output. Whoever has that address may use the page, so it
 //! is on no command line and in no file.
-use crate::live::DIRECTORY;
+use crate::live::DaemonAt;
 use crate::signals::signals;
 use crate::verb::ended;
 use plimsoll_host::api::Host;
-use plimsoll_host::api::client::Client;
 use plimsoll_host::dashboard::Dashboard;
 use plimsoll_linux::explain;
 use std::io::{Read, Write, stdout};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
@@ -19,9 +17,8 @@ pub(crate) struct DashboardArgs {
     /// Where to listen: an address of this host's own. Port 0 is any that is free.
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
     listen: SocketAddr,
-    /// The daemon's directory.
-    #[arg(long, value_name = "DIR", default_value = DIRECTORY)]
-    directory: PathBuf,
+    #[command(flatten)]
+    daemon: DaemonAt,
 }
 
 pub(crate) fn main(args: &DashboardArgs) -> ExitCode {
@@ -29,7 +26,7 @@ pub(crate) fn main(args: &DashboardArgs) -> ExitCode {
 }
 
 fn run(args: &DashboardArgs) -> Result<(), String> {
-    let client = Client::of(&args.directory);
+    let client = args.daemon.client().map_err(|error| explain(&error))?;
     // Without a daemon, or the right to ask it, there is nothing to show.
     let _: Host = client.get("/v1/host").map_err(|error| explain(&error))?;
     let mut end = signals()?;

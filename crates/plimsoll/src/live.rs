@@ -1,30 +1,74 @@
 //! What the verbs that speak to a running daemon have in common: where it is, and how its answers are said.
 use crate::trace::say;
 use plimsoll_host::api::client::{Client, ClientError};
-use plimsoll_host::api::{Machine, Machines};
+use plimsoll_host::api::{Credentials, Machine, Machines};
 use plimsoll_linux::explain;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::env;
 use std::fmt::Display;
 use std::path::PathBuf;
 
 /// Where a daemon is, and is looked for, unless it is said otherwise.
 pub(crate) const DIRECTORY: &str = "/run/plimsoll";
 
-/// Which daemon is asked, and how its answer is said.
+/// Where a daemon's certificates are looked for unless they are named, in the folder of the user's own settings.
+const FOLDER: &str = "plimsoll";
+
+/// Which daemon is asked.
 #[derive(clap::Args)]
-pub(crate) struct LiveArgs {
+pub(crate) struct DaemonAt {
     /// The daemon's directory.
     #[arg(long, value_name = "DIR", default_value = DIRECTORY, env = "PLIMSOLL_DIRECTORY")]
     directory: PathBuf,
+    /// A daemon elsewhere, which listens there.
+    #[arg(long, value_name = "https://NAME:PORT", env = "PLIMSOLL_HOST")]
+    host: Option<String>,
+    /// For a daemon elsewhere: who signs its certificate. Default: ca.pem in PLIMSOLL_CERTS, or else in ~/.config/plimsoll.
+    #[arg(long, value_name = "FILE")]
+    cacert: Option<PathBuf>,
+    /// The certificate that is shown to it. Default: cert.pem there.
+    #[arg(long, value_name = "FILE")]
+    cert: Option<PathBuf>,
+    /// That certificate's key. Default: key.pem there.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+}
+
+impl DaemonAt {
+    pub(crate) fn client(&self) -> Result<Client, ClientError> {
+        let Some(host) = &self.host else { return Ok(Client::of(&self.directory)) };
+        let folder = folder();
+        let file = |named: &Option<PathBuf>, usual| named.clone().unwrap_or_else(|| folder.join(usual));
+        let credentials = Credentials {
+            certificate: file(&self.cert, "cert.pem"),
+            key: file(&self.key, "key.pem"),
+            authority: file(&self.cacert, "ca.pem"),
+        };
+        Client::elsewhere(host, credentials)
+    }
+}
+
+/// Where this user's certificates are.
+fn folder() -> PathBuf {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let settings = || set("XDG_CONFIG_HOME").or_else(|| Some(set("HOME")?.join(".config")));
+    set("PLIMSOLL_CERTS").unwrap_or_else(|| settings().unwrap_or_default().join(FOLDER))
+}
+
+/// Which daemon is asked, and how its answer is said.
+#[derive(clap::Args)]
+pub(crate) struct LiveArgs {
+    #[command(flatten)]
+    daemon: DaemonAt,
     /// JSON instead of text.
     #[arg(long)]
     json: bool,
 }
 
 impl LiveArgs {
-    pub(crate) fn client(&self) -> Client {
-        Client::of(&self.directory)
+    pub(crate) fn client(&self) -> Result<Client, ClientError> {
+        self.daemon.client()
     }
 
     pub(crate) const fn is_json(&self) -> bool {
@@ -32,7 +76,7 @@ impl LiveArgs {
     }
 
     pub(crate) fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, String> {
-        self.client().get(path).map_err(|error| explain(&error))
+        self.client().and_then(|client| client.get(path)).map_err(|error| explain(&error))
     }
 
     pub(crate) fn send<T: DeserializeOwned>(
@@ -41,7 +85,7 @@ impl LiveArgs {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<T, String> {
-        self.client().send(method, path, body).map_err(|error| explain(&error))
+        self.client().and_then(|client| client.send(method, path, body)).map_err(|error| explain(&error))
     }
 
     /// Says it.

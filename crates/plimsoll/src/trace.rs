@@ -28,7 +28,7 @@ pub(crate) struct TraceArgs {
 pub(crate) struct SourceArgs {
     /// A record of decisions, as `plimsoll manage --record` writes it. Left out: the running daemon, and where there is none,
     /// /var/lib/plimsoll/trace.
-    #[arg(long, value_name = "FILE", conflicts_with = "directory")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["directory", "host"])]
     trace: Option<PathBuf>,
     #[command(flatten)]
     live: LiveArgs,
@@ -49,7 +49,7 @@ impl SourceArgs {
         if let Some(trace) = &self.trace {
             return open(trace);
         }
-        match self.live.client().get(path) {
+        match self.live.client().and_then(|client| client.get(path)) {
             Ok(answer) => Ok(Found::Live(answer)),
             Err(ClientError::NoDaemon { .. }) if Path::new(USUAL).exists() => open(Path::new(USUAL)),
             Err(error @ ClientError::NoDaemon { .. }) => {

@@ -39,7 +39,11 @@ pub enum Code {
 /// Of each code: its status, and what to do.
 const CODES: [(Code, StatusCode, &str); 11] = [
     (Code::BadRequest, StatusCode::BAD_REQUEST, "see /openapi.json for what can be asked"),
-    (Code::Forbidden, StatusCode::FORBIDDEN, "ask as root, or as the user that runs the daemon"),
+    (
+        Code::Forbidden,
+        StatusCode::FORBIDDEN,
+        "ask as root, as the user that runs the daemon, or in the group that its settings name",
+    ),
     (Code::NotFound, StatusCode::NOT_FOUND, "GET /v1/machines, or `plimsoll vm list`, shows those there are"),
     (Code::MethodNotAllowed, StatusCode::METHOD_NOT_ALLOWED, "see /openapi.json for what can be asked"),
     (Code::Conflict, StatusCode::CONFLICT, "nothing was changed"),

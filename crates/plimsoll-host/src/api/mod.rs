@@ -1,6 +1,6 @@
-//! The daemon's API: HTTP and JSON on a Unix socket.
+//! The daemon's API: HTTP and JSON on a Unix socket, and over TLS where the settings say so.
 //!
-//! Enters: requests of root and of the user that runs the daemon. Leaves: answers of the schema in [`openapi`], which is checked in
+//! Enters: requests of root, of the user that runs the daemon, and of whom the settings name. Leaves: answers of the schema in [`openapi`], which is checked in
 //! as `docs/openapi.json`; faults with a code, a sentence and help. It has a thread of its own, the only one with tokio on it.
 //! What must never happen: a client, however slow or hostile, keeping the control loop or a pager waiting.
 //!
@@ -11,7 +11,9 @@
 //! ```
 //!
 //! * [`exchange`](mod@exchange): what the two sides have of each other. [`Settings`], `model`: what is said and shown. `fault`: what is refused.
-//! * `routes`: which requests there are. `serve`: who may ask, and how much. `archive`: the past. [`client`]: the other end.
+//! * `routes`: which requests there are. `access`: who may ask. `serve`: how much. `tls`: certificates. `archive`: the past.
+//!   [`client`]: the other end.
+mod access;
 mod archive;
 pub mod client;
 pub mod exchange;
@@ -21,7 +23,9 @@ mod patience;
 mod routes;
 mod serve;
 mod settings;
+mod tls;
 
+pub use access::{Access, AccessError};
 pub(crate) use archive::{Archive, Counts};
 pub use archive::{Happening, Sample};
 pub use fault::{Code, Fault};
@@ -30,5 +34,6 @@ pub use model::{
 };
 pub use routes::{Attach, Budget, History, Opener, Reclaim, Why, openapi};
 pub(crate) use serve::may_speak;
-pub use serve::{Api, SOCKET, ServeError};
+pub use serve::{Api, Gate, SOCKET, ServeError};
 pub use settings::{Highest, Settings, SettingsKind};
+pub use tls::{Credentials, Holds, TlsError};

@@ -7,6 +7,7 @@ use super::exchange::{Door, Moment, Order};
 use super::fault::{Code, Fault};
 use super::model::{Found, Groups, Host, Machine, Machines, Map};
 use super::settings::{Settings, group_called};
+use crate::config::Role;
 use crate::line::Line;
 use crate::metrics;
 use crate::roster::Opened;
@@ -37,7 +38,7 @@ use utoipa_axum::routes;
 const PAGE_USUAL: usize = 100;
 const PAGE_MAX: usize = 1000;
 /// How long a request may take, its body's arrival included. An order waits for 5 s, attaching for a VMM's interface.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// Clients that may listen to events at the same time.
 const LISTENERS_MAX: usize = 16;
 /// Machines that may be attached to at the same time.
@@ -524,7 +525,7 @@ async fn description() -> Response {
 #[openapi(
     info(
         title = "plimsoll",
-        description = "The memory manager of this host: its machines, their settings, and why it does what it does. HTTP on a Unix socket.",
+        description = "The memory manager of this host: its machines, their settings, and why it does what it does. HTTP on a Unix socket, or over TLS.",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
     ),
     components(schemas(Fault)),
@@ -573,10 +574,24 @@ pub(super) fn router(app: &Arc<App>) -> Router {
         .with_state(Arc::clone(app))
 }
 
-/// Lets no request last for ever, and counts it.
+/// Whether the one who asks may have that done. Whatever changes something is asked for by a method that says so.
+fn is_allowed(request: &Request) -> Result<(), Fault> {
+    match request.extensions().get() {
+        Some(Role::Change) => Ok(()),
+        Some(Role::Read) if request.method().is_safe() => Ok(()),
+        Some(Role::Read) => Err(Fault::new(Code::Forbidden, "this client may read and change nothing")
+            .help("nothing was changed; [api] of the daemon's settings says who may")),
+        None => Err(Fault::new(Code::Forbidden, "nobody says who asks")),
+    }
+}
+
+/// Lets nobody do more than it may, and no request last for ever; and counts it.
 async fn within_limits(State(app): Here, request: Request, next: Next) -> Response {
     let late = || Fault::new(Code::Busy, format!("the request took longer than {} s", PATIENCE.as_secs()));
-    let response = tokio::time::timeout(PATIENCE, next.run(request)).await;
+    let response = match is_allowed(&request) {
+        Ok(()) => tokio::time::timeout(PATIENCE, next.run(request)).await,
+        Err(fault) => Ok(fault.into_response()),
+    };
     let response = response.unwrap_or_else(|_| late().into_response());
     *app.answered.lock().entry(response.status().as_u16()).or_default() += 1;
     response

@@ -104,6 +104,14 @@ pub enum Wrong {
         /// What it has not.
         missing: &'static str,
     },
+    /// Something that means nothing by itself.
+    #[error("there is {one} and no {missing}: add it, or leave {one} out")]
+    Lacking {
+        /// What there is.
+        one: &'static str,
+        /// What is missing.
+        missing: &'static str,
+    },
     /// A group that is not there.
     #[error(
         "{owner} belongs to the group {group:?}, which is not there: add [group.{group}], or use one of {known}"

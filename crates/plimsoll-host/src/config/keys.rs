@@ -3,7 +3,7 @@
 //! Enters: nothing. Leaves: the tables by which files are read (`read`) and described ([`reference()`]). What must never happen: a key
 //! that is understood and not described, or the other way round; so there is no other list of them.
 use super::read::Kind;
-use Kind::{Count, File, Flag, OneOf, Part, Pattern, Size, Socket, Text};
+use Kind::{Address, Count, File, Flag, OneOf, Part, Pattern, Patterns, Size, Socket, Text};
 use plimsoll_policy::Rung;
 use std::fmt::Write;
 
@@ -138,6 +138,45 @@ pub const MACHINE: Section = Section {
     ],
 };
 
+/// What whoever may ask may do, in words.
+pub(super) const ROLES: [&str; 2] = ["read", "change"];
+
+/// `[api]`.
+pub const API: Section = Section {
+    heading: "[api]",
+    meaning: "who may use a daemon's API beside root and the user that runs it: docs/remote.md",
+    keys: &[&[
+        key("group", Text, "none", "a group of this host's users that may use the socket, by name or number"),
+        key("group-may", OneOf(&ROLES), "read", "what it may do there: read, or change as well"),
+        key(
+            "listen",
+            Address,
+            "none",
+            "where the API is served over TLS; needs certificate, key, client-ca, and may-change or may-read",
+        ),
+        key("certificate", File, "none", "the daemon's own certificate, and whatever signed it, as PEM"),
+        key(
+            "key",
+            File,
+            "none",
+            "the certificate's key, as PEM: root's or the daemon's own, and closed to others",
+        ),
+        key("client-ca", File, "none", "who signs clients' certificates, as PEM; others are not heard"),
+        key(
+            "may-change",
+            Patterns,
+            "none",
+            "of those clients, the ones that may change things, by names of their certificates",
+        ),
+        key(
+            "may-read",
+            Patterns,
+            "none",
+            "of those clients, the ones that may read, by names of their certificates",
+        ),
+    ]],
+};
+
 /// What `vmm` may be.
 const VMMS: &[&str] = &["qemu", "cloud-hypervisor", "firecracker", "crosvm", "plimsoll"];
 
@@ -169,7 +208,7 @@ pub const RULE: Section = Section {
 };
 
 /// All of them, in the order in which they are described.
-pub const SECTIONS: [Section; 4] = [HOST, GROUP, MACHINE, RULE];
+pub const SECTIONS: [Section; 5] = [HOST, GROUP, MACHINE, RULE, API];
 
 /// Every key with its meaning, as a page of Markdown.
 pub fn reference() -> String {

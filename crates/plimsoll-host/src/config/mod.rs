@@ -25,7 +25,7 @@ mod error;
 pub mod keys;
 mod read;
 mod rules;
-mod texts;
+pub(crate) mod texts;
 mod whole;
 
 pub use error::{ConfigError, Mistakes, Wrong};
@@ -38,6 +38,7 @@ use plimsoll_policy::settings::{Face, GroupSettings, MachineSettings, Settings, 
 use plimsoll_policy::{Costs, Ppm, Rung};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// What an operator says about a host.
@@ -57,6 +58,43 @@ pub struct Config {
     pub machines: BTreeMap<String, MachineConfig>,
     /// What is said about others, the first that matches before the rest.
     pub rules: Vec<Rule>,
+    /// Who may ask a daemon.
+    pub api: ApiConfig,
+}
+
+/// Who may use a daemon's API beside root and the user that runs it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ApiConfig {
+    /// A group of the host's users, by name or number, on the socket.
+    pub group: Option<(String, Role)>,
+    /// Clients elsewhere.
+    pub remote: Option<RemoteConfig>,
+}
+
+/// What somebody who may ask may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// See everything that the API shows.
+    Read,
+    /// Change things as well.
+    Change,
+}
+
+/// The API over TLS, for clients that show a certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteConfig {
+    /// Where.
+    pub listen: SocketAddr,
+    /// The daemon's own certificate.
+    pub certificate: PathBuf,
+    /// Its key.
+    pub key: PathBuf,
+    /// Who signs clients' certificates.
+    pub client_ca: PathBuf,
+    /// Names of clients that may change things.
+    pub may_change: Vec<Pattern>,
+    /// Names of clients that may read.
+    pub may_read: Vec<Pattern>,
 }
 
 /// What an operator says about a machine.
@@ -115,6 +153,7 @@ impl Default for Config {
             groups: BTreeMap::new(),
             machines: BTreeMap::new(),
             rules: Vec::new(),
+            api: ApiConfig::default(),
         }
     }
 }

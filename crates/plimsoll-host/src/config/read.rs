@@ -3,11 +3,12 @@
 //! What must never happen: a key that is read past, or a value taken for another kind's. A section with a mistake is still returned, so
 //! that the rest of the file can be judged; whoever has mistakes takes over nothing.
 use super::keys::Section;
-use super::{ConfigError, Wrong};
+use super::{ConfigError, Pattern, Wrong};
 use plimsoll_policy::Ppm;
 use plimsoll_types::ByteCount;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use toml::Spanned;
@@ -28,6 +29,10 @@ pub enum Kind {
     Text,
     /// A pattern of `*` and `?`.
     Pattern,
+    /// Some of them.
+    Patterns,
+    /// An address of this host and a port.
+    Address,
     /// A path from the root.
     Socket,
     /// A path from the folder of the settings.
@@ -45,6 +50,10 @@ impl fmt::Display for Kind {
             Self::Flag => f.write_str("true or false"),
             Self::Text => f.write_str("a name in quotes"),
             Self::Pattern => f.write_str("a pattern in quotes, in which * is any text and ? any character"),
+            Self::Patterns => f.write_str("a list of patterns, such as [\"ops.example.org\", \"*.test\"]"),
+            Self::Address => {
+                f.write_str("an address and a port in quotes, such as \"192.0.2.1:9753\" or \"[::]:9753\"")
+            }
             Self::Socket => f.write_str("a path from / in quotes"),
             Self::File => f.write_str("a path in quotes"),
             Self::OneOf(words) => write!(f, "one of {}", quoted(words)),
@@ -64,6 +73,8 @@ pub(super) enum Value {
     Count(u32),
     Flag(bool),
     Text(String),
+    Address(SocketAddr),
+    Texts(Vec<String>),
 }
 
 /// A file and a line in it, from 1.
@@ -121,6 +132,15 @@ impl Said {
 
     pub(super) fn text(&self, key: &str) -> Option<&str> {
         self.value(key).and_then(|value| if let Value::Text(text) = value { Some(&**text) } else { None })
+    }
+
+    pub(super) fn address(&self, key: &str) -> Option<SocketAddr> {
+        self.value(key).and_then(|value| if let Value::Address(it) = value { Some(*it) } else { None })
+    }
+
+    pub(super) fn patterns(&self, key: &str) -> Vec<Pattern> {
+        let Some(Value::Texts(texts)) = self.value(key) else { return Vec::new() };
+        texts.iter().map(|text| Pattern::new(text)).collect()
     }
 
     pub(super) fn path(&self, key: &str) -> Option<PathBuf> {
@@ -213,7 +233,14 @@ fn understood(kind: Kind, value: &DeValue<'_>) -> Result<Value, String> {
             let number = u32::from_str_radix(number.as_str(), number.radix());
             number.map(Value::Count).map_err(|_| other())
         }
-        (Kind::Flag | Kind::Count, _) => Err(other()),
+        (Kind::Patterns, DeValue::Array(list)) => {
+            let text = |one: &Spanned<DeValue<'_>>| match one.get_ref() {
+                DeValue::String(text) if !text.is_empty() => Some(text.clone().into_owned()),
+                _ => None,
+            };
+            list.iter().map(text).collect::<Option<_>>().map(Value::Texts).ok_or_else(other)
+        }
+        (Kind::Flag | Kind::Count | Kind::Patterns, _) => Err(other()),
         (kind, DeValue::String(text)) => {
             let why = |error: &dyn fmt::Display| format!("{text:?}: {error}");
             match kind {
@@ -221,6 +248,7 @@ fn understood(kind: Kind, value: &DeValue<'_>) -> Result<Value, String> {
                     text.parse().map(Value::Size).map_err(|error: <ByteCount as FromStr>::Err| why(&error))
                 }
                 Kind::Part => text.parse().map(|part: Part| Value::Part(part.0)).map_err(|error| why(&error)),
+                Kind::Address => text.parse().map(Value::Address).map_err(|_| other()),
                 Kind::OneOf(words) if !words.contains(&&**text) => Err(other()),
                 Kind::Socket if !text.starts_with('/') => Err(other()),
                 _ if text.is_empty() => Err(why(&"it is empty: leave the line out, or say something")),

@@ -59,6 +59,40 @@ fn both_faces_and_groups_are_understood() {
 }
 
 #[test]
+fn who_may_ask_is_said_whole_or_not_at_all() {
+    let all = "[api]\ngroup = \"wheel\"\nlisten = \"[::]:9753\"\ncertificate = \"a.pem\"\nkey = \"/k/a.key\"\nclient-ca = \"ca.pem\"\nmay-read = [\"*\"]\n";
+    let api = Config::parse(all, "/etc/plimsoll/plimsoll.toml").unwrap().api;
+    assert_eq!(api.group, Some(("wheel".to_owned(), Role::Read)));
+    let remote = api.remote.unwrap();
+    assert_eq!(remote.listen, "[::]:9753".parse().unwrap());
+    assert_eq!([&remote.certificate, &remote.key], ["/etc/plimsoll/a.pem", "/k/a.key"].map(Path::new));
+    assert_eq!((remote.may_change, remote.may_read), (vec![], vec![Pattern::new("*")]));
+    assert_eq!(Config::parse("", "host.toml").unwrap().api, ApiConfig::default());
+    for (key, expected) in [
+        ("listen", "host.toml:3: there is certificate and no listen"),
+        ("certificate", "host.toml:3: there is listen and no certificate"),
+        ("key", "no key: add it, or leave listen out"),
+        ("client-ca", "no client-ca"),
+        ("may-read", "no may-change or may-read"),
+    ] {
+        let without = all.lines().filter(|line| !line.starts_with(key)).collect::<Vec<_>>().join("\n");
+        assert!(refusal(&without).contains(expected), "{}", refusal(&without));
+    }
+    for (text, expected) in [
+        ("group-may = \"change\"", "there is group-may and no group"),
+        ("group = \"a\"\ngroup-may = \"write\"", "write one of \"read\", \"change\""),
+        ("listen = \"localhost\"", "write an address and a port in quotes"),
+        ("may-read = \"*\"", "write a list of patterns"),
+        ("may-read = [1]", "write a list of patterns"),
+        ("may-read = [\"\"]", "write a list of patterns"),
+        ("token = \"x\"", "unknown key `token`"),
+    ] {
+        let said = refusal(&format!("[api]\n{text}\n"));
+        assert!(said.contains(expected), "{text}: {said}");
+    }
+}
+
+#[test]
 fn each_mistake_is_told_with_its_line_and_what_to_do() {
     let expected = [
         (

@@ -5,6 +5,7 @@
 use plimsoll_types::ByteCount;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -52,11 +53,21 @@ impl Texted<'_> {
 
 /// The text of a file that people write.
 fn text_of(path: &Path) -> io::Result<String> {
+    opened(path).and_then(|(file, _)| text_in(file))
+}
+
+/// A file, and what the system says of it.
+pub(crate) fn opened(path: &Path) -> io::Result<(File, Metadata)> {
     let file = std::fs::OpenOptions::new().read(true).custom_flags(nonblocking()).open(path)?;
     let found = file.metadata()?;
     if !found.is_file() {
         return Err(io::Error::other("it is no file"));
     }
+    Ok((file, found))
+}
+
+/// What is in it.
+pub(crate) fn text_in(file: File) -> io::Result<String> {
     let mut text = String::new();
     if file.take(FILE_MAX + 1).read_to_string(&mut text)? > usize::try_from(FILE_MAX).unwrap_or(usize::MAX) {
         return Err(io::Error::other(format!("it is larger than {}", ByteCount(FILE_MAX))));

@@ -3,11 +3,11 @@
 //! Enters: files. Leaves: a [`Config`], or all mistakes: what each value can be wrong in by itself, then each machine, group and rule by
 //! itself, then all of them together. Of what has a mistake the usual is assumed further on, so that one is not told as two.
 use super::error::{Mistakes, Wrong, key};
-use super::keys::{GROUP, HOST, MACHINE, MEANS, RULE};
+use super::keys::{API, GROUP, HOST, MACHINE, MEANS, ROLES, RULE};
 use super::read::{Place, Said, Source};
 use super::rules::{Conditions, Pattern, Rule};
 use super::texts::{Texted, Texts};
-use super::{Config, ConfigError, FaceConfig, MachineConfig};
+use super::{ApiConfig, Config, ConfigError, FaceConfig, MachineConfig, RemoteConfig, Role};
 use plimsoll_policy::auction::IdleTax;
 use plimsoll_policy::costs::CostsFile;
 use plimsoll_policy::settings::{
@@ -30,6 +30,7 @@ struct Reading<'a> {
     groups: BTreeMap<String, Said>,
     machines: BTreeMap<String, Said>,
     rules: Vec<Said>,
+    api: Option<Said>,
     mistakes: Vec<ConfigError>,
 }
 
@@ -69,6 +70,7 @@ impl<'a> Reading<'a> {
             groups: BTreeMap::new(),
             machines: BTreeMap::new(),
             rules: Vec::new(),
+            api: None,
             mistakes: Vec::new(),
         }
     }
@@ -108,9 +110,11 @@ impl<'a> Reading<'a> {
                     }
                 }
                 "rule" => self.rules.extend(rules(&mut source, place, value)),
+                "api" => self.api = Some(source.section(&API, place, value.into_inner())),
                 other => {
-                    let text =
-                        format!("unknown key `{other}`: use one of `host`, `group`, `machine`, `rule`");
+                    let text = format!(
+                        "unknown key `{other}`: use one of `host`, `group`, `machine`, `rule`, `api`"
+                    );
                     source.wrong(place, Wrong::Syntax(text));
                 }
             }
@@ -156,6 +160,9 @@ impl<'a> Reading<'a> {
         let (groups, machines) = (std::mem::take(&mut self.groups), std::mem::take(&mut self.machines));
         let (host, rules) = (self.host.take(), std::mem::take(&mut self.rules));
         let mut config = self.host_settings(host.as_ref(), path);
+        if let Some(said) = self.api.take() {
+            config.api = self.api(&said, path.parent().unwrap_or(Path::new("")));
+        }
         for (name, said) in &groups {
             let id = ids.get(name).copied().unwrap_or(GroupId(0));
             let settings = GroupSettings {
@@ -200,6 +207,41 @@ impl<'a> Reading<'a> {
             config.costs = self.costs(&file, said.place_of("costs")).unwrap_or(config.costs);
         }
         config
+    }
+
+    /// Who may ask. Files are seen from `folder`.
+    fn api(&mut self, said: &Said, folder: &Path) -> ApiConfig {
+        let role = said.text("group-may").map_or(Role::Read, |word| match word == ROLES[0] {
+            true => Role::Read,
+            false => Role::Change,
+        });
+        let group = said.text("group").map(|name| (name.to_owned(), role));
+        if group.is_none() && said.has("group-may") {
+            self.wrong(said.place_of("group-may"), Wrong::Lacking { one: "group-may", missing: "group" });
+        }
+        ApiConfig { group, remote: self.remote(said, folder) }
+    }
+
+    /// Who may ask from elsewhere: nobody, or everything is said.
+    fn remote(&mut self, said: &Said, folder: &Path) -> Option<RemoteConfig> {
+        const ALL: [&str; 6] = ["listen", "certificate", "key", "client-ca", "may-change", "may-read"];
+        let one = ALL.into_iter().find(|key| said.has(key))?;
+        let (may_change, may_read) = (said.patterns("may-change"), said.patterns("may-read"));
+        let missing = ALL[..4].iter().copied().find(|key| !said.has(key));
+        let nobody = (may_change.is_empty() && may_read.is_empty()).then_some("may-change or may-read");
+        if let Some(missing) = missing.or(nobody) {
+            self.wrong(said.place_of(one), Wrong::Lacking { one, missing });
+            return None;
+        }
+        let file = |key| said.path(key).map(|path| folder.join(path));
+        Some(RemoteConfig {
+            listen: said.address("listen")?,
+            certificate: file("certificate")?,
+            key: file("key")?,
+            client_ca: file("client-ca")?,
+            may_change,
+            may_read,
+        })
     }
 
     /// What taking memory costs here, from the file that the settings name.

@@ -7,8 +7,8 @@ use super::Settings;
 use super::accepted::Accepted;
 use super::manage::Used;
 use super::place::API;
-use crate::api::Api;
 use crate::api::exchange::{Bell, Order, exchange};
+use crate::api::{Access, Api, Gate};
 use crate::config::Config;
 use crate::control::{Control, Pool};
 use crate::helm::kept::{Kept, KeptError};
@@ -53,6 +53,7 @@ struct Reading {
     path: Option<PathBuf>,
     accepted: Accepted,
     bell: Option<Arc<Bell>>,
+    gate: Option<Gate>,
     thread: Option<JoinHandle<()>>,
     /// It was asked for again meanwhile, and what is being read may be older.
     again: bool,
@@ -68,9 +69,9 @@ impl Steering {
         budget: &Arc<Mutex<ByteCount>>,
     ) -> Self {
         let (say, heard) = channel();
-        let (path, bell) = (settings.config.clone(), None);
+        let path = settings.config.clone();
         let accepted = Accepted::of(&settings.directory);
-        let reading = Reading { path, accepted, bell, thread: None, again: false };
+        let reading = Reading { path, accepted, bell: None, gate: None, thread: None, again: false };
         let mut steering = Self { api: None, thread: None, heard, say: say.clone(), reading };
         let own = Own::new(Arc::clone(manager), Arc::clone(budget));
         let said = |text: String| drop(say.send(text));
@@ -87,6 +88,13 @@ impl Steering {
             }
         };
         let config = config.unwrap_or_default();
+        let access = Access::prepare(&config.api, &Access::default()).unwrap_or_else(|error| {
+            said(format!("only root and this daemon's user may use the API: {}", explain(&error)));
+            Access::default()
+        });
+        if let Some(address) = access.address() {
+            said(format!("the API is served at https://{address}"));
+        }
         let everything = Everything { used: used.clone(), attached: Arc::clone(&own.attached) };
         let total = *budget.lock();
         let pool = Pool::metered(total, Box::new(everything));
@@ -114,8 +122,11 @@ impl Steering {
             Ok((thread, door)) => {
                 steering.thread = Some(thread);
                 steering.reading.bell = Some(Arc::new(door.bell()));
-                match Api::start(&settings.directory.join(API), door) {
-                    Ok(api) => steering.api = Some(api),
+                match Api::start(&settings.directory.join(API), door, access) {
+                    Ok(api) => {
+                        steering.reading.gate = Some(api.gate());
+                        steering.api = Some(api);
+                    }
                     Err(error) => said(explain(&error)),
                 }
             }
@@ -141,7 +152,8 @@ impl Steering {
         };
         let read = {
             let (tell, accepted) = (tell.clone(), self.reading.accepted.clone());
-            move || tell(reread(&path, &accepted, &bell))
+            let gate = self.reading.gate.clone();
+            move || tell(reread(&path, &accepted, &bell, gate.as_ref()))
         };
         match std::thread::Builder::new().name("settings".to_owned()).spawn(read) {
             Ok(thread) => self.reading.thread = Some(thread),
@@ -179,17 +191,22 @@ impl Steering {
     }
 }
 
-/// Reads the file, has the loop put it in force, and keeps it for the next manager. What became of that.
-fn reread(path: &Path, accepted: &Accepted, bell: &Bell) -> String {
+/// Reads the file, has it put in force, by the loop and for the API, and keeps it for the next manager. What became of that.
+fn reread(path: &Path, accepted: &Accepted, bell: &Bell, gate: Option<&Gate>) -> String {
     let put = || {
         let (config, texts) = Config::read_texts(path).map_err(|error| explain(&error))?;
         config.suits_a_daemon()?;
+        let access = gate.map(|gate| Access::prepare(&config.api, &gate.access())).transpose();
+        let access = access.map_err(|error| explain(&error))?;
         bell.order(Order::Reload(Box::new(config))).map_err(|fault| fault.message)?;
-        Ok::<_, String>(texts)
+        // Nothing of it can fail any more but the socket's own file, which is then as it was.
+        let admitted = gate.zip(access).map_or(Ok(()), |(gate, access)| gate.admit(access));
+        let but = admitted.err().map(|error| format!(", but for who may use the API: {}", explain(&error)));
+        Ok::<_, String>((texts, but.unwrap_or_default()))
     };
     match put() {
-        Ok(texts) => {
-            accepted.keep(&texts).err().unwrap_or_else(|| format!("the settings {path:?} are in force"))
+        Ok((texts, but)) => {
+            accepted.keep(&texts).err().unwrap_or_else(|| format!("the settings {path:?} are in force{but}"))
         }
         Err(why) => format!("the settings were not changed, and those of before stay in force: {why}"),
     }

@@ -11,7 +11,9 @@
 use crate::api::Settings;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 
@@ -151,10 +153,17 @@ impl Kept {
         let failed = |source| KeptError::File { path: self.path.clone(), source };
         let text = serde_json::to_vec_pretty(&words).map_err(|error| failed(error.into()))?;
         let beside = self.path.with_extension("new");
-        std::fs::write(&beside, text).and_then(|()| std::fs::rename(&beside, &self.path)).map_err(failed)?;
+        written(&beside, &text).and_then(|()| std::fs::rename(&beside, &self.path)).map_err(failed)?;
         self.words = words;
         Ok(())
     }
+}
+
+/// A file of its owner's own: others may come as far as to the daemon's directory.
+fn written(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut options = File::options();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    options.open(path)?.write_all(text)
 }
 
 #[cfg(test)]

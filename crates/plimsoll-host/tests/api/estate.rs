@@ -3,7 +3,7 @@ use super::slow::Gate;
 use parking_lot::Mutex;
 use plimsoll_host::api::client::{Answer, Client};
 use plimsoll_host::api::exchange::{Bell, exchange};
-use plimsoll_host::api::{Api, Attach, Code, Fault, Opener};
+use plimsoll_host::api::{Access, Api, Attach, Code, Fault, Gate as Admission, Opener};
 use plimsoll_host::backend::balloon::{Balloon, Farewell};
 use plimsoll_host::backend::{Backend, Done, Trouble};
 use plimsoll_host::config::{Config, MachineConfig};
@@ -111,6 +111,11 @@ pub(crate) const CONFIG: &str =
 impl Estate {
     /// `count` machines m1, m2, ... of processes 100,001, 100,002, ... on a host with that budget, in MiB.
     pub(crate) fn start(directory: &Path, count: u32, budget: u64) -> Self {
+        Self::for_others(directory, count, budget, Access::default())
+    }
+
+    /// The same, where others than its own user may ask.
+    pub(crate) fn for_others(directory: &Path, count: u32, budget: u64, access: Access) -> Self {
         let config = Config::parse(CONFIG, "host.toml").unwrap();
         let budget = ByteCount::mib(budget);
         let (bodies, gate) = (Bodies::default(), Arc::<Gate>::default());
@@ -132,12 +137,17 @@ impl Estate {
         let told = end.as_fd().try_clone_to_owned().unwrap();
         let thread = std::thread::spawn(move || helm.run(control, Some(told.as_fd())).unwrap());
         let bell = door.bell();
-        let api = Api::start_with(&directory.join("api.sock"), door, opener(&bodies, &gate)).unwrap();
+        let api = Api::start_with(&directory.join("api.sock"), door, access, opener(&bodies, &gate)).unwrap();
         let directory = directory.to_owned();
         let thread = Some(thread);
         let estate = Self { api: Some(api), bell, end, thread, bodies, notes, directory, gate };
         wait_until("a decision is made", || estate.get("/v1/host").status == 200);
         estate
+    }
+
+    /// Where it is decided who may ask.
+    pub(crate) fn admission(&self) -> Admission {
+        self.api.as_ref().unwrap().gate()
     }
 
     pub(crate) fn client(&self) -> Client {

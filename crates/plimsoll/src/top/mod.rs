@@ -1,6 +1,6 @@
 //! `plimsoll top`: a running daemon as it is now: the host, its machines, where their memory is, and why.
 //!
-//! Enters: a daemon's directory, keys. Leaves: a picture that is drawn anew with every decision of the daemon, or with `--once` and
+//! Enters: a daemon, keys. Leaves: a picture that is drawn anew with every decision of the daemon, or with `--once` and
 //! `--json` one of them as text. What must never happen: a terminal left as we need it, and not as it was found; so it is given back
 //! by whatever drops the [`screen::Screen`], and by the panic hook before a panic is said.
 //!
@@ -71,7 +71,7 @@ impl fmt::Display for Once {
 }
 
 fn once(args: &TopArgs) -> Result<(), String> {
-    let client = args.live.client();
+    let client = args.live.client().map_err(|error| plimsoll_linux::explain(&error))?;
     let look = || ask(&client, None).map_err(|error| plimsoll_linux::explain(&error));
     let mut state = State::new(args.sort);
     let (deadline, first) = (Instant::now() + SECOND_LOOK, look()?);
@@ -104,7 +104,8 @@ fn live(args: &TopArgs) -> Result<(), String> {
     let mut screen = Screen::open()?;
     let is_plain = args.no_color || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let palette = if is_plain { Palette::PLAIN } else { Palette::COLOURS };
-    let (client, to_feed, to_end) = (args.live.client(), tell.clone(), tell.clone());
+    let client = args.live.client().map_err(|error| plimsoll_linux::explain(&error))?;
+    let (to_feed, to_end) = (tell.clone(), tell.clone());
     thread::spawn(move || {
         feed::run(&client, &chosen, |heard| to_feed.send(Message::Heard(heard.map(Box::new))).is_ok());
     });

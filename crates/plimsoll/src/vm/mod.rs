@@ -8,6 +8,7 @@ mod view;
 use crate::live::{LiveArgs, escaped, machines};
 use crate::verb::ended;
 use plimsoll_host::api::{Attach, Budget, Host, Machine, MachineState, Reclaim};
+use plimsoll_linux::explain;
 use plimsoll_types::ByteCount;
 use serde::Serialize;
 use settings::SettingsArgs;
@@ -115,8 +116,9 @@ fn run(what: &What) -> Result<(), String> {
         }
         What::Attach { which, qmp, api, settings } => {
             let settings = settings.said();
-            let attach =
-                Attach { machine: which.name.clone(), qmp: absolute(qmp)?, api: absolute(api)?, settings };
+            let is_here = which.live.client().map_err(|error| explain(&error))?.is_here();
+            let path = |path| absolute(path, is_here);
+            let attach = Attach { machine: which.name.clone(), qmp: path(qmp)?, api: path(api)?, settings };
             let machine: Machine = which.live.send("POST", "/v1/machines", Some(&attach))?;
             which.live.show(&One(machine))
         }
@@ -152,14 +154,18 @@ fn gone(live: &LiveArgs, manager: u32, leaving: &Machine) -> Result<(), String> 
 }
 
 /// A path as the daemon, which is elsewhere, finds it.
-fn absolute(path: &Option<PathBuf>) -> Result<Option<PathBuf>, String> {
+fn absolute(path: &Option<PathBuf>, is_here: bool) -> Result<Option<PathBuf>, String> {
+    if let Some(path) = path.as_ref().filter(|path| !is_here && !path.is_absolute()) {
+        return Err(format!("{path:?} is looked for on the daemon's host: use a path from /"));
+    }
     let absolute = path.as_ref().map(std::path::absolute).transpose();
     absolute.map_err(|error| format!("where is that socket? {error}"))
 }
 
 /// All machines, page by page.
 fn all(live: &LiveArgs, group: Option<&str>) -> Result<All, String> {
-    let machines = machines(&live.client(), group).map_err(|error| plimsoll_linux::explain(&error))?;
+    let machines = live.client().and_then(|client| machines(&client, group));
+    let machines = machines.map_err(|error| explain(&error))?;
     Ok(All { machines, waiting: live.get::<Host>("/v1/host")?.waiting })
 }
 

@@ -5,6 +5,8 @@
 
 mod api;
 mod attach;
+#[path = "../../../plimsoll-host/tests/api/certificates.rs"]
+mod certificates;
 mod config;
 mod daemon;
 mod dashboard;
@@ -12,6 +14,7 @@ mod demo;
 mod host;
 mod metal;
 mod plan;
+mod remote;
 mod run;
 mod soak;
 mod store;
