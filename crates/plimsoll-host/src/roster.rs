@@ -123,6 +123,11 @@ impl Roster {
         self.waiting.iter().map(|(name, why)| (&**name, why.as_deref()))
     }
 
+    /// Machines that a rule speaks for, and which one.
+    pub(crate) fn rules(&self) -> impl Iterator<Item = (MachineId, &str)> {
+        self.ruled.iter().map(|(id, ruled)| (*id, &*ruled.rule))
+    }
+
     /// What a rule says about a machine of the loop.
     pub fn ruled(&self, id: MachineId) -> Option<&Ruled> {
         self.ruled.get(&id)

@@ -10,7 +10,7 @@ use crate::verb::ended;
 use clap::Args;
 use plimsoll_host::api::Access;
 use plimsoll_host::config::Config;
-use plimsoll_host::daemon::{self, Beginning, Counted, DiskSettings, Settings, Sharing};
+use plimsoll_host::daemon::{self, Beginning, BudgetBy, Counted, DiskSettings, Settings, Sharing};
 use plimsoll_host::helm::BUDGET_MIN;
 use plimsoll_host::keeper::protocol::VERSION;
 use plimsoll_host::keeper::serve::End;
@@ -46,8 +46,9 @@ pub(crate) struct DaemonArgs {
     #[arg(long, value_name = "DIR", default_value = DIRECTORY, env = "PLIMSOLL_DIRECTORY")]
     directory: PathBuf,
     /// What the machines, their processes and the daemon may use.
+    /// Default: what the settings say.
     #[arg(long, value_name = "SIZE", env = "PLIMSOLL_BUDGET")]
-    budget: ByteCount,
+    budget: Option<ByteCount>,
     /// What the store of one sharing domain may hold. Default: the budget.
     #[arg(long, value_name = "SIZE", env = "PLIMSOLL_STORE")]
     store: Option<ByteCount>,
@@ -70,6 +71,9 @@ pub(crate) struct DaemonArgs {
     /// The settings of its machines and groups; machines it names are managed from outside when they come. See docs/policy.md.
     #[arg(long, value_name = "FILE", env = "PLIMSOLL_CONFIG")]
     config: Option<PathBuf>,
+    /// What the settings said of the budget when the daemon was started: for a manager that cannot read them any more.
+    #[arg(long, hide = true)]
+    found: Option<ByteCount>,
     /// Everything is in its place: an earlier program of this process has left it.
     #[arg(long, hide = true)]
     resumed: bool,
@@ -86,8 +90,9 @@ pub(crate) struct ManagerArgs {
 
 impl DaemonArgs {
     fn settings(&self) -> Result<Settings, String> {
-        if self.budget < BUDGET_MIN {
-            return Err(format!("--budget {}: a machine cannot run in less than {BUDGET_MIN}", self.budget));
+        let (budget, budget_by) = self.budget()?;
+        if budget < BUDGET_MIN {
+            return Err(format!("--budget {budget}: a machine cannot run in less than {BUDGET_MIN}"));
         }
         if self.store.is_some_and(|store| store < BUDGET_MIN) {
             return Err(format!("--store is below {BUDGET_MIN}: it could hold next to nothing"));
@@ -101,13 +106,31 @@ impl DaemonArgs {
         }
         Ok(Settings {
             directory: self.directory.clone(),
-            budget: self.budget,
-            store_limit: self.store.unwrap_or(self.budget),
+            budget,
+            budget_by,
+            store_limit: self.store.unwrap_or(budget),
             sharing: if self.share { Sharing::Together } else { Sharing::Apart },
             config: self.config.clone(),
             counted: if self.count == Count::Group { Counted::Group } else { Counted::Processes },
             disk,
         })
+    }
+
+    /// What may be used, and who says so.
+    fn budget(&self) -> Result<(ByteCount, BudgetBy), String> {
+        if let Some(budget) = self.budget {
+            return Ok((budget, BudgetBy::Flag));
+        }
+        // A manager that follows another goes by what was accepted last, not by what the file says meanwhile.
+        let read = |file: &Path| match self.found {
+            None => Config::read(file),
+            Some(_) => Ok(daemon::settings_in_force(&self.directory, file)),
+        };
+        let config = self.config.as_deref().map(read).transpose().map_err(|mistakes| all(&mistakes))?;
+        let of_file = config.and_then(|config| config.budget);
+        let missing =
+            "what may machines use? Say --budget SIZE, or budget in [host] of the settings (--config FILE)";
+        of_file.or(self.found).map(|budget| (budget, BudgetBy::File)).ok_or_else(|| missing.to_owned())
     }
 
     fn disk(&self) -> Result<Option<DiskSettings>, String> {
@@ -172,7 +195,10 @@ fn run(args: &DaemonArgs) -> Result<End, String> {
     }
     let failed = |error: &dyn std::error::Error| explain(error);
     let path = std::env::current_exe().map_err(|error| failed(&error))?;
-    let own: Vec<OsString> = std::env::args_os().skip(2).filter(|word| word != "--resumed").collect();
+    let mut own: Vec<OsString> = std::env::args_os().skip(2).filter(|word| word != "--resumed").collect();
+    if settings.budget_by == BudgetBy::File && args.found.is_none() {
+        own.extend(["--found".into(), settings.budget.0.to_string().into()]);
+    }
     let program = |path: &OsStr, verb: &[&str]| {
         let words =
             ["plimsoll"].iter().chain(verb).map(OsStr::new).chain(own.iter().map(OsString::as_os_str));

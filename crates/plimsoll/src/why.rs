@@ -106,6 +106,9 @@ impl fmt::Display for Told {
             size(why.entitlement_bytes),
             size(why.target_bytes)
         )?;
+        if let Some(rule) = &why.rule {
+            writeln!(f, "  it is managed by {rule}")?;
+        }
         for entry in entries {
             let seconds = entry.at_ms / 1000;
             let often = if entry.times > 1 { format!(" ({} times)", entry.times) } else { String::new() };

@@ -184,6 +184,7 @@ mod tests {
         for (turn, unix_ms) in (0..).zip(clock) {
             let turn = control.turn(began + Duration::from_secs(5) * turn);
             archive.add(&Moment {
+                rules: BTreeMap::new(),
                 unix_ms,
                 tick: control.tick(&turn),
                 events: Vec::new(),

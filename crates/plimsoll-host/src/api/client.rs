@@ -25,8 +25,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 
-/// Longer than any request may take there.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longer than any request may take there: 10 s to attach, then 15 s for an order.
+const PATIENCE: Duration = Duration::from_secs(40);
 /// How long a daemon elsewhere may take until it and its certificate are there.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a daemon whose manager was replaced may be without one.

@@ -14,11 +14,14 @@ use plimsoll_policy::tree::Tree;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::sleep;
 
 use super::settings::Settings;
 
@@ -26,8 +29,11 @@ use super::settings::Settings;
 pub(crate) const ORDERS_MAX: usize = 64;
 /// Moments that may wait for whoever keeps their history: as many seconds. Later ones are missed there.
 const MOMENTS_MAX: usize = 64;
-/// How long an order may wait. A decision takes milliseconds; reading all of /proc for machines that are awaited, a second.
+/// How long an order may wait until the loop takes it. A decision takes milliseconds; reading all of /proc for machines that are
+/// awaited, a second.
 const ORDER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long whoever asked waits for the end of one that was taken: for the decision that follows, or for a VMM that has something back.
+const END_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A host after a decision.
 #[derive(Debug)]
@@ -44,6 +50,8 @@ pub struct Moment {
     pub groups: Arc<BTreeMap<String, GroupSettings>>,
     /// What else is known of the machines.
     pub berths: BTreeMap<MachineId, Berth>,
+    /// Of machines that a rule speaks for, which one.
+    pub rules: BTreeMap<MachineId, String>,
     /// Machines that are to be managed and are not, and why.
     pub waiting: Vec<(String, Option<String>)>,
     /// What of the memory is not for machines.
@@ -78,6 +86,18 @@ pub type Obeyed = Result<Option<MachineId>, Fault>;
 pub(crate) struct Asked {
     pub(crate) order: Order,
     pub(crate) answer: oneshot::Sender<Obeyed>,
+    claim: Claim,
+}
+
+/// Who has an order: the loop takes it, or whoever asked takes it back. The first of the two has it, for good.
+#[derive(Clone, Debug, Default)]
+struct Claim(Arc<AtomicBool>);
+
+impl Claim {
+    /// True for one of the two.
+    fn take(&self) -> bool {
+        !self.0.swap(true, Ordering::AcqRel)
+    }
 }
 
 type Board = Arc<Mutex<Option<Arc<Moment>>>>;
@@ -110,7 +130,7 @@ impl Bell {
     /// # Errors
     /// [`Fault`].
     pub fn order(&self, order: Order) -> Obeyed {
-        let answered = ask(&self.orders, &self.asked, order)?;
+        let (answered, _) = ask(&self.orders, &self.asked, order)?;
         answered.blocking_recv().unwrap_or_else(|_| Err(ended()))
     }
 }
@@ -133,9 +153,10 @@ impl Desk {
         Arc::clone(&self.asked)
     }
 
-    /// The next order whose asker still waits.
+    /// The next order whose asker still waits; that one cannot take it back any more.
     pub(crate) fn next(&mut self) -> Option<Asked> {
-        std::iter::from_fn(|| self.orders.try_recv().ok()).find(|asked| !asked.answer.is_closed())
+        let mut waiting = std::iter::from_fn(|| self.orders.try_recv().ok());
+        waiting.find(|asked| !asked.answer.is_closed() && asked.claim.take())
     }
 
     /// Has the loop come back for orders that still wait.
@@ -170,18 +191,40 @@ impl Door {
         moment.ok_or_else(|| Fault::new(Code::Busy, "nothing was decided yet"))
     }
 
-    /// Has an order carried out.
+    /// Has an order carried out. [`Code::Busy`]: it was not, and will not be. [`Code::Late`]: it was taken, and its end not waited for.
     pub(super) async fn order(&self, order: Order) -> Obeyed {
-        let answered = ask(&self.orders, &self.asked, order)?;
-        match tokio::time::timeout(ORDER_PATIENCE, answered).await {
-            Ok(Ok(obeyed)) => obeyed,
-            Ok(Err(_)) => Err(ended()),
-            // Dropping the receiver takes the order back, unless it was taken just then.
-            Err(_) => Err(Fault::new(
-                Code::Busy,
-                format!("the control loop did not answer for {} s", ORDER_PATIENCE.as_secs()),
-            )
-            .help("look before asking again: it may still be carried out")),
+        self.order_until(order, sleep(ORDER_PATIENCE), sleep(END_PATIENCE)).await
+    }
+
+    async fn order_until(
+        &self,
+        order: Order,
+        wanted: impl Future<Output = ()>,
+        awaited: impl Future<Output = ()>,
+    ) -> Obeyed {
+        let (mut answered, claim) = ask(&self.orders, &self.asked, order)?;
+        let told = |told: Result<Obeyed, _>| {
+            told.unwrap_or_else(|_| match claim.take() {
+                true => Err(ended()),
+                false => Err(Fault::new(Code::Late, "the control loop has ended while it was carried out")),
+            })
+        };
+        tokio::select! {
+            biased;
+            obeyed = &mut answered => return told(obeyed),
+            () = wanted => {}
+        }
+        if claim.take() {
+            let text = format!("the control loop had no time for it in {} s", ORDER_PATIENCE.as_secs());
+            return Err(Fault::new(Code::Busy, text));
+        }
+        tokio::select! {
+            biased;
+            obeyed = answered => told(obeyed),
+            () = awaited => {
+                let text = format!("it has not come to its end in {} s", END_PATIENCE.as_secs());
+                Err(Fault::new(Code::Late, text))
+            }
         }
     }
 }
@@ -191,9 +234,9 @@ fn ask(
     orders: &mpsc::Sender<Asked>,
     asked: &EventFd,
     order: Order,
-) -> Result<oneshot::Receiver<Obeyed>, Fault> {
-    let (answer, answered) = oneshot::channel();
-    match orders.try_send(Asked { order, answer }) {
+) -> Result<(oneshot::Receiver<Obeyed>, Claim), Fault> {
+    let ((answer, answered), claim) = (oneshot::channel(), Claim::default());
+    match orders.try_send(Asked { order, answer, claim: claim.clone() }) {
         Ok(()) => {}
         Err(TrySendError::Full(_)) => {
             return Err(Fault::new(Code::TooMany, format!("{ORDERS_MAX} orders wait already")));
@@ -201,7 +244,7 @@ fn ask(
         Err(TrySendError::Closed(_)) => return Err(ended()),
     }
     let _ = asked.signal();
-    Ok(answered)
+    Ok((answered, claim))
 }
 
 fn ended() -> Fault {
@@ -224,5 +267,49 @@ impl std::fmt::Debug for Bell {
 impl std::fmt::Debug for Door {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Door").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+    use std::future::{pending, ready};
+
+    const ORDER: Order = Order::Budget(ByteCount(1));
+
+    fn run<T>(what: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(what)
+    }
+
+    #[test]
+    fn an_order_that_waited_too_long_is_never_carried_out_and_whoever_asked_is_told_so() {
+        let (mut desk, door) = exchange().unwrap();
+        let refused = run(door.order_until(ORDER, ready(()), pending())).unwrap_err();
+        assert_eq!((refused.code, refused.help.contains("nothing was changed")), (Code::Busy, true));
+        assert!(desk.next().is_none(), "it is still there to be carried out");
+    }
+
+    #[test]
+    fn the_end_of_an_order_that_was_taken_is_waited_for_and_where_it_is_not_that_is_told() {
+        let (desk, door) = exchange().unwrap();
+        let (desk, held) = (RefCell::new(desk), RefCell::new(None));
+        // Taken in the last moment.
+        let taken = || async { drop(held.replace(desk.borrow_mut().next())) };
+        let answered = async {
+            let Asked { answer, .. } = held.take().unwrap();
+            answer.send(Ok(Some(MachineId(7)))).unwrap();
+            pending().await
+        };
+        assert_eq!(run(door.order_until(ORDER, taken(), answered)), Ok(Some(MachineId(7))));
+        let late = run(door.order_until(ORDER, taken(), ready(()))).unwrap_err();
+        assert_eq!(late.code, Code::Late);
+        assert!(!late.to_string().contains("nothing was changed"), "{late}");
+        let dies = async {
+            drop(held.take());
+            pending().await
+        };
+        let lost = run(door.order_until(ORDER, taken(), dies)).unwrap_err();
+        assert_eq!((lost.code, lost.message.contains("has ended while")), (Code::Late, true));
     }
 }

@@ -34,10 +34,12 @@ pub enum Code {
     Failed,
     /// The daemon is busy.
     Busy,
+    /// The daemon does it, and has not come to its end.
+    Late,
 }
 
 /// Of each code: its status, and what to do.
-const CODES: [(Code, StatusCode, &str); 11] = [
+const CODES: [(Code, StatusCode, &str); 12] = [
     (Code::BadRequest, StatusCode::BAD_REQUEST, "see /openapi.json for what can be asked"),
     (
         Code::Forbidden,
@@ -57,6 +59,7 @@ const CODES: [(Code, StatusCode, &str); 11] = [
     (Code::TooMany, StatusCode::TOO_MANY_REQUESTS, "wait a second and ask again"),
     (Code::Failed, StatusCode::INTERNAL_SERVER_ERROR, "the daemon's log says more"),
     (Code::Busy, StatusCode::SERVICE_UNAVAILABLE, "wait a second and ask again; nothing was changed"),
+    (Code::Late, StatusCode::GATEWAY_TIMEOUT, "look before asking again: it is done, or still being done"),
 ];
 
 impl Code {

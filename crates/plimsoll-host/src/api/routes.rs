@@ -37,8 +37,9 @@ use utoipa_axum::routes;
 /// Machines of one answer, unless it is said otherwise, and at most.
 const PAGE_USUAL: usize = 100;
 const PAGE_MAX: usize = 1000;
-/// How long a request may take, its body's arrival included. An order waits for 5 s, attaching for a VMM's interface.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a body may take to arrive, and a VMM's interface to be attached to: what a request can wait for beside an order, which has
+/// bounds of its own. There is none around all of it, which could not say what became of the order.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Clients that may listen to events at the same time.
 const LISTENERS_MAX: usize = 16;
 /// Machines that may be attached to at the same time.
@@ -155,6 +156,9 @@ pub struct Budget {
 pub struct Why {
     /// Its name.
     pub name: String,
+    /// By which rule of the settings it is managed, if by one: its number, file and line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// When was decided last, in milliseconds since the loop began.
     pub at_ms: u64,
     /// What it takes up.
@@ -175,6 +179,7 @@ impl Why {
         let Position { consumed, active, entitlement, target, .. } = *position;
         Self {
             name,
+            rule: None,
             at_ms,
             consumed_bytes: consumed.0,
             active_bytes: active.0,
@@ -218,7 +223,8 @@ struct Body<T>(T);
 impl<T: serde::de::DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = Fault;
     async fn from_request(request: Request, state: &S) -> Result<Self, Fault> {
-        let Json(value) = Json::from_request(request, state).await?;
+        let arrived = tokio::time::timeout(PATIENCE, Json::from_request(request, state)).await;
+        let Json(value) = arrived.map_err(|_| late("the body took"))??;
         Ok(Self(value))
     }
 }
@@ -299,7 +305,8 @@ async fn attach(
     let many = |_| Fault::new(Code::TooMany, format!("{OPENINGS_MAX} machines are being attached to"));
     let _opening = app.openings.try_acquire().map_err(many)?;
     let (opener, settings) = (Arc::clone(&app), attach.settings.clone());
-    let opened = tokio::task::spawn_blocking(move || (opener.opener)(&attach)).await;
+    let opened = tokio::task::spawn_blocking(move || (opener.opener)(&attach));
+    let opened = tokio::time::timeout(PATIENCE, opened).await.map_err(|_| late("attaching to it took"))?;
     let opened = opened
         .map_err(|error| Fault::new(Code::Failed, format!("it could not be attached to: {error}")))??;
     let machine = app.obey(Order::Attach(Box::new(opened), settings)).await?;
@@ -404,7 +411,8 @@ async fn why(State(app): Here, Named(name): Named) -> Result<Json<Why>, Fault> {
     let position = moment.tick.plan.machines.iter().find(|one| one.machine == id);
     let position = position.ok_or_else(|| Fault::new(Code::Conflict, "nothing was decided about it yet"))?;
     let (name, at_ms) = (moment.name(id).unwrap_or_default(), moment.tick.view.now_ms);
-    Ok(Json(Why::of(name, at_ms, position, app.archive.lock().entries(id))))
+    let why = Why::of(name, at_ms, position, app.archive.lock().entries(id));
+    Ok(Json(Why { rule: moment.rules.get(&id).cloned(), ..why }))
 }
 
 /// The last ten minutes of a machine.
@@ -585,14 +593,17 @@ fn is_allowed(request: &Request) -> Result<(), Fault> {
     }
 }
 
-/// Lets nobody do more than it may, and no request last for ever; and counts it.
+/// Something took too long that had to be over before anything is changed.
+fn late(what: &str) -> Fault {
+    Fault::new(Code::Busy, format!("{what} longer than {} s", PATIENCE.as_secs()))
+}
+
+/// Lets nobody do more than it may, and counts requests.
 async fn within_limits(State(app): Here, request: Request, next: Next) -> Response {
-    let late = || Fault::new(Code::Busy, format!("the request took longer than {} s", PATIENCE.as_secs()));
     let response = match is_allowed(&request) {
-        Ok(()) => tokio::time::timeout(PATIENCE, next.run(request)).await,
-        Err(fault) => Ok(fault.into_response()),
+        Ok(()) => next.run(request).await,
+        Err(fault) => fault.into_response(),
     };
-    let response = response.unwrap_or_else(|_| late().into_response());
     *app.answered.lock().entry(response.status().as_u16()).or_default() += 1;
     response
 }

@@ -7,7 +7,7 @@ use super::access::{Access, Caller};
 use super::exchange::Door;
 use super::fault::{Code, Fault};
 use super::patience::Patient;
-use super::routes::{App, Attach, Opener, PATIENCE, router};
+use super::routes::{App, Attach, Opener, router};
 use crate::config::{MachineConfig, Role};
 use crate::roster::{Opened, open};
 use axum::Router;
@@ -49,6 +49,8 @@ const VANISHED_MS: u32 = 30_000;
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a client may take to read some of an answer.
 const WRITE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long what is under way may take when a client is to connect anew.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(20);
 /// The largest head, and the largest body.
 const HEAD_MAX: usize = 16 << 10;
 const BODY_MAX: usize = 64 << 10;
@@ -280,7 +282,7 @@ impl Hall {
             }
         }
         connection.as_mut().graceful_shutdown();
-        let _ = tokio::time::timeout(PATIENCE, connection).await;
+        let _ = tokio::time::timeout(FAREWELL_PATIENCE, connection).await;
     }
 }
 

@@ -51,9 +51,15 @@ pub const HOST: Section = Section {
             "memory",
             Size,
             "all the host has",
-            "what machines share, to `plimsoll manage`; a daemon has --budget",
+            "what machines share, to `plimsoll manage`; a daemon has a budget",
         ),
         key("reserve", Size, "0", "of it, for what is no machine; likewise"),
+        key(
+            "budget",
+            Size,
+            "what --budget says",
+            "what a daemon's machines, their VMMs and the daemon may use; --budget comes before it",
+        ),
         key("idle-tax", Part, "75%", "how much dearer idle memory is than used: 75 % is four times"),
         key(
             "costs",

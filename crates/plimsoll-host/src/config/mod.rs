@@ -48,6 +48,8 @@ pub struct Config {
     pub memory: Option<ByteCount>,
     /// Of it, what is not for machines.
     pub reserve: ByteCount,
+    /// What a daemon may use with its machines, if nobody has told it otherwise.
+    pub budget: Option<ByteCount>,
     /// What idle memory is taxed.
     pub tax: IdleTax,
     /// What taking memory costs here: what the file says that the settings name; what we measured where none is named.
@@ -148,6 +150,7 @@ impl Default for Config {
         Self {
             memory: None,
             reserve: ByteCount(0),
+            budget: None,
             tax: IdleTax::USUAL,
             costs: Costs::MEASURED,
             groups: BTreeMap::new(),
@@ -251,7 +254,7 @@ impl Config {
     pub fn suits_a_daemon(&self) -> Result<(), &'static str> {
         if self.memory.is_some() || self.reserve > ByteCount(0) {
             return Err(
-                "the settings say what memory there is; leave memory and reserve out: a daemon has --budget",
+                "the settings say what memory there is; leave memory and reserve out: a daemon has a budget",
             );
         }
         Ok(())

@@ -233,7 +233,7 @@ fn understood(kind: Kind, value: &DeValue<'_>) -> Result<Value, String> {
             let number = u32::from_str_radix(number.as_str(), number.radix());
             number.map(Value::Count).map_err(|_| other())
         }
-        (Kind::Patterns, DeValue::Array(list)) => {
+        (Kind::Patterns, DeValue::Array(list)) if !list.is_empty() => {
             let text = |one: &Spanned<DeValue<'_>>| match one.get_ref() {
                 DeValue::String(text) if !text.is_empty() => Some(text.clone().into_owned()),
                 _ => None,

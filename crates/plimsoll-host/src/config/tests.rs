@@ -248,13 +248,15 @@ fn right(kind: read::Kind) -> &'static str {
         K::Text => "\"t\"",
         K::Pattern => "\"*\"",
         K::Socket | K::File => "\"/dev/null\"",
+        K::Patterns => "[\"*\"]",
+        K::Address => "\"[::1]:1\"",
         K::OneOf(words) => Box::leak(format!("{:?}", words[0]).into_boxed_str()),
     }
 }
 
 /// Each section with how a table of it begins, and each key of it.
 fn every_key() -> impl Iterator<Item = (&'static str, &'static keys::Key)> {
-    let headings = ["[host]", "[group.g]", "[machine.m]", "[[rule]]"];
+    let headings = ["[host]", "[group.g]", "[machine.m]", "[[rule]]", "[api]"];
     headings
         .into_iter()
         .zip(keys::SECTIONS)
@@ -284,6 +286,13 @@ fn every_key_refuses_every_wrong_value_on_its_line_in_one_sentence_that_names_it
     }
 }
 
+/// What has to be said beside a key for clients elsewhere.
+fn remote_but(key: &str) -> String {
+    let others = ["listen", "certificate", "key", "client-ca", "may-change", "may-read"];
+    let others = keys::API.keys().filter(|other| others.contains(&other.name) && other.name != key);
+    others.map(|other| format!("{} = {}\n", other.name, right(other.kind))).collect()
+}
+
 #[test]
 fn every_key_that_is_described_is_understood_and_changes_something() {
     let mut rules = 0;
@@ -296,6 +305,8 @@ fn every_key_that_is_described_is_understood_and_changes_something() {
             ("[machine.m]" | "[[rule]]", "minimum") => "maximum = \"8M\"\n",
             ("[machine.m]" | "[[rule]]", "maximum") => "minimum = \"2M\"\n",
             ("[host]", "reserve") => "memory = \"1G\"\n",
+            ("[api]", "group-may") => "group = \"t\"\n",
+            ("[api]", name) if name != "group" => &remote_but(name),
             _ => "",
         };
         let condition = if heading == "[[rule]]" && key.name != "name" { "name = \"x\"\n" } else { "" };
@@ -304,8 +315,9 @@ fn every_key_that_is_described_is_understood_and_changes_something() {
             "startup" => "\"4M\"",
             "buffer" => "\"30%\"",
             "idle-tax" => "\"50%\"",
-            // True is usual.
+            // True is usual, and so is reading.
             "attach" => "false",
+            "group-may" => "\"change\"",
             _ => right(key.kind),
         };
         let read = |line: &str| {

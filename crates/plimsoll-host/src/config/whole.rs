@@ -193,6 +193,7 @@ impl<'a> Reading<'a> {
         let Some(said) = said else { return config };
         config.memory = said.size("memory");
         config.reserve = said.size("reserve").unwrap_or_default();
+        config.budget = said.size("budget");
         let reserve = config.reserve;
         if let Some(memory) = config.memory.filter(|memory| *memory <= reserve) {
             self.wrong(said.place_of("memory"), Wrong::NothingLeft { memory, reserve });

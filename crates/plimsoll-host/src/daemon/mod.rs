@@ -22,6 +22,7 @@ pub mod sole;
 pub mod status;
 mod steer;
 
+use crate::config::Config;
 use crate::keeper::serve::{End, Keeper};
 use crate::keeper::store::{Adopted, Store, received};
 use crate::voice::say;
@@ -36,8 +37,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
 
-/// Descriptors that a keeper can hold: six a shard, one a domain.
-const SLOTS: u32 = 4096;
+/// Descriptors that a keeper can hold: six a shard, one a domain, so 1,169 machines of one shard each.
+const SLOTS: u32 = 8192;
 /// How long a manager may say nothing. Taking over takes milliseconds; a VMM that does not answer holds it up for 30 s.
 const SILENCE_MAX: Duration = Duration::from_secs(90);
 /// The slot of the socket on which machines are handed over.
@@ -65,6 +66,28 @@ pub enum Counted {
     Group,
 }
 
+/// Who says what may be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BudgetBy {
+    /// Whoever started the daemon, whatever its settings file says.
+    Flag,
+    /// The settings file, which may say something else when it is read again.
+    File,
+}
+
+impl BudgetBy {
+    /// What of a settings file counts.
+    fn heed(self, mut config: Config) -> Config {
+        config.budget = config.budget.filter(|_| self == Self::File);
+        config
+    }
+}
+
+/// The settings of a manager that begins: those that were accepted last, or what the file says where none were.
+pub fn settings_in_force(directory: &Path, file: &Path) -> Config {
+    accepted::Accepted::of(directory).begin(file).0
+}
+
 /// What a daemon is to do. Keeper and manager are told the same.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -72,6 +95,8 @@ pub struct Settings {
     pub directory: PathBuf,
     /// What all machines, their VMMs and the daemon may use.
     pub budget: ByteCount,
+    /// Who says so.
+    pub budget_by: BudgetBy,
     /// What the store of one domain may hold.
     pub store_limit: ByteCount,
     /// Which machines share.

@@ -3,10 +3,10 @@
 //! Enters: the manager that serves them, what is in use. Leaves: decisions about machines of both kinds, answers on a socket. What
 //! must never happen: a guest that waits because one of them does, or a manager that ends because they cannot be had: then
 //! machines have equal shares, and that is told.
-use super::Settings;
 use super::accepted::Accepted;
 use super::manage::Used;
 use super::place::API;
+use super::{BudgetBy, Settings};
 use crate::api::exchange::{Bell, Order, exchange};
 use crate::api::{Access, Api, Gate};
 use crate::config::Config;
@@ -51,6 +51,7 @@ pub(super) struct Steering {
 /// The settings file being read again, on a thread that nobody waits for: a file may lie where reading takes long.
 struct Reading {
     path: Option<PathBuf>,
+    budget_by: BudgetBy,
     accepted: Accepted,
     bell: Option<Arc<Bell>>,
     gate: Option<Gate>,
@@ -69,9 +70,9 @@ impl Steering {
         budget: &Arc<Mutex<ByteCount>>,
     ) -> Self {
         let (say, heard) = channel();
-        let path = settings.config.clone();
+        let (path, budget_by) = (settings.config.clone(), settings.budget_by);
         let accepted = Accepted::of(&settings.directory);
-        let reading = Reading { path, accepted, bell: None, gate: None, thread: None, again: false };
+        let reading = Reading { path, budget_by, accepted, bell: None, gate: None, thread: None, again: false };
         let mut steering = Self { api: None, thread: None, heard, say: say.clone(), reading };
         let own = Own::new(Arc::clone(manager), Arc::clone(budget));
         let said = |text: String| drop(say.send(text));
@@ -87,7 +88,7 @@ impl Steering {
                 return steering;
             }
         };
-        let config = config.unwrap_or_default();
+        let config = settings.budget_by.heed(config.unwrap_or_default());
         let access = Access::prepare(&config.api, &Access::default()).unwrap_or_else(|error| {
             said(format!("only root and this daemon's user may use the API: {}", explain(&error)));
             Access::default()
@@ -151,9 +152,9 @@ impl Steering {
             (Some(path), Some(bell)) => (path.clone(), Arc::clone(bell)),
         };
         let read = {
-            let (tell, accepted) = (tell.clone(), self.reading.accepted.clone());
-            let gate = self.reading.gate.clone();
-            move || tell(reread(&path, &accepted, &bell, gate.as_ref()))
+            let (tell, budget_by) = (tell.clone(), self.reading.budget_by);
+            let (accepted, gate) = (self.reading.accepted.clone(), self.reading.gate.clone());
+            move || tell(reread(&path, budget_by, &accepted, &bell, gate.as_ref()))
         };
         match std::thread::Builder::new().name("settings".to_owned()).spawn(read) {
             Ok(thread) => self.reading.thread = Some(thread),
@@ -192,13 +193,19 @@ impl Steering {
 }
 
 /// Reads the file, has it put in force, by the loop and for the API, and keeps it for the next manager. What became of that.
-fn reread(path: &Path, accepted: &Accepted, bell: &Bell, gate: Option<&Gate>) -> String {
+fn reread(
+    path: &Path,
+    budget_by: BudgetBy,
+    accepted: &Accepted,
+    bell: &Bell,
+    gate: Option<&Gate>,
+) -> String {
     let put = || {
         let (config, texts) = Config::read_texts(path).map_err(|error| explain(&error))?;
         config.suits_a_daemon()?;
         let access = gate.map(|gate| Access::prepare(&config.api, &gate.access())).transpose();
         let access = access.map_err(|error| explain(&error))?;
-        bell.order(Order::Reload(Box::new(config))).map_err(|fault| fault.message)?;
+        bell.order(Order::Reload(Box::new(budget_by.heed(config)))).map_err(|fault| fault.message)?;
         // Nothing of it can fail any more but the socket's own file, which is then as it was.
         let admitted = gate.zip(access).map_or(Ok(()), |(gate, access)| gate.admit(access));
         let but = admitted.err().map(|error| format!(", but for who may use the API: {}", explain(&error)));

@@ -110,7 +110,7 @@ impl Helm {
                 Happened::Asked => {
                     // Whoever is refused may ask again at once, and decisions are due.
                     for _ in 0..ORDERS_MAX {
-                        let Some(Asked { order, answer }) = self.desk.next() else { break };
+                        let Some(Asked { order, answer, .. }) = self.desk.next() else { break };
                         match self.obey(control, order) {
                             // Nothing was changed, so there is nothing to decide about.
                             Err(fault) => drop(answer.send(Err(fault))),
@@ -162,6 +162,7 @@ impl Helm {
             tree,
             groups: Arc::clone(&self.groups),
             berths,
+            rules: self.roster.rules().map(|(id, rule)| (id, rule.to_owned())).collect(),
             waiting,
             own: control.own(),
         });

@@ -51,10 +51,22 @@ impl Helm {
             said(&self.kept, of_file, &groups, name).settings(*id, size_of(control, *id))
         };
         let machines = staying.iter().map(settings).collect();
-        let capacity = control.tree().settings().capacity;
-        control.settle(Settings { machines, ..config.settings(capacity) }).map_err(|error| match error {
-            SettleError::Settings(error) => contradiction(control, &groups, &error),
-            error @ SettleError::NoRoom { .. } => Fault::new(Code::Conflict, error.to_string()),
+        // The newest word of a person comes before the file's.
+        let before = control.tree().settings().capacity;
+        let is_said = self.kept.words().budget_bytes.is_some();
+        let capacity = config.budget.filter(|_| !is_said).unwrap_or(before);
+        if capacity != before {
+            self.set_budget(control, capacity)?;
+        }
+        let settled = control.settle(Settings { machines, ..config.settings(capacity) });
+        settled.map_err(|error| {
+            if capacity != before {
+                let _ = self.set_budget(control, before);
+            }
+            match error {
+                SettleError::Settings(error) => contradiction(control, &groups, &error),
+                error @ SettleError::NoRoom { .. } => Fault::new(Code::Conflict, error.to_string()),
+            }
         })?;
         for name in leaving {
             (self.note)(&format!("{name} is let go: the settings name it no more"));

@@ -64,7 +64,7 @@ fn settings_that_a_daemon_cannot_have_are_refused_before_it_starts() {
     let directory = Directory::new("settings");
     let config = folder.path().join("host.toml");
     for (text, expected) in [
-        ("[host]\nmemory = \"4G\"\n", "a daemon has --budget"),
+        ("[host]\nmemory = \"4G\"\n", "a daemon has a budget"),
         ("[machine.web]\nshares = 0\n", ":2: web has 0 shares"),
     ] {
         fs::write(&config, text).unwrap();

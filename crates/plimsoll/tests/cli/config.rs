@@ -1,6 +1,6 @@
 //! Settings: checked, described, and read again by a daemon that runs.
 use super::attach::Fake;
-use super::daemon::{Directory, kill_manager, status_of};
+use super::daemon::{Directory, kill_manager, plimsoll, start_with, status_of};
 use super::run::{Run, can, wait_until};
 use rustix::process::Signal;
 use std::fs;
@@ -26,6 +26,46 @@ fn checking_settings_tells_every_mistake_on_a_line_of_its_own_and_the_descriptio
     for heading in ["## `[host]`", "## `[group.", "## `[machine.", "## `[[rule]]`", "| `stall-objective` |"] {
         assert!(ended.stdout.contains(heading), "{heading}");
     }
+}
+
+#[test]
+fn a_daemon_has_the_budget_that_its_settings_say_unless_a_person_says_otherwise() {
+    if !can("userfaultfd") {
+        return;
+    }
+    let (directory, folder) = (Directory::new("budgeted"), tempfile::tempdir().unwrap());
+    let file = folder.path().join("host.toml");
+    let shown = file.to_str().unwrap();
+    let words = ["daemon", "--directory", directory.text(), "--config", shown];
+    fs::write(&file, "[group.a]\n").unwrap();
+    let refused = Run::new(&words).output();
+    refused.expect_code(2).expect_nothing_left();
+    assert!(refused.stderr.contains("Say --budget SIZE, or budget in [host]"), "{}", refused.stderr);
+    let say = |budget: &str| fs::write(&file, format!("[host]\nbudget = \"{budget}\"\n")).unwrap();
+    say("64M");
+    let daemon = start_with(&directory, &["--config", shown]);
+    let is = |budget: &str| {
+        let ended = plimsoll(&directory, &["budget"]);
+        ended.code() == Some(0) && ended.stdout.starts_with(budget)
+    };
+    wait_until("it is what the settings say", || is("64M"));
+    say("96M");
+    daemon.signal(Signal::HUP);
+    wait_until("it is what they say now", || is("96M"));
+    // Settings that make no sense any more are no reason to be without a budget.
+    fs::write(&file, "[host]\nbudget = 5\n").unwrap();
+    kill_manager(&directory);
+    wait_until("it is what they said at first", || is("64M"));
+    plimsoll(&directory, &["budget", "72M"]).expect_code(0);
+    say("80M");
+    daemon.signal(Signal::HUP);
+    // This manager has told nothing of the kind before.
+    wait_until("the settings are in force", || {
+        status_of(&directory).is_some_and(|status| status["incidents"].to_string().contains("are in force"))
+    });
+    assert!(is("72M"), "{}", plimsoll(&directory, &["budget"]).stdout);
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
 }
 
 #[test]

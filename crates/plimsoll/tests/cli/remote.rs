@@ -111,7 +111,15 @@ fn a_daemon_is_asked_over_tls_by_the_same_verbs_also_after_its_manager_was_repla
             refused.stderr
         );
     }
-    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    for (valid, said) in
+        [(Valid::Before, "has expired on 2021-01-01"), (Valid::Later, "is not valid before 2119")]
+    {
+        own.sign("server", &["localhost"], valid, "own");
+        let refused = Run::new(&["config", "check", shown]).output();
+        refused.expect_code(2);
+        assert!(refused.stderr.contains(said), "{}", refused.stderr);
+    }
+    own.sign("server", &["localhost"], Valid::Now, "own");
     Run::new(&["config", "check", shown]).output().expect_code(0);
     let daemon = start_with(&directory, &["--budget", "64M", "--config", shown]);
     let host = format!("https://localhost:{port}");
