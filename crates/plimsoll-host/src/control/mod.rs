@@ -33,8 +33,10 @@ use thiserror::Error;
 
 /// How often is decided when nothing happens.
 pub const PERIOD: Duration = Duration::from_secs(1);
-/// How often overheads are measured: walking the page tables of a machine takes milliseconds.
+/// How often a machine's overhead is measured at most, and of how many a turn: walking the page tables of one takes milliseconds, and
+/// a thousand at once kept the loop from its decisions for seconds.
 const MEASURED_EVERY: Duration = Duration::from_secs(10);
+const MEASURED_MAX: usize = 16;
 
 /// How long VMMs that do not answer may keep a loop that ends: less than whoever ends it waits before it kills.
 const PARTING: Duration = Duration::from_secs(20);
@@ -167,6 +169,8 @@ struct Member {
     is_paused: bool,
     /// As last measured.
     overhead: Option<Overhead>,
+    /// When that was measured.
+    measured: Option<Instant>,
     /// As last seen.
     consumed: ByteCount,
 }
@@ -222,7 +226,6 @@ pub struct Control {
     next_id: u32,
     epoch: Instant,
     due: Instant,
-    measure_at: Instant,
     hurry: Option<Hurry>,
     recorder: Option<Recorder>,
     /// Whether names or settings have changed since they were recorded.
@@ -246,7 +249,6 @@ impl Control {
             next_id: 1,
             epoch: now,
             due: now,
-            measure_at: now,
             hurry: None,
             recorder,
             is_changed: true,
@@ -283,9 +285,9 @@ impl Control {
         let tree = admit(self.policy.tree(), MachineSettings { id, ..settings }, &host)?;
         self.policy.set_tree(tree);
         self.next_id += 1;
-        let (trouble, refused, overhead) = (None, None, None);
+        let (trouble, refused, overhead, measured) = (None, None, None, None);
         let (name, is_paused, consumed) = (name.to_owned(), false, ByteCount(0));
-        let member = Member { name, backend, trouble, refused, is_paused, overhead, consumed };
+        let member = Member { name, backend, trouble, refused, is_paused, overhead, measured, consumed };
         self.members.insert(id, member);
         self.is_changed = true;
         self.hurry = self.hurry.or(Some(Hurry::Came));
@@ -585,9 +587,14 @@ impl Control {
     }
 
     fn measure(&mut self, now: Instant) {
-        if now >= self.measure_at {
-            self.measure_at = now + MEASURED_EVERY;
-            self.members.values_mut().for_each(|member| member.overhead = member.backend.overhead());
+        let is_due = |member: &&mut Member| {
+            member.measured.is_none_or(|at| now.saturating_duration_since(at) >= MEASURED_EVERY)
+        };
+        let mut due: Vec<&mut Member> = self.members.values_mut().filter(is_due).collect();
+        // Whoever was measured longest ago goes first, and before those whoever never was.
+        due.sort_by_key(|member| member.measured);
+        for member in due.into_iter().take(MEASURED_MAX) {
+            (member.measured, member.overhead) = (Some(now), member.backend.overhead());
         }
     }
 

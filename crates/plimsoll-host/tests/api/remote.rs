@@ -176,7 +176,7 @@ fn shows_expired(address: SocketAddr, site: &Site) -> String {
 #[test]
 fn a_daemon_that_is_not_the_one_that_is_meant_is_told_nothing() {
     let site = Site::new();
-    let (_estate, address) = site.start();
+    let (estate, address) = site.start();
     let ops = site.client("ops", &["ops.test"]);
     let strange = Credentials { authority: site.path().join("others.ca"), ..ops.clone() };
     let said = refusal(address, &strange);
@@ -187,8 +187,8 @@ fn a_daemon_that_is_not_the_one_that_is_meant_is_told_nothing() {
     assert!(said.contains("nobody can be reached at https://127.0.0.2:"), "{said}");
     site.own.sign("server", &["web3.test"], Valid::Now, "own");
     let access =
-        Access::prepare(&site.config("127.0.0.1:0", USUAL).api, &_estate.admission().access()).unwrap();
-    _estate.admission().admit(access).unwrap();
+        Access::prepare(&site.config("127.0.0.1:0", USUAL).api, &estate.admission().access()).unwrap();
+    estate.admission().admit(access).unwrap();
     let said = refusal(address, &ops);
     assert!(said.contains("web3.test"), "{said}");
     for (url, why) in [

@@ -13,8 +13,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long a pager with nothing to do sleeps at most, so that its statistics stay fresh.
+/// How long a pager with nothing to do sleeps at most while something may yet follow from time alone.
 const IDLE_PATIENCE: Duration = Duration::from_millis(50);
+/// How long it sleeps at most when nothing does: whoever has an order kicks it. A thousand idle machines would otherwise wake their
+/// pagers 20,000 times a second, a quarter of a processor.
+const REST_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a pager sleeps whose faults wait for memory.
 const STALL_PATIENCE: Duration = Duration::from_millis(1);
 /// How often a pager publishes its statistics.
@@ -99,7 +102,13 @@ fn turns_until_the_end(
         let ended = match turn {
             Turn::Busy => continue,
             Turn::Stalled => sleep(pager, controls, STALL_PATIENCE)? == Woken::Ended,
-            Turn::Idle => wait(pager, controls, gaps)?,
+            Turn::Idle if pager.is_at_rest() => {
+                // What is seen of it while it rests is how it is.
+                *controls.stats.lock() = pager.stats().clone();
+                published = Instant::now();
+                wait(pager, controls, gaps, REST_PATIENCE)?
+            }
+            Turn::Idle => wait(pager, controls, gaps, IDLE_PATIENCE)?,
         };
         if ended {
             return Err(SpaceError::Gone.into());
@@ -109,7 +118,12 @@ fn turns_until_the_end(
 }
 
 /// Waits until there is something to do, awake for a moment where that pays. True when the VMM has ended.
-fn wait(pager: &mut LinuxPager, controls: &Controls, gaps: &mut Gaps) -> Result<bool, PagerError> {
+fn wait(
+    pager: &mut LinuxPager,
+    controls: &Controls,
+    gaps: &mut Gaps,
+    patience_asleep: Duration,
+) -> Result<bool, PagerError> {
     let start = Instant::now();
     let host = Arc::clone(pager.host());
     let patience = gaps.patience(host.watchfulness());
@@ -121,7 +135,7 @@ fn wait(pager: &mut LinuxPager, controls: &Controls, gaps: &mut Gaps) -> Result<
         // Whoever has something to do goes first.
         std::thread::yield_now();
     }
-    let woken = sleep(pager, controls, IDLE_PATIENCE)?;
+    let woken = sleep(pager, controls, patience_asleep)?;
     if woken != Woken::Otherwise {
         gaps.saw(start.elapsed(), host.watchfulness());
     }

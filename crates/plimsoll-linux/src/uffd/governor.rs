@@ -9,7 +9,7 @@
 //! that it cannot keep the host at its hard line. A machine that *thrashes*, because most of what is taken from it comes
 //! back, is passed over as long as another one can give; and when all thrash, no more is taken than must be. A machine
 //! whose pager is told to take nothing is not asked at all.
-use super::host::Host;
+use super::host::{Host, Orders};
 use super::manager::{Controls, Governed};
 use plimsoll_core::ledger::Budget;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
@@ -20,6 +20,14 @@ use std::time::{Duration, Instant};
 /// How often the governor looks. At 10 us a page, two cores fill 400 pages (1.6 MiB) between two looks: well within
 /// the distance from the high mark to the hard line.
 pub(super) const PERIOD: Duration = Duration::from_millis(2);
+/// How rarely it looks at most, at a host with room.
+const PERIOD_MAX: Duration = Duration::from_millis(250);
+/// What a host may be filled with in a [`PERIOD`] at the very most: 32 GiB/s, which is what 64 processors zero.
+const FILLED_MAX: ByteCount = ByteCount::mib(64);
+/// Samples of a machine without a page that came back, after which it is sampled ever more rarely while the host has room.
+const SAMPLES_ALIKE: u32 = 8;
+/// The rarest: every so many periods.
+const SAMPLE_STRIDE_MAX: u32 = 64;
 /// How often pinned pages may be tried again.
 const UNPIN_PERIOD: Duration = Duration::from_secs(1);
 /// How long a machine that is asked for pages may give none before others are asked in its place, for
@@ -54,16 +62,19 @@ pub(super) fn govern(
             governed.lock().iter().map(|(id, controls)| (*id, controls.clone())).collect();
         let spared = machines.iter().filter(|(_, controls)| controls.orders.is_spared());
         let spared: BTreeSet<MachineId> = spared.map(|(id, _)| *id).collect();
-        let asked = ask(host, &mut *meter, &mut overheads, &watched, &spared);
+        let (asked, room) = ask(host, &mut *meter, &mut overheads, &watched, &spared);
+        let pause = pause(room);
         let sample = sampled.elapsed() >= sample_period;
         let unpin = unpinned.elapsed() >= UNPIN_PERIOD;
         for (id, controls) in &machines {
             let want = asked.iter().find(|(machine, _)| machine == id).map_or(0, |(_, pages)| *pages);
             let before = controls.orders.reclaim.swap(want, Ordering::Relaxed);
+            let watched = watched.entry(*id).or_default();
             if let Ok(ram) = host.ledger(|ledger| ledger.ram(*id)) {
-                let floor = watched.entry(*id).or_default().look(want, ram, controls, Instant::now());
+                let floor = watched.look(want, ram, controls, Instant::now());
                 let _ = host.ledger(|ledger| ledger.set_floor(*id, floor));
             }
+            let sample = sample && watched.samples.is_due(&controls.orders, pause > PERIOD);
             if sample {
                 controls.orders.sample.store(true, Ordering::Relaxed);
             }
@@ -87,23 +98,30 @@ pub(super) fn govern(
         }
         // What a machine holds is freed when it is forgotten, not when the governor looks again.
         drop(machines);
-        std::thread::sleep(PERIOD);
+        std::thread::park_timeout(pause);
     }
 }
 
-/// How many pages each machine is to give up now; those that are spared none.
+/// How long the host needs not be looked at: as long as nobody can have come to the high mark. A machine is looked at for 0.4 us, so
+/// that a thousand of them would keep a fifth of a processor busy with looks at a host that has room.
+fn pause(room: ByteCount) -> Duration {
+    let periods = u32::try_from(room.0 / FILLED_MAX.0).unwrap_or(u32::MAX);
+    PERIOD.saturating_mul(periods).clamp(PERIOD, PERIOD_MAX)
+}
+
+/// How many pages each machine is to give up now; those that are spared none. And what there is below the high mark.
 fn ask(
     host: &Host,
     meter: &mut dyn Meter,
     overheads: &mut VecDeque<ByteCount>,
     watched: &BTreeMap<MachineId, Watched>,
     spared: &BTreeSet<MachineId>,
-) -> Vec<(MachineId, u32)> {
+) -> (Vec<(MachineId, u32)>, ByteCount) {
     // Charges precede use and follow release, so the smaller sum is the one that hides no overhead. What is charged
     // in between, and the batches in which the kernel counts, make single looks err: the largest of some counts.
     let before = host.ledger(|ledger| ledger.charged());
     let counted = meter.used();
-    let asked = host.ledger(|ledger| {
+    let (asked, room) = host.ledger(|ledger| {
         overheads.push_back(counted.saturating_sub(before.min(ledger.charged())));
         overheads.drain(..overheads.len().saturating_sub(OVERHEAD_LOOKS));
         ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
@@ -114,9 +132,14 @@ fn ask(
         // Those who would want back what they give are spared as long as the others have enough; when they have not,
         // all give, and only what must be given.
         let is_enough = gives.bytes() >= ledger.used().saturating_sub(high);
-        if is_enough { asked } else { ledger.reclaim(high, |id| spared.contains(&id)) }
+        let asked = if is_enough { asked } else { ledger.reclaim(high, |id| spared.contains(&id)) };
+        (asked, high.saturating_sub(ledger.used()))
     });
-    asked.into_iter().map(|(id, pages)| (id, u32::try_from(pages.0).unwrap_or(u32::MAX))).collect()
+    let pages = |(id, pages): (MachineId, PageCount)| (id, u32::try_from(pages.0).unwrap_or(u32::MAX));
+    let asked: Vec<_> = asked.into_iter().map(pages).collect();
+    // Whoever is asked for something is looked at until it has given it.
+    let room = if asked.is_empty() { room } else { ByteCount(0) };
+    (asked, room)
 }
 
 /// What the governor remembers of one machine.
@@ -124,6 +147,7 @@ fn ask(
 struct Watched {
     giver: Giver,
     thrash: Thrash,
+    samples: Samples,
 }
 
 impl Watched {
@@ -193,9 +217,60 @@ impl Thrash {
     }
 }
 
+/// Notices a machine that does not touch what is taken for its samples: that it is idle is known, and looking costs. Whatever comes
+/// back, and a host that is nearly full, have it sampled each period again.
+#[derive(Clone, Copy, Debug, Default)]
+struct Samples {
+    /// What had come back at the last one.
+    returned: u64,
+    /// Those since then, and periods without one.
+    alike: u32,
+    skipped: u32,
+}
+
+impl Samples {
+    /// Whether this period is one to sample in, of a host that `has_room` or not.
+    fn is_due(&mut self, orders: &Orders, has_room: bool) -> bool {
+        self.next(orders.returned.load(Ordering::Relaxed), has_room)
+    }
+
+    fn next(&mut self, returned: u64, has_room: bool) -> bool {
+        if !has_room || returned != self.returned {
+            *self = Self { returned, alike: 0, skipped: 0 };
+        }
+        let stride = 1_u32.checked_shl(self.alike.saturating_sub(SAMPLES_ALIKE)).unwrap_or(u32::MAX);
+        self.skipped += 1;
+        if self.skipped < stride.min(SAMPLE_STRIDE_MAX) {
+            return false;
+        }
+        (self.alike, self.skipped) = (self.alike.saturating_add(1), 0);
+        true
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_machine_that_touches_nothing_is_sampled_ever_more_rarely_until_it_does_or_memory_is_short() {
+        let mut samples = Samples::default();
+        let mut due =
+            |count: u32, returned, has_room| (0..count).filter(|_| samples.next(returned, has_room)).count();
+        assert_eq!(due(8, 0, true), 8);
+        assert!((10..30).contains(&due(1000, 0, true)), "one in 64 in the end");
+        assert_eq!(due(8, 1, true), 8, "something came back");
+        due(1000, 1, true);
+        assert_eq!(due(100, 1, false), 100, "memory is short");
+    }
+
+    #[test]
+    fn a_host_is_looked_at_the_more_often_the_less_room_there_is() {
+        assert_eq!(pause(ByteCount(0)), PERIOD);
+        assert_eq!(pause(FILLED_MAX), PERIOD);
+        assert_eq!(pause(ByteCount(FILLED_MAX.0 * 3)), PERIOD * 3);
+        assert_eq!(pause(ByteCount(u64::MAX)), PERIOD_MAX);
+    }
 
     const RAM: ByteCount = ByteCount::mib(64);
 

@@ -242,6 +242,15 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         })
     }
 
+    /// True while nothing follows from time alone: nothing is wanted of the machine that it did not give, nobody has stopped coming
+    /// back for stored pages, and it is not on its way home.
+    pub(super) fn is_at_rest(&self) -> bool {
+        let Orders { reclaim, squeeze, go_home, is_parked, .. } = &*self.orders;
+        let wanted = [reclaim, squeeze].iter().any(|pages| pages.load(Ordering::Relaxed) > 0);
+        let is_on_its_way = [go_home, is_parked].iter().any(|order| order.load(Ordering::Relaxed));
+        !wanted && !is_on_its_way && self.refaulted.is_none() && self.pending.is_empty()
+    }
+
     pub(super) fn has_refused_faults(&self) -> bool {
         self.pending.iter().any(|fault| fault.refused.is_some())
     }

@@ -307,8 +307,10 @@ impl Running {
     pub(super) fn squeeze(&self, pages: u32) {
         for (shard, pages) in self.shards.iter().zip(divide(u64::from(pages), &self.sizes())) {
             let pages = u32::try_from(pages).unwrap_or(u32::MAX);
-            shard.controls.orders.squeeze.store(pages, Ordering::Relaxed);
-            let _ = shard.controls.kick.signal();
+            // Of most machines nothing is wanted, again and again: that wakes nobody.
+            if shard.controls.orders.squeeze.swap(pages, Ordering::Relaxed) != pages {
+                let _ = shard.controls.kick.signal();
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Settings: checked, described, and read again by a daemon that runs.
 use super::attach::Fake;
-use super::daemon::{Directory, kill_manager, plimsoll, start_with, status_of};
-use super::run::{Run, can, wait_until};
+use super::daemon::{Directory, Machine, kill_manager, plimsoll, start_with, status_of};
+use super::run::{Run, alone, can, wait_until};
 use rustix::process::Signal;
 use std::fs;
 use std::path::Path;
@@ -26,6 +26,26 @@ fn checking_settings_tells_every_mistake_on_a_line_of_its_own_and_the_descriptio
     for heading in ["## `[host]`", "## `[group.", "## `[machine.", "## `[[rule]]`", "| `stall-objective` |"] {
         assert!(ended.stdout.contains(heading), "{heading}");
     }
+}
+
+#[test]
+fn whoever_asks_why_is_told_which_rule_speaks_for_a_machine() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let (directory, folder) = (Directory::new("ruled"), tempfile::tempdir().unwrap());
+    let file = folder.path().join("host.toml");
+    fs::write(&file, "[[rule]]\nname = \"other\"\n[[rule]]\nvmm = \"plimsoll\"\nshares = 700\n").unwrap();
+    let shown = file.to_str().unwrap();
+    let daemon = start_with(&directory, &["--budget", "256M", "--config", shown]);
+    let mut machine = Machine::start(&directory);
+    machine.verifies(100);
+    let told = format!("it is managed by rule 2 ({shown}:3)");
+    wait_until("the rule is told", || plimsoll(&directory, &["why", "lonely"]).stdout.contains(&told));
+    machine.finish();
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
 }
 
 #[test]

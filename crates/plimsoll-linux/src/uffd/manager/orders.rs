@@ -54,6 +54,7 @@ impl Manager {
     pub fn sabotage(&self, id: MachineId) {
         if let Some(shard) = self.machines.get(&id).and_then(|running| running.shards.first()) {
             shard.controls.sabotage.store(true, Ordering::Relaxed);
+            let _ = shard.controls.kick.signal();
         }
     }
 
