@@ -67,6 +67,8 @@ pub struct RecoveryReport {
     pub rejected_slabs: u64,
     /// Handles to poison, in the order given, as often as given.
     pub rejected: Vec<RejectedHandle>,
+    /// One reference each that no page word that was read has: see [`Store::recover_partly`].
+    pub pinned: Vec<Handle>,
 }
 
 /// How many of the page words that name objects could be read.
@@ -83,8 +85,9 @@ impl<M: SlabMemory> Store<M> {
         Self::recover_known(memory, handles, Known::All)
     }
 
-    /// The same where page words exist that cannot be read: every object gets one reference more, which nobody gives back.
-    /// So all that is there stays until the store is recovered anew, or is gone.
+    /// The same where page words exist that cannot be read: every object gets one reference more, which is
+    /// [the caller's](RecoveryReport::pinned). So all that is there stays until these are released, because whoever had
+    /// those words is gone, or until the store is recovered anew.
     pub fn recover_partly(memory: M, handles: impl IntoIterator<Item = Handle>) -> (Self, RecoveryReport) {
         Self::recover_known(memory, handles, Known::Some)
     }
@@ -121,6 +124,7 @@ impl<M: SlabMemory> Store<M> {
                     && store.adopt_reference(record.handle(number)).is_ok()
                 {
                     report.references += 1;
+                    report.pinned.push(record.handle(number));
                 }
             }
         }

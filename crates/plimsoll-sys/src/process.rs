@@ -8,6 +8,7 @@
 
 use crate::{ProcessId, procfs};
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+use rustix::process::DumpableBehavior;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -111,6 +112,15 @@ fn verify_dropped(user: UserId, group: GroupId) -> Result<(), DropError> {
     let sets = rustix::thread::capabilities(None).map_err(|errno| DropError::Verify(errno.into()))?;
     let left = sets.effective | sets.permitted;
     if left.is_empty() { Ok(()) } else { Err(DropError::CapabilitiesLeft(left)) }
+}
+
+/// Has the kernel write no core dump of this process, and let no other of its user read its memory or take its descriptors: only
+/// those that may trace any process can from now on, until it executes another program.
+///
+/// # Errors
+/// What the kernel says.
+pub fn refuse_dumps() -> io::Result<()> {
+    Ok(rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 /// A process could not be tied to its parent.

@@ -257,6 +257,7 @@ enum Left {
 
 impl<'a> Session<'a> {
     fn open(settings: &'a Settings, keeper: RawFd, started_ns: u64) -> Result<Self, DaemonError> {
+        process::refuse_dumps().map_err(DaemonError::Dumps)?;
         let socket = process::adopt_inherited(keeper).map_err(DaemonError::NoKeeper)?;
         // Beside what is kept, each shard has some of its own.
         let limit = getrlimit(Resource::Nofile);
@@ -281,7 +282,13 @@ impl<'a> Session<'a> {
         vault.set_used(used.now());
         if let Some(disk) = settings.disk.as_ref().filter(|_| !vault.has_tier()) {
             let file = FileDisk::create(&disk.file)?;
-            vault.set_tier(Tier::create(Box::new(file), disk.limits)?)?;
+            let tier = Tier::create(Box::new(file), disk.limits)?;
+            if tier.keepsakes().key.is_none() {
+                say(format_args!(
+                    "plimsoll manager: this kernel gives no secret memory (memfd_secret); the disk tier's key is in locked memory"
+                ));
+            }
+            vault.set_tier(tier)?;
         }
         let milestones = Arc::new(Milestones::default());
         let mut manager = Manager::start(vault, Arc::clone(&milestones) as Arc<dyn Probe>)?;
@@ -580,6 +587,8 @@ fn disk_status(stats: TierStats) -> DiskStatus {
         written_bytes: stats.written.0,
         pages_read: stats.pages_read,
         reads: stats.reads,
+        no_room: stats.no_room,
+        refused: stats.refused,
     }
 }
 

@@ -152,6 +152,9 @@ pub enum DaemonError {
     /// The disk tier cannot begin.
     #[error("the disk tier cannot begin")]
     Tier(#[from] TierError),
+    /// Core dumps stay possible, with what machines and the disk tier's key would be in them.
+    #[error("core dumps of the daemon cannot be turned off")]
+    Dumps(#[source] io::Error),
     /// Memory cannot be counted.
     #[error("memory cannot be counted: {0}")]
     Count(String),
@@ -179,6 +182,8 @@ pub fn keep(
     manager: Program,
     successor: &Program,
 ) -> Result<End, DaemonError> {
+    // Whoever may take its descriptors has all machines' memory.
+    plimsoll_sys::process::refuse_dumps().map_err(DaemonError::Dumps)?;
     let Adopted { mut slots, stale } = match beginning {
         Beginning::Resumed => {
             Adopted { slots: Slots::inherit(SLOTS).map_err(DaemonError::Slots)?, stale: Vec::new() }

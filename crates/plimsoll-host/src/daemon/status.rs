@@ -128,4 +128,10 @@ pub struct DiskStatus {
     pub pages_read: u64,
     /// See there.
     pub reads: u64,
+    /// How often the disk had no room, and how often it refused a write, for this manager.
+    #[serde(default)]
+    pub no_room: u64,
+    /// See there.
+    #[serde(default)]
+    pub refused: u64,
 }

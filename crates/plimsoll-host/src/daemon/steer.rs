@@ -72,7 +72,8 @@ impl Steering {
         let (say, heard) = channel();
         let (path, budget_by) = (settings.config.clone(), settings.budget_by);
         let accepted = Accepted::of(&settings.directory);
-        let reading = Reading { path, budget_by, accepted, bell: None, gate: None, thread: None, again: false };
+        let reading =
+            Reading { path, budget_by, accepted, bell: None, gate: None, thread: None, again: false };
         let mut steering = Self { api: None, thread: None, heard, say: say.clone(), reading };
         let own = Own::new(Arc::clone(manager), Arc::clone(budget));
         let said = |text: String| drop(say.send(text));
@@ -193,13 +194,7 @@ impl Steering {
 }
 
 /// Reads the file, has it put in force, by the loop and for the API, and keeps it for the next manager. What became of that.
-fn reread(
-    path: &Path,
-    budget_by: BudgetBy,
-    accepted: &Accepted,
-    bell: &Bell,
-    gate: Option<&Gate>,
-) -> String {
+fn reread(path: &Path, budget_by: BudgetBy, accepted: &Accepted, bell: &Bell, gate: Option<&Gate>) -> String {
     let put = || {
         let (config, texts) = Config::read_texts(path).map_err(|error| explain(&error))?;
         config.suits_a_daemon()?;

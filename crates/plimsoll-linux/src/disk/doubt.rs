@@ -114,8 +114,10 @@ impl Tier {
     pub(super) fn without_room(&self, error: io::Error, trouble: Trouble) -> WriteError {
         if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
             self.rest(trouble);
+            self.state.lock().stats.no_room += 1;
             return WriteError::NoSpace(error);
         }
+        self.state.lock().stats.refused += 1;
         WriteError::Failed(error)
     }
 

@@ -6,7 +6,7 @@ use super::device::{BLOCK_SIZE, Blocks};
 use super::format::{
     Entry, GRANULE, Header, ROOM, SEGMENT_SIZE, TAG_SIZE, directory_end, room_of, sealed_size,
 };
-use super::seal::{Sealer, Seat};
+use super::seal::{Key, Seat};
 use plimsoll_store::Handle;
 use plimsoll_types::DomainId;
 use std::collections::BTreeMap;
@@ -56,42 +56,36 @@ impl Draft {
     }
 
     /// Encrypts an object's encoded bytes into it, and says at which granule; `None` where it has no room for them.
-    pub(super) fn add(
-        &mut self,
-        sealer: &Sealer,
-        domain: DomainId,
-        handle: Handle,
-        bytes: &[u8],
-    ) -> Option<u16> {
+    pub(super) fn add(&mut self, key: &Key, domain: DomainId, handle: Handle, bytes: &[u8]) -> Option<u16> {
         if !self.has_room(bytes.len()) {
             return None;
         }
         let granule = u16::try_from(self.used / GRANULE).ok()?;
         let length = u16::try_from(bytes.len()).ok()?;
-        self.seal(sealer, domain.0, granule, bytes)?;
+        self.seal(key, domain.0, granule, bytes)?;
         self.entries.push(Entry { handle: handle.to_bits(), domain: domain.0, granule, length });
         *self.owned.entry(domain).or_default() += room_of(bytes.len()) as u64;
         Some(granule)
     }
 
     /// Nothing more comes into it: its directory takes the place, and with it the nonce, that the next entry would have had.
-    pub(super) fn close(mut self, sealer: &Sealer) -> Option<Closed> {
+    pub(super) fn close(mut self, key: &Key) -> Option<Closed> {
         let directory = u16::try_from(self.used / GRANULE).ok()?;
         let end = directory_end(self.used, self.entries.len());
         let mut lines = self.entries.as_bytes().to_vec();
         lines.resize(end - self.used - TAG_SIZE, 0);
-        self.seal(sealer, DIRECTORY_OWNER, directory, &lines)?;
+        self.seal(key, DIRECTORY_OWNER, directory, &lines)?;
         Some(Closed { draft: self, directory })
     }
 
     /// Puts bytes where the next entry begins, encrypted.
-    fn seal(&mut self, sealer: &Sealer, domain: u32, granule: u16, bytes: &[u8]) -> Option<()> {
+    fn seal(&mut self, key: &Key, domain: u32, granule: u16, bytes: &[u8]) -> Option<()> {
         let end = self.used + sealed_size(bytes.len());
         let room = self.blocks.bytes_mut().get_mut(self.used..end)?;
         let (tag, rest) = room.split_at_mut(TAG_SIZE);
         let (sealed, padding) = rest.split_at_mut(bytes.len());
         sealed.copy_from_slice(bytes);
-        let Some(proof) = sealer.seal(Seat { sequence: self.sequence, granule, domain }, sealed) else {
+        let Some(proof) = key.seal(Seat { sequence: self.sequence, granule, domain }, sealed) else {
             sealed.fill(0);
             return None;
         };

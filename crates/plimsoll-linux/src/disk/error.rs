@@ -67,6 +67,9 @@ pub enum WriteError {
         /// What it may have.
         quota: ByteCount,
     },
+    /// The tier has ended, and its key is gone.
+    #[error("the disk tier has ended")]
+    Over,
     /// The draft has no room for it.
     #[error("the segment is complete")]
     Complete,

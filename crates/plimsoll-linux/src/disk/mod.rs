@@ -43,6 +43,8 @@
 //!   segment of 1 MiB a call leaves little to be won by queueing. A disk that never answers keeps a manager from stopping.
 //! * An object that lies away is not compared with pages that come in: an equal one is stored once more.
 //! * A file system that never writes in place may have no room for cleaning although the segments had theirs.
+//! * A place that the disk refused and of which not all is ever seen is lost to the tier, 1 MiB of its limit, until it ends. A tier
+//!   as small as some such places can come to be full for good.
 //! * What a lost page took of its segment stays taken until a manager takes over. A record whose place was damaged and that
 //!   nobody reads before it is released gives up a place that is not its own.
 //! * Segments are given back to the tier, not to the file system: the file is as long as it ever was.

@@ -15,7 +15,8 @@
 //!
 //! *Kept* are segments that may have objects of a store that could not be put together at a take-over. What is in
 //! them is counted by what the other stores name, which is not all, so none of them is cleaned or free until a manager
-//! knows every store. That is one of a later process: a successor in this one has the same tier, and keeps what it kept.
+//! knows every store, or all whose pages could be in the others are gone. The first is one of a later process: a successor in
+//! this one has the same tier, and keeps what it kept.
 //!
 //! A segment counts as written when the disk has taken all of it; only then does a record name a place in it, and only after
 //! that is the page's memory given back. So whatever a write comes to, no page is lost to it. Nothing is ever synced: when the
@@ -33,7 +34,7 @@ use super::doubt::{Rest, Trouble};
 use super::draft::{Closed, Draft};
 pub use super::error::{ReadError, TierError, WriteError};
 use super::format::{Place, ROOM, SEGMENT_SIZE, SEGMENTS_MAX, TAG_SIZE, offset_of, room_of};
-use super::seal::{Sealer, Seat};
+use super::seal::Seat;
 use super::table::{Holds, Table};
 use super::window::Window;
 use parking_lot::Mutex;
@@ -98,6 +99,10 @@ pub struct TierStats {
     pub reads: u64,
     /// Pages read, ever: several a read where they were written together.
     pub pages_read: u64,
+    /// Times that the disk had no room, ever.
+    pub no_room: u64,
+    /// Writes that it refused for another reason, ever.
+    pub refused: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +156,9 @@ pub(super) struct State {
     pub(super) spoilt: Option<u32>,
     owned: BTreeMap<DomainId, u64>,
     pub(super) rest: Option<Rest>,
-    stats: TierStats,
+    /// Some segments are kept.
+    keeps: bool,
+    pub(super) stats: TierStats,
 }
 
 /// A segment that is to be written.
@@ -161,11 +168,21 @@ struct Taken {
     has_room: bool,
 }
 
+/// What the next manager goes on with.
+#[derive(Clone, Copy, Debug)]
+pub struct Keepsakes<'a> {
+    /// The table.
+    pub table: BorrowedFd<'a>,
+    /// The page of secret memory that has the key; `None` where the kernel has no such memory, and the key is in the table.
+    pub key: Option<BorrowedFd<'a>>,
+    /// The disk; `None` where it ends with this process.
+    pub disk: Option<BorrowedFd<'a>>,
+}
+
 /// See the file's head.
 pub struct Tier {
     pub(super) disk: Box<dyn Disk>,
     pub(super) table: Table,
-    sealer: Sealer,
     quota: Option<ByteCount>,
     pub(super) patience: [Duration; 2],
     pub(super) state: Mutex<State>,
@@ -200,8 +217,13 @@ impl Tier {
     ///
     /// # Errors
     /// [`TierError::Table`].
-    pub fn inherit(disk: Box<dyn Disk>, table: OwnedFd, quota: Option<ByteCount>) -> Result<Self, TierError> {
-        Ok(Self::of(disk, Table::inherit(table)?, quota))
+    pub fn inherit(
+        disk: Box<dyn Disk>,
+        table: OwnedFd,
+        key: Option<OwnedFd>,
+        quota: Option<ByteCount>,
+    ) -> Result<Self, TierError> {
+        Ok(Self::of(disk, Table::inherit(table, key)?, quota))
     }
 
     fn of(disk: Box<dyn Disk>, table: Table, quota: Option<ByteCount>) -> Self {
@@ -219,15 +241,8 @@ impl Tier {
         let spoilt = (0..known).find(|at| duty(*at) == Duty::Spoilt);
         let stats = TierStats { limit: ByteCount(offset_of(table.segments())), ..TierStats::default() };
         let (owned, rest) = (BTreeMap::new(), None);
-        let state = State { segments, free, doubtful, spoilt, owned, rest, stats };
-        Self {
-            sealer: Sealer::new(&table.key()),
-            disk,
-            table,
-            quota,
-            patience: PATIENCE,
-            state: Mutex::new(state),
-        }
+        let state = State { segments, free, doubtful, spoilt, owned, rest, keeps: false, stats };
+        Self { disk, table, quota, patience: PATIENCE, state: Mutex::new(state) }
     }
 
     /// What one domain may have of it; `None` for all.
@@ -240,9 +255,10 @@ impl Tier {
         self.patience = patience;
     }
 
-    /// Table and disk, for whoever keeps copies for the next manager.
-    pub fn keepsakes(&self) -> (BorrowedFd<'_>, Option<BorrowedFd<'_>>) {
-        (self.table.keepsake(), self.disk.keepsake())
+    /// For whoever keeps copies for the next manager.
+    pub fn keepsakes(&self) -> Keepsakes<'_> {
+        let (table, key) = self.table.keepsakes();
+        Keepsakes { table, key, disk: self.disk.keepsake() }
     }
 
     /// The tier is over: nobody can read any more what it has written, nor go on with it, and the disk is emptied.
@@ -296,7 +312,8 @@ impl Tier {
                 return Err(WriteError::Quota { domain, quota });
             }
         }
-        draft.add(&self.sealer, domain, handle, bytes).ok_or(WriteError::Complete)
+        let added = self.table.with_key(|key| draft.add(key, domain, handle, bytes));
+        added.ok_or(WriteError::Over)?.ok_or(WriteError::Complete)
     }
 
     /// Where an entry is of which [`add`](Self::add) gave the granule, in the segment that [`write`](Self::write) named.
@@ -311,7 +328,8 @@ impl Tier {
     /// [`WriteError`]; nothing of it is on the disk then.
     pub fn write(&self, draft: Draft, purpose: Purpose) -> Result<u32, WriteError> {
         // Its parts were seen to fit.
-        let mut closed = draft.close(&self.sealer).ok_or(WriteError::Complete)?;
+        let closed = self.table.with_key(|key| draft.close(key));
+        let mut closed = closed.ok_or(WriteError::Over)?.ok_or(WriteError::Complete)?;
         self.try_out(&mut closed, purpose)?;
         for _ in 1..PLACES_MAX {
             match self.write_to(self.take_segment(purpose, Instant::now())?, &mut closed) {
@@ -452,7 +470,7 @@ impl Tier {
     pub(super) fn open(&self, seat: Seat, bytes: &[u8], into: &mut [u8]) -> Option<()> {
         let (tag, sealed) = bytes.split_first_chunk::<TAG_SIZE>()?;
         into.copy_from_slice(sealed.get(..into.len())?);
-        self.sealer.open(seat, tag, into).ok()
+        self.table.with_key(|key| key.open(seat, tag, into).ok())?
     }
 
     /// A new manager takes over: what is needed is what records name, whatever was counted before.
@@ -480,13 +498,27 @@ impl Tier {
         }
     }
 
-    /// Not everything that is needed could be claimed: what has been written so far stays as it is. For as long as this tier
-    /// is there, because only another process looks again for what was not found.
+    /// Not everything that is needed could be claimed: what has been written so far stays as it is, until whoever may need it
+    /// is [gone](Self::let_go), or another process looks again for what was not found.
     pub fn keep(&self) {
         let mut state = self.state.lock();
+        state.keeps = true;
         for segment in state.segments.iter_mut().filter(|segment| segment.duty.holds_objects()) {
             segment.duty = Duty::Kept;
         }
+    }
+
+    /// Nobody is left who could need what was not claimed: what was [kept](Self::keep) is as anything else.
+    pub fn let_go(&self) {
+        let mut state = self.state.lock();
+        if !std::mem::take(&mut state.keeps) {
+            return;
+        }
+        for segment in state.segments.iter_mut().filter(|segment| segment.duty == Duty::Kept) {
+            segment.duty = Duty::Written;
+        }
+        drop(state);
+        self.settle();
     }
 
     /// Everything that is needed has been claimed, or is [`kept`](Self::keep): the rest is free.

@@ -33,7 +33,7 @@
 //! A record's check is xxh3 over the rest of it, and a record does not change while its state is not free. Epoch, next
 //! identity and states are single words. How the next manager puts machines together from that: [`inherit`].
 use super::shards::{MachineVault, ShardVault};
-use crate::disk::tier::Tier;
+use crate::disk::tier::{Keepsakes, Tier};
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_sys::mapping::{Memfd, MemfdError, SharedMapping};
@@ -53,14 +53,14 @@ pub(super) use self::inherit::{Fragment, Inheritance};
 
 /// The slot of the register.
 const REGISTER: u32 = 0;
-/// The slots of the disk tier's table and its disk: what is there is no machine's.
-const TIER_SLOTS: [u32; 2] = [5, 6];
+/// The slots of the disk tier's table, its disk, and its key: what is there is no machine's.
+const TIER_SLOTS: [u32; 3] = [5, 6, 7];
 /// Slots below this one are the daemon's own.
 pub const RESERVED: u32 = 8;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PLIMREGI");
-/// The version of the register that this build writes, and the newest it reads. 2 has the disk tier, which 1 has not.
-const VERSION: u32 = 2;
+/// The version of the register that this build writes, and the newest it reads. 2 has the disk tier, which 1 has not, and 3 its key.
+const VERSION: u32 = 3;
 /// The oldest it reads.
 const VERSION_MIN: u32 = 1;
 const RECORDS: u32 = 4096;
@@ -105,7 +105,7 @@ struct Record {
     process: u32,
     amount: u64,
     /// Of a shard: RAM's userfaultfd, the airlock's, socket, words, process; and, until it is taken, the agent's end of the
-    /// socket. Of a domain: the slabs. Of the disk tier: its table, its disk.
+    /// socket. Of a domain: the slabs. Of the disk tier: its table, its disk, and its key where that is not in the table.
     slots: [u32; 6],
     hello_bytes: u32,
     zero: u32,
@@ -363,18 +363,21 @@ impl Estate {
 
     /// Enters the disk tier, on which nothing is yet.
     pub(super) fn enter_tier(&self, tier: &Tier) -> Result<(), EstateError> {
-        let (table, disk) = tier.keepsakes();
+        let Keepsakes { table, key, disk } = tier.keepsakes();
         let what = || EstateError::Damaged { what: "the disk tier's disk ends with this process".to_owned() };
         let disk = disk.ok_or_else(what)?;
         let mut slots = Vec::new();
-        let [in_table, in_disk] = TIER_SLOTS;
+        let [in_table, in_disk, in_key] = TIER_SLOTS;
         let mut keep = |slot, descriptor| self.keep_in(slot, descriptor, &mut slots);
-        let kept = keep(in_table, table).and_then(|table| Ok([table, keep(in_disk, disk)?]));
-        let entered = kept.and_then(|[table, disk]| {
+        let mut keep_all = || {
+            let key = key.map(|key| keep(in_key, key)).transpose()?;
+            Ok([keep(in_table, table)?, keep(in_disk, disk)?, key.unwrap_or(NO_SLOT)])
+        };
+        let entered = keep_all().and_then(|[table, disk, key]| {
             let record = Record {
                 kind: TIER,
                 amount: tier.quota().map_or(0, |quota| quota.0),
-                slots: [table, disk, NO_SLOT, NO_SLOT, NO_SLOT, NO_SLOT],
+                slots: [table, disk, key, NO_SLOT, NO_SLOT, NO_SLOT],
                 ..Record::new_zeroed()
             };
             self.head(HEAD_VERSION).store(u64::from(VERSION) | u64::from(RECORDS) << 32, Ordering::Release);

@@ -50,6 +50,7 @@ use std::time::Instant;
 
 mod admit;
 mod orders;
+mod pinned;
 mod staff;
 
 pub use self::admit::AdmitError;
@@ -210,6 +211,8 @@ pub struct Manager {
     fragments: BTreeMap<MachineId, Fragment>,
     /// Domains that were there before this manager: those that a fragment may be of.
     inherited: BTreeSet<DomainId>,
+    /// References to all that was in stores that a fragment may have pages in.
+    pinned: BTreeMap<DomainId, Vec<Handle>>,
     /// The disk tier, or why it cannot be had. Machines wait for what they have there then.
     tier: Option<Result<Arc<Tier>, EstateError>>,
     /// What outlives this process, if anything is to.
@@ -242,6 +245,7 @@ impl Manager {
             unmanaged: Vec::new(),
             fragments: vault.fragments,
             inherited: vault.domains.iter().map(|(id, ..)| *id).collect(),
+            pinned: BTreeMap::new(),
             tier: vault.tier,
             estate: vault.estate,
             governed: Governed::default(),
@@ -281,10 +285,10 @@ impl Manager {
             let members = managed.chain(&manager.unmanaged).filter(|kept| kept.membership.domain == id);
             let shards = members.flat_map(|kept| &kept.shards);
             let handles: Vec<Handle> = shards.flat_map(|shard| shard.words.handles()).collect();
-            let is_partly_known = manager.stalled_fragments().any(|fragment| fragment.may_be_of(id));
-            let recover = if is_partly_known { Store::recover_partly } else { Store::recover };
+            let recover = if manager.may_have(id) { Store::recover_partly } else { Store::recover };
             // A handle that was rejected poisons its page when it is touched: `get` refuses it again.
-            let (store, _) = recover(slabs, handles);
+            let (store, report) = recover(slabs, handles);
+            manager.pinned.insert(id, report.pinned);
             if let Some(tier) = &tier {
                 store.remotes().for_each(|remote| tier.claim(id, remote));
             }
@@ -621,6 +625,7 @@ impl Manager {
         gone.iter().for_each(|(id, _)| self.forget(*id));
         // Also of machines that had ended before this manager could take them over, or were refused.
         self.close_domains();
+        self.unpin();
         let process = |kept: &MachineVault| kept.shards.first().map(|shard| shard.custody.process());
         ended.into_iter().map(|kept| (kept.id, process(&kept))).chain(gone).collect()
     }
@@ -629,9 +634,7 @@ impl Manager {
     fn close_domains(&mut self) {
         let running = self.machines.values().map(|running| running.membership.domain);
         let used: BTreeSet<u32> = running.chain(self.awaited()).map(|domain| domain.0).collect();
-        let may_be_used = |id| {
-            self.inherited.contains(&id) && self.stalled_fragments().any(|fragment| fragment.may_be_of(id))
-        };
+        let may_be_used = |id| self.inherited.contains(&id) && self.may_have(id);
         let unused = self.domains.keys().copied();
         let unused = unused.filter(|id| !used.contains(id) && !may_be_used(DomainId(*id)));
         let unused: Vec<u32> = unused.collect();

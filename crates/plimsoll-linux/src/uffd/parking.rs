@@ -292,7 +292,9 @@ impl<'a> Parker<'a> {
         let trouble = match error {
             WriteError::Resting => return,
             WriteError::Full { .. } | WriteError::Quota { .. } => Trouble::Limit(id),
-            WriteError::NoSpace(_) | WriteError::Failed(_) | WriteError::Complete => Trouble::Disk,
+            WriteError::NoSpace(_) | WriteError::Failed(_) | WriteError::Complete | WriteError::Over => {
+                Trouble::Disk
+            }
         };
         if self.told.insert(trouble) {
             self.host.report(Incident::Disk { cause: explain(error) });

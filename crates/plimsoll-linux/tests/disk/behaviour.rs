@@ -3,10 +3,13 @@ use crate::faulty::{Fault, FaultyDisk, until_killed};
 use crate::world::{Held, MIB, World};
 use plimsoll_linux::disk::FetchError;
 use plimsoll_linux::disk::device::BLOCK_SIZE;
-use plimsoll_linux::disk::tier::{Limits, Purpose, ReadError, SEGMENTS_MIN, Tier, TierError, WriteError};
+use plimsoll_linux::disk::tier::{
+    Keepsakes, Limits, Purpose, ReadError, SEGMENTS_MIN, Tier, TierError, WriteError,
+};
 use plimsoll_linux::disk::window::Window;
 use plimsoll_store::{Away, Fetched, Handle, HeapSlabs, Remote, Replacement, Store};
 use plimsoll_types::{ByteCount, DomainId, PAGE_SIZE};
+use std::os::fd::BorrowedFd;
 
 /// Pages that do not compress, of one domain.
 fn filled(disk: &FaultyDisk, mib: u64, quota: Option<ByteCount>, pages: u64) -> World {
@@ -439,6 +442,32 @@ fn what_a_store_that_could_not_be_put_together_has_stays_whatever_the_others_do(
 }
 
 #[test]
+fn what_was_kept_for_a_store_is_free_once_nobody_is_left_who_could_need_it_and_the_rest_is_as_before() {
+    let disk = FaultyDisk::default();
+    let mut world = World::new(&disk, 8, None);
+    // Four segments, of which the other domain has every second page, or all of the last.
+    for seed in 1..=250 * 4 {
+        world.put(if seed > 250 * 3 || seed % 2 == 0 { 2 } else { 1 }, seed * 2);
+    }
+    world.demote_all().unwrap();
+    let used = world.tier.stats().used;
+    world.restart_without(Box::new(disk.clone()), Some(2));
+    world.succeed();
+    assert_eq!(world.tier.stats().used, used);
+    world.give_up_absent();
+    assert!(world.tier.stats().used < used, "{:?}", world.tier.stats());
+    world.audit();
+    world.read_all();
+    world.release_those(|_| true);
+    assert_eq!(world.tier.stats().used, ByteCount(0));
+    // What is written later is not kept for anybody.
+    world.put(1, 9000);
+    world.demote_all().unwrap();
+    world.give_up_absent();
+    world.read_all();
+}
+
+#[test]
 fn a_page_that_is_lost_gives_up_no_place_that_its_damaged_record_names() {
     let disk = FaultyDisk::default();
     let mut world = filled(&disk, 8, None, 252);
@@ -513,8 +542,11 @@ fn a_tier_that_was_ended_gives_nothing_back_and_cannot_be_gone_on_with() {
     world.tier.end().unwrap();
     assert!(disk.bytes().is_empty());
     assert!(world.read(world.held[0]).is_err());
-    let table = world.tier.keepsakes().0.try_clone_to_owned().unwrap();
-    let next = Tier::inherit(Box::new(disk), table, None);
+    world.put(1, 9);
+    assert!(matches!(world.demote_all(), Err(WriteError::Over)), "nothing is encrypted under a key of zeros");
+    let Keepsakes { table, key, .. } = world.tier.keepsakes();
+    let owned = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+    let next = Tier::inherit(Box::new(disk), owned(table), key.map(owned), None);
     assert!(matches!(next, Err(TierError::Table(_))), "{next:?}");
 }
 

@@ -4,4 +4,5 @@ mod behaviour;
 mod faulty;
 mod file;
 mod oracle;
+mod secret;
 mod world;

@@ -2,13 +2,14 @@
 use crate::faulty::FaultyDisk;
 use plimsoll_linux::disk::device::Disk;
 use plimsoll_linux::disk::mover::Mover;
-use plimsoll_linux::disk::tier::{Limits, Tier, WriteError};
+use plimsoll_linux::disk::tier::{Keepsakes, Limits, Tier, WriteError};
 use plimsoll_linux::disk::window::Window;
 use plimsoll_linux::disk::{FetchError, abandon, fetch, release};
 use plimsoll_linux::uffd::host::Domain;
 use plimsoll_store::{Encoder, Fetched, Handle, HeapSlabs, NoDense, Remote, Store, Whereabouts};
 use plimsoll_types::{ByteCount, DomainId, GroupId, PAGE_SIZE, PageBytes};
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,7 +60,11 @@ impl World {
     }
 
     pub(crate) fn on(disk: Box<dyn Disk>, mib: u64, quota: Option<ByteCount>) -> Self {
-        let mut tier = Tier::create(disk, Limits { disk: ByteCount(mib * MIB), domain: quota }).unwrap();
+        Self::with(Tier::create(disk, Limits { disk: ByteCount(mib * MIB), domain: quota }).unwrap(), quota)
+    }
+
+    /// Empty stores, and a tier on which nothing is.
+    pub(crate) fn with(mut tier: Tier, quota: Option<ByteCount>) -> Self {
         tier.set_patience([Duration::ZERO; 2]);
         let domain = |id| (id, Arc::new(Domain::new(DomainId(id), GROUP, Store::new(HeapSlabs::new(4000)))));
         Self {
@@ -151,8 +156,9 @@ impl World {
 
     /// The same, but one of the stores cannot be put together by it.
     pub(crate) fn restart_without(&mut self, disk: Box<dyn Disk>, missing: Option<u32>) {
-        let table = self.tier.keepsakes().0.try_clone_to_owned().unwrap();
-        let mut tier = Tier::inherit(disk, table, self.quota).unwrap();
+        let Keepsakes { table, key, .. } = self.tier.keepsakes();
+        let owned = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().unwrap();
+        let mut tier = Tier::inherit(disk, owned(table), key.map(owned), self.quota).unwrap();
         tier.set_patience([Duration::ZERO; 2]);
         self.tier = Arc::new(tier);
         let known = std::mem::take(&mut self.domains).into_iter();
@@ -179,6 +185,12 @@ impl World {
         let stores = std::mem::take(&mut self.domains).into_iter();
         self.take_over(stores.map(|(id, domain)| (id, memory_of(domain))).collect());
         self.tier.settle();
+    }
+
+    /// The stores that could not be put together are nobody's any more.
+    pub(crate) fn give_up_absent(&mut self) {
+        self.absent.clear();
+        self.tier.let_go();
     }
 
     fn take_over(&mut self, stores: Vec<(u32, HeapSlabs)>) {

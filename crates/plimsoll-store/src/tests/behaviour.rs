@@ -247,6 +247,28 @@ fn recovery_without_all_words_keeps_what_they_may_name_until_all_are_there() {
 }
 
 #[test]
+fn what_was_kept_for_words_that_could_not_be_read_goes_when_their_owner_has_gone_and_nothing_else_does() {
+    let mut store = store(64);
+    let (shared, own) = (page_of(1, 100), random_page(2));
+    let (handle, known) = (put(&mut store, &shared).handle, put(&mut store, &own).handle);
+    let lost = put(&mut store, &random_page(3)).handle;
+    assert_eq!(put(&mut store, &shared).handle, handle);
+    let (mut store, report) = Store::recover_partly(store.into_memory(), [handle, known]);
+    let mut pinned = report.pinned.clone();
+    pinned.sort_unstable();
+    let mut all = vec![handle, known, lost];
+    all.sort_unstable();
+    assert_eq!(pinned, all);
+    let later = put(&mut store, &random_page(4)).handle;
+    assert_eq!(store.release(known), Ok(None));
+    report.pinned.into_iter().for_each(|handle| assert_eq!(store.release(handle), Ok(None)));
+    assert_eq!(store.stats().objects(), 2, "the one that is known, and the one that came later");
+    assert_eq!(read(&store, handle), Ok(shared));
+    [handle, later].into_iter().for_each(|handle| assert_eq!(store.release(handle), Ok(None)));
+    assert_eq!(store.memory().held(), 0);
+}
+
+#[test]
 fn a_record_that_no_word_names_takes_no_slot_from_one_that_is_named() {
     let mut store = store(64);
     let (liar, named) = (put(&mut store, &page_of(1, 100)).handle, put(&mut store, &page_of(2, 100)).handle);

@@ -39,19 +39,19 @@ use std::sync::atomic::AtomicU64;
 
 /// The addresses of a mapped file. Makes no references itself.
 #[derive(Debug)]
-struct Mapped {
+pub(super) struct Mapped {
     base: NonNull<u64>,
     size: ByteCount,
 }
 
 // SAFETY: an address and a length of memory the value owns; any thread may use and unmap it.
 unsafe impl Send for Mapped {}
-// SAFETY: `&Mapped` gives access to nothing; its two users say what they hand out.
+// SAFETY: `&Mapped` gives access to nothing; its users say what they hand out.
 unsafe impl Sync for Mapped {}
 
 impl Mapped {
     /// Maps `size` bytes from the file's beginning, which may be more than it has.
-    fn new(file: impl AsFd, size: ByteCount) -> Result<Self, MemfdError> {
+    pub(super) fn new(file: impl AsFd, size: ByteCount) -> Result<Self, MemfdError> {
         let len = to_usize(size.0);
         // SAFETY: no address is asked for, so the kernel picks one where nothing is mapped.
         let base = unsafe {
@@ -64,6 +64,11 @@ impl Mapped {
         unsafe { madvise(mapped.base.as_ptr().cast(), len, Advice::LinuxDontFork) }
             .map_err(MemfdError::kernel("madvise", size))?;
         Ok(mapped)
+    }
+
+    /// The first of them.
+    pub(super) const fn base(&self) -> *mut u64 {
+        self.base.as_ptr()
     }
 }
 
@@ -94,16 +99,19 @@ impl SharedMapping {
         self.0.size
     }
 
-    /// Keeps the first `len` bytes, whole pages, out of swap for as long as they are mapped.
+    /// Keeps the first `len` bytes, whole pages, out of swap and of core dumps for as long as they are mapped.
     ///
     /// # Errors
     /// [`MemfdError::Range`] where that is not whole pages of the mapping, [`MemfdError::Kernel`] where the process may lock no
     /// more memory.
     pub fn lock(&self, len: ByteCount) -> Result<(), MemfdError> {
         check_pages(ByteCount(0), len, self.0.size)?;
+        let (base, bytes) = (self.0.base.as_ptr().cast(), to_usize(len.0));
         // SAFETY: the range lies in the mapping, as just checked, and locking it changes no byte of it.
-        unsafe { mlock(self.0.base.as_ptr().cast(), to_usize(len.0)) }
-            .map_err(MemfdError::kernel("mlock", self.0.size))
+        unsafe { mlock(base, bytes) }.map_err(MemfdError::kernel("mlock", self.0.size))?;
+        // SAFETY: the same; the advice concerns core dumps only.
+        unsafe { madvise(base, bytes, Advice::LinuxDontDump) }
+            .map_err(MemfdError::kernel("madvise", self.0.size))
     }
 
     /// The memory as words. What is read there is whatever the other side wrote: check it like any message.

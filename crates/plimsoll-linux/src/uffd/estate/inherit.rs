@@ -3,7 +3,7 @@
 //! Enters: the register, and what the keeper has. Leaves: machines, stores, the disk tier; of what cannot be put together, why, and what is
 //! known of it. What must never happen: a machine taken for ended whose VMM lives, or anything let go that a later manager may need: memory
 //! may be short for a moment, a descriptor missing, a record damaged. So what cannot be put together stays as it is.
-use super::{DOMAIN, Estate, EstateError, LEFT, OFFERED, PROCESS, Record, SOCKET, TIER, TIER_SLOTS};
+use super::{DOMAIN, Estate, EstateError, LEFT, NO_SLOT, OFFERED, PROCESS, Record, SOCKET, TIER, TIER_SLOTS};
 use crate::disk::device::FileDisk;
 use crate::disk::tier::Tier;
 use crate::explain;
@@ -135,11 +135,12 @@ impl Estate {
     }
 
     fn tier(&self, record: &Record) -> Result<Tier, EstateError> {
-        let [table, disk, ..] = record.slots;
+        let [table, disk, key, ..] = record.slots;
         let quota = Some(ByteCount(record.amount)).filter(|quota| quota.0 > 0);
         let damaged = |error: &dyn std::error::Error| EstateError::Damaged { what: explain(error) };
         let disk = FileDisk::inherit(self.claim(disk)?).map_err(|error| damaged(&error))?;
-        Tier::inherit(Box::new(disk), self.claim(table)?, quota).map_err(|error| damaged(&error))
+        let key = Some(key).filter(|slot| *slot != NO_SLOT).map(|slot| self.claim(slot)).transpose()?;
+        Tier::inherit(Box::new(disk), self.claim(table)?, key, quota).map_err(|error| damaged(&error))
     }
 
     /// A domain from its record. Of two stores it cannot be told which one has a machine's pages.

@@ -464,6 +464,51 @@ fn a_machine_that_cannot_be_put_together_counts_until_its_vmm_is_known_to_have_e
 }
 
 #[test]
+fn what_was_kept_for_a_machine_that_could_not_be_put_together_goes_with_its_vmm_and_nothing_of_others_does() {
+    let mut vmm = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+    let keeper = Arc::new(Map::default());
+    let estate = keeper.open().unwrap();
+    let process = Pidfd::from_child(&mut vmm).unwrap();
+    if let (Some((first, mut agents)), Some((second, mut others))) =
+        (machine_of(process, 5, 2), machine(9, 1))
+    {
+        let mut store = Store::new(MemfdSlabs::create("test-slabs", LIMIT).unwrap());
+        let handles = [3_u8, 5].map(|step| {
+            let page = std::array::from_fn(|place| u8::try_from(place / 16).unwrap().wrapping_mul(step));
+            store.put(&page, &mut Encoder::new()).unwrap().unwrap().handle
+        });
+        for (machine, handle) in [&first, &second].into_iter().zip(handles) {
+            let word = PageWord::new(PageState::Stored(ObjectRef::new(handle.to_bits()).unwrap()));
+            machine.shards[0].words.words()[5].store(word.0, Ordering::Relaxed);
+        }
+        estate.offer(&first, &agents.split_off(1)).unwrap();
+        estate.offer(&second, &[]).unwrap();
+        [first.id, second.id].into_iter().for_each(|id| estate.taken(id));
+        let slabs = store.into_memory();
+        estate.enter_domain(DomainId(2), GroupId(1), &slabs, LIMIT).unwrap();
+        estate.place(0)[6].fetch_xor(1 << 40, Ordering::Relaxed);
+        drop((first, second, slabs, estate));
+        let agent = serve(others.remove(0));
+        let mut manager = manage(&keeper);
+        let stored = |manager: &Manager| {
+            let is_stored =
+                |handle| manager.domain(DomainId(2)).unwrap().store(|store| store.whereabouts(handle));
+            handles.map(|handle| is_stored(handle).is_ok())
+        };
+        manager.forget_gone();
+        assert_eq!(stored(&manager), [true, true]);
+        vmm.kill().unwrap();
+        vmm.wait().unwrap();
+        manager.forget_gone();
+        assert_eq!(stored(&manager), [false, true]);
+        drop((manager, keeper));
+        agent.join().unwrap();
+    }
+    let _ = vmm.kill();
+    let _ = vmm.wait();
+}
+
+#[test]
 fn a_machine_that_a_manager_could_not_put_together_finds_its_pages_in_the_store_all_the_same() {
     for is_damaged in [false, true] {
         let keeper = Arc::new(Map::default());
