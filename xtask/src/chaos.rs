@@ -15,6 +15,9 @@ pub(crate) struct Choice {
     /// How many guests run.
     #[arg(long, default_value_t = 8)]
     guests: u32,
+    /// Has the disk tier on a disk that has no room or refuses writes at random instants; what it is depends on the seed.
+    #[arg(long)]
+    bad_disk: bool,
     /// Repeats the choices of an earlier run.
     #[arg(long)]
     seed: Option<u64>,
@@ -25,6 +28,9 @@ pub(crate) fn run(choice: &Choice) -> Result<Infallible> {
     cargo::become_program("plimsoll", |command, _| {
         command.arg("soak").arg("--kill-daemon").arg(choice.kills.to_string());
         command.arg("--guests").arg(choice.guests.to_string());
+        if choice.bad_disk {
+            command.arg("--bad-disk");
+        }
         if let Some(seed) = choice.seed {
             command.arg("--seed").arg(seed.to_string());
         }

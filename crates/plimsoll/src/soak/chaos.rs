@@ -8,6 +8,7 @@
 //! Some managers are killed before they have taken over, some while a machine is being handed over, some while a machine's pages
 //! are on their way to the disk, and VMMs are killed beside them. What is counted as *kill to service* is the time from the signal to the first page that a later manager brings; what
 //! keeper, start, take-over and the guests' own next touch take is all in it.
+use super::bad_disk::BadDisk;
 use super::{Plan, schedule};
 use crate::demo::Interrupt;
 use crate::demo::fleet::{self, Guest};
@@ -15,7 +16,7 @@ use crate::demo::meter::Accounting;
 use plimsoll_guest::random::{Rng, hash3};
 use plimsoll_host::daemon::milestones::now_ns;
 use plimsoll_host::daemon::place;
-use plimsoll_host::daemon::status::{Answer, Request, Status};
+use plimsoll_host::daemon::status::{Answer, DiskStatus, Request, Status};
 use plimsoll_linux::explain;
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::fdpass;
@@ -25,6 +26,7 @@ use plimsoll_types::ByteCount;
 use plimsoll_vmm::control::StopMode;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -44,6 +46,8 @@ const TOLERANCE_PERCENT: u64 = 2;
 const STARTING: ByteCount = ByteCount::mib(6);
 /// What the control group may hold at the end that it did not before: page cache of programs, and batches of the kernel's.
 const RESIDUE: ByteCount = ByteCount::mib(8);
+/// What a manager says of a disk that takes nothing.
+const DISK_TROUBLE: &str = "the disk tier takes no more for now";
 /// The longest answer: machines, domains and incidents of this run fit several times.
 const ANSWER_MAX: usize = 64 << 10;
 
@@ -66,6 +70,13 @@ struct ChaosReport {
     /// Of the kills, while pages of a machine that was parked went to the disk; and what was there at most.
     kills_at_parking: u64,
     disk_bytes_max: u64,
+    /// Of the disk tier: pages that came from there, how often it had no room and was refused, what it has given up at the end, and
+    /// how often the disk was filled, emptied or made to refuse. All as far as managers lived to tell.
+    disk_pages_read: u64,
+    disk_no_room: u64,
+    disk_refused: u64,
+    disk_failed_bytes: u64,
+    disk_changes: u64,
     /// How often the keeper was upgraded.
     upgrades: u64,
     /// From a kill to the first page that the next manager brought, in milliseconds.
@@ -95,10 +106,11 @@ struct Service {
 struct Daemon {
     keeper: Child,
     directory: PathBuf,
+    bad_disk: Option<BadDisk>,
 }
 
 impl Daemon {
-    fn start(plan: &Plan) -> Result<Self, String> {
+    fn start(plan: &Plan, has_bad_disk: bool) -> Result<Self, String> {
         let directory = std::env::temp_dir().join(format!("plimsoll-chaos-{}", std::process::id()));
         std::fs::create_dir(&directory).map_err(|error| format!("{}: {error}", directory.display()))?;
         let log = std::fs::File::create(directory.join("log")).map_err(|error| explain(&error))?;
@@ -108,12 +120,15 @@ impl Daemon {
         let store = ByteCount(plan.size.0 * 2 * plan.guests as u64);
         command.arg("daemon").arg("--directory").arg(&directory).args(["--share", "--count", "group"]);
         let disk = ByteCount(store.0.max(64 << 20));
-        command.arg("--disk").arg(directory.join("disk")).arg("--disk-limit").arg(disk.0.to_string());
+        let made = has_bad_disk.then(|| BadDisk::create(&directory, plan.seed, disk)).transpose();
+        let bad_disk = made.inspect_err(|_| drop(std::fs::remove_dir_all(&directory)))?;
+        let path = bad_disk.as_ref().map_or_else(|| directory.join("disk"), |disk| disk.path().to_owned());
+        command.arg("--disk").arg(path).arg("--disk-limit").arg(disk.0.to_string());
         command.arg("--budget").arg(plan.budget.0.to_string()).arg("--store").arg(store.0.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         end_with_parent(&mut command, Signal::KILL);
         let keeper = command.spawn().map_err(|error| format!("no daemon: {error}"))?;
-        Ok(Self { keeper, directory })
+        Ok(Self { keeper, directory, bad_disk })
     }
 
     fn handover(&self) -> PathBuf {
@@ -164,7 +179,10 @@ impl Daemon {
 
     fn log(&self) -> String {
         let text = std::fs::read_to_string(self.directory.join("log")).unwrap_or_default();
-        let lines = text.lines().filter(|line| !line.contains("starting another"));
+        let is_expected = |line: &&str| {
+            line.contains("starting another") || self.bad_disk.is_some() && line.contains(DISK_TROUBLE)
+        };
+        let lines = text.lines().filter(|line| !is_expected(line));
         lines.collect::<Vec<_>>().join("\n")
     }
 
@@ -206,14 +224,21 @@ struct Chaos<'a> {
     started: u64,
     report: ChaosReport,
     services: Vec<Service>,
+    /// What the managers have told of the disk, by when they began.
+    disks: BTreeMap<u64, DiskStatus>,
 }
 
 /// Runs it.
-pub(super) fn run(plan: &Plan, kills: u64, json: Option<&Path>) -> Result<ExitCode, String> {
+pub(super) fn run(
+    plan: &Plan,
+    kills: u64,
+    has_bad_disk: bool,
+    json: Option<&Path>,
+) -> Result<ExitCode, String> {
     let interrupt = Interrupt::install()?;
     let accounting = Accounting::start()?;
     let before = accounting.used();
-    let daemon = Daemon::start(plan)?;
+    let daemon = Daemon::start(plan, has_bad_disk)?;
     let report = ChaosReport {
         version: 1,
         seed: plan.seed,
@@ -223,8 +248,9 @@ pub(super) fn run(plan: &Plan, kills: u64, json: Option<&Path>) -> Result<ExitCo
         budget_bytes: plan.budget.0,
         ..ChaosReport::default()
     };
-    let (rng, services) = (Rng::new(hash3(plan.seed, 7, 0)), Vec::new());
-    let mut chaos = Chaos { plan, rng, accounting, daemon, guests: Vec::new(), started: 0, report, services };
+    let (rng, guests, services) = (Rng::new(hash3(plan.seed, 7, 0)), Vec::new(), Vec::new());
+    let disks = BTreeMap::new();
+    let mut chaos = Chaos { plan, rng, accounting, daemon, guests, started: 0, report, services, disks };
     let outcome = chaos.work(kills, &interrupt);
     chaos.report.failures.extend(outcome.err());
     if interrupt.is_set() {
@@ -241,8 +267,9 @@ pub(super) fn run(plan: &Plan, kills: u64, json: Option<&Path>) -> Result<ExitCo
     }
     let Plan { seed, guests, size, budget, .. } = plan;
     println!(
-        "the same choices again: plimsoll soak --kill-daemon {kills} --seed {seed} --guests {guests} --size {size} --budget {}",
-        budget.0
+        "the same choices again: plimsoll soak --kill-daemon {kills} --seed {seed} --guests {guests} --size {size} --budget {}{}",
+        budget.0,
+        if has_bad_disk { " --bad-disk" } else { "" }
     );
     Ok(ExitCode::FAILURE)
 }
@@ -252,6 +279,7 @@ impl Chaos<'_> {
         let dead = || "the daemon does not answer".to_owned();
         self.daemon.until(|status| status.serving_ns > 0).ok_or_else(dead)?;
         self.report.keeper_descriptors_before = self.daemon.descriptors();
+        self.daemon.bad_disk.iter().for_each(BadDisk::begin);
         for _ in 0..self.plan.guests {
             let guest = self.spawn()?;
             self.guests.push(guest);
@@ -266,6 +294,9 @@ impl Chaos<'_> {
                 let (kills, vmms) = (self.report.kills, self.report.vmms_killed);
                 println!("{kills:>5} managers and {vmms} VMMs killed; {} pages verified", self.verified());
             }
+        }
+        if let Some(disk) = &mut self.daemon.bad_disk {
+            self.report.disk_changes = disk.end();
         }
         self.check(interrupt)
     }
@@ -296,7 +327,9 @@ impl Chaos<'_> {
 
     /// Kills a manager in one of the ways that there are.
     fn strike(&mut self) -> Result<(), String> {
-        match self.rng.below(20) {
+        // On a bad disk half of all are killed while a machine goes there.
+        let is_bad = self.daemon.bad_disk.is_some();
+        match self.rng.below(if is_bad { 40 } else { 20 }) {
             // As soon as there is one: while it starts or takes over.
             0..6 => {
                 self.report.hasty_kills += 1;
@@ -320,15 +353,17 @@ impl Chaos<'_> {
                 let asked = self.upgrade()?;
                 self.serve(asked)
             }
-            8 => {
+            8 | 20.. => {
                 self.park()?;
                 self.report.kills_at_parking += 1;
-                self.pause(50_000);
+                self.pause(if is_bad { 400_000 } else { 50_000 });
+                self.note_disk();
                 let killed = self.kill()?;
                 self.serve(killed)
             }
             _ => {
                 self.pause(150_000);
+                self.note_disk();
                 let killed = self.kill()?;
                 self.serve(killed)
             }
@@ -345,11 +380,22 @@ impl Chaos<'_> {
         if !matches!(ordered, Some(Answer::Done)) {
             return Err(format!("machine {machine} is not parked: {ordered:?}"));
         }
-        let parked = self.daemon.until(|status| written(status) > before);
+        // A disk that takes nothing is told of instead.
+        let is_told = |status: &Status| status.incidents.iter().any(|told| told.contains(DISK_TROUBLE));
+        let parked = self.daemon.until(|status| written(status) > before || is_told(status));
         let status = parked.ok_or("nothing of a parked machine goes to the disk")?;
         let used = status.disk.map_or(0, |disk| disk.used_bytes);
         self.report.disk_bytes_max = self.report.disk_bytes_max.max(used);
         Ok(())
+    }
+
+    /// Remembers what the manager tells of the disk, if there is one that tells.
+    fn note_disk(&mut self) {
+        if self.daemon.bad_disk.is_some()
+            && let Some(status) = self.daemon.status()
+        {
+            self.disks.extend(status.disk.map(|disk| (status.started_ns, disk)));
+        }
     }
 
     fn replace(&mut self, place: usize) -> Result<(), String> {
@@ -469,6 +515,13 @@ impl Chaos<'_> {
                 ByteCount(disk.live_bytes)
             ));
         }
+        if let Some(disk) = status.disk {
+            self.disks.insert(status.started_ns, disk);
+            self.report.disk_failed_bytes = disk.failed_bytes;
+            if disk.used_bytes + disk.failed_bytes > disk.limit_bytes || disk.used_bytes > 0 {
+                return Err(format!("nobody is left, and the disk tier has {disk:?}"));
+            }
+        }
         if status.charged_bytes != [0; 4] {
             return Err(format!("nobody is left and the ledger charges {:?}", status.charged_bytes));
         }
@@ -491,7 +544,11 @@ impl Chaos<'_> {
         let verified = self.verified();
         let wrong: u64 = self.guests.iter().map(|guest| guest.state().summary.wrong_words).sum();
         (self.report.verified_pages, self.report.wrong_words) = (verified, wrong);
-        let Self { plan, accounting, daemon, guests, mut report, services, .. } = self;
+        let Self { plan, accounting, daemon, guests, mut report, services, disks, .. } = self;
+        let told = |which: fn(&DiskStatus) -> u64| disks.values().map(which).sum();
+        report.disk_pages_read = told(|disk| disk.pages_read);
+        report.disk_no_room = told(|disk| disk.no_room);
+        report.disk_refused = told(|disk| disk.refused);
         drop(guests);
         drop(daemon);
         let of = |which: fn(&Service) -> u64, permille: usize| {
@@ -535,6 +592,17 @@ fn print(report: &ChaosReport) {
          over, {kills_at_parking} while one went to the disk (at most {}); {vmms_killed} VMMs killed; {upgrades} upgrades",
         ByteCount(report.disk_bytes_max)
     );
+    if report.disk_changes > 0 {
+        println!(
+            "a bad disk, filled, emptied or made to refuse {} times: the tier found no room {} times, was refused {} times, and brought \
+             {} pages; {} of it are given up",
+            report.disk_changes,
+            report.disk_no_room,
+            report.disk_refused,
+            report.disk_pages_read,
+            ByteCount(report.disk_failed_bytes),
+        );
+    }
     println!(
         "kill to first page served: median {:.1} ms, p99 {:.1} ms, longest {:.1} ms (to the next manager's first instruction {:.1} ms, \
          to take over {:.1} ms, medians){}",

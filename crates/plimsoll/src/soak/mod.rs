@@ -6,6 +6,7 @@
 //!
 //! The seed decides what is done and in which order ([`schedule`]), and is printed first. When it is done in a guest's
 //! life is up to the machine: a replay does the same again, but threads meet as they meet.
+mod bad_disk;
 mod chaos;
 mod report;
 mod saboteur;
@@ -44,6 +45,10 @@ pub(crate) struct SoakArgs {
     /// Run the guests under a daemon, and kill its manager's process that often, at random instants, for as long as that takes.
     #[arg(long, value_name = "TIMES", conflicts_with = "seconds")]
     kill_daemon: Option<u64>,
+    /// Have the daemon's disk tier on a disk that has no room or refuses writes at random instants. Needs root, loop devices and
+    /// mkfs.ext4.
+    #[arg(long, requires = "kill_daemon")]
+    bad_disk: bool,
     /// What runs the guests.
     #[arg(long, value_enum, default_value_t = Accel::Auto)]
     accel: Accel,
@@ -78,7 +83,7 @@ fn run(args: &SoakArgs) -> Result<ExitCode, String> {
     let plan = plan(args, seed, accel)?;
     if let Some(kills) = args.kill_daemon {
         println!("{} guests of {} at a time; budget {}; {kills} kills", plan.guests, plan.size, plan.budget);
-        return chaos::run(&plan, kills, args.json.as_deref());
+        return chaos::run(&plan, kills, args.bad_disk, args.json.as_deref());
     }
     println!("{} guests of {} at a time; budget {}; {} s", plan.guests, plan.size, plan.budget, plan.seconds);
     if let Some(file) = &args.json {
