@@ -6,7 +6,7 @@
 //! and 12, 2 % of what lies between 12 and 28, and 1 % beyond. Each state has a line, a part of it:
 //!
 //! ```text
-//! high   400 %   nothing is taken
+//! high   400 %   nothing is taken, but for what is above a limit
 //! clear  100 %   what the guest does not use, its balloon, twins: nobody waits for a page
 //! soft    64 %   and pages are compressed: ESXi waits for hard, but a page is back from zram in 8-11 us
 //! hard    32 %   and pages go to disk

@@ -10,7 +10,7 @@ use crate::ladder::{Choice, Rung};
 use crate::part::Ppm;
 use crate::settings::Shares;
 use core::fmt;
-use plimsoll_types::ByteCount;
+use plimsoll_types::{ByteCount, GroupId};
 
 /// How free memory stands against what is to be free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +42,16 @@ pub struct Bounds {
     pub cap: ByteCount,
     /// Its weight.
     pub shares: Shares,
+}
+
+impl fmt::Display for Bounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "between {}", self.floor)?;
+        if self.lift > ByteCount(0) {
+            write!(f, " raised by {}", self.lift)?;
+        }
+        write!(f, " and {}", self.cap)
+    }
 }
 
 /// What a machine has and needs.
@@ -116,6 +126,8 @@ pub enum Reason {
     /// The machine has more than its target, and nothing it is allowed to lose covers `left` of it. `highest` is the
     /// last rung it and the host's state allow.
     Uncovered { left: ByteCount, target: ByteCount, highest: Option<Rung> },
+    /// The machine, or those of a group it is in, take up so much more than a limit, which holds however much is free.
+    AboveLimit { above: ByteCount, group: Option<GroupId> },
     /// The machine is stalled: the host cannot go on otherwise, and it has more than it is due.
     Stalled { consumed: ByteCount, target: ByteCount, room: Room },
     /// The machine may run again.
@@ -139,6 +151,9 @@ pub enum Reason {
     ClockWentBack { from_ms: u64, to_ms: u64 },
 }
 
+/// What holds always.
+const ALWAYS: &str = "its limit, which holds however much is free";
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -149,14 +164,10 @@ impl fmt::Display for Reason {
                 }
                 write!(
                     f,
-                    ": {need}; of {budget} for all machines {} shares earn it that much, ",
+                    ": {need}; of {budget} for all machines {} shares earn it that much, idle memory taxed by {tax}, \
+                     {bounds}",
                     bounds.shares.0
-                )?;
-                write!(f, "idle memory taxed by {tax}, between {}", bounds.floor)?;
-                if bounds.lift > ByteCount(0) {
-                    write!(f, " raised by {}", bounds.lift)?;
-                }
-                write!(f, " and {}", bounds.cap)
+                )
             }
             Self::TargetHeld { target, due, hold } => {
                 write!(f, "its target stays at {target} although {due} is due: {hold}")
@@ -197,6 +208,10 @@ impl fmt::Display for Reason {
                     Some(rung) => write!(f, "the last way allowed is {rung}"),
                     None => f.write_str("no way is allowed"),
                 }
+            }
+            Self::AboveLimit { above, group: None } => write!(f, "it takes up {above} more than {ALWAYS}"),
+            Self::AboveLimit { above, group: Some(group) } => {
+                write!(f, "the machines of {group} take up {above} more than {ALWAYS}")
             }
             Self::Stalled { consumed, target, room } => {
                 write!(f, "it is stalled: it has {consumed}, more than its target of {target}; {room}")

@@ -13,9 +13,10 @@ use crate::ladder::{Offers, Rung, Rungs, Taking, climb};
 use crate::part::Ppm;
 use crate::plan::{Action, Step};
 use crate::reason::{Reason, Room};
-use crate::settings::Hold;
+use crate::settings::{Hold, Owner};
+use crate::tree::Tree;
 use alloc::vec::Vec;
-use plimsoll_types::{ByteCount, PageCount};
+use plimsoll_types::{ByteCount, GroupId, PageCount};
 
 /// Has those give who have more than they are to have.
 pub(crate) fn take(
@@ -25,7 +26,9 @@ pub(crate) fn take(
     state: &mut PolicyState,
     findings: &mut Findings,
 ) {
+    let limits = Limits::of(seen, &state.tree);
     for (machine, aim) in seen.iter().zip(aims) {
+        let above = limits.above(machine, &state.tree);
         let shares_pages = state.tree.domain(machine.id()).is_some();
         let costs = state.tree.settings().costs;
         let Some(known) = state.machines.get_mut(&machine.id()) else { continue };
@@ -36,11 +39,7 @@ pub(crate) fn take(
         stall_or_resume(host, machine, aim, excess, known, findings);
         withdraw_from(machine, known, host, findings);
         ease(host, machine, aim, known, findings);
-        let Some(deepest) = host.state.deepest() else { continue };
-        if excess == ByteCount(0) {
-            continue;
-        }
-        let highest = deepest.min(machine.terms.highest);
+        let Some((excess, highest)) = reach(host, machine, excess, above, findings) else { continue };
         let allowed = allowed(machine, highest, shares_pages);
         let returns = known.usage.returns();
         let asked = bite(host, machine, excess, known);
@@ -62,6 +61,55 @@ pub(crate) fn take(
             findings.note(machine.id(), Reason::Uncovered { left, target, highest });
         }
     }
+}
+
+/// What limits there are, and what is taken up beyond those of groups.
+struct Limits {
+    beyond: Vec<ByteCount>,
+}
+
+impl Limits {
+    fn of(seen: &[Seen<'_>], tree: &Tree) -> Self {
+        let sums = tree.sums(seen.iter().map(|machine| (machine.place, has(machine))));
+        let caps = tree.groups.iter().map(|group| group.cap);
+        Self {
+            beyond: sums.into_iter().zip(caps).map(|(sum, cap)| sum.saturating_sub(cap).bytes()).collect(),
+        }
+    }
+
+    /// What the machine, or a group it is in, takes up beyond its limit: the most of these, and whose it is.
+    fn above(&self, machine: &Seen<'_>, tree: &Tree) -> (ByteCount, Option<GroupId>) {
+        let own = has(machine).saturating_sub(machine.terms.cap).bytes();
+        let around = tree.around(machine.place).filter_map(|group| match tree.groups[group].owner {
+            Owner::Group(id) => Some((self.beyond[group], Some(id))),
+            _ => None,
+        });
+        around.fold((own, None), |most, next| if next.0 > most.0 { next } else { most })
+    }
+}
+
+/// What it takes up. What is being taken or brought back may be counted twice for a moment: that is above no limit.
+fn has(machine: &Seen<'_>) -> PageCount {
+    machine.view.consumed.pages_ceil().min(machine.terms.size)
+}
+
+/// What of the excess may be taken now, and the last rung for it: as far as the host's state goes; but what is above a limit
+/// goes however much is free.
+fn reach(
+    host: &Host,
+    machine: &Seen<'_>,
+    excess: ByteCount,
+    (above, group): (ByteCount, Option<GroupId>),
+    findings: &mut Findings,
+) -> Option<(ByteCount, Rung)> {
+    let highest = machine.terms.highest;
+    let deepest = host.state.deepest().map(|deepest| deepest.min(highest));
+    let bound = excess.min(above);
+    if bound > ByteCount(0) && deepest != Some(highest) {
+        findings.note(machine.id(), Reason::AboveLimit { above, group });
+        return Some((bound, highest));
+    }
+    (excess > ByteCount(0)).then_some((excess, deepest?))
 }
 
 /// What of the excess is asked for now. What the guest has free goes whole; of the rest a machine that stalls gives a

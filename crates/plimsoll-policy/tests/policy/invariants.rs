@@ -198,6 +198,15 @@ fn taken_in_use(plan: &Plan) -> BTreeMap<MachineId, u64> {
     sums
 }
 
+/// Whether anything is taken from a machine, or it is said why not.
+fn gives(plan: &Plan, id: MachineId) -> bool {
+    plan.actions.iter().any(|action| action.machine == id && matches!(action.step, Step::Take { .. }))
+        || plan
+            .reasons
+            .iter()
+            .any(|note| note.machine == Some(id) && matches!(note.reason, Reason::Uncovered { .. }))
+}
+
 /// What a machine's balloon is asked to hold.
 fn balloon_asks(plan: &Plan, id: MachineId) -> Vec<ByteCount> {
     let asked = |action: &Action| match action.step {
@@ -223,6 +232,19 @@ fn machines_in(settings: &Settings, group: GroupId) -> BTreeSet<MachineId> {
         .map(|machine| machine.id)
         .chain(nested.flat_map(|nested| machines_in(settings, nested.id)))
         .collect()
+}
+
+/// Whether a machine takes up more than its limit, or those of a group it is in more than that one's.
+fn is_above_a_limit(state: &PolicyState, plan: &Plan, id: MachineId, view: &HostView) -> bool {
+    let (settings, terms) = (state.tree().settings(), |id| state.tree().terms(id).unwrap());
+    let has = |id: MachineId| first(view, id).consumed.min(terms(id).size.bytes());
+    let is_above = |group: &GroupSettings| {
+        let inside = machines_in(settings, group.id);
+        let decided = plan.machines.iter().filter(|one| inside.contains(&one.machine));
+        let sum: ByteCount = decided.map(|one| has(one.machine)).sum();
+        inside.contains(&id) && group.limit.is_some_and(|limit| sum > limit)
+    };
+    has(id) > terms(id).cap.bytes() || settings.groups.iter().any(is_above)
 }
 
 /// What the machines that were decided about bid, floors not raised.
@@ -262,6 +284,9 @@ proptest! {
                 let left = shown.consumed.saturating_sub(ByteCount(taken));
                 prop_assert!(left >= kept, "{} was left {left}", one.machine);
                 prop_assert!(taken == 0 || left >= one.target);
+                // A balloon may be on its way already.
+                let is_above = shown.consumed.min(terms.size.bytes()) > terms.cap.bytes();
+                prop_assert!(!is_above || gives(&plan, one.machine) || shown.balloon.is_some(), "{} keeps more than its limit", one.machine);
                 for asked in balloon_asks(&plan, one.machine) {
                     let most = shown.balloon.unwrap_or_default().max(terms.size.saturating_sub(terms.floor).bytes());
                     prop_assert!(asked <= most, "the balloon of {} is to hold {asked}", one.machine);
@@ -302,7 +327,8 @@ proptest! {
                 let (terms, shown) = (state.tree().terms(action.machine).unwrap(), first(&view, action.machine));
                 let Step::Take { rung, pages, frees } = action.step else { continue };
                 prop_assert!(rung <= terms.highest && shown.rungs.has(rung) && terms.hold != Hold::Dedicated);
-                prop_assert!(plan.state.deepest().is_some_and(|deepest| rung <= deepest));
+                let may_go = plan.state.deepest().is_some_and(|deepest| rung <= deepest);
+                prop_assert!(may_go || is_above_a_limit(&state, &plan, action.machine, &view));
                 prop_assert!(rung != Rung::Sharing || state.tree().domain(action.machine).is_some());
                 prop_assert!(frees > ByteCount(0) && frees <= pages.bytes());
                 if rung.pages_out() {

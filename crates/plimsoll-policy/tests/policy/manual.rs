@@ -36,6 +36,51 @@ fn nothing_is_taken_while_memory_is_plentiful() {
     assert_eq!(target(&plan, 1), MIB(4096), "what nobody wants stays where it is");
 }
 
+/// A machine whose limit is below its size.
+fn limited(id: u32, size: u64, limit: u64) -> MachineSettings {
+    let mut settings = machine(id, size, 0, 1000);
+    let Face::Guarantee { limit: own, .. } = &mut settings.face else { unreachable!() };
+    *own = MIB(limit);
+    settings
+}
+
+#[test]
+fn a_limit_holds_however_much_memory_is_free() {
+    let settings = [limited(1, 8192, 2048), machine(2, 8192, 0, 1000)];
+    let mut world = World::new(TOTAL, 0, &settings, vec![view(1, 4096, 100), view(2, 4096, 100)]);
+    let first = world.step();
+    assert_eq!(
+        (first.state, rungs(&first, 1), rungs(&first, 2)),
+        (HostState::High, vec![Rung::Compress], vec![])
+    );
+    let said = why(&first, 1).join("\n");
+    assert!(said.contains("it takes up 2G more than its limit, which holds however much is free"), "{said}");
+    let rested = (0..5).map(|_| world.step()).last().unwrap();
+    assert_eq!((world.consumed(1), world.consumed(2)), (MIB(2048), MIB(4096)));
+    assert_eq!((rungs(&rested, 1), why(&rested, 1)), (vec![], vec![]));
+    // Where nothing else is allowed it is said.
+    let never = MachineSettings { highest: Rung::NEVER_PAGE, ..limited(1, 8192, 2048) };
+    let plan = look(vec![view(1, 4096, 100)], 8000, &mut PolicyState::new(tree(&[never])), 0);
+    assert!(rungs(&plan, 1).is_empty() && why(&plan, 1).iter().any(|text| text.contains("cannot be taken")));
+}
+
+#[test]
+fn a_groups_limit_holds_however_much_memory_is_free() {
+    let group = GroupSettings { limit: Some(MIB(3000)), ..GroupSettings::new(GroupId(1)) };
+    let member = |id| MachineSettings { parent: Some(GroupId(1)), ..machine(id, 8192, 0, 1000) };
+    let machines = vec![member(1), member(2), machine(3, 8192, 0, 1000)];
+    let settings = Settings { groups: vec![group], machines, ..Settings::new(MIB(TOTAL)) };
+    let mut state = PolicyState::new(Tree::new(settings).unwrap());
+    let plan = look([1, 2, 3].map(|id| view(id, 2000, 100)).to_vec(), 8000, &mut state, 0);
+    let frees = |id| {
+        let of = |step| if let Step::Take { frees, .. } = step { frees } else { ByteCount(0) };
+        steps(&plan, id).into_iter().map(of).sum::<ByteCount>()
+    };
+    assert_eq!(([1, 2, 3].map(frees), plan.state), ([MIB(500), MIB(500), MIB(0)], HostState::High));
+    let said = why(&plan, 1).join("\n");
+    assert!(said.contains("the machines of group1 take up 1000M more than its limit"), "{said}");
+}
+
 #[test]
 fn idle_memory_goes_to_who_uses_it() {
     let settings = [machine(1, 8192, 0, 1000), machine(2, 8192, 0, 1000)];
@@ -412,10 +457,7 @@ fn more_guaranteed_than_there_is_keeps_the_guarantees_and_says_what_is_missing()
 fn other_settings_take_force_at_once_and_what_was_sampled_stays() {
     let mut state = PolicyState::new(tree(&[machine(1, 8192, 0, 1000), machine(2, 8192, 0, 1000)]));
     look(vec![view(1, 7000, 2000), view(2, 7000, 7000)], 400, &mut state, 0);
-    let mut limited = machine(1, 8192, 0, 1000);
-    let Face::Guarantee { limit, .. } = &mut limited.face else { unreachable!() };
-    *limit = MIB(1024);
-    state.set_tree(tree(&[limited, machine(2, 8192, 0, 1000)]));
+    state.set_tree(tree(&[limited(1, 8192, 1024), machine(2, 8192, 0, 1000)]));
     let mut silent = view(1, 7000, 0);
     silent.active = None;
     let plan = look(vec![silent, view(2, 7000, 7000)], 400, &mut state, 1000);
