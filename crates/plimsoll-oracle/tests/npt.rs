@@ -69,5 +69,5 @@ fn guests_see_through_trees_that_the_mapper_made_what_the_model_shows_them() {
         return;
     }
     let cases = NptCase::<Long4>::grow(&mut Chance::new(seed()), Processor::default().caps, GROWN);
-    check("nested, grown", &Report::new(&cases, &execute(&cases)), GROWN / 10);
+    check("nested, grown", &Report::new(&cases, &execute(&cases)), GROWN / 20);
 }
