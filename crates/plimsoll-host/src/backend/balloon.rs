@@ -21,6 +21,29 @@ use std::time::{Duration, Instant};
 /// How often a balloon is looked at, and its guest asked for statistics: as often as the policy decides.
 const PERIOD: Duration = Duration::from_secs(1);
 
+/// A machine's lock: nobody else may have it as long as somebody speaks to the balloon. What is kept in it outlives a holder that is
+/// killed.
+pub trait Lock: Send {
+    /// What the balloon was asked to hold before the first of those holders came, where that is kept.
+    fn balloon(&self) -> Option<ByteCount>;
+
+    /// Keeps that.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn keep_balloon(&self, bytes: ByteCount) -> std::io::Result<()>;
+}
+
+impl Lock for Arc<AttachLock> {
+    fn balloon(&self) -> Option<ByteCount> {
+        (**self).balloon()
+    }
+
+    fn keep_balloon(&self, bytes: ByteCount) -> std::io::Result<()> {
+        (**self).keep_balloon(bytes)
+    }
+}
+
 /// Speaks to a balloon through its VMM's own interface. Its calls may wait.
 pub struct Interface {
     control: Box<dyn Control>,
@@ -133,18 +156,22 @@ impl std::fmt::Debug for Farewell {
 }
 
 impl Balloon {
-    /// Starts the thread. `process` is the machine's, for what the host had to bring back of it; `lock` its lock, which nobody else may
-    /// have as long as somebody speaks to it.
+    /// Starts the thread. `process` is the machine's, for what the host had to bring back of it.
     ///
     /// # Errors
     /// When no thread is to be had.
-    pub fn start(interface: Interface, process: ProcessId, lock: Arc<AttachLock>) -> std::io::Result<Self> {
+    pub fn start(
+        interface: Interface,
+        process: ProcessId,
+        lock: impl Lock + 'static,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
         let drive = move || {
             // Last of all, also when the thread fails: whoever waits is told when the lock is free.
             let _end = End(&theirs);
-            Worker { interface, process, lock, shared: &theirs, started: Instant::now() }.run();
+            let lock = lock;
+            Worker { interface, process, lock: &lock, shared: &theirs, started: Instant::now() }.run();
         };
         std::thread::Builder::new().name(format!("balloon-{process}")).spawn(drive)?;
         Ok(Self { shared })
@@ -200,7 +227,7 @@ impl Drop for End<'_> {
 struct Worker<'a> {
     interface: Interface,
     process: ProcessId,
-    lock: Arc<AttachLock>,
+    lock: &'a dyn Lock,
     shared: &'a Shared,
     started: Instant,
 }

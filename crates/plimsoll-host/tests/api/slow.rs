@@ -4,7 +4,7 @@ use parking_lot::{Condvar, Mutex};
 use plimsoll_attach::control::{
     self, BalloonDevice, Capabilities, Control as Interface, ControlError, RunState,
 };
-use plimsoll_host::backend::balloon::{Balloon, Farewell, of_interface};
+use plimsoll_host::backend::balloon::{Balloon, Farewell, Lock, of_interface};
 use plimsoll_host::backend::{Backend, Done, Trouble};
 use plimsoll_host::control::{Control, Pool};
 use plimsoll_policy::Step;
@@ -14,6 +14,21 @@ use plimsoll_sys::ProcessId;
 use plimsoll_types::{ByteCount, MachineId};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// The lock of a machine, as it is in a file.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Option<ByteCount>>>);
+
+impl Lock for Kept {
+    fn balloon(&self) -> Option<ByteCount> {
+        *self.0.lock()
+    }
+
+    fn keep_balloon(&self, bytes: ByteCount) -> std::io::Result<()> {
+        *self.0.lock() = Some(bytes);
+        Ok(())
+    }
+}
 
 /// What the VMMs behind it have been asked, and whether they answer.
 #[derive(Default)]
@@ -33,7 +48,43 @@ impl Gate {
     /// The balloon of a VMM behind the gate.
     pub(crate) fn balloon(self: &Arc<Self>) -> Balloon {
         let interface = of_interface(Box::new(Slow(Arc::clone(self)))).unwrap().unwrap();
-        Balloon::start(interface, ProcessId::own(), ()).unwrap()
+        Balloon::start(interface, ProcessId::own(), Kept::default()).unwrap()
+    }
+}
+
+/// A guest that does at once what it is asked.
+struct Quick(Arc<Mutex<ByteCount>>);
+
+impl Interface for Quick {
+    fn interface(&self) -> &str {
+        "a VMM that answers"
+    }
+
+    fn probe(&mut self) -> Result<Capabilities, ControlError> {
+        let device = BalloonDevice { granularity: ByteCount(4096), deflate_on_oom: None };
+        Ok(Capabilities { balloon: Some(device), ..Capabilities::default() })
+    }
+
+    fn run_state(&mut self) -> Result<RunState, ControlError> {
+        Err(self.unsupported("its state"))
+    }
+
+    fn pause(&mut self) -> Result<(), ControlError> {
+        Err(self.unsupported("pausing"))
+    }
+
+    fn resume(&mut self) -> Result<(), ControlError> {
+        Err(self.unsupported("resuming"))
+    }
+
+    fn balloon(&mut self) -> Result<control::Balloon, ControlError> {
+        let held = Some(*self.0.lock());
+        Ok(control::Balloon { memory: ByteCount::mib(64), target: held, actual: held })
+    }
+
+    fn set_balloon(&mut self, size: ByteCount) -> Result<(), ControlError> {
+        *self.0.lock() = size;
+        Ok(())
     }
 }
 
@@ -133,4 +184,26 @@ fn a_loop_that_ends_waits_for_all_its_vmms_together() {
     assert!(!end.is_finished());
     gate.open();
     end.join().unwrap();
+}
+
+#[test]
+fn a_balloon_goes_back_to_what_it_held_before_the_first_of_managers_that_were_killed() {
+    let (holds, lock) = (Arc::new(Mutex::new(ByteCount::mib(8))), Kept::default());
+    let begin = || {
+        let interface = of_interface(Box::new(Quick(Arc::clone(&holds)))).unwrap().unwrap();
+        let balloon = Balloon::start(interface, ProcessId::own(), lock.clone()).unwrap();
+        wait_until("it was looked at", || balloon.seen().is_some());
+        balloon
+    };
+    let end = |balloon: Balloon| {
+        let farewell = balloon.farewell();
+        drop(balloon);
+        wait_until("it has ended", || farewell.has_come());
+    };
+    end(begin());
+    assert_eq!(lock.balloon(), Some(ByteCount::mib(8)));
+    // As one leaves it that is killed: it does not give up the lock.
+    *holds.lock() = ByteCount::mib(40);
+    end(begin());
+    assert_eq!(*holds.lock(), ByteCount::mib(8));
 }
