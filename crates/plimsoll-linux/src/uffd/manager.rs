@@ -253,12 +253,7 @@ impl Manager {
             housekeeping: Housekeeping::default(),
             staff: None,
         };
-        for (machine, error) in &vault.lost {
-            manager.lost(*machine, error);
-        }
-        if let Some(Err(error)) = &manager.tier {
-            manager.host.report(Incident::NoTier { cause: explain(error) });
-        }
+        manager.tell_what_is_lost(&vault.lost);
         let mut recovered = Vec::new();
         for (kept, parts) in manager.recover_all(vault.machines) {
             manager.host.ledger(|ledger| ledger.add_group(kept.membership.group));
@@ -436,6 +431,14 @@ impl Manager {
 
     fn lost(&self, machine: MachineId, error: &dyn std::error::Error) {
         self.host.report(Incident::Lost { machine, cause: explain(error) });
+    }
+
+    /// Tells of everything that an earlier manager left and this one cannot have.
+    fn tell_what_is_lost(&self, machines: &[(MachineId, EstateError)]) {
+        machines.iter().for_each(|(machine, error)| self.lost(*machine, error));
+        if let Some(Err(error)) = &self.tier {
+            self.host.report(Incident::NoTier { cause: explain(error) });
+        }
     }
 
     /// The domains of machines that could not be taken over, which wait for their stores.
