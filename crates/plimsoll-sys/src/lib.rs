@@ -39,6 +39,7 @@ pub mod process_memory;
 pub mod procfs;
 pub mod psi;
 pub mod range;
+pub mod rights;
 pub mod slots;
 pub mod swap;
 pub mod uffd;

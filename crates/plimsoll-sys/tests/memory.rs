@@ -3,14 +3,16 @@
 
 use plimsoll_sys::mapping::{
     AnonymousMapping, ExclusiveMapping, HugePages, MapError, Memfd, MemfdError, Merging, RangeError,
-    SharedMapping,
+    SharedMapping, large_folio_folder, make_files_in,
 };
 use plimsoll_sys::pagemap::{Categories, Entry, Filter, Pagemap, PagemapError};
 use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::process::CapabilitySet;
 use plimsoll_sys::process_memory::{self, Advice, Refusal};
+use plimsoll_sys::rights::keep_capabilities;
 use plimsoll_sys::{HvaRange, ProcessId, procfs};
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Hva, PAGE_SIZE};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 const PAGE: u64 = PAGE_SIZE as u64;
@@ -221,6 +223,27 @@ fn an_exclusive_mapping_is_bytes_and_keeps_them_in_its_file() {
     drop(again);
     let short = ExclusiveMapping::inherit(second, ByteCount(PAGE));
     assert!(matches!(short, Err(MemfdError::Size { size: ByteCount(8192) })), "{short:?}");
+}
+
+#[test]
+fn whoever_was_given_a_folder_needs_no_right_to_mount_one() {
+    let folder = match large_folio_folder() {
+        Ok(folder) => folder,
+        Err(errno) => {
+            let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+            assert!(!required.split(',').any(|name| name == "root"), "root is required: {errno}");
+            return println!("SKIPPED: no tmpfs can be mounted: {errno}");
+        }
+    };
+    make_files_in(folder);
+    // This thread's, and nobody else's.
+    keep_capabilities(CapabilitySet::empty(), CapabilitySet::empty()).unwrap();
+    assert!(large_folio_folder().is_err());
+    let mut memory = ExclusiveMapping::create("plimsoll-test", ByteCount(4 * PAGE)).unwrap();
+    memory.populate(ByteCount(0), ByteCount(PAGE)).unwrap();
+    memory[0] = 7;
+    let file = std::fs::read_link(format!("/proc/self/fd/{}", memory.keepsake().as_raw_fd())).unwrap();
+    assert!(!file.to_string_lossy().contains("memfd:"), "{}", file.display());
 }
 
 #[test]

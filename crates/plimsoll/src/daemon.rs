@@ -10,6 +10,7 @@ use crate::verb::ended;
 use clap::Args;
 use plimsoll_host::api::Access;
 use plimsoll_host::config::Config;
+use plimsoll_host::daemon::rights::Filter;
 use plimsoll_host::daemon::{self, Beginning, BudgetBy, Counted, DiskSettings, Settings, Sharing};
 use plimsoll_host::helm::BUDGET_MIN;
 use plimsoll_host::keeper::protocol::VERSION;
@@ -38,6 +39,17 @@ enum Count {
     Processes,
     /// The memory control group in which the daemon and its machines' processes are.
     Group,
+}
+
+/// What becomes of system calls that the daemon is not known to need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Seccomp {
+    /// They fail, and the kernel's log says which they were.
+    Refuse,
+    /// They are made, and the kernel's log says which they were.
+    Log,
+    /// They are made.
+    Off,
 }
 
 #[derive(Args)]
@@ -74,6 +86,10 @@ pub(crate) struct DaemonArgs {
     /// What the settings said of the budget when the daemon was started: for a manager that cannot read them any more.
     #[arg(long, hide = true)]
     found: Option<ByteCount>,
+    /// What becomes of system calls that the daemon is not known to need. Where it fails for want of one, `log` finds out which. See
+    /// docs/rights.md.
+    #[arg(long, value_enum, default_value_t = Seccomp::Refuse, env = "PLIMSOLL_SECCOMP")]
+    seccomp: Seccomp,
     /// Everything is in its place: an earlier program of this process has left it.
     #[arg(long, hide = true)]
     resumed: bool,
@@ -113,6 +129,11 @@ impl DaemonArgs {
             config: self.config.clone(),
             counted: if self.count == Count::Group { Counted::Group } else { Counted::Processes },
             disk,
+            filter: match self.seccomp {
+                Seccomp::Refuse => Filter::Refuse,
+                Seccomp::Log => Filter::Log,
+                Seccomp::Off => Filter::Off,
+            },
         })
     }
 

@@ -29,12 +29,21 @@ pub struct Virsh {
     patience: Duration,
 }
 
+/// What libvirt's program is called.
+const PROGRAM: &str = "virsh";
+
 impl Virsh {
+    /// Whether there is a `virsh` in `PATH`.
+    pub fn is_installed() -> bool {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).any(|folder| folder.join(PROGRAM).exists())
+    }
+
     /// The domain of that name, id or UUID, by the `virsh` in `PATH` and its default connection.
     pub fn new(domain: impl Into<String>, patience: Duration) -> Self {
         let domain = domain.into();
         let interface = format!("libvirt's domain {}", quote(&domain));
-        Self { program: "virsh".into(), connection: None, domain, interface, patience }
+        Self { program: PROGRAM.into(), connection: None, domain, interface, patience }
     }
 
     /// Uses another program in place of `virsh`.

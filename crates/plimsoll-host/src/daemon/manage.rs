@@ -5,16 +5,18 @@
 //! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one. Decisions about
 //! them are made on another (`steer`), which begins when machines are served, and whose end changes nothing for a guest.
 use super::milestones::{Milestones, now_ns};
+use super::rights::{Role, give_up};
 use super::sole::claim;
 use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
 use super::steer::Steering;
-use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, Settings, Sharing};
+use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, STORES, Settings, Sharing};
 use crate::api::may_speak;
 use crate::helm::kept::Kept;
 use crate::homecoming::{Homecoming, Progress, stored};
 use crate::keeper::client::Client;
 use crate::voice::say;
 use parking_lot::Mutex;
+use plimsoll_attach::control::Virsh;
 use plimsoll_core::ledger::{Budget, Kind};
 use plimsoll_core::word::StateKind;
 use plimsoll_linux::cgroup::foreign::ProcessCgroup;
@@ -29,6 +31,7 @@ use plimsoll_linux::uffd::manager::{MachineView, Manager, Membership, Meter, Vau
 use plimsoll_linux::uffd::probe::Probe;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::fdpass;
+use plimsoll_sys::mapping::make_files_in;
 use plimsoll_sys::{ProcessId, process};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -196,6 +199,9 @@ struct Session<'a> {
 /// [`DaemonError`].
 pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     let started_ns = now_ns();
+    // Before anything is read, and before there are threads.
+    let role = if Virsh::is_installed() { Role::Manager } else { Role::Alone };
+    give_up(role, settings.filter).map_err(DaemonError::Rights)?;
     let wanted =
         [(SIGTERM, Arc::new(AtomicBool::new(false))), (SIGINT, Arc::default()), (SIGHUP, Arc::default())];
     let (signalled, write) = UnixStream::pair().map_err(DaemonError::Wait)?;
@@ -270,6 +276,7 @@ impl<'a> Session<'a> {
         };
         let (handover, control, lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
         claim(lock.as_fd(), || keeper.is_alone())?;
+        own(STORES).ok().into_iter().for_each(make_files_in);
         let keeper = Arc::new(keeper);
         let used = Used::new(settings.counted)?;
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;

@@ -18,6 +18,7 @@ mod accepted;
 pub mod manage;
 pub mod milestones;
 pub mod place;
+pub mod rights;
 pub mod sole;
 pub mod status;
 mod steer;
@@ -30,8 +31,10 @@ use plimsoll_linux::disk::device::OpenError;
 use plimsoll_linux::disk::tier::{Limits, TierError};
 use plimsoll_linux::uffd::estate::RESERVED;
 use plimsoll_sys::launch::{Program, accept_signals};
+use plimsoll_sys::mapping::large_folio_folder;
 use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
+use rights::{Filter, Role};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -45,8 +48,11 @@ const SILENCE_MAX: Duration = Duration::from_secs(90);
 pub const HANDOVER: u32 = 1;
 /// The slot of the socket on which an operator asks.
 pub const CONTROL: u32 = 2;
-/// The slot of the directory's lock. The next one is the keeper's own: [`GENERATIONS`](crate::keeper::store::GENERATIONS).
+/// The slot of the directory's lock. The next one is the keeper's own ([`GENERATIONS`](crate::keeper::store::GENERATIONS)), and those
+/// after it the disk tier's.
 pub const LOCK: u32 = 3;
+/// The slot of the tmpfs in which stores are made. It is empty where nobody may mount one.
+pub const STORES: u32 = 8;
 
 /// Which machines share equal pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,6 +113,8 @@ pub struct Settings {
     pub config: Option<PathBuf>,
     /// Where parked machines go.
     pub disk: Option<DiskSettings>,
+    /// What becomes of system calls that the daemon does not need.
+    pub filter: Filter,
 }
 
 /// A file for the disk tier.
@@ -158,6 +166,11 @@ pub enum DaemonError {
     /// Memory cannot be counted.
     #[error("memory cannot be counted: {0}")]
     Count(String),
+    /// What is not needed could not be given up.
+    #[error(
+        "the daemon goes on with no more rights than it needs, or not at all; --seccomp off does without a filter"
+    )]
+    Rights(#[from] rights::GiveUpError),
     /// The program at the path could not be executed.
     #[error("the new program cannot take over; this one goes on")]
     Upgrade(#[source] io::Error),
@@ -193,6 +206,10 @@ pub fn keep(
     let store = Store::of_supervisor(&mut slots, stale).map_err(DaemonError::Store)?;
     let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
     store.into_iter().for_each(|store| keeper.store_in(store));
+    match beginning {
+        Beginning::Fresh => rights::give_up(Role::Keeper, settings.filter)?,
+        Beginning::Resumed => rights::give_up_again(settings.filter)?,
+    }
     // Only now does something catch what an upgrade has kept waiting.
     accept_signals().map_err(DaemonError::Wait)?;
     loop {
@@ -220,6 +237,12 @@ fn begin(directory: &Path) -> Result<Adopted, DaemonError> {
         None => Adopted { slots: Slots::new(SLOTS).map_err(DaemonError::Slots)?, stale: Vec::new() },
     };
     let slots = &mut adopted.slots;
+    let failed = |error| DaemonError::Slots(io::Error::other(error));
+    if slots.get(STORES).is_none()
+        && let Ok(folder) = large_folio_folder()
+    {
+        slots.put(STORES, folder).map_err(failed)?;
+    }
     // It is stored last of the three, so with it the sockets are there; and without it there is no machine yet.
     if slots.get(LOCK).is_some() {
         return Ok(adopted);
@@ -227,7 +250,7 @@ fn begin(directory: &Path) -> Result<Adopted, DaemonError> {
     let place = place::claim(directory)?;
     for (slot, descriptor) in [(HANDOVER, place.handover), (CONTROL, place.control), (LOCK, place.lock)] {
         slots.clear(slot);
-        slots.put(slot, descriptor).map_err(|error| DaemonError::Slots(io::Error::other(error)))?;
+        slots.put(slot, descriptor).map_err(failed)?;
     }
     Ok(adopted)
 }

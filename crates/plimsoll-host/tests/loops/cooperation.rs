@@ -3,7 +3,7 @@ use super::fake::{Fake, MIB, body, settings};
 use plimsoll_attach::control::{
     Balloon as Sizes, BalloonDevice, Capabilities, Control as Vmm, ControlError, RunState,
 };
-use plimsoll_host::backend::balloon::{Balloon, of_interface};
+use plimsoll_host::backend::balloon::{Balloon, Lock, of_interface};
 use plimsoll_host::backend::{Backend, Cooperation, Done, Trouble};
 use plimsoll_host::control::{Control, Event, Pool};
 use plimsoll_policy::Step;
@@ -75,12 +75,25 @@ impl Backend for Ballooned {
     }
 }
 
+/// Nothing outlives this test.
+struct Unkept;
+
+impl Lock for Unkept {
+    fn balloon(&self) -> Option<ByteCount> {
+        None
+    }
+
+    fn keep_balloon(&self, _bytes: ByteCount) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 #[test]
 fn an_interface_that_fails_and_works_again_is_told_of_once_each() {
     const PATIENCE: Duration = Duration::from_secs(60);
     let vmm = Moody::default();
     let interface = of_interface(Box::new(vmm.clone())).unwrap().unwrap();
-    let balloon = Balloon::start(interface, ProcessId::own(), ()).unwrap();
+    let balloon = Balloon::start(interface, ProcessId::own(), Unkept).unwrap();
     let backend = Box::new(Ballooned(Fake(body(500, 100)), balloon));
     let mut control =
         Control::new(Settings::new(MIB(4096)), Pool::of(MIB(4096)), MIB(0), Instant::now()).unwrap();

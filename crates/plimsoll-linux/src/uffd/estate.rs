@@ -56,13 +56,12 @@ const REGISTER: u32 = 0;
 /// The slots of the disk tier's table, its disk, and its key: what is there is no machine's.
 const TIER_SLOTS: [u32; 3] = [5, 6, 7];
 /// Slots below this one are the daemon's own.
-pub const RESERVED: u32 = 8;
+pub const RESERVED: u32 = 16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PLIMREGI");
-/// The version of the register that this build writes, and the newest it reads. 2 has the disk tier, which 1 has not, and 3 its key.
+/// The version of the register that this build writes, and the only one it reads: before 3 the disk tier had no key of its own, and
+/// machines were in slots that are the daemon's now.
 const VERSION: u32 = 3;
-/// The oldest it reads.
-const VERSION_MIN: u32 = 1;
 const RECORDS: u32 = 4096;
 const RECORD_SIZE: usize = 2048;
 const HELLO_MAX: usize = RECORD_SIZE - 72;
@@ -227,7 +226,7 @@ impl Estate {
             return Err(EstateError::Magic { found: magic });
         }
         let [version, _] = halves(words[HEAD_VERSION].load(Ordering::Acquire));
-        if !(VERSION_MIN..=VERSION).contains(&version) {
+        if version != VERSION {
             return Err(EstateError::Version { found: version });
         }
         let is_ours = |slot: &u32| *slot >= RESERVED || TIER_SLOTS.contains(slot);

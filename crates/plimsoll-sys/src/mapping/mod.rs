@@ -18,4 +18,4 @@ mod shared;
 pub use anonymous::{AnonymousMapping, HugePages, MapError, Merging, RangeError};
 pub use memfd::{Memfd, MemfdError};
 pub use secret::SecretPage;
-pub use shared::{ExclusiveMapping, SharedMapping};
+pub use shared::{ExclusiveMapping, SharedMapping, large_folio_folder, make_files_in};

@@ -35,6 +35,7 @@ use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::slice;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 
 /// The addresses of a mapped file. Makes no references itself.
@@ -141,9 +142,12 @@ impl ExclusiveMapping {
     /// # Errors
     /// [`MemfdError`] when the kernel gives no such file or no address space of that size.
     pub fn create(name: &str, limit: ByteCount) -> Result<Self, MemfdError> {
+        let file = match FOLDER.get() {
+            Some(folder) => file_in(folder),
+            None => large_folio_folder().and_then(file_in),
+        };
         // Without the right to mount, or on a kernel without the option, it is an ordinary memfd.
-        let file =
-            large_folio_file().or_else(|_| memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL));
+        let file = file.or_else(|_| memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL));
         let file = file.map_err(MemfdError::kernel("memfd_create", limit))?;
         let lock = lock(&file, limit)?;
         Ok(Self { mapped: Mapped::new(&file, limit)?, file, _lock: lock, len: 0 })
@@ -245,18 +249,34 @@ fn lock(file: &OwnedFd, limit: ByteCount) -> Result<OwnedFd, MemfdError> {
     }
 }
 
-/// A file without a name in a tmpfs of its own, which nobody can reach and which goes with the file. Other than a memfd's,
-/// its memory may come in folios of many pages, as long as they end before the file does: so what is allocated at its end
-/// takes no more memory than was asked for.
-fn large_folio_file() -> rustix::io::Result<OwnedFd> {
+/// Where this process makes such files, if it was told.
+static FOLDER: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Has this process make its [`ExclusiveMapping`]s' files in a [`large_folio_folder`] that another one has made, which takes no right
+/// to mount. Told a second time, it keeps to the first.
+pub fn make_files_in(folder: OwnedFd) {
+    let _ = FOLDER.set(folder);
+}
+
+/// A tmpfs without a place in the tree of files, which goes with its last file. Other than a memfd's, the memory of files there may come
+/// in folios of many pages, as long as they end before the file does: so what is allocated at its end takes no more memory than was
+/// asked for.
+///
+/// # Errors
+/// What the kernel said: without CAP_SYS_ADMIN nobody mounts.
+pub fn large_folio_folder() -> rustix::io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "huge", "within_size")?;
     // A memfd is not limited to half of the host's memory either.
     fsconfig_set_string(&context, "size", "0")?;
     fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NOSUID;
-    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    openat(&mount, ".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// A file without a name, which nobody can reach.
+fn file_in(folder: impl AsFd) -> rustix::io::Result<OwnedFd> {
+    openat(folder, ".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
 }
 
 impl Deref for ExclusiveMapping {

@@ -15,6 +15,7 @@ mod host;
 mod metal;
 mod plan;
 mod remote;
+mod rights;
 mod run;
 mod soak;
 mod store;

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 /// What the daemon itself has.
-const OWN: [&str; 5] = ["slot-0", "slot-1", "slot-2", "slot-3", "slot-4"];
+const OWN: [&str; 6] = ["slot-0", "slot-1", "slot-2", "slot-3", "slot-4", "slot-8"];
 
 /// What a supervisor has heard.
 #[derive(Default)]
