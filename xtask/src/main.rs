@@ -9,6 +9,7 @@
 //! * [`ci`]: format, lints, documentation. [`lints`]: the house rules that no other tool knows.
 //! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`count`]: instructions of page-table work. [`chaos`]: a daemon whose
 //!   manager is killed again and again. [`mod@metal`]: the bare-metal host, booted.
+//! * [`fuzz`]: parsers against what was never meant for them, for as long as is asked for.
 //! * [`dist`]: what is shipped, and a package's life on a machine.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
 mod bench;
@@ -17,6 +18,7 @@ mod chaos;
 mod ci;
 mod count;
 mod dist;
+mod fuzz;
 mod lints;
 mod machine;
 mod metal;
@@ -51,6 +53,8 @@ enum Command {
     Chaos(chaos::Choice),
     /// Boot the bare-metal host under QEMU with two guests, or stop it for a debugger; see docs/metal.md.
     Metal(metal::Choice),
+    /// Give parsers what was never meant for them, for a while; see docs/fuzzing.md.
+    Fuzz(fuzz::Choice),
     /// Make the Debian package and the archive below target/dist; see docs/packages.md.
     Dist(dist::Choice),
 }
@@ -82,6 +86,7 @@ fn main() -> ExitCode {
         Command::Bench(choice) => bench::run(&choice),
         Command::Chaos(choice) => chaos::run(&choice).map(|never| match never {}),
         Command::Metal(choice) => metal::run(&choice).map(|never| match never {}),
+        Command::Fuzz(choice) => fuzz::run(&choice),
         Command::Dist(choice) => dist::run(&choice),
     };
     match outcome {

@@ -28,7 +28,7 @@ const STOCK: u8 = 2;
 /// Tests that need QEMU's models of processors, and assemblers for them.
 const MODELS: u8 = 3;
 /// Every member of the workspace is at one level.
-const LEVELS: [(&str, u8); 20] = [
+const LEVELS: [(&str, u8); 21] = [
     ("xtask", PURE),
     ("plimsoll-types", PURE),
     ("plimsoll-inside", PURE),
@@ -46,6 +46,7 @@ const LEVELS: [(&str, u8); 20] = [
     ("plimsoll-host", KERNEL),
     ("plimsoll", KERNEL),
     ("plimsoll-bench", KERNEL),
+    ("plimsoll-fuzz", KERNEL),
     ("plimsoll-stock", STOCK),
     ("plimsoll-oracle", MODELS),
     ("plimsoll-metal", MODELS),

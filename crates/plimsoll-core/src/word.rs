@@ -182,25 +182,25 @@ impl PageWord {
     /// The state a word stands for, or `None` for bits that no transition writes.
     pub const fn state(self) -> Option<PageState> {
         let payload = self.0 >> STATE_BITS;
-        #[expect(clippy::cast_possible_truncation, reason = "`fits` says whether it did")]
+        #[expect(clippy::cast_possible_truncation, reason = "what was cut off is missed below")]
         let small = payload as u32;
-        let fits = small as u64 == payload;
         let state = match self.0 & ((1 << STATE_BITS) - 1) {
             0 => PageState::Zero,
             1 => PageState::Resident,
-            2 if fits => PageState::Capturing(SlotPage(small)),
-            3 if fits => PageState::Limbo(SlotPage(small)),
+            2 => PageState::Capturing(SlotPage(small)),
+            3 => PageState::Limbo(SlotPage(small)),
             4 => PageState::Stored(ObjectRef(payload)),
-            5 if fits => PageState::File(small),
+            5 => PageState::File(small),
             6 => PageState::Absent,
             7 if payload == 0 => PageState::Pinned(PinCause::Device),
-            7 if payload == 1 => PageState::Pinned(PinCause::Kernel),
+            7 => PageState::Pinned(PinCause::Kernel),
             8 => PageState::NeverPage,
             9 => PageState::Poisoned,
             10 => PageState::Unwatched,
             _ => return None,
         };
-        Some(state)
+        // A payload that is not the state's is damage, also where the state has none.
+        if Self::new(state).0 == self.0 { Some(state) } else { None }
     }
 }
 
@@ -342,7 +342,8 @@ mod tests {
 
     #[test]
     fn bits_no_transition_writes_are_no_state_and_take_no_transition() {
-        for bits in [11, 15, 1 << 63 | 2, 2 << 4 | 7] {
+        let with_a_payload_that_is_not_theirs = [0, 1, 6, 8, 9, 10].map(|kind| 1 << 40 | kind);
+        for bits in [11, 15, 1 << 63 | 2, 2 << 4 | 7].into_iter().chain(with_a_payload_that_is_not_theirs) {
             assert_eq!(PageWord(bits).state(), None);
             assert!(PageWord(bits).after(Transition::Discard).is_err());
         }

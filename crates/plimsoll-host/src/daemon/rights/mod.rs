@@ -5,11 +5,11 @@
 //!
 //! * **What is not listed fails, and kills nobody.** It is as if the kernel had no such call (ENOSYS). Killed, a manager would be
 //!   followed by one that makes the same call: a mistake in the list would stall all guests for ever, where an error stops the one thing
-//!   that was tried and is told. An attacker who is killed tries again with the next manager; one who is refused has gained as little. ENOSYS and not EPERM,
-//!   because C libraries fall back to older calls on that alone, and the next version of one may try a newer call first. The
-//!   kernel's log says which call it was (`type=1326`), and [`Filter::Log`] lists all that another system needs.
+//!   that was tried and is told. An attacker who is killed tries again with the next manager; one who is refused has gained as little.
+//!   ENOSYS and not EPERM, because C libraries fall back to older calls on that alone, and the next version of one may try a newer call
+//!   first. The kernel's log says which call it was (`type=1326`), and [`Filter::Log`] lists all that another system needs.
 //! * **A filter is for life, and inherited.** Whatever the keeper gave up, its managers lack, and the program that takes its place in an
-//!   upgrade. So the keeper's list is no list of the dozen calls that its own loop makes: it is what any of them needs, from the
+//!   upgrade. So the keeper's list is no list of the few calls that its own loop makes: it is what any of them needs, from the
 //!   program's first instruction on. A manager adds a shorter list before it reads anything, and goes without what starts programs
 //!   where there is no virsh to start.
 //! * **The keeper uses no capability.** What it has left is for its managers: a program executed by root has what is permitted.
@@ -62,9 +62,6 @@ pub enum GiveUpError {
 
 /// Gives up what `role` does not need. Threads started later, and programs, inherit it: call it before there are any.
 ///
-/// A process that an earlier program of the daemon has left under its filter keeps to that: filters add up with every upgrade,
-/// and the kernel takes only so many.
-///
 /// # Errors
 /// [`GiveUpError`].
 pub fn give_up(role: Role, filter: Filter) -> Result<(), GiveUpError> {
@@ -76,7 +73,8 @@ pub fn give_up(role: Role, filter: Filter) -> Result<(), GiveUpError> {
     Ok(())
 }
 
-/// The same for a keeper that an earlier program of this process has become.
+/// The same for a keeper that an earlier program of this process has become. Where that has left it under a filter it keeps to that one:
+/// filters would add up with every upgrade, and the kernel takes only so many.
 ///
 /// # Errors
 /// [`GiveUpError`].
