@@ -2,6 +2,7 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    let target = plimsoll_fuzz::target(env!("CARGO_BIN_NAME")).expect("Cargo.toml names targets of plimsoll-fuzz");
+    let target =
+        plimsoll_fuzz::target(env!("CARGO_BIN_NAME")).expect("Cargo.toml names targets of plimsoll-fuzz");
     (target.body)(bytes);
 });
