@@ -93,7 +93,7 @@ fn within(role: Role, is_filtered: bool) {
     assert_eq!(refused(rustix::mount::unmount(missing, rustix::mount::UnmountFlags::empty())), is_filtered);
     assert_eq!(refused(rustix::process::chroot(missing)), is_filtered);
     assert_eq!(refused(rustix::fs::symlink("x", missing)), is_filtered);
-    assert_eq!(refused(socket(AddressFamily::INET, SocketType::DGRAM, None)), is_filtered);
+    assert_eq!(refused(socket(AddressFamily::NETLINK, SocketType::RAW, None)), is_filtered);
     assert_eq!(UdpSocket::bind("127.0.0.1:0").is_err(), is_filtered);
     if !is_filtered {
         return;
