@@ -9,6 +9,7 @@ fn main() -> std::io::Result<()> {
         sources: &[
             "image",
             "caller",
+            "src/digest.rs",
             "src/wire.rs",
             "../plimsoll-types/src",
             "../plimsoll-mmu/src",

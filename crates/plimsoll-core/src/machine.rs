@@ -561,6 +561,23 @@ impl<W: Words> Machine<W> {
         self.map.apply(page, Transition::Exclude).map(drop)
     }
 
+    /// A device reaches the page, as the host itself has seen to: it stays in guest RAM until it is let go. Such a host does not
+    /// [`unpin`](Self::unpin), which is for one that is told of pins by refused moves.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when it is not there, on its way out, or stays for another reason.
+    pub fn hold(&mut self, page: PageIndex) -> Result<(), MapError> {
+        self.map.apply(page, Transition::Pin(PinCause::Device)).map(drop)
+    }
+
+    /// No device reaches the page any more, nor has a translation to it.
+    ///
+    /// # Errors
+    /// [`MapError::Illegal`] when it was not held.
+    pub fn let_go(&mut self, page: PageIndex) -> Result<(), MapError> {
+        self.map.apply(page, Transition::Unpin).map(drop)
+    }
+
     /// Lets every pinned page be tried again.
     ///
     /// # Errors

@@ -53,6 +53,9 @@ enum Event {
     Zap,
     Close,
     Unpin,
+    /// A device of the host's is to reach a page, or does no longer; refused where that cannot be.
+    Hold(u32),
+    LetGo(u32),
     Choose {
         want: u32,
     },
@@ -99,6 +102,8 @@ fn event() -> impl Strategy<Value = Event> {
         4 => Just(Event::Zap),
         1 => Just(Event::Close),
         1 => Just(Event::Unpin),
+        3 => page().prop_map(Event::Hold),
+        3 => page().prop_map(Event::LetGo),
         2 => (1..PAGES).prop_map(|want| Event::Choose { want }),
         1 => Just(Event::TakeOver),
         4 => block().prop_map(|block| Event::Unwatch { block }),
@@ -199,6 +204,20 @@ impl Twin {
                     if matches!(state, PageState::Pinned(_)) {
                         *state = PageState::Resident;
                     }
+                }
+            }
+            Event::Hold(page) => {
+                let held = self.machine.hold(PageIndex(page));
+                assert_eq!(held.is_ok(), self.oracle[&page] == PageState::Resident);
+                if held.is_ok() {
+                    self.oracle.insert(page, PageState::Pinned(PinCause::Device));
+                }
+            }
+            Event::LetGo(page) => {
+                let is_let_go = self.machine.let_go(PageIndex(page)).is_ok();
+                assert_eq!(is_let_go, matches!(self.oracle[&page], PageState::Pinned(_)));
+                if is_let_go {
+                    self.oracle.insert(page, PageState::Resident);
                 }
             }
             Event::Choose { want } => self.choose(want),

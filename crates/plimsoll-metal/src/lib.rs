@@ -9,10 +9,12 @@
 //! QEMU emulates the processor (TCG), nested paging included, so nothing here says how fast anything is.
 extern crate alloc;
 
+mod digest;
 mod run;
 pub mod wire;
 
-pub use run::{Event, Guest, MetalError, Options, Run, Ticks};
+pub use digest::Digest;
+pub use run::{Board, Event, Guest, MetalError, Options, Run, Ticks};
 
 /// The hypervisor, to be booted by PVH: `qemu-system-x86_64 -kernel`.
 pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/image"));

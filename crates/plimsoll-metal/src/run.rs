@@ -1,6 +1,8 @@
 //! One QEMU with one hypervisor in it.
-use crate::IMAGE;
-use crate::wire::{GuestLine, GuestSettings, Header, Line, MAGIC, Paging, ProgramKind, Provoke};
+use crate::wire::{
+    Device, Execute, GuestLine, GuestSettings, Header, Line, MAGIC, Paging, ProgramKind, Provoke,
+};
+use crate::{Digest, IMAGE};
 use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PARAMS_MAGIC, Params, Region};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::WorkloadSpec;
@@ -45,6 +47,14 @@ pub enum MetalError {
         /// How long was waited.
         waited: Duration,
     },
+    /// It ended otherwise than it should.
+    #[error("the hypervisor did not end well ({end:?}); {complaints}")]
+    Ended {
+        /// How.
+        end: Event,
+        /// What QEMU complained about.
+        complaints: String,
+    },
 }
 
 /// A guest: what it is called, runs and is told.
@@ -56,6 +66,10 @@ pub struct Guest {
     pub program: ProgramKind,
     /// How its addresses become the machine's.
     pub paging: Paging,
+    /// Pages that it may execute beside those of its program; `None` if it may execute whatever it likes.
+    pub code: Option<Vec<Digest>>,
+    /// The device that it owns, behind remapping hardware ([`Board::Remapping`]).
+    pub device: Device,
     /// Its parameter page; `tsc_hz` is filled in by the hypervisor.
     pub params: Params,
 }
@@ -79,7 +93,14 @@ impl Guest {
             mix: Mix::default(),
             workload,
         };
-        Self { name: name.into(), program: ProgramKind::WORKLOAD, paging: Paging::NESTED, params }
+        Self {
+            name: name.into(),
+            program: ProgramKind::WORKLOAD,
+            paging: Paging::NESTED,
+            code: None,
+            device: Device::NONE,
+            params,
+        }
     }
 }
 
@@ -92,16 +113,37 @@ pub enum Ticks {
     Instructions,
 }
 
+/// Which machine is emulated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Board {
+    /// QEMU's `pc`: nothing contains its devices, so that no guest owns one.
+    Plain,
+    /// QEMU's `q35` with Intel's remapping hardware, for guests that own devices. Which devices there are, [`Options::arguments`] say.
+    Remapping,
+}
+
+impl Board {
+    const fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Plain => &["-machine", "pc"],
+            // Four levels of tables. It must come before the devices that are behind it.
+            Self::Remapping => &["-machine", "q35", "-device", "intel-iommu,aw-bits=48"],
+        }
+    }
+}
+
 /// What to run.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The machine's memory, whole MiB: the hard line.
     pub memory: ByteCount,
+    /// Which machine it is.
+    pub board: Board,
     /// QEMU's processor.
     pub processor: &'static str,
     /// What its time is.
     pub ticks: Ticks,
-    /// How long the guests work.
+    /// How long the guests work: less, if there are guests whose program ends by itself and these have ended.
     pub seconds: u32,
     /// What the hypervisor is to do to itself.
     pub provoke: Provoke,
@@ -116,6 +158,7 @@ impl Options {
     pub fn new(memory: ByteCount) -> Self {
         Self {
             memory,
+            board: Board::Plain,
             processor: "max,+svm",
             ticks: Ticks::Time,
             seconds: 1,
@@ -135,13 +178,23 @@ impl Options {
             reserved: 0,
         };
         let mut module = header.as_bytes().to_vec();
-        for Guest { name: text, program, paging, params } in &self.guests {
+        for Guest { name: text, program, paging, code, device, params } in &self.guests {
             let mut name = [0; 32];
             let place = name.get_mut(..text.len()).ok_or(MetalError::Name { name: text.clone() })?;
             place.copy_from_slice(text.as_bytes());
-            let settings = GuestSettings { name, program: *program, paging: *paging, params: *params };
+            let settings = GuestSettings {
+                name,
+                program: *program,
+                paging: *paging,
+                execute: if code.is_some() { Execute::KNOWN } else { Execute::ANYTHING },
+                digests: code.as_ref().map_or(0, Vec::len) as u64,
+                device: *device,
+                params: *params,
+            };
             module.extend_from_slice(settings.as_bytes());
         }
+        let digests = self.guests.iter().filter_map(|guest| guest.code.as_ref()).flatten();
+        module.extend(digests.flat_map(|digest| digest.0));
         Ok(module)
     }
 }
@@ -194,7 +247,7 @@ impl Run {
             "-serial",
             "stdio",
         ]);
-        command.args(["-accel", "tcg", "-machine", "pc", "-cpu", options.processor]);
+        command.args(["-accel", "tcg", "-cpu", options.processor]).args(options.board.arguments());
         command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
         if options.ticks == Ticks::Instructions {
             command.args(["-icount", "shift=3"]);
@@ -238,6 +291,22 @@ impl Run {
             Ok(line) => Ok(Event::Said(line)),
             Err(RecvTimeoutError::Timeout) => Err(MetalError::Silent { waited: within }),
             Err(RecvTimeoutError::Disconnected) => self.ended(within),
+        }
+    }
+
+    /// Shows what comes until the end, which must be a good one. Nothing may be said for `within` at most.
+    ///
+    /// # Errors
+    /// [`MetalError::Silent`], [`MetalError::Ended`].
+    pub fn finish(mut self, within: Duration, mut show: impl FnMut(Event)) -> Result<(), MetalError> {
+        loop {
+            match self.next(within)? {
+                Event::Done => return Ok(()),
+                end @ (Event::Refused | Event::Crashed(_)) => {
+                    return Err(MetalError::Ended { end, complaints: self.complaints() });
+                }
+                event => show(event),
+            }
         }
     }
 

@@ -1,8 +1,9 @@
 //! What a hypervisor is told and what it reports. Read by both sides: the library that starts it, and the image.
 //!
-//! Settings go in as a boot module, [`Header`] and so many [`GuestSettings`]; reports come out as lines of JSON on the serial port,
+//! Settings go in as a boot module, [`Header`], so many [`GuestSettings`], and the digests that these count; reports come out as lines of JSON on the serial port,
 //! each a [`Line`]. Other lines there are for people.
 use alloc::string::String;
+use core::fmt;
 use plimsoll_guest::abi::Params;
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -11,6 +12,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub const MAGIC: u64 = u64::from_le_bytes(*b"PLIMETAL");
 /// Most guests of one run.
 pub const GUESTS_MAX: u32 = 64;
+/// Most digests of one run.
+pub const DIGESTS_MAX: usize = 8192;
 
 /// What the hypervisor does to itself once it has set up its own tables, to show that it is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,14 +98,62 @@ impl Paging {
     pub const DIRECT: Self = Self(2);
 }
 
+/// What a guest may execute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct Execute(pub u64);
+
+impl Execute {
+    /// Whatever it likes.
+    pub const ANYTHING: Self = Self(0);
+    /// Pages of its program as it was loaded, and pages whose digests are given. No page is written and executed.
+    pub const KNOWN: Self = Self(1);
+}
+
+/// A device on PCI segment 0: bus, slot and function, as it signs its accesses to memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct Device(pub u64);
+
+impl Device {
+    /// None. The host bridge, which has this number, belongs to nobody.
+    pub const NONE: Self = Self(0);
+
+    /// The one there. Of `slot` the lowest five bits count, of `function` three.
+    pub const fn at(bus: u8, slot: u8, function: u8) -> Self {
+        Self((bus as u64) << 8 | ((slot & 31) as u64) << 3 | (function & 7) as u64)
+    }
+
+    /// The one that signs like this.
+    pub const fn of(requester: u16) -> Self {
+        Self(requester as u64)
+    }
+
+    /// How it signs.
+    pub const fn requester(self) -> u16 {
+        let [low, high, ..] = self.0.to_le_bytes();
+        u16::from_le_bytes([low, high])
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [low, bus] = self.requester().to_le_bytes();
+        write!(f, "{bus:02x}:{:02x}.{}", low >> 3, low & 7)
+    }
+}
+
 /// One guest.
 ///
 /// ```text
 ///   0  name     UTF-8, padded with zeros
 ///  32  program  ProgramKind
 ///  40  paging   Paging
-///  48  params   the guest's parameter page; `tsc_hz` is the hypervisor's to fill in
-/// 280  end
+///  48  execute  Execute
+///  56  digests  how many of those behind all guests are this one's, which follow those of the guests before it
+///  64  device   Device
+///  72  params   the guest's parameter page; `tsc_hz` is the hypervisor's to fill in
+/// 304  end
 /// ```
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -113,11 +164,17 @@ pub struct GuestSettings {
     pub program: ProgramKind,
     /// How its addresses become the machine's.
     pub paging: Paging,
+    /// What it may execute.
+    pub execute: Execute,
+    /// How many digests are its own.
+    pub digests: u64,
+    /// The device that it owns.
+    pub device: Device,
     /// What it is told.
     pub params: Params,
 }
 
-const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 280);
+const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 304);
 
 /// One line of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -176,6 +233,12 @@ pub struct GuestLine {
     pub ticks: u64,
     /// Pages taken from it.
     pub captured_pages: u64,
+    /// Pages that were to be executed and whose digest was found to be known, each time counted.
+    pub verified_code_pages: u64,
+    /// What it was refused: to change what it had sealed, or to execute what is not known.
+    pub refused_accesses: u64,
+    /// Accesses of its device's that were refused.
+    pub refused_device_accesses: u64,
     /// Pages whose word and tables contradicted each other.
     pub anomalies: u64,
     /// Whole pages it compared with what they should contain.

@@ -3,7 +3,8 @@
 //! Enters: the parameter page. Leaves: a last report, or a message that says which promise was broken. Machine 1 is the owner, 2 the borrower,
 //! 3 asks for what it must not have. They meet in a page that the owner shares with the borrower; handles need no telling,
 //! for they are no secret: rights are what counts. Others are kernels: 4 and 5 have address spaces of their own ([`spaces`]), 5 by asking for
-//! every entry; 6 to 8 ask so for what they must not have ([`forger`]).
+//! every entry; 6 to 8 ask so for what they must not have ([`forger`]). 9 owns a device ([`device`]); 10 to 12 write what they execute and
+//! seal what they wrote ([`pages`]).
 //!
 //! ```text
 //! owner                                   borrower
@@ -16,11 +17,13 @@
 #![no_std]
 #![no_main]
 
+mod device;
 #[path = "../../../plimsoll-guest/image/src/entry.rs"]
 mod entry;
 mod forger;
 #[path = "../../../plimsoll-guest/image/src/mem.rs"]
 mod mem;
+mod pages;
 mod spaces;
 mod tables;
 #[path = "../../../plimsoll-guest/image/src/vcpu.rs"]
@@ -28,6 +31,7 @@ mod vcpu;
 
 use core::arch::asm;
 use core::fmt::Write;
+use core::ops::Range;
 use core::panic::PanicInfo;
 use core::ptr::{read_volatile, with_exposed_provenance, with_exposed_provenance_mut, write_volatile};
 use entry::Message;
@@ -52,6 +56,7 @@ const NO_SUCH_EXTENT: u64 = 3;
 const NOT_ALLOWED: u64 = 4;
 const IN_USE: u64 = 5;
 const NO_SUCH_CALL: u64 = 1;
+const NO_ROOM: u64 = 6;
 /// Calls, likewise.
 const GRANT: u64 = 2;
 const MAP: u64 = 3;
@@ -60,6 +65,11 @@ const LEND: u64 = 6;
 const SHARE: u64 = 7;
 const RECLAIM: u64 = 8;
 const RELEASE: u64 = 10;
+const PAGES: u64 = 0;
+const DISCARD: u64 = 1;
+const SEAL: u64 = 15;
+/// Of [`PAGES`].
+const THERE: u64 = 7;
 /// Calls that machine 3 makes.
 const WRONG_CALLS: u64 = 20_000;
 
@@ -71,7 +81,7 @@ extern "C" fn guest_main() -> ! {
     let kernel = match seed {
         4 => Some(spaces::run(&mut Own)),
         5 => Some(spaces::run(&mut Asked::new())),
-        6.. => forger::run(&mut vcpu, seed),
+        6..=8 => forger::run(&mut vcpu, seed),
         _ => None,
     };
     if let Some((checks, sum)) = kernel {
@@ -85,7 +95,11 @@ extern "C" fn guest_main() -> ! {
         1 => own(&mut vcpu),
         2 => borrow(&mut vcpu),
         3 => ask_wrongly(),
-        other => panic!("no role has seed {other}: use 1 to 8"),
+        9 => device::own(&mut vcpu),
+        10 => pages::run_known(&mut vcpu),
+        11 => pages::run_unknown(),
+        12 => pages::seal(&mut vcpu),
+        other => panic!("no role has seed {other}: use 1 to 12"),
     };
     vcpu.done(&report(Phase::Done, checks))
 }
@@ -114,6 +128,20 @@ fn read(gpa: u64) -> u64 {
 fn write(gpa: u64, word: u64) {
     // SAFETY: as in `read`.
     unsafe { write_volatile(with_exposed_provenance_mut(address(gpa)), word) };
+}
+
+/// Whether a page of this guest is in RAM, and not elsewhere.
+fn is_there(gpa: u64) -> bool {
+    call(PAGES, THERE, gpa, 0).1 == 1
+}
+
+/// Has others take what is not used until one of these pages is out: by using what is not among them.
+fn until_taken(vcpu: &mut Vcpu, pages: Range<u64>, used: Range<u64>) {
+    let mut turn = used.clone().step_by(address(PAGE_SIZE)).cycle();
+    while pages.clone().step_by(address(PAGE_SIZE)).all(is_there) {
+        turn.by_ref().take(64).for_each(|page| drop(read(page)));
+        wait(vcpu);
+    }
 }
 
 fn fill(gpa: u64, seed: u64) {
@@ -219,7 +247,7 @@ fn ask_wrongly() -> u64 {
         NO_SUCH_EXTENT,
         "an address is not looked at before rights are"
     );
-    assert_eq!(call(1, WINDOW, PAGE_SIZE, 0).0, INVALID, "what is not its own is not discarded");
+    assert_eq!(call(DISCARD, WINDOW, PAGE_SIZE, 0).0, INVALID, "what is not its own is not discarded");
     WRONG_CALLS
 }
 

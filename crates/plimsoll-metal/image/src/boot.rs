@@ -4,11 +4,12 @@
 //! What must never happen: an address of the loader's followed out of the memory that the first tables map.
 //!
 //! ```text
-//! start info   0 magic | 4 version | 12 modules | 16 module list | 40 memory map | 48 its entries     (version 1 and up)
+//! start info   0 magic | 4 version | 12 modules | 16 module list | 32 ACPI's root pointer | 40 memory map | 48 its entries     (version 1 and up)
 //! memory map   0 start | 8 bytes | 16 type | 20 reserved
 //! module       0 start | 8 bytes | 16 command line | 24 reserved
 //! ```
-use crate::wire::{GUESTS_MAX, GuestSettings, Header, MAGIC, Provoke};
+use crate::digest::Digest;
+use crate::wire::{DIGESTS_MAX, GUESTS_MAX, GuestSettings, Header, MAGIC, Provoke};
 use core::fmt;
 use core::ptr::with_exposed_provenance;
 use plimsoll_core::frames::firmware::{Claim, E820_ENTRY};
@@ -45,6 +46,11 @@ pub enum BootError {
         /// How long.
         found: u32,
     },
+    /// A table of firmware's is damaged.
+    BadTable {
+        /// Which.
+        what: &'static str,
+    },
     /// There are no settings.
     NoSettings,
     /// The settings are not what they should be.
@@ -67,6 +73,12 @@ impl fmt::Display for BootError {
             Self::TooManyEntries { found } => {
                 write!(f, "the firmware's memory map has {found} entries; {ENTRIES_MAX} are read")
             }
+            Self::BadTable { what } => {
+                write!(
+                    f,
+                    "{what} is damaged: its bytes do not add up; no device can be given to a guest here"
+                )
+            }
             Self::NoSettings => {
                 f.write_str("no settings were passed; give them as the boot module (-initrd)")
             }
@@ -83,13 +95,15 @@ pub struct Left {
     map: &'static [u8],
     /// Where the settings are, to be kept until they are read.
     pub settings: &'static [u8],
+    /// Where ACPI's root pointer is; 0 if there is none.
+    pub acpi: u64,
 }
 
 /// Memory the loader filled.
 ///
 /// # Safety
 /// Nobody writes there while the slice is used.
-unsafe fn memory(what: &'static str, at: u64, bytes: u64) -> Result<&'static [u8], BootError> {
+pub unsafe fn memory(what: &'static str, at: u64, bytes: u64) -> Result<&'static [u8], BootError> {
     let out_of_reach = BootError::OutOfReach { what, at };
     let is_mapped = at != 0 && at.checked_add(bytes).is_some_and(|end| end <= MAPPED);
     let (true, Ok(start), Ok(len)) = (is_mapped, usize::try_from(at), usize::try_from(bytes)) else {
@@ -103,11 +117,18 @@ fn number<const N: usize>(bytes: &[u8], offset: usize) -> [u8; N] {
     bytes.get(offset..).and_then(<[u8]>::first_chunk).copied().unwrap_or([0; N])
 }
 
-fn u32_at(bytes: &[u8], offset: usize) -> u32 {
+/// A little-endian number; what is not there is 0.
+pub fn u16_at(bytes: &[u8], offset: usize) -> u16 {
+    u16::from_le_bytes(number(bytes, offset))
+}
+
+/// Likewise.
+pub fn u32_at(bytes: &[u8], offset: usize) -> u32 {
     u32::from_le_bytes(number(bytes, offset))
 }
 
-fn u64_at(bytes: &[u8], offset: usize) -> u64 {
+/// Likewise.
+pub fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     u64::from_le_bytes(number(bytes, offset))
 }
 
@@ -137,7 +158,8 @@ impl Left {
             return Err(BootError::NoSettings);
         }
         let module = memory("the module list", u64_at(start, 16), MODULE_SIZE as u64)?;
-        Ok(Self { map, settings: memory("the settings", u64_at(module, 0), u64_at(module, 8))? })
+        let settings = memory("the settings", u64_at(module, 0), u64_at(module, 8))?;
+        Ok(Self { map, settings, acpi: u64_at(start, 32) })
     }
 
     /// What firmware says of memory.
@@ -154,6 +176,8 @@ impl Left {
 pub struct Settings<'a> {
     /// The guests.
     pub guests: &'a [GuestSettings],
+    /// What they may execute, those of each behind those of the one before.
+    digests: &'a [Digest],
     /// How long they work.
     pub seconds: u32,
     /// What the hypervisor does to itself.
@@ -176,8 +200,24 @@ impl<'a> Settings<'a> {
             return Err(bad("too many guests"));
         }
         let count = usize::try_from(header.guests).map_err(|_| bad("too many guests"))?;
-        let (guests, _) = <[GuestSettings]>::ref_from_prefix_with_elems(rest, count)
+        let (guests, rest) = <[GuestSettings]>::ref_from_prefix_with_elems(rest, count)
             .map_err(|_| bad("fewer guests than they say"))?;
-        Ok(Self { guests, seconds: header.seconds, provoke })
+        let digests = <[Digest]>::ref_from_bytes(rest).map_err(|_| bad("half a digest"))?;
+        let claimed = guests.iter().fold(0, |sum: u64, guest| sum.saturating_add(guest.digests));
+        if digests.len() > DIGESTS_MAX || usize::try_from(claimed) != Ok(digests.len()) {
+            return Err(bad("digests that are nobody's, too few, or too many"));
+        }
+        Ok(Self { guests, digests, seconds: header.seconds, provoke })
+    }
+
+    /// Each guest, and what it may execute beside its program.
+    pub fn each(&self) -> impl Iterator<Item = (&'a GuestSettings, &'a [Digest])> {
+        let mut rest = self.digests;
+        self.guests.iter().map(move |guest| {
+            let count = usize::try_from(guest.digests).unwrap_or(usize::MAX);
+            let (own, others) = rest.split_at_checked(count).unwrap_or_default();
+            rest = others;
+            (guest, own)
+        })
     }
 }

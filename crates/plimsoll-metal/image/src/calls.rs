@@ -8,7 +8,7 @@
 //!
 //! | rax | call | arguments | value |
 //! |---|---|---|---|
-//! | 0 | pages | 0 own, 1 resident, 2 limbo, 3 stored, 4 of extents | how many |
+//! | 0 | pages | 0 own, 1 resident, 2 limbo, 3 stored, 4 of extents, 5 that its device reaches, 6 of code found to be known; 7 there, address | how many |
 //! | 1 | discard | address, bytes | |
 //! | 2 | grant | order | handle |
 //! | 3 | map | handle, address | rights |
@@ -20,12 +20,15 @@
 //! | 9 | give back | handle | |
 //! | 10 | release | handle | |
 //!
+//! Calls 11 to 15 are about devices and about pages' rights: [`crate::device`] has their table.
+//!
 //! An extent may be mapped once in each guest, at an address behind the guest's own memory that is aligned to its size. Extents
 //! are charged to the guest that was granted them and never taken from it, so there are [`EXTENT_PAGES_MAX`] of their pages at most.
 //! A guest whose tables name frames has other calls: [`crate::direct`].
 use crate::host::Host;
 use crate::memory::Owned;
-use crate::paged::PagedError;
+use crate::paged::{Forbidden, PagedError};
+use core::ops::Range;
 use plimsoll_core::frames::buddy::{FramesError, Order, Piece};
 use plimsoll_core::frames::extents::{ExtentError, Handle, Task, Work};
 use plimsoll_core::frames::{Reach, Rights};
@@ -73,6 +76,8 @@ impl From<PagedError> for CallError {
         match error {
             PagedError::NoMemory => Self::Refused(Status::NoRoom),
             PagedError::Outside { .. } => Self::Refused(Status::Invalid),
+            PagedError::Forbidden(Forbidden::Held { .. }) => Self::Refused(Status::InUse),
+            PagedError::Forbidden(_) => Self::Refused(Status::NotAllowed),
             error => Self::Broken(error),
         }
     }
@@ -108,6 +113,15 @@ pub struct Mapped {
 }
 
 impl Mapped {
+    fn range(self) -> Range<u64> {
+        self.gpa.0..self.gpa.0 + self.piece.order.pages().bytes().0
+    }
+
+    /// Whether it has some of these addresses.
+    pub fn meets(self, range: &Range<u64>) -> bool {
+        self.range().start < range.end && range.start < self.range().end
+    }
+
     fn pages(self) -> impl Iterator<Item = Gpa> {
         (self.gpa.0..).step_by(PAGE_SIZE).take(pages(self.piece)).map(Gpa)
     }
@@ -117,7 +131,11 @@ fn pages(piece: Piece) -> usize {
     usize::try_from(piece.order.pages().0).unwrap_or(0)
 }
 
-fn rights(bits: u64) -> Result<Rights, CallError> {
+/// The rights that a guest names.
+///
+/// # Errors
+/// They are none.
+pub fn rights(bits: u64) -> Result<Rights, CallError> {
     u8::try_from(bits).ok().and_then(Rights::from_bits).ok_or(refused(Status::Invalid))
 }
 
@@ -138,7 +156,7 @@ impl Host {
         }
         let handle = Handle::from_bits(first);
         match call {
-            0 => self.pages(place, first).ok_or(refused(Status::Invalid)),
+            0 => self.pages(place, first, Gpa(second)).ok_or(refused(Status::Invalid)),
             1 => {
                 self.guests[place].paged.discard(&mut self.pool, Gpa(first), second)?;
                 Ok(0)
@@ -174,7 +192,7 @@ impl Host {
             8 => self.change(|extents| extents.reclaim(by, handle)),
             9 => self.change(|extents| extents.give_back(by, handle)),
             10 => self.change(|extents| extents.release(by, handle)),
-            _ => Err(refused(Status::NoSuchCall)),
+            _ => self.contain(place, arguments),
         }
     }
 
@@ -182,7 +200,7 @@ impl Host {
         self.pool.memory.borrow_mut().with_extents(with)
     }
 
-    fn pages(&mut self, place: usize, which: u64) -> Option<u64> {
+    fn pages(&mut self, place: usize, which: u64, gpa: Gpa) -> Option<u64> {
         let paged = &self.guests[place].paged;
         Some(match which {
             0 => paged.size().0,
@@ -193,6 +211,9 @@ impl Host {
                 let by = self.guests[place].id;
                 self.extents(|extents| extents.owned_pages(by)).0
             }
+            5 => paged.guard.reached.0,
+            6 => paged.guard.verified,
+            7 => paged.is_there(gpa).into(),
             _ => return None,
         })
     }
@@ -215,7 +236,7 @@ impl Host {
             match task.work {
                 Work::Unmap(reach) => self.unmap_everywhere(task.piece, reach)?,
                 // Whose tables were changed runs again only with its translations forgotten (`Nested::take_translations`), and
-                // nothing else translates: there is one processor, it is here, and there are no devices.
+                // nothing else translates: there is one processor, it is here, and no device reaches an extent.
                 Work::Fence(_) => {}
                 Work::Zero => self.pool.memory.borrow_mut().zero(task),
                 Work::Nothing => return Ok(task.handle),
@@ -248,6 +269,9 @@ impl Host {
         let id = self.guests[place].id;
         let (rights, piece) = self.extents(|extents| (extents.rights(id, handle), extents.piece(handle)));
         let piece = piece.filter(|_| !rights.is_empty()).ok_or(refused(Status::NoSuchExtent))?;
+        // Others may write it: who executes what is known only does not execute it.
+        let rights =
+            if self.guests[place].paged.guard.is_strict() { rights - Rights::EXECUTE } else { rights };
         // What can be executed or written can be read, in these tables.
         if !rights.contains(Rights::READ) {
             return Err(refused(Status::Invalid));
@@ -259,11 +283,9 @@ impl Host {
             return Err(refused(Status::Invalid));
         }
         let mapped = Mapped { handle, gpa, piece };
-        let overlaps = |other: &Mapped| {
-            other.piece == piece
-                || (gpa.0 < other.gpa.0 + other.piece.order.pages().bytes().0 && other.gpa.0 < gpa.0 + bytes)
-        };
-        if self.guests[place].mapped.iter().any(overlaps) {
+        let range = mapped.range();
+        let overlaps = |other: &Mapped| other.piece == piece || other.meets(&range);
+        if self.guests[place].mapped.iter().any(overlaps) || self.shows(place, &range) {
             return Err(refused(Status::InUse));
         }
         let frames = (piece.first.0 << PAGE_SHIFT..).step_by(PAGE_SIZE).map(Hpa);

@@ -6,12 +6,13 @@
 use crate::calls::Mapped;
 use crate::cpu::{self, Features};
 use crate::decode::{Instruction, Operand, decode};
+use crate::digest::Digest;
 use crate::memory::{Memory, address};
 use crate::paged::{Paged, PagedError, Pool};
 use crate::paging::PagingError;
 use crate::shadow::Wanted;
 use crate::svm::{Exit, Ring, Stages, Svm, Vcpu};
-use crate::wire::{GuestSettings, Paging, ProgramKind};
+use crate::wire::{Device, Execute, GuestSettings, Paging, ProgramKind};
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
@@ -71,6 +72,18 @@ pub enum StartError {
         /// Where they would end.
         end: Gpa,
     },
+    /// Nothing has this number that a guest may execute.
+    NoExecute {
+        /// The number.
+        found: u64,
+    },
+    /// What is asked for exists with a second stage only.
+    NoSecondStage,
+    /// There is no such device.
+    NoDevice {
+        /// Where it should be.
+        at: Device,
+    },
     /// Memory its page tables cannot map.
     OutOfReach {
         /// Where.
@@ -94,6 +107,16 @@ impl fmt::Display for StartError {
                 f,
                 "its first tables would end at {end} and have room up to {:#x}; use a smaller guest",
                 abi::PAGE_TABLES_END
+            ),
+            Self::NoExecute { found } => {
+                write!(f, "nothing to be executed has number {found}: use 0 or 1")
+            }
+            Self::NoSecondStage => f.write_str(
+                "it is to execute known code only, or to own a device, and has no nested paging; give it that",
+            ),
+            Self::NoDevice { at } => write!(
+                f,
+                "it is to own the device {at}, and there is none there with registers in memory, or another guest has it"
             ),
             Self::OutOfReach { at } => {
                 write!(f, "its memory at {at} is out of reach of {DIRECTORIES} page directories")
@@ -203,6 +226,8 @@ pub struct Guest {
     pub id: MachineId,
     /// What it is called.
     pub name: String,
+    /// What it runs.
+    pub program: ProgramKind,
     /// Its memory.
     pub paged: Paged,
     /// What it does.
@@ -219,6 +244,8 @@ pub struct Guest {
     pub exits: u64,
     /// Ticks of the time-stamp counter between them, in the guest.
     pub ticks: u64,
+    /// Accesses of its device's that were refused.
+    pub device_refusals: u64,
     /// Extents it has mapped.
     pub mapped: Vec<Mapped>,
     /// Its processor.
@@ -234,7 +261,7 @@ impl Guest {
     pub fn new(
         pool: &mut Pool,
         number: u32,
-        settings: &GuestSettings,
+        (settings, code): (&GuestSettings, &[Digest]),
         features: &Features,
         tsc_hz: u64,
     ) -> Result<Self, StartError> {
@@ -242,6 +269,10 @@ impl Guest {
         Program::new(&params).map_err(StartError::Program)?;
         if params.vcpus != 1 {
             return Err(StartError::Processors { found: params.vcpus });
+        }
+        let is_contained = settings.execute != Execute::ANYTHING || settings.device != Device::NONE;
+        if is_contained && settings.paging != Paging::NESTED {
+            return Err(StartError::NoSecondStage);
         }
         let regions = params.regions.iter().take(params.region_count as usize);
         let regions = regions.map(|region| Region { start: Gpa(region.gpa), bytes: ByteCount(region.len) });
@@ -264,6 +295,7 @@ impl Guest {
         let mut guest = Self {
             id: MachineId(number),
             name,
+            program: settings.program,
             paged,
             state: State::Ready,
             times: Times { faults: [0; LATENCY_BUCKETS], stalled: 0, started: cpu::now() },
@@ -272,6 +304,7 @@ impl Guest {
             stalls: 0,
             exits: 0,
             ticks: 0,
+            device_refusals: 0,
             mapped: Vec::new(),
             vcpu,
             tsc_hz,
@@ -281,6 +314,11 @@ impl Guest {
             ProgramKind::CALLER | ProgramKind::KERNEL => CALLER,
             found => return Err(StartError::NoProgram { found: found.0 }),
         };
+        match settings.execute {
+            Execute::ANYTHING => {}
+            Execute::KNOWN => guest.paged.guard.only(Digest::of_program(program).chain(code.iter().copied())),
+            found => return Err(StartError::NoExecute { found: found.0 }),
+        }
         guest.write(pool, Gpa(abi::IMAGE_GPA), program)?;
         guest.write(pool, Gpa(abi::PARAMS_GPA), params.as_bytes())?;
         // The hypervisor writes there whenever it likes, also when there is no memory to bring it into.
@@ -538,15 +576,6 @@ impl Guest {
             _ => return Err(Death::Port { port, bytes }),
         }
         Ok(State::Ready)
-    }
-
-    /// It runs no more, and all of its memory is the others'.
-    ///
-    /// # Errors
-    /// A bug.
-    pub fn kill(&mut self, pool: &mut Pool, death: Death) -> Result<(), PagedError> {
-        self.state = State::Ended(Err(death));
-        self.paged.discard_all(pool)
     }
 
     /// Gives everything back.

@@ -6,9 +6,11 @@
 use crate::calls::{CallError, Status};
 use crate::console::say;
 use crate::cpu;
+use crate::device::Devices;
 use crate::guest::{Death, Guest, State};
 use crate::paged::{PagedError, Pool};
 use crate::svm::{Exit, Svm};
+use crate::wire::ProgramKind;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use plimsoll_core::ledger::{Budget, Kind, Ledger, LedgerError, Purpose, Terms};
@@ -60,6 +62,8 @@ pub struct Host {
     pub guests: Vec<Guest>,
     /// Nested page faults.
     pub nested_faults: u64,
+    /// Devices that guests own, if there is hardware that contains them.
+    pub devices: Option<Devices>,
     /// What went wrong beside guests' deaths.
     pub failures: Vec<String>,
     svm: Svm,
@@ -80,6 +84,7 @@ impl Host {
             ledger,
             guests: Vec::new(),
             nested_faults: 0,
+            devices: None,
             failures: Vec::new(),
             svm,
             turn: 0,
@@ -139,7 +144,7 @@ impl Host {
                 Phase::Filling if self.guests.iter().all(Guest::is_filled) => {
                     (phase, since) = (Phase::Working { until: now + work }, now);
                 }
-                Phase::Working { until } if now >= until => {
+                Phase::Working { until } if now >= until || self.is_done() => {
                     if let Some(seen) = seen.take() {
                         seen(self);
                     }
@@ -158,11 +163,20 @@ impl Host {
                 break;
             }
             self.take_turn(now);
+            self.hear();
         }
         // They may all have ended before.
         if let Some(seen) = seen.take() {
             seen(self);
         }
+        // Those that have not ended keep theirs no longer than the work lasts.
+        (0..self.guests.len()).for_each(|place| self.stop_device(place));
+    }
+
+    /// Whether there are guests whose program ends by itself, and all of those have ended: the others worked for their sake.
+    fn is_done(&self) -> bool {
+        let mut those = self.guests.iter().filter(|guest| guest.program != ProgramKind::WORKLOAD).peekable();
+        those.peek().is_some() && those.all(|guest| matches!(guest.state, State::Ended(_)))
     }
 
     /// Does something for every guest that has not ended; one for which it cannot be done ends.
@@ -257,7 +271,11 @@ impl Host {
     }
 
     fn kill(&mut self, place: usize, death: Death) {
-        if let Err(error) = self.guests[place].kill(&mut self.pool, death) {
+        self.guests[place].state = State::Ended(Err(death));
+        // First of all: what a device may still reach is nobody else's yet.
+        let ended =
+            self.take_device(place).and_then(|()| self.guests[place].paged.discard_all(&mut self.pool));
+        if let Err(error) = ended {
             self.failures.push(error.to_string());
         }
         self.store_full = false;
@@ -266,8 +284,15 @@ impl Host {
 
     /// A guest runs no more: what it lent and borrowed goes where it belongs.
     fn bury(&mut self, place: usize) {
+        self.stop_device(place);
         if let Err(error) = self.forget(place) {
             self.failures.push(alloc::format!("{}: {error:?}", self.guests[place].name));
+        }
+    }
+
+    fn stop_device(&mut self, place: usize) {
+        if let Err(error) = self.take_device(place) {
+            self.failures.push(error.to_string());
         }
     }
 
@@ -275,7 +300,12 @@ impl Host {
     fn handle(&mut self, place: usize, exit: Exit) -> Result<Option<State>, Death> {
         match exit {
             Exit::Timer => Ok(None),
-            Exit::Page { gpa } => self.fault(place, gpa),
+            Exit::Page { gpa, access } if self.guests[place].paged.is_there(gpa) => {
+                let Self { pool, guests, .. } = self;
+                let permitted = guests[place].paged.permit(&mut pool.memory.borrow_mut(), gpa, access);
+                permitted.map(|()| None).map_err(Death::Memory)
+            }
+            Exit::Page { gpa, .. } => self.fault(place, gpa),
             Exit::Out { port, bytes } => {
                 let state = self.guests[place].port(&mut self.pool, port, bytes)?;
                 Ok((!matches!(state, State::Ready)).then_some(state))
@@ -309,7 +339,11 @@ impl Host {
         Ok(None)
     }
 
-    fn fault(&mut self, place: usize, gpa: Gpa) -> Result<Option<State>, Death> {
+    /// Brings a page for a guest, once there is memory for it; if there is none, it has to wait.
+    ///
+    /// # Errors
+    /// [`Death::Memory`].
+    pub fn fault(&mut self, place: usize, gpa: Gpa) -> Result<Option<State>, Death> {
         let since = cpu::now();
         self.nested_faults += 1;
         let Budget { low, high, .. } = self.ledger.budget();

@@ -16,6 +16,8 @@
 //! | `paged`, `slabs` | the core's decisions done with frames; the store's memory |
 //! | `guest`, `host` | what a guest's program asks for; turns, budgets, reclaim |
 //! | `calls` | memory that guests own, give, lend and share |
+//! | `paged::guard` | what guests may do with their pages: write, execute, seal |
+//! | `device`, `vtd`, `pci`, `acpi` | devices that guests own, and what these reach |
 //! | `report` | what came of it |
 //!
 //! One processor. An interrupt does nothing but count; everything else happens between two runs of guests.
@@ -24,11 +26,15 @@
 
 extern crate alloc;
 
+mod acpi;
 mod boot;
 mod calls;
 mod console;
 mod cpu;
 mod decode;
+mod device;
+#[path = "../../src/digest.rs"]
+mod digest;
 mod direct;
 mod guest;
 mod host;
@@ -38,22 +44,27 @@ mod memory;
 mod nested;
 mod paged;
 mod paging;
+mod pci;
 mod provoke;
 mod report;
 mod shadow;
 mod slabs;
 mod start;
 mod svm;
+mod vtd;
 #[path = "../../src/wire.rs"]
 mod wire;
 
 use alloc::rc::Rc;
+use alloc::vec::Vec;
 use boot::{BootError, Left, Settings};
 use console::{End, say};
 use core::cell::RefCell;
 use core::fmt;
 use core::panic::PanicInfo;
 use cpu::Features;
+use device::Devices;
+use digest::Digest;
 use guest::{Guest, StartError};
 use host::Host;
 use memory::{Memory, MemoryError, address};
@@ -67,7 +78,8 @@ use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
 use report::Seen;
 use slabs::Slabs;
 use svm::Svm;
-use wire::{GuestSettings, Paging};
+use vtd::{Unit, UnitError};
+use wire::{Device, GuestSettings, Paging};
 
 /// The hypervisor's heap beside what each page of guests takes there.
 const HEAP_LEAST: ByteCount = ByteCount::mib(2);
@@ -96,6 +108,10 @@ enum Refusal {
         /// Address spaces, the hypervisor's included.
         found: u32,
     },
+    /// Devices are to be given to guests, and nothing says what contains them.
+    NoRemapping,
+    /// What contains them cannot be used.
+    Remapping(UnitError),
     /// A guest.
     Guest {
         /// Its place among them.
@@ -124,6 +140,10 @@ impl fmt::Display for Refusal {
                 "{guests} guests need {} address spaces and this processor has {found}; use fewer guests",
                 guests + 1
             ),
+            Self::NoRemapping => f.write_str(
+                "a guest is to own a device, and firmware names no remapping hardware (ACPI's DMAR table); use a machine that has some, or qemu-system-x86_64 -machine q35 -device intel-iommu,aw-bits=48",
+            ),
+            Self::Remapping(error) => write!(f, "{error}"),
             Self::Guest { number, why } => write!(f, "guest {number}: {why}"),
             Self::Ledger(error) => write!(f, "{error}"),
             Self::Audit(error) => write!(f, "{error}"),
@@ -134,6 +154,12 @@ impl fmt::Display for Refusal {
 impl From<FramesError> for Refusal {
     fn from(error: FramesError) -> Self {
         Self::Memory(error.into())
+    }
+}
+
+impl From<UnitError> for Refusal {
+    fn from(error: UnitError) -> Self {
+        Self::Remapping(error)
     }
 }
 
@@ -196,7 +222,15 @@ fn run(start: u64) -> Result<(), Refusal> {
     let found = unsafe { Memory::of(left.claims(), &parts, left.settings, heap, ByteCount(least)) }?;
     let mut memory = found.memory;
     // The settings lie where the hypervisor's own tables do not reach.
-    let (guests, seconds, provoke) = (settings.guests.to_vec(), settings.seconds, settings.provoke);
+    let guests: Vec<_> = settings.each().map(|(guest, code)| (*guest, code.to_vec())).collect();
+    let (seconds, provoke) = (settings.seconds, settings.provoke);
+    let devices = guests.iter().map(|(guest, _)| guest.device).filter(|device| *device != Device::NONE);
+    let devices: Vec<_> = devices.collect();
+    let unit = match devices.is_empty() {
+        true => None,
+        // SAFETY: what the loader passed; the first tables are in use, and nobody writes to firmware's tables, which are no memory.
+        false => Some(unsafe { acpi::remapping_unit(left.acpi, &devices) }?.ok_or(Refusal::NoRemapping)?),
+    };
     let space = Space::enter(&mut memory, &found.regions, &parts, &features)?;
     let (total, used) = (memory.total().bytes(), memory.used().bytes());
     say!("memory: {total} of which {used} in use");
@@ -210,10 +244,11 @@ fn run(start: u64) -> Result<(), Refusal> {
     }
     provoke::provoke(provoke, &parts);
     let svm = Svm::start(&mut memory, &features)?.ok_or(Refusal::SvmForbidden)?;
+    let unit = unit.map(|unit| Unit::start(&mut memory, &space, unit, devices.into_iter())).transpose()?;
     cpu::start_timer();
     let tsc_hz = cpu::measure_tsc_hz();
     say!("processor: {} MHz, {} address spaces", tsc_hz / 1_000_000, features.asids);
-    work(memory, space, svm, &guests, &features, (seconds, tsc_hz))
+    work(memory, space, (svm, unit), &guests, &features, (seconds, tsc_hz))
 }
 
 /// Pages that settings say a guest owns; whether they may is found out when it is made.
@@ -233,18 +268,23 @@ fn least_of(guest: &GuestSettings) -> u64 {
 fn work(
     memory: Memory,
     space: Space,
-    svm: Svm,
-    guests: &[GuestSettings],
+    (svm, unit): (Svm, Option<Unit>),
+    guests: &[(GuestSettings, Vec<Digest>)],
     features: &Features,
     (seconds, tsc_hz): (u32, u64),
 ) -> Result<(), Refusal> {
     let memory = Rc::new(RefCell::new(memory));
     let mut host =
         Host::new(Pool::new(Rc::clone(&memory), Slabs::new(Rc::clone(&memory), space)), svm, tsc_hz);
+    // What waits to be tables is the same before and after.
+    memory.borrow_mut().stock_tables()?;
     let before = memory.borrow().used();
-    for (settings, number) in guests.iter().zip(1..) {
-        let guest = Guest::new(&mut host.pool, number, settings, features, tsc_hz)
-            .map_err(|why| Refusal::Guest { number, why })?;
+    host.devices = unit.map(Devices::new);
+    for ((settings, code), number) in guests.iter().zip(1..) {
+        let refused = |why| Refusal::Guest { number, why };
+        let guest =
+            Guest::new(&mut host.pool, number, (settings, code), features, tsc_hz).map_err(refused)?;
+        host.give_device(settings.device, guest.id).map_err(refused)?;
         host.admit(guest).map_err(Refusal::Ledger)?;
     }
     let mut seen = Seen::default();

@@ -7,7 +7,7 @@
 use crate::cpu::Features;
 use crate::direct::Owner;
 use crate::memory::{Frame, Memory, address};
-use crate::paging::PagingError;
+use crate::paging::{PagingError, UNCACHED};
 use crate::shadow::{self, Behind, Shadowed};
 use crate::svm::Translations;
 use core::ptr::with_exposed_provenance_mut;
@@ -183,8 +183,18 @@ impl Nested {
         at: Hpa,
         permissions: Permissions,
     ) -> Result<(), PagingError> {
+        self.put_as(memory, (gpa, at), permissions, Type::Pat(0))
+    }
+
+    fn put_as(
+        &mut self,
+        memory: &mut Memory,
+        (gpa, at): (Gpa, Hpa),
+        permissions: Permissions,
+        kind: Type,
+    ) -> Result<(), PagingError> {
         memory.stock_tables()?;
-        let leaf = Leaf::new(Output(at.0), PAGE_SHIFT, permissions, Type::Pat(0));
+        let leaf = Leaf::new(Output(at.0), PAGE_SHIFT, permissions, kind);
         let span = page(gpa)?;
         self.with(memory, |mapper| mapper.map(span, leaf))
     }
@@ -193,9 +203,14 @@ impl Nested {
     ///
     /// # Errors
     /// [`PagingError`]: there is no memory for tables, or something is mapped there.
-    pub fn map(&mut self, memory: &mut Memory, gpa: Gpa, frame: Frame) -> Result<(), PagingError> {
-        let everything = Permissions::READ | Permissions::WRITE | Permissions::EXECUTE | Permissions::USER;
-        match self.put(memory, gpa, frame.at(), everything) {
+    pub fn map(
+        &mut self,
+        memory: &mut Memory,
+        gpa: Gpa,
+        frame: Frame,
+        permissions: Permissions,
+    ) -> Result<(), PagingError> {
+        match self.put(memory, gpa, frame.at(), permissions) {
             Ok(()) => {
                 frame.into_address();
                 Ok(())
@@ -207,8 +222,26 @@ impl Nested {
         }
     }
 
+    /// Gives what is behind a page other permissions.
+    ///
+    /// # Errors
+    /// [`PagingError`]: a bug.
+    pub fn protect(
+        &mut self,
+        memory: &mut Memory,
+        gpa: Gpa,
+        permissions: Permissions,
+    ) -> Result<(), PagingError> {
+        let span = page(gpa)?;
+        self.with(memory, |mapper| mapper.protect(span, permissions))?;
+        self.forget(gpa)
+    }
+
     /// Where a page goes, and whether it was used.
-    fn leaf(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<Option<Leaf>, PagingError> {
+    ///
+    /// # Errors
+    /// [`PagingError`]: a bug.
+    pub fn leaf(&mut self, memory: &mut Memory, gpa: Gpa) -> Result<Option<Leaf>, PagingError> {
         match self.with(memory, |mapper| mapper.walk(gpa.into()))? {
             Translation::Mapped(_, mapping) => Ok(Some(mapping.leaf)),
             Translation::Absent { .. } => Ok(None),
@@ -283,7 +316,16 @@ impl Nested {
         self.put(memory, gpa, at, permissions)
     }
 
-    /// Takes a page of an extent out of the tables.
+    /// Maps a page of a device's registers, uncached, to be read and written.
+    ///
+    /// # Errors
+    /// [`PagingError`]: there is no memory for tables, or something is mapped there.
+    pub fn map_registers(&mut self, memory: &mut Memory, gpa: Gpa, at: Hpa) -> Result<(), PagingError> {
+        let permissions = Permissions::READ | Permissions::WRITE | Permissions::USER;
+        self.put_as(memory, (gpa, at), permissions, UNCACHED)
+    }
+
+    /// Takes a page of an extent, or of registers, out of the tables.
     ///
     /// # Errors
     /// [`PagingError`]: a bug.

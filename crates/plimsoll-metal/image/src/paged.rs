@@ -3,6 +3,8 @@
 //! Enters: faults, discards, wishes for pages. Leaves: pages in the nested tables, in limbo, in the store. Moving a page to limbo and
 //! back moves a frame from a table to a slot and back, and no byte. What must never happen: a frame whose word says another
 //! place than it is in; each step here is the core's own, in the order that `plimsoll_core::machine` states.
+mod guard;
+
 use crate::cpu::Features;
 use crate::memory::{Frame, Memory};
 use crate::nested::{Nested, PAGED, Taken};
@@ -11,6 +13,8 @@ use crate::slabs::{Shared, Slabs};
 use crate::svm::Translations;
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::Range;
+pub use guard::{Forbidden, Guard};
 use plimsoll_core::airlock::Shape;
 use plimsoll_core::frames::buddy::FramesError;
 use plimsoll_core::layout::{GuestLayout, Region};
@@ -33,6 +37,8 @@ pub enum PagedError {
         /// Where.
         gpa: Gpa,
     },
+    /// It may not do that with its memory.
+    Forbidden(Forbidden),
     /// There is no memory for it now.
     NoMemory,
     /// The store takes no more.
@@ -70,6 +76,7 @@ impl fmt::Display for PagedError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Outside { gpa } => write!(f, "it accessed {gpa}, where it has no memory"),
+            Self::Forbidden(why) => write!(f, "{why}"),
             Self::NoMemory => f.write_str("there is no memory for it"),
             Self::StoreFull => f.write_str("the store takes no more pages"),
             Self::Lost { page, cause } => write!(f, "{page} is poisoned: {cause}"),
@@ -153,6 +160,8 @@ pub struct Paged {
     /// What rests in limbo, by slot page.
     slots: Vec<Option<Frame>>,
     window: Window,
+    /// What may be done with its pages.
+    pub guard: Guard,
     /// What was done.
     pub done: Done,
 }
@@ -198,7 +207,7 @@ impl Paged {
             Window { seen: alloc::vec![0; pages.get().div_ceil(64)], pages: PageCount(0), last: None };
         let mut held = Vec::new();
         held.resize_with(SlotPage(slots * BLOCK_PAGES).0 as usize, || None);
-        Ok(Self { core, nested, slots: held, window, done: Done::default() })
+        Ok(Self { core, nested, slots: held, window, guard: Guard::new(pages), done: Done::default() })
     }
 
     /// Where its tables are.
@@ -224,6 +233,11 @@ impl Paged {
             Some((shadow, translations)) => Ok(shadow.wrote(at, bytes, translations)?),
             None => Ok(()),
         }
+    }
+
+    /// The address of a page.
+    pub fn gpa_of(&self, page: PageIndex) -> Option<Gpa> {
+        self.core.layout().gpa_of(page)
     }
 
     /// What it owns.
@@ -253,8 +267,10 @@ impl Paged {
 
     /// Words and bookkeeping, in bytes.
     pub fn table_bytes(&self) -> u64 {
-        (self.core.table_bytes() + self.slots.len() * size_of::<Option<Frame>>() + self.window.seen.len() * 8)
-            as u64
+        (self.core.table_bytes()
+            + self.slots.len() * size_of::<Option<Frame>>()
+            + self.window.seen.len() * 8
+            + self.guard.table_bytes()) as u64
             + self.size().0 * 8
     }
 
@@ -277,7 +293,7 @@ impl Paged {
         match self.core.fault(page)? {
             FaultEffect::Install(Source::Zero) => {
                 let frame = pool.memory.borrow_mut().take_zeroed(PAGED)?;
-                self.nested.map(&mut pool.memory.borrow_mut(), gpa, frame)?;
+                self.nested.map(&mut pool.memory.borrow_mut(), gpa, frame, self.guard.arrives(page))?;
                 self.core.installed(page)?;
             }
             FaultEffect::Install(Source::Limbo(at)) => self.back_from_limbo(pool, page, gpa, at)?,
@@ -293,7 +309,7 @@ impl Paged {
                     }
                     return Err(PagedError::Lost { page, cause });
                 }
-                self.nested.map(&mut pool.memory.borrow_mut(), gpa, frame)?;
+                self.nested.map(&mut pool.memory.borrow_mut(), gpa, frame, self.guard.arrives(page))?;
                 if let Released::Object(object) = self.core.installed(page)? {
                     pool.release(object)?;
                 }
@@ -331,7 +347,7 @@ impl Paged {
             self.done.anomalies += 1;
             return Err(PagedError::Contradiction { page, state: PageState::Limbo(at) });
         };
-        self.nested.map(&mut pool.memory.borrow_mut(), gpa, frame)?;
+        self.nested.map(&mut pool.memory.borrow_mut(), gpa, frame, self.guard.arrives(page))?;
         Ok(self.core.returned(page, at)?)
     }
 
@@ -500,18 +516,16 @@ impl Paged {
     /// The guest gives pages back.
     ///
     /// # Errors
-    /// [`PagingError::Named`] if its tables name frames, [`PagedError::Outside`] when they are not whole pages of its memory: nothing has changed then.
+    /// [`PagingError::Named`] if its tables name frames, [`PagedError::Outside`] when they are not whole pages of its memory,
+    /// [`PagedError::Forbidden`]: nothing has changed then.
     pub fn discard(&mut self, pool: &mut Pool, gpa: Gpa, bytes: u64) -> Result<(), PagedError> {
-        let outside = PagedError::Outside { gpa };
-        let is_whole = gpa.is_page_aligned() && bytes.is_multiple_of(PAGE_SIZE as u64);
-        let last =
-            gpa.checked_add(bytes.checked_sub(1).ok_or(outside)?).filter(|_| is_whole).ok_or(outside)?;
-        let ends = self.core.layout().index_of(gpa).zip(self.core.layout().index_of(last));
-        let (first, last) = ends.ok_or(outside)?;
-        if u64::from(last.0 - first.0) != (bytes - 1) / PAGE_SIZE as u64 {
-            return Err(outside);
-        }
-        for page in (first.0..=last.0).map(PageIndex) {
+        let pages = self.whole(gpa, bytes)?;
+        self.may_discard(pages.clone())?;
+        self.drop_pages(pool, pages)
+    }
+
+    fn drop_pages(&mut self, pool: &mut Pool, pages: Range<u32>) -> Result<(), PagedError> {
+        for page in pages.clone().map(PageIndex) {
             let gpa = self.gpa(page)?;
             let mut memory = pool.memory.borrow_mut();
             if let Some(Taken { frame, .. }) = self.nested.unmap(&mut memory, gpa)? {
@@ -519,7 +533,7 @@ impl Paged {
             }
         }
         let mut objects = Vec::new();
-        self.core.discarded(first.0..last.0 + 1, |object| objects.push(object))?;
+        self.core.discarded(pages, |object| objects.push(object))?;
         for object in objects {
             pool.release(object)?;
         }
@@ -552,7 +566,8 @@ impl Paged {
         let regions = self.core.layout().regions().to_vec();
         self.nested.forget_frames(&mut pool.memory.borrow_mut(), pages(&regions))?;
         for region in regions {
-            self.discard(pool, region.start, region.bytes.0)?;
+            let pages = self.whole(region.start, region.bytes.0)?;
+            self.drop_pages(pool, pages)?;
         }
         Ok(())
     }

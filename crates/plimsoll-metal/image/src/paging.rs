@@ -23,6 +23,9 @@ use x86_64::structures::paging::PhysFrame;
 /// Pages of up to 1 GiB, where alignment allows it.
 const LARGEST_SHIFT: u32 = 30;
 
+/// By the PAT as it is after reset.
+pub const UNCACHED: Type = Type::Pat(3);
+
 /// Tables could not be made.
 #[derive(Clone, Copy, Debug)]
 pub enum PagingError {
@@ -128,7 +131,9 @@ impl Space {
         let data = Permissions::READ | Permissions::WRITE;
         let mut map =
             |start: u64, end: u64, permissions| match Span::new(Input(start), end.saturating_sub(start)) {
-                Some(span) => space.map(memory, span, Output(start), permissions, &mut NothingCached),
+                Some(span) => {
+                    space.map(memory, span, (Output(start), Type::Pat(0)), permissions, &mut NothingCached)
+                }
                 None => Ok(()),
             };
         map(parts.code, parts.constants, Permissions::READ | Permissions::EXECUTE)?;
@@ -153,13 +158,13 @@ impl Space {
         &self,
         memory: &mut Memory,
         span: Span,
-        output: Output,
+        (output, kind): (Output, Type),
         permissions: Permissions,
         caches: &mut impl Invalidate,
     ) -> Result<(), PagingError> {
         memory.stock_tables()?;
         let physical = memory.physical();
-        let leaf = Leaf::new(output, LARGEST_SHIFT, permissions, Type::Pat(0));
+        let leaf = Leaf::new(output, LARGEST_SHIFT, permissions, kind);
         Ok(Mapper::<Long4, _, _, _>::new(self.root, self.caps, physical, memory, caches)?.map(span, leaf)?)
     }
 
@@ -169,7 +174,18 @@ impl Space {
     /// [`PagingError`]; the frame is then not mapped.
     pub fn map_page(&self, memory: &mut Memory, at: Input, frame: Hpa) -> Result<(), PagingError> {
         let span = Span::new(at, PAGE_SIZE as u64).ok_or(MapError::Span(Span::one(at)))?;
-        self.map(memory, span, Output(frame.0), Permissions::READ | Permissions::WRITE, &mut ThisProcessor)
+        let to = (Output(frame.0), Type::Pat(0));
+        self.map(memory, span, to, Permissions::READ | Permissions::WRITE, &mut ThisProcessor)
+    }
+
+    /// Maps a page of hardware's registers to itself, uncached.
+    ///
+    /// # Errors
+    /// [`PagingError`].
+    pub fn map_registers(&self, memory: &mut Memory, at: Hpa) -> Result<(), PagingError> {
+        let span = Span::new(Input(at.0), PAGE_SIZE as u64).ok_or(MapError::Span(Span::one(Input(at.0))))?;
+        let rights = Permissions::READ | Permissions::WRITE;
+        self.map(memory, span, (Output(at.0), UNCACHED), rights, &mut ThisProcessor)
     }
 
     /// Takes pages out of the window.

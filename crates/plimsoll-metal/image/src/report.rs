@@ -116,6 +116,9 @@ impl Seen {
         for (line, guest) in self.guests.iter_mut().zip(&host.guests) {
             line.captured_pages = guest.paged.done.captured;
             line.anomalies = guest.paged.done.anomalies;
+            line.verified_code_pages = guest.paged.guard.verified;
+            line.refused_accesses = guest.paged.guard.refused;
+            line.refused_device_accesses = guest.device_refusals;
             line.verified_pages = guest.report.verified_pages;
             line.wrong_words = guest.report.wrong_words;
             line.died = match &guest.state {

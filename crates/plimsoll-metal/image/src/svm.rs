@@ -14,6 +14,7 @@ use core::arch::global_asm;
 use core::mem::offset_of;
 use plimsoll_core::frames::buddy::{FramesError, Kind};
 use plimsoll_guest::abi;
+use plimsoll_mmu::Access;
 use plimsoll_types::{Gpa, Hpa};
 use x86_64::registers::model_specific::{Efer, EferFlags, Msr};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -329,6 +330,8 @@ pub enum Exit {
     Page {
         /// What it wanted to reach.
         gpa: Gpa,
+        /// How.
+        access: Access,
     },
     /// It wrote to a port.
     Out {
@@ -363,6 +366,15 @@ pub struct Vcpu {
     registers: Box<Registers>,
     /// Where it goes on after an instruction that was done for it.
     next: u64,
+}
+
+/// What a nested page fault's error code says of the access: bit 1 a write, bit 4 a fetch.
+const fn access(error: u64) -> Access {
+    match error {
+        _ if error & 1 << 4 != 0 => Access::Fetch,
+        _ if error & 1 << 1 != 0 => Access::Write,
+        _ => Access::Read,
+    }
 }
 
 impl Vcpu {
@@ -442,7 +454,7 @@ impl Vcpu {
         let (code, [first, second], rip) = (vmcb.exit_code, vmcb.exit_info, vmcb.rip);
         let (exit, next) = match code {
             0x60 => (Exit::Timer, rip),
-            0x400 => (Exit::Page { gpa: Gpa(second) }, rip),
+            0x400 => (Exit::Page { gpa: Gpa(second), access: access(first) }, rip),
             0x40..=0x5f => (Exit::Exception { vector: code - 0x40, error: first, address: second }, rip),
             0x03 | 0x04 | 0x13 | 0x14 | 0x79 => (Exit::Privileged, rip),
             // VMMCALL is three bytes long.

@@ -21,8 +21,8 @@ fn share_lend_and_refuse(paging: Paging) {
         Guest { program: ProgramKind::CALLER, paging, name: format!("caller{seed}"), ..guest }
     };
     let mut options = Options::new(ByteCount::mib(64));
-    // They take a fraction of a second, and begin before the fourth has filled its memory; who waits longer says so.
-    options.seconds = 5;
+    // Who waits longer says so.
+    options.seconds = 60;
     options.guests = (1..=3).map(caller).collect();
     // Beside them one that is paged, so that calls and paging meet.
     options.guests.push(guest(WorkloadKind::Sweep, ByteCount::mib(64), 60, 4));

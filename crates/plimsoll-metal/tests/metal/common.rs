@@ -1,7 +1,7 @@
 //! What the tests need from this machine, and hypervisors run to their end.
 use plimsoll_guest::abi::{PAGE_SIZE, WORKLOAD_GPA};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
-use plimsoll_metal::wire::{GuestLine, HostLine, Line};
+use plimsoll_metal::wire::{GuestLine, HostLine, Line, ProgramKind};
 use plimsoll_metal::{Event, Guest, Options, Run};
 use plimsoll_types::ByteCount;
 use std::time::Duration;
@@ -89,4 +89,15 @@ pub(crate) fn guest(kind: WorkloadKind, size: ByteCount, percent: u64, seed: u64
     workload.final_check = 1;
     workload.seed = seed;
     Guest::new(format!("{}{seed}", kind.name()), size, seed, workload)
+}
+
+/// One with 16 MiB of the program that calls, in the role that the seed names.
+pub(crate) fn caller(name: &str, seed: u64) -> Guest {
+    let guest = guest(WorkloadKind::Idle, ByteCount::mib(16), 10, seed);
+    Guest { program: ProgramKind::CALLER, name: name.to_owned(), ..guest }
+}
+
+/// A guest that needs more memory than a machine of 40 MiB has, for as long as the others work.
+pub(crate) fn greedy() -> Guest {
+    guest(WorkloadKind::Sweep, ByteCount::mib(64), 85, 1)
 }

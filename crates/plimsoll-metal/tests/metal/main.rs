@@ -3,6 +3,8 @@
 mod boot;
 mod calls;
 mod common;
+mod device;
 mod direct;
+mod guard;
 mod overcommit;
 mod paging;
