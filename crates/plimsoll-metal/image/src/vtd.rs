@@ -269,7 +269,7 @@ impl Queue {
         self.push([5 | 1 << 5 | 1 << 6 | 1 << 32, (&raw const WAITED).addr() as u64]);
         // SAFETY: any processor with SVM has it. The unit reads what was written before.
         unsafe { _mm_mfence() };
-        self.registers.write(QUEUE_TAIL, self.tail % SLOTS << 4);
+        self.registers.write(QUEUE_TAIL, (self.tail % SLOTS) << 4);
         for _ in 0..LOOKS {
             if WAITED.load(Ordering::SeqCst) == 1 {
                 return;
