@@ -46,8 +46,12 @@ impl Disk for Bytes {
         Ok(bytes.len())
     }
 
-    fn reserve(&self, _: u64) -> io::Result<()> {
+    fn reserve(&self, _: u64, _: u64) -> io::Result<()> {
         Ok(())
+    }
+
+    fn shows_what_has_landed(&self) -> bool {
+        true
     }
 
     fn empty(&self) -> io::Result<()> {

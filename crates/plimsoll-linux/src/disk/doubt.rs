@@ -13,7 +13,7 @@
 //!
 //! This is enough if (1) a write of which the disk has said that it took all of it is done; (2) no sector of a write is done twice, the
 //! second time after it was seen; (3) what was read comes from where it was written to. The first two hold for whatever a file system
-//! stands on: where they do not, it is lost as well. The third is not left to belief: [`Disk::shows_what_has_landed`] is
+//! stands on: where they do not, it is lost as well. The third is not left to belief: [`shows_what_has_landed`](super::device::Disk::shows_what_has_landed) is
 //! true only where the kernel says that reads go past its cache, and elsewhere no place in doubt is ever used again.
 //!
 //! That nothing else is under way anywhere follows from these:

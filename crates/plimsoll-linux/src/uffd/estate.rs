@@ -31,7 +31,7 @@
 //! ```
 //!
 //! A record's check is xxh3 over the rest of it, and a record does not change while its state is not free. Epoch, next
-//! identity and states are single words. How the next manager puts machines together from that: [`inherit`].
+//! identity and states are single words. How the next manager puts machines together from that: `inherit`.
 use super::shards::{MachineVault, ShardVault};
 use crate::disk::tier::{Keepsakes, Tier};
 use crate::slabs::MemfdSlabs;

@@ -1,7 +1,7 @@
 //! The governor: a thread that looks at the host every few milliseconds and says how much each machine gives up.
 //!
 //! Enters: what the kernel counts, what the ledger holds, what machines gave and took back. Leaves: numbers in each
-//! machine's [`Orders`](super::host::Orders), which a late reader reads a little later; nothing depends on their being
+//! machine's [`Orders`], which a late reader reads a little later; nothing depends on their being
 //! seen at once, because pages are charged before they are installed.
 //!
 //! Reclaim is kept ahead of demand: it starts at the high mark and goes down to the low one, while guests' faults find

@@ -139,7 +139,9 @@ fn is_there(gpa: u64) -> bool {
 fn until_taken(vcpu: &mut Vcpu, pages: Range<u64>, used: Range<u64>) {
     let mut turn = used.clone().step_by(address(PAGE_SIZE)).cycle();
     while pages.clone().step_by(address(PAGE_SIZE)).all(is_there) {
-        turn.by_ref().take(64).for_each(|page| drop(read(page)));
+        turn.by_ref().take(64).for_each(|page| {
+            let _ = read(page);
+        });
         wait(vcpu);
     }
 }

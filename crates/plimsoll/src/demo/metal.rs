@@ -6,7 +6,7 @@ use super::plan::{self, Plan};
 use super::report::{GuestReport, HostReport, Report, rate};
 use super::{Accel, DemoArgs, Interrupt, limits};
 use plimsoll_linux::explain;
-use plimsoll_metal::wire::{GuestLine, HostLine, Line, Paging, ProgramKind};
+use plimsoll_metal::wire::{Device, GuestLine, HostLine, Line, Paging, ProgramKind};
 use plimsoll_metal::{Event, Guest, MetalError, Options, Run};
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::config::AccelChoice;
@@ -33,6 +33,8 @@ pub(super) fn run(args: &DemoArgs) -> Result<ExitCode, String> {
             name: config.name.clone(),
             program: ProgramKind::WORKLOAD,
             paging: Paging::NESTED,
+            code: None,
+            device: Device::NONE,
             params,
         });
     }

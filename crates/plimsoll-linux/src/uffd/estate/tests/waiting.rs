@@ -126,7 +126,7 @@ fn what_a_manager_left_that_died_before_its_disk_tier_was_entered_is_in_the_way_
     let directory = tempfile::tempdir().unwrap();
     let keeper = Arc::new(Map::default());
     let estate = keeper.open().unwrap();
-    estate.keep_in(TIER_SLOTS[0], tier(&directory).keepsakes().0, &mut Vec::new()).unwrap();
+    estate.keep_in(TIER_SLOTS[0], tier(&directory).keepsakes().table, &mut Vec::new()).unwrap();
     drop(estate);
     let estate = keeper.open().unwrap();
     assert!(estate.inherit().tier.is_none());
