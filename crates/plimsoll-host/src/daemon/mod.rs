@@ -40,7 +40,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
 
-/// Descriptors that a keeper can hold: six a shard, one a domain, so 1,169 machines of one shard each.
+/// Descriptors that a keeper can hold: six a shard, one a domain, so 1,168 machines of one shard each.
 const SLOTS: u32 = 8192;
 /// How long a manager may say nothing. Taking over takes milliseconds; a VMM that does not answer holds it up for 30 s.
 const SILENCE_MAX: Duration = Duration::from_secs(90);
