@@ -3,7 +3,7 @@
 //! Enters: a control loop and descriptors that wake it. Leaves: turns, each shown to the caller, who says when to end. It
 //! waits in one poll(2) for whichever comes first: the next turn, work that was begun, a look for something hard, a signal,
 //! somebody who asks, or the kernel's word that tasks wait for memory.
-use super::{Control, PERIOD, Turn};
+use super::{Control, Turn};
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::psi::{self, PressureTrigger};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -18,6 +18,8 @@ use thiserror::Error;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Tasks that wait this long in a second are worth a decision of their own.
 const PRESSURE: Duration = Duration::from_millis(100);
+/// Within so long. Without CAP_SYS_RESOURCE, which a daemon gives up, it must be a multiple of this.
+const WINDOW: Duration = Duration::from_secs(2);
 
 /// What wakes the loop.
 #[derive(Clone, Copy, Debug, Default)]
@@ -32,7 +34,7 @@ pub struct Wakers<'a> {
 
 /// The kernel's word that tasks of this host wait for memory. Where it is not to be had, the loop still looks ten times a second.
 pub fn host_pressure() -> Option<PressureTrigger> {
-    PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, PERIOD).ok()
+    PressureTrigger::open(psi::HOST_MEMORY.as_ref(), PRESSURE, WINDOW).ok()
 }
 
 /// What the caller is told of.
