@@ -142,10 +142,11 @@ impl DaemonArgs {
         if let Some(budget) = self.budget {
             return Ok((budget, BudgetBy::Flag));
         }
-        // A manager that follows another goes by what was accepted last, not by what the file says meanwhile.
-        let read = |file: &Path| match self.found {
-            None => Config::read(file),
-            Some(_) => Ok(daemon::settings_in_force(&self.directory, file)),
+        // Who follows another goes by what was accepted last, not by what the file says meanwhile.
+        let follows = self.found.is_some() || is_handed_on();
+        let read = |file: &Path| match follows {
+            false => Config::read(file),
+            true => Ok(daemon::settings_in_force(&self.directory, file)),
         };
         let config = self.config.as_deref().map(read).transpose().map_err(|mistakes| all(&mistakes))?;
         let of_file = config.and_then(|config| config.budget);

@@ -8,6 +8,7 @@
 //! DIRECTORY/settings.json   {"/etc/plimsoll/plimsoll.toml": "[host]\n...", "/etc/plimsoll/machines.d/web.toml": "..."}
 //! ```
 use crate::config::{Config, Texts};
+use crate::helm::kept::written;
 use plimsoll_linux::explain;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -79,7 +80,7 @@ impl Accepted {
     pub(super) fn keep(&self, texts: &Texts) -> Result<(), String> {
         let beside = self.0.with_extension("new");
         let text = serde_json::to_vec_pretty(texts).map_err(io::Error::from);
-        let kept = text.and_then(|text| std::fs::write(&beside, text));
+        let kept = text.and_then(|text| written(&beside, &text));
         kept.and_then(|()| std::fs::rename(&beside, &self.0))
             .map_err(|error| format!("the settings are in force and cannot be kept in {:?}: {error}", self.0))
     }

@@ -198,6 +198,10 @@ fn reread(path: &Path, budget_by: BudgetBy, accepted: &Accepted, bell: &Bell, ga
     let put = || {
         let (config, texts) = Config::read_texts(path).map_err(|error| explain(&error))?;
         config.suits_a_daemon()?;
+        if budget_by == BudgetBy::File && config.budget.is_none() {
+            // The next keeper would not know what machines may use.
+            return Err("`budget` is gone from [host], and no --budget was said: put it back".to_owned());
+        }
         let access = gate.map(|gate| Access::prepare(&config.api, &gate.access())).transpose();
         let access = access.map_err(|error| explain(&error))?;
         bell.order(Order::Reload(Box::new(budget_by.heed(config)))).map_err(|fault| fault.message)?;

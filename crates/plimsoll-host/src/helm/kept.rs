@@ -160,7 +160,7 @@ impl Kept {
 }
 
 /// A file of its owner's own: others may come as far as to the daemon's directory.
-fn written(path: &Path, text: &[u8]) -> io::Result<()> {
+pub(crate) fn written(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut options = File::options();
     options.write(true).create(true).truncate(true).mode(0o600);
     options.open(path)?.write_all(text)

@@ -162,7 +162,7 @@ pub trait Keep: Send + Sync {
 pub enum EstateError {
     /// The register is of another version.
     #[error(
-        "the machines' register is of version {found}, and this build knows {VERSION}: start the newer plimsoll again"
+        "the machines' register is of version {found}, and this build knows {VERSION}: start the plimsoll again that wrote it"
     )]
     Version {
         /// What it says.

@@ -75,14 +75,18 @@ fn a_daemon_has_the_budget_that_its_settings_say_unless_a_person_says_otherwise(
     // Settings that make no sense any more are no reason to be without a budget.
     fs::write(&file, "[host]\nbudget = 5\n").unwrap();
     kill_manager(&directory);
-    wait_until("it is what they said at first", || is("64M"));
+    wait_until("it is what was accepted last", || is("96M"));
+    let has_said = |what: &str| {
+        status_of(&directory).is_some_and(|status| status["incidents"].to_string().contains(what))
+    };
+    fs::write(&file, "[group.a]\n").unwrap();
+    daemon.signal(Signal::HUP);
+    wait_until("settings without a budget are refused", || has_said("`budget` is gone"));
     plimsoll(&directory, &["budget", "72M"]).expect_code(0);
     say("80M");
     daemon.signal(Signal::HUP);
     // This manager has told nothing of the kind before.
-    wait_until("the settings are in force", || {
-        status_of(&directory).is_some_and(|status| status["incidents"].to_string().contains("are in force"))
-    });
+    wait_until("the settings are in force", || has_said("host.toml\\\" are in force"));
     assert!(is("72M"), "{}", plimsoll(&directory, &["budget"]).stdout);
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
