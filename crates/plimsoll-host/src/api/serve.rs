@@ -269,8 +269,8 @@ impl Hall {
         let mut connection = pin!(server.serve_connection(TokioIo::new(stream), service));
         loop {
             tokio::select! {
-                // A client that breaks off is its own affair.
-                _ = connection.as_mut() => return,
+                // What somebody has asked who may not any more is not begun.
+                biased;
                 changed = self.admission.changed() => {
                     let is_local = matches!(caller, Caller::Local { .. });
                     let stays = changed.is_ok() && self.admission.borrow_and_update().role(caller) == Some(role);
@@ -279,6 +279,8 @@ impl Hall {
                         break;
                     }
                 }
+                // A client that breaks off is its own affair.
+                _ = connection.as_mut() => return,
             }
         }
         connection.as_mut().graceful_shutdown();
