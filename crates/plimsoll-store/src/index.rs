@@ -85,16 +85,16 @@ impl Index {
         }
     }
 
-    /// Takes a record out. Where its key was damaged since it went in, it is sought everywhere.
-    pub(crate) fn remove(&mut self, key: u64, number: RecordNumber) {
-        let place = address(key, self.buckets.len());
-        if !self.remove_from(place, number) {
-            if self.declined > 0 {
-                self.declined -= 1;
-            } else {
-                // Not where its key says and never declined: the key is not what it was.
-                let _ = (0..self.buckets.len()).any(|place| self.remove_from(place, number));
-            }
+    /// Takes a record out. One whose key was damaged since it went in, and one that is not where its key says although none was
+    /// declined, is sought everywhere.
+    pub(crate) fn remove(&mut self, key: Option<u64>, number: RecordNumber) {
+        let place = key.map(|key| address(key, self.buckets.len()));
+        let is_found = place.is_some_and(|place| self.remove_from(place, number));
+        let is_elsewhere =
+            |index: &mut Self| (0..index.buckets.len()).any(|place| index.remove_from(place, number));
+        let may_be_elsewhere = place.is_none() || self.declined == 0;
+        if !is_found && !(may_be_elsewhere && is_elsewhere(self)) {
+            self.declined = self.declined.saturating_sub(1);
         }
         if self.buckets.len() > 1 && self.entries < self.buckets.len() * BUCKET_MEAN_MIN {
             self.merge();
@@ -277,14 +277,14 @@ mod tests {
             assert_eq!(found(&index, number), [number]);
         }
         for number in all.clone().filter(|number| number.0 % 10 != 0) {
-            index.remove(key_of(number), number);
+            index.remove(Some(key_of(number)), number);
         }
         for number in all.clone() {
             let expected: &[_] = if number.0 % 10 == 0 { &[number] } else { &[] };
             assert_eq!(found(&index, number), expected);
         }
         for number in all.filter(|number| number.0 % 10 == 0) {
-            index.remove(key_of(number), number);
+            index.remove(Some(key_of(number)), number);
         }
         assert_eq!((index.entries, index.buckets.len()), (0, 1));
         assert_eq!(index.groups, 0);
@@ -334,11 +334,11 @@ mod tests {
         }
         assert!(index.declined > 10_000, "{}", index.declined);
         for number in (0..40_000).step_by(2).map(RecordNumber) {
-            index.remove(chosen(number), number);
+            index.remove(Some(chosen(number)), number);
             assert!(index.buckets.iter().all(|bucket| bucket.tagged(0).count() <= TAG_MAX));
         }
         for number in (1..40_000).step_by(2).map(RecordNumber) {
-            index.remove(chosen(number), number);
+            index.remove(Some(chosen(number)), number);
         }
         assert_eq!((index.entries, index.declined, index.buckets.len()), (0, 0, 1));
     }
@@ -349,8 +349,13 @@ mod tests {
         for number in (0..10_000).map(RecordNumber) {
             index.insert(key_of(number), number, key_of);
         }
-        index.remove(!key_of(RecordNumber(77)), RecordNumber(77));
+        index.remove(Some(!key_of(RecordNumber(77))), RecordNumber(77));
         assert_eq!(index.entries, 9_999);
         assert!(found(&index, RecordNumber(77)).is_empty());
+        // Also where others were declined, if it is known that the key was damaged.
+        (0..9).for_each(|more| index.insert(5, RecordNumber(20_000 + more), |_| 5));
+        assert_eq!(index.declined, 1);
+        index.remove(None, RecordNumber(78));
+        assert!(found(&index, RecordNumber(78)).is_empty() && index.declined == 1);
     }
 }

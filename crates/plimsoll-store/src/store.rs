@@ -247,7 +247,7 @@ impl<M: SlabMemory> Store<M> {
                 return Err(StoreError::Stale { handle });
             }
             Err(GetError::Corrupt { .. }) => {
-                self.drop_record(handle.number(), 0);
+                self.drop_record(handle.number(), None);
                 return Err(StoreError::Corrupt { handle });
             }
         };
@@ -258,7 +258,7 @@ impl<M: SlabMemory> Store<M> {
             return Ok(None);
         }
         self.tally.subtract(&record);
-        self.drop_record(number, record.key());
+        self.drop_record(number, Some(record.key()));
         match record.body {
             Body::Data { extent, .. } if !self.slots.give_back(&mut self.memory, extent) => {
                 Err(StoreError::Corrupt { handle })
@@ -485,7 +485,7 @@ impl<M: SlabMemory> Store<M> {
         Ok(record.handle(number))
     }
 
-    fn drop_record(&mut self, number: RecordNumber, key: u64) {
+    fn drop_record(&mut self, number: RecordNumber, key: Option<u64>) {
         self.index.remove(key, number);
         self.records.free(&mut self.memory, number);
     }
