@@ -105,7 +105,9 @@ fn reach(
     let highest = machine.terms.highest;
     let deepest = host.state.deepest().map(|deepest| deepest.min(highest));
     let bound = excess.min(above);
-    if bound > ByteCount(0) && deepest != Some(highest) {
+    // A sliver above its limit is not to spare a machine the rest that a host which is short wants of it.
+    let is_all = bound == excess || deepest.is_none();
+    if bound > ByteCount(0) && is_all && deepest != Some(highest) {
         findings.note(machine.id(), Reason::AboveLimit { above, group });
         return Some((bound, highest));
     }
