@@ -5,6 +5,7 @@ use crate::{MIB_64, nothing_known, unique};
 use plimsoll_attach::{AttachLock, Held, Refusal, Request, find, inspect, parse_range};
 use plimsoll_sys::ProcessId;
 use plimsoll_types::ByteCount;
+use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -245,6 +246,15 @@ fn a_lock_goes_with_the_process_that_held_it() {
         Err(error) => return println!("SKIPPED: there is no flock(1): {error}"),
     };
     let deadline = Instant::now() + Duration::from_secs(10);
+    // Seen without taking it as a manager does, who removes the file that the other may just have opened.
+    let is_held = || {
+        let file = std::fs::File::open(&path);
+        file.is_ok_and(|file| flock(&file, FlockOperation::NonBlockingLockExclusive).is_err())
+    };
+    while !is_held() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(5));
+    }
     let poll = |wanted: fn(&Result<AttachLock, Refusal>) -> bool| loop {
         if wanted(&AttachLock::acquire_in(&folder, &fake.held())) {
             break;

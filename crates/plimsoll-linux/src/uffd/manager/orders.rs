@@ -52,10 +52,12 @@ impl Manager {
 
     /// Has a bit flipped in a stored page of the machine, as soon as it has one: the damage must be noticed.
     pub fn sabotage(&self, id: MachineId) {
-        if let Some(shard) = self.machines.get(&id).and_then(|running| running.shards.first()) {
+        let Some(running) = self.machines.get(&id) else { return };
+        if let Some(shard) = running.shards.first() {
             shard.controls.sabotage.store(true, Ordering::Relaxed);
-            let _ = shard.controls.kick.signal();
         }
+        // Whose pager does it first is open.
+        running.shards.iter().rev().for_each(|shard| drop(shard.controls.kick.signal()));
     }
 
     /// Has nothing taken from the machine until it is told otherwise, whatever the governor or an operator asks for; what is
