@@ -89,11 +89,11 @@ impl Index {
     /// declined, is sought everywhere.
     pub(crate) fn remove(&mut self, key: Option<u64>, number: RecordNumber) {
         let place = key.map(|key| address(key, self.buckets.len()));
-        let is_found = place.is_some_and(|place| self.remove_from(place, number));
-        let is_elsewhere =
-            |index: &mut Self| (0..index.buckets.len()).any(|place| index.remove_from(place, number));
-        let may_be_elsewhere = place.is_none() || self.declined == 0;
-        if !is_found && !(may_be_elsewhere && is_elsewhere(self)) {
+        let mut is_found = place.is_some_and(|place| self.remove_from(place, number));
+        if !is_found && (place.is_none() || self.declined == 0) {
+            is_found = (0..self.buckets.len()).any(|place| self.remove_from(place, number));
+        }
+        if !is_found {
             self.declined = self.declined.saturating_sub(1);
         }
         if self.buckets.len() > 1 && self.entries < self.buckets.len() * BUCKET_MEAN_MIN {
