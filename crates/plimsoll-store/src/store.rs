@@ -84,6 +84,14 @@ pub enum Sought {
     Absent,
 }
 
+/// Objects with a page's hash.
+struct Likes {
+    /// The first that has the very bytes.
+    equal: Option<(RecordNumber, Record)>,
+    /// The first that is packed densely, so that it takes longer to find out.
+    packed: Option<Handle>,
+}
+
 /// A page that is now in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stored {
@@ -150,8 +158,8 @@ impl<M: SlabMemory> Store<M> {
     /// # Errors
     /// [`StoreError::ZeroPage`], [`StoreError::WrongDigest`].
     pub fn share(&mut self, page: &PageBytes, digest: &Digest) -> Result<Option<Handle>, StoreError> {
-        let found = self.find(page, digest)?;
-        Ok(found.map(|(number, record)| self.add_reference(number, record)))
+        let Likes { equal, .. } = self.find(page, digest)?;
+        Ok(equal.map(|(number, record)| self.add_reference(number, record)))
     }
 
     /// Like [`share`](Self::share); where the page may be here densely packed, its bytes are fetched into `candidate`,
@@ -165,18 +173,11 @@ impl<M: SlabMemory> Store<M> {
         digest: &Digest,
         candidate: &mut Fetched,
     ) -> Result<Sought, StoreError> {
-        if let Some(handle) = self.share(page, digest)? {
-            return Ok(Sought::Shared(handle));
+        let Likes { equal, packed } = self.find(page, digest)?;
+        if let Some((number, record)) = equal {
+            return Ok(Sought::Shared(self.add_reference(number, record)));
         }
-        let Digest::Hashed(hash) = *digest else { return Ok(Sought::Absent) };
-        let wanted = Fingerprint::of_hash(hash);
-        let handle = self.records_of(wanted.key).find_map(|number| {
-            let record = self.records.read(&self.memory, number)?.ok()?;
-            let is_dense = matches!(record.body, Body::Data { codec: Codec::Dense, .. });
-            let is_likely = is_dense && record.check == wanted.check;
-            (is_likely && record.count < u32::MAX).then(|| record.handle(number))
-        });
-        let fetched = handle.is_some_and(|handle| self.fetch(handle, candidate).is_ok());
+        let fetched = packed.is_some_and(|handle| self.fetch(handle, candidate).is_ok());
         Ok(if fetched { Sought::Candidate } else { Sought::Absent })
     }
 
@@ -391,19 +392,16 @@ impl<M: SlabMemory> Store<M> {
         self.index.find(key, |number| self.records.key(&self.memory, number))
     }
 
-    /// A record whose page has these very bytes and that takes one more reference. Takes note where there is none.
-    fn find(
-        &mut self,
-        page: &PageBytes,
-        digest: &Digest,
-    ) -> Result<Option<(RecordNumber, Record)>, StoreError> {
+    /// The objects that may be the page and take one more reference. Takes note where none has been found to be.
+    fn find(&mut self, page: &PageBytes, digest: &Digest) -> Result<Likes, StoreError> {
         let wanted = match *digest {
             Digest::Zero => return Err(StoreError::ZeroPage),
             Digest::Same(word) if !digest::is_filled(page, word) => return Err(StoreError::WrongDigest),
             Digest::Same(word) => Fingerprint::of_word(word),
             Digest::Hashed(hash) => Fingerprint::of_hash(hash),
         };
-        let found = self.records_of(wanted.key).find_map(|number| {
+        let mut packed = None;
+        let equal = self.records_of(wanted.key).find_map(|number| {
             let record = self.records.read(&self.memory, number)?.ok()?;
             if record.check != wanted.check || record.count == u32::MAX {
                 return None;
@@ -411,6 +409,10 @@ impl<M: SlabMemory> Store<M> {
             let equal = match (record.body, *digest) {
                 // That the word fills the page was seen above.
                 (Body::Same(here), Digest::Same(word)) => here == word,
+                (Body::Data { codec: Codec::Dense, .. }, Digest::Hashed(_)) => {
+                    packed.get_or_insert(record.handle(number));
+                    false
+                }
                 (Body::Data { codec, extent, .. }, Digest::Hashed(_)) => {
                     let mut candidate = [0; PAGE_SIZE];
                     decode(codec, self.data(extent)?, &mut candidate, &mut NoDense).ok()?;
@@ -421,8 +423,8 @@ impl<M: SlabMemory> Store<M> {
             equal.then_some((number, record))
         });
         // Of same-filled pages nothing is noted: who inserts one is asked for the page again.
-        self.missed = Some(*digest).filter(|digest| found.is_none() && matches!(digest, Digest::Hashed(_)));
-        Ok(found)
+        self.missed = Some(*digest).filter(|digest| equal.is_none() && matches!(digest, Digest::Hashed(_)));
+        Ok(Likes { equal, packed })
     }
 
     /// Counts one more reference to a record that is offered only where it can be counted.
