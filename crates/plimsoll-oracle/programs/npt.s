@@ -6,8 +6,6 @@
         .set BASE, 0x100000
         .set VMCB, 0x130000
         .set HOST_SAVE, 0x131000
-        .set SAVED, 0x300000
-        .set HEADER, 0x400000
         .set STORED, 0x53544f5245442121
         .set OUTSIDE, 0x80000000
 
@@ -72,21 +70,8 @@ next:
         mov (%rax), %rcx
         cmp 8(%rax), %rcx
         je done
-        # The case's words into memory, and those there into SAVED.
-        mov 120(%rbx), %rcx
-        lea 128(%rbx), %rsi
-        mov $SAVED, %edx
-        jrcxz 2f
-1:      mov (%rsi), %rdi
-        mov (%rdi), %rax
-        mov %rax, (%rdx)
-        mov 8(%rsi), %rax
-        mov %rax, (%rdi)
-        add $16, %rsi
-        add $8, %rdx
-        dec %rcx
-        jnz 1b
-2:      mov (%rbx), %rax
+        put_words
+        mov (%rbx), %rax
         mov %rax, RIP
         mov 16(%rbx), %rax
         mov %rax, CR3
@@ -134,30 +119,13 @@ next:
         mov %rax, 88(%rbx)
         mov RIP, %rax
         mov %rax, 96(%rbx)
-        # The words as they are now into the record, and those of before into memory.
-        mov 120(%rbx), %rcx
-        lea 128(%rbx), %rsi
-        mov $SAVED, %edx
-        jrcxz 2f
-1:      mov (%rsi), %rdi
-        mov (%rdi), %rax
-        mov %rax, 8(%rsi)
-        mov (%rdx), %rax
-        mov %rax, (%rdi)
-        add $16, %rsi
-        add $8, %rdx
-        dec %rcx
-        jnz 1b
-2:      mov %rsi, %rbx
+        take_words
+        mov %rsi, %rbx
         mov $HEADER, %eax
         incq 8(%rax)
         jmp next
 
-done:
-        mov $0x10, %eax
-        out %al, $0xf4
-1:      hlt
-        jmp 1b
+done:   finish
 
         .org 0x1000
 gdt:    .quad 0

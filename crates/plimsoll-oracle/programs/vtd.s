@@ -8,8 +8,6 @@
         .set ROOTS, 0x220000            # the root table of VT-d's, made by vtd.rs
         .set CONTEXT, 0x221000 + 0x20 * 16      # of device 4, function 0
         .set RESULT, 0x230000
-        .set SAVED, 0x300000
-        .set HEADER, 0x400000
 
         .set UNIT, 0xfed90000
         .set GCMD, 0x18
@@ -89,21 +87,8 @@ next:
         mov (%rax), %rcx
         cmp 8(%rax), %rcx
         je done
-        # The case's words into memory, and those there into SAVED.
-        mov 120(%rbx), %rcx
-        lea 128(%rbx), %rsi
-        mov $SAVED, %edx
-        jrcxz 2f
-1:      mov (%rsi), %rdi
-        mov (%rdi), %rax
-        mov %rax, (%rdx)
-        mov 8(%rsi), %rax
-        mov %rax, (%rdi)
-        add $16, %rsi
-        add $8, %rdx
-        dec %rcx
-        jnz 1b
-2:      mov 16(%rbx), %rax
+        put_words
+        mov 16(%rbx), %rax
         call tables
         mov 8(%rbx), %rax
         cmpq $0, (%rbx)
@@ -137,30 +122,13 @@ next:
         call transfer
         mov RESULT, %rax
         mov %rax, 88(%rbx)
-        # The words as they are now into the record, and those of before into memory.
-5:      mov 120(%rbx), %rcx
-        lea 128(%rbx), %rsi
-        mov $SAVED, %edx
-        jrcxz 2f
-1:      mov (%rsi), %rdi
-        mov (%rdi), %rax
-        mov %rax, 8(%rsi)
-        mov (%rdx), %rax
-        mov %rax, (%rdi)
-        add $16, %rsi
-        add $8, %rdx
-        dec %rcx
-        jnz 1b
-2:      mov %rsi, %rbx
+5:      take_words
+        mov %rsi, %rbx
         mov $HEADER, %eax
         incq 8(%rax)
         jmp next
 
-done:
-        mov $0x10, %eax
-        out %al, $0xf4
-1:      hlt
-        jmp 1b
+done:   finish
 
         # The device has the program's tables, or those at %rax.
 own:    mov HEADER + 24, %rax

@@ -4,8 +4,6 @@
 # runs at CPL 3 is the page `user`, which the same entry maps at USER as well.
         .set BASE, 0x100000
         .set IDT, 0x110000
-        .set SAVED, 0x300000
-        .set HEADER, 0x400000
         .set USER, 0xc0000000
         .set STORED, 0x53544f5245442121
         .set STACK, BASE + 0x8000
@@ -61,22 +59,9 @@ next:
         mov (%rax), %rcx
         cmp 8(%rax), %rcx
         je done
-        # The case's words into memory, and those there into SAVED.
         mov current(%rip), %rbx
-        mov 120(%rbx), %rcx
-        lea 128(%rbx), %rsi
-        mov $SAVED, %edx
-        jrcxz 2f
-1:      mov (%rsi), %rdi
-        mov (%rdi), %rax
-        mov %rax, (%rdx)
-        mov 8(%rsi), %rax
-        mov %rax, (%rdi)
-        add $16, %rsi
-        add $8, %rdx
-        dec %rcx
-        jnz 1b
-2:      # The descriptor of a table at the address, for implicit accesses: limit 0xffff, an LDT.
+        put_words
+        # The descriptor of a table at the address, for implicit accesses: limit 0xffff, an LDT.
         mov 8(%rbx), %rdi
         mov $0xffff, %eax
         mov %ax, ldt(%rip)
@@ -163,30 +148,13 @@ trapped:
         mov %rax, %cr4
         mov $0x80000033, %eax
         mov %rax, %cr0
-        # The words as they are now into the record, and those of before into memory.
-        mov 120(%rbx), %rcx
-        lea 128(%rbx), %rsi
-        mov $SAVED, %edx
-        jrcxz 2f
-1:      mov (%rsi), %rdi
-        mov (%rdi), %rax
-        mov %rax, 8(%rsi)
-        mov (%rdx), %rax
-        mov %rax, (%rdi)
-        add $16, %rsi
-        add $8, %rdx
-        dec %rcx
-        jnz 1b
-2:      mov %rsi, current(%rip)
+        take_words
+        mov %rsi, current(%rip)
         mov $HEADER, %eax
         incq 8(%rax)
         jmp next
 
-done:
-        mov $0x10, %eax
-        out %al, $0xf4
-1:      hlt
-        jmp 1b
+done:   finish
 
         .balign 16
 vectors:

@@ -33,8 +33,13 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 
 /// The PC of [`crate::x86`], whose processor can have guests.
-pub const HARDWARE: Hardware =
-    Hardware { program: Source { text: include_str!("../programs/npt.s"), at: PROGRAM }, ..plain::HARDWARE };
+pub const HARDWARE: Hardware = Hardware {
+    program: Source {
+        text: concat!(include_str!("../programs/x86-case.s"), include_str!("../programs/npt.s")),
+        at: PROGRAM,
+    },
+    ..plain::HARDWARE
+};
 /// Options of QEMU for it.
 pub const OPTIONS: [&str; 2] = ["-cpu", "max,+svm"];
 

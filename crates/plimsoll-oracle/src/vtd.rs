@@ -29,8 +29,13 @@ use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
 /// The PC of [`crate::x86`]. Its clock counts instructions, and jumps while the processor is halted.
-pub const HARDWARE: Hardware =
-    Hardware { program: Source { text: include_str!("../programs/vtd.s"), at: PROGRAM }, ..plain::HARDWARE };
+pub const HARDWARE: Hardware = Hardware {
+    program: Source {
+        text: concat!(include_str!("../programs/x86-case.s"), include_str!("../programs/vtd.s")),
+        at: PROGRAM,
+    },
+    ..plain::HARDWARE
+};
 
 /// The processor's own tables: a root, and four pages of 1 GiB.
 const OWN_TABLES: [u64; 2] = [0x20_0000, 0x20_1000];

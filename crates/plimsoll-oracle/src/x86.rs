@@ -39,7 +39,10 @@ pub const HARDWARE: Hardware = Hardware {
     ],
     binutils: "",
     flags: &["--64"],
-    program: Source { text: include_str!("../programs/x86.s"), at: PROGRAM },
+    program: Source {
+        text: concat!(include_str!("../programs/x86-case.s"), include_str!("../programs/x86.s")),
+        at: PROGRAM,
+    },
     firmware: Some(Source { text: include_str!("../programs/x86-reset.s"), at: 0xffff_0000 }),
     ram: 0,
     ram_mib: 2048,
