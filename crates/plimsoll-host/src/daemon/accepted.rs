@@ -44,9 +44,12 @@ impl Accepted {
                 }
             };
         };
-        match (Config::of_texts(file, &kept), now) {
-            (Ok(then), Ok((_, texts))) if texts == kept => (then, None),
-            (Ok(then), now) => {
+        let now = match now {
+            Ok((config, texts)) if texts == kept => return (config, None),
+            now => now,
+        };
+        match Config::of_texts(file, &kept) {
+            Ok(then) => {
                 let why = now.err().map(|error| format!(": {}", explain(&error))).unwrap_or_default();
                 let note = format!(
                     "the settings that were accepted last are in force; {file:?} says something else by now, and is read when \
@@ -55,7 +58,7 @@ impl Accepted {
                 (then, Some(note))
             }
             // Of a build that understood them in another way.
-            (Err(error), now) => {
+            Err(error) => {
                 let note = format!(
                     "the settings that were accepted last make no sense any more: {}",
                     explain(&error)
@@ -63,6 +66,12 @@ impl Accepted {
                 (now.map(|(config, _)| config).unwrap_or_default(), Some(note))
             }
         }
+    }
+
+    /// The same settings for who has no time for files that may lie anywhere: those are read only where nothing accepted can be.
+    pub(super) fn in_force(&self, file: &Path) -> Config {
+        let kept = self.kept().ok().flatten().and_then(|kept| Config::of_texts(file, &kept).ok());
+        kept.unwrap_or_else(|| Config::read(file).unwrap_or_default())
     }
 
     fn kept(&self) -> io::Result<Option<Texts>> {
@@ -102,10 +111,11 @@ mod tests {
         let (first, note) = accepted.begin(&file);
         assert_eq!((first.groups.len(), note), (2, None));
         assert_eq!(accepted.begin(&file), (first.clone(), None));
+        assert_eq!(accepted.in_force(&file), first);
         for text in ["[group.a]\nshares = 0\n", "[group.a]\nshares = 9\n", "nonsense"] {
             fs::write(&file, text).unwrap();
             let (config, note) = accepted.begin(&file);
-            assert_eq!(config, first, "{text}");
+            assert_eq!((&config, &accepted.in_force(&file)), (&first, &first), "{text}");
             assert!(note.unwrap().contains("accepted last are in force"), "{text}");
         }
         fs::remove_dir_all(folder.path().join("groups.d")).unwrap();

@@ -91,7 +91,7 @@ impl BudgetBy {
 
 /// The settings of a manager that begins: those that were accepted last, or what the file says where none were.
 pub fn settings_in_force(directory: &Path, file: &Path) -> Config {
-    accepted::Accepted::of(directory).begin(file).0
+    accepted::Accepted::of(directory).in_force(file)
 }
 
 /// What a daemon is to do. Keeper and manager are told the same.
