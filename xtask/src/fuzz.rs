@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const PACKAGE: &str = "plimsoll-fuzz";
-const HOST: &str = "x86_64-unknown-linux-gnu";
 /// What cargo-fuzz has LLVM put in for libFuzzer; stable compilers know it, too.
 const COVERAGE: [&str; 6] = [
     "-Cpasses=sancov-module",
@@ -147,16 +146,16 @@ fn libfuzzer(target: &str, means: Means, folder: &Path) -> Result<PathBuf> {
     command.env_remove("RUSTC").env_remove("CARGO").env_remove("RUSTUP_TOOLCHAIN");
     command.env("RUSTFLAGS", flags).env("CARGO_TARGET_DIR", &built);
     // With a target, build scripts and macros are not instrumented.
-    command.args(["build", "--release", "--target", HOST, "--bin", target, "--manifest-path"]);
+    command.args(["build", "--release", "--target", cargo::TARGET, "--bin", target, "--manifest-path"]);
     command.arg(cargo::root().join("fuzz/Cargo.toml"));
     let status = command.status().context("cannot start cargo")?;
     ensure!(status.success(), "{target} cannot be built for libFuzzer: try --by changes");
-    Ok(built.join(HOST).join("release").join(target))
+    Ok(built.join(cargo::TARGET).join("release").join(target))
 }
 
 /// The package's own program.
 fn package(words: &[&str]) -> Command {
-    let mut command = Command::new("cargo");
+    let mut command = cargo::cargo();
     command.args(["run", "--quiet", "--package", PACKAGE, "--manifest-path"]);
     command.arg(cargo::root().join("Cargo.toml")).arg("--").args(words);
     command

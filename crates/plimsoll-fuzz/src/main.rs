@@ -7,8 +7,9 @@
 //! plimsoll-fuzz run NAME SECONDS [SEED]       inputs, until something does not hold: that input is then in NAME.failed
 //! plimsoll-fuzz once NAME FILE                one input
 //! ```
-use plimsoll_fuzz::mutate::{Random, change};
+use plimsoll_fuzz::mutate::changed;
 use plimsoll_fuzz::{TARGETS, Target, target};
+use plimsoll_guest::random::Rng;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -58,10 +59,9 @@ fn obey(words: &[&str]) -> Result<ExitCode, String> {
 
 fn run(target: &Target, lasting: Duration, seed: u64) -> Result<ExitCode, String> {
     let (examples, begun) = ((target.examples)(), Instant::now());
-    let (mut random, mut runs, mut accepted) = (Random(seed), 0_u64, 0_u64);
+    let (mut random, mut runs, mut accepted) = (Rng::new(seed), 0_u64, 0_u64);
     while begun.elapsed() < lasting {
-        let mut bytes = examples[random.below(examples.len())].clone();
-        change(&mut bytes, &mut random);
+        let bytes = changed(&examples, &mut random);
         let Ok(is_accepted) = catch_unwind(AssertUnwindSafe(|| (target.body)(&bytes))) else {
             let path = format!("{}.failed", target.name);
             fs::write(&path, &bytes).map_err(|error| format!("{path}: {error}"))?;

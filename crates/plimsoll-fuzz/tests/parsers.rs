@@ -2,8 +2,9 @@
 //!
 //! Enters: examples of what is right, and a seed. Leaves: nothing; the input where something did not hold. Inputs are examples with a
 //! few changes each, the same in every run.
-use plimsoll_fuzz::mutate::{Random, change};
+use plimsoll_fuzz::mutate::changed;
 use plimsoll_fuzz::{TARGETS, Target, target};
+use plimsoll_guest::random::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Inputs a parser gets beside its examples,
@@ -11,18 +12,17 @@ const CHANGED: u64 = 20_000;
 /// and those get that speak through sockets, set a disk up, or decide.
 const CHANGED_SLOW: u64 = 1000;
 
-/// Has a target read its examples, of which it must accept each, and `changed` ones.
-fn endures(name: &str, changed: u64) {
+/// Has a target read its examples, of which it must accept each, and so many changed ones.
+fn endures(name: &str, inputs: u64) {
     let Target { body, examples, .. } = target(name).expect("no such target");
     let examples = examples();
     assert!(!examples.is_empty());
     for (number, example) in examples.iter().enumerate() {
         assert!(body(example), "example {number} is refused: {}", example.escape_ascii());
     }
-    let mut random = Random(examples.len() as u64);
-    for input in 0..changed {
-        let mut bytes = examples[random.below(examples.len())].clone();
-        change(&mut bytes, &mut random);
+    let mut random = Rng::new(examples.len() as u64);
+    for input in 0..inputs {
+        let bytes = changed(&examples, &mut random);
         let outcome = catch_unwind(AssertUnwindSafe(|| body(&bytes)));
         assert!(outcome.is_ok(), "input {input}: {}", bytes.escape_ascii());
     }

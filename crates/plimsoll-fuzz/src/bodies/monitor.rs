@@ -1,7 +1,7 @@
 //! What is read of a VMM from outside: text that QEMU's monitor and the kernel print, and answers on its sockets. A peer that has said
 //! what it says and hangs up keeps nobody waiting, and what it said is shown on one line, in part.
 use super::text;
-use plimsoll_attach::control::{CloudHypervisor, Control, ControlError, Firecracker};
+use plimsoll_attach::control::{CloudHypervisor, Control, Firecracker};
 use plimsoll_attach::parse_range;
 use plimsoll_attach::qmp::{
     GENERAL, Limits, Qmp, SEGMENTS, parse_flat_view, parse_ram_blocks, parse_registers,
@@ -9,6 +9,7 @@ use plimsoll_attach::qmp::{
 use plimsoll_sys::procfs::{parse_smaps_rollup, parse_status};
 use serde_json::Value;
 use std::cell::RefCell;
+use std::fmt::Display;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixListener;
@@ -120,16 +121,21 @@ pub(crate) fn qmp(bytes: &[u8]) -> bool {
         let mut client = Qmp::connect(path, limits)?;
         client.execute("query-status", Value::Null)
     });
-    if let Err(error) = &answer {
-        let said = error.to_string();
-        assert!(said.len() < SAID_MAX && !said.contains('\n'), "{said:?}");
-    }
     // Nothing is believed that no line says.
     if let Ok(value) = &answer {
         assert!(text(bytes).lines().any(|line| {
             let line: Result<Value, _> = serde_json::from_str(line);
             line.is_ok_and(|line| line.get("return") == Some(value))
         }));
+    }
+    is_told(&answer)
+}
+
+/// Whether there was an answer; why there was none is said on one line, in part.
+fn is_told<T, E: Display>(answer: &Result<T, E>) -> bool {
+    if let Err(error) = answer {
+        let said = error.to_string();
+        assert!(said.len() < SAID_MAX && !said.contains('\n'), "{said:?}");
     }
     answer.is_ok()
 }
@@ -145,14 +151,6 @@ pub(crate) fn qmp_examples() -> Vec<Vec<u8>> {
 pub(crate) fn rest(bytes: &[u8]) -> bool {
     let firecracker = Peer::saying(bytes, |path| Firecracker::new(path, PATIENCE).run_state().map(drop));
     let cloud = Peer::saying(bytes, |path| CloudHypervisor::new(path, PATIENCE).run_state().map(drop));
-    let is_told = |answer: &Result<(), ControlError>| match answer {
-        Ok(()) => true,
-        Err(error) => {
-            let said = error.to_string();
-            assert!(said.len() < SAID_MAX && !said.contains('\n'), "{said:?}");
-            false
-        }
-    };
     is_told(&firecracker) | is_told(&cloud)
 }
 

@@ -3,8 +3,7 @@ use super::{Everywhere, words_of};
 use plimsoll_inspect::{Levels, Paging, Tables, trace, visit};
 use plimsoll_mmu::{Output, TableMemory};
 use plimsoll_types::Gpa;
-use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::cell::Cell;
 use std::fmt;
 use std::ops::ControlFlow;
 
@@ -25,7 +24,6 @@ impl fmt::Display for Beyond {
 
 struct Ram {
     words: Everywhere,
-    read: RefCell<BTreeSet<u64>>,
     tables: Cell<u64>,
 }
 
@@ -37,7 +35,6 @@ impl Tables for Ram {
         if at.0 / 4096 >= FRAMES {
             return Err(Beyond);
         }
-        self.read.borrow_mut().insert(at.0);
         self.tables.set(self.tables.get() + 1);
         (at.0..).step_by(8).zip(words).for_each(|(at, word)| *word = self.words.at(at));
         Ok(())
@@ -63,7 +60,7 @@ pub(crate) fn read(bytes: &[u8]) -> bool {
         return false;
     }
     let Some(memory) = Everywhere::new(words.split_off(1)) else { return false };
-    let ram = Ram { words: memory, read: RefCell::default(), tables: Cell::new(0) };
+    let ram = Ram { words: memory, tables: Cell::new(0) };
     let levels = if words[0] & 1 == 0 { Levels::Four } else { Levels::Five };
     let (most, paging) = (if levels == Levels::Four { 4 } else { 5 }, Paging::assumed(words[0], levels));
     let (mut shown, mut some) = (0_u64, Vec::new());
