@@ -26,9 +26,8 @@ pub(crate) fn take(
     state: &mut PolicyState,
     findings: &mut Findings,
 ) {
-    let limits = Limits::of(seen, &state.tree);
+    let beyond = beyond(seen, &state.tree);
     for (machine, aim) in seen.iter().zip(aims) {
-        let above = limits.above(machine, &state.tree);
         let shares_pages = state.tree.domain(machine.id()).is_some();
         let costs = state.tree.settings().costs;
         let Some(known) = state.machines.get_mut(&machine.id()) else { continue };
@@ -39,6 +38,7 @@ pub(crate) fn take(
         stall_or_resume(host, machine, aim, excess, known, findings);
         withdraw_from(machine, known, host, findings);
         ease(host, machine, aim, known, findings);
+        let above = above(machine, &beyond, &state.tree);
         let Some((excess, highest)) = reach(host, machine, excess, above, findings) else { continue };
         let allowed = allowed(machine, highest, shares_pages);
         let returns = known.usage.returns();
@@ -63,29 +63,20 @@ pub(crate) fn take(
     }
 }
 
-/// What limits there are, and what is taken up beyond those of groups.
-struct Limits {
-    beyond: Vec<ByteCount>,
+/// What is taken up beyond the limit of each group.
+fn beyond(seen: &[Seen<'_>], tree: &Tree) -> Vec<ByteCount> {
+    let sums = tree.sums(seen.iter().map(|machine| (machine.place, has(machine))));
+    sums.into_iter().zip(&tree.groups).map(|(sum, group)| sum.saturating_sub(group.cap).bytes()).collect()
 }
 
-impl Limits {
-    fn of(seen: &[Seen<'_>], tree: &Tree) -> Self {
-        let sums = tree.sums(seen.iter().map(|machine| (machine.place, has(machine))));
-        let caps = tree.groups.iter().map(|group| group.cap);
-        Self {
-            beyond: sums.into_iter().zip(caps).map(|(sum, cap)| sum.saturating_sub(cap).bytes()).collect(),
-        }
-    }
-
-    /// What the machine, or a group it is in, takes up beyond its limit: the most of these, and whose it is.
-    fn above(&self, machine: &Seen<'_>, tree: &Tree) -> (ByteCount, Option<GroupId>) {
-        let own = has(machine).saturating_sub(machine.terms.cap).bytes();
-        let around = tree.around(machine.place).filter_map(|group| match tree.groups[group].owner {
-            Owner::Group(id) => Some((self.beyond[group], Some(id))),
-            _ => None,
-        });
-        around.fold((own, None), |most, next| if next.0 > most.0 { next } else { most })
-    }
+/// What the machine, or a group it is in, takes up beyond its limit: the most of these, and whose it is.
+fn above(machine: &Seen<'_>, beyond: &[ByteCount], tree: &Tree) -> (ByteCount, Option<GroupId>) {
+    let own = has(machine).saturating_sub(machine.terms.cap).bytes();
+    let around = tree.around(machine.place).filter_map(|group| match tree.groups[group].owner {
+        Owner::Group(id) => Some((beyond[group], Some(id))),
+        _ => None,
+    });
+    around.fold((own, None), |most, next| if next.0 > most.0 { next } else { most })
 }
 
 /// What it takes up. What is being taken or brought back may be counted twice for a moment: that is above no limit.
