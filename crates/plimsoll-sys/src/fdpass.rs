@@ -9,6 +9,7 @@
 
 use crate::ProcessId;
 use crate::pidfd::Pidfd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -232,6 +233,12 @@ pub fn peer_groups(socket: impl AsFd) -> io::Result<Vec<u32>> {
             _ => return Err(error),
         }
     }
+}
+
+/// True when nobody has the other end of a socket any more.
+pub fn is_hung_up(socket: impl AsFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&socket, PollFlags::RDHUP)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 /// The process that connected, held from the moment it did: its id cannot have become another's.

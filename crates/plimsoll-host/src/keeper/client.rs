@@ -6,7 +6,6 @@ use super::protocol::{LISTING_MAX, LISTING_SIZE, REQUEST_SIZE, Request, Status, 
 use parking_lot::Mutex;
 use plimsoll_linux::uffd::estate::Keep;
 use plimsoll_sys::fdpass;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -69,9 +68,7 @@ impl Client {
 
     /// True once the keeper is gone: what this process holds is all there is.
     pub fn is_alone(&self) -> bool {
-        let mut polled = [PollFd::new(&self.watched, PollFlags::RDHUP)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut polled, Some(&now)).is_ok_and(|ready| ready > 0)
+        fdpass::is_hung_up(&self.watched)
     }
 
     fn ask(&self, request: Request, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {

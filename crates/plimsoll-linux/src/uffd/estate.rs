@@ -379,7 +379,6 @@ impl Estate {
                 slots: [table, disk, key, NO_SLOT, NO_SLOT, NO_SLOT],
                 ..Record::new_zeroed()
             };
-            self.head(HEAD_VERSION).store(u64::from(VERSION) | u64::from(RECORDS) << 32, Ordering::Release);
             self.enter(&[record.sealed()], TAKEN)
         });
         entered.inspect_err(|_| self.let_go(slots))

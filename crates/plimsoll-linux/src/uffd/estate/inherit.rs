@@ -17,7 +17,6 @@ use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::uffd::Userfaultfd;
 use plimsoll_sys::{ProcessId, fdpass};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -42,7 +41,7 @@ pub(in crate::uffd) struct Inheritance {
 #[derive(Default)]
 pub(in crate::uffd) struct Fragment {
     pub(in crate::uffd) domain: Option<DomainId>,
-    process: Option<Pidfd>,
+    process: Option<Arc<Pidfd>>,
 }
 
 impl Fragment {
@@ -107,7 +106,7 @@ impl Estate {
             }
             // Before its descriptors are claimed.
             let fragment = self.fragment(&records);
-            match self.machine(id, &records) {
+            match self.machine(id, &records, fragment.process.clone()) {
                 Ok(Some(machine)) => inheritance.machines.push(machine),
                 Ok(None) if is_damaged => {
                     let what = "records of it are missing, and one of the register is damaged".to_owned();
@@ -173,7 +172,7 @@ impl Estate {
     fn fragment(&self, records: &[Entry]) -> Fragment {
         Fragment {
             domain: records.first().map(|(.., record)| DomainId(record.domain)),
-            process: self.process(records),
+            process: self.process(records).map(Arc::new),
         }
     }
 
@@ -182,9 +181,9 @@ impl Estate {
     /// sockets any more. Whoever has one is asked.
     fn process(&self, records: &[Entry]) -> Option<Pidfd> {
         let kept = self.kept.lock();
-        let copy = |slot: u32| kept.get(&slot)?.try_clone().ok();
         let held = |(.., record): &Entry| {
-            Pidfd::adopt(copy(record.slots[PROCESS])?, ProcessId::new(record.process)?).ok()
+            let copy = kept.get(&record.slots[PROCESS])?.try_clone().ok()?;
+            Pidfd::adopt(copy, ProcessId::new(record.process)?).ok()
         };
         let is_alive = |process: &Pidfd| matches!(process.is_alive(), Ok(true));
         let mut found: Vec<Pidfd> = records.iter().filter_map(held).collect();
@@ -195,8 +194,8 @@ impl Estate {
         let with_agents =
             records.iter().filter(|(_, state, record)| *state != OFFERED || record.agent().is_none());
         let sockets =
-            with_agents.filter_map(|(.., record)| Some((copy(record.slots[SOCKET])?, record.process)));
-        let mut open = sockets.filter(|(socket, _)| !is_hung_up(socket)).peekable();
+            with_agents.filter_map(|(.., record)| Some((kept.get(&record.slots[SOCKET])?, record.process)));
+        let mut open = sockets.filter(|(socket, _)| !fdpass::is_hung_up(socket)).peekable();
         if open.peek().is_none() {
             return found.pop();
         }
@@ -205,8 +204,13 @@ impl Estate {
         its.next().map(|(peer, _)| peer)
     }
 
-    /// A machine from its records; `None` if they are not all there.
-    fn machine(&self, id: MachineId, records: &[Entry]) -> Result<Option<MachineVault>, EstateError> {
+    /// A machine from its records, and its VMM's process; `None` if they are not all there.
+    fn machine(
+        &self,
+        id: MachineId,
+        records: &[Entry],
+        process: Option<Arc<Pidfd>>,
+    ) -> Result<Option<MachineVault>, EstateError> {
         let mut shards = Vec::new();
         for (_, state, record) in records {
             let bytes = record.hello.get(..record.hello_bytes as usize).unwrap_or_default();
@@ -223,7 +227,7 @@ impl Estate {
         let (offered, first) = (*first_state == OFFERED, *first);
         let damaged = |what: String| EstateError::Damaged { what };
         let unknown = || damaged("nothing that is kept for it is of its VMM's process".to_owned());
-        let process = Arc::new(self.process(records).ok_or_else(unknown)?);
+        let process = process.ok_or_else(unknown)?;
         let (mut vaults, mut agents) = (Vec::new(), Vec::new());
         for (hello, state, record) in shards {
             let [ram, airlock, socket, words, ..] = record.slots;
@@ -253,10 +257,4 @@ impl Estate {
         };
         Ok(Some(MachineVault { id, membership, shards: vaults }))
     }
-}
-
-/// True when nobody has the other end of a socket.
-fn is_hung_up(socket: &OwnedFd) -> bool {
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut [PollFd::new(socket, PollFlags::RDHUP)], Some(&now)).is_ok_and(|ready| ready > 0)
 }

@@ -465,7 +465,7 @@ fn a_machine_that_cannot_be_put_together_counts_until_its_vmm_is_known_to_have_e
 
 #[test]
 fn what_was_kept_for_a_machine_that_could_not_be_put_together_goes_with_its_vmm_and_nothing_of_others_does() {
-    let mut vmm = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+    let mut vmm = start_process();
     let keeper = Arc::new(Map::default());
     let estate = keeper.open().unwrap();
     let process = Pidfd::from_child(&mut vmm).unwrap();
