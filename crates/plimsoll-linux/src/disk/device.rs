@@ -178,6 +178,28 @@ pub struct FileDisk {
 /// Where others begin at the latest: btrfs 64 KiB, ISO 9660 32 KiB, ZFS 16 KiB, MD and bcachefs 4 KiB behind the start.
 const FOREIGN_MAX: usize = 2 * SEGMENT_SIZE;
 
+/// Where writes go through the page cache all the same, they are not to fail after their pages' memory was given back.
+const FLAGS: OFlags = OFlags::RDWR.union(OFlags::CLOEXEC).union(OFlags::DSYNC);
+/// Of a file that is made.
+const OWNERS: Mode = Mode::RUSR.union(Mode::WUSR);
+
+fn failed(path: &Path) -> impl Fn(Errno) -> OpenError {
+    |source| OpenError::Open { path: path.display().to_string(), source: source.into() }
+}
+
+/// What was opened, locked. `taken` is how opening says that it is another's.
+fn locked(opened: rustix::io::Result<OwnedFd>, taken: Errno, path: &Path) -> Result<OwnedFd, OpenError> {
+    let in_use = || OpenError::InUse { path: path.display().to_string() };
+    let file = match opened {
+        Err(errno) if errno == taken => return Err(in_use()),
+        opened => opened.map_err(failed(path))?,
+    };
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::AGAIN) => Err(in_use()),
+        done => done.map(|()| file).map_err(failed(path)),
+    }
+}
+
 impl FileDisk {
     /// Opens a file that is the tier's alone, makes it if there is none, and puts an empty one in the place of an earlier
     /// process's: without the key that went with it, what is in that is nothing.
@@ -186,37 +208,25 @@ impl FileDisk {
     /// [`OpenError`]; what was there is then as it was.
     pub fn create(path: &Path) -> Result<Self, OpenError> {
         let shown = || path.display().to_string();
-        let failed = |source: Errno| OpenError::Open { path: shown(), source: source.into() };
-        // Where writes go through the page cache all the same, they are not to fail after their pages' memory was given back.
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::DSYNC;
-        let mode = Mode::RUSR | Mode::WUSR;
         let device = device(path);
         let is_file = device.is_none();
-        let file = match &device {
+        let opened = match &device {
             // The very device that was looked at, whatever the path names by now.
             Some(seen) => {
                 let seen = format!("/proc/self/fd/{}", seen.as_raw_fd());
-                open(seen, flags | OFlags::EXCL | OFlags::DIRECT, mode)
+                open(seen, FLAGS | OFlags::EXCL | OFlags::DIRECT, OWNERS)
             }
             // Not every file system can go past the page cache; those that cannot are slower, and as right.
             None => {
-                let flags = flags | OFlags::CREATE | OFlags::NOFOLLOW;
-                match open(path, flags | OFlags::DIRECT, mode) {
-                    Err(Errno::INVAL) => open(path, flags, mode),
+                let flags = FLAGS | OFlags::CREATE | OFlags::NOFOLLOW;
+                match open(path, flags | OFlags::DIRECT, OWNERS) {
+                    Err(Errno::INVAL) => open(path, flags, OWNERS),
                     opened => opened,
                 }
             }
         };
-        let file = match file {
-            Err(Errno::BUSY) => return Err(OpenError::InUse { path: shown() }),
-            opened => opened.map_err(failed)?,
-        };
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::AGAIN) => return Err(OpenError::InUse { path: shown() }),
-            Err(errno) => return Err(failed(errno)),
-        }
-        let stat = fstat(&file).map_err(failed)?;
+        let file = locked(opened, Errno::BUSY, path)?;
+        let stat = fstat(&file).map_err(failed(path))?;
         let expected = if is_file { FileType::RegularFile } else { FileType::BlockDevice };
         if FileType::from_raw_mode(stat.st_mode) != expected {
             return Err(OpenError::Kind { path: shown() });
@@ -246,19 +256,10 @@ impl FileDisk {
 
     /// An empty file, opened as this one, under a name that is free now.
     fn replaced(self, path: &Path, mode: Mode) -> Result<Self, OpenError> {
-        let shown = || path.display().to_string();
-        let failed = |source: Errno| OpenError::Open { path: shown(), source: source.into() };
-        let flags = fcntl_getfl(&self.file).map_err(failed)? & OFlags::DIRECT;
-        let flags = flags | OFlags::RDWR | OFlags::CLOEXEC | OFlags::DSYNC | OFlags::CREATE | OFlags::EXCL;
-        let file = match open(path, flags, Mode::RUSR | Mode::WUSR) {
-            Err(Errno::EXIST) => return Err(OpenError::InUse { path: shown() }),
-            opened => opened.map_err(failed)?,
-        };
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::AGAIN) => return Err(OpenError::InUse { path: shown() }),
-            locked => locked.map_err(failed)?,
-        }
-        fchmod(&file, mode).map_err(failed)?;
+        let direct = fcntl_getfl(&self.file).map_err(failed(path))? & OFlags::DIRECT;
+        let opened = open(path, FLAGS | direct | OFlags::CREATE | OFlags::EXCL, OWNERS);
+        let file = locked(opened, Errno::EXIST, path)?;
+        fchmod(&file, mode).map_err(failed(path))?;
         Ok(Self::of(file, true))
     }
 

@@ -74,19 +74,10 @@ impl Tier {
     /// Tries whether a disk that has refused takes something again, in a place that is given up for that.
     pub(super) fn try_out(&self, closed: &mut Closed, purpose: Purpose) -> Result<(), WriteError> {
         let Some(place) = self.place_to_try(purpose, Instant::now()) else { return Ok(()) };
-        match write_once(&*self.disk, offset_of(place), closed.at(place)) {
-            Ok(()) => {
-                self.state.lock().rest = None;
-                Ok(())
-            }
-            Err(error) => match self.without_room(error, Trouble::RoomRefused) {
-                WriteError::Failed(error) => {
-                    self.rest(Trouble::Refused);
-                    Err(WriteError::Failed(error))
-                }
-                full => Err(full),
-            },
-        }
+        write_once(&*self.disk, offset_of(place), closed.at(place))
+            .map_err(|error| self.without_room(error, Trouble::RoomRefused))?;
+        self.state.lock().rest = None;
+        Ok(())
     }
 
     fn place_to_try(&self, purpose: Purpose, now: Instant) -> Option<u32> {

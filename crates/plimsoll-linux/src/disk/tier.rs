@@ -330,18 +330,23 @@ impl Tier {
         // Its parts were seen to fit.
         let closed = self.table.with_key(|key| draft.close(key));
         let mut closed = closed.ok_or(WriteError::Over)?.ok_or(WriteError::Complete)?;
-        self.try_out(&mut closed, purpose)?;
-        for _ in 1..PLACES_MAX {
-            match self.write_to(self.take_segment(purpose, Instant::now())?, &mut closed) {
-                Err(WriteError::Failed(_)) => {}
-                outcome => return outcome,
-            }
-        }
-        self.write_to(self.take_segment(purpose, Instant::now())?, &mut closed).inspect_err(|error| {
+        let tried = self.try_out(&mut closed, purpose);
+        tried.and_then(|()| self.write_somewhere(&mut closed, purpose)).inspect_err(|error| {
             if matches!(error, WriteError::Failed(_)) {
                 self.rest(Trouble::Refused);
             }
         })
+    }
+
+    /// In one place after the other, as long as the disk refuses.
+    fn write_somewhere(&self, closed: &mut Closed, purpose: Purpose) -> Result<u32, WriteError> {
+        for _ in 1..PLACES_MAX {
+            match self.write_to(self.take_segment(purpose, Instant::now())?, closed) {
+                Err(WriteError::Failed(_)) => {}
+                outcome => return outcome,
+            }
+        }
+        self.write_to(self.take_segment(purpose, Instant::now())?, closed)
     }
 
     fn write_to(&self, taken: Taken, closed: &mut Closed) -> Result<u32, WriteError> {
