@@ -61,7 +61,7 @@ impl AttachLock {
 
     /// What the machine's balloon was asked to hold before anybody who has had the lock and did not give it up changed that.
     pub fn balloon(&self) -> Option<ByteCount> {
-        text(&self.file).lines().nth(1)?.parse().ok().map(ByteCount)
+        balloon(&self.file)
     }
 
     /// Remembers that for whoever has the lock when this process is killed.
@@ -102,8 +102,7 @@ fn try_lock(directory: &OwnedFd, name: &str) -> io::Result<Locked> {
     if fstat(&file)?.st_nlink == 0 {
         return Ok(Locked::Removed);
     }
-    let balloon = text(&file).lines().nth(1).and_then(|bytes| bytes.parse().ok()).map(ByteCount);
-    write(&file, balloon)?;
+    write(&file, balloon(&file))?;
     Ok(Locked::Ours(file))
 }
 
@@ -112,6 +111,11 @@ fn text(file: &File) -> String {
     let mut bytes = [0; 64];
     let length = file.read_at(&mut bytes, 0).unwrap_or(0);
     String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).into_owned()
+}
+
+/// What a lock's file says that the balloon held.
+fn balloon(file: &File) -> Option<ByteCount> {
+    text(file).lines().nth(1)?.parse().ok().map(ByteCount)
 }
 
 /// In one piece, over what is there: a holder may be killed at any instant.
