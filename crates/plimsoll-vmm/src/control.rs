@@ -182,7 +182,7 @@ pub struct Segment {
     pub selector: u64,
     /// Where it begins.
     pub base: u64,
-    /// Where it ends.
+    /// How long it is, less one.
     pub limit: u64,
     /// Bits 23:8 of the descriptor's upper half, where they are there.
     pub flags: u64,

@@ -119,7 +119,6 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
     if confined.is_err() {
         machine.leave();
     }
-    let has_registers = matches!(accel, Accel::Kvm { .. });
     let started = Event::Started {
         name: config.name.clone(),
         pid: std::process::id(),
@@ -141,7 +140,6 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
         stop: Stop::No,
         malformed: 0,
         started,
-        has_registers,
         inspection,
         question: None,
     };

@@ -13,6 +13,7 @@ use crate::config::VmmConfig;
 use crate::control::{BalloonPiece, Command, Control, Event, FrameOrder, MergeMode, MergeRange, StopMode};
 use crate::inspection::Inspection;
 use crate::machine::Machine;
+use crate::probe::Accel;
 use crate::report::{ProbeReport, Summary};
 use crate::{VmmError, signals};
 use plimsoll_guest::abi::{Finds, Piece};
@@ -76,8 +77,6 @@ pub(crate) struct Supervisor {
     pub(crate) malformed: u64,
     /// What was said when it started.
     pub(crate) started: Event,
-    /// Whether vCPUs have registers: KVM's have.
-    pub(crate) has_registers: bool,
     /// Whoever may look into the machine.
     pub(crate) inspection: Inspection,
     /// The vCPU whose registers somebody waits for.
@@ -225,7 +224,8 @@ impl Supervisor {
 
     /// Asks a vCPU for its registers, and gets it out of KVM.
     fn ask(&mut self, vcpu: u32, by: By) -> Result<(), VmmError> {
-        let refused = if !self.has_registers {
+        let has_registers = matches!(self.started, Event::Started { accel: Accel::Kvm { .. }, .. });
+        let refused = if !has_registers {
             Some("the guest runs in this process: it has no registers of its own".to_owned())
         } else if self.question.is_some() {
             Some("another vCPU is being asked: ask one at a time".to_owned())
@@ -254,10 +254,7 @@ impl Supervisor {
     }
 
     fn kick(&self, vcpu: u32) {
-        if let Some(thread) = usize::try_from(vcpu).ok().and_then(|index| self.vcpus.get(index)) {
-            // A thread that has ended since cannot be signalled, and need not be.
-            let _ = thread.kill(signals::kick_number());
-        }
+        usize::try_from(vcpu).ok().and_then(|index| self.vcpus.get(index)).into_iter().for_each(kick);
     }
 
     /// Passes on what a vCPU said of its registers, kicks it once more if it said nothing, and gives up when it had its time.
@@ -371,12 +368,7 @@ impl Supervisor {
                 self.stop = Stop::Leaving(Instant::now());
             }
             Stop::Leaving(since) if since.elapsed() >= STOP_GRACE => return Next::End,
-            Stop::Leaving(_) => {
-                for vcpu in &self.vcpus {
-                    // A thread that has ended since cannot be signalled, and need not be.
-                    let _ = vcpu.kill(signals::kick_number());
-                }
-            }
+            Stop::Leaving(_) => self.vcpus.iter().for_each(kick),
         }
         Next::Continue
     }
@@ -417,4 +409,10 @@ fn told(notice: Notice) -> Event {
             Event::Frames { order, done_bytes: done.0, dropped_bytes: dropped.0, ns: ns(took), refused }
         }
     }
+}
+
+/// Has a vCPU leave KVM.
+fn kick(vcpu: &JoinHandle<()>) {
+    // A thread that has ended since cannot be signalled, and need not be.
+    let _ = vcpu.kill(signals::kick_number());
 }
