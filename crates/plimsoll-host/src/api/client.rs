@@ -195,11 +195,6 @@ impl Client {
         Ok(Self { place: Place::Elsewhere(Arc::new(Elsewhere { host, port, name, credentials, tls })) })
     }
 
-    /// Whether it is on this host.
-    pub const fn is_here(&self) -> bool {
-        matches!(self.place, Place::Here(_))
-    }
-
     /// Reads something.
     ///
     /// # Errors

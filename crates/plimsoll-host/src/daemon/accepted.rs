@@ -8,7 +8,7 @@
 //! DIRECTORY/settings.json   {"/etc/plimsoll/plimsoll.toml": "[host]\n...", "/etc/plimsoll/machines.d/web.toml": "..."}
 //! ```
 use crate::config::{Config, Texts};
-use crate::helm::kept::written;
+use crate::helm::kept::replace;
 use plimsoll_linux::explain;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -68,10 +68,10 @@ impl Accepted {
         }
     }
 
-    /// The same settings for who has no time for files that may lie anywhere: those are read only where nothing accepted can be.
+    /// The same settings for who has no time for files that may lie anywhere: those are read, and kept, only where nothing accepted can be.
     pub(super) fn in_force(&self, file: &Path) -> Config {
         let kept = self.kept().ok().flatten().and_then(|kept| Config::of_texts(file, &kept).ok());
-        kept.unwrap_or_else(|| Config::read(file).unwrap_or_default())
+        kept.unwrap_or_else(|| self.begin(file).0)
     }
 
     fn kept(&self) -> io::Result<Option<Texts>> {
@@ -87,10 +87,8 @@ impl Accepted {
     /// # Errors
     /// A sentence, where the next manager will not have it.
     pub(super) fn keep(&self, texts: &Texts) -> Result<(), String> {
-        let beside = self.0.with_extension("new");
         let text = serde_json::to_vec_pretty(texts).map_err(io::Error::from);
-        let kept = text.and_then(|text| written(&beside, &text));
-        kept.and_then(|()| std::fs::rename(&beside, &self.0))
+        text.and_then(|text| replace(&self.0, &text))
             .map_err(|error| format!("the settings are in force and cannot be kept in {:?}: {error}", self.0))
     }
 }

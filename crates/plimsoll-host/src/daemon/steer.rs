@@ -78,7 +78,7 @@ impl Steering {
         let own = Own::new(Arc::clone(manager), Arc::clone(budget));
         let said = |text: String| drop(say.send(text));
         let config = settings.config.as_ref().map(|path| {
-            let (config, note) = Accepted::of(&settings.directory).begin(path);
+            let (config, note) = steering.reading.accepted.begin(path);
             note.into_iter().for_each(said);
             config
         });

@@ -152,18 +152,19 @@ impl Kept {
         words.machines.retain(|_, word| *word != Word::default());
         let failed = |source| KeptError::File { path: self.path.clone(), source };
         let text = serde_json::to_vec_pretty(&words).map_err(|error| failed(error.into()))?;
-        let beside = self.path.with_extension("new");
-        written(&beside, &text).and_then(|()| std::fs::rename(&beside, &self.path)).map_err(failed)?;
+        replace(&self.path, &text).map_err(failed)?;
         self.words = words;
         Ok(())
     }
 }
 
-/// A file of its owner's own: others may come as far as to the daemon's directory.
-pub(crate) fn written(path: &Path, text: &[u8]) -> io::Result<()> {
+/// Has a file say that; it stays as it was where that fails. It is its owner's own: others may come as far as to the daemon's directory.
+pub(crate) fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let beside = path.with_extension("new");
     let mut options = File::options();
     options.write(true).create(true).truncate(true).mode(0o600);
-    options.open(path)?.write_all(text)
+    options.open(&beside)?.write_all(text)?;
+    std::fs::rename(&beside, path)
 }
 
 #[cfg(test)]
