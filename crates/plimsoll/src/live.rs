@@ -71,6 +71,11 @@ impl LiveArgs {
         self.daemon.client()
     }
 
+    /// Whether the daemon is on this host.
+    pub(crate) const fn is_here(&self) -> bool {
+        self.daemon.host.is_none()
+    }
+
     pub(crate) const fn is_json(&self) -> bool {
         self.json
     }

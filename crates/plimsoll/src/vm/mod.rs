@@ -116,8 +116,7 @@ fn run(what: &What) -> Result<(), String> {
         }
         What::Attach { which, qmp, api, settings } => {
             let settings = settings.said();
-            let is_here = which.live.client().map_err(|error| explain(&error))?.is_here();
-            let path = |path| absolute(path, is_here);
+            let path = |path| absolute(path, which.live.is_here());
             let attach = Attach { machine: which.name.clone(), qmp: path(qmp)?, api: path(api)?, settings };
             let machine: Machine = which.live.send("POST", "/v1/machines", Some(&attach))?;
             which.live.show(&One(machine))
@@ -137,10 +136,13 @@ fn run(what: &What) -> Result<(), String> {
 /// Waits for a machine whose memory is brought back to be gone. The daemon gives up on it if it must, so this ends.
 fn gone(live: &LiveArgs, manager: u32, leaving: &Machine) -> Result<(), String> {
     let name = &leaving.name;
+    let client = live.client().map_err(|error| explain(&error))?;
     loop {
-        let there = all(live, None)?.machines.into_iter().find(|machine| machine.id == leaving.id);
+        let there = machines(&client, None).map_err(|error| explain(&error))?;
+        let there = there.into_iter().find(|machine| machine.id == leaving.id);
         // Numbers are a manager's, and what one was doing ends with it.
-        if live.get::<Host>("/v1/host")?.pid != manager {
+        let host: Host = client.get("/v1/host").map_err(|error| explain(&error))?;
+        if host.pid != manager {
             return Err(format!("the manager was replaced meanwhile: if it still has {name}, ask again"));
         }
         match there {
@@ -164,9 +166,10 @@ fn absolute(path: &Option<PathBuf>, is_here: bool) -> Result<Option<PathBuf>, St
 
 /// All machines, page by page.
 fn all(live: &LiveArgs, group: Option<&str>) -> Result<All, String> {
-    let machines = live.client().and_then(|client| machines(&client, group));
-    let machines = machines.map_err(|error| explain(&error))?;
-    Ok(All { machines, waiting: live.get::<Host>("/v1/host")?.waiting })
+    let client = live.client().map_err(|error| explain(&error))?;
+    let machines = machines(&client, group).map_err(|error| explain(&error))?;
+    let host: Host = client.get("/v1/host").map_err(|error| explain(&error))?;
+    Ok(All { machines, waiting: host.waiting })
 }
 
 /// `plimsoll budget`: what the machines of a running daemon, their VMMs and the daemon may use.
