@@ -53,7 +53,6 @@ struct Trouble {
 impl BadDisk {
     /// Makes one on which a tier of that size would fit. `place` is an empty directory.
     pub(super) fn create(place: &Path, seed: u64, size: ByteCount) -> Result<Self, String> {
-        let failed = |error: &dyn std::error::Error| format!("no disk to fail: {}", explain(error));
         let image = place.join("image");
         let made = std::fs::File::create(&image).and_then(|file| file.set_len(size.0 + TABLES.0));
         made.map_err(|error| failed(&error))?;
@@ -74,7 +73,6 @@ impl BadDisk {
 
     /// In a file system that is mounted there, for as long as this is going on.
     fn on(root: &Path, seed: u64, size: ByteCount) -> Result<Self, String> {
-        let failed = |error: &dyn std::error::Error| format!("no disk to fail: {}", explain(error));
         let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened = rustix::fs::open(root, flags, Mode::empty()).map_err(|errno| failed(&errno))?;
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
@@ -166,6 +164,10 @@ impl Trouble {
             let _ = run("blockdev", &[how], device);
         }
     }
+}
+
+fn failed(error: &dyn std::error::Error) -> String {
+    format!("no disk to fail: {}", explain(error))
 }
 
 /// A loop device over a file, past the page cache, which would count as memory of whoever writes.

@@ -509,16 +509,14 @@ impl Chaos<'_> {
                 self.daemon.status()
             ));
         };
-        if let Some(disk) = status.disk.filter(|disk| disk.live_bytes > 0) {
-            return Err(format!(
-                "nobody is left, and {} on the disk are somebody's",
-                ByteCount(disk.live_bytes)
-            ));
-        }
         if let Some(disk) = status.disk {
+            if disk.live_bytes > 0 {
+                let live = ByteCount(disk.live_bytes);
+                return Err(format!("nobody is left, and {live} on the disk are somebody's"));
+            }
             self.disks.insert(status.started_ns, disk);
             self.report.disk_failed_bytes = disk.failed_bytes;
-            if disk.used_bytes + disk.failed_bytes > disk.limit_bytes || disk.used_bytes > 0 {
+            if disk.used_bytes > 0 || disk.failed_bytes > disk.limit_bytes {
                 return Err(format!("nobody is left, and the disk tier has {disk:?}"));
             }
         }
