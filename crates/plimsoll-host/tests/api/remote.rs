@@ -164,13 +164,17 @@ fn anonymous(address: SocketAddr, authority: &Path) -> String {
     heard(address, builder(authority).with_no_client_auth())
 }
 
-fn shows_expired(address: SocketAddr, site: &Site) -> String {
+/// A client that shows that certificate, whatever it says.
+fn showing(by: &Credentials) -> rustls::ClientConfig {
     use rustls::pki_types::pem::PemObject;
     use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-    let old = site.own.sign("old", &["ops.test"], Valid::Before, "own");
-    let chain = vec![CertificateDer::from_pem_file(&old.certificate).unwrap()];
-    let key = PrivateKeyDer::from_pem_file(&old.key).unwrap();
-    heard(address, builder(&old.authority).with_client_auth_cert(chain, key).unwrap())
+    let chain = vec![CertificateDer::from_pem_file(&by.certificate).unwrap()];
+    let key = PrivateKeyDer::from_pem_file(&by.key).unwrap();
+    builder(&by.authority).with_client_auth_cert(chain, key).unwrap()
+}
+
+fn shows_expired(address: SocketAddr, site: &Site) -> String {
+    heard(address, showing(&site.own.sign("old", &["ops.test"], Valid::Before, "own")))
 }
 
 #[test]
@@ -291,11 +295,8 @@ fn clients_from_elsewhere_are_bounded_and_take_no_place_of_this_hosts_users() {
     let site = Site::new();
     let (estate, address) = site.start();
     let watch = site.client("watch", &["one.watch.test"]);
-    use rustls::pki_types::pem::PemObject;
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-    let chain = vec![CertificateDer::from_pem_file(&watch.certificate).unwrap()];
-    let key = PrivateKeyDer::from_pem_file(&watch.key).unwrap();
-    let config = std::sync::Arc::new(builder(&watch.authority).with_client_auth_cert(chain, key).unwrap());
+    use rustls::pki_types::ServerName;
+    let config = std::sync::Arc::new(showing(&watch));
     let listener = || {
         let name = ServerName::try_from("localhost").unwrap();
         let connection = rustls::ClientConnection::new(std::sync::Arc::clone(&config), name).unwrap();

@@ -47,17 +47,50 @@ impl Gate {
 
     /// The balloon of a VMM behind the gate.
     pub(crate) fn balloon(self: &Arc<Self>) -> Balloon {
-        let interface = of_interface(Box::new(Slow(Arc::clone(self)))).unwrap().unwrap();
+        let interface = of_interface(Box::new(OnlyBalloon(Arc::clone(self)))).unwrap().unwrap();
         Balloon::start(interface, ProcessId::own(), Kept::default()).unwrap()
     }
 }
 
-/// A guest that does at once what it is asked.
-struct Quick(Arc<Mutex<ByteCount>>);
+/// What is behind a balloon.
+trait Behind: Send {
+    fn holds(&self) -> ByteCount;
+    fn hold(&self, size: ByteCount);
+}
 
-impl Interface for Quick {
+/// A guest that does at once what it is asked.
+impl Behind for Arc<Mutex<ByteCount>> {
+    fn holds(&self) -> ByteCount {
+        *self.lock()
+    }
+
+    fn hold(&self, size: ByteCount) {
+        *self.lock() = size;
+    }
+}
+
+/// A VMM that takes its time.
+impl Behind for Arc<Gate> {
+    fn holds(&self) -> ByteCount {
+        *self.looks.lock() += 1;
+        ByteCount(0)
+    }
+
+    fn hold(&self, size: ByteCount) {
+        assert_eq!(size, ByteCount(0), "what it had");
+        let mut is_open = self.is_open.lock();
+        *self.given_back.lock() += 1;
+        let due = Instant::now() + Duration::from_secs(60);
+        while !*is_open && !self.opened.wait_until(&mut is_open, due).timed_out() {}
+    }
+}
+
+/// A VMM of which nothing is to be had but its balloon.
+struct OnlyBalloon<B>(B);
+
+impl<B: Behind> Interface for OnlyBalloon<B> {
     fn interface(&self) -> &str {
-        "a VMM that answers"
+        "a VMM with a balloon"
     }
 
     fn probe(&mut self) -> Result<Capabilities, ControlError> {
@@ -78,52 +111,12 @@ impl Interface for Quick {
     }
 
     fn balloon(&mut self) -> Result<control::Balloon, ControlError> {
-        let held = Some(*self.0.lock());
+        let held = Some(self.0.holds());
         Ok(control::Balloon { memory: ByteCount::mib(64), target: held, actual: held })
     }
 
     fn set_balloon(&mut self, size: ByteCount) -> Result<(), ControlError> {
-        *self.0.lock() = size;
-        Ok(())
-    }
-}
-
-struct Slow(Arc<Gate>);
-
-impl Interface for Slow {
-    fn interface(&self) -> &str {
-        "a VMM that takes its time"
-    }
-
-    fn probe(&mut self) -> Result<Capabilities, ControlError> {
-        let device = BalloonDevice { granularity: ByteCount(4096), deflate_on_oom: None };
-        Ok(Capabilities { balloon: Some(device), ..Capabilities::default() })
-    }
-
-    fn run_state(&mut self) -> Result<RunState, ControlError> {
-        Err(self.unsupported("its state"))
-    }
-
-    fn pause(&mut self) -> Result<(), ControlError> {
-        Err(self.unsupported("pausing"))
-    }
-
-    fn resume(&mut self) -> Result<(), ControlError> {
-        Err(self.unsupported("resuming"))
-    }
-
-    fn balloon(&mut self) -> Result<control::Balloon, ControlError> {
-        *self.0.looks.lock() += 1;
-        let (memory, held) = (ByteCount::mib(64), Some(ByteCount(0)));
-        Ok(control::Balloon { memory, target: held, actual: held })
-    }
-
-    fn set_balloon(&mut self, size: ByteCount) -> Result<(), ControlError> {
-        assert_eq!(size, ByteCount(0), "what it had");
-        let mut is_open = self.0.is_open.lock();
-        *self.0.given_back.lock() += 1;
-        let due = Instant::now() + Duration::from_secs(60);
-        while !*is_open && !self.0.opened.wait_until(&mut is_open, due).timed_out() {}
+        self.0.hold(size);
         Ok(())
     }
 }
@@ -190,7 +183,7 @@ fn a_loop_that_ends_waits_for_all_its_vmms_together() {
 fn a_balloon_goes_back_to_what_it_held_before_the_first_of_managers_that_were_killed() {
     let (holds, lock) = (Arc::new(Mutex::new(ByteCount::mib(8))), Kept::default());
     let begin = || {
-        let interface = of_interface(Box::new(Quick(Arc::clone(&holds)))).unwrap().unwrap();
+        let interface = of_interface(Box::new(OnlyBalloon(Arc::clone(&holds)))).unwrap().unwrap();
         let balloon = Balloon::start(interface, ProcessId::own(), lock.clone()).unwrap();
         wait_until("it was looked at", || balloon.seen().is_some());
         balloon

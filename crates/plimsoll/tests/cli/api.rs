@@ -1,7 +1,7 @@
 //! The verbs that speak to a running daemon, and what the daemon makes of what they say.
 use super::daemon::{
     Directory, Machine, ask, exists, kill_manager, manager_of, plimsoll, signal, start, start_with,
-    status_of, stored_by_all,
+    status_of, stored_by_all, wait_for_another,
 };
 use super::run::{Ended, Run, Running, alone, can, wait_until};
 use plimsoll_host::api::client::Client;
@@ -224,7 +224,7 @@ fn a_release_is_dropped_whole_when_its_manager_dies_before_the_machine_is_left()
     let killed = manager_of(&directory).unwrap();
     signal(killed, Signal::KILL);
     signal(machine.process(), Signal::CONT);
-    wait_until("another manager serves", || manager_of(&directory).is_some_and(|manager| manager != killed));
+    wait_for_another(&directory, killed);
     machine.verifies(1000);
     let shown = || json(&directory, &["vm", "list"])["machines"][0].take();
     wait_until("it is managed as before", || shown()["memory"].is_object());

@@ -1,6 +1,6 @@
 //! Settings: checked, described, and read again by a daemon that runs.
 use super::attach::Fake;
-use super::daemon::{Directory, Machine, kill_manager, plimsoll, start_with, status_of};
+use super::daemon::{Directory, Machine, has_told, kill_manager, plimsoll, start_with};
 use super::run::{Run, alone, can, wait_until};
 use rustix::process::Signal;
 use std::fs;
@@ -76,17 +76,15 @@ fn a_daemon_has_the_budget_that_its_settings_say_unless_a_person_says_otherwise(
     fs::write(&file, "[host]\nbudget = 5\n").unwrap();
     kill_manager(&directory);
     wait_until("it is what was accepted last", || is("96M"));
-    let has_said = |what: &str| {
-        status_of(&directory).is_some_and(|status| status["incidents"].to_string().contains(what))
-    };
+    let told = |text: &str| has_told(&directory, text);
     fs::write(&file, "[group.a]\n").unwrap();
     daemon.signal(Signal::HUP);
-    wait_until("settings without a budget are refused", || has_said("`budget` is gone"));
+    wait_until("settings without a budget are refused", || told("`budget` is gone"));
     plimsoll(&directory, &["budget", "72M"]).expect_code(0);
     say("80M");
     daemon.signal(Signal::HUP);
     // This manager has told nothing of the kind before.
-    wait_until("the settings are in force", || has_said("host.toml\\\" are in force"));
+    wait_until("the settings are in force", || told("host.toml\" are in force"));
     assert!(is("72M"), "{}", plimsoll(&directory, &["budget"]).stdout);
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
@@ -108,12 +106,7 @@ fn a_running_daemon_follows_its_rules_and_reads_its_settings_again_at_sighup() {
     let words = ["daemon", "--directory", directory.text(), "--budget", "64M"];
     let run = Run::new(&words).with("PLIMSOLL_CONFIG", &file).with("PLIMSOLL_BUDGET", Path::new("1M"));
     let daemon = run.start();
-    let told = |text: &str| {
-        let incidents = status_of(&directory).map(|mut status| status["incidents"].take());
-        incidents.is_some_and(|them| {
-            them.as_array().unwrap().iter().any(|one| one.as_str().unwrap().contains(text))
-        })
-    };
+    let told = |text: &str| has_told(&directory, text);
     // It has no memory of the size it claims, which is found out by attaching to it.
     let refusal = format!(
         "{name}, process {}, is not managed, as rule 1 ({shown}:1) says it should be: ",

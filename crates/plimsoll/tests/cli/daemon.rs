@@ -84,8 +84,20 @@ pub(crate) fn ask(directory: &Directory, request: &str) -> Option<serde_json::Va
 pub(crate) fn kill_manager(directory: &Directory) -> u32 {
     let killed = manager_of(directory).unwrap();
     signal(killed, Signal::KILL);
-    wait_until("another manager serves", || manager_of(directory).is_some_and(|manager| manager != killed));
+    wait_for_another(directory, killed);
     killed
+}
+
+/// Waits for the manager after that one.
+pub(crate) fn wait_for_another(directory: &Directory, before: u32) {
+    wait_until("another manager serves", || manager_of(directory).is_some_and(|manager| manager != before));
+}
+
+/// Whether the manager that answers has told that.
+pub(crate) fn has_told(directory: &Directory, text: &str) -> bool {
+    let incidents = status_of(directory).map(|mut status| status["incidents"].take());
+    incidents
+        .is_some_and(|them| them.as_array().unwrap().iter().any(|one| one.as_str().unwrap().contains(text)))
 }
 
 pub(crate) fn exists(pid: u32) -> bool {
@@ -150,9 +162,7 @@ fn a_killed_manager_is_replaced_and_an_upgrade_keeps_the_keepers_process() {
             Signal::KILL => signal(before, Signal::KILL),
             by => daemon.signal(by),
         }
-        wait_until("another manager runs", || {
-            manager_of(&directory).is_some_and(|manager| manager != before)
-        });
+        wait_for_another(&directory, before);
         assert!(!exists(before));
     }
     // However close they follow: none finds the keeper without anything that catches it.
@@ -179,7 +189,7 @@ fn an_upgraded_keeper_goes_on_where_the_host_does_not_say_what_it_has() {
         .status();
     assert!(covered.unwrap().success());
     daemon.signal(Signal::USR2);
-    wait_until("another manager runs", || manager_of(&directory).is_some_and(|manager| manager != before));
+    wait_for_another(&directory, before);
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
 }

@@ -1,6 +1,6 @@
 //! A daemon that others than its own user may ask: a group of its host, and clients with certificates.
 use super::certificates::{Authority, Valid};
-use super::daemon::{Directory, exists, manager_of, plimsoll, signal, start_with, status_of};
+use super::daemon::{Directory, exists, has_told, manager_of, plimsoll, signal, start_with};
 use super::run::{Ended, Run, can, wait_until};
 use plimsoll_host::api::Credentials;
 use rustix::process::Signal;
@@ -10,12 +10,6 @@ use std::path::Path;
 
 const STRANGER: &str = "65534";
 const GROUP: u32 = 4242;
-
-fn told(directory: &Directory, text: &str) -> bool {
-    let incidents = status_of(directory).map(|mut status| status["incidents"].take());
-    incidents
-        .is_some_and(|them| them.as_array().unwrap().iter().any(|one| one.as_str().unwrap().contains(text)))
-}
 
 /// A verb by a stranger in these groups, its own first.
 fn by_a_member(directory: &Directory, own: u32, others: &str, words: &[&str]) -> Ended {
@@ -68,7 +62,7 @@ fn a_group_may_use_the_socket_as_its_settings_say_and_nobody_else_comes_that_far
     by_a_member(&directory, GROUP, "", &["budget"]).expect_code(2);
     fs::write(&file, "[api]\ngroup = \"no such group\"\n").unwrap();
     daemon.signal(Signal::HUP);
-    wait_until("a group that is not there is told", || told(&directory, "the group \"no such group\""));
+    wait_until("a group that is not there is told", || has_told(&directory, "the group \"no such group\""));
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
     let words = ["daemon", "--budget", "64M", "--config", file.to_str().unwrap()];
@@ -129,7 +123,7 @@ fn a_daemon_is_asked_over_tls_by_the_same_verbs_also_after_its_manager_was_repla
         Run::new(&[words, &there].concat()).output()
     };
     wait_until("it is served", || ask(&ops, &["budget"]).code() == Some(0));
-    assert!(told(&directory, &format!("the API is served at https://127.0.0.1:{port}")));
+    assert!(has_told(&directory, &format!("the API is served at https://127.0.0.1:{port}")));
     let changed = ask(&ops, &["budget", "72M", "--json"]);
     changed.expect_code(0);
     assert!(changed.stdout.contains(&format!("\"budget_bytes\":{}", 72 << 20)), "{}", changed.stdout);

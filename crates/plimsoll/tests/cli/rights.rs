@@ -1,6 +1,6 @@
 //! What the daemon's two processes may do, by what the kernel says of them while they run.
-use super::daemon::{Directory, kill_manager, manager_of, start};
-use super::run::{can, wait_until};
+use super::daemon::{Directory, kill_manager, manager_of, start, wait_for_another};
+use super::run::can;
 use plimsoll_host::daemon::rights::table::{KEPT, set};
 use plimsoll_sys::process::CapabilitySet;
 use rustix::process::Signal;
@@ -75,7 +75,7 @@ fn keeper_and_managers_have_the_rights_of_the_table_also_after_a_crash_and_upgra
         assert_ne!(manager_of(&directory), Some(before));
         let before = manager_of(&directory).unwrap();
         daemon.signal(Signal::USR2);
-        wait_until("another manager runs", || manager_of(&directory).is_some_and(|it| it != before));
+        wait_for_another(&directory, before);
     }
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();

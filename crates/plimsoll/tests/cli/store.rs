@@ -1,5 +1,5 @@
 //! The keeper under a supervisor that keeps its descriptors, as systemd does: killed, and started again with what was stored.
-use super::daemon::{Directory, Machine, exists, manager_of, signal};
+use super::daemon::{Directory, Machine, exists, manager_of, signal, wait_for_another};
 use super::run::{Run, Running, alone, can, wait_until};
 use plimsoll_sys::fdpass;
 use plimsoll_sys::process::make_inheritable;
@@ -140,8 +140,7 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
         }
         // What its manager says goes on to the same readers.
         killed.push(std::mem::replace(&mut daemon, supervisor.start(&directory)));
-        let is_another = |now| manager_of(&directory).is_some_and(|next| next != now);
-        wait_until("another manager serves", || is_another(manager));
+        wait_for_another(&directory, manager);
         assert!(!exists(manager), "two managers have the machine");
         // More than the budget holds: each round brings back what the one before has moved out.
         machine.verifies(30_000);
@@ -150,7 +149,7 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
     // A new program of the same process knows what is stored, too.
     let manager = manager_of(&directory).unwrap();
     daemon.signal(Signal::USR2);
-    wait_until("another manager serves", || manager_of(&directory).is_some_and(|next| next != manager));
+    wait_for_another(&directory, manager);
     machine.verifies(1000);
     let signs_of_life = supervisor.heard.lock().unwrap().signs_of_life;
     wait_until("it says that it lives", || supervisor.heard.lock().unwrap().signs_of_life > signs_of_life);
