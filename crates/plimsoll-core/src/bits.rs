@@ -8,14 +8,14 @@ const WORD: u32 = u64::BITS;
 
 /// A set of pages. Pages past the machine's last are in no set.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Bits {
+pub struct Bits {
     words: Vec<u64>,
     len: u32,
 }
 
 impl Bits {
     /// The empty set over a machine of `pages` pages.
-    pub(crate) fn new(pages: u32) -> Self {
+    pub fn new(pages: u32) -> Self {
         Self { words: vec![0; pages.div_ceil(WORD) as usize], len: 0 }
     }
 
@@ -25,21 +25,22 @@ impl Bits {
     }
 
     /// Bytes it takes.
-    pub(crate) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.words.len() * size_of::<u64>()
     }
 
-    pub(crate) fn contains(&self, page: PageIndex) -> bool {
+    /// Whether the page is in it.
+    pub fn contains(&self, page: PageIndex) -> bool {
         self.words.get((page.0 / WORD) as usize).is_some_and(|word| word >> (page.0 % WORD) & 1 == 1)
     }
 
     /// Puts the page in. True if it was not there.
-    pub(crate) fn insert(&mut self, page: PageIndex) -> bool {
+    pub fn insert(&mut self, page: PageIndex) -> bool {
         self.change(page, |word, bit| word | bit)
     }
 
     /// Takes the page out. True if it was there.
-    pub(crate) fn remove(&mut self, page: PageIndex) -> bool {
+    pub fn remove(&mut self, page: PageIndex) -> bool {
         self.change(page, |word, bit| word & !bit)
     }
 

@@ -25,7 +25,7 @@
 extern crate alloc;
 
 pub mod airlock;
-mod bits;
+pub mod bits;
 pub mod frames;
 pub mod layout;
 pub mod ledger;

@@ -51,8 +51,8 @@ const fn word_of(page: u64, word: u64) -> u64 {
     page << 12 | word
 }
 
-fn fill(page: u64, bytes: u64) {
-    (0..bytes / 8).for_each(|word| write(page + word * 8, word_of(page, word)));
+fn fill(page: u64) {
+    crate::fill(page, word_of(page, 0));
 }
 
 fn holds(page: u64, words: Range<u64>, word_of: impl Fn(u64) -> u64) -> bool {
@@ -89,7 +89,7 @@ pub fn own(vcpu: &mut Vcpu) -> u64 {
     // SAFETY: the device's registers are there, mapped a moment ago; this one must be read in a word of four bytes.
     let identity = unsafe { read_volatile::<u32>(with_exposed_provenance(address(WINDOW))) };
     assert_eq!(identity, IDENTITY, "it is the device");
-    [SOURCE, TARGET, SECRET].into_iter().for_each(|page| fill(page, PAGE_SIZE));
+    [SOURCE, TARGET, SECRET].into_iter().for_each(fill);
     let mut checks = reach_and_revoke(vcpu);
     checks += reach_nobody_else(vcpu);
     checks + hold_and_let_go(vcpu)
@@ -125,14 +125,14 @@ fn reach_and_revoke(vcpu: &mut Vcpu) -> u64 {
     }
     assert!(holds(SECRET, 0..512, |word| word_of(SECRET, word)), "and not behind");
 
-    fill(TARGET, PAGE_SIZE);
+    fill(TARGET);
     get(vcpu, SOURCE);
     put(vcpu, TARGET);
     assert_eq!(refused(), 3, "nothing of that is refused");
     assert!(holds(TARGET, 0..WORDS, |word| word_of(SOURCE, word)), "it was copied");
     assert!(holds(TARGET, WORDS..512, |word| word_of(TARGET, word)), "and no more");
 
-    fill(TARGET, PAGE_SIZE);
+    fill(TARGET);
     assert_eq!(call(DISCARD, TARGET, PAGE_SIZE, 0).0, IN_USE, "what a device reaches is not given back");
     assert_eq!(call(SEAL, TARGET, PAGE_SIZE, 0).0, IN_USE, "nor sealed");
     assert_eq!(call(PART, SECRET, PAGE_SIZE, 0).0, INVALID, "it has no part of that");
@@ -144,7 +144,7 @@ fn reach_and_revoke(vcpu: &mut Vcpu) -> u64 {
     put(vcpu, TARGET);
     assert!(refused() == 5 && holds(TARGET, 0..512, |_| 0), "and stays what it is");
 
-    fill(SEALED, PAGE_SIZE);
+    fill(SEALED);
     assert_eq!(call(SEAL, SEALED, PAGE_SIZE, 0).0, DONE, "seal");
     assert_eq!(call(REACH, SEALED, PAGE_SIZE, READ_WRITE).0, NOT_ALLOWED, "what is sealed no device writes");
     assert_eq!(call(REACH, SEALED, PAGE_SIZE, READ).0, DONE, "but reads");
@@ -169,7 +169,7 @@ fn reach_nobody_else(vcpu: &mut Vcpu) -> u64 {
 fn hold_and_let_go(vcpu: &mut Vcpu) -> u64 {
     let many = MANY..MANY + MANY_PAGES * PAGE_SIZE;
     let pages = || many.clone().step_by(address(PAGE_SIZE));
-    pages().chain(USED.step_by(address(PAGE_SIZE))).for_each(|page| fill(page, PAGE_SIZE));
+    pages().chain(USED.step_by(address(PAGE_SIZE))).for_each(fill);
     assert_eq!(call(REACH, MANY, many.end - MANY, READ_WRITE).0, DONE, "many pages");
     assert_eq!(call(PAGES, REACHED, 0, 0).1, MANY_PAGES + 2, "all of them are counted");
     // Others need memory, and what is used goes, since nothing else may.

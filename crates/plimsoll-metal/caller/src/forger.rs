@@ -6,6 +6,7 @@
 //! ```text
 //! SCRATCH   pages for tables and what they name, zero at first
 //! ```
+use crate::spaces::Random;
 use crate::tables::{AGAIN, BATCH, LOAD, PIN, READABLE, UNPIN, UPDATE, again, at, frame, invalidate, same};
 use crate::vcpu::{Vcpu, address};
 use crate::{A, DONE, IN_USE, INVALID, NO_SUCH_CALL, NOT_ALLOWED, call, fill, holds, read, report, write};
@@ -253,12 +254,8 @@ fn others(checks: &mut Checks) {
 /// Anything with everything, in a few pages that it can do without. What is left of it at the end the hypervisor has to undo.
 fn at_random(checks: &mut Checks) {
     protect((60..68).map(scratch));
-    let mut state = 1u64;
-    let mut next = |limit: u64| {
-        // A full-period generator (Knuth, MMIX); its upper bits.
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) % limit
-    };
+    let mut random = Random(1);
+    let mut next = |limit: u64| random.below(limit);
     let mut done = 0;
     for _ in 0..RANDOM_CALLS {
         let page = scratch(60 + next(8));

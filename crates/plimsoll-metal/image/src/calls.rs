@@ -118,13 +118,18 @@ impl Mapped {
     }
 
     /// Whether it has some of these addresses.
-    pub fn meets(self, range: &Range<u64>) -> bool {
-        self.range().start < range.end && range.start < self.range().end
+    fn meets(self, range: &Range<u64>) -> bool {
+        meet(&self.range(), range)
     }
 
-    fn pages(self) -> impl Iterator<Item = Gpa> {
+    fn pages(self) -> impl Iterator<Item = Gpa> + Clone {
         (self.gpa.0..).step_by(PAGE_SIZE).take(pages(self.piece)).map(Gpa)
     }
+}
+
+/// Whether two ranges of addresses have any in common.
+pub fn meet(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start < other.end && other.start < one.end
 }
 
 fn pages(piece: Piece) -> usize {
@@ -277,31 +282,36 @@ impl Host {
             return Err(refused(Status::Invalid));
         }
         let bytes = piece.order.pages().bytes().0;
-        let end = gpa.0.checked_add(bytes).filter(|end| *end <= ADDRESSES_END);
-        let is_behind = gpa.0 >= self.guests[place].paged.end_of_memory().0;
-        if end.is_none() || !gpa.0.is_multiple_of(bytes) || !is_behind {
+        if !gpa.0.is_multiple_of(bytes) {
             return Err(refused(Status::Invalid));
         }
-        let mapped = Mapped { handle, gpa, piece };
-        let range = mapped.range();
-        let overlaps = |other: &Mapped| other.piece == piece || other.meets(&range);
-        if self.guests[place].mapped.iter().any(overlaps) || self.shows(place, &range) {
+        self.behind(place, gpa, bytes)?;
+        if self.guests[place].mapped.iter().any(|other| other.piece == piece) {
             return Err(refused(Status::InUse));
         }
+        let mapped = Mapped { handle, gpa, piece };
         let frames = (piece.first.0 << PAGE_SHIFT..).step_by(PAGE_SIZE).map(Hpa);
-        for (gpa, frame) in mapped.pages().zip(frames) {
-            let mut memory = self.pool.memory.borrow_mut();
-            let tables = self.guests[place].paged.tables();
-            if let Err(error) = tables.map_extent(&mut memory, gpa, frame, rights) {
-                // What is not mapped yet is not unmapped either.
-                for gpa in mapped.pages() {
-                    tables.unmap_extent(&mut memory, gpa).map_err(PagedError::from)?;
-                }
-                return Err(PagedError::from(error).into());
-            }
-        }
+        let mut memory = self.pool.memory.borrow_mut();
+        let tables = self.guests[place].paged.tables();
+        tables.map_extent(&mut memory, mapped.pages().zip(frames), rights).map_err(PagedError::from)?;
+        drop(memory);
         self.guests[place].mapped.push(mapped);
         Ok(u64::from(rights.bits()))
+    }
+
+    /// So many addresses from `gpa` on, if they are behind a guest's memory and nothing is there.
+    ///
+    /// # Errors
+    /// [`Status::Invalid`], [`Status::InUse`].
+    pub fn behind(&self, place: usize, gpa: Gpa, bytes: u64) -> Result<Range<u64>, CallError> {
+        let guest = &self.guests[place];
+        let end = gpa.0.checked_add(bytes).filter(|end| *end <= ADDRESSES_END);
+        let is_behind = gpa.0 >= guest.paged.end_of_memory().0;
+        let range = gpa.0..end.filter(|_| is_behind).ok_or(refused(Status::Invalid))?;
+        if guest.mapped.iter().any(|mapped| mapped.meets(&range)) || self.shows(place, &range) {
+            return Err(refused(Status::InUse));
+        }
+        Ok(range)
     }
 
     /// A guest is dead: what it lent and borrowed goes where it belongs.

@@ -14,26 +14,25 @@
 //! | 13 | part | address, bytes | |
 //! | 14 | refused accesses | | how many there were |
 //! | 15 | seal | address, bytes | |
-use crate::calls::{CallError, Status, rights};
+use crate::calls::{CallError, Status, meet, rights};
 use crate::console::say;
 use crate::guest::{Death, StartError};
 use crate::host::Host;
 use crate::memory::Memory;
-use crate::paged::PagedError;
+use crate::paged::{PagedError, pages};
 use crate::pci::Function;
 use crate::vtd::{Domain, Refused, Unit};
 use crate::wire::Device;
 use alloc::vec::Vec;
+use core::ops::Range;
 use plimsoll_core::frames::Rights;
 use plimsoll_mmu::{Access, Input, Span};
-use plimsoll_types::{Gpa, Hpa, MachineId, PAGE_SHIFT, PAGE_SIZE, PageIndex};
+use plimsoll_types::{Gpa, Hpa, MachineId, PAGE_SIZE};
 
 /// Pages of one guest that its device may reach at a time: they are never taken from it.
 const REACHED_MAX: u64 = 1024;
 /// Refused accesses of one guest's device that are said; all are counted.
 const SAID_MAX: u64 = 64;
-/// Guest physical addresses end here.
-const ADDRESSES_END: u64 = 1 << 48;
 
 /// A device that a guest owns.
 struct Given {
@@ -41,7 +40,7 @@ struct Given {
     function: Function,
     domain: Domain,
     /// Where the guest has its registers.
-    shown: Option<Gpa>,
+    shown: Option<Range<u64>>,
 }
 
 /// The remapping hardware, and who owns which device.
@@ -57,8 +56,8 @@ impl Devices {
     }
 }
 
-fn page(gpa: Gpa, pages: u64) -> Result<Span, PagedError> {
-    Span::new(Input(gpa.0), pages << PAGE_SHIFT).ok_or(PagedError::Outside { gpa })
+fn span(gpa: Gpa, bytes: u64) -> Result<Span, PagedError> {
+    Span::new(Input(gpa.0), bytes).ok_or(PagedError::Outside { gpa })
 }
 
 impl Host {
@@ -124,36 +123,23 @@ impl Host {
         if shown.is_some() {
             return Err(CallError::Refused(Status::InUse));
         }
-        let guest = &mut self.guests[place];
-        let end = gpa.0.checked_add(bytes.0).filter(|end| *end <= ADDRESSES_END);
-        let is_behind = gpa.is_page_aligned() && gpa.0 >= guest.paged.end_of_memory().0;
-        let end = end.filter(|_| is_behind).ok_or(CallError::Refused(Status::Invalid))?;
-        if guest.mapped.iter().any(|mapped| mapped.meets(&(gpa.0..end))) {
-            return Err(CallError::Refused(Status::InUse));
+        if !gpa.is_page_aligned() {
+            return Err(CallError::Refused(Status::Invalid));
         }
-        let memory = self.pool.memory.clone();
-        let memory: &mut Memory = &mut memory.borrow_mut();
-        let tables = guest.paged.tables();
-        let pages = || (0..bytes.0).step_by(PAGE_SIZE).map(|offset| (gpa.0 + offset, registers.0 + offset));
-        for (gpa, at) in pages() {
-            if let Err(error) = tables.map_registers(memory, Gpa(gpa), Hpa(at)) {
-                // What is not mapped yet is not unmapped either.
-                for (gpa, _) in pages() {
-                    tables.unmap_extent(memory, Gpa(gpa)).map_err(PagedError::from)?;
-                }
-                return Err(PagedError::from(error).into());
-            }
-        }
-        self.device(place)?.1.shown = Some(gpa);
+        let range = self.behind(place, gpa, bytes.0)?;
+        let addresses = range.clone().step_by(PAGE_SIZE).map(Gpa);
+        let pages = addresses.zip((registers.0..).step_by(PAGE_SIZE).map(Hpa));
+        let tables = self.guests[place].paged.tables();
+        tables.map_registers(&mut self.pool.memory.borrow_mut(), pages).map_err(PagedError::from)?;
+        self.device(place)?.1.shown = Some(range);
         Ok(bytes.0)
     }
 
     /// Whether a guest has registers there.
-    pub fn shows(&self, place: usize, range: &core::ops::Range<u64>) -> bool {
+    pub fn shows(&self, place: usize, range: &Range<u64>) -> bool {
         let given = self.devices.iter().flat_map(|devices| &devices.given);
-        let own = given.filter(|given| given.owner == self.guests[place].id);
-        own.filter_map(|given| Some(given.shown?.0..given.shown?.0 + given.function.bytes.0))
-            .any(|shown| shown.start < range.end && range.start < shown.end)
+        let mut own = given.filter(|given| given.owner == self.guests[place].id);
+        own.any(|given| given.shown.as_ref().is_some_and(|shown| meet(shown, range)))
     }
 
     fn reach(&mut self, place: usize, gpa: Gpa, bytes: u64, rights: Rights) -> Result<u64, CallError> {
@@ -190,7 +176,9 @@ impl Host {
         let memory = self.pool.memory.clone();
         let at = self.guests[place].paged.hold(&mut memory.borrow_mut(), gpa, access)?;
         let (unit, given) = self.device(place)?;
-        if let Err(error) = unit.map(&given.domain, &mut memory.borrow_mut(), (page(gpa, 1)?, at), rights) {
+        if let Err(error) =
+            unit.map(&given.domain, &mut memory.borrow_mut(), (span(gpa, PAGE_SIZE as u64)?, at), rights)
+        {
             self.guests[place].paged.let_go(gpa)?;
             return Err(PagedError::from(error).into());
         }
@@ -200,16 +188,16 @@ impl Host {
     /// The device reaches these pages no more: unmapped, forgotten by the unit, and only then let go.
     fn part(&mut self, place: usize, gpa: Gpa, bytes: u64) -> Result<u64, CallError> {
         self.device(place)?;
-        let pages = self.guests[place].paged.whole(gpa, bytes)?;
-        let count = u64::from(pages.end - pages.start);
-        if !pages.map(PageIndex).all(|page| self.guests[place].paged.is_held(page)) {
+        self.guests[place].paged.whole(gpa, bytes)?;
+        let pages = || (gpa.0..gpa.0 + bytes).step_by(PAGE_SIZE).map(Gpa);
+        if !pages().all(|page| self.guests[place].paged.is_held(page)) {
             return Err(CallError::Refused(Status::Invalid));
         }
         let memory = self.pool.memory.clone();
         let (unit, given) = self.device(place)?;
-        unit.unmap(&given.domain, &mut memory.borrow_mut(), page(gpa, count)?).map_err(PagedError::from)?;
-        for offset in (0..bytes).step_by(PAGE_SIZE) {
-            self.guests[place].paged.let_go(Gpa(gpa.0 + offset))?;
+        unit.unmap(&given.domain, &mut memory.borrow_mut(), span(gpa, bytes)?).map_err(PagedError::from)?;
+        for page in pages() {
+            self.guests[place].paged.let_go(page)?;
         }
         Ok(0)
     }
@@ -249,18 +237,16 @@ impl Host {
         unit.detach(function.at, &domain)?;
         let paged = &mut self.guests[place].paged;
         let memory: &mut Memory = &mut self.pool.memory.borrow_mut();
-        if let Some(gpa) = shown {
-            for gpa in (gpa.0..gpa.0 + function.bytes.0).step_by(PAGE_SIZE) {
-                paged.tables().unmap_extent(memory, Gpa(gpa))?;
-            }
+        for gpa in shown.into_iter().flatten().step_by(PAGE_SIZE).map(Gpa) {
+            paged.tables().unmap_extent(memory, gpa)?;
         }
-        for region in paged.layout().regions().to_vec() {
-            unit.unmap(&domain, memory, page(region.start, region.bytes.0 >> PAGE_SHIFT)?)?;
-            for held in paged.whole(region.start, region.bytes.0)?.map(PageIndex) {
-                if paged.is_held(held) {
-                    let gpa = paged.gpa_of(held).ok_or(PagedError::Outside { gpa: region.start })?;
-                    paged.let_go(gpa)?;
-                }
+        let regions = paged.layout().regions().to_vec();
+        for region in &regions {
+            unit.unmap(&domain, memory, span(region.start, region.bytes.0)?)?;
+        }
+        for gpa in pages(&regions) {
+            if paged.is_held(gpa) {
+                paged.let_go(gpa)?;
             }
         }
         Ok(Unit::end(domain, memory)?)

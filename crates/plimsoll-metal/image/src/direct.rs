@@ -30,7 +30,7 @@ use crate::cpu::Features;
 use crate::guest::{Guest, StartError};
 use crate::host::Host;
 use crate::memory::{GUESTS, Memory, Outside, Physical};
-use crate::nested::Nested;
+use crate::nested::{self, Nested};
 use crate::paged::{PagedError, Pool, pages};
 use crate::paging::PagingError;
 use crate::shadow::Stock;
@@ -41,10 +41,8 @@ use core::cell::RefCell;
 use plimsoll_guest::abi;
 use plimsoll_mmu::direct::{Direct, Frame, Marks, Refused, Update};
 use plimsoll_mmu::format::x86::{Caps, Long4};
-use plimsoll_mmu::mapper::{MapError, Mapper};
-use plimsoll_mmu::{
-    Input, Leaf, Level, Memory as Type, NothingCached, Output, Permissions, Span, TableMemory,
-};
+use plimsoll_mmu::mapper::Mapper;
+use plimsoll_mmu::{Leaf, Level, Memory as Type, NothingCached, Output, Permissions, TableMemory};
 use plimsoll_types::{ByteCount, Gpa, Hpa, MachineId, PAGE_SHIFT, PAGE_SIZE, Pfn};
 
 /// Entries that one call looks at: 32 tables, well below a millisecond.
@@ -227,8 +225,7 @@ impl Guest {
             rights.set(Permissions::WRITE, !tables.contains(&page.0));
             let frame = nested.frame(memory, page)?;
             let leaf = Leaf::new(Output(frame.0), PAGE_SHIFT, rights, Type::Pat(0));
-            let span = Span::new(Input(page.0), PAGE).ok_or(MapError::Span(Span::one(Input(page.0))));
-            mapper.map(span.map_err(PagingError::from)?, leaf).map_err(PagingError::from)?;
+            mapper.map(nested::page(page)?, leaf).map_err(PagingError::from)?;
         }
         let ends = (Gpa(abi::channel_gpa(0)), Gpa(abi::PAGE_TABLES_GPA));
         let root = nested.name_frames(memory, self.id, pages(), ends)?;
@@ -264,11 +261,14 @@ impl Host {
         let at = Output(first);
         let memory: &mut Memory = &mut self.pool.memory.borrow_mut();
         let nested = guest.paged.tables();
-        let batch = batch(nested, memory, Gpa(first), second);
+        if call == 32 {
+            let batch = batch(nested, memory, Gpa(first), second).ok_or(invalid)?;
+            let (owner, translations) = nested.owner().ok_or(invalid)?;
+            return update(owner, translations, memory.physical(), batch);
+        }
         let (owner, translations) = nested.owner().ok_or(invalid)?;
         let (processor, budget) = (owner.processor(), &mut { BUDGET });
         let answer = match call {
-            32 => return update(owner, translations, memory.physical(), batch.ok_or(invalid)?),
             33 => {
                 let level = u8::try_from(second).map(Level).map_err(|_| invalid)?;
                 owner.ask(translations, budget, |kinds, id, budget| kinds.pin(id, at, level, budget))
@@ -291,8 +291,10 @@ impl Host {
 /// Where a batch is in the machine's memory, and how many updates it has; `None` if it is not in one page of the guest's.
 fn batch(nested: &mut Nested, memory: &mut Memory, at: Gpa, count: u64) -> Option<(Output, u64)> {
     let offset = at.0 % PAGE;
-    let fits = count > 0 && count <= (PAGE - offset) / UPDATE_BYTES && offset.is_multiple_of(UPDATE_BYTES);
-    let page = nested.frame(memory, Gpa(at.0 - offset)).ok().filter(|_| fits)?;
+    if count == 0 || count > (PAGE - offset) / UPDATE_BYTES || !offset.is_multiple_of(UPDATE_BYTES) {
+        return None;
+    }
+    let page = nested.frame(memory, Gpa(at.0 - offset)).ok()?;
     Some((Output(page.0 + offset), count))
 }
 

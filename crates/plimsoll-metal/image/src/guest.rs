@@ -321,11 +321,14 @@ impl Guest {
         }
         guest.write(pool, Gpa(abi::IMAGE_GPA), program)?;
         guest.write(pool, Gpa(abi::PARAMS_GPA), params.as_bytes())?;
-        // The hypervisor writes there whenever it likes, also when there is no memory to bring it into.
-        guest.paged.keep(pool, Gpa(abi::channel_gpa(0)))?;
         match settings.paging {
+            // All of its memory is kept.
             Paging::DIRECT => guest.build_tables(pool, features)?,
-            _ => guest.write_tables(pool, features)?,
+            _ => {
+                guest.write_tables(pool, features)?;
+                // The hypervisor writes there whenever it likes, also when there is no memory to bring it into.
+                guest.paged.keep(pool, Gpa(abi::channel_gpa(0)))?;
+            }
         }
         Ok(guest)
     }

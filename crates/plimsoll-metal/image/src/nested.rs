@@ -59,7 +59,7 @@ pub struct Nested {
 }
 
 /// The page of an address.
-fn page(gpa: Gpa) -> Result<Span, PagingError> {
+pub fn page(gpa: Gpa) -> Result<Span, PagingError> {
     let start = gpa.0 & !(PAGE_SIZE as u64 - 1);
     Span::new(Input(start), PAGE_SIZE as u64).ok_or_else(|| MapError::Span(Span::one(gpa.into())).into())
 }
@@ -179,16 +179,6 @@ impl Nested {
     fn put(
         &mut self,
         memory: &mut Memory,
-        gpa: Gpa,
-        at: Hpa,
-        permissions: Permissions,
-    ) -> Result<(), PagingError> {
-        self.put_as(memory, (gpa, at), permissions, Type::Pat(0))
-    }
-
-    fn put_as(
-        &mut self,
-        memory: &mut Memory,
         (gpa, at): (Gpa, Hpa),
         permissions: Permissions,
         kind: Type,
@@ -210,7 +200,7 @@ impl Nested {
         frame: Frame,
         permissions: Permissions,
     ) -> Result<(), PagingError> {
-        match self.put(memory, gpa, frame.at(), permissions) {
+        match self.put(memory, (gpa, frame.at()), permissions, Type::Pat(0)) {
             Ok(()) => {
                 frame.into_address();
                 Ok(())
@@ -299,30 +289,53 @@ impl Nested {
         })
     }
 
-    /// Maps a page of an extent, with what its reacher may do. The extent keeps its frames.
+    /// Maps pages of an extent, with what its reacher may do: all, or none. The extent keeps its frames.
     ///
     /// # Errors
     /// [`PagingError`]: there is no memory for tables, or something is mapped there.
     pub fn map_extent(
         &mut self,
         memory: &mut Memory,
-        gpa: Gpa,
-        at: Hpa,
+        pages: impl Iterator<Item = (Gpa, Hpa)> + Clone,
         rights: Rights,
     ) -> Result<(), PagingError> {
         let mut permissions = Permissions::READ | Permissions::USER;
         permissions.set(Permissions::WRITE, rights.contains(Rights::WRITE));
         permissions.set(Permissions::EXECUTE, rights.contains(Rights::EXECUTE));
-        self.put(memory, gpa, at, permissions)
+        self.map_all(memory, pages, permissions, Type::Pat(0))
     }
 
-    /// Maps a page of a device's registers, uncached, to be read and written.
+    /// Maps pages of a device's registers, uncached, to be read and written: all, or none.
     ///
     /// # Errors
     /// [`PagingError`]: there is no memory for tables, or something is mapped there.
-    pub fn map_registers(&mut self, memory: &mut Memory, gpa: Gpa, at: Hpa) -> Result<(), PagingError> {
+    pub fn map_registers(
+        &mut self,
+        memory: &mut Memory,
+        pages: impl Iterator<Item = (Gpa, Hpa)> + Clone,
+    ) -> Result<(), PagingError> {
         let permissions = Permissions::READ | Permissions::WRITE | Permissions::USER;
-        self.put_as(memory, (gpa, at), permissions, UNCACHED)
+        self.map_all(memory, pages, permissions, UNCACHED)
+    }
+
+    /// Maps pages that are not the guest's memory: all, or none.
+    fn map_all(
+        &mut self,
+        memory: &mut Memory,
+        pages: impl Iterator<Item = (Gpa, Hpa)> + Clone,
+        permissions: Permissions,
+        kind: Type,
+    ) -> Result<(), PagingError> {
+        for to in pages.clone() {
+            if let Err(error) = self.put(memory, to, permissions, kind) {
+                // What is not mapped yet is not unmapped either.
+                for (gpa, _) in pages {
+                    self.unmap_extent(memory, gpa)?;
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
     /// Takes a page of an extent, or of registers, out of the tables.

@@ -235,11 +235,6 @@ impl Paged {
         }
     }
 
-    /// The address of a page.
-    pub fn gpa_of(&self, page: PageIndex) -> Option<Gpa> {
-        self.core.layout().gpa_of(page)
-    }
-
     /// What it owns.
     pub fn size(&self) -> PageCount {
         self.core.layout().pages()
@@ -373,10 +368,7 @@ impl Paged {
     pub fn keep(&mut self, pool: &mut Pool, gpa: Gpa) -> Result<(), PagedError> {
         self.bytes(pool, gpa)?;
         let page = self.core.layout().index_of(gpa).ok_or(PagedError::Outside { gpa })?;
-        if self.core.state(page)? != PageState::NeverPage {
-            self.core.exclude(page)?;
-        }
-        Ok(())
+        Ok(self.core.exclude(page)?)
     }
 
     /// Keeps all pages in its tables from now on.

@@ -173,9 +173,7 @@ impl Space {
     /// # Errors
     /// [`PagingError`]; the frame is then not mapped.
     pub fn map_page(&self, memory: &mut Memory, at: Input, frame: Hpa) -> Result<(), PagingError> {
-        let span = Span::new(at, PAGE_SIZE as u64).ok_or(MapError::Span(Span::one(at)))?;
-        let to = (Output(frame.0), Type::Pat(0));
-        self.map(memory, span, to, Permissions::READ | Permissions::WRITE, &mut ThisProcessor)
+        self.map_one(memory, at, (Output(frame.0), Type::Pat(0)))
     }
 
     /// Maps a page of hardware's registers to itself, uncached.
@@ -183,9 +181,13 @@ impl Space {
     /// # Errors
     /// [`PagingError`].
     pub fn map_registers(&self, memory: &mut Memory, at: Hpa) -> Result<(), PagingError> {
-        let span = Span::new(Input(at.0), PAGE_SIZE as u64).ok_or(MapError::Span(Span::one(Input(at.0))))?;
-        let rights = Permissions::READ | Permissions::WRITE;
-        self.map(memory, span, (Output(at.0), UNCACHED), rights, &mut ThisProcessor)
+        self.map_one(memory, Input(at.0), (Output(at.0), UNCACHED))
+    }
+
+    /// Maps a page, to read and write.
+    fn map_one(&self, memory: &mut Memory, at: Input, to: (Output, Type)) -> Result<(), PagingError> {
+        let span = Span::new(at, PAGE_SIZE as u64).ok_or(MapError::Span(Span::one(at)))?;
+        self.map(memory, span, to, Permissions::READ | Permissions::WRITE, &mut ThisProcessor)
     }
 
     /// Takes pages out of the window.

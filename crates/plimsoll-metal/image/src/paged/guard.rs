@@ -22,6 +22,7 @@ use crate::memory::Memory;
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Range;
+use plimsoll_core::bits::Bits;
 use plimsoll_core::word::PageState;
 use plimsoll_mmu::{Access, Leaf, Permissions};
 use plimsoll_types::{Gpa, Hpa, PAGE_SIZE, PageBytes, PageCount, PageIndex};
@@ -63,25 +64,6 @@ impl fmt::Display for Forbidden {
     }
 }
 
-/// A bit for each page of a guest.
-struct Bits(Vec<u64>);
-
-impl Bits {
-    fn new(end: PageIndex) -> Self {
-        Self(alloc::vec![0; end.get().div_ceil(64)])
-    }
-
-    fn has(&self, page: PageIndex) -> bool {
-        self.0.get(page.get() / 64).is_some_and(|word| word >> (page.0 % 64) & 1 == 1)
-    }
-
-    fn set(&mut self, page: PageIndex, has: bool) {
-        if let Some(word) = self.0.get_mut(page.get() / 64) {
-            *word = *word & !(1 << (page.0 % 64)) | u64::from(has) << (page.0 % 64);
-        }
-    }
-}
-
 /// What is decided about a guest's pages beside where they are.
 pub struct Guard {
     /// What it may execute, sorted; `None`: anything.
@@ -99,7 +81,7 @@ pub struct Guard {
 impl Guard {
     /// A guest that may do everything with its pages, which end before that one.
     pub fn new(end: PageIndex) -> Self {
-        let (sealed, device_writes) = (Bits::new(end), Bits::new(end));
+        let (sealed, device_writes) = (Bits::new(end.0), Bits::new(end.0));
         Self { code: None, sealed, device_writes, reached: PageCount(0), verified: 0, refused: 0 }
     }
 
@@ -117,14 +99,15 @@ impl Guard {
 
     /// Bytes of this.
     pub fn table_bytes(&self) -> usize {
-        (self.sealed.0.len() + self.device_writes.0.len()) * size_of::<u64>()
+        self.sealed.bytes()
+            + self.device_writes.bytes()
             + self.code.as_ref().map_or(0, |code| code.len() * size_of::<Digest>())
     }
 
     /// What may be done with a page that has just been brought.
     pub(super) fn arrives(&self, page: PageIndex) -> Permissions {
         let mut rights = READ;
-        rights.set(Permissions::WRITE, !self.sealed.has(page));
+        rights.set(Permissions::WRITE, !self.sealed.contains(page));
         rights.set(Permissions::EXECUTE, !self.is_strict());
         rights
     }
@@ -160,7 +143,7 @@ impl Paged {
 
     /// Whether its device or the hypervisor may write the page at any time.
     fn is_written_by_others(&self, page: PageIndex) -> Result<bool, PagedError> {
-        Ok(self.core.state(page)? == PageState::NeverPage || self.guard.device_writes.has(page))
+        Ok(self.core.state(page)? == PageState::NeverPage || self.guard.device_writes.contains(page))
     }
 
     fn refuse<T>(&mut self, why: Forbidden) -> Result<T, PagedError> {
@@ -182,7 +165,9 @@ impl Paged {
         let page = self.core.layout().index_of(gpa).ok_or(PagedError::Outside { gpa })?;
         let (start, Leaf { permissions, .. }) = self.leaf_of(memory, page)?;
         let rights = match access {
-            Access::Write if self.guard.sealed.has(page) => return self.refuse(Forbidden::Sealed { gpa }),
+            Access::Write if self.guard.sealed.contains(page) => {
+                return self.refuse(Forbidden::Sealed { gpa });
+            }
             Access::Write if !permissions.contains(Permissions::WRITE) => READ | Permissions::WRITE,
             Access::Fetch if !permissions.contains(Permissions::EXECUTE) => {
                 if self.is_written_by_others(page)? {
@@ -213,7 +198,7 @@ impl Paged {
             }
         }
         for page in pages.map(PageIndex) {
-            self.guard.sealed.set(page, true);
+            self.guard.sealed.insert(page);
             if self.core.state(page)?.is_in_ram() {
                 let (gpa, leaf) = self.leaf_of(memory, page)?;
                 self.nested.protect(memory, gpa, leaf.permissions - Permissions::WRITE)?;
@@ -229,7 +214,7 @@ impl Paged {
     pub(super) fn may_discard(&mut self, pages: Range<u32>) -> Result<(), PagedError> {
         for page in pages.map(PageIndex) {
             let gpa = self.gpa(page)?;
-            if self.guard.sealed.has(page) {
+            if self.guard.sealed.contains(page) {
                 return self.refuse(Forbidden::Sealed { gpa });
             }
             if matches!(self.core.state(page)?, PageState::Pinned(_)) {
@@ -246,7 +231,7 @@ impl Paged {
     pub fn hold(&mut self, memory: &mut Memory, gpa: Gpa, access: Access) -> Result<Hpa, PagedError> {
         let page = self.core.layout().index_of(gpa).ok_or(PagedError::Outside { gpa })?;
         let writes = access == Access::Write;
-        if writes && self.guard.sealed.has(page) {
+        if writes && self.guard.sealed.contains(page) {
             return self.refuse(Forbidden::Sealed { gpa });
         }
         if matches!(self.core.state(page)?, PageState::Pinned(_) | PageState::NeverPage) {
@@ -257,7 +242,9 @@ impl Paged {
             self.nested.protect(memory, gpa, READ | Permissions::WRITE)?;
         }
         self.core.hold(page)?;
-        self.guard.device_writes.set(page, writes);
+        if writes {
+            self.guard.device_writes.insert(page);
+        }
         self.guard.reached += PageCount(1);
         Ok(Hpa(leaf.output.0))
     }
@@ -269,14 +256,15 @@ impl Paged {
     pub fn let_go(&mut self, gpa: Gpa) -> Result<(), PagedError> {
         let page = self.core.layout().index_of(gpa).ok_or(PagedError::Outside { gpa })?;
         self.core.let_go(page)?;
-        self.guard.device_writes.set(page, false);
+        self.guard.device_writes.remove(page);
         self.guard.reached = self.guard.reached.saturating_sub(PageCount(1));
         Ok(())
     }
 
     /// Whether its device reaches the page.
-    pub fn is_held(&self, page: PageIndex) -> bool {
-        matches!(self.core.state(page), Ok(PageState::Pinned(_)))
+    pub fn is_held(&self, gpa: Gpa) -> bool {
+        let page = self.core.layout().index_of(gpa);
+        page.is_some_and(|page| matches!(self.core.state(page), Ok(PageState::Pinned(_))))
     }
 }
 
