@@ -35,7 +35,6 @@ use plimsoll_mmu::{
     Access, Entry, Feature, Format, Input, Leaf, Level, Malformed, Marks, Memory, Output, Permissions,
     Shareability, Table,
 };
-use std::cell::RefCell;
 use std::marker::PhantomData;
 
 /// A board with 2 GiB of RAM whose processor starts in EL2, at the program.
@@ -274,22 +273,18 @@ impl Setting {
 }
 
 /// Where a table is put.
-fn place(frames: &RefCell<Frames>) -> impl FnMut(&mut Chance, u64) -> Output {
-    |chance, bytes| frames.borrow_mut().take(chance, bytes.max(4096))
+fn place(frames: &Frames) -> impl FnMut(&mut Chance, u64) -> Output {
+    |chance, bytes| frames.take(chance, bytes.max(4096))
 }
 
 impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> ArmCase<F, S> {
     /// A case that can be compared.
     pub fn draw(chance: &mut Chance, stages: Stages) -> Self {
-        loop {
-            if let Some(case) = Self::attempt(chance, stages) {
-                return case;
-            }
-        }
+        chance.until(|chance| Self::attempt(chance, stages))
     }
 
     fn attempt(chance: &mut Chance, stages: Stages) -> Option<Self> {
-        let frames = RefCell::new(Frames::new(TABLES));
+        let frames = Frames::new(TABLES);
         let ram = Ram::new(RAM);
         let setting = Setting::draw::<S>(chance);
         let second_root = place(&frames)(chance, S::entries(S::root()) * 8);
@@ -351,7 +346,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> ArmCase<F, S> {
     pub fn grow(chance: &mut Chance, stages: Stages, count: usize) -> Vec<Self> {
         let (mut cases, mut words) = (Vec::new(), 0);
         while cases.len() < count && words < GROWN_WORDS {
-            let frames = RefCell::new(Frames::new(TABLES));
+            let frames = Frames::new(TABLES);
             let ram = Ram::new(RAM);
             let setting = Setting::draw::<S>(chance);
             let first_root = place(&frames)(chance, F::entries(F::root()) * 8);
@@ -670,12 +665,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> Case for ArmCase<F, S> {
             Stages::Second => tree::path::<S>(&memory, second, self.input, Some).0,
             Stages::Both => {
                 let stage = Stage::<S, _>::new(&memory, self.second, self.access.1);
-                let host = |at: Output| {
-                    let walked = stage.translate(at.as_input(), Access::Read, Purpose::GuestTable);
-                    walked.ok().map(|walked| walked.output)
-                };
-                let (own, end) = tree::path::<F>(&memory, first, self.input, host);
-                own + &tree::path::<S>(&memory, second, end.as_input(), Some).0
+                tree::nested_path::<F, S>(&memory, &stage, first, second, self.input)
             }
         }
     }

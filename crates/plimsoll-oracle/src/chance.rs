@@ -34,6 +34,15 @@ impl Chance {
         self.below(100) < percent
     }
 
+    /// What `attempt` makes, once it makes something.
+    pub(crate) fn until<T>(&mut self, mut attempt: impl FnMut(&mut Self) -> Option<T>) -> T {
+        loop {
+            if let Some(made) = attempt(self) {
+                return made;
+            }
+        }
+    }
+
     /// One of them.
     ///
     /// # Panics

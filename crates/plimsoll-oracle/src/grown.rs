@@ -4,14 +4,13 @@
 //! around that address, and the addresses where one of them began or ended. What must never happen: a frame that is given back with a
 //! word in it, a refusal that nobody asked for, or a tree that leads elsewhere than was asked: each address is looked up in what was asked
 //! of the mapper, one request after the other, before a processor walks it.
+use crate::Chance;
 use crate::tree::{Dress, Frames, Size, Tree};
-use crate::{Chance, Ram};
 use plimsoll_mmu::mapper::Mapper;
 use plimsoll_mmu::{
     Entry, Format, Input, Invalidate, Leaf, Level, MapError, NothingCached, Output, Permissions, Span,
     TableFrames, TableMemory,
 };
-use std::cell::RefCell;
 use std::fmt;
 
 /// How many blocks are mapped beside that of the address, at most: entries of more than one table, where those have 512.
@@ -26,32 +25,24 @@ const WORDS_MAX: usize = 20_000;
 const LOOKS: usize = 6;
 
 /// Frames at random, as many as are asked for.
-struct Supply<'a> {
-    ram: &'a Ram,
-    frames: &'a RefCell<Frames>,
+struct Supply<'a, F: Format> {
+    tree: &'a Tree<'a, F>,
+    frames: &'a Frames,
     chance: Chance,
-    /// What a table of a level takes.
-    bytes: fn(Level) -> u64,
 }
 
-/// The bytes of a table of `level`.
-fn bytes<F: Format>(level: Level) -> u64 {
-    F::entries(level) * 8
-}
-
-impl TableFrames for Supply<'_> {
+impl<F: Format> TableFrames for Supply<'_, F> {
     fn left(&self, _: Level) -> usize {
         usize::MAX
     }
 
     fn take(&mut self, level: Level) -> Option<Output> {
-        let bytes = (self.bytes)(level).max(4096);
-        Some(self.frames.borrow_mut().take(&mut self.chance, bytes))
+        Some(self.frames.take(&mut self.chance, (F::entries(level) * 8).max(4096)))
     }
 
     fn give(&mut self, level: Level, frame: Output) {
-        for at in (frame.0..frame.0 + (self.bytes)(level)).step_by(8).map(Output) {
-            assert_eq!(self.ram.get(at), 0, "the table at {frame} was given back with a word at {at}");
+        for at in (0..F::entries(level)).map(|index| Output(frame.0 + index * 8)) {
+            assert_eq!(self.tree.ram.get(at), 0, "the table at {frame} was given back with a word at {at}");
         }
     }
 }
@@ -175,7 +166,7 @@ fn leaf<F: Format>(chance: &mut Chance, dress: &mut impl Dress<F>, target: Outpu
 /// The mapper fails, does something else than it was asked, or gives a frame back with a word in it.
 pub fn grow<F: Format>(
     chance: &mut Chance,
-    (tree, frames): (&Tree<'_, F>, &RefCell<Frames>),
+    (tree, frames): (&Tree<'_, F>, &Frames),
     dress: &mut impl Dress<F>,
     (input, target, size): (Input, Output, Size),
 ) -> Option<Vec<Input>> {
@@ -184,7 +175,7 @@ pub fn grow<F: Format>(
     if over_others {
         tree.lead(chance, dress, (input, target, size));
     }
-    let mut supply = Supply { ram: tree.ram, frames, chance: Chance::new(chance.bits()), bytes: bytes::<F> };
+    let mut supply = Supply { tree, frames, chance: Chance::new(chance.bits()) };
     let mut caches = NothingCached;
     let mut mapper = Mapper::<F, _, _, _>::new(tree.root, tree.caps, tree.ram, &mut supply, &mut caches)
         .unwrap_or_else(|error| panic!("{error}"));

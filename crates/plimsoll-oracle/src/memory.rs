@@ -1,4 +1,5 @@
 //! The memory of a case: the few words in it that matter, and zeros elsewhere, as far as there is RAM.
+use crate::Chance;
 use plimsoll_mmu::{Output, TableMemory};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -13,6 +14,11 @@ pub struct Region {
 }
 
 impl Region {
+    /// Eight bytes of it, aligned.
+    pub fn word(self, chance: &mut Chance) -> Output {
+        Output(self.first + chance.below(self.bytes / 8) * 8)
+    }
+
     /// Whether it has the eight bytes at an address.
     pub const fn has(self, at: u64) -> bool {
         at >= self.first && at - self.first <= self.bytes - 8
@@ -47,13 +53,8 @@ impl Ram {
     }
 
     /// How many words were set.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.words.borrow().len()
-    }
-
-    /// Whether none was.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// All words that were set, by address.

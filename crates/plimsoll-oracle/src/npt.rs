@@ -24,12 +24,9 @@ use crate::tree::{self, Dress, Frames, Moved, Size, Tree};
 use crate::verdict::{Case, Expected};
 use crate::x86::{self as plain, ARENA, Entries, PAGE_FAULT, PROGRAM, RAM, STORED, Switches, TABLES};
 use plimsoll_mmu::format::x86::{Caps, Npt, X86Format};
-use plimsoll_mmu::nested::{
-    self, GuestMemory, GuestMemoryFault, NestedPageFault, NptStage, Purpose, SecondStage,
-};
+use plimsoll_mmu::nested::{self, GuestMemory, GuestMemoryFault, NestedPageFault, NptStage, Purpose};
 use plimsoll_mmu::x86::{self, Control, Fault, Mode, Registers};
 use plimsoll_mmu::{Access, Entry, Feature, Input, Leaf, Level, Marks, Output, Permissions, Table};
-use std::cell::RefCell;
 use std::marker::PhantomData;
 
 /// The PC of [`crate::x86`], whose processor can have guests.
@@ -136,15 +133,9 @@ fn middle(chance: &mut Chance) -> u64 {
     }
 }
 
-/// A size of leaf, most often a page.
-fn size<F: X86Format>(chance: &mut Chance, caps: &Caps) -> Size {
-    let largest = F::largest_leaf(caps).0;
-    Size::of::<F>(Level(chance.of(&[1, 1, 2, largest])))
-}
-
 /// An address of the guest's that is to go to `last`, and by what size of leaf; `None` if what it executes is in its place.
 fn first_way<F: X86Format>(chance: &mut Chance, caps: &Caps, last: Output) -> Option<(Input, Size)> {
-    let size = size::<F>(chance, caps);
+    let size = Size::draw::<F>(chance, caps);
     let input = Input(size.join(tree::input::<F>(chance).0, last.0));
     (F::index(input, F::root()) != 0).then_some((input, size))
 }
@@ -152,20 +143,16 @@ fn first_way<F: X86Format>(chance: &mut Chance, caps: &Caps, last: Output) -> Op
 impl<F: X86Format> NptCase<F> {
     /// A case whose walks stay in RAM.
     pub fn draw(chance: &mut Chance, caps: Caps) -> Self {
-        loop {
-            if let Some(case) = Self::attempt(chance, caps) {
-                return case;
-            }
-        }
+        chance.until(|chance| Self::attempt(chance, caps))
     }
 
     fn attempt(chance: &mut Chance, caps: Caps) -> Option<Self> {
-        let frames = RefCell::new(Frames::new(TABLES));
+        let frames = Frames::new(TABLES);
         let ram = Ram::new(RAM);
         let host_root = same_below(chance, &ram, &frames);
 
-        let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
-        let final_size = size::<Npt>(chance, &caps);
+        let target = ARENA.word(chance);
+        let final_size = Size::draw::<Npt>(chance, &caps);
         let last = Output(final_size.join(middle(chance), target.0));
 
         // The guest's tables: those of its code where the host has them, the others anywhere.
@@ -173,8 +160,8 @@ impl<F: X86Format> NptCase<F> {
         let mut moved = Moved::default();
         let code = code_tables::<F>(chance, &ram, &frames);
         let place = |chance: &mut Chance| {
-            let host = frames.borrow_mut().take(chance, 4096);
-            let size = size::<Npt>(chance, &caps);
+            let host = frames.take(chance, 4096);
+            let size = Size::draw::<Npt>(chance, &caps);
             let at = Output(size.join(middle(chance), host.0));
             moved.add((at, host), 4096, size);
             at
@@ -187,7 +174,7 @@ impl<F: X86Format> NptCase<F> {
         let (_, places) = tree.lead(chance, &mut entries, (input, last, first_size))?;
 
         let tree = Tree::<Npt> { ram: &ram, root: host_root, caps };
-        let mut entries = Nested(Entries { place: plain::place(&frames), least: EVERYBODY });
+        let mut entries = Nested(Entries { place: frames.pages(), least: EVERYBODY });
         let last = (last, target, final_size);
         let places = moved.lead((&tree, chance), &mut entries, (&guest, &places), last)?;
         if chance.percent(45) {
@@ -207,22 +194,22 @@ impl<F: X86Format> NptCase<F> {
     }
 
     fn grown(chance: &mut Chance, caps: Caps) -> Option<Vec<Self>> {
-        let frames = RefCell::new(Frames::new(TABLES));
+        let frames = Frames::new(TABLES);
         let ram = Ram::new(RAM);
         let host_root = same_below(chance, &ram, &frames);
-        let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
-        let final_size = size::<Npt>(chance, &caps);
+        let target = ARENA.word(chance);
+        let final_size = Size::draw::<Npt>(chance, &caps);
         let last = Output(final_size.join(middle(chance), target.0));
 
         // Where the guest's tables are, the host's addresses are the guest's.
-        let mut entries = Entries { place: plain::place(&frames), least: Permissions::READ };
+        let mut entries = Entries { place: frames.pages(), least: Permissions::READ };
         let guest_root = (entries.place)(chance);
         ram.set(guest_root, code_tables::<F>(chance, &ram, &frames).0 | TABLE);
         let (input, first_size) = first_way::<F>(chance, &caps, last)?;
         let tree = Tree::<F> { ram: &ram, root: guest_root, caps };
         let looks = grow(chance, (&tree, &frames), &mut entries, (input, last, first_size))?;
 
-        let mut entries = Nested(Entries { place: plain::place(&frames), least: EVERYBODY });
+        let mut entries = Nested(Entries { place: frames.pages(), least: EVERYBODY });
         let tree = Tree::<Npt> { ram: &ram, root: host_root, caps };
         grow(chance, (&tree, &frames), &mut entries, (last.as_input(), target, final_size))?;
         let mut finish = |look| Self::finish(chance, caps, (guest_root, host_root), look, ram.clone());
@@ -296,16 +283,16 @@ impl<F: X86Format> NptCase<F> {
 }
 
 /// Nested tables that lead the first GiB to itself.
-fn same_below(chance: &mut Chance, ram: &Ram, frames: &RefCell<Frames>) -> Output {
-    let [root, below] = [(); 2].map(|()| frames.borrow_mut().take(chance, 4096));
+fn same_below(chance: &mut Chance, ram: &Ram, frames: &Frames) -> Output {
+    let [root, below] = [(); 2].map(|()| frames.take(chance, 4096));
     ram.set(root, below.0 | TABLE);
     ram.set(below, plain::LARGE | TABLE);
     root
 }
 
 /// A guest's tables below its root that lead to what it executes.
-fn code_tables<F: X86Format>(chance: &mut Chance, ram: &Ram, frames: &RefCell<Frames>) -> Output {
-    let mut place = plain::place(frames);
+fn code_tables<F: X86Format>(chance: &mut Chance, ram: &Ram, frames: &Frames) -> Output {
+    let mut place = frames.pages();
     let first = place(chance);
     let mut table = first;
     for _ in 2..F::LEVELS {
@@ -403,10 +390,6 @@ impl<F: X86Format> Case for NptCase<F> {
         let memory = self.memory.clone();
         let stage = NptStage { memory: &memory, registers: self.host };
         let guest = (Output(self.guest.cr3), &self.guest.caps);
-        let host = |at: Output| {
-            stage.translate(at.as_input(), Access::Read, Purpose::GuestTable).ok().map(|walked| walked.output)
-        };
-        let (own, end) = tree::path::<F>(&memory, guest, self.input, host);
-        own + &tree::path::<Npt>(&memory, nested, end.as_input(), Some).0
+        tree::nested_path::<F, Npt>(&memory, &stage, guest, nested, self.input)
     }
 }

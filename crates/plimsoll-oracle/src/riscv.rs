@@ -38,7 +38,6 @@ use plimsoll_mmu::{
     Access, Entry, Feature, Format, Input, Leaf, Level, Malformed, Marks, Memory, Output, Permissions, Table,
     TableMemory,
 };
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
@@ -134,16 +133,11 @@ fn own_link<F: Format>(stages: Stages) -> (u64, u64) {
 }
 
 /// A second stage's root that has the program's tables.
-fn with_own_link<S: Format>(chance: &mut Chance, frames: &RefCell<Frames>, ram: &Ram) -> Output {
-    let root = frames.borrow_mut().take(chance, 16 << 10);
+fn with_own_link<S: Format>(chance: &mut Chance, frames: &Frames, ram: &Ram) -> Output {
+    let root = frames.take(chance, 16 << 10);
     let (word, at) = own_link::<S>(Stages::Second);
     ram.set(Output(root.0 | S::index(Input(at), S::root()) << 3), word);
     root
-}
-
-/// Where a table is put.
-fn place(frames: &RefCell<Frames>) -> impl FnMut(&mut Chance) -> Output {
-    |chance| frames.borrow_mut().take(chance, 4096)
 }
 
 /// The mode field of vsatp and hgatp.
@@ -241,22 +235,16 @@ fn second_input<S: Format>(chance: &mut Chance) -> u64 {
 impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
     /// A case that can be compared.
     pub fn draw(chance: &mut Chance, stages: Stages, caps: Caps) -> Self {
-        loop {
-            if let Some(case) = Self::attempt(chance, stages, caps)
-                && case.is_comparable()
-            {
-                return case;
-            }
-        }
+        chance.until(|chance| Self::attempt(chance, stages, caps).filter(Self::is_comparable))
     }
 
     fn attempt(chance: &mut Chance, stages: Stages, caps: Caps) -> Option<Self> {
-        let frames = RefCell::new(Frames::new(TABLES));
+        let frames = Frames::new(TABLES);
         let ram = Ram::new(RAM);
         let second_root = with_own_link::<S>(chance, &frames, &ram);
 
         // Where it all leads, and what the first stage calls it.
-        let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
+        let target = ARENA.word(chance);
         let final_size = size::<S>(chance, caps);
         let middle = match stages {
             Stages::First => target.0,
@@ -267,7 +255,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
         let guest = Ram::new(RAM);
         if stages != Stages::Second {
             let place = |chance: &mut Chance| {
-                let host = frames.borrow_mut().take(chance, 4096);
+                let host = frames.take(chance, 4096);
                 if stages == Stages::First {
                     return host;
                 }
@@ -290,7 +278,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
         }
         if stages != Stages::First {
             let tree = Tree::<S> { ram: &ram, root: second_root, caps };
-            let mut entries = Entries { place: place(&frames), caps, user: true };
+            let mut entries = Entries { place: frames.pages(), caps, user: true };
             let last = (Output(middle), target, final_size);
             places = moved.lead((&tree, chance), &mut entries, (&guest, &places), last)?;
         }
@@ -309,13 +297,13 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> RiscvCase<F, S> {
     pub fn grow(chance: &mut Chance, stages: Stages, caps: Caps, count: usize) -> Vec<Self> {
         let mut cases = Vec::new();
         while cases.len() < count {
-            let frames = RefCell::new(Frames::new(TABLES));
+            let frames = Frames::new(TABLES);
             let ram = Ram::new(RAM);
             let second_root = with_own_link::<S>(chance, &frames, &ram);
-            let first_root = frames.borrow_mut().take(chance, 4096);
+            let first_root = frames.take(chance, 4096);
             ram.set(first_root, own_link::<F>(Stages::First).0);
-            let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
-            let mut entries = Entries { place: place(&frames), caps, user: stages == Stages::Second };
+            let target = ARENA.word(chance);
+            let mut entries = Entries { place: frames.pages(), caps, user: stages == Stages::Second };
             let looks = if stages == Stages::Second {
                 let size = size::<S>(chance, caps);
                 let input = Input(size.join(second_input::<S>(chance), target.0));
@@ -562,12 +550,7 @@ impl<F: Format<Caps = Caps>, S: Format<Caps = Caps>> Case for RiscvCase<F, S> {
             Stages::Second => tree::path::<S>(&memory, second, self.input, Some).0,
             Stages::Both => {
                 let stage = Stage::<S, _>::new(&memory, self.second);
-                let host = |at: Output| {
-                    let walked = stage.translate(at.as_input(), Access::Read, Purpose::GuestTable);
-                    walked.ok().map(|walked| walked.output)
-                };
-                let (own, end) = tree::path::<F>(&memory, first, self.input, host);
-                own + &tree::path::<S>(&memory, second, end.as_input(), Some).0
+                tree::nested_path::<F, S>(&memory, &stage, first, second, self.input)
             }
         }
     }

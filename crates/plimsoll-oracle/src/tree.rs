@@ -3,32 +3,40 @@
 //! Enters: an address, the size of the leaf that is to map it, and where it is to go. Leaves: words in [`Ram`]. All words are the
 //! crate's own encoders'; damage comes later.
 use crate::{Chance, Ram, Region};
-use plimsoll_mmu::{Entry, Format, Input, Level, Output};
+use plimsoll_mmu::nested::{Purpose, SecondStage};
+use plimsoll_mmu::{Access, Entry, Format, Input, Level, Output};
+use std::cell::RefCell;
 use std::fmt::Write;
 
 /// Frames for tables, in no order, each taken once.
 #[derive(Clone, Debug)]
 pub struct Frames {
     region: Region,
-    taken: Vec<Region>,
+    taken: RefCell<Vec<Region>>,
 }
 
 impl Frames {
     /// Frames of this region.
     pub const fn new(region: Region) -> Self {
-        Self { region, taken: Vec::new() }
+        Self { region, taken: RefCell::new(Vec::new()) }
     }
 
     /// A frame of so many bytes, aligned to them.
-    pub fn take(&mut self, chance: &mut Chance, bytes: u64) -> Output {
+    pub fn take(&self, chance: &mut Chance, bytes: u64) -> Output {
+        let mut taken = self.taken.borrow_mut();
         loop {
             let first = self.region.first + chance.below(self.region.bytes / bytes) * bytes;
-            let is_free = |taken: &Region| first >= taken.first + taken.bytes || first + bytes <= taken.first;
-            if self.taken.iter().all(is_free) {
-                self.taken.push(Region { first, bytes });
+            let is_free = |other: &Region| first >= other.first + other.bytes || first + bytes <= other.first;
+            if taken.iter().all(is_free) {
+                taken.push(Region { first, bytes });
                 return Output(first);
             }
         }
+    }
+
+    /// Where tables of a page are put.
+    pub fn pages(&self) -> impl FnMut(&mut Chance) -> Output {
+        |chance| self.take(chance, 4096)
     }
 }
 
@@ -91,6 +99,11 @@ impl Size {
     /// A leaf on its own.
     pub fn of<F: Format>(level: Level) -> Self {
         Self { level, shift: F::shift(level) }
+    }
+
+    /// A leaf on its own, most often a page.
+    pub fn draw<F: Format>(chance: &mut Chance, caps: &F::Caps) -> Self {
+        Self::of::<F>(Level(chance.of(&[1, 1, 2, F::largest_leaf(caps).0])))
     }
 
     /// An address whose low bits, which such a leaf leaves alone, are those of `low`.
@@ -199,4 +212,20 @@ pub fn path<F: Format>(
             _ => return (text, at),
         }
     }
+}
+
+/// The same through two stages: a guest's entries, in memory at what `stage` makes of their addresses, and then those of where they lead.
+pub fn nested_path<F: Format, S: Format>(
+    ram: &Ram,
+    stage: &impl SecondStage,
+    first: (Output, &F::Caps),
+    second: (Output, &S::Caps),
+    input: Input,
+) -> String {
+    let host = |at: Output| {
+        let walked = stage.translate(at.as_input(), Access::Read, Purpose::GuestTable);
+        walked.ok().map(|walked| walked.output)
+    };
+    let (own, end) = path::<F>(ram, first, input, host);
+    own + &path::<S>(ram, second, end.as_input(), Some).0
 }

@@ -24,7 +24,6 @@ use crate::x86::{self as plain, ARENA, PROGRAM, RAM, STORED, TABLES};
 use plimsoll_mmu::format::vtd::{Caps, VtdFormat};
 use plimsoll_mmu::vtd::{self, Fault, Mode, Registers, Request};
 use plimsoll_mmu::{Entry, Feature, Input, Leaf, Level, Marks, Memory, Output, Permissions, Table};
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
@@ -116,7 +115,7 @@ pub struct VtdCase<F> {
 }
 
 struct Entries<'a> {
-    frames: &'a RefCell<Frames>,
+    frames: &'a Frames,
     snoop_control: Feature,
 }
 
@@ -130,7 +129,7 @@ fn permissions(chance: &mut Chance, percent: u64) -> Permissions {
 
 impl<F: VtdFormat> Dress<F> for Entries<'_> {
     fn table(&mut self, chance: &mut Chance, _: Level) -> Entry {
-        let at = self.frames.borrow_mut().take(chance, 4096);
+        let at = self.frames.take(chance, 4096);
         let table = Table::new(at, permissions(chance, 15), Memory::Physical);
         Entry::Table(Table { software: chance.bits() & IGNORED, ..table })
     }
@@ -152,26 +151,22 @@ fn damaged(chance: &mut Chance, word: u64) -> u64 {
 
 /// An address, where it is to go, and by what size of leaf.
 fn way<F: VtdFormat>(chance: &mut Chance, caps: &Caps) -> (Input, Output, Size) {
-    let size = Size::of::<F>(Level(chance.of(&[1, 1, 2, F::largest_leaf(caps).0])));
-    let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
+    let size = Size::draw::<F>(chance, caps);
+    let target = ARENA.word(chance);
     (Input(size.join(tree::input::<F>(chance).0, target.0)), target, size)
 }
 
 impl<F: VtdFormat> VtdCase<F> {
     /// A case that can be compared.
     pub fn draw(chance: &mut Chance) -> Self {
-        loop {
-            if let Some(case) = Self::attempt(chance) {
-                return case;
-            }
-        }
+        chance.until(|chance| Self::attempt(chance))
     }
 
     fn attempt(chance: &mut Chance) -> Option<Self> {
         let caps = caps::<F>();
-        let frames = RefCell::new(Frames::new(TABLES));
+        let frames = Frames::new(TABLES);
         let ram = Ram::new(RAM);
-        let root = frames.borrow_mut().take(chance, 4096);
+        let root = frames.take(chance, 4096);
         let mut way = way::<F>(chance, &caps);
         let mut entries = Entries { frames: &frames, snoop_control: caps.snoop_control };
         let tree = Tree::<F> { ram: &ram, root, caps };
@@ -192,9 +187,9 @@ impl<F: VtdFormat> VtdCase<F> {
         let caps = caps::<F>();
         let mut cases = Vec::new();
         while cases.len() < count {
-            let frames = RefCell::new(Frames::new(TABLES));
+            let frames = Frames::new(TABLES);
             let ram = Ram::new(RAM);
-            let root = frames.borrow_mut().take(chance, 4096);
+            let root = frames.take(chance, 4096);
             let mut entries = Entries { frames: &frames, snoop_control: caps.snoop_control };
             let tree = Tree::<F> { ram: &ram, root, caps };
             let way = way::<F>(chance, &caps);

@@ -22,7 +22,6 @@ use crate::verdict::{Case, Expected};
 use plimsoll_mmu::format::x86::{Caps, Maker, X86Format};
 use plimsoll_mmu::x86::{self, Control, ErrorCode, Fault, Mode, Registers};
 use plimsoll_mmu::{Access, Entry, Feature, Input, Leaf, Level, Marks, Memory, Output, Permissions, Table};
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 
@@ -248,23 +247,17 @@ fn low_half(bits: u64) -> u32 {
 }
 
 /// A root that has the program's tables.
-fn with_own_link<F: X86Format>(chance: &mut Chance, frames: &RefCell<Frames>) -> (Ram, Output) {
-    let root = frames.borrow_mut().take(chance, 4096);
+fn with_own_link<F: X86Format>(chance: &mut Chance, frames: &Frames) -> (Ram, Output) {
+    let root = frames.take(chance, 4096);
     let ram = Ram::new(RAM);
     ram.set(root, own_link::<F>());
     (ram, root)
 }
 
-/// Where a table is put.
-pub(crate) fn place(frames: &RefCell<Frames>) -> impl FnMut(&mut Chance) -> Output {
-    |chance| frames.borrow_mut().take(chance, 4096)
-}
-
 /// An address, where it is to go, and by what size of leaf; `None` if the program's tables are in its place.
 fn way<F: X86Format>(chance: &mut Chance, processor: &Processor) -> Option<(Input, Output, Size)> {
-    let largest = F::largest_leaf(&processor.caps).0;
-    let size = Size::of::<F>(Level(chance.of(&[1, 1, 2, largest])));
-    let target = Output(ARENA.first + chance.below(ARENA.bytes / 8) * 8);
+    let size = Size::draw::<F>(chance, &processor.caps);
+    let target = ARENA.word(chance);
     let target = if chance.percent(10) { Output(target.0 | 0xff8) } else { target };
     let input = Input(size.join(tree::input::<F>(chance).0, target.0));
     (F::index(input, F::root()) != 0).then_some((input, target, size))
@@ -283,18 +276,14 @@ const ACCESSES: [(Access, Mode); 7] = [
 impl<F: X86Format> X86Case<F> {
     /// A case whose walk stays in RAM.
     pub fn draw(chance: &mut Chance, processor: &Processor) -> Self {
-        loop {
-            if let Some(case) = Self::attempt(chance, processor) {
-                return case;
-            }
-        }
+        chance.until(|chance| Self::attempt(chance, processor))
     }
 
     fn attempt(chance: &mut Chance, processor: &Processor) -> Option<Self> {
-        let frames = RefCell::new(Frames::new(TABLES));
+        let frames = Frames::new(TABLES);
         let (ram, root) = with_own_link::<F>(chance, &frames);
         let way = way::<F>(chance, processor)?;
-        let mut entries = Entries { place: place(&frames), least: Permissions::READ };
+        let mut entries = Entries { place: frames.pages(), least: Permissions::READ };
         let tree = Tree::<F> { ram: &ram, root, caps: processor.caps };
         let (_, places) = tree.lead(chance, &mut entries, way)?;
         if chance.percent(45) {
@@ -311,10 +300,10 @@ impl<F: X86Format> X86Case<F> {
     pub fn grow(chance: &mut Chance, processor: &Processor, count: usize) -> Vec<Self> {
         let mut cases = Vec::new();
         while cases.len() < count {
-            let frames = RefCell::new(Frames::new(TABLES));
+            let frames = Frames::new(TABLES);
             let (ram, root) = with_own_link::<F>(chance, &frames);
             let Some(way) = way::<F>(chance, processor) else { continue };
-            let mut entries = Entries { place: place(&frames), least: Permissions::READ };
+            let mut entries = Entries { place: frames.pages(), least: Permissions::READ };
             let tree = Tree::<F> { ram: &ram, root, caps: processor.caps };
             for input in grow(chance, (&tree, &frames), &mut entries, way).into_iter().flatten() {
                 cases.extend(Self::finish(chance, processor, root, (input, &ACCESSES), ram.clone()));

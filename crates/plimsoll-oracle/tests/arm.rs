@@ -1,7 +1,7 @@
 //! Arm: QEMU's model agrees with the crate on every translation, fault, memory type and mark, through one stage and two.
 mod common;
 
-use common::{check, is_wanting, seed};
+use common::{Mistake, check, is_wanting, notices, seed};
 use plimsoll_mmu::arm::Control;
 use plimsoll_mmu::format::arm::{Caps, Lower, Second, Upper};
 use plimsoll_mmu::{Feature, Format};
@@ -94,17 +94,10 @@ fn a_crate_that_is_wrong_would_be_noticed() {
         return;
     }
     type Both = ArmCase<Lower<12, 48>, Second<12, 40>>;
-    type Mistake = (&'static str, fn(&mut Both));
-    let notice = |stages, wrong: &[Mistake]| {
+    let notice = |stages, wrong: &[Mistake<Both>]| {
         let (cases, outcomes) = outcomes::<Lower<12, 48>, Second<12, 40>>(stages, CASES / 4);
         check("right", &Report::new(&cases, &outcomes), CASES / 80);
-        for (what, mistake) in wrong {
-            let mut mistaken = cases.clone();
-            mistaken.iter_mut().for_each(mistake);
-            let found = Report::new(&mistaken, &outcomes).mismatches.len();
-            assert!(found > 0, "nobody would notice a crate that is wrong about {what}");
-            println!("wrong about {what}: {found} mismatches");
-        }
+        notices(&cases, &outcomes, wrong);
     };
     notice(
         Stages::First,

@@ -1,7 +1,7 @@
 //! Nested paging: QEMU's model agrees with the crate on every access, exit, accessed and dirty bit of both stages.
 mod common;
 
-use common::{check, is_wanting, seed};
+use common::{Mistake, check, is_wanting, notices, seed};
 use plimsoll_mmu::format::x86::{Long4, Long5, X86Format};
 use plimsoll_mmu::x86::Control;
 use plimsoll_mmu::{Feature, Format};
@@ -35,8 +35,7 @@ fn guests_of_four_levels_see_what_the_model_shows_them() {
     let outcomes = execute(&cases);
     check(&format!("{}, nested", Long4::NAME), &Report::new(&cases, &outcomes), 1000);
     // The same outcomes against a crate that is wrong in one respect each.
-    type Mistake = (&'static str, fn(&mut NptCase<Long4>));
-    let wrong: [Mistake; 7] = [
+    let wrong: [Mistake<NptCase<Long4>>; 7] = [
         ("the host's NX", |case| case.host.caps.no_execute = Feature::On),
         ("the guest's NX", |case| case.guest.caps.no_execute = Feature::On),
         ("nested MAXPHYADDR", |case| case.host.caps.physical_bits = 41),
@@ -45,13 +44,7 @@ fn guests_of_four_levels_see_what_the_model_shows_them() {
         ("WP", |case| case.guest.control.toggle(Control::WRITE_PROTECT)),
         ("keys", |case| case.guest.caps.keys = Feature::Off),
     ];
-    for (what, mistake) in wrong {
-        let mut mistaken = cases.clone();
-        mistaken.iter_mut().for_each(mistake);
-        let found = Report::new(&mistaken, &outcomes).mismatches.len();
-        assert!(found > 0, "nobody would notice a crate that is wrong about {what}");
-        println!("wrong about {what}: {found} mismatches");
-    }
+    notices(&cases, &outcomes, &wrong);
 }
 
 #[test]

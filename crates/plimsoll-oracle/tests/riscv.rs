@@ -1,7 +1,7 @@
 //! RISC-V: QEMU's model agrees with the crate on every access, fault, A and D, through one stage and two.
 mod common;
 
-use common::{check, is_wanting, seed};
+use common::{Mistake, check, is_wanting, notices, seed};
 use plimsoll_mmu::format::riscv::{Caps, Sv39, Sv39x4, Sv48, Sv48x4, Sv57, Sv57x4};
 use plimsoll_mmu::riscv::{Control, Mode};
 use plimsoll_mmu::{Feature, Format};
@@ -93,19 +93,12 @@ fn a_crate_that_is_wrong_would_be_noticed() {
     type Both = RiscvCase<Sv39, Sv39x4>;
     let (cases, outcomes) = outcomes::<Sv39, Sv39x4>(Stages::Both, Caps::FULL, CASES / 4);
     check("right", &Report::new(&cases, &outcomes), CASES / 80);
-    type Mistake = (&'static str, fn(&mut Both));
-    let wrong: [Mistake; 5] = [
+    let wrong: [Mistake<Both>; 5] = [
         ("SUM", |case| case.first.control.toggle(Control::SUM)),
         ("MXR", |case| case.second.control.toggle(Control::MXR)),
         ("the mode", |case| case.mode = Mode::User),
         ("Svnapot", |case| case.second.caps.napot = Feature::Off),
         ("who keeps A and D", |case| case.second.updates = Feature::Off),
     ];
-    for (what, mistake) in wrong {
-        let mut mistaken = cases.clone();
-        mistaken.iter_mut().for_each(mistake);
-        let found = Report::new(&mistaken, &outcomes).mismatches.len();
-        assert!(found > 0, "nobody would notice a crate that is wrong about {what}");
-        println!("wrong about {what}: {found} mismatches");
-    }
+    notices(&cases, &outcomes, &wrong);
 }

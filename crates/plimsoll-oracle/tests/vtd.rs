@@ -1,7 +1,7 @@
 //! VT-d: QEMU's model agrees with the crate on every transfer and recorded fault; and a wrong crate would be found.
 mod common;
 
-use common::{check, is_wanting, seed};
+use common::{Mistake, check, is_wanting, notices, seed};
 use plimsoll_mmu::format::vtd::{Second3, Second4, VtdFormat};
 use plimsoll_mmu::vtd::Request;
 use plimsoll_mmu::{Feature, Format, Level};
@@ -43,8 +43,7 @@ fn devices_with_four_levels_reach_what_the_model_lets_them() {
     let outcomes = execute(&cases);
     check(Second4::NAME, &Report::new(&cases, &outcomes), 1000);
     // The same outcomes against a crate that is wrong in one respect each.
-    type Mistake = (&'static str, fn(&mut VtdCase<Second4>));
-    let wrong: [Mistake; 6] = [
+    let wrong: [Mistake<VtdCase<Second4>>; 6] = [
         ("HAW", |case| case.registers.caps.physical_bits = 49),
         ("MGAW", |case| case.registers.caps.input_bits = 47),
         ("pages of 1 GiB", |case| case.registers.caps.largest_leaf = Level(2)),
@@ -52,11 +51,5 @@ fn devices_with_four_levels_reach_what_the_model_lets_them() {
         ("TM", |case| case.registers.caps.transient = Feature::On),
         ("reads and writes", |case| case.request = Request::Read),
     ];
-    for (what, mistake) in wrong {
-        let mut mistaken = cases.clone();
-        mistaken.iter_mut().for_each(mistake);
-        let found = Report::new(&mistaken, &outcomes).mismatches.len();
-        assert!(found > 0, "nobody would notice a crate that is wrong about {what}");
-        println!("wrong about {what}: {found} mismatches");
-    }
+    notices(&cases, &outcomes, &wrong);
 }

@@ -1,7 +1,7 @@
 //! x86-64: QEMU's model agrees with the crate on every access, fault, accessed and dirty bit; and a wrong crate would be found.
 mod common;
 
-use common::{check, is_wanting, seed};
+use common::{Mistake, check, is_wanting, notices, seed};
 use plimsoll_mmu::format::x86::{Long4, Long5, X86Format};
 use plimsoll_mmu::x86::Control;
 use plimsoll_mmu::{Feature, Format};
@@ -34,8 +34,7 @@ fn four_levels_are_translated_as_the_model_translates_them() {
     let outcomes = execute(&processor, &cases);
     check(Long4::NAME, &Report::new(&cases, &outcomes), 1000);
     // The same outcomes against a crate that is wrong in one respect each.
-    type Mistake = (&'static str, fn(&mut X86Case<Long4>));
-    let wrong: [Mistake; 7] = [
+    let wrong: [Mistake<X86Case<Long4>>; 7] = [
         ("WP", |case| case.registers.control.toggle(Control::WRITE_PROTECT)),
         ("SMEP", |case| case.registers.control.remove(Control::SMEP)),
         ("SMAP", |case| case.registers.control.remove(Control::SMAP)),
@@ -44,13 +43,7 @@ fn four_levels_are_translated_as_the_model_translates_them() {
         ("NX", |case| case.registers.caps.no_execute = Feature::On),
         ("MAXPHYADDR", |case| case.registers.caps.physical_bits = 41),
     ];
-    for (what, mistake) in wrong {
-        let mut mistaken = cases.clone();
-        mistaken.iter_mut().for_each(mistake);
-        let found = Report::new(&mistaken, &outcomes).mismatches.len();
-        assert!(found > 0, "nobody would notice a crate that is wrong about {what}");
-        println!("wrong about {what}: {found} mismatches");
-    }
+    notices(&cases, &outcomes, &wrong);
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Whether there is a model, which seed, and what a report must be.
-use plimsoll_oracle::{Hardware, Report};
+use plimsoll_oracle::{Case, Hardware, Outcome, Report};
 use std::env;
 
 /// Mismatches that are printed; the others are like them.
@@ -34,4 +34,18 @@ pub(crate) fn check(name: &str, report: &Report, least: usize) {
     let translated: usize = translated.map(|(_, count)| count).sum();
     let faults = report.cases() - translated;
     assert!(translated >= least && faults >= least, "{translated} translations and {faults} faults");
+}
+
+/// What a crate could be wrong about, and a case as it would see it then.
+pub(crate) type Mistake<C> = (&'static str, fn(&mut C));
+
+/// Fails if the same outcomes do not differ from what a crate says that is wrong in one respect each.
+pub(crate) fn notices<C: Case>(cases: &[C], outcomes: &[Outcome], wrong: &[Mistake<C>]) {
+    for (what, mistake) in wrong {
+        let mut mistaken = cases.to_vec();
+        mistaken.iter_mut().for_each(mistake);
+        let found = Report::new(&mistaken, outcomes).mismatches.len();
+        assert!(found > 0, "nobody would notice a crate that is wrong about {what}");
+        println!("wrong about {what}: {found} mismatches");
+    }
 }
