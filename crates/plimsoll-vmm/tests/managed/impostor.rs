@@ -2,14 +2,13 @@
 //!
 //! Enters: a [`Conduct`] and the hand-over socket. Leaves: whatever that conduct says, on a socket and with
 //! userfaultfds that are what an honest VMM's are. It lives until its standard input closes.
-use plimsoll_core::layout::{GuestLayout, Region};
-use plimsoll_linux::uffd::wire::{self, Hello, Item, Op, Outcome, Stop, Ticket, Welcome};
+pub(crate) use crate::goods::{Goods, RAM, RAM_FEATURES};
+use plimsoll_linux::uffd::wire::{self, Item, Op, Outcome, Stop, Ticket, Welcome};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::fdpass;
-use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
 use plimsoll_sys::process::adopt_inherited;
-use plimsoll_sys::uffd::{Features, Mode, RegisterMode, Userfaultfd};
-use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, Hva, PAGE_SIZE, PageCount};
+use plimsoll_sys::uffd::RegisterMode;
+use plimsoll_types::{ByteCount, Hva, PAGE_SIZE, PageCount};
 use rustix::net::Shutdown;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,12 +17,6 @@ use std::sync::Arc;
 
 /// The first argument of a process that is to be one.
 pub(crate) const ROLE: &str = "be-an-impostor";
-/// Its memory.
-pub(crate) const RAM: ByteCount = ByteCount::mib(4);
-
-/// What RAM's descriptor has to be able to do.
-pub(crate) const RAM_FEATURES: Features =
-    Features::EVENT_REMOVE.union(Features::EVENT_UNMAP).union(Features::MOVE).union(Features::POISON);
 
 /// How it answers its first request to move pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,41 +74,7 @@ impl Conduct {
     }
 }
 
-/// Memory and descriptors as a VMM hands them over.
-pub(crate) struct Goods {
-    pub(crate) hello: Hello,
-    pub(crate) ram: Userfaultfd,
-    pub(crate) airlock: Userfaultfd,
-    memory: AnonymousMapping,
-    _slots: AnonymousMapping,
-}
-
 impl Goods {
-    pub(crate) fn new(name: &str) -> Self {
-        let open = |features| {
-            let uffd = Userfaultfd::open(Mode::KernelAndUser).unwrap();
-            uffd.handshake(features).unwrap();
-            uffd
-        };
-        let ram = open(RAM_FEATURES);
-        let airlock = open(Features::MOVE);
-        let memory = AnonymousMapping::new(RAM, HugePages::Never).unwrap();
-        let slots = AnonymousMapping::new(ByteCount(BLOCK_SIZE as u64), HugePages::Never).unwrap();
-        ram.register(memory.unborrowed(memory.range()).unwrap(), RegisterMode::MISSING).unwrap();
-        airlock.register(slots.unborrowed(slots.range()).unwrap(), RegisterMode::MISSING).unwrap();
-        let hello = Hello {
-            name: name.to_owned(),
-            shard: 0,
-            shards: 1,
-            layout: GuestLayout::new(vec![Region { start: Gpa(0), bytes: RAM }]).unwrap(),
-            hvas: vec![memory.base()],
-            airlock_base: slots.base(),
-            airlock_slots: 1,
-            features: RAM_FEATURES.bits(),
-        };
-        Self { hello, ram, airlock, memory, _slots: slots }
-    }
-
     /// Does what an honest agent does about the registration of guest pages, and nothing else.
     fn oblige(&self, op: Op, item: &Item) {
         let bytes = |pages: u32| PageCount(u64::from(pages)).bytes();

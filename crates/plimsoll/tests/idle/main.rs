@@ -5,15 +5,17 @@
 //! so that what is measured is the manager's. `PLIMSOLL_IDLE_MACHINES` says how many there are: 1000 for what docs/daemon.md reports.
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
 
-use plimsoll_core::layout::{GuestLayout, Region};
+#[path = "../../../plimsoll-vmm/tests/managed/goods.rs"]
+mod goods;
+
+use goods::Goods;
 use plimsoll_host::api::Host;
 use plimsoll_host::api::client::Client;
-use plimsoll_linux::uffd::wire::{self, Hello, Item, Op, Outcome, Stop, Welcome};
+use plimsoll_linux::uffd::wire::{self, Item, Op, Outcome, Stop, Welcome};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::fdpass;
-use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
-use plimsoll_sys::uffd::{Features, Holes, Mode, MoveMode, RegisterMode, Userfaultfd, Wake};
-use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, Hva, PAGE_SIZE, PageCount};
+use plimsoll_sys::uffd::{Holes, Mode, MoveMode, RegisterMode, Userfaultfd, Wake};
+use plimsoll_types::{ByteCount, Hva, PAGE_SIZE, PageCount};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -28,8 +30,7 @@ use std::time::{Duration, Instant};
 const ROLE: &str = "be-idle";
 /// Machines of one such process.
 const TOGETHER: usize = 10;
-/// What each has, and what it has touched of it.
-const RAM: ByteCount = ByteCount::mib(4);
+/// What each has touched of its memory.
 const TOUCHED: u64 = 32;
 /// How long the manager is watched: so many decisions.
 const WATCHED: Duration = Duration::from_secs(5);
@@ -85,41 +86,7 @@ fn passes() -> bool {
     passed
 }
 
-/// Memory and descriptors of a machine.
-struct Goods {
-    hello: Hello,
-    ram: Userfaultfd,
-    airlock: Userfaultfd,
-    memory: AnonymousMapping,
-    slots: AnonymousMapping,
-}
-
 impl Goods {
-    fn new(name: String) -> Self {
-        let features = Features::EVENT_REMOVE | Features::EVENT_UNMAP | Features::MOVE | Features::POISON;
-        let open = |features| {
-            let uffd = Userfaultfd::open(Mode::KernelAndUser).unwrap();
-            uffd.handshake(features).unwrap();
-            uffd
-        };
-        let (ram, airlock) = (open(features), open(Features::MOVE));
-        let memory = AnonymousMapping::new(RAM, HugePages::Never).unwrap();
-        let slots = AnonymousMapping::new(ByteCount(BLOCK_SIZE as u64), HugePages::Never).unwrap();
-        ram.register(memory.unborrowed(memory.range()).unwrap(), RegisterMode::MISSING).unwrap();
-        airlock.register(slots.unborrowed(slots.range()).unwrap(), RegisterMode::MISSING).unwrap();
-        let hello = Hello {
-            name,
-            shard: 0,
-            shards: 1,
-            layout: GuestLayout::new(vec![Region { start: Gpa(0), bytes: RAM }]).unwrap(),
-            hvas: vec![memory.base()],
-            airlock_base: slots.base(),
-            airlock_slots: 1,
-            features: features.bits(),
-        };
-        Self { hello, ram, airlock, memory, slots }
-    }
-
     /// Does what an agent is asked.
     fn oblige(&self, op: Op, item: &Item) -> Outcome {
         let bytes = |pages: u32| PageCount(u64::from(pages)).bytes();
@@ -172,7 +139,7 @@ impl Goods {
 /// The VMM of `count` machines, until its standard input closes.
 fn vmm(first: usize, count: usize, socket: &Path) -> ExitCode {
     for number in first..first + count {
-        let goods = Arc::new(Goods::new(format!("idle{number}")));
+        let goods = Arc::new(Goods::new(&format!("idle{number}")));
         let socket = fdpass::seqpacket_connect(socket).unwrap();
         fdpass::send(&socket, &goods.hello.encode(), &[goods.ram.as_fd(), goods.airlock.as_fd()]).unwrap();
         let mut bytes = [0; wire::DATAGRAM_MAX];
