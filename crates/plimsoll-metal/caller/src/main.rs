@@ -11,7 +11,7 @@
 //! grants A, writes it, shares it to read  maps A when it may, reads what was written
 //! grants B, shares it to write            maps B, says 1 in it
 //! reclaims A, writes it, says 1           may no longer map A; says 2
-//! lends A, may no longer map it           maps A, finds zeros, writes it, says 3, dies of a stray access
+//! lends A, may no longer map it, says 2   maps A, finds zeros, writes it, then says 3 and dies of a stray access
 //! maps A when it is back, finds zeros; releases both, after which no handle means anything
 //! ```
 #![no_std]
@@ -195,6 +195,8 @@ fn own(vcpu: &mut Vcpu) -> u64 {
     until(vcpu, meeting, 2);
     assert_eq!(call(LEND, A, 2, READ_WRITE), (DONE, A), "lend");
     assert_eq!(call(MAP, A, mine, 0).0, NO_SUCH_EXTENT, "a lender does not reach it");
+    // Not before: the borrower gives it back by dying.
+    write(meeting + 8, 2);
     until(vcpu, meeting, 3);
     // The borrower dies of its own doing, and only then it is ours again.
     assert_eq!(until_done(vcpu, MAP, A, mine), 7, "a lender has it back");
@@ -223,6 +225,7 @@ fn borrow(vcpu: &mut Vcpu) -> u64 {
     assert_eq!(until_done(vcpu, MAP, A, theirs), READ_WRITE, "as was lent");
     assert!(holds(theirs, |_| 0), "not a word of the lender's");
     fill(theirs, 9000);
+    until(vcpu, meeting + 8, 2);
     write(meeting, 3);
     // Nothing is behind the third page of the window: the guest ends here.
     read(WINDOW + 2 * PAGE_SIZE)
