@@ -66,7 +66,7 @@ struct TestArguments {
     #[arg(long, value_parser = clap::value_parser!(u8).range(0..=3))]
     level: Option<u8>,
     /// How long the randomized soak of level 1 lasts.
-    #[arg(long, value_name = "SECONDS", default_value_t = 180)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     soak: u64,
     /// Run only tests whose names contain one of these.
     filters: Vec<String>,
