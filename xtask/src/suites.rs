@@ -4,8 +4,9 @@
 //! `target/xtask`, and as the last line `N passed, N failed, N skipped`. An error leaves too when a test failed, when
 //! one was skipped that this machine could run, or when there was none to run.
 //!
-//! All chosen packages are built by one cargo call and their test programs are run from here, one after the other, so that
-//! no package is built twice with different features and no two programs compete for the machine's memory.
+//! All chosen packages are built by one cargo call and their test programs are run from here, so that no package is built twice
+//! with different features. Programs that mostly wait for emulated guests run beside those that need nothing but
+//! processors; then each of the others runs alone, so that no two compete for the machine's memory, swap and time.
 use crate::cargo::{self, Metadata, Package, Target};
 use crate::dist::trial;
 use crate::machine;
@@ -15,8 +16,11 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use std::fs::{self, File};
 use std::io::Write;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Tests that need nothing but a compiler.
@@ -51,6 +55,8 @@ const LEVELS: [(&str, u8); 21] = [
     ("plimsoll-oracle", MODELS),
     ("plimsoll-metal", MODELS),
 ];
+/// Test programs that mostly wait: for guests to boot and for managers to decide.
+const WAITING: [&str; 2] = ["plimsoll tests/attached", "plimsoll-stock tests/stock"];
 /// A test program that takes longer than this, the soak's time apart, hangs. The longest takes minutes.
 const PATIENCE: Duration = Duration::from_secs(15 * 60);
 /// How often a running program is looked at.
@@ -94,7 +100,7 @@ pub(crate) fn run(choice: &Choice) -> Result<()> {
     let logs = metadata.target_directory.join("xtask");
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
     let (here, lacking) = announce_machine();
-    let mut runner = Runner { choice, logs, total: Tally::default(), forbidden: Vec::new(), here, lacking };
+    let runner = Runner { choice, logs, sum: Mutex::default(), here, lacking };
 
     let suites = build(&metadata, choice)?;
     if choice.level.is_none_or(|level| level == PURE) && choice.filters.is_empty() {
@@ -108,12 +114,16 @@ pub(crate) fn run(choice: &Choice) -> Result<()> {
         runner
             .check(KERNEL, "package in an empty root", |log| trial::in_an_empty_root(&program, &logs, log))?;
     }
-    for suite in &suites {
-        let mut command = Command::new(&suite.program);
-        command.current_dir(&suite.folder).env("CARGO_MANIFEST_DIR", &suite.folder);
-        command.args(&choice.filters).arg("--show-output");
-        runner.program(suite.level, &suite.name, &mut command)?;
-    }
+    let (waiting, working): (Vec<_>, Vec<_>) =
+        suites.iter().partition(|suite| WAITING.contains(&suite.name.as_str()));
+    let (beside, alone): (Vec<_>, Vec<_>) =
+        working.into_iter().partition(|suite| [PURE, MODELS].contains(&suite.level));
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| runner.suites(&waiting));
+        let beside = runner.suites(&beside);
+        waiting.join().unwrap_or_else(|panic| resume_unwind(panic)).and(beside)
+    })?;
+    runner.suites(&alone)?;
     let mut documented = cargo::cargo();
     documented.args(["test", "--doc", "--quiet", "--no-fail-fast", "--locked"]);
     documented.args(packages(&metadata, choice.level, Package::has_library)?).arg("--");
@@ -195,13 +205,19 @@ fn build(metadata: &Metadata, choice: &Choice) -> Result<Vec<Suite>> {
     Ok(suites)
 }
 
+/// What came of all programs so far.
+#[derive(Default)]
+struct Sum {
+    total: Tally,
+    /// Skipped although this machine could run them.
+    forbidden: Vec<String>,
+}
+
 /// Runs programs and adds up.
 struct Runner<'a> {
     choice: &'a Choice,
     logs: PathBuf,
-    total: Tally,
-    /// Skipped although this machine could run them.
-    forbidden: Vec<String>,
+    sum: Mutex<Sum>,
     /// Capabilities this machine has, for tests to insist on.
     here: String,
     /// The lowest level whose tests need something it lacks.
@@ -216,8 +232,8 @@ enum End {
 
 impl Runner<'_> {
     /// Runs something that passes or fails as a whole.
-    fn check(&mut self, level: u8, name: &str, check: impl FnOnce(&File) -> Result<()>) -> Result<()> {
-        let (log, path) = self.begin(level, name)?;
+    fn check(&self, level: u8, name: &str, check: impl FnOnce(&File) -> Result<()>) -> Result<()> {
+        let (log, path) = self.log(name)?;
         let start = Instant::now();
         let outcome = check(&log);
         let tally = Tally::of_check(outcome.is_ok());
@@ -228,9 +244,19 @@ impl Runner<'_> {
         Ok(())
     }
 
+    /// Runs test programs, one after the other.
+    fn suites(&self, suites: &[&Suite]) -> Result<()> {
+        suites.iter().try_for_each(|suite| {
+            let mut command = Command::new(&suite.program);
+            command.current_dir(&suite.folder).env("CARGO_MANIFEST_DIR", &suite.folder);
+            command.args(&self.choice.filters).arg("--show-output");
+            self.program(suite.level, &suite.name, &mut command)
+        })
+    }
+
     /// Runs a test program.
-    fn program(&mut self, level: u8, name: &str, command: &mut Command) -> Result<()> {
-        let (log, path) = self.begin(level, name)?;
+    fn program(&self, level: u8, name: &str, command: &mut Command) -> Result<()> {
+        let (log, path) = self.log(name)?;
         let start = Instant::now();
         command.env("PLIMSOLL_REQUIRE", &self.here);
         command.env("PLIMSOLL_SOAK_SECONDS", self.choice.soak.as_secs().to_string());
@@ -248,17 +274,18 @@ impl Runner<'_> {
         self.end(level, name, tally, start, &path)
     }
 
-    fn begin(&self, level: u8, name: &str) -> Result<(File, PathBuf)> {
-        print!("level {level}  {name:<38} ");
-        std::io::stdout().flush()?;
+    fn log(&self, name: &str) -> Result<(File, PathBuf)> {
         let path = self.logs.join(format!("{}.log", name.replace([' ', '/'], "-")));
         let log = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok((log, path))
     }
 
-    fn end(&mut self, level: u8, name: &str, tally: Tally, start: Instant, log: &Path) -> Result<()> {
+    fn end(&self, level: u8, name: &str, tally: Tally, start: Instant, log: &Path) -> Result<()> {
+        // Held to the end: what is said of one program stays together.
+        let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
         let Tally { passed, failed, skipped, .. } = &tally;
-        println!("{passed:>4} passed {failed} failed {skipped} skipped  {}", seconds(start.elapsed()));
+        let took = seconds(start.elapsed());
+        println!("level {level}  {name:<38} {passed:>4} passed {failed} failed {skipped} skipped  {took}");
         for reason in &tally.reasons {
             println!("    skipped: {reason}");
         }
@@ -268,20 +295,21 @@ impl Runner<'_> {
             println!("----");
         }
         if tally.skipped > 0 && self.lacking.is_none_or(|lacking| level < lacking) {
-            self.forbidden.push(name.to_owned());
+            sum.forbidden.push(name.to_owned());
         }
-        self.total += tally;
+        sum.total += tally;
         Ok(())
     }
 
     /// The closing line, and whether the whole run is good.
     fn conclude(self) -> Result<()> {
-        let Tally { passed, failed, skipped, .. } = self.total;
-        if !self.forbidden.is_empty() {
-            println!("skipped although this machine can run them: {}", self.forbidden.join(", "));
+        let Sum { total, forbidden } = self.sum.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let Tally { passed, failed, skipped, .. } = total;
+        if !forbidden.is_empty() {
+            println!("skipped although this machine can run them: {}", forbidden.join(", "));
         }
         println!("{passed} passed, {failed} failed, {skipped} skipped");
-        if failed > 0 || !self.forbidden.is_empty() {
+        if failed > 0 || !forbidden.is_empty() {
             bail!("the tests failed; the logs are in {}", self.logs.display());
         }
         if passed == 0 {
@@ -303,7 +331,7 @@ fn wait(command: &mut Command, deadline: Instant) -> Result<End> {
             child.wait()?;
             return Ok(End::Hung);
         }
-        std::thread::sleep(LOOK_EVERY);
+        thread::sleep(LOOK_EVERY);
     }
 }
 
