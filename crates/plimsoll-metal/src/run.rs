@@ -123,11 +123,12 @@ pub enum Board {
 }
 
 impl Board {
+    /// Nothing of it may be merged: it is in nobody's sharing domain, and would keep the host's machines from sharing.
     const fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Plain => &["-machine", "pc"],
+            Self::Plain => &["-machine", "pc,mem-merge=off"],
             // Four levels of tables. It must come before the devices that are behind it.
-            Self::Remapping => &["-machine", "q35", "-device", "intel-iommu,aw-bits=48"],
+            Self::Remapping => &["-machine", "q35,mem-merge=off", "-device", "intel-iommu,aw-bits=48"],
         }
     }
 }

@@ -42,7 +42,7 @@ pub const HARDWARE: Hardware = Hardware {
     qemu: "qemu-system-aarch64",
     arguments: &[
         "-machine",
-        "virt,virtualization=on,memory-backend=ram",
+        "virt,virtualization=on,memory-backend=ram,mem-merge=off",
         "-cpu",
         "max",
         "-device",

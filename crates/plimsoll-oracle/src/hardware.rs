@@ -35,7 +35,8 @@ pub struct Source {
 pub struct Hardware {
     /// The QEMU.
     pub qemu: &'static str,
-    /// Its arguments; `RAM` stands for the options that make RAM a file, `FOLDER` for the run's folder.
+    /// Its arguments; `RAM` stands for the options that make RAM a file, `FOLDER` for the run's folder. Nothing may be
+    /// merged (`mem-merge=off`): it would be a stranger's memory to a host whose machines share.
     pub arguments: &'static [&'static str],
     /// The prefix of the binutils.
     pub binutils: &'static str,

@@ -44,7 +44,7 @@ use std::marker::PhantomData;
 /// A board with 2 GiB of RAM and nothing in ROM.
 pub const HARDWARE: Hardware = Hardware {
     qemu: "qemu-system-riscv64",
-    arguments: &["-machine", "virt,memory-backend=ram", "-bios", "none"],
+    arguments: &["-machine", "virt,memory-backend=ram,mem-merge=off", "-bios", "none"],
     binutils: "riscv64-linux-gnu-",
     flags: &["-mno-relax"],
     program: Source { text: include_str!("../programs/riscv.s"), at: BASE },

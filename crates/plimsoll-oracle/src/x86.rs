@@ -30,7 +30,7 @@ pub const HARDWARE: Hardware = Hardware {
     qemu: "qemu-system-x86_64",
     arguments: &[
         "-machine",
-        "q35,memory-backend=ram",
+        "q35,memory-backend=ram,mem-merge=off",
         "-bios",
         "FOLDER/firmware",
         "-device",
