@@ -38,24 +38,38 @@ pub(crate) struct Shared {
 
 /// Shares `pages` out among the machines of the tree, one bid each.
 pub(crate) fn share_out(tree: &Tree, pages: PageCount, bids: &[Bid]) -> Shared {
-    let tax = tree.settings().tax;
-    let groups = sum_inward(tree, bids);
+    // A group's own reservation holds as far as anybody in it wants it.
+    let groups = sum_inward(tree, bids, |group| group.own);
     let floors = groups[0].floor;
+    let grants = share_inward(tree, pages.max(floors), &groups, bids);
+    Shared { grants, short: floors.saturating_sub(pages), floors }
+}
+
+/// What each machine keeps of its cap where nothing but limits bounds what there is. A group's own reservation is in the
+/// floors of those who want it, and nobody else's.
+pub(crate) fn within_limits(tree: &Tree, bids: &[Bid]) -> Vec<PageCount> {
+    let groups = sum_inward(tree, bids, |_| PageCount(0));
+    share_inward(tree, groups[0].cap, &groups, bids)
+}
+
+/// Holds the auction of each group, the host's about `pages` first.
+fn share_inward(tree: &Tree, pages: PageCount, groups: &[Bidder], bids: &[Bid]) -> Vec<PageCount> {
+    let tax = tree.settings().tax;
     let mut grants = vec![PageCount(0); bids.len()];
     let mut won = vec![PageCount(0); groups.len()];
-    won[0] = pages.max(floors);
+    won[0] = pages;
     // Parents come before their children.
     for (index, group) in tree.groups.iter().enumerate() {
-        let outcome = auction(won[index], &siblings(tree, group, &groups, bids, won[index], tax), tax);
+        let outcome = auction(won[index], &siblings(tree, group, groups, bids, won[index], tax), tax);
         let (nested, machines) = outcome.grants.split_at(group.groups.len());
         group.groups.iter().zip(nested).for_each(|(place, grant)| won[*place] = *grant);
         group.machines.iter().zip(machines).for_each(|(place, grant)| grants[*place] = *grant);
     }
-    Shared { grants, short: floors.saturating_sub(pages), floors }
+    grants
 }
 
-/// What each group bids, from the innermost outward.
-fn sum_inward(tree: &Tree, bids: &[Bid]) -> Vec<Bidder> {
+/// What each group bids, from the innermost outward: at least what is `reserved` of it, as far as it may have so much.
+fn sum_inward(tree: &Tree, bids: &[Bid], reserved: impl Fn(&Group) -> PageCount) -> Vec<Bidder> {
     let nobody = Bidder { floor: PageCount(0), cap: PageCount(0), active: PageCount(0), shares: 1 };
     let mut bidders = vec![nobody; tree.groups.len()];
     for index in (0..tree.groups.len()).rev() {
@@ -73,9 +87,9 @@ fn sum_inward(tree: &Tree, bids: &[Bid]) -> Vec<Bidder> {
             active += bidder.active.min(bidder.cap);
         }
         // The host has no limit of its own: what it has is what is auctioned.
-        let cap = if index == 0 { cap } else { cap.min(group.cap) };
-        // A group's own reservation holds as far as anybody in it wants it.
-        let floor = floor.max(group.own).min(cap);
+        // Floors that exceed a limit are kept all the same, and whoever is around has to know.
+        let cap = if index == 0 { cap } else { cap.min(group.cap).max(floor) };
+        let floor = floor.max(reserved(group)).min(cap);
         bidders[index] = Bidder { floor, cap, active, shares: group.shares.0 };
     }
     bidders

@@ -152,6 +152,13 @@ fn at_machine<'a>(
 
 impl Remembered {
     const fn new(now_ms: u64) -> Self {
-        Self { usage: Use::new(now_ms), stall: Stall::new(), balloon: None, damper: None, is_stalled: false }
+        Self {
+            usage: Use::new(now_ms),
+            stall: Stall::new(),
+            balloon: None,
+            damper: None,
+            is_stalled: false,
+            sliver_ms: None,
+        }
     }
 }

@@ -10,7 +10,9 @@
 //!    Once as if all wanted all they may have: *entitlement*, a machine's right. Once up to what each wants: the
 //!    *target*, which is damped. So memory nobody wants stays where it is, and a machine loses memory only when
 //!    another one that is due it wants it, or the host is short.
-//! 3. [`moves`]: who has more than its target gives, up the ladder; then who has less is granted what is free.
+//! 3. [`limits`]: what machines have beyond a limit, of their own or of a group, and who of them gives how much of it.
+//! 4. [`moves`]: who has more than its target gives, up the ladder; then who has less is granted what is free.
+pub(crate) mod limits;
 pub(crate) mod look;
 pub(crate) mod moves;
 pub(crate) mod targets;
@@ -47,6 +49,8 @@ pub(crate) struct Remembered {
     pub(crate) balloon: Option<Balloon>,
     pub(crate) damper: Option<Damper>,
     pub(crate) is_stalled: bool,
+    /// When it was last asked for a sliver above a limit.
+    pub(crate) sliver_ms: Option<u64>,
 }
 
 impl PolicyState {

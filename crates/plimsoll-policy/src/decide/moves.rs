@@ -2,21 +2,21 @@
 //!
 //! Enters: machines and what they are to come to. Leaves: actions. What is taken never brings a machine below the
 //! larger of its due and its target; what is granted is free already, down to a line that is not touched.
+use super::limits::{self, Above, excess};
 use super::look::Seen;
 use super::targets::Aim;
 use super::{Findings, Host, PolicyState, Remembered};
 use crate::auction::{Bidder, IdleTax, auction};
 use crate::balloon::Standing;
-use crate::costs::Squeeze;
+use crate::costs::{Costs, Squeeze};
 use crate::host_state::{HostState, min_free};
 use crate::ladder::{Offers, Rung, Rungs, Taking, climb};
 use crate::part::Ppm;
 use crate::plan::{Action, Step};
 use crate::reason::{Reason, Room};
-use crate::settings::{Hold, Owner};
 use crate::tree::Tree;
 use alloc::vec::Vec;
-use plimsoll_types::{ByteCount, GroupId, PageCount};
+use plimsoll_types::{ByteCount, PageCount};
 
 /// Has those give who have more than they are to have.
 pub(crate) fn take(
@@ -26,24 +26,18 @@ pub(crate) fn take(
     state: &mut PolicyState,
     findings: &mut Findings,
 ) {
-    let beyond = beyond(seen, &state.tree);
-    for (machine, aim) in seen.iter().zip(aims) {
-        let shares_pages = state.tree.domain(machine.id()).is_some();
-        let costs = state.tree.settings().costs;
+    let above = limits::above(seen, aims, state);
+    for ((machine, aim), above) in seen.iter().zip(aims).zip(above) {
         let Some(known) = state.machines.get_mut(&machine.id()) else { continue };
-        let excess = match machine.terms.hold {
-            Hold::Dedicated => ByteCount(0),
-            Hold::Flexible | Hold::Static => machine.view.consumed.saturating_sub(aim.line().bytes()),
-        };
+        let excess = excess(machine, aim);
         stall_or_resume(host, machine, aim, excess, known, findings);
         withdraw_from(machine, known, host, findings);
         ease(host, machine, aim, known, findings);
-        let above = above(machine, &beyond, &state.tree);
-        let Some((excess, highest)) = reach(host, machine, excess, above, findings) else { continue };
-        let allowed = allowed(machine, highest, shares_pages);
-        let returns = known.usage.returns();
-        let asked = bite(host, machine, excess, known);
-        let (takings, left) = climb(squeeze(machine, asked), offers(machine), allowed, &costs, returns);
+        let means = Means::of(machine, known, &state.tree);
+        let Some(Climbed { highest, takings, left }) = reach(host, excess, above, &means, known, findings)
+        else {
+            continue;
+        };
         // What is free in the guest and goes first is not the balloon's to bring.
         let mut before = ByteCount(0);
         for taking in takings {
@@ -52,7 +46,7 @@ pub(crate) fn take(
                     let taking = Taking { frees: before + taking.frees, ..taking };
                     grow_balloon(host, machine, aim, taking, known, findings);
                 }
-                _ => take_on(host, machine, aim, taking, returns, findings),
+                _ => take_on(host, machine, aim, taking, means.returns, findings),
             }
             before += taking.frees;
         }
@@ -63,46 +57,67 @@ pub(crate) fn take(
     }
 }
 
-/// What is taken up beyond the limit of each group.
-fn beyond(seen: &[Seen<'_>], tree: &Tree) -> Vec<ByteCount> {
-    let sums = tree.sums(seen.iter().map(|machine| (machine.place, has(machine))));
-    sums.into_iter().zip(&tree.groups).map(|(sum, group)| sum.saturating_sub(group.cap).bytes()).collect()
+/// The ways to take memory from a machine, and what they cost it.
+pub(crate) struct Means<'a> {
+    machine: &'a Seen<'a>,
+    rungs: Rungs,
+    costs: Costs,
+    returns: Ppm,
 }
 
-/// What the machine, or a group it is in, takes up beyond its limit: the most of these, and whose it is.
-fn above(machine: &Seen<'_>, beyond: &[ByteCount], tree: &Tree) -> (ByteCount, Option<GroupId>) {
-    let own = has(machine).saturating_sub(machine.terms.cap).bytes();
-    let around = tree.around(machine.place).filter_map(|group| match tree.groups[group].owner {
-        Owner::Group(id) => Some((beyond[group], Some(id))),
-        _ => None,
-    });
-    around.fold((own, None), |most, next| if next.0 > most.0 { next } else { most })
+/// What is taken, up to which rung, and what of it nothing frees.
+pub(crate) struct Climbed {
+    highest: Rung,
+    takings: Vec<Taking>,
+    pub(crate) left: ByteCount,
 }
 
-/// What it takes up. What is being taken or brought back may be counted twice for a moment: that is above no limit.
-fn has(machine: &Seen<'_>) -> PageCount {
-    machine.view.consumed.pages_ceil().min(machine.terms.size)
+impl<'a> Means<'a> {
+    pub(crate) fn of(machine: &'a Seen<'a>, known: &Remembered, tree: &Tree) -> Self {
+        let mut rungs = machine.view.rungs;
+        if tree.domain(machine.id()).is_none() {
+            rungs = rungs.without(Rung::Sharing);
+        }
+        if machine.balloon != Some(Standing::Cooperative) {
+            rungs = rungs.without(Rung::Balloon);
+        }
+        Self { machine, rungs, costs: tree.settings().costs, returns: known.usage.returns() }
+    }
+
+    /// Takes so much on the rungs up to that one.
+    pub(crate) fn climb(&self, asked: ByteCount, highest: Rung) -> Climbed {
+        let (squeeze, offers) = (squeeze(self.machine, asked), offers(self.machine));
+        let (takings, left) = climb(squeeze, offers, self.rungs.up_to(highest), &self.costs, self.returns);
+        Climbed { highest, takings, left }
+    }
 }
 
-/// What of the excess may be taken now, and the last rung for it: as far as the host's state goes; but what is above a limit
-/// goes however much is free.
+/// What is taken now. The excess goes as far as the host's state lets it; unless that frees less than the machine is to
+/// give for a limit, which goes as far as its settings let it, however much is free.
+///
+/// The rungs of the one are among those of the other. So a limit is kept in every state, and no sliver above it spares a
+/// machine what a host that is short wants of it: whichever of the two frees more is taken.
 fn reach(
     host: &Host,
-    machine: &Seen<'_>,
     excess: ByteCount,
-    (above, group): (ByteCount, Option<GroupId>),
+    above: Above,
+    means: &Means<'_>,
+    known: &mut Remembered,
     findings: &mut Findings,
-) -> Option<(ByteCount, Rung)> {
+) -> Option<Climbed> {
+    let machine = means.machine;
+    let limited = above.asked(known, host.now_ms);
     let highest = machine.terms.highest;
     let deepest = host.state.deepest().map(|deepest| deepest.min(highest));
-    let bound = excess.min(above);
-    // A sliver above its limit is not to spare a machine the rest that a host which is short wants of it.
-    let is_all = bound == excess || deepest.is_none();
-    if bound > ByteCount(0) && is_all && deepest != Some(highest) {
-        findings.note(machine.id(), Reason::AboveLimit { above, group });
-        return Some((bound, highest));
+    let asked = bite(host, machine, excess, known);
+    let by_state = deepest.filter(|_| asked > ByteCount(0)).map(|deepest| means.climb(asked, deepest));
+    let freed = by_state.as_ref().map_or(ByteCount(0), |climbed| asked.saturating_sub(climbed.left));
+    let limited = bite(host, machine, limited, known);
+    if freed < limited && deepest < Some(highest) {
+        findings.note(machine.id(), Reason::AboveLimit { above: above.most, group: above.group });
+        return Some(means.climb(limited, highest));
     }
-    (excess > ByteCount(0)).then_some((excess, deepest?))
+    by_state
 }
 
 /// What of the excess is asked for now. What the guest has free goes whole; of the rest a machine that stalls gives a
@@ -111,17 +126,6 @@ fn bite(host: &Host, machine: &Seen<'_>, excess: ByteCount, known: &Remembered) 
     let appetite = if host.state == HostState::Low { Ppm::WHOLE } else { known.stall.appetite() };
     let free = excess.min(machine.view.reported_free);
     free + ByteCount(appetite.apply(excess.saturating_sub(free).0))
-}
-
-fn allowed(machine: &Seen<'_>, highest: Rung, shares_pages: bool) -> Rungs {
-    let mut rungs = machine.view.rungs.up_to(highest);
-    if !shares_pages {
-        rungs = rungs.without(Rung::Sharing);
-    }
-    if machine.balloon != Some(Standing::Cooperative) {
-        rungs = rungs.without(Rung::Balloon);
-    }
-    rungs
 }
 
 fn squeeze(machine: &Seen<'_>, asked: ByteCount) -> Squeeze {

@@ -61,7 +61,7 @@ fn costs() -> impl Strategy<Value = Costs> {
 
 /// Settings that can be: groups nested at random, some with reservations of their own and with limits, both of which cover what
 /// is nested.
-fn tree() -> impl Strategy<Value = Tree> {
+pub(crate) fn tree() -> impl Strategy<Value = Tree> {
     let own = prop::option::of(0..600u64);
     let group = (0..=GROUPS, own, prop::option::of(0..3000u64), 1..10_000u32);
     let machine = (face(), 0..=GROUPS, prop::sample::select(Rung::ALL.to_vec()));
@@ -160,7 +160,7 @@ fn shown() -> impl Strategy<Value = MachineView> {
 }
 
 /// A host at one moment. The clock may stand still, jump, or go back.
-fn moment() -> impl Strategy<Value = HostView> {
+pub(crate) fn moment() -> impl Strategy<Value = HostView> {
     let machines = prop::collection::vec(shown(), 0..=MACHINES as usize + 2);
     let now = prop_oneof![9 => 0..200_000u64, 1 => any::<u64>()];
     (now, 1..8192u64, 0..3000u64, machines).prop_map(|(now_ms, total, free, machines)| HostView {
@@ -171,16 +171,16 @@ fn moment() -> impl Strategy<Value = HostView> {
     })
 }
 
-fn pages(bytes: ByteCount) -> u64 {
+pub(crate) fn pages(bytes: ByteCount) -> u64 {
     bytes.pages_floor().0
 }
 
 /// The view of a machine that was decided about: the first of its id.
-fn first(view: &HostView, id: MachineId) -> &MachineView {
+pub(crate) fn first(view: &HostView, id: MachineId) -> &MachineView {
     view.machines.iter().find(|machine| machine.id == id).unwrap()
 }
 
-fn config(cases: u32) -> ProptestConfig {
+pub(crate) fn config(cases: u32) -> ProptestConfig {
     let persistence = FileFailurePersistence::WithSource("proptest-regressions");
     ProptestConfig { cases, failure_persistence: Some(Box::new(persistence)), ..ProptestConfig::default() }
 }
@@ -225,7 +225,7 @@ fn first_need(plan: &Plan, id: MachineId) -> Option<Need> {
 }
 
 /// The machines of a group and of those nested in it.
-fn machines_in(settings: &Settings, group: GroupId) -> BTreeSet<MachineId> {
+pub(crate) fn machines_in(settings: &Settings, group: GroupId) -> BTreeSet<MachineId> {
     let members = settings.machines.iter().filter(|machine| machine.parent == Some(group));
     let nested = settings.groups.iter().filter(|nested| nested.parent == Some(group));
     members
@@ -456,7 +456,7 @@ proptest! {
 }
 
 /// Settings of machines so small that their pages can be auctioned one by one.
-fn small(tree: &Tree) -> Tree {
+pub(crate) fn small(tree: &Tree) -> Tree {
     let less = |bytes: &mut ByteCount| bytes.0 /= 64;
     let mut settings = tree.settings().clone();
     for group in &mut settings.groups {
@@ -478,13 +478,13 @@ fn small(tree: &Tree) -> Tree {
 
 /// What a machine or a group bids.
 #[derive(Clone, Copy)]
-struct Bid {
-    floor: u64,
+pub(crate) struct Bid {
+    pub(crate) floor: u64,
     /// What its floor is raised by, if its siblings have so much above theirs.
-    lift: u64,
-    cap: u64,
-    active: u64,
-    shares: u64,
+    pub(crate) lift: u64,
+    pub(crate) cap: u64,
+    pub(crate) active: u64,
+    pub(crate) shares: u64,
 }
 
 /// A page at a time, to the lowest cost per share; the first of equals. In the paper's terms: `100 - tax` for a page
@@ -508,7 +508,7 @@ fn page_by_page(pages: u64, bids: &[Bid], tax: u64) -> Vec<u64> {
 }
 
 /// Auctions at each group from the host inward, written down anew. `parent` is whose auction it is.
-fn by_hand(
+pub(crate) fn by_hand(
     settings: &Settings,
     parent: Option<GroupId>,
     pages: u64,

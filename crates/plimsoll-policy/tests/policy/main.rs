@@ -2,6 +2,7 @@
 //!
 //! * `world`: a host that does what it is told, to close the loop.
 //! * `invariants`: what holds of every plan, over random hosts with hostile numbers.
+//! * `limits`: what goes because it is above one, and who of a group gives it.
 //! * `loops`: what comes of many decisions.
 //! * `manual`: one machine or two, and the decision a manual would describe.
 //! * `refusals`: contradictions in settings.
@@ -9,6 +10,7 @@
 #![expect(clippy::unwrap_used, reason = "what is missing is a failure of the test")]
 mod cost;
 mod invariants;
+mod limits;
 mod loops;
 mod manual;
 mod refusals;

@@ -1,6 +1,6 @@
 //! One machine or two, and the decision that a manual would describe.
 use crate::world::{
-    MIB, STALLED, World, entitlement, machine, rungs, sampled, steps, target, tree, view, why,
+    MIB, STALLED, World, entitlement, limited, machine, rungs, sampled, steps, target, tree, view, why,
 };
 use plimsoll_policy::costs::{Cost, Losses};
 use plimsoll_policy::demand::{Basis, SampleFault};
@@ -34,14 +34,6 @@ fn nothing_is_taken_while_memory_is_plentiful() {
     let plan = look(vec![view(1, 4096, 10), view(2, 4096, 4096)], 8000, &mut state, 0);
     assert_eq!((rungs(&plan, 1), plan.state), (vec![], HostState::High));
     assert_eq!(target(&plan, 1), MIB(4096), "what nobody wants stays where it is");
-}
-
-/// A machine whose limit is below its size.
-fn limited(id: u32, size: u64, limit: u64) -> MachineSettings {
-    let mut settings = machine(id, size, 0, 1000);
-    let Face::Guarantee { limit: own, .. } = &mut settings.face else { unreachable!() };
-    *own = MIB(limit);
-    settings
 }
 
 #[test]

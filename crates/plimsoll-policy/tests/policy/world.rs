@@ -14,6 +14,14 @@ pub(crate) fn machine(id: u32, size: u64, reservation: u64, shares: u32) -> Mach
     MachineSettings::new(MachineId(id), face)
 }
 
+/// A machine whose limit is below its size.
+pub(crate) fn limited(id: u32, size: u64, limit: u64) -> MachineSettings {
+    let mut settings = machine(id, size, 0, 1000);
+    let Face::Guarantee { limit: own, .. } = &mut settings.face else { unreachable!() };
+    *own = MIB(limit);
+    settings
+}
+
 /// A tree of machines of the host's own.
 pub(crate) fn tree(machines: &[MachineSettings]) -> Tree {
     let settings = Settings { machines: machines.to_vec(), ..Settings::new(MIB(1 << 20)) };

@@ -1,0 +1,111 @@
+//! Limits: how much each machine gives so that it, and every group it is in, comes down to its limit.
+//!
+//! Enters: the machines that were seen and their aims. Leaves: for each machine what it is to give for a limit, and
+//! whose limit that is. It is never more than what it has beyond its aim, so what it uses of its guarantee stays.
+//!
+//! What the machines of a group have beyond its limit they give *together*, as any memory is taken: they bid for what
+//! may stay, each between what nothing takes it below and what it has. So whoever pays least per share gives first,
+//! which is who has idle pages. A group is nested as it is in any auction: what it has to give for its own limit counts
+//! for those around it, and it gives no more than the largest overshoot around it needs.
+//!
+//! What a machine cannot give (it must not be paged, its pages are pinned) its siblings give in its place, as far as
+//! they can. Machines outside of its group do not: what happens in a group is no matter of another's. What nobody gives
+//! is said of whoever was asked for it.
+use super::look::Seen;
+use super::moves::Means;
+use super::targets::Aim;
+use super::{PolicyState, Remembered};
+use crate::damper::REVERSAL_MS;
+use crate::entitlement::{Bid, within_limits};
+use crate::settings::{Hold, Owner};
+use crate::tree::Tree;
+use alloc::vec;
+use alloc::vec::Vec;
+use plimsoll_types::{ByteCount, GroupId, PageCount};
+
+/// Fewer pages are not worth a request each second: what it costs to move as many is for the most part what a call costs,
+/// however many it moves (1.4 us a page in batches of 64, 7.4 in batches of 8: FACTS).
+const SLIVER: PageCount = PageCount(64);
+
+/// What a machine is to give for a limit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Above {
+    /// What of its own memory.
+    pub(crate) gives: ByteCount,
+    /// The largest of what it, or a group it is in, takes up beyond its limit.
+    pub(crate) most: ByteCount,
+    /// Whose limit that is; `None` is its own.
+    pub(crate) group: Option<GroupId>,
+}
+
+/// What each machine is to give for limits, in the order of `seen`.
+pub(crate) fn above(seen: &[Seen<'_>], aims: &[Aim], state: &PolicyState) -> Vec<Above> {
+    let tree = &state.tree;
+    let sums = tree.sums(seen.iter().map(|machine| (machine.place, has(machine))));
+    let beyond: Vec<ByteCount> = sums
+        .into_iter()
+        .zip(&tree.groups)
+        .map(|(sum, group)| sum.saturating_sub(group.cap).bytes())
+        .collect();
+    let mosts: Vec<_> = seen.iter().map(|machine| most(machine, &beyond, tree)).collect();
+    let mut bids = vec![Bid::default(); tree.machines.len()];
+    for ((machine, aim), (_, group)) in seen.iter().zip(aims).zip(&mosts) {
+        let has = has(machine);
+        let excess = excess(machine, aim);
+        let floor = has.saturating_sub(excess.pages_ceil());
+        let cap = has.min(machine.terms.cap);
+        // What is stuck matters only to siblings that have to give in its place.
+        let known = group.and_then(|_| state.machines.get(&machine.id()));
+        let lift = known.map_or(PageCount(0), |known| stuck(machine, excess, known, tree));
+        bids[machine.place] = Bid { floor: floor.min(cap), lift, cap, active: machine.demand.active };
+    }
+    let kept = within_limits(tree, &bids);
+    let above = |((machine, aim), (most, group)): ((&Seen<'_>, &Aim), _)| {
+        let gives = has(machine).saturating_sub(kept[machine.place]).bytes().min(excess(machine, aim));
+        Above { gives, most, group }
+    };
+    seen.iter().zip(aims).zip(mosts).map(above).collect()
+}
+
+impl Above {
+    /// What is asked for now: all of it, however little, but a [`SLIVER`] once a minute. A guest that presses on its
+    /// limit goes above it by some pages each second.
+    pub(crate) fn asked(&self, known: &mut Remembered, now_ms: u64) -> ByteCount {
+        if self.gives == ByteCount(0) || self.gives.pages_ceil() >= SLIVER {
+            return self.gives;
+        }
+        if known.sliver_ms.is_some_and(|then| now_ms.saturating_sub(then) < REVERSAL_MS) {
+            return ByteCount(0);
+        }
+        known.sliver_ms = Some(now_ms);
+        self.gives
+    }
+}
+
+/// What a machine has beyond what nothing takes it below.
+pub(crate) fn excess(machine: &Seen<'_>, aim: &Aim) -> ByteCount {
+    match machine.terms.hold {
+        Hold::Dedicated => ByteCount(0),
+        Hold::Flexible | Hold::Static => machine.view.consumed.saturating_sub(aim.line().bytes()),
+    }
+}
+
+/// What of its excess no rung would free.
+fn stuck(machine: &Seen<'_>, excess: ByteCount, known: &Remembered, tree: &Tree) -> PageCount {
+    Means::of(machine, known, tree).climb(excess, machine.terms.highest).left.pages_ceil()
+}
+
+/// Pages it takes up. What is being taken or brought back may be counted twice for a moment: that is above no limit.
+fn has(machine: &Seen<'_>) -> PageCount {
+    machine.view.consumed.pages_ceil().min(machine.terms.size)
+}
+
+/// What the machine, or a group it is in, takes up beyond its limit: the most of these, and whose it is.
+fn most(machine: &Seen<'_>, beyond: &[ByteCount], tree: &Tree) -> (ByteCount, Option<GroupId>) {
+    let own = has(machine).saturating_sub(machine.terms.cap).bytes();
+    let around = tree.around(machine.place).filter_map(|group| match tree.groups[group].owner {
+        Owner::Group(id) => Some((beyond[group], Some(id))),
+        _ => None,
+    });
+    around.fold((own, None), |most, next| if next.0 > most.0 { next } else { most })
+}
