@@ -8,9 +8,8 @@
 //! which is who has idle pages. A group is nested as it is in any auction: what it has to give for its own limit counts
 //! for those around it, and it gives no more than the largest overshoot around it needs.
 //!
-//! What a machine cannot give (it must not be paged, its pages are pinned) its siblings give in its place, as far as
-//! they can. Machines outside of its group do not: what happens in a group is no matter of another's. What nobody gives
-//! is said of whoever was asked for it.
+//! What a machine cannot give (it must not be paged, its pages are pinned) the others give in its place, as far as they
+//! can. What nobody can give is said.
 use super::look::Seen;
 use super::moves::Means;
 use super::targets::Aim;
@@ -41,30 +40,41 @@ pub(crate) struct Above {
 /// What each machine is to give for limits, in the order of `seen`.
 pub(crate) fn above(seen: &[Seen<'_>], aims: &[Aim], state: &PolicyState) -> Vec<Above> {
     let tree = &state.tree;
-    let sums = tree.sums(seen.iter().map(|machine| (machine.place, has(machine))));
-    let beyond: Vec<ByteCount> = sums
-        .into_iter()
-        .zip(&tree.groups)
-        .map(|(sum, group)| sum.saturating_sub(group.cap).bytes())
-        .collect();
-    let mosts: Vec<_> = seen.iter().map(|machine| most(machine, &beyond, tree)).collect();
+    let found = beyond(tree, seen.iter().map(|machine| (machine.place, has(machine))));
     let mut bids = vec![Bid::default(); tree.machines.len()];
-    for ((machine, aim), (_, group)) in seen.iter().zip(aims).zip(&mosts) {
-        let has = has(machine);
-        let excess = excess(machine, aim);
-        let floor = has.saturating_sub(excess.pages_ceil());
-        let cap = has.min(machine.terms.cap);
-        // What is stuck matters only to siblings that have to give in its place.
-        let known = group.and_then(|_| state.machines.get(&machine.id()));
-        let lift = known.map_or(PageCount(0), |known| stuck(machine, excess, known, tree));
-        bids[machine.place] = Bid { floor: floor.min(cap), lift, cap, active: machine.demand.active };
+    for (machine, aim) in seen.iter().zip(aims) {
+        let (has, excess) = (has(machine), excess(machine, aim));
+        // What is stuck matters only to those who have to give in its place.
+        let known = state.machines.get(&machine.id()).filter(|_| is_in_any(&found, machine, tree));
+        let stuck = known.map_or(PageCount(0), |known| stuck(machine, excess, known, tree));
+        let floor = has.saturating_sub(excess.pages_ceil().saturating_sub(stuck));
+        let cap = has.min(machine.terms.cap).max(floor);
+        bids[machine.place] = Bid { floor, lift: PageCount(0), cap, active: machine.demand.active };
     }
     let kept = within_limits(tree, &bids);
-    let above = |((machine, aim), (most, group)): ((&Seen<'_>, &Aim), _)| {
-        let gives = has(machine).saturating_sub(kept[machine.place]).bytes().min(excess(machine, aim));
+    let stays = beyond(tree, seen.iter().map(|machine| (machine.place, kept[machine.place])));
+    let above = |(machine, aim): (&Seen<'_>, &Aim)| {
+        let (most, group) = most(machine, &found, tree);
+        let (has, excess) = (has(machine), excess(machine, aim));
+        let gives = if is_in_any(&stays, machine, tree) {
+            // All give all they can, and it is not enough. Who is asked for what is stuck says so.
+            excess
+        } else {
+            has.saturating_sub(kept[machine.place].min(machine.terms.cap)).bytes().min(excess)
+        };
         Above { gives, most, group }
     };
-    seen.iter().zip(aims).zip(mosts).map(above).collect()
+    seen.iter().zip(aims).map(above).collect()
+}
+
+/// What of those pages is beyond the limit of each group, machines given by their places.
+fn beyond(tree: &Tree, pages: impl Iterator<Item = (usize, PageCount)>) -> Vec<PageCount> {
+    tree.sums(pages).into_iter().zip(&tree.groups).map(|(sum, group)| sum.saturating_sub(group.cap)).collect()
+}
+
+/// Whether the machine is in a group that is beyond its limit.
+fn is_in_any(beyond: &[PageCount], machine: &Seen<'_>, tree: &Tree) -> bool {
+    tree.around(machine.place).any(|group| beyond[group] > PageCount(0))
 }
 
 impl Above {
@@ -101,11 +111,12 @@ fn has(machine: &Seen<'_>) -> PageCount {
 }
 
 /// What the machine, or a group it is in, takes up beyond its limit: the most of these, and whose it is.
-fn most(machine: &Seen<'_>, beyond: &[ByteCount], tree: &Tree) -> (ByteCount, Option<GroupId>) {
-    let own = has(machine).saturating_sub(machine.terms.cap).bytes();
+fn most(machine: &Seen<'_>, beyond: &[PageCount], tree: &Tree) -> (ByteCount, Option<GroupId>) {
+    let own = has(machine).saturating_sub(machine.terms.cap);
     let around = tree.around(machine.place).filter_map(|group| match tree.groups[group].owner {
         Owner::Group(id) => Some((beyond[group], Some(id))),
         _ => None,
     });
-    around.fold((own, None), |most, next| if next.0 > most.0 { next } else { most })
+    let (most, group) = around.fold((own, None), |most, next| if next.0 > most.0 { next } else { most });
+    (most.bytes(), group)
 }

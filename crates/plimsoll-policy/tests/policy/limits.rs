@@ -62,16 +62,25 @@ fn a_group_in_a_group_gives_no_more_than_the_larger_overshoot_needs() {
 }
 
 #[test]
-fn what_one_machine_cannot_give_its_siblings_give() {
-    let never = MachineSettings { highest: Rung::NEVER_PAGE, ..machine(2, 8192, 0, 1000) };
-    let members = || [machine(1, 8192, 0, 1000), never, machine(3, 8192, 0, 1000)];
+fn what_one_machine_cannot_give_others_give_and_what_nobody_can_is_said() {
+    let never = |id| MachineSettings { highest: Rung::NEVER_PAGE, ..machine(id, 8192, 0, 1000) };
     let shown = || vec![view(1, 100, 1000), view(2, 2000, 100), view(3, 2000, 100)];
-    // The third has 1000 above what it is due, of which compressing frees 860: what is missing to 1100 is said.
-    let plan = decided(nested(&[3000], members()), &plenty(shown()));
-    assert_eq!([1, 2].map(|id| frees(&plan, id)), [MIB(0), MIB(0)]);
-    assert_eq!(frees(&plan, 3).0 >> 20, 860);
-    let said = why(&plan, 2).join("\n");
-    assert!(said.contains("cannot be taken"), "{said}");
+    let cannot = |plan: &Plan, id| why(plan, id).join("\n").contains("cannot be taken");
+    // The second has what would go, were it not that it must not be paged. Of the third compressing frees 860.
+    let settings = |limit| nested(&[limit], [machine(1, 8192, 0, 1000), never(2), machine(3, 8192, 0, 1000)]);
+    let plan = decided(settings(3300), &plenty(shown()));
+    assert_eq!([1, 2, 3].map(|id| frees(&plan, id)), [MIB(0), MIB(0), MIB(800)]);
+    assert!(![1, 2, 3].into_iter().any(|id| cannot(&plan, id)));
+    let plan = decided(settings(3000), &plenty(shown()));
+    assert_eq!([1, 2, 3].map(|id| frees(&plan, id).0 >> 20), [0, 0, 860]);
+    assert!(cannot(&plan, 2));
+    // Nor does it matter that it is in a group of its own.
+    let mut settings = settings(3300);
+    settings.groups.push(GroupSettings { parent: Some(GroupId(1)), ..GroupSettings::new(GroupId(2)) });
+    settings.machines[1].parent = Some(GroupId(2));
+    let plan = decided(settings, &plenty(shown()));
+    assert_eq!([1, 2, 3].map(|id| frees(&plan, id)), [MIB(0), MIB(0), MIB(800)]);
+    assert!(![1, 2, 3].into_iter().any(|id| cannot(&plan, id)));
 }
 
 proptest! {
