@@ -40,6 +40,13 @@ fn an_idle_fleet_owns_three_times_the_memory_and_hardly_waits() {
 }
 
 #[test]
+fn targets_of_an_idle_fleet_move_back_and_forth_only_while_it_fills_its_hosts() {
+    // They are full after ten minutes.
+    let [filling, hours] = [1, 4].map(|hours| report(&for_hours("idle-fleet", hours), 2).oscillations);
+    assert_eq!(filling, hours);
+}
+
+#[test]
 fn day_and_night_share_memory_and_nobody_waits() {
     let report = report(&shipped("daily-cycle"), 2);
     holds(&report);
