@@ -9,7 +9,7 @@ use super::rights::{Role, give_up};
 use super::sole::claim;
 use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
 use super::steer::Steering;
-use super::{CONTROL, Counted, DaemonError, HANDOVER, LOCK, STORES, Settings, Sharing};
+use super::{CONTROL, Counted, DaemonError, DiskSettings, HANDOVER, LOCK, STORES, Settings, Sharing};
 use crate::api::may_speak;
 use crate::helm::kept::Kept;
 use crate::homecoming::{Homecoming, Progress, stored};
@@ -20,7 +20,7 @@ use plimsoll_attach::control::Virsh;
 use plimsoll_core::ledger::{Budget, Kind};
 use plimsoll_core::word::StateKind;
 use plimsoll_linux::cgroup::foreign::ProcessCgroup;
-use plimsoll_linux::disk::device::FileDisk;
+use plimsoll_linux::disk::device::{FileDisk, OpenError};
 use plimsoll_linux::disk::tier::{Tier, TierStats};
 use plimsoll_linux::explain;
 use plimsoll_linux::procsum::ProcessSum;
@@ -58,6 +58,9 @@ const ANSWER_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 const LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 /// How often the keeper is told that this manager lives.
 const SIGN_PERIOD: Duration = Duration::from_secs(1);
+/// How long the disk tier's file may be in use when a manager begins, and how often that is looked at.
+const DISK_PATIENCE: Duration = Duration::from_secs(2);
+const DISK_AGAIN: Duration = Duration::from_millis(20);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 const INCIDENTS_MAX: usize = 100;
 /// The longest request.
@@ -289,14 +292,7 @@ impl<'a> Session<'a> {
         vault.processes().for_each(|process| used.add(process));
         vault.set_used(used.now());
         if let Some(disk) = settings.disk.as_ref().filter(|_| !vault.has_tier()) {
-            let file = FileDisk::create(&disk.file)?;
-            let tier = Tier::create(Box::new(file), disk.limits)?;
-            if tier.keepsakes().key.is_none() {
-                say(format_args!(
-                    "plimsoll manager: this kernel gives no secret memory (memfd_secret); the disk tier's key is in locked memory"
-                ));
-            }
-            vault.set_tier(tier)?;
+            vault.set_tier(new_tier(disk)?)?;
         }
         let milestones = Arc::new(Milestones::default());
         let mut manager = Manager::start(vault, Arc::clone(&milestones) as Arc<dyn Probe>)?;
@@ -584,6 +580,31 @@ impl<'a> Session<'a> {
             incidents: self.incidents.iter().cloned().collect(),
         }
     }
+}
+
+/// An empty disk tier, as soon as its file can be had.
+///
+/// A manager that was killed before its tier was entered has left a copy of the file's descriptor, and so its lock, with the keeper, which
+/// has let go of it by now. A supervisor closes its own copy when it reads of that.
+///
+/// No guest waits for this that would be served otherwise. Machines are taken once the tier is entered, so there are none, but for those of a
+/// keeper before this one that was told of no disk; and those no manager serves without the file, so that the one that tries again has it
+/// sooner than its successor would.
+fn new_tier(disk: &DiskSettings) -> Result<Tier, DaemonError> {
+    let until = Instant::now() + DISK_PATIENCE;
+    let file = loop {
+        match FileDisk::create(&disk.file) {
+            Err(OpenError::InUse { .. }) if Instant::now() < until => std::thread::sleep(DISK_AGAIN),
+            done => break done?,
+        }
+    };
+    let tier = Tier::create(Box::new(file), disk.limits)?;
+    if tier.keepsakes().key.is_none() {
+        say(format_args!(
+            "plimsoll manager: this kernel gives no secret memory (memfd_secret); the disk tier's key is in locked memory"
+        ));
+    }
+    Ok(tier)
 }
 
 fn disk_status(stats: TierStats) -> DiskStatus {

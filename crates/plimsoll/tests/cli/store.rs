@@ -3,9 +3,11 @@ use super::daemon::{Directory, Machine, exists, manager_of, signal, wait_for_ano
 use super::run::{Run, Running, alone, can, wait_until};
 use plimsoll_sys::fdpass;
 use plimsoll_sys::process::make_inheritable;
+use rustix::fs::inotify;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::Signal;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
@@ -66,7 +68,7 @@ impl Supervisor {
 
     /// Starts a daemon with what is stored, from descriptor 3 on. One that has something stored is not told what the host has: that its
     /// machines use most of it is no reason to refuse them.
-    fn start(&self, directory: &Directory) -> Running {
+    fn start(&self, directory: &Directory, more: &[&str]) -> Running {
         let copies: Vec<(String, OwnedFd)> = {
             let heard = self.heard.lock().unwrap();
             // Above what any shell has for itself.
@@ -97,7 +99,7 @@ impl Supervisor {
             directory.text(),
         ];
         copies.iter().for_each(|(_, fd)| make_inheritable(fd).unwrap());
-        Run::of("unshare".as_ref(), &words).with("NOTIFY_SOCKET", &self.place).start()
+        Run::of("unshare".as_ref(), &[&words, more].concat()).with("NOTIFY_SOCKET", &self.place).start()
     }
 }
 
@@ -121,7 +123,7 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
     }
     let directory = Directory::new("stored");
     let supervisor = Supervisor::new("stores");
-    let mut daemon = supervisor.start(&directory);
+    let mut daemon = supervisor.start(&directory, &[]);
     wait_until("its manager serves", || manager_of(&directory).is_some());
     wait_until("its own descriptors are stored", || supervisor.stored() == OWN);
     let mut machine = Machine::start(&directory);
@@ -139,7 +141,7 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
             machine.verifies(1000);
         }
         // What its manager says goes on to the same readers.
-        killed.push(std::mem::replace(&mut daemon, supervisor.start(&directory)));
+        killed.push(std::mem::replace(&mut daemon, supervisor.start(&directory, &[])));
         wait_for_another(&directory, manager);
         assert!(!exists(manager), "two managers have the machine");
         // More than the budget holds: each round brings back what the one before has moved out.
@@ -161,4 +163,38 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
     for killed in killed {
         killed.wait().expect_nothing_left();
     }
+}
+
+#[test]
+fn a_disk_tiers_file_is_waited_for_while_a_supervisor_has_its_lock_and_refused_where_that_stays() {
+    if !can("userfaultfd") || !can("root") {
+        return;
+    }
+    let (directory, folder) = (Directory::new("locked"), tempfile::tempdir().unwrap());
+    let (supervisor, path) = (Supervisor::new("locks"), folder.path().join("tier"));
+    let disk = ["--disk", path.to_str().unwrap(), "--disk-limit", "8M"];
+    // As a manager leaves it that was killed before its tier was entered.
+    let leave = || {
+        let file = File::create(&path).unwrap();
+        file.try_lock().unwrap();
+        let copy = file.try_clone().unwrap().into();
+        supervisor.heard.lock().unwrap().stored.insert("slot-6".to_owned(), copy);
+        file
+    };
+    let file = leave();
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).unwrap();
+    inotify::add_watch(&watch, &path, inotify::WatchFlags::CLOSE_WRITE).unwrap();
+    let daemon = supervisor.start(&directory, &disk);
+    // One that has the lock keeps the file open.
+    wait_until("its manager has tried in vain", || rustix::io::read(&watch, &mut [0; 64]).is_ok());
+    drop(file);
+    wait_until("its manager serves", || manager_of(&directory).is_some());
+    wait_until("its tier is stored", || supervisor.stored().iter().any(|name| name == "slot-6-1"));
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0);
+    wait_until("nothing is stored", || supervisor.stored().is_empty());
+    let _file = leave();
+    let refused = supervisor.start(&directory, &disk).wait();
+    refused.expect_code(1);
+    assert!(refused.stderr.contains("is in use: give each daemon a file"), "{}", refused.stderr);
 }
