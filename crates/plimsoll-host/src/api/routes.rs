@@ -12,12 +12,12 @@ use crate::line::Line;
 use crate::metrics;
 use crate::roster::Opened;
 use crate::why::Entry;
-use axum::Router;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Json, Response};
+use axum::{Extension, Router};
 use futures_util::stream::{self, Stream};
 use parking_lot::Mutex;
 use plimsoll_policy::Position;
@@ -40,10 +40,10 @@ const PAGE_MAX: usize = 1000;
 /// How long a body may take to arrive, and a VMM's interface to be attached to: what a request can wait for beside an order, which has
 /// bounds of its own. There is none around all of it, which could not say what became of the order.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Clients that may listen to events at the same time.
+/// Clients of one kind that may listen to events at the same time.
 const LISTENERS_MAX: usize = 16;
-/// Machines that may be attached to at the same time.
-const OPENINGS_MAX: usize = 4;
+/// Machines that may be attached to at the same time for clients of one kind.
+pub(super) const OPENINGS_MAX: usize = 4;
 /// The longest name.
 const NAME_MAX: usize = 256;
 /// The most a machine may be told to give at once: more than any host has.
@@ -52,14 +52,26 @@ const RECLAIM_MAX: u64 = 1 << 50;
 /// Attaches to a machine. It is called on a thread that may wait.
 pub type Opener = dyn Fn(&Attach) -> Result<Opened, Fault> + Send + Sync;
 
+/// What all clients of one kind may have under way beside requests that are answered at once.
+#[derive(Clone)]
+struct Allowance {
+    listeners: Arc<Semaphore>,
+    openings: Arc<Semaphore>,
+}
+
+impl Allowance {
+    fn new() -> Self {
+        let [listeners, openings] = [LISTENERS_MAX, OPENINGS_MAX].map(|most| Arc::new(Semaphore::new(most)));
+        Self { listeners, openings }
+    }
+}
+
 /// What requests are answered from.
 pub(super) struct App {
     pub(super) door: Door,
     pub(super) archive: Mutex<Archive>,
     pub(super) events: broadcast::Sender<Arc<Happening>>,
     pub(super) opener: Box<Opener>,
-    listeners: Arc<Semaphore>,
-    openings: Semaphore,
     /// Requests by status.
     pub(super) answered: Mutex<BTreeMap<u16, u64>>,
     /// Clients that were turned away.
@@ -74,8 +86,6 @@ impl App {
             // Whoever is slower than that misses some, and is told how many.
             events: broadcast::Sender::new(1024),
             opener,
-            listeners: Arc::new(Semaphore::new(LISTENERS_MAX)),
-            openings: Semaphore::new(OPENINGS_MAX),
             answered: Mutex::default(),
             turned_away: AtomicU64::new(0),
         }
@@ -291,6 +301,7 @@ async fn list(State(app): Here, Asked(page): Asked<Page>) -> Result<Json<Machine
 )]
 async fn attach(
     State(app): Here,
+    Extension(allowance): Extension<Allowance>,
     Asked(Nothing {}): Asked<Nothing>,
     Body(attach): Body<Attach>,
 ) -> Result<(StatusCode, Json<Machine>), Fault> {
@@ -303,9 +314,13 @@ async fn attach(
     // Before anything is looked for: what makes no sense here makes none there.
     attach.settings.over(&crate::config::MachineConfig::default(), &app.door.moment()?.groups)?;
     let many = |_| Fault::new(Code::TooMany, format!("{OPENINGS_MAX} machines are being attached to"));
-    let _opening = app.openings.try_acquire().map_err(many)?;
+    let opening = allowance.openings.try_acquire_owned().map_err(many)?;
     let (opener, settings) = (Arc::clone(&app), attach.settings.clone());
-    let opened = tokio::task::spawn_blocking(move || (opener.opener)(&attach));
+    let opened = tokio::task::spawn_blocking(move || {
+        // Its place is free when the work has ended, whoever waits for that.
+        let _opening = opening;
+        (opener.opener)(&attach)
+    });
     let opened = tokio::time::timeout(PATIENCE, opened).await.map_err(|_| late("attaching to it took"))?;
     let opened = opened
         .map_err(|error| Fault::new(Code::Failed, format!("it could not be attached to: {error}")))??;
@@ -480,9 +495,10 @@ async fn groups(State(app): Here, Asked(Nothing {}): Asked<Nothing>) -> Result<J
 )]
 async fn events(
     State(app): Here,
+    Extension(allowance): Extension<Allowance>,
     Asked(Nothing {}): Asked<Nothing>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Fault> {
-    let permit = Arc::clone(&app.listeners).try_acquire_owned();
+    let permit = allowance.listeners.try_acquire_owned();
     let permit =
         permit.map_err(|_| Fault::new(Code::TooMany, format!("{LISTENERS_MAX} clients listen already")))?;
     Ok(Sse::new(listen(app.events.subscribe(), permit)).keep_alive(KeepAlive::default()))
@@ -568,7 +584,7 @@ pub fn openapi() -> String {
     description.to_pretty_json().unwrap_or_default() + "\n"
 }
 
-/// Everything that answers.
+/// Everything that answers clients of one kind.
 pub(super) fn router(app: &Arc<App>) -> Router {
     let (router, _) = table().split_for_parts();
     router
@@ -579,6 +595,7 @@ pub(super) fn router(app: &Arc<App>) -> Router {
         })
         .method_not_allowed_fallback(async || Fault::new(Code::MethodNotAllowed, "that cannot be done to it"))
         .layer(middleware::from_fn_with_state(Arc::clone(app), within_limits))
+        .layer(Extension(Allowance::new()))
         .with_state(Arc::clone(app))
 }
 

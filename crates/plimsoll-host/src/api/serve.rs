@@ -7,7 +7,7 @@ use super::access::{Access, Caller};
 use super::exchange::Door;
 use super::fault::{Code, Fault};
 use super::patience::Patient;
-use super::routes::{App, Attach, Opener, router};
+use super::routes::{App, Attach, OPENINGS_MAX, Opener, router};
 use crate::config::{MachineConfig, Role};
 use crate::roster::{Opened, open};
 use axum::Router;
@@ -56,8 +56,8 @@ const HEAD_MAX: usize = 16 << 10;
 const BODY_MAX: usize = 64 << 10;
 /// After a failed accept (no descriptors left), and for a client that is turned away, how long is waited.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Threads that may wait for VMMs' interfaces.
-const WAITING_MAX: usize = 4;
+/// Threads that may wait for VMMs' interfaces: one for each that is opened, in both halls.
+const WAITING_MAX: usize = 2 * OPENINGS_MAX;
 
 /// The API cannot be served.
 #[derive(Debug, Error)]
@@ -162,8 +162,7 @@ impl Api {
                         }
                     });
                 }
-                let router = router(&app).layer(DefaultBodyLimit::max(BODY_MAX));
-                let [here, elsewhere] = [(); 2].map(|()| Hall::new(&app, &router, &admission));
+                let [here, elsewhere] = [(); 2].map(|()| Hall::new(&app, &admission));
                 tokio::select! {
                     () = accept(listener, here) => {}
                     () = accept_remote(elsewhere) => {}
@@ -212,10 +211,10 @@ struct Hall {
 }
 
 impl Hall {
-    fn new(app: &Arc<App>, router: &Router, admission: &Admission) -> Self {
+    fn new(app: &Arc<App>, admission: &Admission) -> Self {
         Self {
             app: Arc::clone(app),
-            router: router.clone(),
+            router: router(app).layer(DefaultBodyLimit::max(BODY_MAX)),
             admission: admission.clone(),
             clients: Arc::new(Semaphore::new(CLIENTS_MAX)),
             strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),

@@ -101,9 +101,13 @@ pub(crate) struct Estate {
     pub(crate) bodies: Bodies,
     pub(crate) notes: Arc<Mutex<Vec<String>>>,
     pub(crate) directory: PathBuf,
-    /// Of the machines called `slow`.
+    /// Of the machines called `slow`, and of those called `stuck` before they are attached to.
     pub(crate) gate: Arc<Gate>,
 }
+
+/// Has a machine attached to whose VMM does not answer.
+pub(crate) const ATTACH_STUCK: &str = "POST /v1/machines HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+    content-length: 20\r\n\r\n{\"machine\": \"stuck\"}";
 
 pub(crate) const CONFIG: &str =
     "[group.tenant]\nlimit = \"1G\"\n[group.inner]\ngroup = \"tenant\"\nsharing = true\n";
@@ -191,6 +195,9 @@ fn opener(bodies: &Bodies, gate: &Arc<Gate>) -> Box<Opener> {
     Box::new(move |attach: &Attach| {
         if attach.machine == "nobody" {
             return Err(Fault::new(Code::NotFound, "no machine of this host is called \"nobody\""));
+        }
+        if attach.machine == "stuck" {
+            gate.attach();
         }
         let mut fake = Fake::new(&bodies, &attach.machine, 7);
         fake.balloon = (attach.machine == "slow").then(|| gate.balloon());

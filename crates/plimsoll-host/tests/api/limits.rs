@@ -1,5 +1,5 @@
 //! How much a client may ask for, and what becomes of those who ask for more.
-use super::estate::{Estate, fault, wait_until};
+use super::estate::{ATTACH_STUCK, Estate, fault, wait_until};
 use plimsoll_host::api::client::{Client, ClientError};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -47,6 +47,40 @@ fn clients_that_say_nothing_keep_nobody_from_the_loop_and_are_bounded() {
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     wait_until("those who have gone are forgotten", || {
         estate.client().get::<serde_json::Value>("/v1/host").is_ok()
+    });
+}
+
+#[test]
+fn a_machine_that_is_being_attached_to_counts_until_that_has_ended_also_when_its_client_has_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let estate = Estate::start(folder.path(), 1, 1024);
+    let socket = folder.path().join("api.sock");
+    let saying = |text: &str| {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.write_all(text.as_bytes()).unwrap();
+        stream
+    };
+    let clients: Vec<UnixStream> = (0..4).map(|_| saying(ATTACH_STUCK)).collect();
+    wait_until("all are being attached to", || *estate.gate.openings.lock() == 4);
+    // That they have gone is known when others have their places.
+    let silent: Vec<UnixStream> = (0..60).map(|_| saying("")).collect();
+    drop(clients);
+    let mut heirs = Vec::new();
+    wait_until("their places are free", || {
+        let mut stream = saying("GET /v1/host HTTP/1.1\r\nhost: x\r\n\r\n");
+        let mut begin = [0; 12];
+        let is_heard = stream.read_exact(&mut begin).is_ok() && &begin == b"HTTP/1.1 200";
+        heirs.extend(is_heard.then_some(stream));
+        heirs.len() == 4
+    });
+    drop((silent, heirs));
+    wait_until("there is a place", || estate.get("/v1/host").status == 200);
+    let refused = estate.send("POST", "/v1/machines", r#"{"machine": "other"}"#);
+    assert_eq!(refused.status, 429, "{}", fault(&refused));
+    assert_eq!(fault(&refused).message, "4 machines are being attached to");
+    estate.gate.open();
+    wait_until("that has ended", || {
+        estate.send("POST", "/v1/machines", r#"{"machine": "other"}"#).status == 201
     });
 }
 

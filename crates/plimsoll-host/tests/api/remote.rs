@@ -1,6 +1,6 @@
 //! Clients from elsewhere: who is heard, who may change what, and who is told why not.
 use super::certificates::{Authority, Valid};
-use super::estate::{Estate, fault, wait_until};
+use super::estate::{ATTACH_STUCK, Estate, fault, wait_until};
 use plimsoll_host::api::client::{Client, ClientError};
 use plimsoll_host::api::{Access, Credentials};
 use plimsoll_host::config::Config;
@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -290,31 +291,58 @@ fn clients_that_stall_before_they_show_a_certificate_keep_nobody_waiting() {
     );
 }
 
+/// What a client says that is believed.
+fn says(address: SocketAddr, by: &Credentials, text: &str) -> impl Read + Write + use<> {
+    let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+    let connection = rustls::ClientConnection::new(std::sync::Arc::new(showing(by)), name).unwrap();
+    let socket = TcpStream::connect(address).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut stream = rustls::StreamOwned::new(connection, socket);
+    stream.write_all(text.as_bytes()).unwrap();
+    stream
+}
+
+/// The beginning of an answer, and the rest of it.
+fn begun<S: Read>(mut stream: S) -> ([u8; 12], S) {
+    let mut begin = [0; 12];
+    stream.read_exact(&mut begin).unwrap();
+    (begin, stream)
+}
+
 #[test]
 fn clients_from_elsewhere_are_bounded_and_take_no_place_of_this_hosts_users() {
     let site = Site::new();
     let (estate, address) = site.start();
     let watch = site.client("watch", &["one.watch.test"]);
-    use rustls::pki_types::ServerName;
-    let config = std::sync::Arc::new(showing(&watch));
-    let listener = || {
-        let name = ServerName::try_from("localhost").unwrap();
-        let connection = rustls::ClientConnection::new(std::sync::Arc::clone(&config), name).unwrap();
-        let socket = TcpStream::connect(address).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let mut stream = rustls::StreamOwned::new(connection, socket);
-        stream.write_all(b"GET /v1/host HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
-        let mut begin = [0; 12];
-        stream.read_exact(&mut begin).map(|()| (begin, stream))
-    };
-    let connected: Vec<_> = (0..64).map(|_| listener().unwrap()).collect();
+    let get = || begun(says(address, &watch, "GET /v1/host HTTP/1.1\r\nhost: x\r\n\r\n"));
+    let connected: Vec<_> = (0..64).map(|_| get()).collect();
     assert!(connected.iter().all(|(begin, _)| begin == b"HTTP/1.1 200"));
-    assert_eq!(&listener().unwrap().0, b"HTTP/1.1 429");
+    assert_eq!(&get().0, b"HTTP/1.1 429");
     assert_eq!(estate.get("/v1/host").status, 200, "they keep this host's users out");
     drop(connected);
     wait_until("their places are free again", || {
         client(address, &watch).get::<serde_json::Value>("/v1/host").is_ok()
     });
+}
+
+#[test]
+fn clients_from_elsewhere_that_listen_or_attach_keep_no_user_of_this_host_from_it() {
+    const LISTEN: &str = "GET /v1/events HTTP/1.1\r\nhost: x\r\n\r\n";
+    let site = Site::new();
+    let (estate, address) = site.start();
+    let ops = site.client("ops", &["ops.test"]);
+    let listening: Vec<_> = (0..16).map(|_| begun(says(address, &ops, LISTEN))).collect();
+    assert!(listening.iter().all(|(begin, _)| begin == b"HTTP/1.1 200"));
+    assert_eq!(&begun(says(address, &ops, LISTEN)).0, b"HTTP/1.1 429");
+    let mut here = UnixStream::connect(estate.directory.join("api.sock")).unwrap();
+    here.write_all(LISTEN.as_bytes()).unwrap();
+    assert_eq!(&begun(here).0, b"HTTP/1.1 200");
+    let _attaching: Vec<_> = (0..4).map(|_| says(address, &ops, ATTACH_STUCK)).collect();
+    wait_until("all are being attached to", || *estate.gate.openings.lock() == 4);
+    assert_eq!(&begun(says(address, &ops, ATTACH_STUCK)).0, b"HTTP/1.1 429");
+    let attached = estate.send("POST", "/v1/machines", r#"{"machine": "other"}"#);
+    assert_eq!(attached.status, 201, "{}", String::from_utf8_lossy(&attached.body));
+    estate.gate.open();
 }
 
 #[test]

@@ -35,6 +35,8 @@ impl Lock for Kept {
 pub(crate) struct Gate {
     is_open: Mutex<bool>,
     opened: Condvar,
+    /// Machines that were begun to be attached to.
+    pub(crate) openings: Mutex<u32>,
     looks: Mutex<u32>,
     given_back: Mutex<u32>,
 }
@@ -43,6 +45,18 @@ impl Gate {
     pub(crate) fn open(&self) {
         *self.is_open.lock() = true;
         self.opened.notify_all();
+    }
+
+    /// Attaches to a machine of a VMM behind the gate.
+    pub(crate) fn attach(&self) {
+        *self.openings.lock() += 1;
+        self.pass();
+    }
+
+    fn pass(&self) {
+        let mut is_open = self.is_open.lock();
+        let due = Instant::now() + Duration::from_secs(60);
+        while !*is_open && !self.opened.wait_until(&mut is_open, due).timed_out() {}
     }
 
     /// The balloon of a VMM behind the gate.
@@ -78,10 +92,8 @@ impl Behind for Arc<Gate> {
 
     fn hold(&self, size: ByteCount) {
         assert_eq!(size, ByteCount(0), "what it had");
-        let mut is_open = self.is_open.lock();
         *self.given_back.lock() += 1;
-        let due = Instant::now() + Duration::from_secs(60);
-        while !*is_open && !self.opened.wait_until(&mut is_open, due).timed_out() {}
+        self.pass();
     }
 }
 
