@@ -41,6 +41,17 @@ pub enum AccessError {
     /// A certificate, or what belongs to it, is wrong.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Its port takes a right that the daemon gives up.
+    #[error(
+        "the API cannot listen on {address}: ports below {first} take CAP_NET_BIND_SERVICE, which a daemon gives up: use one from {first} on, \
+         or have this one forwarded to such a port"
+    )]
+    Port {
+        /// The address.
+        address: SocketAddr,
+        /// The first port for everybody.
+        first: u16,
+    },
     /// Its address is not to be had.
     #[error(
         "the API cannot listen on {address}: use an address of this host and a port that is free (under systemd, see docs/remote.md)"
@@ -93,7 +104,10 @@ impl Access {
     /// [`AccessError`].
     pub fn check(config: &ApiConfig) -> Result<(), AccessError> {
         config.group.as_ref().map_or(Ok(()), |(name, _)| group_called(name).map(drop))?;
-        config.remote.as_ref().map_or(Ok(()), |remote| Ok(remote.credentials().server().map(drop)?))
+        config.remote.as_ref().map_or(Ok(()), |remote| {
+            remote.credentials().server()?;
+            for_everybody(remote.listen)
+        })
     }
 
     /// What the settings say, ready to be put in force in the place of `before`. Files are read anew; a listener whose address is the
@@ -106,6 +120,7 @@ impl Access {
         let group = config.group.as_ref().map(number).transpose()?;
         let remote = |config: &RemoteConfig| {
             let tls = config.credentials().server()?;
+            for_everybody(config.listen)?;
             let known = before.remote.as_ref().filter(|known| known.config.listen == config.listen);
             let listener = match known {
                 Some(known) => known.listener.try_clone(),
@@ -194,6 +209,14 @@ impl fmt::Display for Caller {
             Self::Remote { names } => write!(f, "a client whose certificate is for {}", names.join(", ")),
         }
     }
+}
+
+/// Whether an address needs no right to be listened on. Whoever asks may have that right still, and the manager has not.
+fn for_everybody(address: SocketAddr) -> Result<(), AccessError> {
+    let said = fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start");
+    let first = said.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(1024);
+    // Port 0 is any that is free, of the others.
+    if (1..first).contains(&address.port()) { Err(AccessError::Port { address, first }) } else { Ok(()) }
 }
 
 /// The number of a group of this host's own: directories that others keep are not asked, which may take any time.

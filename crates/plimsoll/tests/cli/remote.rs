@@ -72,6 +72,35 @@ fn a_group_may_use_the_socket_as_its_settings_say_and_nobody_else_comes_that_far
 }
 
 #[test]
+fn a_port_for_which_a_manager_has_no_right_is_refused_before_there_is_one() {
+    if !can("root") {
+        return;
+    }
+    let (directory, folder) = (Directory::new("port"), tempfile::tempdir().unwrap());
+    let own = Authority::new(folder.path(), "own");
+    own.sign("server", &["localhost"], Valid::Now, "own");
+    let file = folder.path().join("host.toml");
+    let shown = file.to_str().unwrap();
+    let files = "certificate = \"server.pem\"\nkey = \"server.key\"\nclient-ca = \"own.ca\"\n";
+    fs::write(&file, format!("[api]\nlisten = \"0.0.0.0:443\"\n{files}may-read = [\"*\"]\n")).unwrap();
+    for words in [
+        &["daemon", "--budget", "64M", "--directory", directory.text(), "--config", shown][..],
+        &["config", "check", shown],
+    ] {
+        // In a network of its own, in which ports are as the kernel has them by itself.
+        let program = ["--net", env!("CARGO_BIN_EXE_plimsoll")];
+        let refused = Run::of(Path::new("unshare"), &[&program, words].concat()).output();
+        refused.expect_code(2);
+        let said = &refused.stderr;
+        assert!(
+            said.contains("cannot listen on 0.0.0.0:443") && said.contains("use one from 1024 on"),
+            "{said}"
+        );
+        assert_eq!(said.trim().lines().count(), 1, "{said}");
+    }
+}
+
+#[test]
 fn a_daemon_is_asked_over_tls_by_the_same_verbs_also_after_its_manager_was_replaced() {
     if !can("userfaultfd") {
         return;
