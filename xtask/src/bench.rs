@@ -1,10 +1,11 @@
 //! Benchmarks: `crates/plimsoll-bench`, built for speed and then run.
 //!
 //! Enters: what the command line said. Leaves: nothing but an error, because the benchmark's program takes this one's
-//! place. So signals reach it, which has devices to remove, and its exit status is what the caller sees. `mmu` is none of its: it counts
-//! instructions of a program of its own ([`count`]).
-use crate::{cargo, count};
+//! place. So signals reach it, which has devices to remove, and its exit status is what the caller sees. It knows which benchmarks there
+//! are. Only `mmu` is known here, too: it counts the instructions of a program that has to be built besides.
+use crate::cargo::{self, cargo};
 use anyhow::Result;
+use std::convert::Infallible;
 
 /// The package, and the program in it.
 const PACKAGE: &str = "plimsoll-bench";
@@ -22,22 +23,18 @@ pub(crate) struct Choice {
     rows: Option<String>,
 }
 
-/// Counts, or builds the other benchmarks and becomes them.
-pub(crate) fn run(choice: &Choice) -> Result<()> {
-    match (choice.list, choice.name.as_deref()) {
-        (false, Some("mmu")) => return count::run(choice.rows.as_deref().unwrap_or_default()),
-        (false, None) if choice.rows.is_none() => count::run("")?,
-        (true, _) => {
-            println!("{:<8} instructions of the page-table mapper and of walks, against other crates'", "mmu")
-        }
-        _ => {}
+/// Builds the benchmarks and becomes them.
+pub(crate) fn run(choice: &Choice) -> Result<Infallible> {
+    if !choice.list && choice.name.as_deref().is_none_or(|name| name == "mmu") {
+        // By itself: what others of the workspace ask of shared dependencies must not be in what is counted.
+        let counted = ["--package", "plimsoll-mmu", "--example", "count"];
+        cargo::run(cargo().args(["build", "--quiet", "--release", "--locked"]).args(counted))?;
     }
-    let never = cargo::become_program(PACKAGE, |command, target| {
+    cargo::become_program(PACKAGE, |command, target| {
         command.arg("--out").arg(target.join("bench"));
         command.args(choice.list.then_some("--list")).args(&choice.name);
         if let Some(prefix) = &choice.rows {
             command.arg("--rows").arg(prefix);
         }
-    })?;
-    match never {}
+    })
 }

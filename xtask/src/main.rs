@@ -7,8 +7,8 @@
 //! * [`suites`]: which tests there are and at which level; [`tally`]: what they said. [`no_std`]: the rooms below the
 //!   line, linked without an operating system.
 //! * [`ci`]: format, lints, documentation. [`lints`]: the house rules that no other tool knows.
-//! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`count`]: instructions of page-table work. [`chaos`]: a daemon whose
-//!   manager is killed again and again. [`mod@metal`]: the bare-metal host, booted.
+//! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`chaos`]: a daemon whose manager is killed again and again.
+//!   [`mod@metal`]: the bare-metal host, booted.
 //! * [`fuzz`]: parsers against what was never meant for them, for as long as is asked for.
 //! * [`dist`]: what is shipped, and a package's life on a machine.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
@@ -16,7 +16,6 @@ mod bench;
 mod cargo;
 mod chaos;
 mod ci;
-mod count;
 mod dist;
 mod fuzz;
 mod lints;
@@ -83,7 +82,7 @@ fn main() -> ExitCode {
             })
         }),
         Command::Ci => ci::run(),
-        Command::Bench(choice) => bench::run(&choice),
+        Command::Bench(choice) => bench::run(&choice).map(|never| match never {}),
         Command::Chaos(choice) => chaos::run(&choice).map(|never| match never {}),
         Command::Metal(choice) => metal::run(&choice).map(|never| match never {}),
         Command::Fuzz(choice) => fuzz::run(&choice),

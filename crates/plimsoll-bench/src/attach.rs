@@ -132,7 +132,7 @@ impl Rows {
 
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
-pub(crate) struct Settings {
+struct Settings {
     guest_ram_bytes: u64,
     scanned_bytes: u64,
     taken_bytes_each: u64,
@@ -145,7 +145,7 @@ pub(crate) struct Settings {
 }
 
 /// Measures the rows whose names begin so, and those that are measured with them.
-pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
+pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report, BenchError> {
     check_host()?;
     check_kvm()?;
     let machine = report::Machine::here();
@@ -178,7 +178,7 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         mix: MIX.to_string(),
         ksm: ksm::SETTINGS,
     };
-    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+    Ok(Report::new(machine, &settings, &NOTES, results)?)
 }
 
 /// A machine as the `attach` command has it, of which nothing is wanted.

@@ -173,7 +173,7 @@ fn sample(time: Duration, cpu_seconds: f64) -> Sample {
 
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
-pub(crate) struct Settings {
+struct Settings {
     ram_bytes: u64,
     amount_bytes: u64,
     rounds: usize,
@@ -182,7 +182,7 @@ pub(crate) struct Settings {
 }
 
 /// Measures all rows, which come from the same runs, and says those whose names begin so.
-pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
+pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report, BenchError> {
     guest::check_kvm()?;
     let machine = Machine::here();
     println!("{AMOUNT} of a guest of {RAM} that it has free, against a balloon of 4 KiB: {ROUNDS} rounds");
@@ -237,5 +237,5 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         seed: SEED,
         mix: MIX.to_string(),
     };
-    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+    Ok(Report::new(machine, &settings, &NOTES, results)?)
 }

@@ -12,7 +12,7 @@ use crate::contents::{MIX, SEED};
 use crate::guest::{self, Guest};
 use crate::pager::keepers::Ours;
 use crate::pager::measures::pages_per_second;
-use crate::report::{Comparison, Machine, Report, Run, Sample, higher};
+use crate::report::{Comparison, Machine, Report, Run, Sample, higher, write_json};
 use crate::session::{BenchError, Interrupt};
 use crate::swap;
 use anyhow::{Context, anyhow};
@@ -29,7 +29,6 @@ use plimsoll_types::{ByteCount, PageCount};
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::control::BalloonPiece;
 use serde::Serialize;
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -326,7 +325,7 @@ fn try_life(row: Row, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
 
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
-pub(crate) struct Settings {
+struct Settings {
     ram_bytes: u64,
     busy_bytes: u64,
     idle_bytes: u64,
@@ -336,11 +335,7 @@ pub(crate) struct Settings {
 }
 
 /// Measures the rows whose names begin so, and writes what they say of costs into the folder, as a file that the policy reads.
-pub(crate) fn run(
-    prefix: &str,
-    folder: &Path,
-    interrupt: &Interrupt,
-) -> Result<Report<Settings>, BenchError> {
+pub(crate) fn run(prefix: &str, folder: &Path, interrupt: &Interrupt) -> Result<Report, BenchError> {
     guest::check_kvm()?;
     swap::check_host()?;
     sweep_stale(PREFIX).map_err(|error| BenchError::NotHere(error.to_string()))?;
@@ -365,10 +360,7 @@ pub(crate) fn run(
         comparison.iter().for_each(|comparison| println!("  {comparison}"));
         results.push((row, comparison));
     }
-    let path = folder.join("costs.json");
-    let costs = file_of(&machine, &results);
-    let text = serde_json::to_string_pretty(&costs).context("cannot write costs as JSON")?;
-    fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    let path = write_json(&file_of(&machine, &results), folder.join("costs.json"))?;
     println!("costs for the policy are in {}", path.display());
     let settings = Settings {
         ram_bytes: RAM.0,
@@ -379,7 +371,7 @@ pub(crate) fn run(
         mix: MIX.to_string(),
     };
     let results = results.into_iter().filter_map(|(_, comparison)| comparison).collect();
-    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+    Ok(Report::new(machine, &settings, &NOTES, results)?)
 }
 
 /// A round of the rows of one guest: the guest left alone, each row, the guest left alone again. Rows that cannot be had lose their

@@ -13,10 +13,10 @@ mod score;
 mod ways;
 
 use crate::figures::ratio;
-use crate::report::{Comparison, Machine, Report, Run, Sample, Subject, higher, lower};
+use crate::report::{Comparison, Machine, Report, Run, Sample, Subject, higher, lower, write_json};
 use crate::session::{BenchError, Interrupt};
 use crate::swap::check_host;
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use fleet::{MEASURED, Outcome};
 use mix::{MIXES, Mix};
 use plimsoll_types::ByteCount;
@@ -280,7 +280,7 @@ fn compare(row: &Row, all: &[Figures]) -> Result<Vec<Comparison>, BenchError> {
 
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
-pub(crate) struct Settings {
+struct Settings {
     asked_bytes: u64,
     measured_seconds: u64,
     seed: u64,
@@ -288,11 +288,7 @@ pub(crate) struct Settings {
 }
 
 /// Measures the rows whose names begin so, and draws all whose files lie in the folder.
-pub(crate) fn run(
-    prefix: &str,
-    folder: &Path,
-    interrupt: &Interrupt,
-) -> Result<Report<Settings>, BenchError> {
+pub(crate) fn run(prefix: &str, folder: &Path, interrupt: &Interrupt) -> Result<Report, BenchError> {
     check_host()?;
     crate::guest::check_kvm()?;
     ways::check_here()?;
@@ -321,28 +317,21 @@ pub(crate) fn run(
             budget_bytes: row.budget().0,
             ways: all,
         };
-        let path = row.path(&rows);
-        let text = serde_json::to_string_pretty(&file).context("cannot write a row as JSON")?;
-        fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        write_json(&file, row.path(&rows))?;
     }
-    if results.is_empty() {
-        return Err(anyhow!(
-            "no row begins with {prefix:?}: rows are called MIX/OVERCOMMIT, as {}",
-            Row { mix: &MIXES[0], tenths: 20 }.name()
-        )
-        .into());
+    if !results.is_empty() {
+        let path = folder.join("density.svg");
+        fs::write(&path, plot::svg(&panels(&rows)?))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        println!("drawn in {}", path.display());
     }
-    let path = folder.join("density.svg");
-    fs::write(&path, plot::svg(&panels(&rows)?))
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    println!("drawn in {}", path.display());
     let settings = Settings {
         asked_bytes: asked.0,
         measured_seconds: MEASURED.as_secs(),
         seed: crate::contents::SEED,
         mix: crate::contents::MIX.to_string(),
     };
-    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+    Ok(Report::new(machine, &settings, &NOTES, results)?)
 }
 
 /// What has been measured of each mix, in this run or an earlier one.

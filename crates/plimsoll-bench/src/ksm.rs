@@ -103,7 +103,7 @@ fn pairs(round: u64) -> u64 {
 }
 
 /// Measures the rows whose names begin so.
-pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
+pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report, BenchError> {
     let machine = Machine::here();
     println!(
         "guided KSM against KSM over everything: {PROCESSES} processes, {ROUNDS} rounds, {REPEATS} times peer, ours, peer"
@@ -111,7 +111,7 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
     println!("{machine}");
     NOTES.iter().for_each(|note| println!("note: {note}"));
     let results = measure(prefix, interrupt)?;
-    Ok(Report { machine, settings: SETTINGS, notes: NOTES.to_vec(), results })
+    Ok(Report::new(machine, &SETTINGS, &NOTES, results)?)
 }
 
 /// The rows whose names begin so, each printed.

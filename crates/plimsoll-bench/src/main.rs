@@ -7,7 +7,7 @@
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
 //! program again in another role (`guest`). `balloon`: three ways to take memory that a guest has free. `cost`: what a guest
 //! pays that any of its memory is taken. `ksm`: guided KSM against KSM over everything. `attach`: machines managed from outside.
-//! `density`: many guests in little memory. `swap`: the peer's device. `session`: signals and clocks. `figures`: the
+//! `density`: many guests in little memory. `mmu`: instructions of page-table work against other crates'. `swap`: the peer's device. `session`: signals and clocks. `figures`: the
 //! arithmetic. `report`: what is said.
 mod attach;
 mod balloon;
@@ -17,14 +17,16 @@ mod density;
 mod figures;
 mod guest;
 mod ksm;
+mod mmu;
 mod pager;
 mod report;
 mod session;
 mod store;
 mod swap;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{Parser, ValueEnum};
+use report::Report;
 use session::{BenchError, Interrupt, OnlyOne};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -47,8 +49,9 @@ struct Arguments {
     out: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Name {
+    Mmu,
     Store,
     Pager,
     Ksm,
@@ -61,6 +64,7 @@ enum Name {
 impl Name {
     const fn text(self) -> &'static str {
         match self {
+            Self::Mmu => "mmu",
             Self::Store => "store",
             Self::Pager => "pager",
             Self::Ksm => "ksm",
@@ -73,6 +77,7 @@ impl Name {
 
     const fn about(self) -> &'static str {
         match self {
+            Self::Mmu => "instructions of the page-table mapper and of walks, against other crates'",
             Self::Store => {
                 "pages into the store and back, and what they cost, against MADV_PAGEOUT to zram (lz4)"
             }
@@ -94,6 +99,25 @@ impl Name {
             }
         }
     }
+
+    /// Measures the rows whose names begin so. What is for others to read beside the report goes into the folder.
+    fn measure(self, rows: &str, folder: &Path, interrupt: &Interrupt) -> Result<Report, BenchError> {
+        match self {
+            Self::Mmu => mmu::run(rows, interrupt),
+            Self::Store => store::run(rows, interrupt),
+            Self::Ksm => ksm::run(rows, interrupt),
+            Self::Attach => attach::run(rows, interrupt),
+            Self::Pager => pager::run(rows, interrupt),
+            Self::Balloon => balloon::run(rows, interrupt),
+            Self::Cost => cost::run(rows, folder, interrupt),
+            Self::Density => density::run(rows, folder, interrupt),
+        }
+    }
+}
+
+/// A line for each benchmark: its name, and what it compares.
+fn list() -> String {
+    Name::value_variants().iter().map(|name| format!("{:<8} {}\n", name.text(), name.about())).collect()
 }
 
 fn main() -> ExitCode {
@@ -102,7 +126,7 @@ fn main() -> ExitCode {
     }
     let arguments = Arguments::parse();
     if arguments.list {
-        Name::value_variants().iter().for_each(|name| println!("{:<8} {}", name.text(), name.about()));
+        print!("{}", list());
         return ExitCode::SUCCESS;
     }
     let chosen = arguments.name.map_or_else(|| Name::value_variants().to_vec(), |name| vec![name]);
@@ -120,20 +144,55 @@ fn run(chosen: &[Name], rows: &str, folder: &Path) -> Result<(), BenchError> {
     let _only = OnlyOne::here()?;
     let interrupt = Interrupt::install()?;
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let mut measured = false;
     for name in chosen {
-        let report = match name {
-            Name::Store => serde_json::to_string_pretty(&store::run(rows, &interrupt)?),
-            Name::Ksm => serde_json::to_string_pretty(&ksm::run(rows, &interrupt)?),
-            Name::Attach => serde_json::to_string_pretty(&attach::run(rows, &interrupt)?),
-            Name::Pager => serde_json::to_string_pretty(&pager::run(rows, &interrupt)?),
-            Name::Balloon => serde_json::to_string_pretty(&balloon::run(rows, &interrupt)?),
-            Name::Cost => serde_json::to_string_pretty(&cost::run(rows, folder, &interrupt)?),
-            Name::Density => serde_json::to_string_pretty(&density::run(rows, folder, &interrupt)?),
-        };
-        let path = folder.join(format!("{}.json", name.text()));
-        let text = report.context("cannot write the report as JSON")?;
-        fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        println!("written to {}", path.display());
+        let report = name.measure(rows, folder, &interrupt)?;
+        // What an earlier run has written is not replaced by nothing.
+        if !report.is_empty() {
+            let path = report.write(folder, name.text())?;
+            println!("written to {}", path.display());
+            measured = true;
+        }
+    }
+    if !measured {
+        return Err(anyhow!("no row begins with {rows:?}: docs/bench.md names them").into());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn listed() -> Vec<String> {
+        list().lines().map(|line| line.split(' ').next().unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn the_list_names_exactly_the_benchmarks_that_can_be_run() {
+        let command = Arguments::command();
+        let taken = command.get_arguments().find(|argument| argument.get_id() == "name").unwrap();
+        let taken: Vec<_> =
+            taken.get_possible_values().iter().map(|name| name.get_name().to_owned()).collect();
+        assert_eq!(listed(), taken);
+        for (name, variant) in listed().iter().zip(Name::value_variants()) {
+            let arguments = Arguments::try_parse_from(["bench", name]).unwrap();
+            assert_eq!(arguments.name, Some(*variant));
+        }
+        assert!(Arguments::try_parse_from(["bench", "stor"]).is_err());
+    }
+
+    #[test]
+    fn the_book_has_a_section_for_each_benchmark_of_the_list_and_for_no_other() {
+        let book = include_str!("../../../docs/bench.md");
+        let mut sections: Vec<_> = book
+            .lines()
+            .filter_map(|line| Some(line.strip_prefix("## `")?.strip_suffix('`')?.to_owned()))
+            .collect();
+        let mut listed = listed();
+        sections.sort();
+        listed.sort();
+        assert_eq!(sections, listed);
+    }
 }

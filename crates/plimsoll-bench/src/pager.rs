@@ -166,7 +166,7 @@ fn trials<'a>() -> Vec<Trial<'a>> {
 
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
-pub(crate) struct Settings {
+struct Settings {
     ram_bytes: u64,
     rounds: usize,
     seed: u64,
@@ -184,7 +184,7 @@ fn check_guests() -> Result<(), BenchError> {
 }
 
 /// Measures the rows whose names begin so.
-pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
+pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report, BenchError> {
     check_host()?;
     check_guests()?;
     let machine = Machine::here();
@@ -214,5 +214,5 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         pool_pages: POOL_PAGES,
         mix: MIX.to_string(),
     };
-    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+    Ok(Report::new(machine, &settings, &NOTES, results)?)
 }

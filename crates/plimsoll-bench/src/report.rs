@@ -10,6 +10,7 @@ use plimsoll_types::ByteCount;
 use serde::Serialize;
 use std::fmt;
 use std::fs;
+use std::path::{Path, PathBuf};
 
 /// Which way is good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -103,6 +104,12 @@ impl Comparison {
         let Subject { name, unit, better, goal } = subject;
         let (ratio, spread) = (ratio(ours, peer)?, spread(&pairs)?);
         Some(Self { name, ours, peer, unit, ratio, goal, better, spread, interval: None, runs })
+    }
+
+    /// Of what is the same every time, so that the peer against itself has no spread and one run says all.
+    pub(crate) fn exact(subject: Subject, ours: f64, peer: f64) -> anyhow::Result<Self> {
+        let [ours, peer] = [ours, peer].map(Sample::untimed);
+        Self::new(subject, vec![Run { ours, peer, peer_again: peer }])
     }
 
     /// Of many short runs, each of which has its own ratio, to the mean of the peer before and after it: what changes steadily
@@ -268,20 +275,97 @@ impl fmt::Display for Machine {
 
 /// All that a benchmark says.
 #[derive(Debug, Serialize)]
-pub(crate) struct Report<S> {
-    /// Where.
-    pub(crate) machine: Machine,
-    /// With what.
-    pub(crate) settings: S,
-    /// What the numbers leave out.
-    pub(crate) notes: Vec<&'static str>,
-    /// The ratios.
-    pub(crate) results: Vec<Comparison>,
+pub(crate) struct Report {
+    machine: Machine,
+    settings: serde_json::Value,
+    notes: Vec<&'static str>,
+    results: Vec<Comparison>,
+}
+
+impl Report {
+    /// Where it was measured, with what, what the numbers leave out, and the ratios.
+    pub(crate) fn new(
+        machine: Machine,
+        settings: &impl Serialize,
+        notes: &[&'static str],
+        results: Vec<Comparison>,
+    ) -> anyhow::Result<Self> {
+        let settings = serde_json::to_value(settings).context("cannot write settings as JSON")?;
+        Ok(Self { machine, settings, notes: notes.to_vec(), results })
+    }
+
+    /// True where no row was measured.
+    pub(crate) const fn is_empty(&self) -> bool {
+        self.results.is_empty()
+    }
+
+    /// Writes it as NAME.json into the folder, and says where that is.
+    pub(crate) fn write(&self, folder: &Path, name: &str) -> anyhow::Result<PathBuf> {
+        write_json(self, folder.join(format!("{name}.json")))
+    }
+}
+
+/// Writes a file of JSON, and says where it is: a report, or what else a benchmark leaves for others to read.
+pub(crate) fn write_json(what: &impl Serialize, path: PathBuf) -> anyhow::Result<PathBuf> {
+    let text = serde_json::to_string_pretty(what)
+        .with_context(|| format!("cannot make {} of it", path.display()))?;
+    fs::write(&path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use serde_json::Value;
+
+    fn keys(object: &Value) -> Vec<&str> {
+        let mut keys: Vec<_> = object.as_object().unwrap().keys().map(String::as_str).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    fn is_positive(value: &Value) -> bool {
+        value.as_f64().is_some_and(|value| value > 0.0)
+    }
+
+    /// Every field of a line, and no other, as `docs/bench.md` has it.
+    pub(crate) fn check_row(row: &Value) {
+        let fields =
+            ["better", "goal", "interval", "name", "ours", "peer", "ratio", "runs", "spread", "unit"];
+        assert_eq!(keys(row), fields, "{row}");
+        for text in ["name", "unit"] {
+            assert!(row[text].as_str().is_some_and(|text| !text.is_empty()), "{text} of {row}");
+        }
+        assert!(["ours", "peer", "ratio"].into_iter().all(|number| is_positive(&row[number])), "{row}");
+        assert!(row["goal"].is_null() || is_positive(&row["goal"]), "{row}");
+        assert!(row["better"] == "higher" || row["better"] == "lower", "{row}");
+        assert!(row["spread"].as_f64().is_some_and(|spread| spread >= 0.0), "{row}");
+        let ends = row["interval"].as_array().map(|ends| ends.len() == 2 && ends.iter().all(is_positive));
+        assert!(ends.unwrap_or(row["interval"].is_null()), "{row}");
+        let runs = row["runs"].as_array().unwrap();
+        assert!(!runs.is_empty(), "{row}");
+        for run in runs {
+            assert_eq!(keys(run), ["ours", "peer", "peer_again"]);
+            for sample in ["ours", "peer", "peer_again"].map(|side| &run[side]) {
+                assert_eq!(keys(sample), ["cpu_seconds", "value"]);
+                assert!(is_positive(&sample["value"]), "{row}");
+                assert!(sample["cpu_seconds"].is_null() || sample["cpu_seconds"].is_f64(), "{row}");
+            }
+        }
+    }
+
+    /// The top level, and every line.
+    fn check_report(report: &Value) {
+        assert_eq!(keys(report), ["machine", "notes", "results", "settings"]);
+        let machine = &report["machine"];
+        assert_eq!(keys(machine), ["cpu", "cpus", "kernel", "load_average", "memory_bytes"]);
+        assert!(["cpu", "kernel"].into_iter().all(|text| machine[text].is_string()), "{machine}");
+        assert!(["cpus", "memory_bytes"].into_iter().all(|count| is_positive(&machine[count])), "{machine}");
+        assert!(machine["load_average"].is_f64(), "{machine}");
+        assert!(report["notes"].as_array().unwrap().iter().all(Value::is_string));
+        assert!(report["settings"].is_object());
+        report["results"].as_array().unwrap().iter().for_each(check_row);
+    }
 
     fn comparison(better: Better, goal: f64) -> Comparison {
         let subject = Subject { name: "put/mix".to_owned(), unit: "pages/s", better, goal: Some(goal) };
@@ -345,13 +429,35 @@ mod tests {
         }
     }
 
+    /// All benchmarks give a [`Report`], whose lines come to be in these three ways.
     #[test]
-    fn the_json_has_the_fields_that_readers_rely_on() {
-        let json = serde_json::to_value(comparison(Better::Lower, 2.0)).unwrap();
-        for field in ["name", "ours", "peer", "unit", "ratio", "goal", "better", "spread", "runs"] {
-            assert!(json.get(field).is_some(), "{field}");
+    fn what_is_written_has_every_field_that_readers_rely_on_however_a_line_came_to_be() {
+        #[derive(Serialize)]
+        struct Settings {
+            rounds: usize,
         }
-        assert_eq!(json["better"], "lower");
-        assert_eq!(json["runs"].as_array().map(Vec::len), Some(3));
+        let sample = Sample { value: 2.0, cpu_seconds: Some(0.5) };
+        let slices = vec![Run { ours: sample, peer: sample, peer_again: sample }; 8];
+        let results = vec![
+            comparison(Better::Lower, 2.0),
+            Comparison::paired(higher("slow", "ops/s", None), slices, 0.25).unwrap(),
+            Comparison::exact(lower("map", "instructions/page", Some(1.0)), 25.0, 190.0).unwrap(),
+        ];
+        let report = Report::new(Machine::here(), &Settings { rounds: 3 }, &["a note"], results).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = report.write(folder.path(), "store").unwrap();
+        assert_eq!(path, folder.path().join("store.json"));
+        let json: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+        check_report(&json);
+        assert_eq!(json["settings"]["rounds"], 3);
+        let column = |field| json["results"].as_array().unwrap().iter().map(move |row| row[field].clone());
+        assert_eq!(column("better").collect::<Vec<_>>(), ["lower", "higher", "lower"]);
+        assert_eq!(
+            column("goal").map(|goal| goal.as_f64()).collect::<Vec<_>>(),
+            [Some(2.0), None, Some(1.0)]
+        );
+        assert_eq!(column("interval").map(|ends| ends.is_null()).collect::<Vec<_>>(), [true, false, true]);
+        let runs = column("runs").map(|runs| runs.as_array().map(Vec::len));
+        assert_eq!(runs.collect::<Vec<_>>(), [Some(3), Some(8), Some(1)]);
     }
 }

@@ -67,7 +67,7 @@ fn rows() -> [Row; 4] {
 
 /// What to repeat the benchmark with.
 #[derive(Debug, Serialize)]
-pub(crate) struct Settings {
+struct Settings {
     pages: usize,
     rounds: usize,
     threads: usize,
@@ -112,7 +112,7 @@ impl Outcome {
 }
 
 /// Measures the rows whose names begin so.
-pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings>, BenchError> {
+pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report, BenchError> {
     check_host()?;
     // Before pinning, after which one processor is all that this thread sees.
     let machine = Machine::here();
@@ -144,7 +144,7 @@ pub(crate) fn run(prefix: &str, interrupt: &Interrupt) -> Result<Report<Settings
         peer: "MADV_PAGEOUT to zram, lz4",
         content: rows.iter().map(|row| format!("{}: {}", row.name, row.mix)).collect(),
     };
-    Ok(Report { machine, settings, notes: NOTES.to_vec(), results })
+    Ok(Report::new(machine, &settings, &NOTES, results)?)
 }
 
 /// All rounds of one kind of content.
