@@ -251,6 +251,8 @@ impl Samples {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use plimsoll_core::ledger::{Kind, Terms};
+    use plimsoll_types::{GroupId, PAGE_SIZE};
 
     #[test]
     fn a_machine_that_touches_nothing_is_sampled_ever_more_rarely_until_it_does_or_memory_is_short() {
@@ -313,5 +315,70 @@ mod tests {
         assert!(at(1, 1000, 600), "600 of 1000 came back");
         assert!(!at(2, 2000, 1000), "400 of 1000 came back");
         assert!(!at(3, 2128, 1128), "a sample says nothing");
+    }
+
+    /// Counts nothing but what is charged.
+    struct NoOverhead;
+
+    impl Meter for NoOverhead {
+        fn used(&mut self) -> ByteCount {
+            ByteCount(0)
+        }
+    }
+
+    /// One that has lost 1000 pages and wanted 600 of them back.
+    fn thrashing() -> Watched {
+        let (mut watched, start) = (Watched::default(), Instant::now());
+        watched.thrash.watch(0, 0, start);
+        watched.thrash.watch(1000, 600, start + THRASH_PERIOD);
+        watched
+    }
+
+    /// What machines that use so many MiB each are asked for, in MiB by machine, and the room there is. The high mark is
+    /// at 155 MiB, the low one at 150.
+    fn asked(ram: &[u64], thrash: &[u32], spared: &[u32]) -> (Vec<(u32, u64)>, ByteCount) {
+        const GROUP: GroupId = GroupId(1);
+        let host = Host::new(Budget::of(ByteCount::mib(160)));
+        host.ledger(|ledger| {
+            ledger.add_group(GROUP);
+            for (id, mib) in (0..).map(MachineId).zip(ram) {
+                let terms = Terms { size: ByteCount::mib(1024), reservation: ByteCount(0) };
+                ledger.admit(id, GROUP, terms).unwrap();
+                ledger.settle(id, Kind::Resident, ByteCount::mib(*mib)).unwrap();
+            }
+        });
+        let watched = (0..).zip(ram).map(|(id, _)| {
+            (MachineId(id), if thrash.contains(&id) { thrashing() } else { Watched::default() })
+        });
+        let spared = spared.iter().copied().map(MachineId).collect();
+        let (asked, room) = ask(&host, &mut NoOverhead, &mut VecDeque::new(), &watched.collect(), &spared);
+        // The ledger's levels are finer than a page, so that it may ask for one more.
+        let mib = |pages: u32| u64::from(pages) * PAGE_SIZE as u64 >> 20;
+        (asked.into_iter().map(|(id, pages)| (id.0, mib(pages))).collect(), room)
+    }
+
+    #[test]
+    fn the_largest_gives_down_to_the_low_mark_and_nobody_below_the_high_one() {
+        assert_eq!(asked(&[110, 60], &[], &[]), (vec![(0, 20)], ByteCount(0)));
+        assert_eq!(asked(&[100, 52], &[], &[]), (vec![], ByteCount::mib(3)));
+    }
+
+    #[test]
+    fn a_machine_that_thrashes_is_passed_over_as_long_as_the_others_can_bring_the_host_to_the_high_mark() {
+        assert_eq!(asked(&[110, 60], &[0], &[]).0, [(1, 20)], "down to the low mark");
+        assert_eq!(asked(&[154, 16], &[0], &[]).0, [(1, 16)], "all it has, short of the low mark");
+        assert_eq!(asked(&[160, 10], &[0], &[]).0, [(0, 15)], "10 of 15 MiB are not enough");
+    }
+
+    #[test]
+    fn when_all_machines_thrash_no_more_is_taken_than_brings_the_host_to_the_high_mark() {
+        assert_eq!(asked(&[110, 60], &[0, 1], &[]).0, [(0, 15)]);
+    }
+
+    #[test]
+    fn a_machine_that_is_to_be_left_alone_gives_nothing_although_all_others_thrash() {
+        assert_eq!(asked(&[110, 60], &[], &[0]).0, [(1, 20)]);
+        assert_eq!(asked(&[110, 60], &[1], &[0]).0, [(1, 15)]);
+        assert_eq!(asked(&[110, 60], &[0], &[0, 1]).0, []);
     }
 }
