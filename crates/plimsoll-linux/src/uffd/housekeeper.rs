@@ -121,7 +121,7 @@ pub(super) fn keep(
         while worked && cpu_time().saturating_sub(before) < SLICE && !stop.load(Ordering::Relaxed) {
             worked = keeper.collapse();
             for domain in known(domains) {
-                worked |= keeper.tend(&domain);
+                worked |= keeper.tend(&domain, Instant::now());
             }
         }
         let took = cpu_time().saturating_sub(before);
@@ -139,9 +139,8 @@ fn cpu_time() -> Duration {
 }
 
 impl Housekeeper<'_> {
-    /// One step in a domain's store. False when there is nothing to do for now.
-    fn tend(&mut self, domain: &Domain<MemfdSlabs>) -> bool {
-        let now = Instant::now();
+    /// One step in a domain's store. False when there is nothing to do at `now`.
+    fn tend(&mut self, domain: &Domain<MemfdSlabs>, now: Instant) -> bool {
         let fresh = Place { walk: now, rests_until: None, compacts_at: now };
         let mut place = *self.places.entry(domain.id).or_insert(fresh);
         let is_awake = place.rests_until.is_none_or(|until| until <= now);
@@ -241,6 +240,7 @@ mod tests {
     use plimsoll_core::ledger::Budget;
     use plimsoll_store::{DenseError, Encoder, Handle, Store};
     use plimsoll_types::{GroupId, PAGE_SIZE, PageBytes};
+    use std::ops::Range;
 
     const GROUP: GroupId = GroupId(1);
     const WARM: Housekeeping = Housekeeping { cold_after: Duration::ZERO, cpu_permille: 1000 };
@@ -285,27 +285,33 @@ mod tests {
         let domain = Domain::new(DomainId(1), GROUP, Store::new(slabs));
         let host = Host::new(Budget::of(ByteCount::mib(256)));
         host.ledger(|ledger| ledger.add_group(GROUP));
+        let handles = put(&domain, 0..pages);
+        (host, domain, handles)
+    }
+
+    fn put(domain: &Domain<MemfdSlabs>, numbers: Range<usize>) -> Vec<Handle> {
         let mut encoder = Encoder::new();
         let put =
             |number| domain.store(|store| store.put(&text(number), &mut encoder)).unwrap().unwrap().handle;
-        let handles = (0..pages).map(put).collect();
-        (host, domain, handles)
+        numbers.map(put).collect()
+    }
+
+    fn keeper<'a>(
+        host: &'a Host,
+        governed: &'a Governed,
+        how: Housekeeping,
+        dense: Box<dyn DenseCodec>,
+    ) -> Housekeeper<'a> {
+        let (packer, fetched) = (Packer::new(), Fetched::new());
+        Housekeeper { host, governed, how, places: BTreeMap::new(), packer, fetched, dense: Some(dense) }
     }
 
     /// Tends the domain until there is nothing left to do, twice round and more.
     fn tend(host: &Host, domain: &Domain<MemfdSlabs>, dense: Box<dyn DenseCodec>) {
         let governed = Governed::default();
-        let mut keeper = Housekeeper {
-            host,
-            governed: &governed,
-            how: WARM,
-            places: BTreeMap::new(),
-            packer: Packer::new(),
-            fetched: Fetched::new(),
-            dense: Some(dense),
-        };
+        let mut keeper = keeper(host, &governed, WARM, dense);
         for _ in 0..4 {
-            while keeper.tend(domain) {}
+            while keeper.tend(domain, Instant::now()) {}
         }
     }
 
@@ -327,6 +333,31 @@ mod tests {
         assert!(domain.held() < before, "{} after {before}", domain.held());
         assert_eq!(host.ledger(|ledger| ledger.charged()), domain.held(), "the ledger has been told");
         assert_all_read(&domain, &handles);
+    }
+
+    #[test]
+    fn an_object_is_packed_once_it_has_been_in_the_store_for_as_long_as_it_takes_to_grow_cold() {
+        let (host, domain, _handles) = filled(50);
+        let (governed, start) = (Governed::default(), Instant::now());
+        let how = Housekeeping { cold_after: Duration::from_secs(60), ..WARM };
+        let mut keeper = keeper(&host, &governed, how, Box::new(Zstd::new().unwrap()));
+        let mut packed_by = |millis| {
+            // Twice: what ends with nothing to do is not to begin anew.
+            for _ in 0..2 {
+                while keeper.tend(&domain, start + Duration::from_millis(millis)) {}
+            }
+            host.tidied(|tidied| tidied.packed)
+        };
+        assert_eq!(packed_by(0), 0, "they have just come");
+        assert_eq!(packed_by(59_999), 0, "they are not cold yet");
+        let first = packed_by(60_000);
+        assert!(first > 40, "{first} of 50");
+        put(&domain, 50..80);
+        assert_eq!(packed_by(119_999), first);
+        assert_eq!(packed_by(120_000), first, "the others are seen for the first time");
+        assert_eq!(packed_by(179_999), first);
+        let then = packed_by(180_000) - first;
+        assert!(then > 20, "{then} of 30");
     }
 
     #[test]
