@@ -127,6 +127,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.ahead.clear();
             return Ok(false);
         }
+        self.reached(Step::BringBegun)?;
         let pages = self.load_piece(piece);
         if pages == 0 {
             self.put_back(piece, 1, evidence);

@@ -8,7 +8,7 @@ pub enum Step {
     EventsRead,
     /// A discard was applied to the words; its objects are not released.
     DiscardApplied,
-    /// The bytes of a fault were found; nothing is installed.
+    /// The bytes of a fault, or of pages to bring, were found; nothing is installed.
     SourceRead,
     /// The bytes were installed; the word does not say so.
     Copied,
@@ -34,10 +34,14 @@ pub enum Step {
     Unwatched,
     /// A block is registered again; its words do not say so.
     Watched,
+    /// Pages to bring before they are touched are charged; none was read. [`SourceRead`](Self::SourceRead) and what
+    /// follows it are then of these pages.
+    BringBegun,
 }
 
 impl Step {
-    /// Every step, in the order in which a page's life passes them.
+    /// Every step that a machine of any size comes to, in the order in which a page's life passes them: all but
+    /// [`BringBegun`](Self::BringBegun), for which it needs some tens of pages.
     pub const ALL: [Self; 15] = [
         Self::EventsRead,
         Self::DiscardApplied,

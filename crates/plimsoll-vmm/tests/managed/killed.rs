@@ -22,7 +22,7 @@ pub(crate) fn at_any_step_of_a_capture() {
         let mut victim = fleet.add(&machine("victim", 48, zipf()));
         victim.until_running();
         fleet.squeeze_until(victim.id, "the victim to have stored pages", || fleet.stored(victim.id) > 1000);
-        gate.arm(victim.id, step);
+        gate.arm(victim.id, &[step]);
         fleet.squeeze_until(victim.id, "the victim's pager to be held", || gate.is_holding());
         other.goes_on();
         victim.kill();

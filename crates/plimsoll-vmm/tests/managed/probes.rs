@@ -18,17 +18,23 @@ pub(crate) struct Gate {
     changed: Condvar,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum GateState {
     #[default]
     Open,
-    Armed(MachineId, Step),
+    /// So many of the steps were passed.
+    Armed {
+        machine: MachineId,
+        passed: usize,
+        path: Vec<Step>,
+    },
     Held,
 }
 
 impl Gate {
-    pub(crate) fn arm(&self, machine: MachineId, step: Step) {
-        *self.state.lock().unwrap() = GateState::Armed(machine, step);
+    /// Has the machine's pager held at the last of these steps, when it comes there by the others without any between.
+    pub(crate) fn arm(&self, machine: MachineId, path: &[Step]) {
+        *self.state.lock().unwrap() = GateState::Armed { machine, passed: 0, path: path.to_vec() };
     }
 
     pub(crate) fn is_holding(&self) -> bool {
@@ -44,10 +50,12 @@ impl Gate {
 impl Probe for Gate {
     fn reached(&self, step: Step) -> Result<(), Killed> {
         let mut state = self.state.lock().unwrap();
-        if let GateState::Armed(machine, at) = *state
-            && at == step
-            && machine_here() == Some(machine)
-        {
+        let GateState::Armed { machine, passed, path } = &mut *state else { return Ok(()) };
+        if machine_here() != Some(*machine) {
+            return Ok(());
+        }
+        *passed = if path[*passed] == step { *passed + 1 } else { usize::from(path[0] == step) };
+        if *passed == path.len() {
             *state = GateState::Held;
             // Not for ever: a test that failed meanwhile has to end, too.
             let held = |state: &mut GateState| *state == GateState::Held;
