@@ -252,7 +252,7 @@ impl Samples {
 mod tests {
     use super::*;
     use plimsoll_core::ledger::{Kind, Terms};
-    use plimsoll_types::{GroupId, PAGE_SIZE};
+    use plimsoll_types::GroupId;
 
     #[test]
     fn a_machine_that_touches_nothing_is_sampled_ever_more_rarely_until_it_does_or_memory_is_short() {
@@ -353,7 +353,7 @@ mod tests {
         let spared = spared.iter().copied().map(MachineId).collect();
         let (asked, room) = ask(&host, &mut NoOverhead, &mut VecDeque::new(), &watched.collect(), &spared);
         // The ledger's levels are finer than a page, so that it may ask for one more.
-        let mib = |pages: u32| u64::from(pages) * PAGE_SIZE as u64 >> 20;
+        let mib = |pages: u32| PageCount(pages.into()).bytes().0 >> 20;
         (asked.into_iter().map(|(id, pages)| (id.0, mib(pages))).collect(), room)
     }
 
