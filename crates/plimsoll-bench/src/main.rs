@@ -7,8 +7,8 @@
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
 //! program again in another role (`guest`). `balloon`: three ways to take memory that a guest has free. `cost`: what a guest
 //! pays that any of its memory is taken. `ksm`: guided KSM against KSM over everything. `attach`: machines managed from outside.
-//! `density`: many guests in little memory. `mmu`: instructions of page-table work against other crates'. `swap`: the peer's device. `session`: signals and clocks. `figures`: the
-//! arithmetic. `report`: what is said.
+//! `density`: many guests in little memory. `mmu`: instructions of page-table work against other crates'. `swap`: the peer's device.
+//! `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
 mod attach;
 mod balloon;
 mod contents;
