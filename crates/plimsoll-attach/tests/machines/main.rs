@@ -3,6 +3,7 @@
 
 mod fake;
 mod following;
+mod hazards;
 mod refusals;
 mod sockets;
 
@@ -22,6 +23,13 @@ fn nothing_known() -> Request {
 /// A machine name that no other process of this host has.
 fn unique(name: &str) -> String {
     format!("{name}-{}", std::process::id())
+}
+
+/// Says that a test needs something that is not here. A machine that `PLIMSOLL_REQUIRE` says has it is at fault.
+fn skip(capability: &str, why: &str) {
+    let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
+    assert!(!required.split(',').any(|name| name.trim() == capability), "{capability} is required: {why}");
+    println!("SKIPPED: {why}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What cannot be attached is refused with one sentence that says what was found and what to do.
 
 use crate::fake::{Fake, copy, spawn};
-use crate::{MIB_64, nothing_known, unique};
+use crate::{MIB_64, nothing_known, skip, unique};
 use plimsoll_attach::{AttachLock, Held, Refusal, Request, find, inspect, parse_range};
 use plimsoll_sys::ProcessId;
 use plimsoll_types::ByteCount;
@@ -142,9 +142,7 @@ fn a_32_bit_vmm_is_refused() {
 #[test]
 fn another_users_machine_is_refused_with_the_capability_that_helps_and_counted() {
     if !rustix::process::geteuid().is_root() {
-        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-        assert!(!required.split(',').any(|name| name.trim() == "root"), "root is required");
-        return println!("SKIPPED: not root, so there is no other user to become");
+        return skip("root", "not root, so there is no other user to become");
     }
     let fake = Fake::start("qemu-system-x86_64", "-m 64");
     let folder = tempfile::tempdir().unwrap();

@@ -7,6 +7,8 @@
 //! memfd NAME BYTES       maps shared memory
 //! unmap                  unmaps what was mapped last
 //! lock                   locks everything it has and will have
+//! open PATH              opens a file of that path, which is nobody else's and not in the tree of files
+//! guest-memfd BYTES      has KVM make memory that the host cannot map
 //! child                  starts itself again, with the same arguments, until it ends; answers the number
 //! exec PATH WORD…        becomes another program, which answers that it is ready
 //! ```
@@ -14,13 +16,19 @@
 //! With `FLAP=N` in its environment it becomes, N times over, now `FLAP_VMM` and now `FLAP_OTHER`. The VMM has no memory
 //! then, and the other program has 64 MiB: whoever finds RAM in a VMM has mixed them up.
 
+use kvm_bindings::kvm_create_guest_memfd;
+use kvm_ioctls::Kvm;
 use plimsoll_sys::HvaRange;
-use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Memfd, SharedMapping};
+use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Memfd, SharedMapping, large_folio_folder};
 use plimsoll_types::ByteCount;
+use rustix::fs::{Mode, OFlags, mkdirat, openat};
 use rustix::mm::{MlockAllFlags, mlockall};
+use std::any::Any;
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write, stdin, stdout};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 type Outcome = Result<String, Box<dyn Error>>;
@@ -39,17 +47,25 @@ impl Ram {
     }
 }
 
+/// What it has beside itself, until it ends.
+#[derive(Default)]
+struct Belongings {
+    ram: Vec<Ram>,
+    children: Vec<Child>,
+    open: Vec<Box<dyn Any>>,
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     if let Some(left) = std::env::var("FLAP").ok().and_then(|left| left.parse::<u32>().ok()) {
         flap(left)?;
     }
     println!("ready");
     stdout().flush()?;
-    let (mut ram, mut children) = (Vec::new(), Vec::new());
+    let mut belongings = Belongings::default();
     for line in stdin().lock().lines() {
         let line = line?;
         let words: Vec<&str> = line.split(' ').collect();
-        match obey(&words, &mut ram, &mut children) {
+        match obey(&words, &mut belongings) {
             Ok(answer) => println!("{answer}"),
             Err(error) => println!("failed: {error}"),
         }
@@ -58,7 +74,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn obey(words: &[&str], ram: &mut Vec<Ram>, children: &mut Vec<Child>) -> Outcome {
+fn obey(words: &[&str], Belongings { ram, children, open }: &mut Belongings) -> Outcome {
     match words {
         ["anonymous", bytes] => {
             ram.push(Ram::Anonymous(AnonymousMapping::new(ByteCount(bytes.parse()?), HugePages::Never)?));
@@ -69,6 +85,14 @@ fn obey(words: &[&str], ram: &mut Vec<Ram>, children: &mut Vec<Child>) -> Outcom
         }
         ["unmap"] => drop(ram.pop()),
         ["lock"] => mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?,
+        ["open", path] => open.push(Box::new(open_alone(Path::new(path))?)),
+        ["guest-memfd", bytes] => {
+            let vm = Kvm::new()?.create_vm()?;
+            let wanted = kvm_create_guest_memfd { size: bytes.parse()?, ..Default::default() };
+            // The descriptor stays open as long as the process lives.
+            vm.create_guest_memfd(wanted)?;
+            open.push(Box::new(vm));
+        }
         ["child"] => {
             // Its input is a pipe from here, which closes when this process ends.
             let mut command = Command::new(std::env::current_exe()?);
@@ -85,6 +109,17 @@ fn obey(words: &[&str], ram: &mut Vec<Ram>, children: &mut Vec<Child>) -> Outcom
     }
     let range = ram.last().and_then(Ram::range);
     Ok(range.map_or("done".to_owned(), |range| format!("{:#x}-{:#x}", range.start().0, range.end().0)))
+}
+
+/// Opens an ordinary file below the root of a file system of its own: /proc shows that path, whatever the host has there.
+fn open_alone(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let root = large_folio_folder()?;
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    let mut folders: Vec<&Path> = relative.ancestors().skip(1).collect();
+    // The last is the root itself.
+    folders.pop();
+    folders.into_iter().rev().try_for_each(|folder| mkdirat(&root, folder, Mode::RWXU))?;
+    openat(&root, relative, OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)
 }
 
 fn flap(left: u32) -> Result<(), Box<dyn Error>> {
