@@ -4,6 +4,12 @@
 use crate::fake::Fake;
 use crate::{MIB_64, nothing_known, skip};
 use plimsoll_attach::{Dossier, Hazard, Rung, inspect};
+use plimsoll_linux::cgroup::foreign::{ProcessCgroup, SwapRight};
+use plimsoll_linux::cgroup::{CgroupError, MemoryCgroup};
+use plimsoll_sys::ProcessId;
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use std::fs;
+use std::path::Path;
 
 fn look(fake: &Fake) -> Dossier {
     inspect(&fake.held(), &nothing_known()).unwrap()
@@ -44,4 +50,73 @@ fn memory_that_kvm_keeps_from_the_host_turns_every_rung_off() {
         return skip("root", "no guest_memfd can be made, and not root, so no file can look like one");
     }
     assert_all_off(&look(&fake), &Hazard::Confidential { evidence: format!("{file} is open") });
+}
+
+fn forbids_swap(dossier: &Dossier, cgroup: &Path) -> bool {
+    let forbidden = Hazard::SwapForbidden { cgroup: cgroup.display().to_string() };
+    dossier.rungs().off(Rung::KernelPaging) == Some(&forbidden)
+        && dossier.rungs().off(Rung::Disk) == Some(&forbidden)
+}
+
+#[test]
+fn a_cgroup_that_forbids_swap_turns_paging_off_for_as_long_as_it_does() {
+    let cgroup = match MemoryCgroup::create("plimsoll-test-attach", ProcessId::own()) {
+        Err(
+            error @ (CgroupError::NoController
+            | CgroupError::NotMounted { .. }
+            | CgroupError::NotDelegated { .. }
+            | CgroupError::NotPermitted { .. }
+            | CgroupError::ReadOnly { .. }),
+        ) => return skip("cgroup", &error.to_string()),
+        made => made.unwrap(),
+    };
+    let mut fake = qemu_that(&[]);
+    cgroup.enter(fake.process()).unwrap();
+    let put = |file: &str, text: &str| fs::write(cgroup.path().join(file), text).unwrap();
+    let has = |file: &str| cgroup.path().join(file).exists();
+    let v1 = [
+        ("memory.swappiness", "0", "60"),
+        // One of memory and swap together that is no higher than that of memory.
+        ("memory.memsw.limit_in_bytes", "268435456", "-1"),
+    ];
+    let ways = if has("memory.swap.max") { vec![("memory.swap.max", "0", "max")] } else { v1.to_vec() };
+    let ways: Vec<_> = ways.into_iter().filter(|(file, ..)| has(file)).collect();
+    if has("memory.memsw.limit_in_bytes") {
+        put("memory.limit_in_bytes", "268435456");
+    }
+    for (file, forbidding, free) in &ways {
+        put(file, forbidding);
+        assert!(forbids_swap(&look(&fake), cgroup.path()), "{file}: {}", look(&fake));
+        put(file, free);
+        // Those above it may forbid it still.
+        let right = ProcessCgroup::of(fake.process()).unwrap().swap_right().unwrap();
+        assert_eq!(forbids_swap(&look(&fake), cgroup.path()), right == SwapRight::Forbidden, "{file}");
+    }
+    assert!(look(&fake).rungs().allows(Rung::GuestFree));
+    fake.end();
+    cgroup.remove().unwrap();
+    if ways.is_empty() {
+        println!("SKIPPED: this kernel counts no swap for cgroups");
+    }
+}
+
+#[test]
+fn whoever_may_not_advise_other_processes_pages_nothing() {
+    let fake = qemu_that(&[]);
+    let missing = Hazard::MissingCapability { capability: "CAP_SYS_NICE" };
+    let held = capabilities(None).unwrap().effective.contains(CapabilitySet::SYS_NICE);
+    assert_eq!(look(&fake).hazards.contains(&missing), !held);
+    // Capabilities are a thread's.
+    let dossier = std::thread::scope(|scope| {
+        let without = || {
+            let mut sets = capabilities(None).unwrap();
+            sets.effective.remove(CapabilitySet::SYS_NICE);
+            set_capabilities(None, sets).unwrap();
+            look(&fake)
+        };
+        scope.spawn(without).join().unwrap()
+    });
+    assert!(dossier.hazards.contains(&missing), "{dossier}");
+    let allowed = [Rung::KernelPaging, Rung::Disk, Rung::Balloon].map(|rung| dossier.rungs().allows(rung));
+    assert_eq!(allowed, [false, false, true], "{dossier}");
 }
