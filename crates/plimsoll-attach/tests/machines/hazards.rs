@@ -120,3 +120,29 @@ fn whoever_may_not_advise_other_processes_pages_nothing() {
     let allowed = [Rung::KernelPaging, Rung::Disk, Rung::Balloon].map(|rung| dossier.rungs().allows(rung));
     assert_eq!(allowed, [false, false, true], "{dossier}");
 }
+
+#[test]
+fn guests_that_are_protected_from_the_host_have_every_rung_off() {
+    const QEMU: &str = "qemu-system-x86_64 -m 64";
+    const CLOUD_HYPERVISOR: &str = "cloud-hypervisor --memory size=64M --platform";
+    for (machine, said, evidence) in [
+        (QEMU, "-object sev-guest,id=s,cbitpos=51", "-object sev-guest"),
+        (QEMU, "-object sev-snp-guest,id=s", "-object sev-snp-guest"),
+        (QEMU, "-object tdx-guest,id=t -machine q35,confidential-guest-support=t", "-object tdx-guest"),
+        // As libvirt writes it.
+        (
+            QEMU,
+            r#"-object {"qom-type":"tdx-guest","id":"lsec0","attributes":268435456}"#,
+            "-object tdx-guest",
+        ),
+        (QEMU, "-object s390-pv-guest,id=p", "-object s390-pv-guest"),
+        (QEMU, "-machine q35,confidential-guest-support=l", "confidential-guest-support=l"),
+        (CLOUD_HYPERVISOR, "tdx=on", "--platform tdx=on"),
+        (CLOUD_HYPERVISOR, "sev_snp=on", "--platform sev_snp=on"),
+    ] {
+        let (program, line) = machine.split_once(' ').unwrap();
+        let mut fake = Fake::start(program, &format!("{line} {said}"));
+        fake.tell(&format!("anonymous {MIB_64}"));
+        assert_all_off(&look(&fake), &Hazard::Confidential { evidence: evidence.to_owned() });
+    }
+}
