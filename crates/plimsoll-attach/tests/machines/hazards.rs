@@ -3,12 +3,14 @@
 
 use crate::fake::Fake;
 use crate::{MIB_64, nothing_known, skip};
-use plimsoll_attach::{Dossier, Hazard, Rung, inspect};
+use plimsoll_attach::{Dossier, Hazard, RamBacking, Rung, Rungs, inspect};
 use plimsoll_linux::cgroup::foreign::{ProcessCgroup, SwapRight};
 use plimsoll_linux::cgroup::{CgroupError, MemoryCgroup};
 use plimsoll_sys::ProcessId;
+use rustix::fs::{FlockOperation, flock};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, Write};
 use std::path::Path;
 
 fn look(fake: &Fake) -> Dossier {
@@ -144,5 +146,67 @@ fn guests_that_are_protected_from_the_host_have_every_rung_off() {
         let mut fake = Fake::start(program, &format!("{line} {said}"));
         fake.tell(&format!("anonymous {MIB_64}"));
         assert_all_off(&look(&fake), &Hazard::Confidential { evidence: evidence.to_owned() });
+    }
+}
+
+/// Room for one huge page more than the host keeps, until it is dropped.
+struct RoomForOne {
+    /// Locked: whoever else makes room waits, so that each puts back what the first has found.
+    limit: File,
+    found: String,
+}
+
+impl RoomForOne {
+    fn make() -> io::Result<Self> {
+        let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages";
+        let mut limit = File::options().read(true).write(true).open(path)?;
+        flock(&limit, FlockOperation::LockExclusive)?;
+        let mut found = String::new();
+        limit.read_to_string(&mut found)?;
+        let mut room = Self { limit, found };
+        let pages: u64 = room.found.trim().parse().unwrap();
+        room.put(&(pages + 1).to_string())?;
+        Ok(room)
+    }
+
+    fn put(&mut self, pages: &str) -> io::Result<()> {
+        self.limit.rewind()?;
+        self.limit.write_all(pages.as_bytes())
+    }
+}
+
+impl Drop for RoomForOne {
+    fn drop(&mut self) {
+        let found = self.found.clone();
+        drop(self.put(&found));
+    }
+}
+
+#[test]
+fn ram_in_huge_pages_that_cannot_be_swapped_is_not_paged() {
+    let _room = match RoomForOne::make() {
+        Ok(room) => room,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return println!("SKIPPED: this kernel has no huge pages of 2 MiB");
+        }
+        Err(error) => return skip("root", &format!("no room can be made for huge pages: {error}")),
+    };
+    for (program, line) in [
+        (
+            "qemu-system-x86_64",
+            "-object memory-backend-memfd,id=r,size=2M,hugetlb=on,share=on -machine memory-backend=r",
+        ),
+        ("cloud-hypervisor", "--memory size=2M,hugepages=on,shared=on"),
+    ] {
+        let mut fake = Fake::start(program, line);
+        let place = fake.map("huge 2097152");
+        let dossier = look(&fake);
+        let [ram] = &dossier.ram[..] else { panic!("{dossier}") };
+        assert_eq!((ram.hva, &ram.hazards[..]), (place, &[Hazard::HugeTlb][..]), "{line}");
+        assert_eq!(ram.backing, RamBacking::HugeTlb { name: "/memfd:huge (deleted)".to_owned() });
+        let rungs = Rungs::under(ram.hazards.iter());
+        assert_eq!(Rung::ALL.map(|rung| rungs.allows(rung)), [true, false, false, false, false]);
+        assert_eq!(dossier.rungs().off(Rung::Balloon), Some(&Hazard::HugeTlb));
+        assert!(!dossier.rungs().allows(Rung::KernelPaging), "{dossier}");
     }
 }

@@ -5,6 +5,7 @@
 //! ```text
 //! anonymous BYTES        maps private memory (marked as QEMU marks its own: not inherited by children)
 //! memfd NAME BYTES       maps shared memory
+//! huge BYTES             maps huge pages of hugetlbfs shared
 //! unmap                  unmaps what was mapped last
 //! lock                   locks everything it has and will have
 //! open PATH              opens a file of that path, which is nobody else's and not in the tree of files
@@ -19,12 +20,15 @@
 use kvm_bindings::kvm_create_guest_memfd;
 use kvm_ioctls::Kvm;
 use plimsoll_sys::HvaRange;
-use plimsoll_sys::mapping::{AnonymousMapping, HugePages, Memfd, SharedMapping, large_folio_folder};
-use plimsoll_types::ByteCount;
-use rustix::fs::{Mode, OFlags, mkdirat, openat};
+use plimsoll_sys::mapping::{
+    AnonymousMapping, ExclusiveMapping, HugePages, Memfd, SharedMapping, large_folio_folder,
+};
+use plimsoll_types::{ByteCount, Hva};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, mkdirat, openat};
 use rustix::mm::{MlockAllFlags, mlockall};
 use std::any::Any;
 use std::error::Error;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write, stdin, stdout};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
@@ -36,6 +40,7 @@ type Outcome = Result<String, Box<dyn Error>>;
 enum Ram {
     Anonymous(AnonymousMapping),
     Memfd(SharedMapping),
+    File(ExclusiveMapping),
 }
 
 impl Ram {
@@ -43,7 +48,17 @@ impl Ram {
         match self {
             Self::Anonymous(mapping) => Some(mapping.range()),
             Self::Memfd(mapping) => HvaRange::new(mapping.base(), mapping.size()),
+            Self::File(mapping) => {
+                let (base, size) = (mapping.as_ptr().addr(), mapping.len());
+                HvaRange::new(Hva(u64::try_from(base).ok()?), ByteCount(u64::try_from(size).ok()?))
+            }
         }
+    }
+
+    fn of_file(file: File, bytes: &str) -> Result<Self, Box<dyn Error>> {
+        let size = ByteCount(bytes.parse()?);
+        file.set_len(size.0)?;
+        Ok(Self::File(ExclusiveMapping::inherit(file.into(), size)?))
     }
 }
 
@@ -82,6 +97,10 @@ fn obey(words: &[&str], Belongings { ram, children, open }: &mut Belongings) -> 
         ["memfd", name, bytes] => {
             let memfd = Memfd::create(name, ByteCount(bytes.parse()?))?;
             ram.push(Ram::Memfd(SharedMapping::new(&memfd)?));
+        }
+        ["huge", bytes] => {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+            ram.push(Ram::of_file(memfd_create("huge", flags)?.into(), bytes)?);
         }
         ["unmap"] => drop(ram.pop()),
         ["lock"] => mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?,
