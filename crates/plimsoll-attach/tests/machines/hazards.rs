@@ -7,10 +7,11 @@ use plimsoll_attach::{Dossier, Hazard, RamBacking, Rung, Rungs, inspect};
 use plimsoll_linux::cgroup::foreign::{ProcessCgroup, SwapRight};
 use plimsoll_linux::cgroup::{CgroupError, MemoryCgroup};
 use plimsoll_sys::ProcessId;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, statfs};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 fn look(fake: &Fake) -> Dossier {
@@ -208,5 +209,51 @@ fn ram_in_huge_pages_that_cannot_be_swapped_is_not_paged() {
         assert_eq!(Rung::ALL.map(|rung| rungs.allows(rung)), [true, false, false, false, false]);
         assert_eq!(dossier.rungs().off(Rung::Balloon), Some(&Hazard::HugeTlb));
         assert!(!dossier.rungs().allows(Rung::KernelPaging), "{dossier}");
+    }
+}
+
+/// What lies under the RAM of a QEMU whose memory is a file, and why which rungs are off for it.
+fn of_file(fake: &Fake) -> (RamBacking, Vec<Hazard>) {
+    let dossier = look(fake);
+    let [ram] = &dossier.ram[..] else { panic!("{dossier}") };
+    (ram.backing.clone(), ram.hazards.clone())
+}
+
+#[test]
+fn ram_in_a_file_goes_to_swap_from_a_file_system_in_memory_and_nowhere_from_a_disk() {
+    const TMPFS: i64 = 0x0102_1994;
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let disk = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let system = |folder: &Path| statfs(folder).unwrap().f_type;
+    if system(memory.path()) != TMPFS || system(disk.path()) == TMPFS {
+        return println!("SKIPPED: /dev/shm is no tmpfs, or the tests were built on one");
+    }
+    for (root, is_disk) in [(memory.path(), false), (disk.path(), true)] {
+        let folder = root.join("ram");
+        fs::create_dir(&folder).unwrap();
+        let (folder, file) = (folder.as_path(), folder.join("file"));
+        let line = format!(
+            "-object memory-backend-file,id=r,size=64M,share=on,mem-path={} -machine memory-backend=r",
+            folder.display()
+        );
+        let mut fake = Fake::start("qemu-system-x86_64", &line);
+        fake.tell(&format!("file {} {MIB_64}", file.display()));
+        let on_disk =
+            |path: String| (RamBacking::SharedFile { path: path.clone() }, vec![Hazard::DiskFile { path }]);
+        let in_memory = |name| (RamBacking::SharedMemory { name }, vec![Hazard::SharedPages]);
+        let by_place = |name| if is_disk { on_disk(name) } else { in_memory(name) };
+        let (there, gone) = (file.display().to_string(), format!("{} (deleted)", file.display()));
+        assert_eq!(of_file(&fake), by_place(there));
+        // As QEMU does it in a folder.
+        fs::remove_file(&file).unwrap();
+        assert_eq!(of_file(&fake), by_place(gone.clone()));
+        // What is nowhere may lie anywhere.
+        fs::remove_dir(folder).unwrap();
+        assert_eq!(of_file(&fake), on_disk(gone.clone()));
+        // What has its name now lies elsewhere.
+        let elsewhere = if is_disk { memory.path() } else { disk.path() };
+        fs::write(elsewhere.join("file"), "").unwrap();
+        symlink(elsewhere, folder).unwrap();
+        assert_eq!(of_file(&fake), on_disk(gone));
     }
 }

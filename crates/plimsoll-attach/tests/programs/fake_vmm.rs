@@ -5,6 +5,7 @@
 //! ```text
 //! anonymous BYTES        maps private memory (marked as QEMU marks its own: not inherited by children)
 //! memfd NAME BYTES       maps shared memory
+//! file PATH BYTES        maps a file shared, which it makes
 //! huge BYTES             maps huge pages of hugetlbfs shared
 //! unmap                  unmaps what was mapped last
 //! lock                   locks everything it has and will have
@@ -97,6 +98,10 @@ fn obey(words: &[&str], Belongings { ram, children, open }: &mut Belongings) -> 
         ["memfd", name, bytes] => {
             let memfd = Memfd::create(name, ByteCount(bytes.parse()?))?;
             ram.push(Ram::Memfd(SharedMapping::new(&memfd)?));
+        }
+        ["file", path, bytes] => {
+            let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+            ram.push(Ram::of_file(file, bytes)?);
         }
         ["huge", bytes] => {
             let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
