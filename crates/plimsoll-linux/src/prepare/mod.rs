@@ -3,6 +3,7 @@
 //! * [`check()`] looks: every probe reads, or works on memory of this process.
 //! * [`plan()`] says what would be changed, each change with its old and new value, and refuses what the kernel cannot do.
 //! * [`apply()`] does it. [`undo()`] reverts it, and [`outlook`] says beforehand what that would do.
+//! * [`Repacking`] has what lies cold in a device made so packed more densely, by whoever manages machines.
 //!
 //! A request enters; a swap device or zswap, in use, leaves. What must never happen here: a change without a record, a
 //! change of swap that somebody else has configured, or a revert of what is no longer as it was set.
@@ -23,6 +24,7 @@ mod check;
 mod plan;
 mod probe;
 mod record;
+mod repack;
 mod undo;
 
 pub use apply::apply;
@@ -31,6 +33,7 @@ pub use check::{Check, Finding, Obstacle, State, check};
 pub use plan::{Outlook, Plan, Request, ZramRequest, ZswapRequest, plan};
 pub use probe::{Own, PageMap};
 pub use record::{Place, Record, Stage};
+pub use repack::{Next, Repacker, Repacking};
 pub use undo::{Fit, Progress, Undo, Undone, Verdict, outlook, undo};
 
 use crate::system::System;
@@ -168,6 +171,15 @@ pub enum PrepareError {
         /// Where it stops making sense.
         #[source]
         source: serde_json::Error,
+    },
+    /// What recompression would take cannot be limited.
+    #[error(
+        "zram of Linux {release} recompresses a whole device in one call: limits came with 6.10; `type=idle` can be written to the \
+         device's recompress file by hand"
+    )]
+    Unlimited {
+        /// The kernel's release.
+        release: String,
     },
     /// The record cannot be written.
     #[error("cannot write {path:?}, and nothing is changed without a record: keep it elsewhere (--record)")]

@@ -191,10 +191,10 @@ fn plan_zram(
                 .to_owned(),
         );
     }
-    if request.recompress.is_some() {
+    if request.recompress.is_some() || request.write_back.is_some() {
         notes.push(
-            "the kernel never recompresses by itself: somebody has to write `type=idle` or `type=huge` to the device's \
-             recompress file"
+            "the kernel never recompresses or writes back by itself: that is done to what lies cold as long as `plimsoll daemon`, \
+             `manage` or `attach --budget` runs, with the record in its usual place"
                 .to_owned(),
         );
     }

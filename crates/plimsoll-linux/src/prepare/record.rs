@@ -127,6 +127,28 @@ impl Place {
         serde_json::from_slice(&text).map(Some).map_err(damaged)
     }
 
+    /// The right to look after what is on record, which one process has at a time. `None` without a record, or while another one has
+    /// it, or where this user may not know.
+    pub(super) fn claim(&self) -> Result<Option<Claim>, PrepareError> {
+        let path = self.path();
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error)
+                if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) =>
+            {
+                return Ok(None);
+            }
+            Err(source) => return Err(PrepareError::io("read", path)(source)),
+        };
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(source)) => return Err(PrepareError::io("lock", path)(source)),
+        }
+        let claim = Claim { file, path };
+        Ok(claim.is_current().then_some(claim))
+    }
+
     /// What is undone from a record is done with all rights: nobody else may have written it.
     fn require_trust(&self, found: &fs::Metadata) -> Result<(), PrepareError> {
         let own = rustix::process::geteuid().as_raw();
@@ -161,6 +183,21 @@ impl Place {
                 return Ok(Lock { place: self, directory });
             }
         }
+    }
+}
+
+/// The right to look after what a record says. It goes with the record, which is replaced and never changed.
+#[derive(Debug)]
+pub(super) struct Claim {
+    file: File,
+    path: PathBuf,
+}
+
+impl Claim {
+    /// Whether the record is the one that was claimed.
+    pub(super) fn is_current(&self) -> bool {
+        let id = |found: fs::Metadata| (found.dev(), found.ino());
+        self.file.metadata().is_ok_and(|held| fs::metadata(&self.path).is_ok_and(|now| id(now) == id(held)))
     }
 }
 

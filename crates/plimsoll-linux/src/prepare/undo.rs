@@ -164,7 +164,7 @@ pub(super) fn survey(system: &dyn System, record: &Record) -> Result<Vec<(Change
 }
 
 /// Looks at one thing that was changed.
-fn judge(
+pub(super) fn judge(
     system: &dyn System,
     record: &Record,
     change: &Change,

@@ -2,10 +2,10 @@
 //!
 //! A number and settings enter; the device's state leaves. What must never happen here: a decision about whose a device
 //! is. Callers know, by its `diskseq`, a number that no second device of one boot gets.
-use super::{ZramError, is, malformed};
+use super::{ZramError, ZramStat, is, malformed, parse_mm_stat};
 use crate::system::{FirstPage, System};
 use plimsoll_sys::swap::SwapPriority;
-use plimsoll_types::{ByteCount, PAGE_SIZE};
+use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
 use rustix::io::Errno;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -53,6 +53,15 @@ impl Recompress {
             Self::HugeIdle => "huge_idle",
         }
     }
+}
+
+/// How far writing back came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WrittenBack {
+    /// No idle page is left in memory.
+    All,
+    /// As far as it was allowed to.
+    AsManyAsAllowed,
 }
 
 /// Which pages of a device are marked idle. A page loses the mark when it is used.
@@ -229,13 +238,44 @@ impl<'a> Disk<'a> {
         self.set_offered("idle", &what)
     }
 
-    /// Compresses pages once more with the device's second algorithm, and keeps what became smaller. Costs processor time
-    /// in this call; nothing in the kernel does it by itself.
+    /// Compresses pages once more with the device's second algorithm, and keeps what became smaller: `at_most` so many, which kernels
+    /// before 6.10 do not heed. Costs processor time in this call; nothing in the kernel does it by itself.
     ///
     /// # Errors
     /// When the kernel was built without it (CONFIG_ZRAM_MULTI_COMP), or the device has no second algorithm.
-    pub fn recompress(&self, pages: Recompress) -> Result<(), ZramError> {
-        self.set_offered("recompress", &format!("type={}", pages.name()))
+    pub fn recompress(&self, pages: Recompress, at_most: Option<PageCount>) -> Result<(), ZramError> {
+        let limit = at_most.map(|pages| format!(" max_pages={}", pages.0)).unwrap_or_default();
+        self.set_offered("recompress", &format!("type={}{limit}", pages.name()))
+    }
+
+    /// Writes pages that are marked idle to the device's backing device, `at_most` so many, and frees their memory. Waits for the disk.
+    ///
+    /// # Errors
+    /// When the kernel was built without it (CONFIG_ZRAM_WRITEBACK), there is no backing device, or that is full or fails.
+    pub fn write_back(&self, at_most: PageCount) -> Result<WrittenBack, ZramError> {
+        // In units of 4 KiB, and of no effect until it is enabled.
+        self.set_offered("writeback_limit", &at_most.0.to_string())?;
+        self.set_offered("writeback_limit_enable", "1")?;
+        match self.set_offered("writeback", "idle") {
+            Ok(()) => Ok(WrittenBack::All),
+            // So the kernel says that the limit was reached; and that a disk has failed.
+            Err(ZramError::Other { source, .. })
+                if is(&source, Errno::IO) && self.get("writeback_limit")? == "0" =>
+            {
+                Ok(WrittenBack::AsManyAsAllowed)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What it holds and costs.
+    ///
+    /// # Errors
+    /// When the kernel's answer cannot be read.
+    pub fn stat(&self) -> Result<ZramStat, ZramError> {
+        let text = self.get("mm_stat")?;
+        parse_mm_stat(&text)
+            .ok_or_else(|| malformed(self.attribute("mm_stat"), "the statistics of a zram device", &text))
     }
 
     /// Sets an attribute that not every kernel has.

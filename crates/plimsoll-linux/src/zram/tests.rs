@@ -255,7 +255,7 @@ fn what_the_kernel_was_built_without_is_a_typed_refusal() {
     let Some(swap) = swap_or_skip() else { return };
     let disk = swap.device.disk;
     for (attribute, done) in
-        [("idle", disk.mark_idle(IdleSince::Now)), ("recompress", disk.recompress(Recompress::Huge))]
+        [("idle", disk.mark_idle(IdleSince::Now)), ("recompress", disk.recompress(Recompress::Huge, None))]
     {
         match done {
             Err(ZramError::NotOffered { attribute: missing }) => {

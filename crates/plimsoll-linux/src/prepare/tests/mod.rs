@@ -1,6 +1,7 @@
 //! Preparing and undoing over a kernel that refuses, lacks parts, or sees its caller die at any step.
 mod fake;
 mod looks;
+mod repack;
 mod troubles;
 
 use super::*;
@@ -282,7 +283,7 @@ fn a_kernel_with_recompression_and_write_back_gets_both() {
     });
     let notes = planned(&fake, &desk.place(), &request).notes.join("\n");
     assert!(
-        notes.contains("never recompresses by itself") && notes.contains("/dev/sdb1 now is lost"),
+        notes.contains("as long as `plimsoll daemon`") && notes.contains("/dev/sdb1 now is lost"),
         "{notes}"
     );
     prepare(&fake, &desk.place(), &request).unwrap();
@@ -299,7 +300,7 @@ fn a_kernel_with_recompression_and_write_back_gets_both() {
         (Recompress::Huge, "type=huge"),
         (Recompress::HugeIdle, "type=huge_idle"),
     ] {
-        disk.recompress(pages).unwrap();
+        disk.recompress(pages, None).unwrap();
         assert_eq!(fake.attribute(1, "recompress"), text);
     }
     undo_all(&fake, &desk.place()).unwrap();
