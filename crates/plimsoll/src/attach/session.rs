@@ -12,6 +12,7 @@ use plimsoll_host::backend::{
 };
 use plimsoll_linux::explain;
 use plimsoll_linux::kernel::{KernelError, PERIOD};
+use plimsoll_linux::prepare::{Place, Repacking};
 use plimsoll_linux::reclaimer::{COLLAPSED_MAX, Reclaimed, Reclaimer, Short};
 use plimsoll_linux::zram::{self, SwapCost};
 use plimsoll_sys::pidfd::Pidfd;
@@ -90,6 +91,8 @@ pub(super) struct Session {
     cost: SwapCost,
     /// Said when it changes.
     told: Option<String>,
+    /// Only where something is taken all the time.
+    repacking: Option<Repacking>,
     _lock: AttachLock,
 }
 
@@ -107,6 +110,8 @@ impl Session {
             return Err(format!("nothing can be taken from {}: {why}", dossier.name));
         }
         let (process, memory, signals) = (reopen(held)?, Memory::open(held, dossier)?, signals()?);
+        let repacking = settings.budget.map(|_| Repacking::start(Place::default())).transpose();
+        let repacking = repacking.map_err(|error| explain(&error))?;
         let started = Instant::now();
         view.begin(dossier, why);
         Ok(Self {
@@ -118,6 +123,7 @@ impl Session {
             look_at: started,
             cost: SwapCost::default(),
             told: None,
+            repacking,
             follower,
             _lock: lock,
         })
@@ -188,6 +194,7 @@ impl Session {
 
     /// Looks, takes, and says when to look again.
     fn period(&mut self, settings: &Settings, view: &mut View, now: Instant) -> Result<Instant, End> {
+        self.repacking.as_ref().and_then(Repacking::heard).iter().for_each(|why| view.note(why));
         let Self { memory, .. } = self;
         self.cost = zram::swap_cost().unwrap_or(self.cost);
         let (mut next, mut short) = (now + PERIOD, None);

@@ -15,6 +15,7 @@ use plimsoll_host::control::{Control, Happened, Pool, Wakers, host_pressure, run
 use plimsoll_host::roster::{Roster, Ruled, Rules};
 use plimsoll_host::trace::Recorder;
 use plimsoll_linux::explain;
+use plimsoll_linux::prepare::{Place, Repacking};
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -79,10 +80,12 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
     }
     let (signals, over) = (signals()?, args.seconds.map(|seconds| began + Duration::from_secs(seconds)));
     let pressure = host_pressure();
+    let repacking = Repacking::start(Place::default()).map_err(|error| explain(&error))?;
     let wakers = Wakers { end: Some(signals.as_fd()), pressure: pressure.as_ref(), asked: None };
     run(&mut control, wakers, |control, happened| {
         if let Happened::Turn(turn) = happened {
             view.turn(turn, control);
+            repacking.heard().iter().for_each(|why| view.note(why));
         }
         let now = Instant::now();
         wanted.take_in(control, now, &said, rules, &mut |text| view.note(text));
