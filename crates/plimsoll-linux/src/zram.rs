@@ -24,7 +24,7 @@ use crate::cgroup::unescape;
 use crate::system::{Linux, System};
 pub use cost::{SwapCost, swap_cost};
 use disk::{CONTROL, DISK_SIZE_MIN};
-pub use disk::{Disk, IdleSince, Recompress, WrittenBack, is_offered};
+pub use disk::{Disk, IdleSince, Recompress, is_offered};
 pub(crate) use disk::{choose, offered_names, swap_header};
 use plimsoll_sys::swap::{SwapError, SwapPriority};
 use plimsoll_types::{ByteCount, PageCount};
@@ -133,7 +133,7 @@ impl ZramError {
 pub(crate) fn option_for(attribute: &str) -> &'static str {
     match attribute {
         "recompress" | "recomp_algorithm" => "CONFIG_ZRAM_MULTI_COMP",
-        "backing_dev" | "writeback" | "writeback_limit" | "writeback_limit_enable" => "CONFIG_ZRAM_WRITEBACK",
+        "backing_dev" | "writeback" => "CONFIG_ZRAM_WRITEBACK",
         _ => "more of zram",
     }
 }

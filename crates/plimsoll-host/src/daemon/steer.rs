@@ -1,5 +1,4 @@
-//! The manager's control loop, its API, and packing of what is cold in a prepared host's swap: threads of their own, started when
-//! machines are served.
+//! The manager's control loop and its API: threads of their own, started when machines are served.
 //!
 //! Enters: the manager that serves them, what is in use. Leaves: decisions about machines of both kinds, answers on a socket. What
 //! must never happen: a guest that waits because one of them does, or a manager that ends because they cannot be had: then
@@ -16,7 +15,6 @@ use crate::helm::kept::{Kept, KeptError};
 use crate::helm::{Helm, Own};
 use parking_lot::Mutex;
 use plimsoll_linux::explain;
-use plimsoll_linux::prepare::{Place, Repacking};
 use plimsoll_linux::uffd::manager::{Manager, Meter};
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_types::ByteCount;
@@ -41,10 +39,9 @@ impl Meter for Everything {
     }
 }
 
-/// The threads while they run.
+/// The loop and the API while they run.
 pub(super) struct Steering {
     api: Option<Api>,
-    repacking: Option<Repacking>,
     thread: Option<(EventFd, JoinHandle<()>)>,
     heard: Receiver<String>,
     say: Sender<String>,
@@ -64,7 +61,7 @@ struct Reading {
 }
 
 impl Steering {
-    /// Starts them. What cannot be had is heard of.
+    /// Starts both. What cannot be had is heard of.
     pub(super) fn start(
         settings: &Settings,
         kept: Result<Kept, KeptError>,
@@ -77,8 +74,7 @@ impl Steering {
         let accepted = Accepted::of(&settings.directory);
         let reading =
             Reading { path, budget_by, accepted, bell: None, gate: None, thread: None, again: false };
-        let mut steering =
-            Self { api: None, repacking: None, thread: None, heard, say: say.clone(), reading };
+        let mut steering = Self { api: None, thread: None, heard, say: say.clone(), reading };
         let own = Own::new(Arc::clone(manager), Arc::clone(budget));
         let said = |text: String| drop(say.send(text));
         let config = settings.config.as_ref().map(|path| {
@@ -127,9 +123,6 @@ impl Steering {
         match begun {
             Ok((thread, door)) => {
                 steering.thread = Some(thread);
-                let repacking = Repacking::start(Place::default());
-                let failed = |error| said(format!("what is cold in zram is packed no denser: {error}"));
-                steering.repacking = repacking.map_err(failed).ok();
                 steering.reading.bell = Some(Arc::new(door.bell()));
                 match Api::start(&settings.directory.join(API), door, access) {
                     Ok(api) => {
@@ -179,7 +172,6 @@ impl Steering {
             }
         }
         let mut heard: Vec<String> = self.heard.try_iter().collect();
-        heard.extend(self.repacking.as_ref().and_then(Repacking::heard));
         if let Some((_, thread)) = self.thread.take_if(|(_, thread)| thread.is_finished())
             && thread.join().is_err()
         {
@@ -191,14 +183,13 @@ impl Steering {
         heard
     }
 
-    /// Ends them; a file that is being read is not waited for. Nothing of theirs has the manager any more.
+    /// Ends both; a file that is being read is not waited for. Nothing of theirs has the manager any more.
     pub(super) fn stop(mut self) {
         self.api = None;
         if let Some((end, thread)) = self.thread.take() {
             let _ = end.signal();
             let _ = thread.join();
         }
-        self.repacking = None;
     }
 }
 

@@ -191,11 +191,16 @@ fn plan_zram(
                 .to_owned(),
         );
     }
-    if request.recompress.is_some() || request.write_back.is_some() {
+    if request.recompress.is_some() {
         notes.push(
-            "the kernel never recompresses or writes back by itself: that is done to what lies cold as long as `plimsoll daemon`, \
-             `manage` or `attach --budget` runs, with the record in its usual place"
+            "the kernel never recompresses by itself: that is done to what lies cold as long as `plimsoll manage` or `plimsoll \
+             attach --budget` runs, with the record in its usual place"
                 .to_owned(),
+        );
+    }
+    if request.write_back.is_some() {
+        notes.push(
+            "the kernel never writes back by itself: somebody has to write `idle` or `huge` to the device's writeback file".to_owned(),
         );
     }
     if let Some(device) = &request.write_back {

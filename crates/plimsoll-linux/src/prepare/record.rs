@@ -131,7 +131,8 @@ impl Place {
     /// it, or where this user may not know.
     pub(super) fn claim(&self) -> Result<Option<Claim>, PrepareError> {
         let path = self.path();
-        let file = match File::open(&path) {
+        // Who may not change it may not change the device either.
+        let file = match File::options().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(error)
                 if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) =>

@@ -1,30 +1,30 @@
 //! Packing more densely what lies cold in the zram device that `host prepare` made. The kernel can do that, and never does by itself.
 //!
-//! The record and the time enter; idle marks, passes of recompression and of writing back leave. What must never happen here:
+//! The record and the time enter; idle marks and passes of recompression leave. What must never happen here:
 //!
 //! * a word to a device that is not on record as prepared in this boot, or is not in use as it was set up;
 //! * two processes at it: the marks of one would cut short the rest that the other gives them. So one holds a lock on the record's
 //!   file, until it ends, however it ends;
-//! * more than a twentieth of a processor, or a long call: a process that is killed ends no sooner than the call it is in.
+//! * more than a twentieth of a processor;
+//! * a guest that waits for it. A call walks over the whole device, and a process that is killed ends no sooner than the call it is
+//!   in; so this is no job of the daemon's manager, whose end guests wait for.
 //!
-//! **A round** marks all pages idle, and the kernel takes the mark from each that is used. What comes then:
+//! **A round** marks all pages idle, and the kernel takes the mark from each that is used. What is idle still after a [`REST`] is
+//! compressed with the second algorithm, [`PASS`] pages at a time, until [`VAIN_MAX`] passes one after the other made nothing
+//! smaller, or a minute is over.
 //!
-//! | after the marks | until | what is idle still |
-//! |---|---|---|
-//! | [`REST`] | a pass made nothing smaller, or a minute is over | is compressed with the second algorithm, [`PASS`] pages at a time |
-//! | [`WRITE_BACK_AFTER`] | nothing is left, or a minute is over | goes to the device for writing back, [`WRITTEN`] pages at a time |
+//! Known holes:
 //!
-//! What was recompressed loses its mark (since Linux 6.13), so it is written back in the next round at the earliest.
-//!
-//! Known hole: whose a device is, is looked at just before each command, not with it. Undoing and somebody else's adding a device of the
-//! same number in between, two system calls apart, would give that device one command.
+//! * Whose a device is, is looked at just before each command, not with it. Undoing and somebody else's adding a device of the
+//!   same number in between, two system calls apart, would give that device one command.
+//! * Whoever may read the record can hold a lock on it, too, and so keep this from happening.
 use super::change::{Change, Setting};
 use super::record::{Claim, Place, Record, Stage as RecordStage};
 use super::undo::{Verdict, judge};
 use super::{PrepareError, boot_id};
 use crate::explain;
 use crate::system::{Linux, System};
-use crate::zram::{Disk, IdleSince, Recompress, WrittenBack, ZramError, swap_areas};
+use crate::zram::{Disk, IdleSince, Recompress, ZramError, swap_areas};
 use plimsoll_types::PageCount;
 use rustix::io::Errno;
 use std::io;
@@ -37,8 +37,6 @@ use std::time::{Duration, Instant};
 
 /// How long a page lies unused before it is cold: as long as in the store.
 pub(super) const REST: Duration = Duration::from_secs(60);
-/// How long before it goes to a disk.
-pub(super) const WRITE_BACK_AFTER: Duration = Duration::from_secs(600);
 /// How long passes follow one another in a round.
 pub(super) const PASSES: Duration = Duration::from_secs(60);
 /// Between two passes at least.
@@ -47,28 +45,18 @@ pub(super) const PAUSE: Duration = Duration::from_secs(1);
 pub(super) const PAUSE_PER_WORK: u32 = 19;
 /// Pages of one pass: some 30 us each, as in the store, and the kernel's walk over the device.
 pub(super) const PASS: PageCount = PageCount(1024);
-/// Pages of one pass of writing back: 1 MiB, so 60 MiB a round and 8 GiB a day at most.
-pub(super) const WRITTEN: PageCount = PageCount(256);
+/// Passes in vain that end a round. The largest pages come first (since Linux 6.13), which may be those that nothing makes smaller.
+pub(super) const VAIN_MAX: u32 = 8;
 /// The first kernel whose recompression can be limited. Earlier ones read the limit over and go on to the device's end.
 const LIMITED_SINCE: (u32, u32) = (6, 10);
-
-/// What is to be done with the device on record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Job {
-    number: u32,
-    is_recompressed: bool,
-    is_written_back: bool,
-}
 
 /// Where a round is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     /// Nothing is marked.
     Unmarked,
-    /// Pages were marked then, and what is idle is to be recompressed.
-    Recompressing { marked: Instant },
-    /// The same, and to be written back.
-    WritingBack { marked: Instant },
+    /// Pages were marked then. So many passes since the last that made anything smaller were in vain.
+    Marked { at: Instant, in_vain: u32 },
 }
 
 /// What follows a turn.
@@ -107,45 +95,32 @@ impl<'a> Repacker<'a> {
 
     /// Says when to come again.
     fn act(&mut self, now: Instant) -> Result<Instant, PrepareError> {
-        let Some(job) = self.job()? else {
+        let Some(number) = self.device()? else {
             (self.claim, self.stage) = (None, Stage::Unmarked);
             return Ok(now + REST);
         };
-        let disk = Disk::new(self.system, job.number);
+        let disk = Disk::new(self.system, number);
         let done = match self.stage {
-            Stage::Unmarked => disk.mark_idle(IdleSince::Now).map(|()| false),
-            Stage::Recompressing { .. } if job.is_recompressed => recompress(disk),
-            Stage::WritingBack { .. } if job.is_written_back => {
-                disk.write_back(WRITTEN).map(|written| written == WrittenBack::AsManyAsAllowed)
-            }
-            Stage::Recompressing { .. } | Stage::WritingBack { .. } => Ok(false),
-        };
-        let goes_on = match done {
-            Ok(goes_on) => goes_on,
-            Err(error) if is_for_later(&error) => false,
-            // One that has gone meanwhile has not refused anything.
-            Err(_) if self.job()?.is_none() => return Ok(now + REST),
-            Err(error) => return Err(error.into()),
+            Stage::Unmarked => disk.mark_idle(IdleSince::Now).map(|()| (Stage::marked(now, 0), now + REST)),
+            Stage::Marked { at, in_vain } => recompress(disk).map(|gained| {
+                let in_vain = if gained { 0 } else { in_vain + 1 };
+                let is_over = in_vain == VAIN_MAX || now >= at + REST + PASSES;
+                (if is_over { Stage::Unmarked } else { Stage::marked(at, in_vain) }, now + PAUSE)
+            }),
         };
         let next;
-        (self.stage, next) = match self.stage {
-            Stage::Unmarked => (Stage::Recompressing { marked: now }, now + REST),
-            stage @ Stage::Recompressing { marked } if goes_on && now < marked + REST + PASSES => {
-                (stage, now + PAUSE)
-            }
-            Stage::Recompressing { marked } if job.is_written_back => {
-                (Stage::WritingBack { marked }, marked + WRITE_BACK_AFTER)
-            }
-            stage @ Stage::WritingBack { marked } if goes_on && now < marked + WRITE_BACK_AFTER + PASSES => {
-                (stage, now + PAUSE)
-            }
-            Stage::Recompressing { .. } | Stage::WritingBack { .. } => (Stage::Unmarked, now + PAUSE),
+        (self.stage, next) = match done {
+            Ok(done) => done,
+            Err(error) if is_for_later(&error) => (Stage::Unmarked, now + REST),
+            // One that has gone meanwhile has not refused anything.
+            Err(_) if self.device()?.is_none() => (Stage::Unmarked, now + REST),
+            Err(error) => return Err(error.into()),
         };
         Ok(next)
     }
 
-    /// The device, if it is on record, as it was set up, and nobody else's job.
-    fn job(&mut self) -> Result<Option<Job>, PrepareError> {
+    /// The number of the device, if it is on record, as it was set up, and nobody else's to look after.
+    fn device(&mut self) -> Result<Option<u32>, PrepareError> {
         if !self.claim.as_ref().is_some_and(Claim::is_current) {
             // The marks of before were of a device that is on record no more, or nobody's.
             self.stage = Stage::Unmarked;
@@ -156,47 +131,50 @@ impl<'a> Repacker<'a> {
             return Ok(None);
         }
         let Some(record) = self.place.load()? else { return Ok(None) };
-        let job = Job::of(self.system, &record)?;
-        if job.is_some_and(|job| job.is_recompressed) {
+        let number = recompressed(self.system, &record)?;
+        if number.is_some() {
             require_limit(self.system)?;
         }
-        Ok(job)
+        Ok(number)
     }
 }
 
-impl Job {
-    fn of(system: &dyn System, record: &Record) -> Result<Option<Self>, PrepareError> {
-        let Some(id) = record.device() else { return Ok(None) };
-        if record.stage != RecordStage::Prepared || record.boot != boot_id(system)? {
-            return Ok(None);
-        }
-        let sets = |wanted| {
-            record.steps.iter().any(|step| matches!(step, Change::Set { setting, .. } if *setting == wanted))
-        };
-        let (is_recompressed, is_written_back) = (sets(Setting::Recompression), sets(Setting::WriteBack));
-        if !is_recompressed && !is_written_back {
-            return Ok(None);
-        }
-        let areas = swap_areas(system)?;
-        for step in record.steps.iter().filter(|step| matches!(step, Change::SwapOn { .. })) {
-            if judge(system, record, step, &areas)? == Verdict::Revert {
-                return Ok(Some(Self { number: id.number, is_recompressed, is_written_back }));
-            }
-        }
-        Ok(None)
+impl Stage {
+    const fn marked(at: Instant, in_vain: u32) -> Self {
+        Self::Marked { at, in_vain }
     }
+}
+
+/// The number of the device on record, if that has a second algorithm and is in use as it was set up.
+fn recompressed(system: &dyn System, record: &Record) -> Result<Option<u32>, PrepareError> {
+    let Some(id) = record.device() else { return Ok(None) };
+    let sets =
+        |step: &Change| matches!(step, Change::Set { setting, .. } if *setting == Setting::Recompression);
+    if record.stage != RecordStage::Prepared
+        || record.boot != boot_id(system)?
+        || !record.steps.iter().any(sets)
+    {
+        return Ok(None);
+    }
+    let areas = swap_areas(system)?;
+    for step in record.steps.iter().filter(|step| matches!(step, Change::SwapOn { .. })) {
+        if judge(system, record, step, &areas)? == Verdict::Revert {
+            return Ok(Some(id.number));
+        }
+    }
+    Ok(None)
 }
 
 /// One pass. Whether it made anything smaller, as far as other traffic lets that be told.
 fn recompress(disk: Disk<'_>) -> Result<bool, ZramError> {
     let before = disk.stat()?;
     disk.recompress(Recompress::Idle, Some(PASS))?;
-    Ok(disk.stat()?.compressed != before.compressed)
+    Ok(disk.stat()?.compressed < before.compressed)
 }
 
-/// Somebody else is at it, memory or the other device is full, the call was broken off: no refusal.
+/// Somebody else is at it, memory is full, the call was broken off: no refusal.
 fn is_for_later(error: &ZramError) -> bool {
-    const LATER: [Errno; 5] = [Errno::AGAIN, Errno::BUSY, Errno::INTR, Errno::NOMEM, Errno::NOSPC];
+    const LATER: [Errno; 4] = [Errno::AGAIN, Errno::BUSY, Errno::INTR, Errno::NOMEM];
     let ZramError::Other { source, .. } = error else { return false };
     LATER.iter().any(|errno| source.raw_os_error() == Some(errno.raw_os_error()))
 }

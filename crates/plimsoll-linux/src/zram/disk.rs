@@ -55,15 +55,6 @@ impl Recompress {
     }
 }
 
-/// How far writing back came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WrittenBack {
-    /// No idle page is left in memory.
-    All,
-    /// As far as it was allowed to.
-    AsManyAsAllowed,
-}
-
 /// Which pages of a device are marked idle. A page loses the mark when it is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IdleSince {
@@ -246,26 +237,6 @@ impl<'a> Disk<'a> {
     pub fn recompress(&self, pages: Recompress, at_most: Option<PageCount>) -> Result<(), ZramError> {
         let limit = at_most.map(|pages| format!(" max_pages={}", pages.0)).unwrap_or_default();
         self.set_offered("recompress", &format!("type={}{limit}", pages.name()))
-    }
-
-    /// Writes pages that are marked idle to the device's backing device, `at_most` so many, and frees their memory. Waits for the disk.
-    ///
-    /// # Errors
-    /// When the kernel was built without it (CONFIG_ZRAM_WRITEBACK), there is no backing device, or that is full or fails.
-    pub fn write_back(&self, at_most: PageCount) -> Result<WrittenBack, ZramError> {
-        // In units of 4 KiB, and of no effect until it is enabled.
-        self.set_offered("writeback_limit", &at_most.0.to_string())?;
-        self.set_offered("writeback_limit_enable", "1")?;
-        match self.set_offered("writeback", "idle") {
-            Ok(()) => Ok(WrittenBack::All),
-            // So the kernel says that the limit was reached; and that a disk has failed.
-            Err(ZramError::Other { source, .. })
-                if is(&source, Errno::IO) && self.get("writeback_limit")? == "0" =>
-            {
-                Ok(WrittenBack::AsManyAsAllowed)
-            }
-            Err(error) => Err(error),
-        }
     }
 
     /// What it holds and costs.

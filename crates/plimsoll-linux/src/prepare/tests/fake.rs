@@ -72,14 +72,8 @@ const SMALL: [(&str, &str); 6] = [
     ("mm_stat", "0 0 0 0 0 0 0 0 0"),
 ];
 /// What it has where the kernel was built with everything.
-const LARGE: [(&str, &str); 6] = [
-    ("recomp_algorithm", ""),
-    ("recompress", ""),
-    ("backing_dev", "none"),
-    ("writeback", ""),
-    ("writeback_limit", "0"),
-    ("writeback_limit_enable", "0"),
-];
+const LARGE: [(&str, &str); 4] =
+    [("recomp_algorithm", ""), ("recompress", ""), ("backing_dev", "none"), ("writeback", "")];
 
 const FILES: [(&str, &str); 10] = [
     (
@@ -243,7 +237,10 @@ impl Inner {
                 }
                 _ => text.clone_into(value),
             }
-            return disk.obey(name);
+            if name == "recompress" {
+                disk.shrink();
+            }
+            return Ok(());
         }
         let value = self.host.files.get_mut(path).ok_or(Errno::NOENT)?;
         *value = format!("{text}\n");
@@ -252,16 +249,6 @@ impl Inner {
 }
 
 impl FakeDisk {
-    /// What a command does beside being read.
-    fn obey(&mut self, name: &str) -> io::Result<()> {
-        match name {
-            "recompress" => self.shrink(),
-            "writeback" => return self.write_back(),
-            _ => {}
-        }
-        Ok(())
-    }
-
     /// Makes up to a MiB of what is compressed smaller, as if there were nothing else.
     fn shrink(&mut self) {
         let mut numbers: Vec<u64> =
@@ -269,16 +256,6 @@ impl FakeDisk {
         numbers[1] = numbers[1].saturating_sub(ByteCount::mib(1).0);
         let text = numbers.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
         self.attributes.insert("mm_stat".to_owned(), text);
-    }
-
-    /// As far as the limit allows. How many pages are cold no kernel says.
-    fn write_back(&mut self) -> io::Result<()> {
-        let number = |name: &str| self.attributes.get(name).map_or(0, |text| text.parse::<u64>().unwrap());
-        let (limit, cold) = (number("writeback_limit"), number("cold"));
-        let written = cold.min(limit);
-        self.attributes.insert("writeback_limit".to_owned(), (limit - written).to_string());
-        self.attributes.insert("cold".to_owned(), (cold - written).to_string());
-        if cold > written { Err(Errno::IO.into()) } else { Ok(()) }
     }
 }
 

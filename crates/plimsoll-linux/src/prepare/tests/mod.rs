@@ -283,7 +283,9 @@ fn a_kernel_with_recompression_and_write_back_gets_both() {
     });
     let notes = planned(&fake, &desk.place(), &request).notes.join("\n");
     assert!(
-        notes.contains("as long as `plimsoll daemon`") && notes.contains("/dev/sdb1 now is lost"),
+        notes.contains("as long as `plimsoll manage`")
+            && notes.contains("writeback file")
+            && notes.contains("/dev/sdb1 now is lost"),
         "{notes}"
     );
     prepare(&fake, &desk.place(), &request).unwrap();
