@@ -120,11 +120,13 @@ impl Access {
         let group = config.group.as_ref().map(number).transpose()?;
         let remote = |config: &RemoteConfig| {
             let tls = config.credentials().server()?;
-            for_everybody(config.listen)?;
             let known = before.remote.as_ref().filter(|known| known.config.listen == config.listen);
             let listener = match known {
                 Some(known) => known.listener.try_clone(),
-                None => TcpListener::bind(config.listen),
+                None => {
+                    for_everybody(config.listen)?;
+                    TcpListener::bind(config.listen)
+                }
             };
             let listener = listener.and_then(|one| one.set_nonblocking(true).map(|()| one));
             let failed = |source| AccessError::Listen { address: config.listen, source };
