@@ -5,6 +5,7 @@
 //! number meant this process all along) and the program is still the same (then the mappings are that program's).
 
 use crate::Refusal;
+use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::pidfd::{Pidfd, PidfdError};
 use plimsoll_sys::procfs::maps::{self, MeasuredMapping};
 use plimsoll_sys::procfs::program::{self, ElfClass};
@@ -130,6 +131,9 @@ impl Held {
     pub(crate) fn snapshot(&self) -> Result<Snapshot, Refusal> {
         let process = self.process();
         for _ in 0..LOOKS {
+            // It ends with the address space it is of: the same program may run again after another one. Who may not open it may
+            // not read the mappings either.
+            let space = Pagemap::open(process).ok();
             let program = self.program()?;
             let look = || -> Result<Snapshot, ProcfsError> {
                 let status = procfs::status(process)?;
@@ -139,7 +143,8 @@ impl Held {
             };
             let seen = look();
             self.confirm()?;
-            if self.program()? == program {
+            let is_same = space.is_none_or(|space| space.is_alive().unwrap_or(false));
+            if is_same && self.program()? == program {
                 return Ok(seen?);
             }
         }
