@@ -10,7 +10,7 @@ use fake::Fake;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A place for a record that is gone when the test is over.
 struct Desk(PathBuf);
@@ -61,11 +61,23 @@ fn planned(fake: &Fake, place: &Place, request: &Request) -> Plan {
 
 fn prepare(fake: &Fake, place: &Place, request: &Request) -> Result<(), PrepareError> {
     let plan = planned(fake, place, request);
-    apply(fake, place, &plan, &mut |_| {}).map(drop)
+    unlocked(|| apply(fake, place, &plan, &mut |_| {})).map(drop)
 }
 
 fn undo_all(fake: &Fake, place: &Place) -> Result<Undone, PrepareError> {
-    undo(fake, place, Fit::Required, &mut |_| {})
+    unlocked(|| undo(fake, place, Fit::Required, &mut |_| {}))
+}
+
+/// What comes of it once nobody has the lock: a process that another test starts has a copy of every descriptor, and so of a lock that
+/// was just let go, until it executes its program.
+fn unlocked<T>(mut attempt: impl FnMut() -> Result<T, PrepareError>) -> Result<T, PrepareError> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        match attempt() {
+            Err(PrepareError::Locked(_)) if Instant::now() < deadline => std::thread::yield_now(),
+            done => return done,
+        }
+    }
 }
 
 #[test]
