@@ -158,6 +158,18 @@ impl CgroupError {
             _ => Self::Other { action, path, source },
         }
     }
+
+    /// Whether it is this host that lets this process have no cgroup, whichever it asks for.
+    pub const fn is_of_the_host(&self) -> bool {
+        matches!(
+            self,
+            Self::NoController
+                | Self::NotMounted { .. }
+                | Self::NotDelegated { .. }
+                | Self::NotPermitted { .. }
+                | Self::ReadOnly { .. }
+        )
+    }
 }
 
 /// The two interfaces the kernel has, which name the same things differently.

@@ -290,7 +290,7 @@ impl ZramSwap {
         let length =
             self.mm_stat.read_at(&mut buffer, 0).map_err(|source| ZramError::new("read", path(), source))?;
         let text = String::from_utf8_lossy(buffer.get(..length).unwrap_or_default());
-        parse_mm_stat(&text).ok_or_else(|| malformed(path(), "the statistics of a zram device", &text))
+        mm_stat(&text, path)
     }
 
     /// The memory the device takes now.
@@ -338,6 +338,11 @@ fn parse_mm_stat(text: &str) -> Option<ZramStat> {
         memory_peak: ByteCount(peak),
         same_pages: PageCount(same),
     })
+}
+
+/// What a device's `mm_stat` says; `path` is where that lies.
+fn mm_stat(text: &str, path: impl FnOnce() -> PathBuf) -> Result<ZramStat, ZramError> {
+    parse_mm_stat(text).ok_or_else(|| malformed(path(), "the statistics of a zram device", text))
 }
 
 /// Removes the devices that killed runs have left, and returns their numbers. A record whose device is gone, or now is

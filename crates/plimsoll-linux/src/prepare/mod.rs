@@ -33,7 +33,7 @@ pub use check::{Check, Finding, Obstacle, State, check};
 pub use plan::{Outlook, Plan, Request, ZramRequest, ZswapRequest, plan};
 pub use probe::{Own, PageMap};
 pub use record::{Place, Record, Stage};
-pub use repack::{Next, Repacker, Repacking};
+pub use repack::Repacking;
 pub use undo::{Fit, Progress, Undo, Undone, Verdict, outlook, undo};
 
 use crate::system::System;

@@ -141,10 +141,8 @@ impl Place {
             }
             Err(source) => return Err(PrepareError::io("read", path)(source)),
         };
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Ok(None),
-            Err(TryLockError::Error(source)) => return Err(PrepareError::io("lock", path)(source)),
+        if !try_lock(&file, &path)? {
+            return Ok(None);
         }
         let claim = Claim { file, path };
         Ok(claim.is_current().then_some(claim))
@@ -172,15 +170,13 @@ impl Place {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 opened => opened.map_err(PrepareError::io("open", path))?,
             };
-            match directory.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Err(PrepareError::Locked(path.clone())),
-                Err(TryLockError::Error(source)) => return Err(PrepareError::io("lock", path)(source)),
+            if !try_lock(&directory, path)? {
+                return Err(PrepareError::Locked(path.clone()));
             }
             let held = directory.metadata().map_err(PrepareError::io("look at", path))?;
             self.require_trust(&held)?;
             // Removed between our opening and locking it: the lock is of a directory that nobody else finds.
-            if fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (held.dev(), held.ino())) {
+            if is_at(&held, path) {
                 return Ok(Lock { place: self, directory });
             }
         }
@@ -197,9 +193,22 @@ pub(super) struct Claim {
 impl Claim {
     /// Whether the record is the one that was claimed.
     pub(super) fn is_current(&self) -> bool {
-        let id = |found: fs::Metadata| (found.dev(), found.ino());
-        self.file.metadata().is_ok_and(|held| fs::metadata(&self.path).is_ok_and(|now| id(now) == id(held)))
+        self.file.metadata().is_ok_and(|held| is_at(&held, &self.path))
     }
+}
+
+/// Locks what was opened there. False when somebody else has it.
+fn try_lock(file: &File, path: &Path) -> Result<bool, PrepareError> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(source)) => Err(PrepareError::io("lock", path)(source)),
+    }
+}
+
+/// Whether what is held is still what others find there.
+fn is_at(held: &fs::Metadata, path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == (held.dev(), held.ino()))
 }
 
 /// The right to change the record, and with it the host.

@@ -61,7 +61,7 @@ enum Stage {
 
 /// What follows a turn.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Next {
+pub(super) enum Next {
     /// Another one, then.
     At(Instant),
     /// None: this is why.
@@ -69,7 +69,7 @@ pub enum Next {
 }
 
 /// The rounds, over whatever kernel and at whatever time.
-pub struct Repacker<'a> {
+pub(super) struct Repacker<'a> {
     system: &'a dyn System,
     place: Place,
     claim: Option<Claim>,
@@ -78,12 +78,12 @@ pub struct Repacker<'a> {
 
 impl<'a> Repacker<'a> {
     /// For the device on record there, which need not exist yet.
-    pub const fn new(system: &'a dyn System, place: Place) -> Self {
+    pub(super) const fn new(system: &'a dyn System, place: Place) -> Self {
         Self { system, place, claim: None, stage: Stage::Unmarked }
     }
 
     /// Does what is due, in a call of the kernel or none. `clock` is asked before and after it.
-    pub fn turn(&mut self, clock: &dyn Fn() -> Instant) -> Next {
+    pub(super) fn turn(&mut self, clock: &dyn Fn() -> Instant) -> Next {
         let now = clock();
         let next = match self.act(now) {
             Ok(next) => next,

@@ -3,7 +3,7 @@
 //! Enters: the host's swap areas, what zram says of its devices, and the kernel of zswap. Leaves: an average over all that is
 //! in swap. What must
 //! never happen: a budget that is met on paper, with the compressed pages beside it.
-use super::{SwapKind, ZramError, host_swap, malformed, parse_mm_stat, read};
+use super::{SwapKind, ZramError, host_swap, mm_stat, read};
 use plimsoll_sys::procfs::parse_meminfo;
 use plimsoll_types::{ByteCount, PageCount};
 use std::path::Path;
@@ -51,10 +51,7 @@ pub fn swap_cost() -> Result<SwapCost, ZramError> {
         let name = area.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if area.kind == SwapKind::Zram {
             let path = Path::new("/sys/block").join(name).join("mm_stat");
-            let text = read(&path)?;
-            let stat = parse_mm_stat(&text)
-                .ok_or_else(|| malformed(path, "the statistics of a zram device", &text))?;
-            memory += stat.memory_used.0;
+            memory += mm_stat(&read(&path)?, || path)?.memory_used.0;
         }
     }
     let permille = memory.saturating_mul(1000).checked_div(held).unwrap_or(0);

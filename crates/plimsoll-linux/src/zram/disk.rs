@@ -2,7 +2,7 @@
 //!
 //! A number and settings enter; the device's state leaves. What must never happen here: a decision about whose a device
 //! is. Callers know, by its `diskseq`, a number that no second device of one boot gets.
-use super::{ZramError, ZramStat, is, malformed, parse_mm_stat};
+use super::{ZramError, ZramStat, is, malformed, mm_stat};
 use crate::system::{FirstPage, System};
 use plimsoll_sys::swap::SwapPriority;
 use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
@@ -244,9 +244,7 @@ impl<'a> Disk<'a> {
     /// # Errors
     /// When the kernel's answer cannot be read.
     pub fn stat(&self) -> Result<ZramStat, ZramError> {
-        let text = self.get("mm_stat")?;
-        parse_mm_stat(&text)
-            .ok_or_else(|| malformed(self.attribute("mm_stat"), "the statistics of a zram device", &text))
+        mm_stat(&self.get("mm_stat")?, || self.attribute("mm_stat"))
     }
 
     /// Sets an attribute that not every kernel has.

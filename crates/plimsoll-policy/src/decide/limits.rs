@@ -45,8 +45,8 @@ pub(crate) fn above(seen: &[Seen<'_>], aims: &[Aim], state: &PolicyState) -> Vec
     for (machine, aim) in seen.iter().zip(aims) {
         let (has, excess) = (has(machine), excess(machine, aim));
         // What is stuck matters only to those who have to give in its place.
-        let known = state.machines.get(&machine.id()).filter(|_| is_in_any(&found, machine, tree));
-        let stuck = known.map_or(PageCount(0), |known| stuck(machine, excess, known, tree));
+        let known = is_in_any(&found, machine, tree).then(|| state.machines.get(&machine.id()));
+        let stuck = known.flatten().map_or(PageCount(0), |known| stuck(machine, excess, known, tree));
         let floor = has.saturating_sub(excess.pages_ceil().saturating_sub(stuck));
         let cap = has.min(machine.terms.cap).max(floor);
         bids[machine.place] = Bid { floor, lift: PageCount(0), cap, active: machine.demand.active };

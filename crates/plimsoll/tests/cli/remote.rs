@@ -7,6 +7,7 @@ use rustix::process::Signal;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use tempfile::TempDir;
 
 const STRANGER: &str = "65534";
 const GROUP: u32 = 4242;
@@ -19,6 +20,17 @@ fn by_a_member(directory: &Directory, own: u32, others: &str, words: &[&str]) ->
         others => &["--reuid", STRANGER, "--regid", &own, "--groups", others, program],
     };
     Run::of(Path::new("setpriv"), &[who, words, &["--directory", directory.text()]].concat()).output()
+}
+
+/// What the certificates of a server are called in its settings, which lie beside them.
+const FILES: &str = "certificate = \"server.pem\"\nkey = \"server.key\"\nclient-ca = \"own.ca\"\n";
+
+/// A folder with a server's certificate, and who signed it.
+fn certified() -> (TempDir, Authority) {
+    let folder = tempfile::tempdir().unwrap();
+    let own = Authority::new(folder.path(), "own");
+    own.sign("server", &["localhost"], Valid::Now, "own");
+    (folder, own)
 }
 
 #[test]
@@ -76,13 +88,10 @@ fn a_port_for_which_a_manager_has_no_right_is_refused_before_there_is_one() {
     if !can("root") {
         return;
     }
-    let (directory, folder) = (Directory::new("port"), tempfile::tempdir().unwrap());
-    let own = Authority::new(folder.path(), "own");
-    own.sign("server", &["localhost"], Valid::Now, "own");
+    let (directory, (folder, _)) = (Directory::new("port"), certified());
     let file = folder.path().join("host.toml");
     let shown = file.to_str().unwrap();
-    let files = "certificate = \"server.pem\"\nkey = \"server.key\"\nclient-ca = \"own.ca\"\n";
-    fs::write(&file, format!("[api]\nlisten = \"0.0.0.0:443\"\n{files}may-read = [\"*\"]\n")).unwrap();
+    fs::write(&file, format!("[api]\nlisten = \"0.0.0.0:443\"\n{FILES}may-read = [\"*\"]\n")).unwrap();
     for words in [
         &["daemon", "--budget", "64M", "--directory", directory.text(), "--config", shown][..],
         &["config", "check", shown],
@@ -105,17 +114,14 @@ fn a_daemon_is_asked_over_tls_by_the_same_verbs_also_after_its_manager_was_repla
     if !can("userfaultfd") {
         return;
     }
-    let (directory, folder) = (Directory::new("tls"), tempfile::tempdir().unwrap());
-    let own = Authority::new(folder.path(), "own");
-    own.sign("server", &["localhost"], Valid::Now, "own");
+    let (directory, (folder, own)) = (Directory::new("tls"), certified());
     let ops = own.sign("cert", &["ops.test"], Valid::Now, "own");
     let watch = own.sign("watch", &["watch.test"], Valid::Now, "own");
     let file = folder.path().join("host.toml");
     let shown = file.to_str().unwrap();
     let say = |listen: &str| {
-        let files = "certificate = \"server.pem\"\nkey = \"server.key\"\nclient-ca = \"own.ca\"\n";
         let roles = "may-change = [\"ops.test\"]\nmay-read = [\"*\"]\n";
-        fs::write(&file, format!("[api]\nlisten = \"{listen}\"\n{files}{roles}")).unwrap();
+        fs::write(&file, format!("[api]\nlisten = \"{listen}\"\n{FILES}{roles}")).unwrap();
     };
     // A port of which the kernel has just said that it is nobody's.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

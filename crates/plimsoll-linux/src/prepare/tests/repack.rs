@@ -1,5 +1,5 @@
 //! Rounds of recompression over a made-up kernel and a made-up time.
-use super::super::repack::{PASSES, PAUSE, PAUSE_PER_WORK, REST, VAIN_MAX};
+use super::super::repack::{Next, PASSES, PAUSE, PAUSE_PER_WORK, REST, Repacker, VAIN_MAX};
 use super::*;
 use plimsoll_sys::swap::{SwapPriority, SwapRank};
 use rustix::io::Errno;
