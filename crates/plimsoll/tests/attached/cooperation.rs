@@ -136,7 +136,6 @@ fn what_a_balloon_takes_from_one_guest_another_in_the_same_cgroup_can_have() {
 #[test]
 fn memory_is_plugged_into_a_guest_at_work_and_taken_out_again() {
     const PLUGGED: ByteCount = ByteCount::mib(256);
-    const SEEN_WITHIN: Duration = Duration::from_secs(30);
     if !can(&STOCK) {
         return;
     }
@@ -165,7 +164,7 @@ fn memory_is_plugged_into_a_guest_at_work_and_taken_out_again() {
     // The guest's kernel keeps some of it for itself: descriptions of pages, and a reserve for another zone.
     let most = ByteCount(PLUGGED.0 / 4 * 3);
     let what = format!("the guest to see the memory beside {before}");
-    wait_until(&what, SEEN_WITHIN, || available(&mut guest), |now| now >= before + most);
+    wait_until(&what, PATIENCE, || available(&mut guest), |now| now >= before + most);
     // More than it had room for before.
     ask(&mut guest, Command::Alloc { pages: 60_000 });
     sweep(&mut guest);
@@ -182,7 +181,7 @@ fn memory_is_plugged_into_a_guest_at_work_and_taken_out_again() {
     // A memory module, for good.
     there(&guest_verb(&guest, &["--plug", "memory modules=128M"]));
     let what = format!("the guest to see the module beside {small}");
-    wait_until(&what, SEEN_WITHIN, || available(&mut guest), |now| now >= small + ByteCount::mib(100));
+    wait_until(&what, PATIENCE, || available(&mut guest), |now| now >= small + ByteCount::mib(100));
     sweep(&mut guest);
     let report = guest.console().report(PATIENCE).unwrap();
     assert!(report.operations > 0 && report.wrong == 0, "{report:?}");
@@ -305,7 +304,6 @@ fn what_cannot_be_is_refused_in_a_sentence_before_the_guest_is_asked() {
 #[test]
 fn a_guest_that_reports_its_free_pages_gives_them_back_without_being_asked_and_their_swap_too() {
     const USED: ByteCount = ByteCount::mib(300);
-    const WITHIN: Duration = Duration::from_secs(30);
     /// What it may keep of it: blocks of which somebody else has a page.
     const KEPT: ByteCount = ByteCount::mib(40);
     if !can(&STOCK) {
@@ -335,7 +333,7 @@ fn a_guest_that_reports_its_free_pages_gives_them_back_without_being_asked_and_t
         // What of it is in swap must go, too: with 150 MiB left there, there would be too much in all.
         let took = wait_until(
             &format!("{USED} of {full} to be given back"),
-            WITHIN,
+            PATIENCE,
             || {
                 let (present, swapped) = backed(&guest);
                 present + swapped
