@@ -4,7 +4,8 @@
 //! `plimsoll-VERSION-x86_64-linux.tar.gz` below `target/dist`. What must never happen: a byte that depends on when, where or by whom it was made:
 //! owners are root, names are sorted, and every file is of SOURCE_DATE_EPOCH, which is that of the last commit where nobody says otherwise.
 //!
-//! [`tree`]: the files. [`trial`]: installed, upgraded, removed and purged, in a root that is thrown away.
+//! [`tree`]: the files. [`notices`]: whose code is in the program, and under which licences. [`trial`]: installed, upgraded, removed and purged, in a root that is thrown away.
+mod notices;
 mod tree;
 pub(crate) mod trial;
 

@@ -2,7 +2,7 @@
 //!
 //! Enters: the program, `contrib`, `docs`. Leaves: a folder that looks like `/` on the machine they are installed on. What must never
 //! happen: a file of which the table does not say where it goes.
-use super::time_of;
+use super::{notices, time_of};
 use crate::cargo::{self, Package};
 use anyhow::{Context, Result, ensure};
 use std::fs::{self, File, Permissions};
@@ -29,6 +29,8 @@ const FILES: [(&str, &str); 11] = [
 ];
 const PROGRAM: &str = "usr/bin/plimsoll";
 const PAGES: &str = "usr/share/man/man1";
+/// What others wrote of the program, and their licences.
+const NOTICES: &str = "usr/share/doc/plimsoll/THIRD-PARTY";
 /// Where each shell looks for completions.
 const COMPLETIONS: [(&str, &str); 3] = [
     ("bash", "usr/share/bash-completion/completions/plimsoll"),
@@ -60,8 +62,10 @@ pub(super) fn files(program: &Path, root: &Path) -> Result<()> {
         let text = File::create(&place).with_context(|| format!("cannot make {}", place.display()))?;
         cargo::run(Command::new(&installed).args(["completions", shell]).stdout(text))?;
     }
+    let notices = place(root, NOTICES)?;
+    fs::write(&notices, notices::text()?).with_context(|| format!("cannot write {}", notices.display()))?;
     let changelog = root.join("usr/share/doc/plimsoll/changelog");
-    for path in listed(&root.join(PAGES))?.iter().chain([&changelog]) {
+    for path in listed(&root.join(PAGES))?.iter().chain([&changelog, &notices]) {
         // Without a name and a time.
         cargo::run(Command::new("gzip").arg("-n9").arg(path))?;
     }
@@ -156,7 +160,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// What is in a folder, sorted.
-fn listed(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn listed(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
     let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
     paths.sort();

@@ -19,13 +19,14 @@ use std::process::Command;
 const SETTING: &str = "etc/plimsoll/plimsoll.toml";
 const CHANGED: &str = "# changed\n";
 /// What must be there.
-const WANTED: [&str; 8] = [
+const WANTED: [&str; 9] = [
     "usr/bin/plimsoll",
     "usr/lib/systemd/system/plimsoll.service",
     "etc/plimsoll/daemon.env",
     "usr/share/man/man1/plimsoll-daemon.1.gz",
     "usr/share/bash-completion/completions/plimsoll",
     "usr/share/doc/plimsoll/copyright",
+    "usr/share/doc/plimsoll/THIRD-PARTY.gz",
     "usr/share/doc/plimsoll/examples/grafana/plimsoll.json",
     "usr/share/doc/plimsoll/examples/prometheus/plimsoll.rules.yml",
 ];
