@@ -19,8 +19,11 @@ use plimsoll_store::{SLAB_SIZE, SlabId, SlabMemory, SlabTag, SlabsExhausted};
 use plimsoll_sys::mapping::{ExclusiveMapping, MemfdError};
 use plimsoll_types::ByteCount;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 const TAG: usize = size_of::<u64>();
+/// How long an earlier manager may take to let go of its slabs once it is dead to everybody else.
+const ENDING_MAX: Duration = Duration::from_secs(10);
 
 /// The slabs of one domain.
 #[derive(Debug)]
@@ -47,7 +50,7 @@ impl MemfdSlabs {
     /// # Errors
     /// [`MemfdError`] when the file cannot be mapped, or somebody has it mapped.
     pub fn inherit(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
-        let mut slabs = Self::with_head(limit, |size| ExclusiveMapping::inherit(file, size))?;
+        let mut slabs = Self::with_head(limit, |size| ExclusiveMapping::inherit(file, size, ENDING_MAX))?;
         let present = (slabs.memory.len() - Self::head(slabs.capacity)) / SLAB_SIZE;
         let free: Vec<usize> = (0..present).filter(|slab| slabs.tag(*slab) == 0).collect();
         slabs.held = present - free.len();

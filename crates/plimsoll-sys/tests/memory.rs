@@ -14,6 +14,7 @@ use plimsoll_sys::{HvaRange, ProcessId, procfs};
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Hva, PAGE_SIZE};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -214,15 +215,32 @@ fn an_exclusive_mapping_is_bytes_and_keeps_them_in_its_file() {
     assert!(memory[..PAGE_SIZE].iter().all(|byte| *byte == 0));
     let kept = || memory.keepsake().try_clone_to_owned().unwrap();
     let (first, second) = (kept(), kept());
-    let early = ExclusiveMapping::inherit(kept(), limit);
+    let early = ExclusiveMapping::inherit(kept(), limit, Duration::ZERO);
     assert!(matches!(early, Err(MemfdError::InUse)), "two mappings of one file: {early:?}");
     drop(memory);
-    let again = ExclusiveMapping::inherit(first, limit).unwrap();
+    let again = ExclusiveMapping::inherit(first, limit, Duration::ZERO).unwrap();
     assert_eq!(again.len(), 2 * PAGE_SIZE);
     assert!(again[PAGE_SIZE..].iter().all(|byte| *byte == 7));
     drop(again);
-    let short = ExclusiveMapping::inherit(second, ByteCount(PAGE));
+    let short = ExclusiveMapping::inherit(second, ByteCount(PAGE), Duration::ZERO);
     assert!(matches!(short, Err(MemfdError::Size { size: ByteCount(8192) })), "{short:?}");
+}
+
+#[test]
+fn a_mapping_that_whoever_had_it_is_still_letting_go_of_is_waited_for() {
+    let limit = ByteCount(4 * PAGE);
+    let mut memory = ExclusiveMapping::create("plimsoll-test", limit).unwrap();
+    memory.grow(ByteCount(PAGE)).unwrap();
+    memory.fill(7);
+    let kept = memory.keepsake().try_clone_to_owned().unwrap();
+    // As a process that was killed and is slow to end.
+    let ends = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        drop(memory);
+    });
+    let again = ExclusiveMapping::inherit(kept, limit, Duration::from_secs(600)).unwrap();
+    assert!(again.iter().all(|byte| *byte == 7));
+    ends.join().unwrap();
 }
 
 #[test]

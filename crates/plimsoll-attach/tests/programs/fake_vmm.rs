@@ -35,6 +35,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 type Outcome = Result<String, Box<dyn Error>>;
 
@@ -59,7 +60,7 @@ impl Ram {
     fn of_file(file: File, bytes: &str) -> Result<Self, Box<dyn Error>> {
         let size = ByteCount(bytes.parse()?);
         file.set_len(size.0)?;
-        Ok(Self::File(ExclusiveMapping::inherit(file.into(), size)?))
+        Ok(Self::File(ExclusiveMapping::inherit(file.into(), size, Duration::ZERO)?))
     }
 }
 

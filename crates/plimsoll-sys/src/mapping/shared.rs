@@ -37,6 +37,10 @@ use std::ptr::{self, NonNull};
 use std::slice;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+/// How often it is tried to lock a file that another process has.
+const LOCK_AGAIN: Duration = Duration::from_millis(1);
 
 /// The addresses of a mapped file. Makes no references itself.
 #[derive(Debug)]
@@ -153,13 +157,21 @@ impl ExclusiveMapping {
         Ok(Self { mapped: Mapped::new(&file, limit)?, file, _lock: lock, len: 0 })
     }
 
-    /// Maps a file that an earlier process made and somebody kept, with room to grow to `limit`.
+    /// Maps a file that an earlier process made and somebody kept, with room to grow to `limit`. One that is ending has it still
+    /// for a moment after its locks of records and its memory are gone: its files are let go at the very end, and `patience` is how
+    /// long that may take.
     ///
     /// # Errors
-    /// [`MemfdError::InUse`] while another mapping of it is alive; [`MemfdError`] when it cannot be mapped, or is longer than
-    /// that.
-    pub fn inherit(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
-        let lock = lock(&file, limit)?;
+    /// [`MemfdError::InUse`] when another mapping of it is alive after that; [`MemfdError`] when it cannot be mapped, or is
+    /// longer than that.
+    pub fn inherit(file: OwnedFd, limit: ByteCount, patience: Duration) -> Result<Self, MemfdError> {
+        let until = Instant::now() + patience;
+        let lock = loop {
+            match lock(&file, limit) {
+                Err(MemfdError::InUse) if Instant::now() < until => std::thread::sleep(LOCK_AGAIN),
+                done => break done?,
+            }
+        };
         // The length is read under the lock: nobody else changes it.
         let stat = fstat(&file).map_err(MemfdError::kernel("fstat", limit))?;
         let len = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
