@@ -55,7 +55,7 @@ const fn row(
     Row { name, sides, work, pages, goal }
 }
 
-const ROWS: [Row; 14] = [
+const ROWS: [Row; 26] = [
     row("map/x86/4KiB", X86, ("map", "4KiB"), Some(1.0)),
     row("map/x86/2MiB", X86, ("map", "2MiB"), Some(1.0)),
     row("map/arm/4KiB", ARM, ("map", "4KiB"), Some(1.0)),
@@ -68,8 +68,20 @@ const ROWS: [Row; 14] = [
     row("walk/x86/2MiB", X86, ("walk", "2MiB"), Some(1.0)),
     row("walk/arm/4KiB", ARM, ("walk", "4KiB"), Some(1.0)),
     row("walk/arm/2MiB", ARM, ("walk", "2MiB"), Some(1.0)),
-    row("two-stages/4KiB", STAGES, ("walk", "4KiB"), Some(1.2)),
-    row("two-stages/2MiB", STAGES, ("walk", "2MiB"), Some(1.2)),
+    row("walk-rights/x86/4KiB", X86, ("walk-rights", "4KiB"), None),
+    row("walk-rights/x86/2MiB", X86, ("walk-rights", "2MiB"), None),
+    row("walk-rights/arm/4KiB", ARM, ("walk-rights", "4KiB"), None),
+    row("walk-rights/arm/2MiB", ARM, ("walk-rights", "2MiB"), None),
+    row("look-up/x86/4KiB", X86, ("look-up", "4KiB"), Some(1.0)),
+    row("look-up/x86/2MiB", X86, ("look-up", "2MiB"), Some(1.0)),
+    row("look-up/arm/4KiB", ARM, ("look-up", "4KiB"), Some(1.0)),
+    row("look-up/arm/2MiB", ARM, ("look-up", "2MiB"), Some(1.0)),
+    row("look-up-rights/x86/4KiB", X86, ("look-up-rights", "4KiB"), None),
+    row("look-up-rights/x86/2MiB", X86, ("look-up-rights", "2MiB"), None),
+    row("look-up-rights/arm/4KiB", ARM, ("look-up-rights", "4KiB"), None),
+    row("look-up-rights/arm/2MiB", ARM, ("look-up-rights", "2MiB"), None),
+    row("two-stages/4KiB", STAGES, ("look-up", "4KiB"), Some(1.2)),
+    row("two-stages/2MiB", STAGES, ("look-up", "2MiB"), Some(1.2)),
 ];
 
 /// What to repeat the benchmark with.

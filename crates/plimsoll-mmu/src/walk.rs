@@ -139,29 +139,56 @@ fn plainly<F: Format, M: TableMemory>(
     mut passed: impl FnMut(Level, Step),
 ) -> Result<(Way, u32), Halt<M::Error>> {
     let (mut table, mut level, mut tables) = (root, F::root(), Words::NONE);
-    loop {
-        let mut step = Step { at: entry_at(table, F::index(input, level)), raw: 0 };
-        let way = |step| Way { table, level, step, tables };
-        step.raw = match memory.read(step.at) {
-            Ok(word) => word,
-            Err(error) => return Err(Halt { way: way(step), unread: Some(error) }),
+    // Counted, so that the compiler writes the levels out one after the other.
+    for _ in 1..F::LEVELS {
+        let (step, Row { plain, shift }) = match pass::<F, M>(memory, (table, level), &rows, input) {
+            Ok(passed) => passed,
+            Err((step, error)) => {
+                return Err(Halt { way: Way { table, level, step, tables }, unread: Some(error) });
+            }
         };
         passed(level, step);
-        let Row { plain, shift } = rows(level);
-        match level.below() {
-            Some(below) if plain.table.fits(step.raw) => {
-                tables = tables.and(step.raw);
-                (table, level) = (Output((step.raw & F::ADDRESS) << F::ADDRESS_DOWN), below);
-            }
-            _ if plain.leaf.fits(step.raw) => return Ok((way(step), shift)),
-            _ => return Err(Halt { way: way(step), unread: None }),
+        if !plain.table.fits(step.raw) {
+            let way = Way { table, level, step, tables };
+            return if plain.leaf.fits(step.raw) {
+                Ok((way, shift))
+            } else {
+                Err(Halt { way, unread: None })
+            };
         }
+        tables = tables.and(step.raw);
+        table = Output((step.raw & F::ADDRESS) << F::ADDRESS_DOWN);
+        level = Level(level.0 - 1);
+    }
+    let (step, Row { plain, shift }) = match pass::<F, M>(memory, (table, level), &rows, input) {
+        Ok(passed) => passed,
+        Err((step, error)) => {
+            return Err(Halt { way: Way { table, level, step, tables }, unread: Some(error) });
+        }
+    };
+    passed(level, step);
+    let way = Way { table, level, step, tables };
+    if plain.leaf.fits(step.raw) { Ok((way, shift)) } else { Err(Halt { way, unread: None }) }
+}
+
+/// Reads the entry of `input` in a table.
+#[inline(always)]
+fn pass<F: Format, M: TableMemory>(
+    memory: &M,
+    (table, level): (Output, Level),
+    rows: &impl Fn(Level) -> Row,
+    input: Input,
+) -> Result<(Step, Row), (Step, M::Error)> {
+    let at = entry_at(table, F::index(input, level));
+    match memory.read(at) {
+        Ok(raw) => Ok((Step { at, raw }, rows(level))),
+        Err(error) => Err((Step { at, raw: 0 }, error)),
     }
 }
 
 /// Where a plain leaf of 2^`shift` bytes leads.
 #[inline(always)]
-fn output<F: Format>(word: u64, shift: u32, input: Input) -> Output {
+pub(crate) fn output<F: Format>(word: u64, shift: u32, input: Input) -> Output {
     let base = (word & F::ADDRESS) << F::ADDRESS_DOWN;
     Output(base ^ (base ^ input.0) & ((1 << shift) - 1))
 }

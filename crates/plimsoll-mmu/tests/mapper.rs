@@ -172,6 +172,7 @@ fn against_a_map<F: Format, const N: usize>(
             })
             .expect("well-formed");
         assert_eq!(found, model, "{} after {op:?}", F::NAME);
+        against_a_part_of_the_map(&mapper, (start, span(pages / 3, pages / 2).2), &model);
         for number in [0, 1, 63, 511, 512, 1099].map(|number: u64| number.min(pages - 1)) {
             let walked = mapper.walk(Input(start + number * page + 5)).expect("well-formed");
             let output = if let Translation::Mapped(output, _) = walked { Some(output.0 - 5) } else { None };
@@ -186,6 +187,27 @@ fn against_a_map<F: Format, const N: usize>(
             assert_eq!(frames.left(level), N, "every frame is back, {level}");
         }
     }
+}
+
+/// A part of the range, which may begin and end inside of a leaf, by the leaves' words.
+fn against_a_part_of_the_map<F: Format, P: TableFrames, I: Invalidate>(
+    mapper: &Mapper<'_, F, Ram, P, I>,
+    (start, part): (u64, Span),
+    model: &BTreeMap<u64, (u64, Permissions)>,
+) {
+    let page = 1u64 << F::PAGE_SHIFT;
+    let number = |input: Input| (input.0 - start) / page;
+    let mut found = BTreeMap::new();
+    let shown = mapper.translate_range(part, |input, seen| {
+        assert_eq!(mapper.translate(input), Ok(Some(*seen)));
+        for within in 0..1 << (F::shift(seen.level) - F::PAGE_SHIFT) {
+            found.insert(number(input) + within, (seen.output.0 + within * page, seen.permissions));
+        }
+    });
+    assert_eq!(shown, Ok(()));
+    let numbers = number(part.first())..=number(part.last());
+    found.retain(|number, _| numbers.contains(number));
+    assert!(found.iter().eq(model.range(numbers)), "{}: {found:x?}", F::NAME);
 }
 
 proptest! {
@@ -263,12 +285,35 @@ fn a_range_is_mapped_with_one_access_to_each_entry_and_unmapped_with_one_more_a_
     // The check reads the root's entry, and filling reads each entry that names a table. Those of pages are exchanged only.
     assert_eq!(counted.reads(), 1 + 3);
     let before = (counted.reads(), counted.exchanges());
+    let mut pages = 0;
+    mapper.translate_range(span, |_, _| pages += 1).expect("well-formed");
+    assert_eq!((pages, counted.reads() - before.0, counted.exchanges()), (512, 512 + 3, before.1));
+    let before = (counted.reads(), counted.exchanges());
     assert_eq!(mapper.unmap(span), Ok(512));
     let (reads, exchanges) = (counted.reads() - before.0, counted.exchanges() - before.1);
     // Each entry once, and three more for the tables that go; their first words are the list of what is dropped.
     assert!(exchanges <= 512 + 3 * 3, "{exchanges}");
     // The tables above are read to see that they are empty, but for what has just been cleared.
     assert!(reads <= 3 * 511 + 32, "{reads}");
+}
+
+#[test]
+fn a_table_that_names_itself_is_gone_through_once_a_level_and_that_is_the_end() {
+    let ram = Ram::new(1 << 40);
+    (0..512).for_each(|index| ram.set(ROOT + index * 8, ROOT | 0x67));
+    let counted = Counted::new(&ram);
+    let (mut frames, mut caches) = (pools::<1>(), NothingCached);
+    let mapper =
+        Mapper::<Long4, _, _, _>::new(Output(ROOT), x86::Caps::FULL, &counted, &mut frames, &mut caches)
+            .expect("aligned");
+    let mut seen = 0;
+    // From the middle of one table of the lowest level to the middle of the next.
+    let span = Span::new(Input(0x7f10_0000), 0x20_0000).expect("fits");
+    let shown = mapper.translate_range(span, |_, found| {
+        assert_eq!((found.output, found.level), (Output(ROOT), Level::PAGES));
+        seen += 1;
+    });
+    assert_eq!((shown, seen, counted.reads()), (Ok(()), 512, 512 + 2 + 1 + 1));
 }
 
 #[test]

@@ -10,14 +10,16 @@ use plimsoll_mmu::mapper::{Mapping, Translation};
 use plimsoll_mmu::nested::Counted;
 use plimsoll_mmu::{
     Cache, Entry, Format, Found, GuestPat, Input, Leaf, Level, Malformed, MapError, Mapper, Memory,
-    NothingCached, Output, Permissions, Pools, Shareability, Table, TableMemory,
+    NothingCached, Output, Permissions, Pools, Shareability, Span, Table, TableMemory,
 };
+use std::cell::Cell;
 use std::marker::PhantomData;
 
 /// Memory ends here; what is beyond it cannot be read.
 const LIMIT: u64 = 1 << 30;
 const WORDS: u64 = 6_000;
 const WALKS: u64 = 6_000;
+const RANGES: u64 = 600;
 
 /// Numbers that are the same each time, by position (splitmix64).
 fn mixed(number: u64) -> u64 {
@@ -141,6 +143,7 @@ fn decoding<F: Format>(memory: &Hostile<'_, F>, root: Output, input: Input) -> E
 struct Seen {
     words: [u64; 2],
     ends: [u64; 3],
+    shown: usize,
 }
 
 fn words<F: Format>(hostile: &Hostile<'_, F>, seed: u64, seen: &mut Seen) {
@@ -215,6 +218,99 @@ fn walks<F: Format>(hostile: &Hostile<'_, F>, seed: u64, seen: &mut Seen) {
     }
 }
 
+/// What a range shows, and how it ends, is what its pages come to one after the other.
+fn ranges<F: Format>(hostile: &Hostile<'_, F>, seed: u64, seen: &mut Seen) {
+    let (mut frames, mut caches) = (Pools::<1>::default(), NothingCached);
+    let memory = Counted::new(hostile);
+    let root = Output(0);
+    let mapper = Mapper::<F, _, _, _>::new(root, hostile.caps, &memory, &mut frames, &mut caches)
+        .expect("zero is aligned");
+    for number in 0..RANGES {
+        let pages = 1 + mixed(seed ^ !number) % 40;
+        let first = mixed(seed ^ number) & ((1 << F::INPUT_BITS) - 1);
+        let first = F::extend(first >> F::PAGE_SHIFT << F::PAGE_SHIFT);
+        let span = Span::new(first, pages << F::PAGE_SHIFT).filter(|span| F::accepts_span(*span));
+        let Some(span) = span else { continue };
+        let mut expected = Vec::new();
+        let ended = (0..pages).try_for_each(|page| {
+            let input = Input(first.0 + (page << F::PAGE_SHIFT));
+            if let Translation::Mapped(_, mapping) = decoding(hostile, root, input).0? {
+                expected.push((mapping.input, mapping.leaf, mapping.level, mapping.permissions));
+            }
+            Ok(())
+        });
+        // A leaf of many pages is shown once.
+        expected.dedup();
+        let before = memory.reads();
+        let mut shown = Vec::new();
+        let walked = mapper.translate_range(span, |input, found| {
+            let Entry::Leaf(leaf) = F::decode(found.word, found.level, &hostile.caps) else {
+                panic!("{:#x} is no leaf", found.word)
+            };
+            assert_eq!(found.shift, leaf.shift);
+            let inside = F::offset(input) & ((1 << leaf.shift) - 1);
+            assert_eq!(found.output, Output(leaf.base().0 | inside));
+            shown.push((input, leaf, found.level, found.permissions));
+        });
+        assert_eq!((walked, &shown), (ended, &expected), "{span} in {}, {:?}", F::NAME, hostile.caps);
+        // One way down, and then a table of each level at most that the range reaches into.
+        assert!(memory.reads() - before <= pages + 2 * u64::from(F::LEVELS));
+        seen.shown += shown.len();
+    }
+}
+
+/// Words that are others each time they are read.
+struct Changing<'a, F: Format>(Hostile<'a, F>, Cell<u64>);
+
+impl<F: Format> TableMemory for Changing<'_, F> {
+    type Error = Output;
+
+    fn read(&self, at: Output) -> Result<u64, Output> {
+        let Self(hostile, reads) = self;
+        reads.set(reads.get() + 1);
+        // Where memory ends is the same each time.
+        hostile
+            .read(at)
+            .map(|word| hostile.read(Output((mixed(word ^ reads.get()) % LIMIT) & !7)).unwrap_or(word))
+    }
+
+    fn compare_exchange(&self, at: Output, _: u64, _: u64) -> Result<u64, Output> {
+        Err(at)
+    }
+}
+
+/// Whatever tables become while they are walked, a walk reads an entry a level, a range an entry of each it has, and both end.
+fn changing<F: Format>(caps: F::Caps, memories: &[Memory]) {
+    let memory = Changing(Hostile::<F> { caps, memories, format: PhantomData }, Cell::new(0));
+    let (mut frames, mut caches) = (Pools::<1>::default(), NothingCached);
+    let mapper = Mapper::<F, _, _, _>::new(Output(0), caps, &memory, &mut frames, &mut caches)
+        .expect("zero is aligned");
+    let mut shown = 0;
+    for number in 0..WALKS {
+        let input = F::extend(mixed(number) & ((1 << (F::INPUT_BITS - 1)) - 1) >> 21 << 21);
+        let before = memory.1.get();
+        let _ = mapper.translate(input);
+        assert!(memory.1.get() - before <= u64::from(F::LEVELS));
+        let before = memory.1.get();
+        let span = Span::new(input, 16 << F::PAGE_SHIFT).expect("fits");
+        let _ = mapper.translate_range(span, |_, found| {
+            assert!(matches!(F::decode(found.word, found.level, &caps), Entry::Leaf(_)));
+            shown += 1;
+        });
+        assert!(memory.1.get() - before <= 16 + 2 * u64::from(F::LEVELS));
+    }
+    assert!(shown > 100, "{shown} of {}", F::NAME);
+}
+
+#[test]
+fn tables_that_change_while_they_are_walked_lead_somewhere_or_nowhere_and_to_an_end() {
+    changing::<Long4>(x86::Caps::FULL, &[Memory::Pat(0)]);
+    changing::<Ept>(ept::Caps::FULL, &[Memory::Ept(Cache::WriteBack, GuestPat::Combined)]);
+    changing::<Lower<12, 48>>(arm::Caps::FULL, &[Memory::Mair(1, Shareability::Inner)]);
+    changing::<Sv39>(riscv::Caps::FULL, &[Memory::Physical]);
+    changing::<Host<4>>(amdvi::Caps::FULL, &[Memory::Physical]);
+}
+
 /// One format on processors that have more and less.
 fn agree<F: Format>(memories: &[Memory], caps: &[F::Caps]) {
     let mut seen = Seen::default();
@@ -222,8 +318,10 @@ fn agree<F: Format>(memories: &[Memory], caps: &[F::Caps]) {
         let hostile = Hostile::<F> { caps: *caps, memories, format: PhantomData };
         words(&hostile, mixed(number), &mut seen);
         walks(&hostile, mixed(!number), &mut seen);
+        ranges(&hostile, mixed(number << 32), &mut seen);
     }
-    let Seen { words: [tables, leaves], ends } = seen;
+    let Seen { words: [tables, leaves], ends, shown } = seen;
+    assert!(shown > 0, "no range of {} shows anything", F::NAME);
     // One level has no tables.
     assert!((tables > 0 || F::LEVELS == 1) && leaves > 0, "nothing is plain in {}: {seen:?}", F::NAME);
     assert!(ends.iter().all(|count| *count > 0), "{} walks that end alike: {seen:?}", F::NAME);

@@ -22,8 +22,15 @@ enum Work {
     Map,
     /// The range, which is all there is, is unmapped.
     Unmap,
-    /// Each page of the range is looked up by itself.
+    /// All translations of the range are gone through, by whatever goes through most of it at once: where a page goes, its size, its
+    /// leaf's word.
     Walk,
+    /// The same, and what all entries on the way permit, by whoever knows.
+    WalkRights,
+    /// Each page of the range is looked up by itself: the same as for `Walk`.
+    LookUp,
+    /// And what all entries on the way permit.
+    LookUpRights,
 }
 
 /// What counts.
@@ -37,6 +44,11 @@ fn pages(shift: u32) -> impl Iterator<Item = u64> {
     (FIRST..FIRST + BYTES).step_by(1 << shift)
 }
 
+/// What the addresses are that they go to, added up.
+fn outputs(shift: u32) -> u64 {
+    pages(shift).map(|page| page - FIRST + OUTPUT).sum()
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -45,6 +57,9 @@ fn main() -> ExitCode {
         "map" => Work::Map,
         "unmap" => Work::Unmap,
         "walk" => Work::Walk,
+        "look-up" => Work::LookUp,
+        "walk-rights" => Work::WalkRights,
+        "look-up-rights" => Work::LookUpRights,
         _ => return usage(),
     };
     let shift = match shift {
@@ -66,6 +81,8 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("count WHO map|unmap|walk 4KiB|2MiB; see `cargo xtask bench mmu`");
+    eprintln!(
+        "count WHO map|unmap|walk|walk-rights|look-up|look-up-rights 4KiB|2MiB; see `cargo xtask bench mmu`"
+    );
     ExitCode::from(1)
 }

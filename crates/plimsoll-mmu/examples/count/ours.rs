@@ -1,12 +1,12 @@
 //! This crate's mapper, over a flat memory that a slice of atomics is.
-use crate::{BYTES, FIRST, FRAMES, OUTPUT, Work, measured, pages};
+use crate::{BYTES, FIRST, FRAMES, OUTPUT, Work, measured, outputs, pages};
 use plimsoll_mmu::format::arm::{self, Lower};
 use plimsoll_mmu::format::x86::{self, Long4, Npt};
 use plimsoll_mmu::mapper::Translation;
 use plimsoll_mmu::nested::{self, Counted, GuestMemory, NptStage};
 use plimsoll_mmu::x86::{Control, Mode, Registers};
 use plimsoll_mmu::{
-    Access, Format, Input, Leaf, Level, Mapper, Marks, Memory, NothingCached, Output, Permissions,
+    Access, Format, Found, Input, Leaf, Level, Mapper, Marks, Memory, NothingCached, Output, Permissions,
     Shareability, Span, TableFrames, TableMemory,
 };
 use std::hint::black_box;
@@ -102,23 +102,59 @@ fn run<F: Format>(caps: F::Caps, leaf: Leaf, work: Work) {
         }
         Work::Walk => {
             map(&mut mapper);
-            let sum = measured(|| {
-                pages(leaf.shift).fold(0u64, |sum, page| match mapper.translate(Input(black_box(page))) {
-                    Ok(Some(found)) => {
-                        // Whoever looks an address up wants to know what may be done there.
-                        black_box((found.permissions, found.word, found.shift));
-                        sum + found.output.0
-                    }
-                    _ => sum,
-                })
-            });
-            assert_eq!(sum, pages(leaf.shift).map(|page| page - FIRST + OUTPUT).sum());
+            let show = |input, found: &Found| black_box((input, found.word, found.shift));
+            assert_eq!(measured(|| go_through(&mapper, show)), outputs(leaf.shift));
+        }
+        Work::WalkRights => {
+            map(&mut mapper);
+            let show = |input, found: &Found| black_box((input, found.permissions, found.word, found.shift));
+            assert_eq!(measured(|| go_through(&mapper, show)), outputs(leaf.shift));
+        }
+        Work::LookUp => {
+            map(&mut mapper);
+            let look = |found: &Found| black_box((found.word, found.shift));
+            assert_eq!(measured(|| look_up(&mapper, leaf.shift, look)), outputs(leaf.shift));
+        }
+        Work::LookUpRights => {
+            map(&mut mapper);
+            let look = |found: &Found| black_box((found.permissions, found.word, found.shift));
+            assert_eq!(measured(|| look_up(&mapper, leaf.shift, look)), outputs(leaf.shift));
         }
     }
     for page in pages(leaf.shift) {
         let walked = mapper.walk(Input(page + 5)).expect("well-formed");
         assert!(matches!(walked, Translation::Mapped(Output(at), _) if at == page + 5 - FIRST + OUTPUT));
     }
+}
+
+/// Goes through the range, and sums up where its pages go.
+#[inline(always)]
+fn go_through<F: Format, T>(
+    mapper: &Mapper<'_, F, Arena, Frames, NothingCached>,
+    show: impl Fn(Input, &Found) -> T,
+) -> u64 {
+    let mut sum = 0;
+    let walked = mapper.translate_range(black_box(span()), |input, found| {
+        show(input, found);
+        sum += found.output.0;
+    });
+    walked.map_or(0, |()| sum)
+}
+
+/// Looks each page up by itself, and sums up where they go.
+#[inline(always)]
+fn look_up<F: Format, T>(
+    mapper: &Mapper<'_, F, Arena, Frames, NothingCached>,
+    shift: u32,
+    look: impl Fn(&Found) -> T,
+) -> u64 {
+    pages(shift).fold(0, |sum, page| match mapper.translate(Input(black_box(page))) {
+        Ok(Some(found)) => {
+            look(&found);
+            sum + found.output.0
+        }
+        _ => sum,
+    })
 }
 
 /// A page table that a guest has, its frames where its physical addresses are; and the host's for it, below.
@@ -168,7 +204,7 @@ fn x86_walk<M: TableMemory>(
 
 /// Maps the guest's range in 4 KiB or 2 MiB, and the host's memory below it in 4 KiB; prints the memory references of all walks.
 fn stages(work: Work, shift: u32, walk: impl Fn(&Counted<'_, Arena>, u64, u64) -> u64) {
-    assert!(work == Work::Walk, "stages are walked only");
+    assert!(work == Work::LookUp, "pages are looked up through stages, and nothing else");
     // Where the guest's physical addresses are is where they were, so that both kinds of walk read the same words.
     let host_frames = FRAMES + FRAMES + 16;
     let arena = Arena::new(GUEST_FRAMES + host_frames);
@@ -190,6 +226,6 @@ fn stages(work: Work, shift: u32, walk: impl Fn(&Counted<'_, Arena>, u64, u64) -
     }
     let counted = Counted::new(&arena);
     let sum = measured(|| pages(shift).fold(0u64, |sum, page| sum + walk(&counted, 0, page)));
-    assert_eq!(sum, pages(shift).map(|page| page - FIRST + OUTPUT).sum());
+    assert_eq!(sum, outputs(shift));
     println!("references {}", counted.reads());
 }

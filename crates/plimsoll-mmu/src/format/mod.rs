@@ -84,7 +84,8 @@ pub trait Format: Copy + fmt::Debug + 'static {
         Permissions::all()
     }
 
-    /// What they and a plain word that maps memory permit together: the same bits of it, unless the format says otherwise.
+    /// What they and a plain word that maps memory permit together: the same bits of it, unless the format says otherwise. Where it leads
+    /// ([`ADDRESS`](Self::ADDRESS)) has no say.
     fn permits(tables: Words, leaf: u64, _: &Self::Caps) -> Permissions {
         Self::through(tables.and(leaf))
     }

@@ -1,10 +1,10 @@
 //! Walk, iterate and harvest: what is mapped is looked at.
-use super::{MapError, Mapper, slots, through};
+use super::{MapError, Mapper, slot, through};
 use crate::address::{Input, Level, Output, Span, entry_at};
 use crate::entry::{Entry, Leaf, Malformed, Permissions};
-use crate::format::Format;
+use crate::format::{Format, Row, Words};
 use crate::memory::{Invalidate, TableFrames, TableMemory};
-use crate::walk::{Dead, End, Found, Step, Walked, descend, translate};
+use crate::walk::{Dead, End, Found, Step, Walked, descend, output, translate};
 
 /// A leaf and where it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +53,12 @@ pub struct Touched {
     pub leaf: Leaf,
 }
 
-/// Is shown each leaf and where its entry is, and may end the visit.
-type Visitor<'a, E> = dyn FnMut(Output, &Mapping) -> Result<(), MapError<E>> + 'a;
+/// What the entries that name tables permit together: those that are plain by their words, the others by what they say.
+#[derive(Clone, Copy)]
+struct Rights {
+    plain: Words,
+    others: Permissions,
+}
 
 /// The entry because of which nothing is mapped, if that is why the way ended.
 fn absent<E>(end: End<E>) -> Result<(Level, Output), MapError<E>> {
@@ -107,9 +111,25 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
     /// # Errors
     /// An entry is malformed, or the memory fails: what came before it was shown.
     pub fn for_each(&self, span: Span, mut show: impl FnMut(&Mapping)) -> Result<(), MapError<M::Error>> {
-        let range = Self::offsets(span)?;
-        self.visit(self.root, F::root(), range, Permissions::all(), &mut |_, mapping| {
-            show(mapping);
+        self.translate_range(span, |input, found| {
+            if let Entry::Leaf(leaf) = F::decode(found.word, found.level, &self.caps) {
+                show(&Mapping { input, level: found.level, leaf, permissions: found.permissions });
+            }
+        })
+    }
+
+    /// Shows the same, by the leaves' words and not by what they say: the first address that an entry translates, and where that goes.
+    /// Each table is gone through once and each entry is read once, whatever other tables the entries name. Sets no bits.
+    ///
+    /// # Errors
+    /// Those of [`for_each`](Self::for_each).
+    pub fn translate_range(
+        &self,
+        span: Span,
+        mut show: impl FnMut(Input, &Found),
+    ) -> Result<(), MapError<M::Error>> {
+        self.visit_span(span, &mut |_, input, found| {
+            show(input, found);
             Ok(())
         })
     }
@@ -128,25 +148,25 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         clear: Clear,
         mut show: impl FnMut(&Touched),
     ) -> Result<(), MapError<M::Error>> {
-        let range = Self::offsets(span)?;
         let (accessed, dirty) = match clear {
             Clear::Accessed => (true, false),
             Clear::Dirty => (false, true),
             Clear::Both => (true, true),
         };
         let mut any = false;
-        let result = self.visit(self.root, F::root(), range, Permissions::all(), &mut |at, mapping| {
+        let result = self.visit_span(span, &mut |at, input, found| {
             let set = |leaf: &Leaf| (accessed && leaf.accessed) || (dirty && leaf.dirty);
-            if !set(&mapping.leaf) {
-                return Ok(());
+            match F::decode(found.word, found.level, &self.caps) {
+                Entry::Leaf(leaf) if set(&leaf) => {}
+                _ => return Ok(()),
             }
-            let leaf = self.change_leaf(mapping.level, at, |leaf| Leaf {
+            let leaf = self.change_leaf(found.level, at, |leaf| Leaf {
                 accessed: leaf.accessed && !accessed,
                 dirty: leaf.dirty && !dirty,
                 ..leaf
             })?;
             any = true;
-            show(&Touched { input: mapping.input, leaf });
+            show(&Touched { input, leaf });
             Ok(())
         });
         if any {
@@ -155,31 +175,77 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
         result
     }
 
+    fn visit_span(
+        &self,
+        span: Span,
+        show: &mut impl FnMut(Output, Input, &Found) -> Result<(), MapError<M::Error>>,
+    ) -> Result<(), MapError<M::Error>> {
+        let rights = Rights { plain: Words::NONE, others: Permissions::all() };
+        self.visit((self.root, F::root()), Self::offsets(span)?, rights, show)
+    }
+
+    /// Shows each leaf of a range and where its entry is; `show` may end the visit.
     fn visit(
         &self,
-        table: Output,
-        level: Level,
+        (table, level): (Output, Level),
         (first, last): (u64, u64),
-        permissions: Permissions,
-        show: &mut Visitor<'_, M::Error>,
+        rights: Rights,
+        show: &mut impl FnMut(Output, Input, &Found) -> Result<(), MapError<M::Error>>,
     ) -> Result<(), MapError<M::Error>> {
-        for slot in slots::<F>(level, first, last) {
-            let at = entry_at(table, slot.index);
-            match self.entry(level, at)?.1 {
-                Entry::Table(next) => {
-                    if let Some((below, range)) = through::<F>(&next, level, &slot) {
-                        self.visit(next.at, below, range, permissions & next.permissions, show)?;
-                    }
-                }
-                Entry::Leaf(leaf) => {
-                    let shift = F::shift(level);
-                    let input = F::extend(slot.first >> shift << shift);
-                    let permissions = permissions & leaf.permissions;
-                    show(at, &Mapping { input, level, leaf, permissions })?;
-                }
-                _ => {}
+        let (Row { plain, .. }, shift) = (self.plains.at(level), F::shift(level));
+        // Neighbours are alike but for where they lead: what they permit is found out once.
+        let mut alike = None;
+        for number in first >> shift..(last >> shift) + 1 {
+            let at = entry_at(table, number & (F::entries(level) - 1));
+            let word = self.read(level, at)?;
+            if plain.leaf.fits(word) {
+                let input = F::extend(number << shift);
+                let output = output::<F>(word, shift, input);
+                let said = word & !F::ADDRESS;
+                let permissions = match alike {
+                    Some((like, permissions)) if like == said => permissions,
+                    _ => F::permits(rights.plain, word, &self.caps) & rights.others,
+                };
+                alike = Some((said, permissions));
+                show(at, input, &Found { output, shift, level, permissions, word })?;
+            } else {
+                self.visit_entry((at, level, word), (number, first, last), rights, show)?;
             }
         }
         Ok(())
+    }
+
+    /// What is not a plain leaf: a table, nothing, or something that is decoded.
+    fn visit_entry(
+        &self,
+        (at, level, word): (Output, Level, u64),
+        (number, first, last): (u64, u64, u64),
+        rights: Rights,
+        show: &mut impl FnMut(Output, Input, &Found) -> Result<(), MapError<M::Error>>,
+    ) -> Result<(), MapError<M::Error>> {
+        let slot = slot::<F>(level, number, (first, last));
+        match self.decode(level, at, word)? {
+            Entry::Table(next) => {
+                let Some((below, range)) = through::<F>(&next, level, &slot) else { return Ok(()) };
+                let rights = match self.plains.at(level).plain.table.fits(word) {
+                    true => Rights { plain: rights.plain.and(word), ..rights },
+                    false => Rights { others: rights.others & next.permissions, ..rights },
+                };
+                self.visit((next.at, below), range, rights, show)
+            }
+            Entry::Leaf(leaf) => {
+                let input = F::extend(number << F::shift(level));
+                let inside = F::offset(input) & ((1 << leaf.shift) - 1);
+                let found = Found {
+                    output: Output(leaf.base().0 | inside),
+                    shift: leaf.shift,
+                    level,
+                    permissions: F::through(rights.plain) & rights.others & leaf.permissions,
+                    word,
+                };
+                show(at, input, &found)
+            }
+            _ => Ok(()),
+        }
     }
 }
