@@ -5,6 +5,7 @@ pub(crate) mod keeper;
 pub(crate) mod monitor;
 pub(crate) mod records;
 pub(crate) mod settings;
+mod stages;
 pub(crate) mod tables;
 pub(crate) mod walks;
 pub(crate) mod wire;

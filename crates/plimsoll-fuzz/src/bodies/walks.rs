@@ -1,5 +1,5 @@
 //! Walks through hostile tables of each architecture: no more reads than levels, nothing written, the same answer twice.
-use super::{Everywhere, words_of};
+use super::{Everywhere, stages, words_of};
 use plimsoll_mmu::format::{arm as arms, riscv as riscvs, x86 as x86s};
 use plimsoll_mmu::{Access, Feature, Format, Input, Marks, Output, Walked, arm, riscv, x86};
 use std::convert::Infallible;
@@ -15,6 +15,7 @@ pub(crate) fn read(bytes: &[u8]) -> bool {
     let (Some(memory), [input, root, how]) = (memory, &words[..]) else { return false };
     let (input, root, how) = (*input, *root, *how);
     let (input, access) = (Input(input), [Access::Read, Access::Write, Access::Fetch][bits(how, 0, 3)]);
+    stages::ranges(&memory, input, root, how);
     x86_walk::<x86s::Long4>(&memory, input, root, how, access)
         | x86_walk::<x86s::Long5>(&memory, input, root, how, access)
         | arm_walk::<arms::Lower<12, 48>>(&memory, input, root, how, access)
@@ -23,15 +24,16 @@ pub(crate) fn read(bytes: &[u8]) -> bool {
         | riscv_walk::<riscvs::Sv39>(&memory, input, root, how)
         | riscv_walk::<riscvs::Sv48>(&memory, input, root, how)
         | riscv_walk::<riscvs::Sv57>(&memory, input, root, how)
+        | stages::walk(&memory, input, root, how, access)
 }
 
 /// A number below `limit` from a word, at a bit.
-fn bits(word: u64, at: u32, limit: u64) -> usize {
+pub(super) fn bits(word: u64, at: u32, limit: u64) -> usize {
     usize::try_from((word >> at) % limit).unwrap()
 }
 
 /// Has a walk done twice.
-fn twice<F: Format, E: Debug + PartialEq>(
+pub(super) fn twice<F: Format, E: Debug + PartialEq>(
     memory: &Everywhere,
     mut walk: impl FnMut() -> Result<Walked, E>,
 ) -> bool {
@@ -105,7 +107,7 @@ fn riscv_walk<F: Format<Caps = riscvs::Caps>>(
 }
 
 /// A chain of tables each of whose entries is one word.
-fn chain(input: u64, how: u64, word: u64) -> Vec<u8> {
+pub(super) fn chain(input: u64, how: u64, word: u64) -> Vec<u8> {
     [input, 0x1000, how, word].map(u64::to_le_bytes).concat()
 }
 
@@ -116,5 +118,5 @@ pub(crate) fn examples() -> Vec<Vec<u8>> {
     let arm = chain(0x7008, 1 << 19, 0x2000 | 1 << 10 | 3);
     // Valid, readable, writable, executable, accessed, dirty: a large page.
     let riscv = chain(0x7008, 1 << 19, 0xcf);
-    vec![x86, arm, riscv]
+    [vec![x86, arm, riscv], stages::examples()].concat()
 }
