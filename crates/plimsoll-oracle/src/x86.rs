@@ -49,9 +49,10 @@ pub const HARDWARE: Hardware = Hardware {
     status: 0x21,
 };
 pub(crate) const PROGRAM: u64 = 1 << 20;
-/// What runs in ring 3 is here in the program, and at this address in every tree.
-const USER_PAGE: u64 = PROGRAM + 0x2000;
-const USER: u64 = 0xc000_0000;
+/// What runs in ring 3 is here in the program.
+pub const USER_PAGE: u64 = PROGRAM + 0x2000;
+/// Where that is in every tree.
+pub const USER: u64 = 0xc000_0000;
 /// Tables through which the program sees itself: a root, level 4 below a fifth, and so on down.
 const OWN_TABLES: [u64; 5] = [0x20_0000, 0x20_1000, 0x20_2000, 0x20_3000, 0x20_4000];
 /// What cases have of RAM: below are program and batch.

@@ -15,6 +15,9 @@
 //! answered.
 #![expect(unsafe_code, reason = "a memory slot is an address that KVM writes through")]
 
+#[cfg(test)]
+mod walks;
+
 use crate::control::{Registers, Segment};
 use crate::machine::{Death, End, Going, Machine};
 use crate::memory::Memory;
