@@ -41,6 +41,8 @@ pub enum Event {
         accel: Accel,
         /// Its identity under its manager, if it has one.
         machine: Option<u32>,
+        /// How many vCPUs it has.
+        vcpus: u32,
         /// Ticks of the guest's clock in a second.
         tsc_hz: u64,
         /// Where its memory is in its process, region by region in the order of guest addresses.
@@ -92,6 +94,8 @@ pub enum Event {
         /// Why there are none, for the operator.
         refused: Option<String>,
     },
+    /// No vCPU runs the guest until [`Command::Release`], or until whoever asked hangs up.
+    Held,
     /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
     ManagerLost,
     /// The manager has given the machine back: all its pages are here, and the kernel serves it from now on.
@@ -152,6 +156,10 @@ pub enum Command {
         /// Which vCPU.
         vcpu: u32,
     },
+    /// All vCPUs shall stand still, on the inspection socket only. Answered with [`Event::Held`] when they do.
+    Hold,
+    /// They go on.
+    Release,
 }
 
 /// What a vCPU has in its registers: all that translates its addresses, and that a debugger asks for.

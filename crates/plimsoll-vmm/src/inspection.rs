@@ -1,7 +1,7 @@
 //! The inspection socket: how tools look into a running machine that somebody else has started.
 //!
-//! Enters: connections, and JSON lines that ask for a vCPU's registers ([`Command::Registers`]; no other command is obeyed). Leaves: a
-//! first line that says where the machine's memory is ([`Event::Started`]), and [`Event::Registers`]. The socket is made before
+//! Enters: connections, and JSON lines that ask for a vCPU's registers, or that all stand still meanwhile ([`Command::Registers`],
+//! [`Command::Hold`], [`Command::Release`]; no other is obeyed). Leaves: a first line that says where the machine's memory is ([`Event::Started`]), and [`Event::Registers`]. The socket is made before
 //! rights are given up, so that it is its maker's, and nobody else may connect (0600). What must never happen: the machine's main
 //! thread waiting for a client: one that does not read what it asked for is left, and there is one at a time.
 use crate::control::{Command, Control, Event};
@@ -37,8 +37,13 @@ impl Inspection {
         }
     }
 
-    /// Takes a client in, or what it says: the vCPUs that it asks for.
-    pub(crate) fn serve(&mut self, started: &Event) -> Vec<u32> {
+    /// Whether there is a client.
+    pub(crate) fn is_open(&self) -> bool {
+        self.client.is_some()
+    }
+
+    /// Takes a client in, or what it says that it may.
+    pub(crate) fn serve(&mut self, started: &Event) -> Vec<Command> {
         let Some(client) = &mut self.client else {
             let accepted = self
                 .listener
@@ -60,7 +65,7 @@ impl Inspection {
         let mut asked = Vec::new();
         for command in received.commands {
             match command {
-                Command::Registers { vcpu } => asked.push(vcpu),
+                Command::Registers { .. } | Command::Hold | Command::Release => asked.push(command),
                 _ => {
                     self.send(&Event::Error { message: "this socket answers for registers alone".to_owned() })
                 }

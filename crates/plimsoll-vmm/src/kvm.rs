@@ -293,7 +293,13 @@ impl Vcpu {
                     since,
                 );
             }
-            let exit = match self.fd.run() {
+            if !machine.enter() {
+                machine.stand(self.index);
+                continue;
+            }
+            let ran = self.fd.run();
+            machine.exit();
+            let exit = match ran {
                 Ok(VcpuExit::IoOut(port, data)) => Exit::Out { port, bytes: data.len() },
                 Ok(VcpuExit::MmioRead(gpa, _) | VcpuExit::MmioWrite(gpa, _)) => {
                     Exit::Memory { gpa: Gpa(gpa) }

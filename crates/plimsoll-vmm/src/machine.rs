@@ -153,6 +153,9 @@ pub(crate) struct Told {
     pub(crate) stalled: Duration,
 }
 
+/// How long a vCPU stands before it looks again whether the machine has to go.
+const STAND: Duration = Duration::from_millis(20);
+
 /// No vCPU is asked for its registers.
 const NOBODY: u32 = u32::MAX;
 
@@ -166,6 +169,10 @@ pub(crate) struct Machine {
     leaving: AtomicBool,
     /// Whose registers are asked for, or [`NOBODY`]'s. Changed with the desk locked, so that nobody falls asleep over it.
     asked: AtomicU32,
+    /// Whether vCPUs are to stand still. Set with the desk locked, as `asked` is.
+    held: AtomicBool,
+    /// vCPUs that run the guest, or are about to. Whoever holds the machine waits for none.
+    inside: AtomicU32,
     /// Touches of poisoned pages before the machine was.
     touches_before: u64,
     /// What sleeping vCPUs wait for, and `wake` wakes them.
@@ -197,6 +204,8 @@ impl Machine {
             touches_before: signals::touches(),
             leaving: AtomicBool::new(false),
             asked: AtomicU32::new(NOBODY),
+            held: AtomicBool::new(false),
+            inside: AtomicU32::new(0),
             desk: Mutex::default(),
             wake: Condvar::new(),
             attention,
@@ -355,6 +364,48 @@ impl Machine {
         desk.told = None;
         self.asked.store(vcpu, Ordering::SeqCst);
         self.wake.notify_all();
+    }
+
+    /// Has vCPUs stand still before they enter the guest again; whoever holds gets them out.
+    pub(crate) fn hold(&self) {
+        let _desk = locked(&self.desk);
+        self.held.store(true, Ordering::SeqCst);
+    }
+
+    /// Lets them go on.
+    pub(crate) fn release(&self) {
+        let _desk = locked(&self.desk);
+        self.held.store(false, Ordering::SeqCst);
+        self.wake.notify_all();
+    }
+
+    /// Whether no vCPU runs the guest. It stays so while the machine is held.
+    pub(crate) fn stands_still(&self) -> bool {
+        self.inside.load(Ordering::SeqCst) == 0
+    }
+
+    /// A vCPU is about to run the guest; `false` if the machine is held. Counted before it looks, so that whoever holds the machine and then
+    /// counts sees it, or is seen.
+    pub(crate) fn enter(&self) -> bool {
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        let may = !self.held.load(Ordering::SeqCst);
+        if !may {
+            self.exit();
+        }
+        may
+    }
+
+    /// It is out again.
+    pub(crate) fn exit(&self) {
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Waits where the machine is held, until it no longer is, has to go, or the vCPU is asked for its registers.
+    pub(crate) fn stand(&self, vcpu: u32) {
+        let mut desk = locked(&self.desk);
+        while self.held.load(Ordering::SeqCst) && !self.is_asked(vcpu) && self.going() == Going::On {
+            desk = self.wake.wait_timeout(desk, STAND).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Whether a vCPU is asked for its registers.

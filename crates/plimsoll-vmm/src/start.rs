@@ -9,7 +9,7 @@ use crate::kvm::{self, KvmError};
 use crate::machine::{End, Machine};
 use crate::memory::{Managed, Memory, MemoryError, Shard};
 use crate::probe::{self, Accel};
-use crate::supervise::{ExitReport, ManagerEnd, Stop, Supervisor};
+use crate::supervise::{ExitReport, Hold, ManagerEnd, Stop, Supervisor};
 use crate::wire::{self, Hello, Welcome};
 use crate::{VmmError, agent, boot, inprocess, sandbox, shards, signals};
 use plimsoll_core::layout::GuestLayout;
@@ -124,6 +124,7 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
         pid: std::process::id(),
         accel,
         machine: accepted.as_ref().map(|accepted| accepted.machine),
+        vcpus: config.vcpus,
         tsc_hz,
         ram,
     };
@@ -142,6 +143,7 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
         started,
         inspection,
         question: None,
+        hold: Hold::No,
     };
     let ended = confined
         .map_err(VmmError::from)

@@ -81,6 +81,17 @@ pub(crate) struct Supervisor {
     pub(crate) inspection: Inspection,
     /// The vCPU whose registers somebody waits for.
     pub(crate) question: Option<Question>,
+    /// Whether an inspector has the vCPUs stand still.
+    pub(crate) hold: Hold,
+}
+
+/// How far an inspector's hold has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hold {
+    No,
+    /// vCPUs are on their way out of the guest.
+    Begun(Instant),
+    Done,
 }
 
 /// A vCPU that is to say its registers.
@@ -128,15 +139,22 @@ impl Supervisor {
                 next_report = now + interval;
             }
             let mut wait = next_report.saturating_duration_since(now);
-            if self.question.is_some() || matches!(self.stop, Stop::Leaving(_)) {
+            if self.question.is_some()
+                || matches!(self.hold, Hold::Begun(_))
+                || matches!(self.stop, Stop::Leaving(_))
+            {
                 wait = wait.min(KICK_EVERY);
             }
             self.wait(wait)?;
             self.look()?;
-            self.inspection
-                .serve(&self.started)
-                .into_iter()
-                .try_for_each(|vcpu| self.ask(vcpu, By::Inspector))?;
+            for command in self.inspection.serve(&self.started) {
+                match command {
+                    Command::Registers { vcpu } => self.ask(vcpu, By::Inspector)?,
+                    Command::Hold => self.hold(),
+                    _ => self.release(),
+                }
+            }
+            self.push_hold();
             self.push_question()?;
             if self.push_stop() == Next::End {
                 break;
@@ -194,6 +212,10 @@ impl Supervisor {
                 Command::Balloon { target_bytes, piece } => self.aim(ByteCount(target_bytes), piece)?,
                 Command::Frames(order) => self.order(order)?,
                 Command::Registers { vcpu } => self.ask(vcpu, By::Starter)?,
+                Command::Hold | Command::Release => {
+                    let message = "the inspection socket holds and releases".to_owned();
+                    self.send(&Event::Error { message })?;
+                }
             }
         }
         if received.closed { self.ask_to_stop(StopMode::Now) } else { Ok(()) }
@@ -241,6 +263,39 @@ impl Supervisor {
         self.machine.ask(vcpu);
         self.kick(vcpu);
         Ok(())
+    }
+
+    /// Has all vCPUs stand still for the inspector.
+    fn hold(&mut self) {
+        if !matches!(self.started, Event::Started { accel: Accel::Kvm { .. }, .. }) {
+            let message = "the guest runs in this process: it cannot be held".to_owned();
+            return self.inspection.send(&Event::Error { message });
+        }
+        self.machine.hold();
+        self.hold = Hold::Begun(Instant::now());
+    }
+
+    fn release(&mut self) {
+        self.machine.release();
+        self.hold = Hold::No;
+    }
+
+    /// Gets vCPUs out of the guest and says when none is left, and lets them go on once the inspector is gone or the machine is to stop.
+    fn push_hold(&mut self) {
+        if self.hold != Hold::No && (!self.inspection.is_open() || self.stop != Stop::No) {
+            self.release();
+        }
+        let Hold::Begun(since) = self.hold else { return };
+        if self.machine.stands_still() {
+            self.hold = Hold::Done;
+            self.inspection.send(&Event::Held);
+        } else if since.elapsed() >= ANSWER_GRACE {
+            self.release();
+            let message = format!("the vCPUs did not leave KVM within {} s", ANSWER_GRACE.as_secs());
+            self.inspection.send(&Event::Error { message });
+        } else {
+            self.vcpus.iter().for_each(kick);
+        }
     }
 
     fn answer(&mut self, by: By, event: &Event) -> Result<(), VmmError> {

@@ -178,6 +178,56 @@ fn vcpus_say_their_registers_while_they_work_and_while_they_wait_to_whoever_may_
     }
 }
 
+/// What a vCPU has in its registers, by an inspector.
+fn told(client: &mut Inspector, vcpu: u32) -> Registers {
+    client.command(Command::Registers { vcpu });
+    match client.event() {
+        Event::Registers { registers: Some(registers), .. } => *registers,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn vcpus_stand_still_for_an_inspector_until_it_releases_them_or_leaves() {
+    for accel in accels() {
+        let folder = tempfile::tempdir().unwrap();
+        let inspect = folder.path().join("inspect.sock");
+        let base = config(WorkloadSpec::new(WorkloadKind::Zipf), accel);
+        // Nobody reads its reports meanwhile.
+        let config = VmmConfig { vcpus: 2, report_ms: 1000, inspect: Some(inspect.clone()), ..base };
+        let mut machine = Started::new(config, None);
+        machine.until_running();
+        for leaves in [false, true] {
+            let mut client = Inspector::connect(&inspect);
+            assert!(matches!(client.event(), Event::Started { .. }));
+            client.command(Command::Hold);
+            if accel != AccelChoice::Kvm {
+                assert!(matches!(client.event(), Event::Error { .. }));
+                continue;
+            }
+            while !matches!(client.event(), Event::Held) {
+                // A host that is busy.
+                client.command(Command::Hold);
+            }
+            let held = [0, 1].map(|vcpu| told(&mut client, vcpu));
+            for _ in 0..20 {
+                assert_eq!([0, 1].map(|vcpu| told(&mut client, vcpu)), held);
+            }
+            if leaves {
+                drop(client);
+                client = Inspector::connect(&inspect);
+                assert!(matches!(client.event(), Event::Started { .. }));
+            } else {
+                client.command(Command::Release);
+            }
+            // It goes on, and sooner or later elsewhere.
+            while [0, 1].iter().zip(&held).any(|(vcpu, held)| told(&mut client, *vcpu) == *held) {}
+        }
+        machine.stop(StopMode::Now);
+        assert_eq!(machine.end().unwrap().died, None, "{accel:?}");
+    }
+}
+
 #[test]
 fn a_starter_that_leaves_ends_the_machine() {
     for accel in accels() {

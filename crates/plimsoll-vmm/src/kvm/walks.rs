@@ -149,12 +149,12 @@ impl Bench {
         let mut words = own_tables();
         // In place of its pages of 1 GiB.
         for word in words.values_mut().filter(|word| **word & LARGE != 0) {
-            *word = SUPERVISORS + (*word >> 30 << 12) | TABLE;
+            *word = (SUPERVISORS + (*word >> 30 << 12)) | TABLE;
         }
         let upper = HOME + 0x1000;
         words.insert(HOME, upper | TABLE | FOR_USERS);
         for gib in 0..2 {
-            words.insert(upper + gib * 8, USERS + (gib << 12) | TABLE | FOR_USERS);
+            words.insert(upper + gib * 8, (USERS + (gib << 12)) | TABLE | FOR_USERS);
         }
         for block in 0..RAM.0 >> 21 {
             let leaf = block << 21 | ACCESSED_DIRTY_LARGE;

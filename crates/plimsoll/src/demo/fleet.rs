@@ -239,7 +239,11 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>, merging: &
             // Nobody waits for it where nothing is shared.
             Event::Merging { range, refused } => drop(merging.send(Merging { range, refused })),
             // Nobody here asks a guest to probe.
-            Event::Probed(_) | Event::Ballooned { .. } | Event::Frames { .. } | Event::Registers { .. } => {}
+            Event::Probed(_)
+            | Event::Ballooned { .. }
+            | Event::Frames { .. }
+            | Event::Registers { .. }
+            | Event::Held => {}
         }
     }
     state.lock().closed = true;
