@@ -131,7 +131,9 @@ fn has_ram(dossier: &Dossier) -> Result<(), PhysicalError> {
         return Ok(());
     }
     let why = match dossier.vmm {
-        Vmm::Plimsoll => "it was born under plimsoll, and only its pager may touch pages that are elsewhere",
+        Vmm::Plimsoll => {
+            "it was born under plimsoll, and only it knows where its memory is: give its inspection socket with --inspect"
+        }
         _ => "none was found in its process",
     };
     Err(PhysicalError::NoRam { name: dossier.name.clone(), why: why.to_owned() })

@@ -52,6 +52,8 @@ pub struct RamRange {
 pub enum RamBacking {
     /// Private anonymous memory.
     PrivateAnonymous,
+    /// Such memory, of which its pager has what is not here.
+    Paged,
     /// Shared memory of the kernel's (memfd, tmpfs): it goes to swap like anonymous memory.
     SharedMemory {
         /// Its name or path.
@@ -83,6 +85,7 @@ impl fmt::Display for RamBacking {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PrivateAnonymous => f.write_str("private anonymous memory"),
+            Self::Paged => f.write_str("memory of its pager's"),
             Self::SharedMemory { name } => write!(f, "shared memory {name}"),
             Self::PrivateMemory { name } => write!(f, "private copy of memory {name}"),
             Self::SharedFile { path } => write!(f, "file {path}"),
@@ -508,7 +511,10 @@ fn hazards(backing: &RamBacking, run: &Run<'_>) -> Vec<Hazard> {
         RamBacking::HugeTlb { .. } => hazards.push(Hazard::HugeTlb),
         RamBacking::SharedFile { path } => hazards.push(Hazard::DiskFile { path: path.clone() }),
         RamBacking::SharedMemory { .. } => hazards.push(Hazard::SharedPages),
-        RamBacking::PrivateAnonymous | RamBacking::PrivateMemory { .. } | RamBacking::PrivateFile { .. } => {}
+        RamBacking::PrivateAnonymous
+        | RamBacking::Paged
+        | RamBacking::PrivateMemory { .. }
+        | RamBacking::PrivateFile { .. } => {}
     }
     hazards
 }

@@ -1,4 +1,5 @@
 //! `plimsoll audit`: the frames of all machines are disjoint, but for what a sharing domain shares.
+use super::born::Born;
 use super::machine::{confirm, hold};
 use super::{hex, said};
 use crate::verb::ended;
@@ -11,6 +12,7 @@ use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_types::PageCount;
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Violations that are told of as text.
@@ -18,12 +20,15 @@ const SHOWN_MAX: usize = 16;
 
 #[derive(clap::Args)]
 pub(crate) struct AuditArgs {
-    /// The machines: process ids, names or UUIDs. Without any: all of this host.
+    /// The machines: process ids, names or UUIDs. Without any, and without --inspect: all of this host.
     machines: Vec<String>,
     /// Machines that may share merged pages with each other, separated by commas. May be repeated; a machine of none is a domain of its
     /// own.
     #[arg(long = "domain", value_name = "NAME,NAME...")]
     domains: Vec<String>,
+    /// The inspection socket of a machine that was born under plimsoll, which says where its memory is. May be repeated.
+    #[arg(long = "inspect", value_name = "SOCKET")]
+    sockets: Vec<PathBuf>,
     /// JSON instead of text.
     #[arg(long)]
     json: bool,
@@ -46,7 +51,7 @@ struct Machine {
 }
 
 fn run(args: &AuditArgs) -> Result<ExitCode, String> {
-    let (mut machines, mut left_out) = machines(&args.machines)?;
+    let (mut machines, mut left_out) = machines(args)?;
     for (number, domain) in (machines.len()..).zip(&args.domains) {
         join(&mut machines, domain, number)?;
     }
@@ -105,15 +110,21 @@ fn look(machines: &mut [Machine], frames: &Frames) -> Result<Audit, String> {
 }
 
 /// The machines that were asked for, or all; and why some of all are left out.
-fn machines(wanted: &[String]) -> Result<(Vec<Machine>, Vec<String>), String> {
+fn machines(args: &AuditArgs) -> Result<(Vec<Machine>, Vec<String>), String> {
+    let AuditArgs { machines: wanted, sockets, .. } = args;
     let (mut machines, mut left_out) = (Vec::new(), Vec::new());
     let found = discover().map_err(said)?;
-    if wanted.is_empty() {
+    for path in sockets {
+        let born = Born::connect(path)?;
+        let identity = found.find(&born.process.to_string()).map_err(said)?.identity;
+        machines.push(open(identity, machines.len(), Some(&born))?);
+    }
+    if wanted.is_empty() && sockets.is_empty() {
         if found.unreadable > 0 {
             left_out.push(format!("{} machines of other users", found.unreadable));
         }
         for sighting in &found.machines {
-            match open(sighting.identity, machines.len()) {
+            match open(sighting.identity, machines.len(), None) {
                 Ok(machine) => machines.push(machine),
                 Err(why) => left_out.push(format!("{}: {why}", sighting.name)),
             }
@@ -124,15 +135,24 @@ fn machines(wanted: &[String]) -> Result<(Vec<Machine>, Vec<String>), String> {
         if machines.iter().any(|machine: &Machine| machine.dossier.identity == identity) {
             return Err(format!("{name} is named twice"));
         }
-        machines.push(open(identity, machines.len())?);
+        machines.push(open(identity, machines.len(), None)?);
     }
     Ok((machines, left_out))
 }
 
-fn open(identity: Identity, domain: usize) -> Result<Machine, String> {
-    let (held, pagemap, dossier) = hold(identity, &Request::default())?;
-    if dossier.vmm == Vmm::Plimsoll {
-        return Err("its pager has its memory, and audits that itself".to_owned());
+fn open(identity: Identity, domain: usize, born: Option<&Born>) -> Result<Machine, String> {
+    let (held, pagemap, mut dossier) = hold(identity, &Request::default())?;
+    match (dossier.vmm, born) {
+        (Vmm::Plimsoll, Some(born)) => {
+            born.describe(&mut dossier, &pagemap)?;
+        }
+        (Vmm::Plimsoll, None) => {
+            return Err(
+                "only it knows where its memory is: give its inspection socket with --inspect".to_owned()
+            );
+        }
+        (_, Some(_)) => return Err(format!("{} was not born under plimsoll", dossier.name)),
+        (_, None) => {}
     }
     let ranges = dossier.ram.iter().map(|range| range.hva).collect();
     let is_file = |range: &&RamRange| {

@@ -2,9 +2,11 @@
 //!
 //! Enters: a name and what the operator knows. Leaves: where guest RAM lies in both its address spaces, and a processor's paging: from
 //! the machine's monitor where one is given, by the VMM's rule and from flags otherwise.
+use super::born::Born;
 use super::{hex, parse_address, said};
 use plimsoll_attach::physical::{Placed, ask, by_rule};
 use plimsoll_attach::qmp::{Limits, Qmp, Registers};
+use plimsoll_attach::vmm::Vmm;
 use plimsoll_attach::{Dossier, Hazard, Held, Identity, Request, find, inspect, parse_range};
 use plimsoll_inspect::{GuestRam, Levels, Outside, Paging, Piece};
 use plimsoll_sys::HvaRange;
@@ -20,6 +22,9 @@ pub(super) struct MachineArgs {
     /// A QMP socket of the machine's that nobody else uses: tells of registers, and of where RAM lies in the guest.
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
+    /// The inspection socket of a machine that was born under plimsoll, which tells of both.
+    #[arg(long, value_name = "SOCKET", conflicts_with_all = ["qmp", "ranges"])]
+    inspect: Option<PathBuf>,
     /// Where guest RAM lies, as START-END in hexadecimal, when it cannot be told from outside. May be repeated.
     #[arg(long = "range", value_name = "START-END", value_parser = parse_range)]
     ranges: Vec<HvaRange>,
@@ -30,7 +35,7 @@ pub(super) struct MachineArgs {
 
 #[derive(clap::Args)]
 pub(super) struct ProcessorArgs {
-    /// The processor whose tables are walked, by its number in QMP: 0 without (`dump`: one that is in its kernel).
+    /// The processor whose tables are walked, by its number: 0 without (`dump`: one that is in its kernel).
     #[arg(long, value_name = "N", conflicts_with = "cr3")]
     cpu: Option<u32>,
     /// The guest's CR3 in hexadecimal, instead of a processor's.
@@ -67,18 +72,58 @@ pub(super) enum Whose {
     Given,
 }
 
+/// What tells of a machine's registers.
+pub(super) enum Teller {
+    /// QEMU's monitor.
+    Monitor(Qmp),
+    /// The machine itself.
+    Born(Born),
+}
+
+impl Teller {
+    pub(super) fn processors(&mut self) -> Result<Vec<u32>, String> {
+        match self {
+            Self::Monitor(qmp) => qmp.processors().map_err(said),
+            Self::Born(born) => Ok(born.processors()),
+        }
+    }
+
+    pub(super) fn registers(&mut self, processor: u32) -> Result<Registers, String> {
+        match self {
+            Self::Monitor(qmp) => qmp.registers(processor).map_err(said),
+            Self::Born(born) => born.registers(processor),
+        }
+    }
+}
+
 /// A machine that is looked at.
 pub(super) struct Machine {
     held: Held,
     pub(super) pagemap: Pagemap,
     pub(super) dossier: Dossier,
-    pub(super) qmp: Option<Qmp>,
+    pub(super) teller: Option<Teller>,
+    /// By whose word RAM lies where it does.
+    layout: Layout,
     pub(super) placed: Vec<Placed>,
     pub(super) ram: GuestRam,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Monitor,
+    Machine,
+    Rule,
+}
+
 impl Machine {
     pub(super) fn open(args: &MachineArgs) -> Result<Self, String> {
+        if let Some(path) = &args.inspect {
+            let born = Born::connect(path)?;
+            if !born.is_called(&args.machine) {
+                return Err(format!("{} is of {} (pid {})", path.display(), born.name, born.process));
+            }
+            return Self::born(born);
+        }
         let found = find(&args.machine).map_err(said)?.identity;
         let request = Request { ranges: args.ranges.clone(), qmp: args.qmp.clone(), api: None };
         let (held, pagemap, dossier) = hold(found, &request)?;
@@ -86,17 +131,39 @@ impl Machine {
         if let Some(hazard) = protected {
             return Err(format!("{} cannot be looked into: {hazard}", dossier.name));
         }
-        let (qmp, placed) = match &args.qmp {
+        let (teller, layout, placed) = match &args.qmp {
             Some(path) => {
                 let mut qmp = Qmp::connect(path, Limits::default()).map_err(said)?;
                 let placed = ask(&mut qmp, &dossier).map_err(said)?;
-                (Some(qmp), placed)
+                (Some(Teller::Monitor(qmp)), Layout::Monitor, placed)
             }
-            None => (None, by_rule(&held, &dossier).map_err(said)?),
+            None => (None, Layout::Rule, by_rule(&held, &dossier).map_err(said)?),
         };
+        Self::new((held, pagemap, dossier), teller, layout, placed)
+    }
+
+    /// A machine that says itself where its memory is.
+    pub(super) fn born(born: Born) -> Result<Self, String> {
+        let found = find(&born.process.to_string()).map_err(said)?.identity;
+        let (held, pagemap, mut dossier) = hold(found, &Request::default())?;
+        if dossier.vmm != Vmm::Plimsoll {
+            return Err(format!("{} was not born under plimsoll", dossier.name));
+        }
+        let pieces = born.describe(&mut dossier, &pagemap)?;
+        let place = |(gpa, hva)| Placed { gpa, hva, block: "ram".to_owned() };
+        let placed = pieces.into_iter().map(place).collect();
+        Self::new((held, pagemap, dossier), Some(Teller::Born(born)), Layout::Machine, placed)
+    }
+
+    fn new(
+        (held, pagemap, dossier): (Held, Pagemap, Dossier),
+        teller: Option<Teller>,
+        layout: Layout,
+        placed: Vec<Placed>,
+    ) -> Result<Self, String> {
         let pieces = placed.iter().map(|piece| Piece { gpa: piece.gpa, hva: piece.hva }).collect();
         let ram = GuestRam::new(pieces).map_err(said)?;
-        Ok(Self { held, pagemap, dossier, qmp, placed, ram })
+        Ok(Self { held, pagemap, dossier, teller, layout, placed, ram })
     }
 
     /// The process that runs it.
@@ -119,18 +186,19 @@ impl Machine {
         if let Some(given) = args.given() {
             return Ok((given, Whose::Given));
         }
-        let Some(qmp) = &mut self.qmp else {
+        let Some(teller) = &mut self.teller else {
             return Err(format!(
-                "the registers of {} cannot be told from outside: give its monitor with --qmp, or a CR3 with --cr3",
+                "the registers of {} cannot be told from outside: give its monitor with --qmp, its inspection socket with --inspect, \
+                 or a CR3 with --cr3",
                 self.dossier.name
             ));
         };
-        let all = qmp.processors().map_err(said)?;
+        let all = teller.processors()?;
         let number = args.number();
         if !all.contains(&number) {
             return Err(format!("{} has no processor {number}: it has {all:?}", self.dossier.name));
         }
-        let registers = qmp.registers(number).map_err(said)?;
+        let registers = teller.registers(number)?;
         let paging = paging_of(&registers).map_err(|error| format!("processor {number}: {error}"))?;
         Ok((paging, Whose::Processor(number, Box::new(registers))))
     }
@@ -154,12 +222,20 @@ impl Machine {
 
     /// By whose word RAM lies where it does.
     pub(super) fn by(&self) -> &'static str {
-        if self.qmp.is_some() { "as its monitor says" } else { "by rule" }
+        match self.layout {
+            Layout::Monitor => "as its monitor says",
+            Layout::Machine => "as it says itself",
+            Layout::Rule => "by rule",
+        }
     }
 
     /// The same in one word.
     pub(super) const fn layout(&self) -> &'static str {
-        if self.qmp.is_some() { "monitor" } else { "rule" }
+        match self.layout {
+            Layout::Monitor => "monitor",
+            Layout::Machine => "machine",
+            Layout::Rule => "rule",
+        }
     }
 
     /// The first line as fields.

@@ -4,8 +4,9 @@
 //! Exit status 1 is for what was looked at and is not there, 2 for what could not be looked at. What must never happen: a byte of
 //! the guest changed, or the guest's word taken for an address that was not looked up.
 //!
-//! [`machine`]: the machine and its registers. [`entry`]: an entry of a table in words.
+//! [`machine`]: the machine and its registers. [`born`]: those of machines of our own. [`entry`]: an entry of a table in words.
 pub(crate) mod audit;
+mod born;
 pub(crate) mod dump;
 mod entry;
 mod machine;

@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// A directory that is removed at the end.
@@ -247,6 +248,8 @@ pub(crate) struct Machine {
     child: Child,
     control: UnixStream,
     events: BufReader<UnixStream>,
+    /// Where tools ask it for its registers.
+    pub(crate) inspect: PathBuf,
 }
 
 impl Machine {
@@ -258,11 +261,28 @@ impl Machine {
         Self::with(directory, WorkloadSpec { footprint_bytes, ..WorkloadSpec::new(WorkloadKind::Sweep) })
     }
 
+    /// One whose reports nobody has to read for minutes: what is unread keeps it from answering elsewhere.
+    pub(crate) fn that_says_little(directory: &Directory, footprint_bytes: u64) -> Self {
+        let spec = WorkloadSpec { footprint_bytes, ..WorkloadSpec::new(WorkloadKind::Sweep) };
+        Self::reporting(directory, spec, 2000)
+    }
+
     fn with(directory: &Directory, spec: WorkloadSpec) -> Self {
+        Self::reporting(directory, spec, 20)
+    }
+
+    fn reporting(directory: &Directory, spec: WorkloadSpec, report_ms: u32) -> Self {
         let spec = WorkloadSpec { final_check: 1, ..spec };
         let mix = Mix { zero: 10, duplicate: 10, text: 80, random: 0 };
         let workload = Workload { spec, mix, seed: 1, pool_seed: 2, pool_pages: 64 };
-        let config = VmmConfig { report_ms: 20, ..VmmConfig::new("lonely", 96 << 20, workload) };
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let inspect = format!("inspect-{}.sock", STARTED.fetch_add(1, Ordering::Relaxed));
+        let inspect = directory.0.join(inspect);
+        let config = VmmConfig {
+            report_ms,
+            inspect: Some(inspect.clone()),
+            ..VmmConfig::new("lonely", 96 << 20, workload)
+        };
         let (control, theirs) = UnixStream::pair().unwrap();
         control.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         make_inheritable(&theirs).unwrap();
@@ -272,7 +292,7 @@ impl Machine {
         let mut child = command.spawn().unwrap();
         child.stdin.take().unwrap().write_all(&serde_json::to_vec(&config).unwrap()).unwrap();
         let events = BufReader::new(control.try_clone().unwrap());
-        Self { child, control, events }
+        Self { child, control, events, inspect }
     }
 
     /// The first word of the machine that is as wanted.

@@ -12,6 +12,7 @@ mod daemon;
 mod dashboard;
 mod demo;
 mod host;
+mod inspect;
 mod metal;
 mod plan;
 mod remote;

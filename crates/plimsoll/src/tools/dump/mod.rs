@@ -3,23 +3,24 @@
 //! Enters: a machine, what of it is wanted, and a path that is not there yet. Leaves: a whole file, or none. What must never happen: a
 //! machine that stays paused after this has ended in any way it can notice, or a file that is overwritten.
 //!
-//! [`pause`]: a machine that stands still meanwhile. [`room`]: whether it fits into memory. [`notes`]: registers. [`copy`]: bytes.
+//! [`source`]: registers, and a machine that stands still meanwhile; [`pause`]: the same by QEMU's monitor. [`room`]: whether it fits into memory. [`notes`]: registers. [`copy`]: bytes.
 mod copy;
 mod notes;
 mod pause;
 mod room;
+mod source;
 
 use super::machine::{Machine, MachineArgs, ProcessorArgs, paging_of};
 use super::said;
 use crate::demo::Interrupt;
 use crate::verb::ended;
 use copy::{Copied, Unfinished};
-use pause::Monitor;
 use plimsoll_attach::Hazard;
-use plimsoll_attach::qmp::{Qmp, Registers};
+use plimsoll_attach::qmp::Registers;
 use plimsoll_inspect::{GuestRam, Load, Paging, headers, trace, visit};
 use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
 use serde_json::json;
+use source::{Source, Told};
 use std::io::{Write, stdout};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -42,7 +43,7 @@ pub(crate) struct DumpArgs {
     /// All RAM by physical addresses, all that the kernel's half of the address space maps, or registers and kernel stacks.
     #[arg(long, value_enum, default_value = "all")]
     kind: Kind,
-    /// Stop the machine while its memory is copied, into memory first, so that all is of one moment. Needs --qmp.
+    /// Stop the machine while its memory is copied, into memory first, so that all is of one moment. Needs --qmp or --inspect.
     #[arg(long)]
     paused: bool,
     #[command(flatten)]
@@ -64,10 +65,12 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     let interrupt = Interrupt::install()?;
     interrupt.add(signal_hook::consts::SIGQUIT)?;
     let mut machine = Machine::open(&args.machine)?;
-    let qmp = machine.qmp.take();
-    let mut monitor = qmp.map(|qmp| Monitor::new(qmp, machine.vmm()));
-    if monitor.is_none() && (args.paused || args.kind == Kind::Stacks) {
-        return Err("it takes the machine's monitor for that: give it with --qmp".to_owned());
+    let teller = machine.teller.take();
+    let mut source = teller.map(|teller| Source::new(teller, machine.vmm()));
+    if source.is_none() && (args.paused || args.kind == Kind::Stacks) {
+        return Err(
+            "it takes the machine's monitor for that, or its inspection socket: give it with --qmp or --inspect".to_owned()
+        );
     }
     let migration = machine.dossier.hazards.iter().find(|hazard| matches!(hazard, Hazard::Migrating { .. }));
     if let Some(hazard) = migration.filter(|_| args.paused) {
@@ -77,14 +80,11 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
         room::check(&machine, args.paused)?;
     }
     let file = Unfinished::create(&args.output)?;
-    if let Some(monitor) = monitor.as_mut().filter(|_| args.paused) {
-        monitor.stop()?;
-    }
-    let processors = match &mut monitor {
-        Some(monitor) => registers(&mut monitor.qmp, &interrupt)?,
-        None => Vec::new(),
+    let (processors, untold) = match &mut source {
+        Some(source) => source.begin(args, &interrupt)?,
+        None => Told::default(),
     };
-    let found = match args.kind {
+    let mut found = match args.kind {
         Kind::All => all(&machine),
         Kind::Kernel => {
             let (paging, doubt) = paging(args, &processors)?;
@@ -92,13 +92,14 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
         }
         Kind::Stacks => stacks(&machine, &processors),
     };
+    found.doubts.extend(untold);
     let mut copied = Copied::new(&machine, &interrupt, args.paused, &file);
     let notes: Vec<u8> =
         processors.iter().flat_map(|(number, registers)| notes::notes(*number, registers)).collect();
     let head = headers(&found.loads, &notes);
     copied.copy(&found.loads, head.len() as u64)?;
-    let paused = match &mut monitor {
-        Some(monitor) => monitor.resume()?,
+    let paused = match &mut source {
+        Some(source) => source.end()?,
         None => None,
     };
     machine.confirm()?;
@@ -107,15 +108,6 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     say(args, &machine, written, paused, &found)?;
     let is_whole = found.wrong == 0 && !found.loads.is_empty();
     Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn registers(qmp: &mut Qmp, interrupt: &Interrupt) -> Result<Vec<(u32, Registers)>, String> {
-    let numbers = qmp.processors().map_err(said)?;
-    let one = |number| {
-        go_on(interrupt)?;
-        Ok((number, qmp.registers(number).map_err(said)?))
-    };
-    numbers.into_iter().map(one).collect()
 }
 
 /// Fails when a signal asked for the end.
@@ -134,7 +126,7 @@ fn paging(args: &DumpArgs, processors: &[(u32, Registers)]) -> Result<(Paging, O
     }
     let (number, registers) = chosen(args.processor.named(), processors).ok_or_else(|| {
         let number = args.processor.number();
-        format!("there are no registers of processor {number}: give --qmp, or a CR3 with --cr3")
+        format!("there are no registers of processor {number}: give --qmp or --inspect, or a CR3 with --cr3")
     })?;
     let doubt = (registers.privilege != 0).then(|| {
         format!(

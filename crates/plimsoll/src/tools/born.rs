@@ -1,0 +1,167 @@
+//! Machines of our own VMM, which say where their memory is and what is in their registers, by their inspection socket
+//! (`inspect` in a machine's configuration).
+//!
+//! Enters: the socket. Leaves: the machine as those that were found from outside are, but that what is absent of its memory may be with its
+//! pager: reading it has it brought back. What must never happen: another process read than the one that listens.
+use super::said;
+use plimsoll_attach::qmp::{Registers, Segment};
+use plimsoll_attach::{Dossier, RamBacking, RamRange};
+use plimsoll_inspect::Census;
+use plimsoll_sys::HvaRange;
+use plimsoll_sys::pagemap::Pagemap;
+use plimsoll_types::{ByteCount, Gpa, Hva};
+use plimsoll_vmm::control::{self, Command, Event, Ram};
+use rustix::net::sockopt::socket_peercred;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A machine answers at once; its vCPUs have five seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
+const BETWEEN: Duration = Duration::from_millis(100);
+/// The longest line: a machine has few regions, a vCPU a few dozen registers.
+const LINE_MAX: u64 = 1 << 16;
+
+/// A machine that was born under plimsoll.
+pub(super) struct Born {
+    socket: BufReader<UnixStream>,
+    pub(super) name: String,
+    pub(super) process: u32,
+    vcpus: u32,
+    ram: Vec<Ram>,
+}
+
+impl Born {
+    /// Hears who listens there. Whoever is served before is waited for.
+    pub(super) fn connect(path: &Path) -> Result<Self, String> {
+        let failed = |error: std::io::Error| format!("the inspection socket {}: {error}", path.display());
+        let socket = UnixStream::connect(path).map_err(failed)?;
+        socket.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        socket.set_write_timeout(Some(PATIENCE)).map_err(failed)?;
+        let peer = socket_peercred(&socket).map_err(|error| failed(error.into()))?;
+        let mut socket = BufReader::new(socket);
+        let Event::Started { name, pid, vcpus, ram, .. } = event(&mut socket)? else {
+            return Err(format!("{} is no machine's inspection socket", path.display()));
+        };
+        // In another namespace it knows itself by another number; what counts is who listens.
+        let process = u32::try_from(peer.pid.as_raw_nonzero().get()).unwrap_or(pid);
+        Ok(Self { socket, name, process, vcpus, ram })
+    }
+
+    /// Whether an operator means this one.
+    pub(super) fn is_called(&self, machine: &str) -> bool {
+        machine == self.name || machine == self.process.to_string()
+    }
+
+    /// Fills in what nobody else knows of it. Says where its RAM is in the guest.
+    pub(super) fn describe(
+        &self,
+        dossier: &mut Dossier,
+        pagemap: &Pagemap,
+    ) -> Result<Vec<(Gpa, HvaRange)>, String> {
+        let mut pieces = Vec::new();
+        for ram in &self.ram {
+            let hva = HvaRange::new(Hva(ram.hva), ByteCount(ram.bytes))
+                .ok_or_else(|| format!("{} has {} bytes at {:#x}?", self.name, ram.bytes, ram.hva))?;
+            let census = Census::take(pagemap, hva).map_err(said)?;
+            dossier.ram.push(RamRange {
+                hva,
+                block: "ram".to_owned(),
+                backing: RamBacking::Paged,
+                node: None,
+                resident: census.present,
+                swapped: census.swapped,
+                hazards: Vec::new(),
+            });
+            pieces.push((Gpa(ram.gpa), hva));
+        }
+        dossier.name.clone_from(&self.name);
+        Ok(pieces)
+    }
+
+    /// The numbers of its vCPUs.
+    pub(super) fn processors(&self) -> Vec<u32> {
+        (0..self.vcpus).collect()
+    }
+
+    fn tell(&mut self, command: Command) -> Result<(), String> {
+        let mut line = serde_json::to_vec(&command).map_err(said)?;
+        line.push(b'\n');
+        self.socket.get_mut().write_all(&line).map_err(said)
+    }
+
+    /// Has all its vCPUs stand still, until they are released or this ends. A host that is busy may take several attempts.
+    pub(super) fn hold(&mut self) -> Result<(), String> {
+        let since = Instant::now();
+        self.tell(Command::Hold)?;
+        loop {
+            match event(&mut self.socket)? {
+                Event::Held => return Ok(()),
+                Event::Error { message } if since.elapsed() > PATIENCE / 2 => {
+                    return Err(format!("{} does not stand still: {message}", self.name));
+                }
+                Event::Error { .. } => {
+                    std::thread::sleep(BETWEEN);
+                    self.tell(Command::Hold)?;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Lets it go on.
+    pub(super) fn release(&mut self) -> Result<(), String> {
+        self.tell(Command::Release)
+    }
+
+    /// What a vCPU has in its registers.
+    pub(super) fn registers(&mut self, vcpu: u32) -> Result<Registers, String> {
+        self.tell(Command::Registers { vcpu })?;
+        loop {
+            match event(&mut self.socket)? {
+                Event::Registers { vcpu: answered, registers: Some(registers), .. } if answered == vcpu => {
+                    return Ok(as_a_monitor_says(&registers));
+                }
+                Event::Registers { refused, .. } => {
+                    let why = refused.unwrap_or_else(|| "it does not say why".to_owned());
+                    return Err(format!(
+                        "{} does not say the registers of processor {vcpu}: {why}",
+                        self.name
+                    ));
+                }
+                Event::Error { message } => return Err(format!("{}: {message}", self.name)),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn event(socket: &mut BufReader<UnixStream>) -> Result<Event, String> {
+    let mut line = Vec::new();
+    let read = socket.take(LINE_MAX).read_until(b'\n', &mut line);
+    let read = read.map_err(|error| format!("the machine does not answer: {error}"))?;
+    if read == 0 {
+        return Err("the machine has closed its inspection socket".to_owned());
+    }
+    serde_json::from_slice(&line).map_err(|error| format!("the machine says what makes no sense: {error}"))
+}
+
+fn as_a_monitor_says(registers: &control::Registers) -> Registers {
+    let segment = |segment: control::Segment| Segment {
+        selector: segment.selector,
+        base: segment.base,
+        limit: segment.limit,
+        flags: segment.flags,
+    };
+    Registers {
+        general: registers.general,
+        rip: registers.rip,
+        rflags: registers.rflags,
+        segments: registers.segments.map(segment),
+        tables: registers.tables,
+        control: registers.control,
+        efer: registers.efer,
+        privilege: registers.privilege,
+    }
+}
