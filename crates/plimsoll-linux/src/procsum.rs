@@ -183,6 +183,7 @@ impl ProcessSum {
 /// A child process that plays a part in a test, told what to do line by line: this test program started again.
 #[cfg(test)]
 pub(crate) mod test_child {
+    use crate::uffd::estate::tests::spawn;
     use plimsoll_sys::ProcessId;
     use std::io::{BufRead, BufReader, Write};
     use std::process::{Child, ChildStdout, Command, Stdio};
@@ -202,13 +203,9 @@ pub(crate) mod test_child {
         pub(crate) fn start(role: &str) -> Self {
             // The path without the crate's name is how libtest knows the test.
             let module = module_path!().split_once("::").unwrap().1;
-            let mut process = Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", &format!("{module}::plays_its_part"), "--nocapture"])
-                .env(ROLE, role)
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .spawn()
-                .unwrap();
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--exact", &format!("{module}::plays_its_part"), "--nocapture"]).env(ROLE, role);
+            let mut process = spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
             let output = BufReader::new(process.stdout.take().unwrap());
             Self { process, output }
         }

@@ -62,6 +62,7 @@ impl Counter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::uffd::estate::tests::spawn;
     use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
     use plimsoll_types::{ByteCount, PAGE_SIZE};
 
@@ -83,8 +84,7 @@ mod tests {
 
     #[test]
     fn a_process_that_has_ended_is_gone_and_not_small() {
-        let mut child =
-            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let mut child = spawn(std::process::Command::new("cat").stdin(std::process::Stdio::piped()));
         let process = Pidfd::open(ProcessId::new(child.id()).unwrap()).unwrap();
         let mut counter = Counter::open(&process, Vec::new()).unwrap();
         drop(child.stdin.take());

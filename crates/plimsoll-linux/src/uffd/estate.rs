@@ -491,4 +491,4 @@ const fn halves(word: u64) -> [u32; 2] {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

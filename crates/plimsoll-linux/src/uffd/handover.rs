@@ -179,6 +179,8 @@ mod tests {
     use std::thread;
 
     const GIB: u64 = 1 << 30;
+    /// Where all that is waited for is there, or never comes.
+    const LONG: Duration = Duration::from_secs(180);
 
     /// Shards of 1 GiB, one after the other in guest and host, airlocks elsewhere.
     fn machine(shards: u32) -> Vec<Hello> {
@@ -257,8 +259,9 @@ mod tests {
         }
     }
 
-    /// Hands these over, with two userfaultfds each, and returns what the manager's side says and what the VMM hears.
-    fn hand_over(hellos: &[Hello]) -> Option<(Result<Handover, HandoverError>, OwnedFd)> {
+    /// Hands these over, with two userfaultfds each, and returns what the manager's side, which waits that long for more, says and what
+    /// the VMM hears.
+    fn hand_over(hellos: &[Hello], patience: Duration) -> Option<(Result<Handover, HandoverError>, OwnedFd)> {
         let uffds = match (Userfaultfd::open(Mode::UserOnly), Userfaultfd::open(Mode::UserOnly)) {
             (Ok(ram), Ok(airlock)) => [ram, airlock],
             (Err(error), _) | (_, Err(error)) => {
@@ -271,7 +274,7 @@ mod tests {
             fdpass::send(&theirs, &hello.encode(), &uffds.each_ref().map(AsFd::as_fd)).unwrap();
         }
         let process = Pidfd::open(ProcessId::own()).unwrap();
-        Some((Handover::receive(ours, process, Duration::from_millis(200)), theirs))
+        Some((Handover::receive(ours, process, patience), theirs))
     }
 
     fn heard(socket: &OwnedFd) -> (Welcome, Vec<OwnedFd>) {
@@ -283,7 +286,7 @@ mod tests {
     #[test]
     fn each_shard_gets_a_socket_whose_other_end_its_agent_gets() {
         for shards in [1, 3, SHARDS_MAX] {
-            let Some((handover, vmm)) = hand_over(&machine(shards)) else { return };
+            let Some((handover, vmm)) = hand_over(&machine(shards), LONG) else { return };
             let handover = handover.unwrap();
             handover.accept(MachineId(9), 5).unwrap();
             let (welcome, further) = heard(&vmm);
@@ -303,9 +306,11 @@ mod tests {
     #[test]
     fn a_machine_of_which_a_shard_is_missing_or_wrong_is_refused_whole() {
         let wrong = changed(|all| all[1].name = "n".into());
-        for (hellos, expected) in [(&machine(3)[..2], "handed nothing over"), (&wrong, "was handed over as")]
+        let short = Duration::from_millis(200);
+        for (hellos, patience, expected) in
+            [(&machine(3)[..2], short, "handed nothing over"), (&wrong, LONG, "was handed over as")]
         {
-            let Some((handover, vmm)) = hand_over(hellos) else { return };
+            let Some((handover, vmm)) = hand_over(hellos, patience) else { return };
             let found = explain(&handover.expect_err("a machine was taken of which a shard is missing"));
             assert!(found.contains(expected), "{expected:?} was expected, found: {found}");
             let (welcome, descriptors) = heard(&vmm);
@@ -321,7 +326,7 @@ mod tests {
         fdpass::send(&theirs, &machine(2)[0].encode(), &[uffd.as_fd(), uffd.as_fd()]).unwrap();
         let vmm = thread::spawn(move || drop(theirs));
         let process = Pidfd::open(ProcessId::own()).unwrap();
-        let refused = Handover::receive(ours, process, Duration::from_secs(60));
+        let refused = Handover::receive(ours, process, LONG);
         assert!(matches!(refused, Err(HandoverError::Closed)), "{refused:?}");
         vmm.join().unwrap();
     }

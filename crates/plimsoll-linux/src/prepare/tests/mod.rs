@@ -192,11 +192,12 @@ fn what_others_have_changed_since_is_left_and_named() {
     prepare(&fake, &place, &zswap()).unwrap();
     fake.set_file("/sys/module/zswap/parameters/compressor", "zstd\n");
     let mut left = Vec::new();
-    let undone = undo(&fake, &place, Fit::Required, &mut |progress| {
+    let mut heard = |progress: Progress<'_>| {
         if let Progress::Step(change, Verdict::Left(found)) = progress {
             left.push(format!("{}: {found}", change.row().what));
         }
-    });
+    };
+    let undone = unlocked(|| undo(&fake, &place, Fit::Required, &mut heard));
     assert_eq!(undone.unwrap(), Undone::SomeLeft);
     assert_eq!(left, ["zswap compressor: it is zstd, not lz4"]);
     assert_eq!(fake.read(&Parameter::Compressor.path()).unwrap(), "zstd\n");
@@ -279,7 +280,7 @@ fn what_does_not_fit_into_memory_is_not_read_back_unless_forced() {
     assert!(error.contains("1M are missing"), "{error}");
     assert_eq!(fake.host(), full);
     assert_eq!(desk.place().load().unwrap().unwrap().stage, Stage::Prepared);
-    undo(&fake, &desk.place(), Fit::Forced, &mut |_| {}).unwrap();
+    unlocked(|| undo(&fake, &desk.place(), Fit::Forced, &mut |_| {})).unwrap();
     assert_eq!(fake.host(), before);
 }
 
@@ -423,7 +424,7 @@ fn of_two_runs_at_once_one_is_told_to_wait() {
     .unwrap();
     assert!(matches!(refused, Some(PrepareError::Locked(_))), "{refused:?}");
     // And one who comes with a plan made before the other had finished is told to look again.
-    let error = apply(&fake, &place, &plan, &mut |_| {}).unwrap_err();
+    let error = unlocked(|| apply(&fake, &place, &plan, &mut |_| {})).unwrap_err();
     assert!(matches!(error, PrepareError::PlanOutdated), "{error}");
     undo_all(&fake, &place).unwrap();
     assert_eq!(fake.host(), before);
