@@ -12,6 +12,8 @@ const SEED: u64 = 42;
 /// Pages of a guest of 64 MiB that are used ten times in a period.
 const HOT: u64 = 4000;
 const PERIOD: Duration = Duration::from_millis(500);
+/// Longer than anything here takes, on a busy machine too.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 pub(crate) fn attach(guest: &mut Started) -> KernelMachine {
     KernelMachine::attach(guest.process(), vec![guest.ram], SEED, Instant::now()).unwrap()
@@ -59,7 +61,7 @@ fn again_and_again(kind: &str) -> Result<(), Outcome> {
     assert!(machine.usage().unwrap().resident.0 < HOT + HOT / 4, "{:?}", machine.usage());
 
     guest.ask("idle");
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + PATIENCE;
     let floor = ByteCount::mib(2).pages_floor();
     let mut rounds = 0;
     while machine.usage().unwrap().resident > floor {
@@ -87,7 +89,7 @@ pub(crate) fn collapse() -> Outcome {
         let mut machine = attach(&mut guest);
         let huge_before = plimsoll_sys::procfs::smaps_rollup(guest.id()).unwrap().anon_huge_pages;
         machine.reclaim(ALL, Instant::now()).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
         while machine.usage().unwrap().resident.0 > 0 {
             assert!(Instant::now() < deadline, "{:?}", machine.usage());
             machine.reclaim(ALL, Instant::now()).unwrap();
@@ -96,15 +98,22 @@ pub(crate) fn collapse() -> Outcome {
         assert_eq!(guest.number("verify"), 0);
         let usage = machine.usage().unwrap();
         assert_eq!(usage.elsewhere, PageCount(0), "{usage:?}");
-        let small = plimsoll_sys::procfs::smaps_rollup(guest.id()).unwrap().anon_huge_pages;
-        let start = Instant::now();
+        let huge = || plimsoll_sys::procfs::smaps_rollup(guest.id()).unwrap().anon_huge_pages;
+        let (small, start) = (huge(), Instant::now());
         let done = machine.collapse_hot(4).unwrap();
         println!("{huge_before} huge, then {small}; {done:?} in {:?}", start.elapsed());
-        let huge = plimsoll_sys::procfs::smaps_rollup(guest.id()).unwrap().anon_huge_pages;
-        assert_eq!(huge, small + ByteCount::mib(2 * u64::from(done.made)));
+        // At least: the kernel makes some by itself, now and then.
+        assert!(
+            huge() >= small + ByteCount::mib(2 * u64::from(done.made)),
+            "{small} and {done:?}: {}",
+            huge()
+        );
         assert_eq!(done.made + done.refused, 4);
         assert!(done.made > 0, "{done:?}");
-        assert_eq!(machine.collapse_hot(100).unwrap().made, 28, "the other blocks, and no huge one again");
+        let rest = machine.collapse_hot(100).unwrap();
+        assert!(rest.made <= 28, "{rest:?}: the other blocks, and no huge one again");
+        let refused = ByteCount::mib(2 * u64::from(done.refused + rest.refused));
+        assert!(huge() + refused >= guest.ram.len(), "{rest:?}: {}", huge());
         assert_eq!(guest.number("verify"), 0);
         drop(guest);
         swap.remove().unwrap();

@@ -1,6 +1,6 @@
 //! Machines that cannot be managed, or not as wanted: what is said, and that nothing else happens.
 use crate::guest::Started;
-use crate::steady::attach;
+use crate::steady::{PATIENCE, attach};
 use crate::{Outcome, no_other_swap, outcome, swap};
 use plimsoll_linux::cgroup::{MemoryCgroup, Swappiness};
 use plimsoll_linux::kernel::{KernelError, KernelMachine};
@@ -48,7 +48,7 @@ pub(crate) fn executes() -> Outcome {
         let mut machine = attach(&mut guest);
         machine.tick(Instant::now()).unwrap();
         guest.tell("exec");
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while !machine.is_gone().unwrap() {
             assert!(Instant::now() < deadline, "the other program is not noticed");
             std::thread::yield_now();
@@ -135,7 +135,7 @@ pub(crate) fn withdrawn() -> Outcome {
         let used = machine.working_set();
         let all = guest.ram.len().pages_floor();
         assert!(used.is_some_and(|used| used.0 < all.0 / 8), "{used:?} of an idle guest");
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
         while machine.usage().unwrap().resident.0 > 64 {
             assert!(Instant::now() < deadline, "{:?}", machine.usage());
             machine.reclaim(ALL, Instant::now()).unwrap();
