@@ -3,7 +3,8 @@
 //! Enters: runs of free RAM, requests, pieces that are given back. Leaves: pieces. Free buddies are joined at once, so a
 //! request fails only when no free, aligned run of its size exists anywhere. A request and a return take at most one
 //! step per order. A piece is given back as what it was taken for: another order, another kind, the middle of a
-//! piece or a piece that is free already is refused, and nothing has changed.
+//! piece or a piece that is free already is refused, and nothing has changed. Single pages come from a processor's cache
+//! ([`Cpu`]), where there is one, and go back there; that they are not joined then makes no request fail.
 //!
 //! The table has one entry of 12 bytes per frame, 0.3 % of memory. The first entry of a piece says what the piece is:
 //!
@@ -11,13 +12,19 @@
 //! Gap                      no memory, or not ours
 //! Body                     inside the piece that begins before it
 //! Free   order, next, prev a link of its order's list
+//! Cached cpu, next         a free page, a link of a processor's cache
 //! Pooled order, level, next a link of its level's pool of tables
 //! Used   order, kind
 //! ```
 //!
 //! Bytes are never looked at: a piece comes with what its last user left in it. Frames in a pool of tables are zero, for
 //! that is how they are put there.
+mod cache;
+
+pub use cache::Cpu;
+
 use super::firmware::HostMap;
+use cache::Caches;
 use core::{fmt, ops::Range};
 use plimsoll_types::{PageCount, Pfn};
 
@@ -161,6 +168,10 @@ enum Entry {
         next: u32,
         prev: u32,
     },
+    Cached {
+        cpu: Cpu,
+        next: u32,
+    },
     Pooled {
         order: Order,
         level: TableLevel,
@@ -258,6 +269,12 @@ struct List {
 
 const EMPTY: List = List { head: NONE, len: 0 };
 
+impl Default for List {
+    fn default() -> Self {
+        EMPTY
+    }
+}
+
 /// All frames of a host.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Frames<T> {
@@ -266,6 +283,9 @@ pub struct Frames<T> {
     base: u64,
     free: [List; ORDERS],
     pools: [List; LEVELS],
+    caches: Caches,
+    /// Whose cache is used.
+    cpu: Option<Cpu>,
     /// Frames that were ever given.
     pages: PageCount,
 }
@@ -279,6 +299,8 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
             base: base_of(base),
             free: [EMPTY; ORDERS],
             pools: [EMPTY; LEVELS],
+            caches: Caches::default(),
+            cpu: None,
             pages: PageCount(0),
         }
     }
@@ -331,16 +353,35 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
     /// # Errors
     /// [`FramesError::NoMemory`].
     pub fn allocate(&mut self, order: Order, kind: Kind) -> Result<Piece, FramesError> {
+        let asked = self.allocate_once(order, kind);
+        if self.in_caches() == 0 || !matches!(asked, Err(FramesError::NoMemory { .. })) {
+            return asked;
+        }
+        self.drain();
+        self.allocate_once(order, kind)
+    }
+
+    fn allocate_once(&mut self, order: Order, kind: Kind) -> Result<Piece, FramesError> {
+        if let (Order::PAGE, Some(cpu)) = (order, self.cpu) {
+            return self.take_cached(cpu, kind);
+        }
+        let no_memory = FramesError::NoMemory { order, free: self.free_pages() };
+        let index = self.carve(order)?.ok_or(no_memory)?;
+        self.set(index, Entry::Used { order, kind });
+        Ok(Piece { first: self.frame(index), order })
+    }
+
+    /// Cuts a piece out of the smallest free one that is large enough; it is in no list then.
+    fn carve(&mut self, order: Order) -> Result<Option<u32>, FramesError> {
         let enough = Order::all().skip(order.get()).find(|larger| self.free[larger.get()].len > 0);
-        let larger = enough.ok_or_else(|| FramesError::NoMemory { order, free: self.free_pages() })?;
+        let Some(larger) = enough else { return Ok(None) };
         let index = self.free[larger.get()].head;
         self.unlink(index, larger)?;
         // The lower half is divided on, the upper halves stay free.
         for half in Order::all().take(larger.get()).skip(order.get()).rev() {
             self.link(index + half.entries(), half);
         }
-        self.set(index, Entry::Used { order, kind });
-        Ok(Piece { first: self.frame(index), order })
+        Ok(Some(index))
     }
 
     /// Gives a piece back as what it was taken for.
@@ -349,8 +390,13 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
     /// [`FramesError::Mistaken`] for anything but a piece in use, of that size and kind; [`FramesError::NoSuchFrame`].
     pub fn free(&mut self, piece: Piece, kind: Kind) -> Result<(), FramesError> {
         let index = self.used(piece, kind)?;
-        self.set(index, Entry::Body);
-        self.join(index, piece.order);
+        match self.cpu {
+            Some(cpu) if piece.order == Order::PAGE => self.put_cached(cpu, index),
+            _ => {
+                self.set(index, Entry::Body);
+                self.join(index, piece.order);
+            }
+        }
         Ok(())
     }
 
@@ -378,6 +424,7 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
                 Some(Entry::Free { order: size, .. }) if size >= order => {
                     return Ok(Found::Free(piece(size)));
                 }
+                Some(Entry::Cached { .. }) if head == index => return Ok(Found::Free(piece(Order::PAGE))),
                 Some(Entry::Pooled { order: size, level, .. }) if size >= order => {
                     return Ok(Found::Pooled(piece(size), level));
                 }
@@ -425,7 +472,8 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
 
     /// Free pieces of exactly that size.
     pub fn pieces(&self, order: Order) -> u32 {
-        self.free[order.get()].len
+        let cached = if order == Order::PAGE { self.in_caches() } else { 0 };
+        self.free[order.get()].len + cached
     }
 
     /// Free pages.
@@ -446,6 +494,7 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
     pub fn audit(&self) -> Result<(), FramesError> {
         let len = u32::try_from(self.table.as_ref().len()).unwrap_or(NONE);
         let (mut free, mut pools, mut pages) = ([0; ORDERS], [0; LEVELS], PageCount(0));
+        let mut cached = 0;
         let mut at = 0;
         while at < len {
             let damaged = FramesError::Damaged { frame: self.frame(at) };
@@ -476,6 +525,10 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
                     pools[level.subscript()] += 1;
                     order
                 }
+                Some(Entry::Cached { .. }) => {
+                    cached += 1;
+                    Order::PAGE
+                }
                 Some(Entry::Used { order, .. }) => order,
             };
             let body = at + 1..at + order.entries();
@@ -488,7 +541,8 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
             at = body.end;
         }
         let counted = self.free.map(|list| list.len) == free && self.pools.map(|list| list.len) == pools;
-        let is_whole = counted && pages == self.pages;
+        let is_whole =
+            counted && cached == self.in_caches() && self.caches_are_whole() && pages == self.pages;
         if is_whole { Ok(()) } else { Err(FramesError::Damaged { frame: Pfn(self.base) }) }
     }
 

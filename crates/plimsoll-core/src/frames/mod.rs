@@ -1,7 +1,7 @@
 //! The memory of a whole host, for a host that owns it from the firmware's map on: nothing below it gives frames out.
 //!
 //! * [`firmware`]: what firmware says of memory, repaired by stated rules.
-//! * [`buddy`]: frames in pieces of 4 KiB to 1 GiB, each of one kind; pools of frames for page tables.
+//! * [`buddy`]: frames in pieces of 4 KiB to 1 GiB, each of one kind; pages that processors have at hand; pools of frames for page tables.
 //! * [`extents`]: pieces with one owner, which machines donate, lend, share and take back.
 //!
 //! ```text
@@ -11,7 +11,7 @@
 //! Nothing here allocates: tables are memory that the host gives, as slices or as vectors. Nothing here touches a frame's
 //! bytes: whoever takes a piece from [`buddy`] finds in it what its last user left, and [`extents`] says when to zero.
 //!
-//! Known holes: one lock for all processors, since free lists have no part per processor yet; gaps in the host's map
+//! Known holes: one lock for all processors, since the table is one; gaps in the host's map
 //! cost table entries like memory does; [`extents`] looks at every slot when a machine dies and to list its tasks.
 pub mod buddy;
 pub mod extents;

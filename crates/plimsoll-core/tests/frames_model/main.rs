@@ -8,7 +8,8 @@
 //!
 //! # Modelled
 //! Tables and translation caches apart: a cache is filled from the tables and forgets only when it is told to. A host that
-//! maps on touch, by what the extents say at that moment. Extents of one page.
+//! maps on touch, by what the extents say at that moment. Extents of one page. Processors that take turns, each with its cache of
+//! free pages.
 //!
 //! # Not modelled
 //! Several processors of one machine apart: they are one cache that holds what any of them does. A task that is only half
@@ -55,6 +56,7 @@ impl Model for Host {
             }
         }
         actions.extend(world.core.tasks().map(Action::Work));
+        actions.extend(self.cpus().map(Action::Switch));
     }
 
     fn next_state(&self, world: &World, action: Action) -> Option<World> {
@@ -71,12 +73,13 @@ impl Model for Host {
             Property::always(AS_DOCUMENTED, |_, world: &World| world.broken.is_none()),
             Property::always("when all are dead, everything is free", leaves_nothing),
             Property::sometimes("an extent is lent", is_lent),
-            Property::sometimes("all machines share a frame", |host, world: &World| {
+            Property::sometimes(ALL_SHARE, |host, world: &World| {
                 (0..host.frames).any(|frame| reach(world, frame) == MACHINES)
             }),
             Property::sometimes("a donation arrives", |_, world: &World| world.seen.donated),
             Property::sometimes("a lender dies", |_, world: &World| world.seen.lender_died),
             Property::sometimes("a borrower dies", |_, world: &World| world.seen.borrower_died),
+            Property::sometimes(CROSSED, |_, world: &World| world.seen.crossed),
             Property::sometimes("somebody dies under a change", |_, world: &World| {
                 world.seen.died_under_change
             }),
@@ -90,6 +93,8 @@ impl Model for Host {
 const ONE_OWNER: &str = "a frame is free or has one owner";
 const NO_STALE_MAPPING: &str = "no translation outlives its revocation";
 const NO_FOREIGN_BYTE: &str = "nobody reads what was not written for it";
+const ALL_SHARE: &str = "all machines share a frame";
+const CROSSED: &str = "a page goes from one processor's cache to another processor's machine";
 const AS_DOCUMENTED: &str = "the extents answer as documented";
 
 fn each(host: &Host, holds: impl Fn(plimsoll_types::MachineId, usize) -> bool) -> bool {
@@ -148,7 +153,9 @@ fn is_lent(host: &Host, world: &World) -> bool {
 impl explore::Explored for Host {}
 
 fn explore(name: &str, host: Host) {
-    explore::explore(name, host, |_| true);
+    // What cannot be with fewer caches, or fewer requests.
+    let (cpus, asks) = (host.cpus, host.asks);
+    explore::explore(name, host, |rule| (rule != CROSSED || cpus > 1) && (rule != ALL_SHARE || asks > 1));
 }
 
 fn broken_rules(mistake: Mistake) -> Vec<&'static str> {
@@ -156,7 +163,7 @@ fn broken_rules(mistake: Mistake) -> Vec<&'static str> {
 }
 
 fn one_frame() -> Host {
-    Host { frames: 1, grants: 2, asks: 3, deaths: 3, mistake: None }
+    Host { frames: 1, grants: 2, asks: 3, deaths: 3, cpus: 0, mistake: None }
 }
 
 #[test]
@@ -166,7 +173,13 @@ fn one_frame_between_three_machines_stays_whose_it_is() {
 
 #[test]
 fn two_frames_between_three_machines_stay_whose_they_are() {
-    explore("two frames", Host { frames: 2, grants: 2, asks: 2, deaths: 1, mistake: None });
+    explore("two frames", Host { frames: 2, grants: 2, asks: 2, deaths: 1, cpus: 0, mistake: None });
+}
+
+#[test]
+fn frames_that_go_through_the_caches_of_two_processors_stay_whose_they_are() {
+    explore("two caches", Host { asks: 2, deaths: 2, cpus: 2, ..one_frame() });
+    explore("two frames and two caches", Host { frames: 2, asks: 1, deaths: 1, cpus: 2, ..one_frame() });
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Enters: an action of a guest or of the host. Leaves: the state after it. What is lawful is kept here by itself, from what
 //! was asked and accepted, and never read back from the extents.
-use plimsoll_core::frames::buddy::{FrameEntry, Frames, Order};
+use plimsoll_core::frames::buddy::{Cpu, FrameEntry, Frames, Order};
 use plimsoll_core::frames::extents::{Extents, Handle, Slot, Task, Work};
 use plimsoll_core::frames::{Reach, Rights};
 use plimsoll_types::{MachineId, PageCount, Pfn};
@@ -66,6 +66,8 @@ pub(crate) struct Seen {
     pub(crate) borrower_died: bool,
     pub(crate) died_under_change: bool,
     pub(crate) donated: bool,
+    /// A page lay in the cache of one processor only, and was granted by another.
+    pub(crate) crossed: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -77,6 +79,8 @@ pub(crate) struct World {
     pub(crate) grants_left: u8,
     pub(crate) asks_left: u8,
     pub(crate) deaths_left: u8,
+    /// Which processor goes on.
+    cpu: Option<Cpu>,
     pub(crate) seen: Seen,
     /// Set when the extents did what their documentation rules out.
     pub(crate) broken: Option<&'static str>,
@@ -104,6 +108,8 @@ pub(crate) enum Action {
     /// The host does a task and says so.
     Work(Task),
     Die(MachineId),
+    /// Another of the host's processors goes on: what it takes and gives back goes by its own cache.
+    Switch(Cpu),
 }
 
 /// An error seeded into the host, to show that the model finds such an error.
@@ -127,13 +133,20 @@ pub(crate) struct Host {
     pub(crate) grants: u8,
     pub(crate) asks: u8,
     pub(crate) deaths: u8,
+    /// Processors with a cache each; without one, all comes from the buddies.
+    pub(crate) cpus: u32,
     pub(crate) mistake: Option<Mistake>,
 }
 
 impl Host {
+    pub(crate) fn cpus(&self) -> impl Iterator<Item = Cpu> {
+        (0..self.cpus).map(Cpu::new)
+    }
+
     pub(crate) fn world(&self) -> World {
         let mut frames = Frames::new(vec![FrameEntry::default(); self.frames], Pfn(0));
         frames.add(Pfn(0), PageCount(self.frames as u64)).expect("the table has room");
+        frames.serve(self.cpus().next());
         let mut core = Core::new(frames, vec![Slot::default(); self.frames]);
         machines().for_each(|machine| core.admit(machine).expect("there is room"));
         World {
@@ -144,6 +157,7 @@ impl Host {
             grants_left: self.grants,
             asks_left: self.asks,
             deaths_left: self.deaths,
+            cpu: self.cpus().next(),
             seen: Seen::default(),
             broken: None,
         }
@@ -173,12 +187,28 @@ impl World {
             Action::Write(machine, frame) => next.write(machine, frame),
             Action::Work(task) => next.work(host, task),
             Action::Die(machine) => next.die(machine),
+            Action::Switch(cpu) => {
+                next.cpu = Some(cpu);
+                next.core.frames_mut().serve(next.cpu);
+            }
         }
         (next != *self).then_some(next)
     }
 
     fn grant(&mut self, to: MachineId) -> Option<()> {
-        let task = self.core.grant(to, Order::PAGE).ok()?;
+        let frames = self.core.frames();
+        let free = frames.free_pages();
+        let others = |cpu: Cpu| (0..2).map(Cpu::new).filter(move |other| *other != cpu);
+        let is_anothers = self.cpu.is_some_and(|cpu| {
+            free > PageCount(0) && others(cpu).map(|other| frames.cached(other)).sum::<PageCount>() == free
+        });
+        let Ok(task) = self.core.grant(to, Order::PAGE) else {
+            if free > PageCount(0) {
+                self.broken = Some("a page is free, in whatever cache, and is refused");
+            }
+            return self.broken.map(|_| ());
+        };
+        self.seen.crossed |= is_anothers;
         self.grants_left -= 1;
         let frame = usize::try_from(task.piece.first.0).ok()?;
         self.tell(task.handle, frame, to);
