@@ -14,6 +14,7 @@ fn main() -> std::io::Result<()> {
             "../plimsoll-types/src",
             "../plimsoll-mmu/src",
             "../plimsoll-core/src",
+            "../plimsoll-policy/src",
             "../plimsoll-store/src",
             "../plimsoll-guest",
         ],

@@ -320,28 +320,42 @@ pub struct Difference {
 
 /// Decides everything in a record again, up to the first difference.
 pub fn replay(reader: Reader) -> Replayed {
-    let (mut identical, mut damage) = (0, None);
     let mut state: Option<PolicyState> = None;
+    compare(reader, |record| match (record, &mut state) {
+        (Record::Settings(basis), Some(state)) => {
+            state.set_tree(basis.state.tree().clone());
+            None
+        }
+        (Record::Settings(basis), none) => {
+            *none = Some(basis.state.clone());
+            None
+        }
+        (Record::Tick(tick), state) => state.as_mut().map(|state| decide(&tick.view, state)),
+    })
+}
+
+/// Holds decisions that were made again, wherever that was, against a record, up to the first difference. `again` is shown everything on
+/// record, and says what was decided about a view.
+pub fn compare(reader: Reader, mut again: impl FnMut(&Record) -> Option<Plan>) -> Replayed {
+    let (mut identical, mut damage) = (0, None);
     let mut names = BTreeMap::new();
     for record in reader {
-        match record {
-            Err(error) => damage = Some(error),
-            Ok(Record::Settings(basis)) => {
-                names = basis.names.into_iter().collect();
-                match &mut state {
-                    Some(state) => state.set_tree(basis.state.tree().clone()),
-                    none => *none = Some(basis.state),
-                }
+        let record = match record {
+            Ok(record) => record,
+            Err(error) => {
+                damage = Some(error);
+                continue;
             }
-            Ok(Record::Tick(tick)) => {
-                let Some(state) = &mut state else { continue };
-                let decided = decide(&tick.view, state);
-                if decided != tick.plan {
-                    let difference = difference(identical + 1, &tick, &decided, &names);
-                    return Replayed { identical, difference: Some(difference), damage };
-                }
-                identical += 1;
+        };
+        let decided = again(&record);
+        match (record, decided) {
+            (Record::Settings(basis), _) => names = basis.names.into_iter().collect(),
+            (Record::Tick(tick), Some(decided)) if decided != tick.plan => {
+                let difference = difference(identical + 1, &tick, &decided, &names);
+                return Replayed { identical, difference: Some(difference), damage };
             }
+            (Record::Tick(_), Some(_)) => identical += 1,
+            (Record::Tick(_), None) => {}
         }
     }
     Replayed { identical, difference: None, damage }

@@ -1,11 +1,11 @@
 //! One QEMU with one hypervisor in it.
 use crate::wire::{
-    Device, Execute, GuestLine, GuestSettings, Header, Line, MAGIC, Paging, ProgramKind, Provoke,
+    Device, Execute, Given, GuestLine, GuestSettings, Header, Line, MAGIC, Paging, ProgramKind, Provoke,
 };
 use crate::{Digest, IMAGE};
 use plimsoll_guest::abi::{ABI_VERSION, MAX_REGIONS, PARAMS_MAGIC, Params, Region};
 use plimsoll_guest::content::Mix;
-use plimsoll_guest::spec::WorkloadSpec;
+use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_sys::pidfd::Signal;
 use plimsoll_sys::process::end_with_parent;
 use plimsoll_types::ByteCount;
@@ -150,6 +150,9 @@ pub struct Options {
     pub provoke: Provoke,
     /// The guests.
     pub guests: Vec<Guest>,
+    /// What is decided by: nothing, or settings and the views that are decided about before guests run. Once they run, what is measured
+    /// is decided about every second. Guests are numbered from 1 on.
+    pub policy: Vec<Given>,
     /// Further arguments of QEMU's, such as `-s -S` for a debugger.
     pub arguments: Vec<String>,
 }
@@ -165,18 +168,55 @@ impl Options {
             seconds: 1,
             provoke: Provoke::Nothing,
             guests: Vec::new(),
+            policy: Vec::new(),
             arguments: Vec::new(),
         }
     }
 
+    /// A machine without guests that decides about what others saw, with memory enough for that.
+    ///
+    /// # Errors
+    /// [`MetalError::Files`]: it cannot be written down, which is a bug.
+    pub fn of_decisions(policy: Vec<Given>) -> Result<Self, MetalError> {
+        let options = Self { policy, ..Self::new(ByteCount::mib(0)) };
+        // As a module, as the hypervisor's copy, and what its heap has for it.
+        let bytes = options.policy_lines()?.len() as u64 * 4;
+        let memory = ByteCount(ByteCount::mib(32).0 + bytes.next_multiple_of(ByteCount::mib(1).0));
+        Ok(Self { memory, ..options })
+    }
+
+    /// One kernel that does little but change its address spaces, with each kind of paging, in a machine that counts instructions and
+    /// has memory enough: [`GuestLine::exits_per_million`] then says what each costs. They are called nested, shadow and direct, and have
+    /// the same results.
+    pub fn of_modes() -> Self {
+        // By its seed the program knows what it is to be; the third asks for its entries, and is the same otherwise.
+        let kernels =
+            [("nested", Paging::NESTED, 4), ("shadow", Paging::SHADOW, 4), ("direct", Paging::DIRECT, 5)];
+        let guests = kernels.map(|(name, paging, seed)| {
+            let idle = WorkloadSpec::new(WorkloadKind::Idle);
+            Guest { program: ProgramKind::KERNEL, paging, ..Guest::new(name, ByteCount::mib(16), seed, idle) }
+        });
+        Self { ticks: Ticks::Instructions, guests: guests.into(), ..Self::new(ByteCount::mib(48)) }
+    }
+
+    fn policy_lines(&self) -> Result<Vec<u8>, MetalError> {
+        let mut lines = Vec::new();
+        for given in &self.policy {
+            serde_json::to_writer(&mut lines, given).map_err(|error| MetalError::Files(error.into()))?;
+            lines.push(b'\n');
+        }
+        Ok(lines)
+    }
+
     /// The boot module.
     fn module(&self) -> Result<Vec<u8>, MetalError> {
+        let policy = self.policy_lines()?;
         let header = Header {
             magic: MAGIC,
             guests: u32::try_from(self.guests.len()).unwrap_or(u32::MAX),
             seconds: self.seconds,
             provoke: self.provoke as u32,
-            reserved: 0,
+            policy: u32::try_from(policy.len()).unwrap_or(u32::MAX),
         };
         let mut module = header.as_bytes().to_vec();
         for Guest { name: text, program, paging, code, device, params } in &self.guests {
@@ -196,6 +236,7 @@ impl Options {
         }
         let digests = self.guests.iter().filter_map(|guest| guest.code.as_ref()).flatten();
         module.extend(digests.flat_map(|digest| digest.0));
+        module.extend(policy);
         Ok(module)
     }
 }

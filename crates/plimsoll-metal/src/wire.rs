@@ -1,10 +1,13 @@
 //! What a hypervisor is told and what it reports. Read by both sides: the library that starts it, and the image.
 //!
-//! Settings go in as a boot module, [`Header`], so many [`GuestSettings`], and the digests that these count; reports come out as lines of JSON on the serial port,
-//! each a [`Line`]. Other lines there are for people.
+//! Settings go in as a boot module, [`Header`], so many [`GuestSettings`], the digests that these count, and what is decided by, each line of it a [`Given`];
+//! reports come out as lines of JSON on the serial port, each a [`Line`]. Other lines there are for people.
+use alloc::boxed::Box;
 use alloc::string::String;
 use core::fmt;
 use plimsoll_guest::abi::Params;
+use plimsoll_policy::view::HostView;
+use plimsoll_policy::{Plan, PolicyState};
 use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -52,7 +55,7 @@ impl Provoke {
 ///  8  guests    how many GuestSettings follow, at most GUESTS_MAX
 /// 12  seconds   how long they work
 /// 16  provoke   Provoke
-/// 20  reserved  0
+/// 20  policy    how many bytes of JSON are behind the digests, 0 if nothing is decided
 /// 24  end
 /// ```
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -66,8 +69,8 @@ pub struct Header {
     pub seconds: u32,
     /// [`Provoke`].
     pub provoke: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// How many bytes of [`Given`] lines there are.
+    pub policy: u32,
 }
 
 /// Which program a guest runs.
@@ -176,6 +179,25 @@ pub struct GuestSettings {
 
 const _: () = assert!(size_of::<Header>() == 24 && size_of::<GuestSettings>() == 304);
 
+/// One line of what is decided by and about, as a record of decisions has them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Given {
+    /// Settings, and what is remembered. It comes first; of later ones the settings count, and what is remembered must have come out by itself.
+    Settings(Box<PolicyState>),
+    /// What a host saw, here or elsewhere. It is decided about at once, before any guest runs.
+    View(Box<HostView>),
+}
+
+/// A decision: what was seen, and what was decided.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Decision {
+    /// What was given, or what the hypervisor counted.
+    pub view: HostView,
+    /// What is to be done.
+    pub plan: Plan,
+}
+
 /// One line of a report.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -184,6 +206,8 @@ pub enum Line {
     Guest(GuestLine),
     /// The host at the end of the work.
     Host(HostLine),
+    /// A decision, when it is made.
+    Decision(Box<Decision>),
     /// Something that went wrong.
     Failure {
         /// What, in a sentence.

@@ -1,14 +1,17 @@
 //! All hosts, on any number of threads.
 //!
 //! Enters: a scenario. Leaves: a report, the same whatever the number of threads: hosts share nothing once machines are
-//! placed, and their records are added in the order of the hosts.
-use crate::host::{Host, LONGEST};
+//! placed, and their records are added in the order of the hosts. Or one host of it, whose every decision is shown.
+use crate::host::{Host, LONGEST, Witness};
+use crate::machine::Class;
 use crate::placement::{Loaded, place};
 use crate::record::HostRecord;
 use crate::report::Report;
 use crate::scenario::Scenario;
 use crate::time::Millis;
 use plimsoll_policy::settings::SettingsError;
+use plimsoll_policy::tree::Tree;
+use plimsoll_types::MachineId;
 use std::num::NonZeroUsize;
 use std::sync::Mutex;
 use std::thread;
@@ -45,7 +48,7 @@ pub fn run(
     let work = || {
         let mut records = Vec::new();
         while let Some((index, Loaded { tree, placed, .. })) = next() {
-            records.push(Host::new(scenario, index, tree, &placed).run(options.longest, &mut |_, _| {}));
+            records.push(Host::new(scenario, index, tree, &placed).run(options.longest, &mut |_, _, _| {}));
             on_host();
         }
         records
@@ -60,4 +63,48 @@ pub fn run(
     });
     records.sort_unstable_by_key(|record| record.host);
     Ok(Report::of(scenario, &records, &placements.unplaced))
+}
+
+/// One host with its machines on it, before anything happens.
+pub struct Stage<'a> {
+    scenario: &'a Scenario,
+    index: usize,
+    loaded: Loaded,
+}
+
+impl<'a> Stage<'a> {
+    /// The host of that number, from 0; `None` if the scenario has no such host.
+    ///
+    /// # Errors
+    /// As [`run`].
+    pub fn of(scenario: &'a Scenario, index: usize) -> Result<Option<Self>, SettingsError> {
+        let loaded = place(scenario)?.hosts.into_iter().nth(index);
+        Ok(loaded.map(|loaded| Self { scenario, index, loaded }))
+    }
+
+    /// Its settings.
+    pub const fn tree(&self) -> &Tree {
+        &self.loaded.tree
+    }
+
+    /// Its machines, in the order of their numbers, which begin at 1 on a scenario's first host.
+    pub fn machines(&self) -> impl Iterator<Item = (MachineId, &'a Class)> {
+        self.loaded.placed.iter().map(|placed| (placed.id, &self.scenario.classes[placed.class]))
+    }
+
+    /// Simulates it to the end of the scenario, in steps of at most `longest`, and shows each decision.
+    pub fn run(self, longest: Millis, witness: Witness<'_>) {
+        let Self { scenario, index, loaded } = self;
+        Host::new(scenario, index, loaded.tree, &loaded.placed).run(longest, witness);
+    }
+}
+
+impl std::fmt::Debug for Stage<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let machines = self.loaded.placed.len();
+        f.debug_struct("Stage")
+            .field("index", &self.index)
+            .field("machines", &machines)
+            .finish_non_exhaustive()
+    }
 }

@@ -47,8 +47,9 @@ pub(crate) struct Placed {
     pub(crate) class: usize,
 }
 
-/// Called after each decision with what was seen and what was decided.
-pub type Witness<'a> = &'a mut dyn FnMut(&HostView, &Plan);
+/// Called after each decision with what was seen and what was decided; before the first, and where settings have changed since the
+/// last, also with what it rests on.
+pub type Witness<'a> = &'a mut dyn FnMut(Option<&PolicyState>, &HostView, &Plan);
 
 struct Guest<'a> {
     machine: Machine<'a>,
@@ -70,6 +71,8 @@ pub(crate) struct Host<'a> {
     scenario: &'a Scenario,
     capacity: Capacity,
     state: PolicyState,
+    /// The witness does not know what decisions rest on now.
+    is_changed: bool,
     guests: Vec<Guest<'a>>,
     absent: Vec<Absent<'a>>,
     /// When which machine stops, the last first.
@@ -106,6 +109,7 @@ impl<'a> Host<'a> {
             scenario,
             capacity: scenario.hosts.capacity,
             state: PolicyState::new(tree),
+            is_changed: true,
             guests: Vec::with_capacity(placed.len()),
             absent,
             stops,
@@ -128,8 +132,9 @@ impl<'a> Host<'a> {
         while self.now < self.scenario.duration {
             self.stop_and_start();
             self.look();
+            let basis = std::mem::take(&mut self.is_changed).then(|| self.state.clone());
             let plan = decide(&self.view, &mut self.state);
-            witness(&self.view, &plan);
+            witness(basis.as_ref(), &self.view, &plan);
             self.note(&plan);
             self.obey(&plan);
             let end = self.next_decision(longest);
@@ -173,10 +178,15 @@ impl<'a> Host<'a> {
         settings.machines.retain(|machine| machine.id != id);
         // Fewer machines contradict nothing that more did not.
         if let Ok(tree) = Tree::new(settings) {
-            self.state.set_tree(tree);
+            self.settle(tree);
         }
         let from = Millis(self.now.0 + down.0);
         self.absent.push(Absent { id, class: guest.machine.class, from, is_admitted: false });
+    }
+
+    fn settle(&mut self, tree: Tree) {
+        self.state.set_tree(tree);
+        self.is_changed = true;
     }
 
     fn start(&mut self, absent: Absent<'a>) {
@@ -184,7 +194,7 @@ impl<'a> Host<'a> {
         let settings = class.settings(id);
         if !is_admitted {
             match admit(self.state.tree(), settings, &self.capacity) {
-                Ok(tree) => self.state.set_tree(tree),
+                Ok(tree) => self.settle(tree),
                 Err(refused) => {
                     self.record.refusals += 1;
                     self.record.trouble(Trouble::Refused, self.now, Some((id, class)), || sentence(&refused));

@@ -49,7 +49,7 @@ mod text;
 pub mod time;
 pub mod trace;
 
-pub use fleet::{Options, run};
+pub use fleet::{Options, Stage, run};
 pub use html::html;
 pub use report::Report;
 pub use scenario::{Scenario, ScenarioError};

@@ -303,7 +303,7 @@ impl Record {
             .collect();
         let mut pairs = Pairs::default();
         let mut next = self.ticks.iter().peekable();
-        Host::new(&scenario, 0, tree, &placed).run(SECOND, &mut |view, plan| {
+        Host::new(&scenario, 0, tree, &placed).run(SECOND, &mut |_, view, plan| {
             pairs.would(view);
             // A host does not decide at whole seconds: with the nearest.
             while let Some(tick) = next.next_if(|tick| self.at(tick).0 <= view.now_ms + SECOND.0 / 2) {
@@ -372,7 +372,7 @@ demand = { bursts = { low = "500M", high = "2G", every = "5m", lasts = "1m" } }
         });
         writeln!(lines, "{basis}").unwrap();
         let mut count = 0;
-        Host::new(&scenario, 0, tree, &loaded.placed).run(SECOND, &mut |view, plan| {
+        Host::new(&scenario, 0, tree, &loaded.placed).run(SECOND, &mut |_, view, plan| {
             count += 1;
             if count > from {
                 writeln!(

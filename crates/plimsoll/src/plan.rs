@@ -4,12 +4,14 @@
 //! status 0 when it holds, 1 when a guarantee would be broken or a machine finds no host, 2 when the scenario is refused.
 use crate::verb::ended;
 use indicatif::{ProgressBar, ProgressStyle};
+use plimsoll_host::trace::{Basis, Recorder, Tick, TraceError};
 use plimsoll_linux::explain;
+use plimsoll_sim::time::Millis;
 use plimsoll_sim::trace::Record;
-use plimsoll_sim::{Options, Scenario, html, run, text};
+use plimsoll_sim::{Options, Scenario, Stage, html, run, text};
 use std::error::Error;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 #[derive(clap::Args)]
@@ -18,7 +20,7 @@ pub(crate) struct PlanArgs {
     #[arg(required_unless_present = "against")]
     scenario: Option<PathBuf>,
     /// Simulate the host and the demands of a record of `plimsoll manage --record`, and hold it against the record.
-    #[arg(long, value_name = "RECORD", conflicts_with_all = ["scenario", "html", "seed", "threads", "every_second"])]
+    #[arg(long, value_name = "RECORD", conflicts_with_all = ["scenario", "html", "record", "seed", "threads", "every_second"])]
     against: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
@@ -26,6 +28,9 @@ pub(crate) struct PlanArgs {
     /// Write a page with pictures, too.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Write down each decision about the first host, too: for `plimsoll replay`.
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
     /// Another seed than the scenario's.
     #[arg(long)]
     seed: Option<u64>,
@@ -71,10 +76,33 @@ fn plan(args: &PlanArgs) -> Result<ExitCode, Box<dyn Error>> {
         std::fs::write(path, html(&report))
             .map_err(|error| format!("{} cannot be written: {error}", path.display()))?;
     }
+    if let Some(path) = &args.record {
+        record(&scenario, options.longest, path)?;
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", text(&report));
     }
     Ok(if report.holds { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Simulates the first host once more, and writes down what is decided about it.
+fn record(scenario: &Scenario, longest: Millis, path: &Path) -> Result<(), Box<dyn Error>> {
+    let stage = Stage::of(scenario, 0)?.ok_or("--record: the scenario has no host")?;
+    let names: Vec<_> = stage.machines().map(|(id, class)| (id, format!("{}{}", class.name, id.0))).collect();
+    let mut recorder = Recorder::create(path)?;
+    let mut written: Result<(), TraceError> = Ok(());
+    stage.run(longest, &mut |state, view, plan| {
+        if written.is_err() {
+            return;
+        }
+        let own = scenario.hosts.capacity.own;
+        let basis = state.map(|state| Basis { state: state.clone(), names: names.clone(), own });
+        let tick =
+            Tick { view: view.clone(), plan: plan.clone(), outcomes: Vec::new(), overheads: Vec::new() };
+        written = basis.map_or(Ok(()), |basis| recorder.settings(&basis)).and_then(|()| recorder.tick(&tick));
+    });
+    written?;
+    Ok(recorder.finish()?)
 }

@@ -45,8 +45,11 @@ const ARROWS: [(&str, &[&str]); 21] = [
         "plimsoll-stock",
         &["plimsoll-types", "plimsoll-inside", "plimsoll-guest", "plimsoll-sys", "plimsoll-linux"],
     ),
-    // The image, a package of its own, knows the rooms below the line: types, guest, mmu, core and store.
-    ("plimsoll-metal", &["plimsoll-types", "plimsoll-inside", "plimsoll-guest", "plimsoll-sys"]),
+    // The image, a package of its own, knows the rooms below the line: types, guest, mmu, core, store and policy.
+    (
+        "plimsoll-metal",
+        &["plimsoll-types", "plimsoll-inside", "plimsoll-guest", "plimsoll-policy", "plimsoll-sys"],
+    ),
     (
         "plimsoll-host",
         &[

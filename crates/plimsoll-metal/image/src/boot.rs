@@ -178,6 +178,8 @@ pub struct Settings<'a> {
     pub guests: &'a [GuestSettings],
     /// What they may execute, those of each behind those of the one before.
     digests: &'a [Digest],
+    /// What is decided by, as lines of JSON.
+    pub policy: &'a str,
     /// How long they work.
     pub seconds: u32,
     /// What the hypervisor does to itself.
@@ -202,12 +204,16 @@ impl<'a> Settings<'a> {
         let count = usize::try_from(header.guests).map_err(|_| bad("too many guests"))?;
         let (guests, rest) = <[GuestSettings]>::ref_from_prefix_with_elems(rest, count)
             .map_err(|_| bad("fewer guests than they say"))?;
-        let digests = <[Digest]>::ref_from_bytes(rest).map_err(|_| bad("half a digest"))?;
         let claimed = guests.iter().fold(0, |sum: u64, guest| sum.saturating_add(guest.digests));
-        if digests.len() > DIGESTS_MAX || usize::try_from(claimed) != Ok(digests.len()) {
-            return Err(bad("digests that are nobody's, too few, or too many"));
+        let claimed = usize::try_from(claimed).ok().filter(|claimed| *claimed <= DIGESTS_MAX);
+        let claimed = claimed.ok_or(bad("too many digests"))?;
+        let (digests, rest) =
+            <[Digest]>::ref_from_prefix_with_elems(rest, claimed).map_err(|_| bad("too few digests"))?;
+        if usize::try_from(header.policy) != Ok(rest.len()) {
+            return Err(bad("something else behind the digests than what is decided by"));
         }
-        Ok(Self { guests, digests, seconds: header.seconds, provoke })
+        let policy = core::str::from_utf8(rest).map_err(|_| bad("what is decided by in no UTF-8"))?;
+        Ok(Self { guests, digests, policy, seconds: header.seconds, provoke })
     }
 
     /// Each guest, and what it may execute beside its program.

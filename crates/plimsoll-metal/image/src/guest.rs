@@ -26,7 +26,7 @@ use plimsoll_mmu::x86::Mode;
 use plimsoll_mmu::{
     Access, Entry, Format, Input, Leaf, Level, Memory as Type, Output, Permissions, Table, Unencodable,
 };
-use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, MachineId, PAGE_SIZE};
+use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa, MachineId, PAGE_SIZE, PageCount};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// The program, as its segments look from [`abi::IMAGE_GPA`] on.
@@ -246,6 +246,8 @@ pub struct Guest {
     pub ticks: u64,
     /// Accesses of its device's that were refused.
     pub device_refusals: u64,
+    /// Pages that a decision wants taken and that were not yet.
+    pub ordered: PageCount,
     /// Extents it has mapped.
     pub mapped: Vec<Mapped>,
     /// Its processor.
@@ -305,6 +307,7 @@ impl Guest {
             exits: 0,
             ticks: 0,
             device_refusals: 0,
+            ordered: PageCount(0),
             mapped: Vec::new(),
             vcpu,
             tsc_hz,

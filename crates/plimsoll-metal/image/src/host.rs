@@ -9,6 +9,7 @@ use crate::cpu;
 use crate::device::Devices;
 use crate::guest::{Death, Guest, State};
 use crate::paged::{PagedError, Pool};
+use crate::policy::Decider;
 use crate::svm::{Exit, Svm};
 use crate::wire::ProgramKind;
 use alloc::string::{String, ToString};
@@ -64,6 +65,8 @@ pub struct Host {
     pub nested_faults: u64,
     /// Devices that guests own, if there is hardware that contains them.
     pub devices: Option<Devices>,
+    /// Who decides how much each guest is to have, if anybody does: else each has an equal share.
+    pub decider: Option<Decider>,
     /// What went wrong beside guests' deaths.
     pub failures: Vec<String>,
     svm: Svm,
@@ -85,6 +88,7 @@ impl Host {
             guests: Vec::new(),
             nested_faults: 0,
             devices: None,
+            decider: None,
             failures: Vec::new(),
             svm,
             turn: 0,
@@ -162,7 +166,9 @@ impl Host {
                 self.failures.push(alloc::format!("{phase:?} did not end within {PATIENCE_SECONDS} s"));
                 break;
             }
+            self.decide(now);
             self.take_turn(now);
+            self.work_order();
             self.hear();
         }
         // They may all have ended before.
@@ -380,15 +386,49 @@ impl Host {
         }
     }
 
+    /// Takes a few of the pages that a decision wants taken.
+    fn work_order(&mut self) {
+        let is_asked =
+            |guest: &Guest| guest.ordered > PageCount(0) && !matches!(guest.state, State::Ended(_));
+        let Some(place) = self.guests.iter().position(is_asked) else { return };
+        let taken = self.take_from(place);
+        let ordered = &mut self.guests[place].ordered;
+        // Where there is no more to be had now, an order is over: the next decision sees what came of it.
+        *ordered = match taken {
+            Ok(0) | Err(_) => PageCount(0),
+            Ok(pages) => ordered.saturating_sub(PageCount(pages)),
+        };
+        if let Err(error) = taken {
+            self.note(&error);
+        }
+    }
+
+    fn take_from(&mut self, place: usize) -> Result<u64, PagedError> {
+        let Self { pool, guests, .. } = self;
+        let paged = &mut guests[place].paged;
+        if paged.limbo() < PageCount(STEP as u64) {
+            paged.capture(&mut pool.memory.borrow_mut(), u32::try_from(STEP).unwrap_or(u32::MAX))?;
+        }
+        let freed = paged.age(pool, STEP);
+        // The ledger is ours and knows these machines.
+        let _ = self.settle();
+        freed
+    }
+
+    /// The store is full, for now, or there is a bug to be reported.
+    fn note(&mut self, error: &PagedError) {
+        self.store_full |= matches!(error, PagedError::StoreFull);
+        if !matches!(error, PagedError::StoreFull | PagedError::NoMemory) {
+            self.failures.push(error.to_string());
+        }
+    }
+
     /// One step towards less memory in use. False when none came free.
     fn relieve(&mut self, target: ByteCount) -> bool {
         match self.try_relieve(target) {
             Ok(freed) => freed > 0,
             Err(error) => {
-                self.store_full |= matches!(error, PagedError::StoreFull);
-                if !matches!(error, PagedError::StoreFull | PagedError::NoMemory) {
-                    self.failures.push(error.to_string());
-                }
+                self.note(&error);
                 false
             }
         }

@@ -17,6 +17,7 @@
 //! | `guest`, `host` | what a guest's program asks for; turns, budgets, reclaim |
 //! | `calls` | memory that guests own, give, lend and share |
 //! | `paged::guard` | what guests may do with their pages: write, execute, seal |
+//! | `policy` | how much each guest is to have, as on Linux |
 //! | `device`, `vtd`, `pci`, `acpi` | devices that guests own, and what these reach |
 //! | `report` | what came of it |
 //!
@@ -45,6 +46,7 @@ mod nested;
 mod paged;
 mod paging;
 mod pci;
+mod policy;
 mod provoke;
 mod report;
 mod shadow;
@@ -56,6 +58,7 @@ mod vtd;
 mod wire;
 
 use alloc::rc::Rc;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use boot::{BootError, Left, Settings};
 use console::{End, say};
@@ -75,6 +78,7 @@ use plimsoll_core::frames::extents::ExtentError;
 use plimsoll_core::frames::firmware::Repairs;
 use plimsoll_core::ledger::LedgerError;
 use plimsoll_types::{ByteCount, PAGE_SIZE, PageCount};
+use policy::{Decider, PolicyError};
 use report::Seen;
 use slabs::Slabs;
 use svm::Svm;
@@ -119,6 +123,8 @@ enum Refusal {
         /// Why.
         why: StartError,
     },
+    /// What is decided by.
+    Policy(PolicyError),
     /// A guest is not admitted.
     Ledger(LedgerError),
     /// At the end, extents and frames contradict each other.
@@ -145,6 +151,7 @@ impl fmt::Display for Refusal {
             ),
             Self::Remapping(error) => write!(f, "{error}"),
             Self::Guest { number, why } => write!(f, "guest {number}: {why}"),
+            Self::Policy(error) => write!(f, "{error}"),
             Self::Ledger(error) => write!(f, "{error}"),
             Self::Audit(error) => write!(f, "{error}"),
         }
@@ -212,7 +219,8 @@ fn run(start: u64) -> Result<(), Refusal> {
     let pages = settings.guests.iter().map(pages_of).fold(0, u64::saturating_add);
     let shadows = settings.guests.iter().filter(|guest| guest.paging == Paging::SHADOW);
     let shadows = shadows.map(|guest| shadow::heap_bytes(PageCount(pages_of(guest))).0);
-    let heap = HEAP_LEAST.0.saturating_add(pages.saturating_mul(HEAP_PER_PAGE));
+    let decisions = policy::heap_bytes(settings.policy).0;
+    let heap = HEAP_LEAST.0.saturating_add(pages.saturating_mul(HEAP_PER_PAGE)).saturating_add(decisions);
     let heap = shadows.fold(heap, u64::saturating_add);
     let names_frames = settings.guests.iter().any(|guest| guest.paging == Paging::DIRECT);
     let kinds = |end| if names_frames { direct::heap_bytes(end).0 } else { 0 };
@@ -224,6 +232,7 @@ fn run(start: u64) -> Result<(), Refusal> {
     // The settings lie where the hypervisor's own tables do not reach.
     let guests: Vec<_> = settings.each().map(|(guest, code)| (*guest, code.to_vec())).collect();
     let (seconds, provoke) = (settings.seconds, settings.provoke);
+    let policy = settings.policy.to_string();
     let devices = guests.iter().map(|(guest, _)| guest.device).filter(|device| *device != Device::NONE);
     let devices: Vec<_> = devices.collect();
     let unit = match devices.is_empty() {
@@ -248,7 +257,7 @@ fn run(start: u64) -> Result<(), Refusal> {
     cpu::start_timer();
     let tsc_hz = cpu::measure_tsc_hz();
     say!("processor: {} MHz, {} address spaces", tsc_hz / 1_000_000, features.asids);
-    work(memory, space, (svm, unit), &guests, &features, (seconds, tsc_hz))
+    work(memory, space, (svm, unit), (&guests, policy), &features, (seconds, tsc_hz))
 }
 
 /// Pages that settings say a guest owns; whether they may is found out when it is made.
@@ -269,7 +278,7 @@ fn work(
     memory: Memory,
     space: Space,
     (svm, unit): (Svm, Option<Unit>),
-    guests: &[(GuestSettings, Vec<Digest>)],
+    (guests, policy): (&[(GuestSettings, Vec<Digest>)], String),
     features: &Features,
     (seconds, tsc_hz): (u32, u64),
 ) -> Result<(), Refusal> {
@@ -280,6 +289,8 @@ fn work(
     memory.borrow_mut().stock_tables()?;
     let before = memory.borrow().used();
     host.devices = unit.map(Devices::new);
+    host.decider = Decider::of(&policy, tsc_hz).map_err(Refusal::Policy)?;
+    drop(policy);
     for ((settings, code), number) in guests.iter().zip(1..) {
         let refused = |why| Refusal::Guest { number, why };
         let guest =

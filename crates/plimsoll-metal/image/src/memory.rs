@@ -17,7 +17,7 @@ use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use core::sync::atomic::{AtomicU64, Ordering};
 use linked_list_allocator::LockedHeap;
 use plimsoll_core::frames::buddy::{
-    FrameEntry, Frames, FramesError, Kind, Order, Piece, TableLevel, entries_for,
+    Cpu, FrameEntry, Frames, FramesError, Kind, Order, Piece, TableLevel, entries_for,
 };
 use plimsoll_core::frames::extents::{ExtentError, Extents, Slot, Task, Work};
 use plimsoll_core::frames::firmware::{Claim, HostMap, HostMapError, HostRegion, Repairs, Use};
@@ -255,7 +255,8 @@ impl Memory {
             HEAP.lock().init(with_exposed_provenance_mut(address(own.heap.0)), own.heap_bytes);
             core::slice::from_raw_parts_mut(first, own.entries)
         };
-        let frames = Frames::of_map(table, &rest)?;
+        let mut frames = Frames::of_map(table, &rest)?;
+        frames.serve(Some(Cpu::FIRST));
         let image = PageCount((parts.end - parts.code) >> PAGE_SHIFT);
         let fixed = image + PageCount((own.end.0 - own.table.0) >> PAGE_SHIFT);
         let owned = Extents::new(frames, alloc::vec![Slot::default(); EXTENTS]);

@@ -145,6 +145,10 @@ impl Pool {
 pub struct Done {
     /// Pages taken out of its tables.
     pub captured: u64,
+    /// Pages that went to the store.
+    pub stored: u64,
+    /// Pages that came back from there.
+    pub returned: u64,
     /// Pages found to be zero on their way to the store.
     pub dropped_zero: u64,
     /// Accessed bits found set.
@@ -308,6 +312,7 @@ impl Paged {
                 if let Released::Object(object) = self.core.installed(page)? {
                     pool.release(object)?;
                 }
+                self.done.returned += 1;
             }
             FaultEffect::Poison => return Err(PagedError::Poisoned { page }),
             // Pages come back one by one, no block is unwatched, no move is ever under way, there is no snapshot, and what is
@@ -473,6 +478,7 @@ impl Paged {
                     let object = ObjectRef::new(stored.handle.to_bits())
                         .ok_or(PagedError::Store(StoreError::Stale { handle: stored.handle }))?;
                     self.core.stored(page, at, object)?;
+                    self.done.stored += 1;
                 }
                 Err(error) => {
                     if let Some(slot) = self.slot(at) {

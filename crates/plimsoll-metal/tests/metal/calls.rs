@@ -22,7 +22,7 @@ fn share_lend_and_refuse(paging: Paging) {
     };
     let mut options = Options::new(ByteCount::mib(64));
     // Who waits longer says so.
-    options.seconds = 60;
+    options.seconds = 600;
     options.guests = (1..=3).map(caller).collect();
     // Beside them one that is paged, so that calls and paging meet.
     options.guests.push(guest(WorkloadKind::Sweep, ByteCount::mib(64), 60, 4));

@@ -7,7 +7,7 @@ use plimsoll_types::ByteCount;
 use std::time::Duration;
 
 /// How long a hypervisor may be silent. It boots in a second; other tests may run beside it.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Whether there is a QEMU here. Says so if not, and insists where it must be.
 pub(crate) fn can() -> bool {

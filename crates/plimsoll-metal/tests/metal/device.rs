@@ -12,7 +12,7 @@ fn machine(guests: Vec<Guest>) -> Options {
     // Every address of the machine is one that it could access.
     options.arguments = ["-device", "edu,addr=04.0,dma_mask=0xffffffffffff"].map(str::to_owned).into();
     // Who waits longer says so.
-    options.seconds = 60;
+    options.seconds = 600;
     options
 }
 

@@ -18,7 +18,7 @@ fn known_code_runs_whenever_it_is_what_it_was_and_sealed_memory_stays_what_it_is
     let strict = |name, seed| Guest { code: Some(vec![code()]), ..caller(name, seed) };
     let mut options = Options::new(ByteCount::mib(40));
     // Who waits longer says so.
-    options.seconds = 60;
+    options.seconds = 600;
     options.guests =
         vec![strict("known", 10), strict("unknown", 11), strict("sealer", 12), caller("free", 12), greedy()];
     let heard = run(&options);

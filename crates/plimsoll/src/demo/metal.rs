@@ -3,11 +3,11 @@
 //! Enters: the same plan. Leaves: the same report, of what the hypervisor said on its serial port. The budget is the machine's
 //! memory, so that the hard line needs no measuring: there is no more. Times are an emulated processor's.
 use super::plan::{self, Plan};
-use super::report::{GuestReport, HostReport, Report, rate};
+use super::report::{GuestReport, HostReport, ModeReport, Report, rate};
 use super::{Accel, DemoArgs, Interrupt, limits};
 use plimsoll_linux::explain;
 use plimsoll_metal::wire::{Device, GuestLine, HostLine, Line, Paging, ProgramKind};
-use plimsoll_metal::{Event, Guest, MetalError, Options, Run};
+use plimsoll_metal::{Event, Guest, MetalError, Options, Run, Ticks};
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::config::AccelChoice;
 use std::process::ExitCode;
@@ -38,13 +38,25 @@ pub(super) fn run(args: &DemoArgs) -> Result<ExitCode, String> {
             params,
         });
     }
+    if args.exits {
+        options.ticks = Ticks::Instructions;
+    }
     let interrupt = Interrupt::install()?;
-    let heard = Heard::of(Run::start(&options).map_err(|error| explain(&error))?, &interrupt)?;
-    let mut report = heard.report(&plan, run_by);
+    let heard = Heard::of(start(&options)?, &interrupt)?;
+    let mut report = heard.report(&plan, run_by, options.ticks);
+    if args.exits && !interrupt.is_set() {
+        let heard = Heard::of(start(&Options::of_modes())?, &interrupt)?;
+        report.failures.extend(heard.in_each_mode_alike());
+        report.modes = heard.guests.iter().map(mode_report).collect();
+    }
     report.failures.extend(interrupt.is_set().then(|| "interrupted before the end".to_owned()));
     println!("\n{}", report.text());
     super::write_json(args, &report)?;
     Ok(if report.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn start(options: &Options) -> Result<Run, String> {
+    Run::start(options).map_err(|error| explain(&error))
 }
 
 fn refuse_what_it_lacks(args: &DemoArgs) -> Result<(), String> {
@@ -88,6 +100,8 @@ impl Heard {
                     Line::Guest(guest) => heard.guests.push(guest),
                     Line::Host(host) => heard.host = host,
                     Line::Failure { why } => heard.failures.push(why),
+                    // It was given nothing to decide by.
+                    Line::Decision(_) => {}
                 },
                 Ok(Event::Done) => break,
                 Ok(Event::Refused) => return Err(last),
@@ -101,7 +115,17 @@ impl Heard {
         Ok(heard)
     }
 
-    fn report(self, plan: &Plan, run_by: String) -> Report {
+    /// What is wrong with a kernel that was to see the same whatever its paging is.
+    fn in_each_mode_alike(&self) -> Option<String> {
+        let results =
+            self.guests.iter().map(|kernel| (&kernel.died, kernel.verified_pages, kernel.operations));
+        let results: Vec<_> = results.collect();
+        let is_alike = results.len() == Options::of_modes().guests.len()
+            && results.iter().all(|result| *result == (&None, results[0].1, results[0].2));
+        (!is_alike).then(|| format!("a kernel did not see the same with each kind of paging: {results:?}"))
+    }
+
+    fn report(self, plan: &Plan, run_by: String, ticks: Ticks) -> Report {
         let Self { guests, host, mut failures } = self;
         for guest in &guests {
             failures.extend(guest.died.as_ref().map(|why| format!("{} died: {why}", guest.name)));
@@ -127,7 +151,8 @@ impl Heard {
             wrong_words,
             poisoned_pages: 0,
             host: host_report(&host),
-            guests: guests.into_iter().map(guest_report).collect(),
+            guests: guests.into_iter().map(|guest| guest_report(guest, ticks)).collect(),
+            modes: Vec::new(),
             without: None,
             no_comparison: Some("there is no kernel on this host".to_owned()),
             failures,
@@ -158,7 +183,16 @@ fn host_report(host: &HostLine) -> HostReport {
     }
 }
 
-fn guest_report(guest: GuestLine) -> GuestReport {
+fn mode_report(kernel: &GuestLine) -> ModeReport {
+    ModeReport {
+        paging: kernel.name.clone(),
+        exits: kernel.exits,
+        instructions: kernel.instructions(),
+        exits_per_million: kernel.exits_per_million(),
+    }
+}
+
+fn guest_report(guest: GuestLine, ticks: Ticks) -> GuestReport {
     let us = |ns: u64| ns as f64 / 1000.0;
     GuestReport {
         size_bytes: guest.size_bytes,
@@ -177,6 +211,7 @@ fn guest_report(guest: GuestLine) -> GuestReport {
         stall_share: guest.stalled_ns as f64 / guest.elapsed_ns.max(1) as f64,
         captured_pages: guest.captured_pages,
         refused_pages: 0,
+        exits_per_million: (ticks == Ticks::Instructions).then(|| guest.exits_per_million()),
         anomalies: guest.anomalies,
         wrong_words: guest.wrong_words,
         died: guest.died,

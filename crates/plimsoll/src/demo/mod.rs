@@ -71,6 +71,10 @@ pub(crate) struct DemoArgs {
     /// Have all guest memory in place before the guests start.
     #[arg(long)]
     prefault: bool,
+    /// With --host metal: count the guests' instructions, and how often guests leave for the hypervisor in a million of them; then also of
+    /// one kernel with nested, shadow and direct paging. Time then passes as instructions do.
+    #[arg(long)]
+    exits: bool,
     /// Skip the same guests under the kernel alone.
     #[arg(long)]
     no_compare: bool,
@@ -105,6 +109,7 @@ pub(crate) fn main(args: &DemoArgs) -> ExitCode {
         "demo",
         match args.host {
             Host::Metal => metal::run(args),
+            Host::Linux if args.exits => Err("--exits is for --host metal; leave it out".to_owned()),
             Host::Linux if args.linux => linux::run(args),
             Host::Linux => run(args),
         },

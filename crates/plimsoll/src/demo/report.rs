@@ -27,6 +27,9 @@ pub(crate) struct Report {
     pub(crate) poisoned_pages: u64,
     pub(crate) host: HostReport,
     pub(crate) guests: Vec<GuestReport>,
+    /// What leaving for the hypervisor costs one kernel with each kind of paging, where that was counted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) modes: Vec<ModeReport>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) without: Option<Without>,
     /// Why there is no comparison.
@@ -34,6 +37,15 @@ pub(crate) struct Report {
     pub(crate) no_comparison: Option<String>,
     /// Everything that went wrong; empty when the run passed.
     pub(crate) failures: Vec<String>,
+}
+
+/// Exits of the same kernel with one kind of paging.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct ModeReport {
+    pub(crate) paging: String,
+    pub(crate) exits: u64,
+    pub(crate) instructions: u64,
+    pub(crate) exits_per_million: u64,
 }
 
 /// Pages and bytes of the whole host at the end of the run, before the guests' last check.
@@ -116,6 +128,9 @@ pub(crate) struct GuestReport {
     pub(crate) stall_share: f64,
     pub(crate) captured_pages: u64,
     pub(crate) refused_pages: u64,
+    /// Times it left for the hypervisor in a million of its instructions, where they were counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) exits_per_million: Option<u64>,
     pub(crate) anomalies: u64,
     pub(crate) wrong_words: u64,
     pub(crate) died: Option<String>,
@@ -245,6 +260,7 @@ impl Report {
         }
         writeln!(out)?;
         self.write_host(out)?;
+        self.write_exits(out)?;
         match (&self.without, &self.no_comparison) {
             (Some(without), _) => self.write_comparison(out, without)?,
             (None, Some(why)) => writeln!(out, "\nnot compared with the kernel alone: {why}")?,
@@ -333,6 +349,25 @@ impl Report {
             Some(why) => writeln!(out, "      everything was unmerged meanwhile: {why}"),
             None => Ok(()),
         }
+    }
+
+    fn write_exits(&self, out: &mut String) -> std::fmt::Result {
+        let counted = self
+            .guests
+            .iter()
+            .filter_map(|guest| guest.exits_per_million.map(|exits| format!("{} {exits}", guest.name)));
+        let counted: Vec<_> = counted.collect();
+        if !counted.is_empty() {
+            writeln!(out, "\nexits in a million of the guests' instructions: {}", counted.join(", "))?;
+        }
+        if self.modes.is_empty() {
+            return Ok(());
+        }
+        writeln!(out, "{:<9} {:>9} {:>14} {:>18}", "paging", "exits", "instructions", "exits per million")?;
+        for ModeReport { paging, exits, instructions, exits_per_million } in &self.modes {
+            writeln!(out, "{paging:<9} {exits:>9} {instructions:>14} {exits_per_million:>18}")?;
+        }
+        writeln!(out, "(one kernel that does little but change its address spaces, with the same results)")
     }
 
     fn write_comparison(&self, out: &mut String, without: &Without) -> std::fmt::Result {
