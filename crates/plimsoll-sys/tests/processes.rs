@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(180);
 const ROLE: &str = "PLIMSOLL_SYS_TEST_ROLE";
 
 /// Runs `test` of this program in a child in which [`is_child`] is true.

@@ -20,7 +20,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(180);
 const PAGE: u64 = PAGE_SIZE as u64;
 const MOVE_ALL: MoveMode = MoveMode { wake: Wake::Yes, holes: Holes::Refuse };
 

@@ -72,7 +72,7 @@ struct Machine {
 impl Machine {
     fn start(role: &str, config: &VmmConfig, handover: Option<OwnedFd>) -> Self {
         let (socket, other) = UnixStream::pair().unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(300))).unwrap();
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.arg(role).arg(serde_json::to_string(config).unwrap());
         command.stdin(OwnedFd::from(other)).stdout(Stdio::inherit());

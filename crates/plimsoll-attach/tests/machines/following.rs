@@ -99,6 +99,13 @@ fn the_same_program_again_in_the_same_process_ends_the_machine() {
 
 #[test]
 fn a_process_that_keeps_executing_others_is_never_taken_for_a_machine_with_their_memory() {
+    const TRIES: usize = 20;
+    // It may have executed the last of them before it is looked at once more.
+    assert!(std::iter::repeat_with(looks_at_one_that_executes_others).take(TRIES).any(|looks| looks > 1));
+}
+
+/// How often it was looked at before it had executed all of them.
+fn looks_at_one_that_executes_others() -> u32 {
     let folder = tempfile::tempdir().unwrap();
     let (vmm, other) = (program(folder.path(), "qemu-system-x86_64"), program(folder.path(), "other"));
     let mut command = Command::new(&vmm);
@@ -125,9 +132,9 @@ fn a_process_that_keeps_executing_others_is_never_taken_for_a_machine_with_their
             break;
         }
     }
-    assert!(looks > 1);
     fake.end();
     assert!(matches!(held.confirm(), Err(Refusal::Ended(_))));
+    looks
 }
 
 #[test]

@@ -243,7 +243,7 @@ fn a_lock_goes_with_the_process_that_held_it() {
         Ok(holder) => Reaped(holder),
         Err(error) => return println!("SKIPPED: there is no flock(1): {error}"),
     };
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(180);
     // Seen without taking it as a manager does, who removes the file that the other may just have opened.
     let is_held = || {
         let file = std::fs::File::open(&path);

@@ -4,7 +4,7 @@ use plimsoll_types::ByteCount;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(180);
 const STAND_IN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qmp/virsh");
 
 fn domain(name: &str, patience: Duration) -> Virsh {

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Nobody waits longer for a peer; it hangs up long before.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Longer than any error's text: what was found is quoted, and cut off.
 const SAID_MAX: usize = 2000;
 

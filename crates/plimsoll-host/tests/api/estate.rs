@@ -26,6 +26,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 pub(crate) const MIB: u64 = 1 << 20;
+/// How long anything may take that another thread does: much where nothing else runs, enough where much does.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 /// What each machine owns, and what it takes up when it comes.
 pub(crate) const SIZE: u64 = 64 * MIB;
 const TAKES: u64 = 48 * MIB;
@@ -220,7 +222,7 @@ pub(crate) fn fault(answer: &Answer) -> Fault {
 pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !is_so() {
-        assert!(start.elapsed() < Duration::from_secs(20), "waited in vain until {what}");
+        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -1,9 +1,8 @@
 //! How much a client may ask for, and what becomes of those who ask for more.
-use super::estate::{ATTACH_STUCK, Estate, fault, wait_until};
+use super::estate::{ATTACH_STUCK, Estate, PATIENCE, fault, wait_until};
 use plimsoll_host::api::client::{Client, ClientError};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 #[test]
 fn bodies_and_heads_are_bounded_and_a_body_that_is_no_json_is_not_read() {
@@ -32,7 +31,7 @@ fn clients_that_say_nothing_keep_nobody_from_the_loop_and_are_bounded() {
     let socket = folder.path().join("api.sock");
     let silent: Vec<UnixStream> = (0..64).map(|_| UnixStream::connect(&socket).unwrap()).collect();
     let mut one_more = UnixStream::connect(&socket).unwrap();
-    one_more.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    one_more.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = String::new();
     one_more.read_to_string(&mut answer).unwrap();
     assert!(
@@ -40,7 +39,7 @@ fn clients_that_say_nothing_keep_nobody_from_the_loop_and_are_bounded() {
         "{answer}"
     );
     let mut one = silent.into_iter().next().unwrap();
-    one.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    one.set_read_timeout(Some(PATIENCE)).unwrap();
     one.write_all(b"GET /v1/host HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     one.read_to_string(&mut answer).unwrap();

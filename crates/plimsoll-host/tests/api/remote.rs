@@ -1,6 +1,6 @@
 //! Clients from elsewhere: who is heard, who may change what, and who is told why not.
 use super::certificates::{Authority, Valid};
-use super::estate::{ATTACH_STUCK, Estate, fault, wait_until};
+use super::estate::{ATTACH_STUCK, Estate, PATIENCE, fault, wait_until};
 use plimsoll_host::api::client::{Client, ClientError};
 use plimsoll_host::api::{Access, Credentials};
 use plimsoll_host::config::Config;
@@ -10,7 +10,6 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 /// Who signs, and what the settings make of that.
 struct Site {
@@ -106,7 +105,7 @@ fn without_a_certificate_of_the_right_authority_nobody_is_heard() {
     let (estate, address) = site.start();
     // Neither in clear,
     let mut plain = TcpStream::connect(address).unwrap();
-    plain.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    plain.set_read_timeout(Some(PATIENCE)).unwrap();
     plain.write_all(b"GET /v1/host HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
     let mut heard = Vec::new();
     let _ = plain.read_to_end(&mut heard);
@@ -142,7 +141,7 @@ fn heard(address: SocketAddr, config: rustls::ClientConfig) -> String {
     let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
     let mut connection = rustls::ClientConnection::new(std::sync::Arc::new(config), name).unwrap();
     let mut socket = TcpStream::connect(address).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut stream = rustls::Stream::new(&mut connection, &mut socket);
     let _ = stream.write_all(b"GET /v1/host HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
     let mut text = String::new();
@@ -283,7 +282,7 @@ fn clients_that_stall_before_they_show_a_certificate_keep_nobody_waiting() {
         assert_eq!(ops.get::<serde_json::Value>("/v1/host").unwrap()["machines"], 2);
     }
     let mut oldest = &stalled[0];
-    oldest.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    oldest.set_read_timeout(Some(PATIENCE)).unwrap();
     assert_ne!(
         oldest.read(&mut [0]).map_err(|error| error.kind()),
         Err(std::io::ErrorKind::WouldBlock),
@@ -296,7 +295,7 @@ fn says(address: SocketAddr, by: &Credentials, text: &str) -> impl Read + Write 
     let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
     let connection = rustls::ClientConnection::new(std::sync::Arc::new(showing(by)), name).unwrap();
     let socket = TcpStream::connect(address).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut stream = rustls::StreamOwned::new(connection, socket);
     stream.write_all(text.as_bytes()).unwrap();
     stream

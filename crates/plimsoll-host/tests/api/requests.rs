@@ -1,9 +1,8 @@
 //! What is asked and answered; what is refused, and changes nothing.
-use super::estate::{Estate, MIB, SIZE, fault, wait_until};
+use super::estate::{Estate, MIB, PATIENCE, SIZE, fault, wait_until};
 use plimsoll_host::api::openapi;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 #[test]
 fn the_checked_in_description_is_the_one_that_is_served() {
@@ -289,7 +288,7 @@ fn whoever_listens_hears_what_is_done() {
     let folder = tempfile::tempdir().unwrap();
     let estate = Estate::start(folder.path(), 4, 1024);
     let mut stream = UnixStream::connect(folder.path().join("api.sock")).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.write_all(b"GET /v1/events HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
     let mut lines = BufReader::new(stream).lines().map(|line| line.expect("nothing is said"));
     let head: Vec<String> = lines.by_ref().take_while(|line| !line.is_empty()).collect();

@@ -29,8 +29,8 @@ use std::time::{Duration, Instant};
 
 /// The first argument of a process that is to be a machine.
 pub(crate) const ROLE: &str = "be-a-machine";
-/// Longer than anything here takes: what is not there by then never comes.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// Longer than anything here takes, on a busy machine too: what is not there by then never comes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 /// How often a condition is looked at.
 pub(crate) const LOOK_EVERY: Duration = Duration::from_millis(5);
 pub(crate) const GROUP: GroupId = GroupId(1);

@@ -137,6 +137,7 @@ pub(crate) fn closes_and_lives() {
 }
 
 pub(crate) fn lies() {
+    const PATIENCE: Duration = Duration::from_secs(60);
     let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
     let mut other = honest(&mut fleet);
     let before = (fleet::descriptors(), fleet::word_mappings());
@@ -146,13 +147,13 @@ pub(crate) fn lies() {
     other.goes_on();
     liar.kill();
     let killed = Instant::now();
-    while !fleet.see().is_gone(liar.id) && killed.elapsed() < Duration::from_secs(5) {
+    while !fleet.see().is_gone(liar.id) && killed.elapsed() < PATIENCE {
         std::thread::sleep(fleet::LOOK_EVERY);
     }
     if !fleet.see().is_gone(liar.id) {
         // To stop the manager would wait for the pager that never ends.
         std::mem::forget(fleet);
-        panic!("the pager of a VMM that lied still waits, 5 s after the VMM was killed");
+        panic!("the pager of a VMM that lied still waits, {PATIENCE:?} after the VMM was killed");
     }
     bury(&mut fleet, liar, &before);
     other.finish();

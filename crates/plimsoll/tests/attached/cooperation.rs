@@ -23,7 +23,20 @@ fn private(guest: &Guest) -> ByteCount {
 
 /// What it says with these words, which it must end well with.
 fn guest_verb(guest: &Guest, words: &[&str]) -> Vec<Value> {
-    let (code, lines, said) = outcome(guest, words);
+    ends_well(|| outcome(guest, words))
+}
+
+/// What is said when it ends well. A guest that does not move for some seconds, as on a busy machine, is given up, and asked once more.
+fn ends_well(mut attempt: impl FnMut() -> (Option<i32>, Vec<Value>, String)) -> Vec<Value> {
+    const TRIES: u32 = 4;
+    for _ in 1..TRIES {
+        let (code, lines, said) = attempt();
+        match code {
+            Some(0) => return lines,
+            _ => println!("once more: {lines:?} {said}"),
+        }
+    }
+    let (code, lines, said) = attempt();
     assert_eq!(code, Some(0), "{lines:?} {said}");
     lines
 }
@@ -200,11 +213,19 @@ fn a_domain_of_libvirts_shows_its_balloon_and_moves_it() {
     let mut guest = Guest::start_domain(&libvirt, options).unwrap();
     let name = guest.domain().unwrap().to_owned();
     let run = |words: &[&str]| {
-        let (status, lines, said) = Manager::run("guest", &[&[name.as_str()], words].concat()).end();
-        assert!(status.success(), "{lines:?} {said}");
-        lines
+        ends_well(|| {
+            let (status, lines, said) = Manager::run("guest", &[&[name.as_str()], words].concat()).end();
+            (status.code(), lines, said)
+        })
     };
-    let before = &run(&["--statistics", "1"])[0];
+    // A guest that was not scheduled for some seconds has told nothing yet.
+    let deadline = Instant::now() + PATIENCE;
+    let before = loop {
+        let described = run(&["--statistics", "1"]).swap_remove(0);
+        if described["statistics"]["available_bytes"].is_u64() || Instant::now() >= deadline {
+            break described;
+        }
+    };
     assert_eq!((&before["name"], bytes(&before["balloon"], "actual_bytes")), (&name.as_str().into(), 0));
     assert!(bytes(&before["statistics"], "available_bytes") > 50 << 20, "{before}");
     assert!(before["virtio_mem"]["why_not"].is_string(), "{before}");

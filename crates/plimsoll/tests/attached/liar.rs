@@ -1,4 +1,5 @@
 //! A QMP server that lies: it stands between a client and a real QEMU, passes everything on, and changes answers about memory.
+use crate::manager::PATIENCE;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -6,6 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often it is looked whether what was said is still a lie.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// What is said instead of the truth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +25,8 @@ pub(crate) enum Lie {
     Refusing,
     /// It hangs up when it is asked this.
     HangingUpAt(&'static str),
-    /// The answer to this takes a second.
-    SlowAt(&'static str),
+    /// The answer to this comes when it is no lie any more.
+    SilentAt(&'static str),
     /// Once the guest was asked for something, answers are to questions that were not put yet.
     Ahead,
     /// None: all that is said is the truth.
@@ -99,7 +104,7 @@ impl Session<'_> {
         for line in BufReader::new(client.try_clone()?).lines() {
             let line = line?;
             let command: Value = serde_json::from_str(&line)?;
-            let lie = *self.lie.lock().unwrap_or_else(PoisonError::into_inner);
+            let lie = self.lie_now();
             if lie == Lie::Refusing && command["execute"] != "qmp_capabilities" {
                 let error = json!({ "class": "GenericError", "desc": "not today" });
                 writeln!(client, "{}", json!({ "error": error, "id": command["id"] }))?;
@@ -108,8 +113,11 @@ impl Session<'_> {
             if matches!(lie, Lie::HangingUpAt(asked) if command["execute"] == asked) {
                 return Ok(());
             }
-            if matches!(lie, Lie::SlowAt(asked) if command["execute"] == asked) {
-                std::thread::sleep(std::time::Duration::from_secs(1));
+            if matches!(lie, Lie::SilentAt(asked) if command["execute"] == asked) {
+                let deadline = Instant::now() + PATIENCE;
+                while self.lie_now() == lie && Instant::now() < deadline {
+                    std::thread::sleep(LOOK_EVERY);
+                }
             }
             writeln!(qemu, "{line}")?;
             if command["execute"] == "balloon" {
@@ -136,6 +144,10 @@ impl Session<'_> {
 
     fn asked(&self) -> Vec<u64> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn lie_now(&self) -> Lie {
+        *self.lie.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lie(&self, lie: Lie, command: &Value, answer: &mut Value) {

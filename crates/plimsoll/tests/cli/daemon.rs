@@ -1,5 +1,5 @@
 //! `plimsoll daemon`: what it refuses, how it ends, and what its parts do without each other.
-use super::run::{Ended, Run, Running, alone, can, wait_until};
+use super::run::{Ended, GOING, Run, Running, alone, can, wait_until};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_sys::fdpass;
@@ -17,7 +17,6 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 /// A directory that is removed at the end.
 pub(crate) struct Directory(pub(crate) PathBuf);
@@ -222,7 +221,7 @@ fn a_supervisor_is_told_when_machines_are_served_and_when_not_any_more() {
     let directory = Directory::new("supervised");
     let path = std::env::temp_dir().join(format!("plimsoll-notify-{}", std::process::id()));
     let socket = UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.set_read_timeout(Some(GOING)).unwrap();
     let heard = || {
         let mut bytes = [0; 1000];
         loop {
@@ -284,7 +283,7 @@ impl Machine {
             ..VmmConfig::new("lonely", 96 << 20, workload)
         };
         let (control, theirs) = UnixStream::pair().unwrap();
-        control.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        control.set_read_timeout(Some(GOING)).unwrap();
         make_inheritable(&theirs).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
         command.args(["vmm", "--control-fd", &theirs.as_raw_fd().to_string(), "--daemon"]);
@@ -463,6 +462,8 @@ fn a_manager_has_no_more_open_when_machines_were_given_back_than_before_they_cam
     let directory = Directory::new("many");
     let daemon = start_with(&directory, &["--budget", "256M"]);
     let open = || fs::read_dir(format!("/proc/{}/fd", manager_of(&directory)?)).ok().map(Iterator::count);
+    // What the control loop opens is open once it has decided.
+    wait_until("something is decided", || plimsoll(&directory, &["budget"]).code() == Some(0));
     let before = open().unwrap();
     for round in 0..6 {
         let mut machine = Machine::that_uses(&directory, 16 << 20);

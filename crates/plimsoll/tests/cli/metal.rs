@@ -1,9 +1,8 @@
 //! `plimsoll demo --host metal` as a user starts it.
-use super::demo::expect_good_report;
+use super::demo::{INTERRUPTED_WITHIN, expect_good_report};
 use super::run::{Run, alone, can};
 use rustix::process::Signal;
 use serde_json::Value;
-use std::time::Duration;
 
 /// Guests small and few enough for an emulated machine.
 const SMALL: [&str; 7] = ["demo", "--host", "metal", "--guests", "2", "--size", "96M"];
@@ -86,7 +85,7 @@ fn an_interrupted_demo_on_the_bare_metal_host_says_so_and_leaves_nothing() {
     running.signal(Signal::INT);
     let ended = running.wait();
     ended.expect_code(1);
-    assert!(ended.took < Duration::from_secs(30), "{:?}", ended.took);
+    assert!(ended.took < INTERRUPTED_WITHIN, "{:?}", ended.took);
     assert!(ended.stdout.contains("interrupted"), "{}", ended.stdout);
     ended.expect_nothing_left();
 }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 /// A program that runs longer than this, beyond the time it was given, hangs.
 const PATIENCE: Duration = Duration::from_secs(240);
-/// How long what was killed may take to go.
-const GOING: Duration = Duration::from_secs(20);
+/// How long anything may take that another process does: much where nothing else runs, enough where much does.
+pub(crate) const GOING: Duration = Duration::from_secs(180);
 /// In the environment of everything a test starts, and so of everything that starts in turn.
 const MARK: &str = "PLIMSOLL_TEST_MARK";
 
@@ -255,9 +255,7 @@ impl Ended {
 
     /// Its machines end although nobody is left to end them.
     pub(crate) fn expect_machines_to_end(&self) {
-        let start = Instant::now();
         wait_until("its machines end", || marked(&self.run.mark).is_empty());
-        assert!(start.elapsed() < GOING);
     }
 }
 
