@@ -51,7 +51,7 @@ impl MemfdSlabs {
     /// [`MemfdError`] when the file cannot be mapped, or somebody has it mapped.
     pub fn inherit(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
         let mut slabs = Self::with_head(limit, |size| ExclusiveMapping::inherit(file, size, ENDING_MAX))?;
-        let present = (slabs.memory.len() - Self::head(slabs.capacity)) / SLAB_SIZE;
+        let present = slabs.present();
         let free: Vec<usize> = (0..present).filter(|slab| slabs.tag(*slab) == 0).collect();
         slabs.held = present - free.len();
         for run in free.chunk_by(|one, next| one + 1 == *next) {
@@ -76,6 +76,11 @@ impl MemfdSlabs {
     /// The file, for whoever keeps a copy of its descriptor for the next manager.
     pub fn keepsake(&self) -> BorrowedFd<'_> {
         self.memory.keepsake()
+    }
+
+    /// Slabs that the file is long enough for: beyond those none was ever acquired.
+    fn present(&self) -> usize {
+        (self.memory.len() - Self::head(self.capacity)) / SLAB_SIZE
     }
 
     const fn head(capacity: usize) -> usize {
@@ -140,7 +145,8 @@ impl SlabMemory for MemfdSlabs {
     }
 
     fn live(&self) -> impl Iterator<Item = (SlabId, SlabTag)> {
-        let tags = (0..self.capacity).map(|slab| (slab, self.tag(slab))).filter(|(_, tag)| *tag != 0);
+        // The tags of others were never written, and reading them would take memory for them.
+        let tags = (0..self.present()).map(|slab| (slab, self.tag(slab))).filter(|(_, tag)| *tag != 0);
         tags.filter_map(|(slab, tag)| Some((SlabId(u32::try_from(slab).ok()?), SlabTag::from_bits(tag))))
     }
 
@@ -173,6 +179,16 @@ mod tests {
         assert_eq!(slabs.acquire(tag), Ok(first), "the lowest free slab is given");
         assert!(slabs.bytes(first).iter().all(|byte| *byte == 0));
         assert_eq!(slabs.live().map(|(slab, _)| slab).collect::<Vec<_>>(), [first, second]);
+    }
+
+    #[test]
+    fn looking_which_slabs_there_are_takes_no_memory_for_those_there_never_were() {
+        // Tags of 512 KiB.
+        let mut slabs = MemfdSlabs::create("test-slabs", ByteCount::mib(4096)).unwrap();
+        let first = slabs.acquire(SlabTag::new(SlabKind::Records { sequence: 0 })).unwrap();
+        let before = slabs.memory.allocated().unwrap();
+        assert_eq!(slabs.live().map(|(slab, _)| slab).collect::<Vec<_>>(), [first]);
+        assert_eq!(slabs.memory.allocated().unwrap(), before);
     }
 
     #[test]

@@ -48,7 +48,14 @@ const ARROWS: [(&str, &[&str]); 21] = [
     // The image, a package of its own, knows the rooms below the line: types, guest, mmu, core, store and policy.
     (
         "plimsoll-metal",
-        &["plimsoll-types", "plimsoll-inside", "plimsoll-guest", "plimsoll-policy", "plimsoll-sys"],
+        &[
+            "plimsoll-types",
+            "plimsoll-inside",
+            "plimsoll-guest",
+            "plimsoll-policy",
+            "plimsoll-sim",
+            "plimsoll-sys",
+        ],
     ),
     (
         "plimsoll-host",

@@ -4,7 +4,7 @@
 //! 3 asks for what it must not have. They meet in a page that the owner shares with the borrower; handles need no telling,
 //! for they are no secret: rights are what counts. Others are kernels: 4 and 5 have address spaces of their own ([`spaces`]), 5 by asking for
 //! every entry; 6 to 8 ask so for what they must not have ([`forger`]). 9 owns a device ([`device`]); 10 to 12 write what they execute and
-//! seal what they wrote ([`pages`]).
+//! seal what they wrote ([`pages`]). 13 owns extents and asks for anything at random ([`fuzz`]).
 //!
 //! ```text
 //! owner                                   borrower
@@ -21,6 +21,7 @@ mod device;
 #[path = "../../../plimsoll-guest/image/src/entry.rs"]
 mod entry;
 mod forger;
+mod fuzz;
 #[path = "../../../plimsoll-guest/image/src/mem.rs"]
 mod mem;
 mod pages;
@@ -99,7 +100,9 @@ extern "C" fn guest_main() -> ! {
         10 => pages::run_known(&mut vcpu),
         11 => pages::run_unknown(),
         12 => pages::seal(&mut vcpu),
-        other => panic!("no role has seed {other}: use 1 to 12"),
+        // What is random is the workload's seed: that of the program is its role.
+        13 => fuzz::run(vcpu.params().workload.seed),
+        other => panic!("no role has seed {other}: use 1 to 13"),
     };
     vcpu.done(&report(Phase::Done, checks))
 }

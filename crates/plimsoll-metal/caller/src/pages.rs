@@ -7,6 +7,7 @@ use crate::{
     DISCARD, DONE, IN_USE, INVALID, NOT_ALLOWED, PAGES, SEAL, WINDOW, call, is_there, read, until_taken,
     write,
 };
+use core::hint::black_box;
 use core::ops::Range;
 use core::ptr::with_exposed_provenance;
 use plimsoll_guest::abi::{PAGE_SIZE, channel_gpa};
@@ -40,16 +41,20 @@ fn verified() -> u64 {
 /// Executes what is known, however often it is written, taken and brought back.
 pub fn run_known(vcpu: &mut Vcpu) -> u64 {
     assert!(verified() > 0, "this program is executed, so it was looked at");
-    compile(42);
-    let before = verified();
-    assert_eq!(execute(), 42, "known code runs");
-    assert_eq!(execute(), 42, "and again");
-    assert_eq!(verified(), before + 1, "and is looked at once");
-    compile(7);
-    assert_eq!(read(CODE + 8), u64::MAX / 255 * 0xcc, "what was executed can be written");
-    compile(42);
-    assert_eq!(execute(), 42, "it is what it was");
-    assert_eq!(verified(), before + 2, "and was looked at again");
+    // Twice, because this program is code, too: of what it runs here itself some may lie in a page that was not looked at before.
+    for round in 0..black_box(2) {
+        compile(42);
+        let before = verified();
+        assert_eq!(execute(), 42, "known code runs");
+        assert_eq!(execute(), 42, "and again");
+        let looks = verified() - before;
+        compile(7);
+        assert_eq!(read(CODE + 8), u64::MAX / 255 * 0xcc, "what was executed can be written");
+        compile(42);
+        assert_eq!(execute(), 42, "it is what it was");
+        let again = verified() - before - looks;
+        assert!(round == 0 || (looks, again) == (1, 1), "it is looked at once, and again: {looks}, {again}");
+    }
     USED.step_by(address(PAGE_SIZE)).for_each(|page| write(page, page));
     for again in 1..=2 {
         // Others need memory, and take it while nobody runs it.

@@ -1,5 +1,5 @@
 //! Guests that own, lend and share memory, and one that asks for what it must not have.
-use crate::common::{can, guest, run};
+use crate::common::{caller, can, guest, run};
 use plimsoll_guest::spec::WorkloadKind;
 use plimsoll_metal::wire::{Paging, ProgramKind};
 use plimsoll_metal::{Event, Guest, Options};
@@ -38,4 +38,29 @@ fn share_lend_and_refuse(paging: Paging) {
     assert_eq!((&paged.died, paged.wrong_words), (&None, 0), "{heard:#?}");
     assert!(heard.host().peak_bytes <= heard.host().budget_bytes, "{heard:#?}");
     assert!(heard.has("returned: all but 0 "), "{heard:#?}");
+}
+
+/// Two guests that own extents make calls at random, with handles, addresses and machines of each other's, beside one that is paged: of 40,000 calls
+/// none is answered but with a status, and at the end every frame is back.
+#[test]
+fn calls_made_at_random_by_guests_that_own_extents_harm_nobody() {
+    if !can() {
+        return;
+    }
+    // Others are to be had: whoever looks for a mistake gives another number each time.
+    let seed = std::env::var("PLIMSOLL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
+    for paging in [Paging::NESTED, Paging::SHADOW] {
+        let mut options = Options::new(ByteCount::mib(64));
+        options.seconds = 600;
+        for number in 1..=2 {
+            let mut fuzz = Guest { paging, ..caller(&format!("fuzz{number}"), 13) };
+            fuzz.params.workload.seed = seed * 2 + number;
+            options.guests.push(fuzz);
+        }
+        options.guests.push(guest(WorkloadKind::Sweep, ByteCount::mib(64), 60, 4));
+        let heard = run(&options);
+        heard.assert_well();
+        let calls: Vec<_> = heard.guests().map(|guest| guest.verified_pages).collect();
+        assert_eq!(calls[..2], [20_000; 2], "{heard:#?}");
+    }
 }

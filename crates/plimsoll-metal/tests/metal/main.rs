@@ -8,3 +8,4 @@ mod direct;
 mod guard;
 mod overcommit;
 mod paging;
+mod policy;

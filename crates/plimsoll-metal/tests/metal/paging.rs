@@ -1,25 +1,13 @@
 //! The same guests by each way to translate their addresses.
-use crate::common::{can, guest, run};
-use plimsoll_guest::spec::WorkloadKind;
-use plimsoll_metal::wire::{Paging, ProgramKind};
-use plimsoll_metal::{Event, Guest, Options, Ticks};
-use plimsoll_types::ByteCount;
+use crate::common::{can, run};
+use plimsoll_metal::{Event, Options};
 
 #[test]
 fn a_kernel_with_address_spaces_of_its_own_sees_the_same_however_they_are_translated() {
     if !can() {
         return;
     }
-    let mut options = Options::new(ByteCount::mib(48));
-    options.ticks = Ticks::Instructions;
-    // The third asks for its entries: the same program otherwise.
-    let kernels = [(Paging::NESTED, 4), (Paging::SHADOW, 4), (Paging::DIRECT, 5)];
-    options.guests.extend(kernels.map(|(paging, seed)| Guest {
-        program: ProgramKind::KERNEL,
-        paging,
-        ..guest(WorkloadKind::Idle, ByteCount::mib(16), 10, seed)
-    }));
-    let heard = run(&options);
+    let heard = run(&Options::of_modes());
     assert!(matches!(heard.end, Event::Done) && heard.has("returned: all but 0 "), "{heard:#?}");
     let guests: Vec<_> = heard.guests().collect();
     let [nested, shadow, direct] = guests.as_slice() else { panic!("{heard:#?}") };

@@ -6,3 +6,4 @@ mod pressure;
 #[path = "../cli/run.rs"]
 #[expect(dead_code, reason = "these tests use a part of it")]
 mod run;
+mod three_hosts;
