@@ -2,7 +2,9 @@
 //!
 //! Enters: device files, the control group file system, programs. Leaves: the capabilities that tests above level 0 need,
 //! present or missing. A test may be skipped only where one that its level needs is missing.
-use crate::setup::{has_all_of, has_browser, has_kernel, has_promtool, has_schemathesis, is_root, is_there};
+use crate::setup::{
+    PYELFTOOLS, has_all_of, has_browser, has_kernel, has_promtool, has_schemathesis, is_root, is_there,
+};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
@@ -33,6 +35,7 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (2, "qemu", is_there("qemu-system-x86_64")),
         (2, "libvirt", has_libvirt),
         (2, "gdb", is_there("gdb")),
+        (2, "pyelftools", is_there(PYELFTOOLS)),
         (2, "cloud-kernel", has_kernel()),
         (3, "models", is_there("qemu-system-x86_64") && has_all_of(3)),
     ]

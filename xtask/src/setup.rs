@@ -14,13 +14,13 @@ struct Need {
     /// The lowest level of tests that needs it.
     level: u8,
     package: &'static str,
-    /// A program of the package: it is installed when this is found.
+    /// A program of the package, or the path of a file: it is installed when this is found.
     program: &'static str,
     why: &'static str,
 }
 
 /// Levels 0 and 1 make their guests, control groups and swap devices themselves, so they need hardly anything.
-const NEEDS: [Need; 14] = [
+const NEEDS: [Need; 15] = [
     Need { level: 0, package: "gcc", program: "cc", why: "links the rooms below the line without std" },
     Need { level: 1, package: "chromium", program: "chromium", why: "opens the dashboard" },
     Need { level: 1, package: "nodejs", program: "node", why: "drives the browser" },
@@ -30,6 +30,7 @@ const NEEDS: [Need; 14] = [
     Need { level: 2, package: "libvirt-clients", program: "virsh", why: "speaks to libvirtd" },
     Need { level: 2, package: "valgrind", program: "valgrind", why: "counts instructions for `bench mmu`" },
     Need { level: 2, package: "gdb", program: "gdb", why: "reads dumps of guests" },
+    Need { level: 2, package: "python3-pyelftools", program: PYELFTOOLS, why: "reads dumps of guests" },
     Need { level: 3, package: "binutils", program: "as", why: "assembles programs for models of processors" },
     Need { level: 3, package: "qemu-system-misc", program: "qemu-system-riscv64", why: "models RISC-V" },
     Need {
@@ -46,6 +47,8 @@ const NEEDS: [Need; 14] = [
         why: "assembles for it",
     },
 ];
+/// Of a package without programs.
+pub(crate) const PYELFTOOLS: &str = "/usr/lib/python3/dist-packages/elftools/__init__.py";
 /// The level whose tests boot stock guests.
 const KERNEL_LEVEL: u8 = 2;
 /// The level whose tests have the API judged.
@@ -69,7 +72,7 @@ pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
 }
 
-/// True when a program is to be found.
+/// True when a program, or the file of a path, is to be found.
 pub(crate) fn is_there(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(program).exists())

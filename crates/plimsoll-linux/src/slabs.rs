@@ -22,8 +22,6 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 const TAG: usize = size_of::<u64>();
-/// How long an earlier manager may take to let go of its slabs once it is dead to everybody else.
-const ENDING_MAX: Duration = Duration::from_secs(10);
 
 /// The slabs of one domain.
 #[derive(Debug)]
@@ -44,13 +42,13 @@ impl MemfdSlabs {
         Self::with_head(limit, |size| ExclusiveMapping::create(name, size))
     }
 
-    /// Goes on with the slabs of an earlier manager, made with the same limit. What that one had begun to acquire, or to give
-    /// back, is given back.
+    /// Goes on with the slabs of an earlier manager, made with the same limit, which may take as long as `patience` to let go of
+    /// them. What that one had begun to acquire, or to give back, is given back.
     ///
     /// # Errors
-    /// [`MemfdError`] when the file cannot be mapped, or somebody has it mapped.
-    pub fn inherit(file: OwnedFd, limit: ByteCount) -> Result<Self, MemfdError> {
-        let mut slabs = Self::with_head(limit, |size| ExclusiveMapping::inherit(file, size, ENDING_MAX))?;
+    /// [`MemfdError`] when the file cannot be mapped, or somebody has it mapped after that.
+    pub fn inherit(file: OwnedFd, limit: ByteCount, patience: Duration) -> Result<Self, MemfdError> {
+        let mut slabs = Self::with_head(limit, |size| ExclusiveMapping::inherit(file, size, patience))?;
         let present = slabs.present();
         let free: Vec<usize> = (0..present).filter(|slab| slabs.tag(*slab) == 0).collect();
         slabs.held = present - free.len();

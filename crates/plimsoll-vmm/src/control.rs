@@ -94,8 +94,12 @@ pub enum Event {
         /// Why there are none, for the operator.
         refused: Option<String>,
     },
-    /// No vCPU runs the guest until [`Command::Release`], or until whoever asked hangs up.
+    /// No vCPU runs the guest until [`Command::Release`], or until whoever asked hangs up, the machine is to stop, its manager is lost, or two
+    /// minutes are over; but for the first two an [`Event::Error`] says so. What the starter orders meanwhile is still written to the
+    /// guest's memory: commands, targets and orders of frames.
     Held,
+    /// Answers [`Command::Release`] of an inspector that held the machine to the end. Any other is answered with [`Event::Error`].
+    Released,
     /// The manager is gone. Pages that are not present stay out of reach: the guest stalls and never reads zeros.
     ManagerLost,
     /// The manager has given the machine back: all its pages are here, and the kernel serves it from now on.

@@ -1,7 +1,8 @@
 //! The inspection socket: how tools look into a running machine that somebody else has started.
 //!
 //! Enters: connections, and JSON lines that ask for a vCPU's registers, or that all stand still meanwhile ([`Command::Registers`],
-//! [`Command::Hold`], [`Command::Release`]; no other is obeyed). Leaves: a first line that says where the machine's memory is ([`Event::Started`]), and [`Event::Registers`]. The socket is made before
+//! [`Command::Hold`], [`Command::Release`]; no other is obeyed). Leaves: a first line that says where the machine's memory is
+//! ([`Event::Started`]), [`Event::Registers`], [`Event::Held`] and [`Event::Released`], [`Event::Error`]. The socket is made before
 //! rights are given up, so that it is its maker's, and nobody else may connect (0600). What must never happen: the machine's main
 //! thread waiting for a client: one that does not read what it asked for is left, and there is one at a time.
 use crate::control::{Command, Control, Event};
@@ -66,9 +67,9 @@ impl Inspection {
         for command in received.commands {
             match command {
                 Command::Registers { .. } | Command::Hold | Command::Release => asked.push(command),
-                _ => {
-                    self.send(&Event::Error { message: "this socket answers for registers alone".to_owned() })
-                }
+                _ => self.send(&Event::Error {
+                    message: "this socket shows registers, and holds and releases the vCPUs".to_owned(),
+                }),
             }
         }
         if received.closed {

@@ -298,7 +298,6 @@ impl Vcpu {
                 continue;
             }
             let ran = self.fd.run();
-            machine.exit();
             let exit = match ran {
                 Ok(VcpuExit::IoOut(port, data)) => Exit::Out { port, bytes: data.len() },
                 Ok(VcpuExit::MmioRead(gpa, _) | VcpuExit::MmioWrite(gpa, _)) => {
@@ -308,6 +307,7 @@ impl Vcpu {
                 Ok(VcpuExit::Shutdown) => Exit::Shutdown,
                 Ok(other) => Exit::Other(format!("{other:?}")),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    machine.exit();
                     match machine.poisoned() {
                         Some(death) => return End::Died(death),
                         None => continue,
@@ -321,6 +321,8 @@ impl Vcpu {
                 Exit::Shutdown => Some(End::Died(Death::Faulted { rip: self.rip(), fault: self.fault() })),
                 Exit::Other(exit) => Some(End::Died(Death::Kvm { exit, rip: self.rip() })),
             };
+            // What a guest asks for changes its memory, too: it is out once that is done.
+            machine.exit();
             if let Some(end) = end {
                 return end;
             }

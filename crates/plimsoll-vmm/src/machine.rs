@@ -171,7 +171,7 @@ pub(crate) struct Machine {
     asked: AtomicU32,
     /// Whether vCPUs are to stand still. Set with the desk locked, as `asked` is.
     held: AtomicBool,
-    /// vCPUs that run the guest, or are about to. Whoever holds the machine waits for none.
+    /// vCPUs that run the guest, are about to, or do what it asked for. Whoever holds the machine waits until there is none.
     inside: AtomicU32,
     /// Touches of poisoned pages before the machine was.
     touches_before: u64,
@@ -315,7 +315,7 @@ impl Machine {
     pub(crate) fn idle(&self, vcpu: u32, ns: u64) {
         let until = Instant::now() + Duration::from_nanos(ns).min(IDLE_MAX);
         let mut desk = locked(&self.desk);
-        while !desk.is_stopping && !self.is_asked(vcpu) {
+        while !desk.is_stopping && !self.is_held() && !self.is_asked(vcpu) {
             let Some(left) = until.checked_duration_since(Instant::now()) else { return };
             let woken = self.wake.wait_timeout(desk, left);
             desk = woken.unwrap_or_else(PoisonError::into_inner).0;
@@ -323,7 +323,7 @@ impl Machine {
     }
 
     /// Takes the answer of a probing guest over and waits until there is another command for it. None, with number 0,
-    /// when the machine is told to stop, the balloon has a new target, or the vCPU is asked for its registers.
+    /// when the machine is told to stop or held, the balloon has a new target, or the vCPU is asked for its registers.
     pub(crate) fn next_command(&self, vcpu: u32, answer: &Probed) -> ProbeCommand {
         let mut desk = locked(&self.desk);
         if answer.number != 0 {
@@ -332,7 +332,8 @@ impl Machine {
             let _ = self.attention.signal();
         }
         loop {
-            let is_wanted = self.is_asked(vcpu) || (vcpu == 0 && std::mem::take(&mut desk.has_target));
+            let is_out = self.is_held() || self.is_asked(vcpu);
+            let is_wanted = is_out || (vcpu == 0 && std::mem::take(&mut desk.has_target));
             if desk.is_stopping || is_wanted {
                 return ProbeCommand::default();
             }
@@ -370,6 +371,11 @@ impl Machine {
     pub(crate) fn hold(&self) {
         let _desk = locked(&self.desk);
         self.held.store(true, Ordering::SeqCst);
+        self.wake.notify_all();
+    }
+
+    fn is_held(&self) -> bool {
+        self.held.load(Ordering::SeqCst)
     }
 
     /// Lets them go on.
@@ -379,7 +385,7 @@ impl Machine {
         self.wake.notify_all();
     }
 
-    /// Whether no vCPU runs the guest. It stays so while the machine is held.
+    /// Whether no vCPU runs the guest or changes its memory. It stays so while the machine is held.
     pub(crate) fn stands_still(&self) -> bool {
         self.inside.load(Ordering::SeqCst) == 0
     }
@@ -388,7 +394,7 @@ impl Machine {
     /// counts sees it, or is seen.
     pub(crate) fn enter(&self) -> bool {
         self.inside.fetch_add(1, Ordering::SeqCst);
-        let may = !self.held.load(Ordering::SeqCst);
+        let may = !self.is_held();
         if !may {
             self.exit();
         }
@@ -403,7 +409,7 @@ impl Machine {
     /// Waits where the machine is held, until it no longer is, has to go, or the vCPU is asked for its registers.
     pub(crate) fn stand(&self, vcpu: u32) {
         let mut desk = locked(&self.desk);
-        while self.held.load(Ordering::SeqCst) && !self.is_asked(vcpu) && self.going() == Going::On {
+        while self.is_held() && !self.is_asked(vcpu) && self.going() == Going::On {
             desk = self.wake.wait_timeout(desk, STAND).unwrap_or_else(PoisonError::into_inner).0;
         }
     }

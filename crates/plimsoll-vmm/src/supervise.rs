@@ -33,6 +33,8 @@ pub const STOP_GRACE: Duration = Duration::from_secs(2);
 /// How long a vCPU that is asked for its registers may take. One that waits for a page leaves KVM as well; more means that the host is
 /// not there for it.
 const ANSWER_GRACE: Duration = Duration::from_secs(1);
+/// How long an inspector may have the vCPUs stand still. One that copies a large guest takes seconds.
+const HOLD_MAX: Duration = Duration::from_secs(120);
 /// How often vCPUs that are to leave KVM are kicked.
 const KICK_EVERY: Duration = Duration::from_millis(5);
 
@@ -91,7 +93,8 @@ pub(crate) enum Hold {
     No,
     /// vCPUs are on their way out of the guest.
     Begun(Instant),
-    Done,
+    /// They stand still.
+    Done(Instant),
 }
 
 /// A vCPU that is to say its registers.
@@ -139,6 +142,9 @@ impl Supervisor {
                 next_report = now + interval;
             }
             let mut wait = next_report.saturating_duration_since(now);
+            if let Hold::Done(since) = self.hold {
+                wait = wait.min(HOLD_MAX.saturating_sub(since.elapsed()));
+            }
             if self.question.is_some()
                 || matches!(self.hold, Hold::Begun(_))
                 || matches!(self.stop, Stop::Leaving(_))
@@ -151,11 +157,12 @@ impl Supervisor {
                 match command {
                     Command::Registers { vcpu } => self.ask(vcpu, By::Inspector)?,
                     Command::Hold => self.hold(),
-                    _ => self.release(),
+                    _ => self.let_go(),
                 }
             }
             self.push_hold();
             self.push_question()?;
+            self.forget_gone();
             if self.push_stop() == Next::End {
                 break;
             }
@@ -265,14 +272,37 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Has all vCPUs stand still for the inspector.
+    /// Has all vCPUs stand still for the inspector. Asking again gains no time.
     fn hold(&mut self) {
-        if !matches!(self.started, Event::Started { accel: Accel::Kvm { .. }, .. }) {
-            let message = "the guest runs in this process: it cannot be held".to_owned();
-            return self.inspection.send(&Event::Error { message });
+        match self.hold {
+            Hold::No => {}
+            Hold::Begun(_) => return,
+            Hold::Done(_) => return self.inspection.send(&Event::Held),
         }
-        self.machine.hold();
-        self.hold = Hold::Begun(Instant::now());
+        let has_kvm = matches!(self.started, Event::Started { accel: Accel::Kvm { .. }, .. });
+        let refused = match self.stop {
+            _ if !has_kvm => "the guest runs in this process: it cannot be held",
+            Stop::No if self.manager == ManagerEnd::Lost => {
+                "the machine's manager is gone: it cannot be held"
+            }
+            Stop::No => {
+                self.machine.hold();
+                self.hold = Hold::Begun(Instant::now());
+                return;
+            }
+            _ => "the machine is to stop: it cannot be held",
+        };
+        self.inspection.send(&Event::Error { message: refused.to_owned() });
+    }
+
+    /// The inspector has what it wanted.
+    fn let_go(&mut self) {
+        let event = match self.hold {
+            Hold::No => Event::Error { message: "no vCPU stands still: nobody holds the machine".to_owned() },
+            _ => Event::Released,
+        };
+        self.release();
+        self.inspection.send(&event);
     }
 
     fn release(&mut self) {
@@ -280,21 +310,54 @@ impl Supervisor {
         self.hold = Hold::No;
     }
 
-    /// Gets vCPUs out of the guest and says when none is left, and lets them go on once the inspector is gone or the machine is to stop.
+    /// Gets vCPUs out of the guest and says when none is left; and lets them go on once the inspector is gone or had its time, the machine
+    /// is to stop, or its manager is lost: then the inspector may wait for a page that nobody brings.
     fn push_hold(&mut self) {
-        if self.hold != Hold::No && (!self.inspection.is_open() || self.stop != Stop::No) {
+        let (since, most) = match self.hold {
+            Hold::No => return,
+            Hold::Begun(since) => (since, ANSWER_GRACE),
+            Hold::Done(since) => (since, HOLD_MAX),
+        };
+        let ended = match self.hold {
+            _ if !self.inspection.is_open() => Some("nobody is left who holds the machine".to_owned()),
+            _ if self.stop != Stop::No => Some("the machine is to stop: it goes on".to_owned()),
+            _ if self.manager == ManagerEnd::Lost => {
+                Some("the machine's manager is gone: it goes on".to_owned())
+            }
+            Hold::Begun(_) if self.machine.stands_still() => {
+                self.hold = Hold::Done(Instant::now());
+                self.inspection.send(&Event::Held);
+                return;
+            }
+            Hold::Begun(_) if since.elapsed() >= most => {
+                Some(format!("the vCPUs did not leave KVM within {} s", most.as_secs()))
+            }
+            Hold::Begun(_) => {
+                self.vcpus.iter().for_each(kick);
+                None
+            }
+            _ if since.elapsed() >= most => {
+                Some(format!("the machine stood still for {} s: it goes on", most.as_secs()))
+            }
+            _ => None,
+        };
+        if let Some(message) = ended {
+            self.release();
+            self.inspection.send(&Event::Error { message });
+        }
+    }
+
+    /// Whoever hung up, or did not read, holds nothing and asks nothing: the next one begins afresh.
+    fn forget_gone(&mut self) {
+        if self.inspection.is_open() {
+            return;
+        }
+        if self.hold != Hold::No {
             self.release();
         }
-        let Hold::Begun(since) = self.hold else { return };
-        if self.machine.stands_still() {
-            self.hold = Hold::Done;
-            self.inspection.send(&Event::Held);
-        } else if since.elapsed() >= ANSWER_GRACE {
-            self.release();
-            let message = format!("the vCPUs did not leave KVM within {} s", ANSWER_GRACE.as_secs());
-            self.inspection.send(&Event::Error { message });
-        } else {
-            self.vcpus.iter().for_each(kick);
+        if self.question.is_some_and(|question| question.by == By::Inspector) {
+            self.machine.no_longer_ask();
+            self.question = None;
         }
     }
 
@@ -374,6 +437,10 @@ impl Supervisor {
 
     fn ask_to_stop(&mut self, mode: StopMode) -> Result<(), VmmError> {
         self.machine.stop(mode.word())?;
+        if self.hold != Hold::No {
+            self.release();
+            self.inspection.send(&Event::Error { message: "the machine is to stop: it goes on".to_owned() });
+        }
         if mode == StopMode::Now && self.stop == Stop::No {
             self.stop = Stop::Asked(Instant::now());
         }

@@ -1,7 +1,7 @@
 //! Whole machines, in threads of this process, under KVM and without.
 mod common;
 
-use common::{Honesty, Inspector, Manager, Started, accels, config, finite};
+use common::{Honesty, Inspector, Manager, PATIENCE, Started, accels, config, finite};
 use plimsoll_guest::abi;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
@@ -12,6 +12,7 @@ use plimsoll_vmm::report::ProbeReport;
 use plimsoll_vmm::supervise::ManagerEnd;
 use plimsoll_vmm::{Accel, VmmError};
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 #[test]
 fn every_workload_runs_to_its_end_without_a_wrong_word() {
@@ -193,13 +194,18 @@ fn vcpus_say_their_registers_while_they_work_and_while_they_wait_to_whoever_may_
     }
 }
 
-/// What a vCPU has in its registers, by an inspector.
+/// What a vCPU has in its registers, by an inspector. A host that was not there for it for a second is asked once more.
 fn told(client: &mut Inspector, vcpu: u32) -> Registers {
-    client.command(Command::Registers { vcpu });
-    match client.event() {
-        Event::Registers { registers: Some(registers), .. } => *registers,
-        other => panic!("{other:?}"),
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        client.command(Command::Registers { vcpu });
+        match client.event() {
+            Event::Registers { registers: Some(registers), .. } => return *registers,
+            Event::Registers { refused: Some(why), .. } if why.contains("did not leave KVM within") => {}
+            other => panic!("{other:?}"),
+        }
     }
+    panic!("vCPU {vcpu} says nothing of its registers")
 }
 
 #[test]
@@ -220,9 +226,15 @@ fn vcpus_stand_still_for_an_inspector_until_it_releases_them_or_leaves() {
                 assert!(matches!(client.event(), Event::Error { .. }));
                 continue;
             }
-            while !matches!(client.event(), Event::Held) {
-                // A host that is busy.
-                client.command(Command::Hold);
+            loop {
+                match client.event() {
+                    Event::Held => break,
+                    // A host that is busy.
+                    Event::Error { message } if message.contains("did not leave KVM") => {
+                        client.command(Command::Hold)
+                    }
+                    other => panic!("{other:?}"),
+                }
             }
             let held = [0, 1].map(|vcpu| told(&mut client, vcpu));
             for _ in 0..20 {
@@ -234,9 +246,26 @@ fn vcpus_stand_still_for_an_inspector_until_it_releases_them_or_leaves() {
                 assert!(matches!(client.event(), Event::Started { .. }));
             } else {
                 client.command(Command::Release);
+                assert!(matches!(client.event(), Event::Released));
+                client.command(Command::Release);
+                assert!(matches!(client.event(), Event::Error { .. }), "nobody holds it any more");
             }
             // It goes on, and sooner or later elsewhere.
-            while [0, 1].iter().zip(&held).any(|(vcpu, held)| told(&mut client, *vcpu) == *held) {}
+            let deadline = Instant::now() + PATIENCE;
+            while [0, 1].iter().zip(&held).any(|(vcpu, held)| told(&mut client, *vcpu) == *held) {
+                assert!(Instant::now() < deadline, "it still stands where it was held");
+            }
+        }
+        if accel == AccelChoice::Kvm {
+            // One that no longer reads holds nothing, also when another one waits its turn.
+            let mut deaf = Inspector::connect(&inspect);
+            assert!(matches!(deaf.event(), Event::Started { .. }));
+            deaf.command(Command::Hold);
+            deaf.hear_no_more();
+            let mut next = Inspector::connect(&inspect);
+            assert!(matches!(next.event(), Event::Started { .. }));
+            next.command(Command::Release);
+            assert!(matches!(next.event(), Event::Error { .. }), "it came to a machine that was held");
         }
         machine.stop(StopMode::Now);
         assert_eq!(machine.end().unwrap().died, None, "{accel:?}");

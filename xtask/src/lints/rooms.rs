@@ -52,6 +52,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
             "plimsoll-types",
             "plimsoll-inside",
             "plimsoll-guest",
+            "plimsoll-core",
             "plimsoll-policy",
             "plimsoll-sim",
             "plimsoll-sys",

@@ -1,10 +1,11 @@
 //! Frames in pieces of 2^order pages, aligned to their size, each piece of one kind.
 //!
-//! Enters: runs of free RAM, requests, pieces that are given back. Leaves: pieces. Free buddies are joined at once, so a
-//! request fails only when no free, aligned run of its size exists anywhere. A request and a return take at most one
-//! step per order. A piece is given back as what it was taken for: another order, another kind, the middle of a
-//! piece or a piece that is free already is refused, and nothing has changed. Single pages come from a processor's cache
-//! ([`Cpu`]), where there is one, and go back there; that they are not joined then makes no request fail.
+//! Enters: runs of free RAM, requests, pieces that are given back. Leaves: pieces. Free buddies are joined at once, except
+//! for single pages that lie in a processor's cache ([`Cpu`]), where there is one: those are joined when they leave it for
+//! the buddies, at the latest before a request would fail for them. So a request fails only when no free, aligned run of
+//! its size exists anywhere. Where no cache is filled or emptied, a request and a return take at most one step per order. A
+//! piece is given back as what it was taken for: another order, another kind, the middle of a piece or a piece that is free
+//! already is refused, and nothing has changed.
 //!
 //! The table has one entry of 12 bytes per frame, 0.3 % of memory. The first entry of a piece says what the piece is:
 //!
@@ -189,7 +190,8 @@ pub struct FrameEntry(Entry);
 
 const _: () = assert!(size_of::<FrameEntry>() == 12);
 
-/// A request that is refused. Nothing has changed.
+/// A request that is refused. No piece has changed hands; but a refused [`Frames::allocate`] has emptied the caches, since
+/// what lay there might have sufficed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FramesError {
@@ -481,7 +483,9 @@ impl<T: AsRef<[FrameEntry]> + AsMut<[FrameEntry]>> Frames<T> {
         self.free_from(Order::PAGE)
     }
 
-    /// Free pages that can be had in pieces of that size. What [`Self::free_pages`] is above it is fragmented.
+    /// Free pages that lie in pieces of that size or larger ones. What [`Self::free_pages`] is above it is fragmented, or lies
+    /// in caches, as single pages: how much a request could have, which empties those first, is known after
+    /// [`Self::drain`].
     pub fn free_from(&self, order: Order) -> PageCount {
         let larger = Order::all().skip(order.get());
         larger.map(|order| PageCount(u64::from(self.pieces(order)) << order.0)).sum()

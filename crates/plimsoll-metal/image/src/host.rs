@@ -71,6 +71,8 @@ pub struct Host {
     pub failures: Vec<String>,
     svm: Svm,
     turn: usize,
+    /// Whose order was worked on last.
+    worked: usize,
     tsc_hz: u64,
     window: u64,
     store_full: bool,
@@ -92,6 +94,7 @@ impl Host {
             failures: Vec::new(),
             svm,
             turn: 0,
+            worked: 0,
             tsc_hz,
             window: 0,
             store_full: false,
@@ -224,7 +227,7 @@ impl Host {
     }
 
     /// Lets the next guest that can run do so until the timer, or until it has nothing to do. With none, memory is made, or
-    /// time passes.
+    /// time passes, unless there is an order to be worked on.
     fn take_turn(&mut self, now: u64) {
         let count = self.guests.len();
         let can_run = |guest: &Guest| match guest.state {
@@ -235,7 +238,10 @@ impl Host {
         let next =
             (1..=count).map(|step| (self.turn + step) % count).find(|place| can_run(&self.guests[*place]));
         let Some(place) = next else {
-            if !(self.used() > self.ledger.budget().low && self.relieve(self.ledger.budget().low)) {
+            let low = self.ledger.budget().low;
+            let is_at_work = self.used() > low && self.relieve(low);
+            // An open order is worked on right after this: it need not wait for the timer.
+            if !is_at_work && self.next_order().is_none() {
                 cpu::wait();
             }
             return;
@@ -386,11 +392,19 @@ impl Host {
         }
     }
 
+    /// Whose order is next. They take turns: the next decision ends what is open, so whoever came after a long order would
+    /// never give.
+    fn next_order(&self) -> Option<usize> {
+        let count = self.guests.len();
+        let is_open = |guest: &Guest| guest.ordered > PageCount(0) && !matches!(guest.state, State::Ended(_));
+        let mut places = (1..=count).map(|step| (self.worked + step) % count);
+        places.find(|place| is_open(&self.guests[*place]))
+    }
+
     /// Takes a few of the pages that a decision wants taken.
     fn work_order(&mut self) {
-        let is_asked =
-            |guest: &Guest| guest.ordered > PageCount(0) && !matches!(guest.state, State::Ended(_));
-        let Some(place) = self.guests.iter().position(is_asked) else { return };
+        let Some(place) = self.next_order() else { return };
+        self.worked = place;
         let taken = self.take_from(place);
         let ordered = &mut self.guests[place].ordered;
         // Where there is no more to be had now, an order is over: the next decision sees what came of it.

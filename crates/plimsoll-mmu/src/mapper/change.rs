@@ -7,6 +7,7 @@ use crate::memory::{Invalidate, TableFrames, TableMemory};
 
 /// What to map: the leaf of the range's first address, with which every other is in line.
 struct Request {
+    span: Span,
     first: u64,
     leaf: Leaf,
 }
@@ -90,7 +91,7 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
     /// tables' memory fails.
     pub fn map(&mut self, span: Span, leaf: Leaf) -> Result<(), MapError<M::Error>> {
         let (first, last) = Self::offsets(span)?;
-        let request = Request { first, leaf };
+        let request = Request { span, first, leaf };
         let mut need = Need::default();
         self.check_map(Source::Table(self.root), F::root(), (first, last), &request, &mut need)?;
         self.afford(&need)?;
@@ -146,7 +147,10 @@ impl<F: Format, M: TableMemory, P: TableFrames, I: Invalidate> Mapper<'_, F, M, 
                         return Err(MapError::Unencodable { level, reason });
                     }
                 }
-                _ => return Err(MapError::Mapped { input: F::extend(slot.first) }),
+                _ => {
+                    let there = slot.span::<F>(level).unwrap_or(request.span);
+                    return Err(MapError::Mapped { wanted: request.span, there });
+                }
             }
         }
         Ok(())

@@ -21,7 +21,7 @@ mod shape;
 
 pub use look::{Clear, Mapping, Touched, Translation};
 
-use crate::address::{Input, Level, MAX_LEVELS, Output, Span};
+use crate::address::{Level, MAX_LEVELS, Output, Span};
 use crate::entry::{Entry, Leaf, Malformed, Permissions, Table, Unencodable};
 use crate::format::{Format, Plains};
 use crate::memory::{Invalidate, TableFrames, TableMemory};
@@ -54,10 +54,12 @@ pub enum MapError<E> {
         /// Why.
         reason: Malformed,
     },
-    /// Something is mapped there: unmap it first.
+    /// Something is mapped there: unmap it first. Nothing has been changed.
     Mapped {
-        /// The first such address.
-        input: Input,
+        /// What was to be mapped.
+        wanted: Span,
+        /// The first leaf that is in the way.
+        there: Span,
     },
     /// There are fewer frames than the change takes. Nothing has been changed.
     Exhausted {
@@ -94,7 +96,9 @@ impl<E: fmt::Debug> fmt::Display for MapError<E> {
             Self::Malformed { level, at, reason } => {
                 write!(f, "the entry of {level} at {at} is malformed: {reason}")
             }
-            Self::Mapped { input } => write!(f, "{input} is mapped already; unmap it first"),
+            Self::Mapped { wanted, there } => {
+                write!(f, "{wanted} cannot be mapped where {there} is mapped already; unmap that first")
+            }
             Self::Exhausted { level, needed, left } => {
                 write!(
                     f,

@@ -21,6 +21,7 @@ pub(crate) fn can(capabilities: &[&str]) -> bool {
         let missing = match capability {
             "qemu" => absent("qemu-system-x86_64"),
             "gdb" => absent("gdb"),
+            "pyelftools" => absent(PYELFTOOLS),
             "libvirt" => absent("libvirtd").or_else(|| absent("virtlogd")).or_else(|| absent("virsh")),
             "cloud-kernel" => Kernel::find().err().map(|error| error.to_string()),
             "root" => (!rustix::process::geteuid().is_root()).then(|| "not root".to_owned()),
@@ -45,6 +46,9 @@ pub(crate) fn can(capabilities: &[&str]) -> bool {
     }
     true
 }
+
+/// Where Debian has it; a path is found wherever it is looked for.
+const PYELFTOOLS: &str = "/usr/lib/python3/dist-packages/elftools/__init__.py";
 
 fn absent(program: &str) -> Option<String> {
     let path = std::env::var_os("PATH").unwrap_or_default();

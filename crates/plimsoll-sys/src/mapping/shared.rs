@@ -159,7 +159,7 @@ impl ExclusiveMapping {
 
     /// Maps a file that an earlier process made and somebody kept, with room to grow to `limit`. One that is ending has it still
     /// for a moment after its locks of records and its memory are gone: its files are let go at the very end, and `patience` is how
-    /// long that may take.
+    /// long that may take. With none left it is tried once: whoever inherits several has one patience for all of them.
     ///
     /// # Errors
     /// [`MemfdError::InUse`] when another mapping of it is alive after that; [`MemfdError`] when it cannot be mapped, or is

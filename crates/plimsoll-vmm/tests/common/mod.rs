@@ -23,7 +23,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// Longer than any event of these tests takes; a machine that hangs fails instead of blocking.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Pages of every kind.
 pub(crate) fn mix() -> Mix {
@@ -149,6 +149,11 @@ impl Inspector {
         let mut line = String::new();
         self.0.read_line(&mut line).expect("the machine should say something in time");
         serde_json::from_str(&line).expect(&line)
+    }
+
+    /// Whoever writes to it is told that nobody reads.
+    pub(crate) fn hear_no_more(&self) {
+        self.0.get_ref().shutdown(std::net::Shutdown::Read).unwrap();
     }
 }
 

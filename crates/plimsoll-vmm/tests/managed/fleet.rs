@@ -259,7 +259,7 @@ fn collect(events: UnixStream, state: &Mutex<State>) {
                 state.ordered.push(done_bytes);
                 state.died = state.died.take().or(refused);
             }
-            Event::Prefault { .. } | Event::Registers { .. } | Event::Held => {}
+            Event::Prefault { .. } | Event::Registers { .. } | Event::Held | Event::Released => {}
         }
     }
 }

@@ -243,7 +243,8 @@ fn collect(name: &str, events: UnixStream, state: &Mutex<GuestState>, merging: &
             | Event::Ballooned { .. }
             | Event::Frames { .. }
             | Event::Registers { .. }
-            | Event::Held => {}
+            | Event::Held
+            | Event::Released => {}
         }
     }
     state.lock().closed = true;

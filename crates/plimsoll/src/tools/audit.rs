@@ -117,7 +117,7 @@ fn machines(args: &AuditArgs) -> Result<(Vec<Machine>, Vec<String>), String> {
     for path in sockets {
         let born = Born::connect(path)?;
         let identity = found.find(&born.process.to_string()).map_err(said)?.identity;
-        machines.push(open(identity, machines.len(), Some(&born))?);
+        add(&mut machines, &born.name, identity, Some(&born))?;
     }
     if wanted.is_empty() && sockets.is_empty() {
         if found.unreadable > 0 {
@@ -132,12 +132,24 @@ fn machines(args: &AuditArgs) -> Result<(Vec<Machine>, Vec<String>), String> {
     }
     for name in wanted {
         let identity = found.find(name).map_err(said)?.identity;
-        if machines.iter().any(|machine: &Machine| machine.dossier.identity == identity) {
-            return Err(format!("{name} is named twice"));
-        }
-        machines.push(open(identity, machines.len(), None)?);
+        add(&mut machines, name, identity, None)?;
     }
     Ok((machines, left_out))
+}
+
+/// One that was asked for. Named twice, all of its frames would seem to belong to two machines.
+fn add(
+    machines: &mut Vec<Machine>,
+    name: &str,
+    identity: Identity,
+    born: Option<&Born>,
+) -> Result<(), String> {
+    if machines.iter().any(|machine| machine.dossier.identity == identity) {
+        return Err(format!("{name} is named twice"));
+    }
+    let machine = open(identity, machines.len(), born)?;
+    machines.push(machine);
+    Ok(())
 }
 
 fn open(identity: Identity, domain: usize, born: Option<&Born>) -> Result<Machine, String> {

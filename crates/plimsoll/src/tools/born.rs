@@ -17,9 +17,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// A machine answers at once; its vCPUs have five seconds.
+/// A machine answers at once; its vCPUs have a second.
 const PATIENCE: Duration = Duration::from_secs(60);
 const BETWEEN: Duration = Duration::from_millis(100);
+/// What a machine says that it cannot do now, and may be able to a moment later: its host was busy, or somebody else asks.
+const PASSING: [&str; 2] = ["did not leave KVM", "is being asked"];
 /// The longest line: a machine has few regions, a vCPU a few dozen registers.
 const LINE_MAX: u64 = 1 << 16;
 
@@ -91,28 +93,39 @@ impl Born {
         self.socket.get_mut().write_all(&line).map_err(said)
     }
 
-    /// Has all its vCPUs stand still, until they are released or this ends. A host that is busy may take several attempts.
-    pub(super) fn hold(&mut self) -> Result<(), String> {
-        let since = Instant::now();
-        self.tell(Command::Hold)?;
+    /// Has all its vCPUs stand still, until they are released, this ends, or the machine has to go on. A host that is busy may take several
+    /// attempts, before each of which `go_on` may end them. Says since when: it ran between the attempts.
+    pub(super) fn hold(&mut self, mut go_on: impl FnMut() -> Result<(), String>) -> Result<Instant, String> {
+        let first = Instant::now();
         loop {
-            match event(&mut self.socket)? {
-                Event::Held => return Ok(()),
-                Event::Error { message } if since.elapsed() > PATIENCE / 2 => {
-                    return Err(format!("{} does not stand still: {message}", self.name));
-                }
-                Event::Error { .. } => {
-                    std::thread::sleep(BETWEEN);
-                    self.tell(Command::Hold)?;
-                }
-                _ => {}
+            go_on()?;
+            let since = Instant::now();
+            let Some(message) = self.refusal(Command::Hold)? else { return Ok(since) };
+            let is_passing = PASSING.iter().any(|passing| message.contains(passing));
+            if !is_passing || first.elapsed() > PATIENCE / 2 {
+                return Err(format!("{} does not stand still: {message}", self.name));
             }
+            std::thread::sleep(BETWEEN);
         }
     }
 
-    /// Lets it go on.
-    pub(super) fn release(&mut self) -> Result<(), String> {
-        self.tell(Command::Release)
+    /// Lets it go on. Says why, if it did not stand still to the end.
+    pub(super) fn release(&mut self) -> Result<Option<String>, String> {
+        // An error that waits here since then says why it went on. Otherwise the answer is one, where nothing was held any more.
+        self.refusal(Command::Release)
+    }
+
+    /// Tells it to hold or to release its vCPUs, and hears that it did, or else why not.
+    fn refusal(&mut self, command: Command) -> Result<Option<String>, String> {
+        self.tell(command)?;
+        loop {
+            match event(&mut self.socket)? {
+                Event::Held if command == Command::Hold => return Ok(None),
+                Event::Released if command == Command::Release => return Ok(None),
+                Event::Error { message } => return Ok(Some(message)),
+                _ => {}
+            }
+        }
     }
 
     /// What a vCPU has in its registers.
@@ -123,7 +136,7 @@ impl Born {
                 Event::Registers { vcpu: answered, registers: Some(registers), .. } if answered == vcpu => {
                     return Ok(as_a_monitor_says(&registers));
                 }
-                Event::Registers { refused, .. } => {
+                Event::Registers { vcpu: answered, refused, .. } if answered == vcpu => {
                     let why = refused.unwrap_or_else(|| "it does not say why".to_owned());
                     return Err(format!(
                         "{} does not say the registers of processor {vcpu}: {why}",
@@ -163,5 +176,93 @@ fn as_a_monitor_says(registers: &control::Registers) -> Registers {
         control: registers.control,
         efer: registers.efer,
         privilege: registers.privilege,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plimsoll_vmm::Accel;
+    use std::os::unix::net::UnixListener;
+    use std::thread::JoinHandle;
+
+    /// A machine that is only a socket. It answers each command with the next of these, and ends with the last. Leaves: what it was told.
+    fn machine(answers: Vec<Vec<Event>>) -> (Born, JoinHandle<Vec<Command>>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("inspect");
+        let listener = UnixListener::bind(&path).unwrap();
+        let told = std::thread::spawn(move || {
+            let (socket, _) = listener.accept().unwrap();
+            let started = Event::Started {
+                name: "fake".to_owned(),
+                pid: 1,
+                accel: Accel::InProcess { because: String::new() },
+                machine: None,
+                vcpus: 2,
+                tsc_hz: 0,
+                ram: Vec::new(),
+            };
+            say(&socket, &started);
+            let mut told: Vec<Command> = Vec::new();
+            for (events, line) in answers.iter().zip(BufReader::new(&socket).lines()) {
+                told.push(serde_json::from_str(&line.unwrap()).unwrap());
+                events.iter().for_each(|event| say(&socket, event));
+            }
+            told
+        });
+        (Born::connect(&path).unwrap(), told)
+    }
+
+    fn say(mut socket: &UnixStream, event: &Event) {
+        writeln!(socket, "{}", serde_json::to_string(event).unwrap()).unwrap();
+    }
+
+    fn error(message: &str) -> Event {
+        Event::Error { message: message.to_owned() }
+    }
+
+    #[test]
+    fn a_hold_is_tried_again_where_a_moment_may_help_and_counts_from_the_attempt_that_did() {
+        let busy = || vec![error("the vCPUs did not leave KVM within 1 s")];
+        let (mut born, told) = machine(vec![busy(), vec![Event::Held]]);
+        let before = Instant::now();
+        let since = born.hold(|| Ok(())).unwrap();
+        assert!(since.duration_since(before) >= BETWEEN);
+        assert_eq!(told.join().unwrap(), [Command::Hold; 2]);
+
+        let (mut born, told) = machine(vec![vec![error("it cannot be held")], vec![Event::Held]]);
+        assert_eq!(born.hold(|| Ok(())), Err("fake does not stand still: it cannot be held".to_owned()));
+        drop(born);
+        assert_eq!(told.join().unwrap(), [Command::Hold]);
+
+        let (mut born, told) = machine(vec![busy(), vec![Event::Held]]);
+        let mut attempts = 0;
+        let go_on = || {
+            attempts += 1;
+            if attempts == 1 { Ok(()) } else { Err("enough".to_owned()) }
+        };
+        assert_eq!(born.hold(go_on), Err("enough".to_owned()));
+        drop(born);
+        assert_eq!(told.join().unwrap(), [Command::Hold]);
+    }
+
+    #[test]
+    fn one_that_went_on_by_itself_is_noticed_when_it_is_released() {
+        let (mut born, told) = machine(vec![vec![Event::Held], vec![Event::Released]]);
+        born.hold(|| Ok(())).unwrap();
+        assert_eq!(born.release(), Ok(None));
+        assert_eq!(told.join().unwrap(), [Command::Hold, Command::Release]);
+
+        let late = || vec![error("nobody holds the machine")];
+        let (mut born, told) = machine(vec![vec![Event::Held], late()]);
+        born.hold(|| Ok(())).unwrap();
+        assert_eq!(born.release(), Ok(Some("nobody holds the machine".to_owned())));
+        told.join().unwrap();
+
+        // It has said so before, and that says why.
+        let (mut born, told) = machine(vec![vec![Event::Held, error("two minutes are over")], late()]);
+        born.hold(|| Ok(())).unwrap();
+        assert_eq!(born.release(), Ok(Some("two minutes are over".to_owned())));
+        told.join().unwrap();
     }
 }

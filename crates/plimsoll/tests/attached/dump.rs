@@ -80,6 +80,27 @@ fn gdb(file: &Path, commands: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
+/// What pyelftools makes of a file: its kind, its notes, and the two words at an address.
+fn pyelftools(file: &Path, gva: u64) -> String {
+    const PROGRAM: &str = r#"
+import struct, sys
+from elftools.elf.elffile import ELFFile
+core, gva = ELFFile(open(sys.argv[1], "rb")), int(sys.argv[2])
+print(core["e_type"], core["e_machine"])
+for segment in core.iter_segments():
+    if segment["p_type"] == "PT_NOTE":
+        print(*(note["n_type"] for note in segment.iter_notes()))
+    elif segment["p_vaddr"] <= gva < segment["p_vaddr"] + segment["p_filesz"]:
+        at = gva - segment["p_vaddr"]
+        print(*(f"{word:#018x}" for word in struct.unpack("<2Q", segment.data()[at:at + 16])))
+"#;
+    let gva = gva.to_string();
+    let mut python = std::process::Command::new("python3");
+    let output = python.args(["-c", PROGRAM, file.to_str().unwrap(), &gva]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
 #[test]
 fn a_dump_of_all_holds_every_byte_and_nothing_is_overwritten() {
     if !can(&STOCK) {
@@ -122,7 +143,7 @@ fn a_dump_of_all_holds_every_byte_and_nothing_is_overwritten() {
 
 #[test]
 fn debuggers_read_registers_and_kernel_addresses_of_a_dump() {
-    if !can(&STOCK) || !can(&["gdb"]) {
+    if !can(&STOCK) || !can(&["gdb", "pyelftools"]) {
         return;
     }
     let _alone = alone();
@@ -142,6 +163,9 @@ fn debuggers_read_registers_and_kernel_addresses_of_a_dump() {
         assert!(words.iter().all(|word| shown.contains(word)), "{words:?}: {shown}");
         assert!(shown.contains(&format!("#0  {rip:#018x} in ??")), "{shown}");
         assert!(!shown.contains("Cannot access memory"), "{shown}");
+        let shown = pyelftools(&file, rsp);
+        assert!(shown.starts_with("ET_CORE EM_X86_64\n") && shown.contains("NT_PRSTATUS"), "{shown}");
+        assert!(words.iter().all(|word| shown.contains(word)), "{words:?}: {shown}");
         let taken = fs::metadata(&file).unwrap().blocks() * 512;
         assert!(kind == "kernel" || taken < 1 << 20, "{taken}");
     }

@@ -172,7 +172,7 @@ fn what_cannot_be_told_from_outside_is_asked_for() {
     let process = guest.process().get().to_string();
     let qmp = guest.qmp().display().to_string();
     for (words, part) in [
-        (&[][..], "give its monitor with --qmp, or a CR3 with --cr3"),
+        (&[][..], "give its monitor with --qmp, its inspection socket with --inspect, or a CR3 with --cr3"),
         (&["--qmp", &qmp, "--cpu", "7"], "has no processor 7"),
         (&["--qmp", "/nowhere"], "there is no QMP socket"),
     ] {

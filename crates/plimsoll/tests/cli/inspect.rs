@@ -89,6 +89,8 @@ fn the_tools_look_through_both_stages_of_a_machine_under_a_daemon() {
     let audit = verb(&["audit", "--inspect", &socket, "--json"]);
     let audit = lines(audit.expect_code(0)).remove(0);
     assert_eq!(audit["machines"][0]["name"], "lonely", "{audit}");
+    let twice = verb(&["audit", "--inspect", &socket, "--inspect", &socket]);
+    assert!(twice.expect_code(2).stderr.contains("lonely is named twice"), "{}", twice.stderr);
 
     dumps(&directory, &socket, &process);
     // It went on, and all that was brought for the tools is what it had written.

@@ -20,6 +20,11 @@ use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long an earlier manager may take to let go of all its stores once it is dead to everybody else. No guest is served until
+/// then, however many stores there are.
+const ENDING_MAX: Duration = Duration::from_secs(10);
 
 /// A record that is in use: its place, its state, what it says.
 type Entry = (usize, u64, Record);
@@ -60,6 +65,7 @@ impl Estate {
     /// Puts together what an earlier manager left. Machines that were offered are welcomed once more. What belongs to nothing
     /// is let go.
     pub(in crate::uffd) fn inherit(&self) -> Inheritance {
+        let until = Instant::now() + ENDING_MAX;
         let mut inheritance = Inheritance::default();
         let mut shards: BTreeMap<u32, Vec<Entry>> = BTreeMap::new();
         let mut domains: BTreeMap<u32, Vec<Record>> = BTreeMap::new();
@@ -93,7 +99,9 @@ impl Estate {
             inheritance.tier = Some(Err(EstateError::Damaged { what }));
         }
         for (domain, records) in domains {
-            match self.domain(DomainId(domain), &records) {
+            // One process lets go of them all: what it took for one is gone from what it may take for the next.
+            let patience = until.saturating_duration_since(Instant::now());
+            match self.domain(DomainId(domain), &records, patience) {
                 Ok(domain) => inheritance.domains.push(domain),
                 Err(error) => inheritance.lost.push((MachineId(0), error)),
             }
@@ -147,13 +155,15 @@ impl Estate {
         &self,
         id: DomainId,
         records: &[Record],
+        patience: Duration,
     ) -> Result<(DomainId, GroupId, MemfdSlabs), EstateError> {
         let [record] = records else {
             return Err(EstateError::Damaged {
                 what: format!("the register has {} stores of {id}", records.len()),
             });
         };
-        let slabs = MemfdSlabs::inherit(self.claim(record.slots[0])?, ByteCount(record.amount))?;
+        let file = self.claim(record.slots[0])?;
+        let slabs = MemfdSlabs::inherit(file, ByteCount(record.amount), patience)?;
         Ok((id, GroupId(record.group), slabs))
     }
 

@@ -7,9 +7,6 @@ use super::super::said;
 use plimsoll_attach::qmp::{Limits, Qmp, QmpError};
 use plimsoll_linux::explain;
 use plimsoll_sys::pidfd::Pidfd;
-use signal_hook::consts::{SIGTSTP, SIGTTIN, SIGTTOU};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// The longest wait for one answer of a machine that is being stopped, or is: its disks may be behind a network that is away.
@@ -26,14 +23,12 @@ pub(super) struct Monitor<'a> {
     vmm: &'a Pidfd,
     patience: Duration,
     stopped: Option<Instant>,
-    /// Whether a terminal may suspend this process.
-    may_rest: Arc<AtomicBool>,
 }
 
 impl<'a> Monitor<'a> {
     /// The monitor of the machine that runs in that process.
     pub(super) fn new(qmp: Qmp, vmm: &'a Pidfd) -> Self {
-        Self { qmp, vmm, patience: PATIENCE, stopped: None, may_rest: Arc::new(AtomicBool::new(true)) }
+        Self { qmp, vmm, patience: PATIENCE, stopped: None }
     }
 
     /// Stops a machine that runs. One that is paused is left so.
@@ -48,11 +43,6 @@ impl<'a> Monitor<'a> {
                 ));
             }
         }
-        for signal in [SIGTSTP, SIGTTIN, SIGTTOU] {
-            signal_hook::flag::register_conditional_default(signal, Arc::clone(&self.may_rest))
-                .map_err(said)?;
-        }
-        self.may_rest.store(false, Ordering::Relaxed);
         self.qmp.wait_for_replies(self.patience);
         // From here on it is let go on, whatever becomes of the command.
         self.stopped = Some(Instant::now());
@@ -78,7 +68,6 @@ impl<'a> Monitor<'a> {
             });
         }
         self.stopped = None;
-        self.may_rest.store(true, Ordering::Relaxed);
         if !state.running {
             eprintln!(
                 "plimsoll dump: the machine is {}, which `cont` is not for: it is left so",

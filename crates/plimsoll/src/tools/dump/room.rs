@@ -41,6 +41,8 @@ impl Cost {
             Some(RamBacking::PrivateAnonymous) => {
                 Self { copy: taken.present + taken.swapped, fill: taken.swapped, either: ByteCount(0) }
             }
+            // What its pager brings back finds room in the pager's budget; the page map does not show it, so all may be copied.
+            Some(RamBacking::Paged) => Self { copy: all, fill: taken.swapped, either: ByteCount(0) },
             // The kernel gives up what it read of a file, and huge pages are set aside.
             Some(
                 RamBacking::SharedFile { .. } | RamBacking::PrivateFile { .. } | RamBacking::HugeTlb { .. },
@@ -104,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_in_swap_is_paid_for_twice_and_shared_memory_as_a_whole() {
+    fn what_is_in_swap_is_paid_for_twice_and_shared_or_paged_memory_as_a_whole() {
         let gib = |count: u64| ByteCount(count << 30);
         let taken = Census { present: gib(2), huge: gib(1), zero: gib(1), swapped: gib(3), absent: gib(10) };
         let private = Cost::of(Some(&RamBacking::PrivateAnonymous), &taken);
@@ -114,6 +116,12 @@ mod tests {
         assert_eq!((shared.copy, shared.fill), (gib(16), gib(14)));
         // All of the rest is never touched, a part of it in swap, or any of it.
         assert_eq!([0, 4, 40].map(|swap| shared.both(gib(swap))), [gib(16), gib(20), gib(30)]);
+        // What is with a pager is copied and takes no room; what the host has put into swap does.
+        let paged = Cost::of(Some(&RamBacking::Paged), &shown);
+        assert_eq!((paged.copy, paged.fill, paged.either), (gib(16), gib(0), gib(0)));
+        assert_eq!([0, 40].map(|swap| paged.both(gib(swap))), [gib(16), gib(16)]);
+        let paged = Cost::of(Some(&RamBacking::Paged), &taken);
+        assert_eq!((paged.copy, paged.fill, paged.both(gib(3))), (gib(16), gib(3), gib(19)));
         let file = Cost::of(Some(&RamBacking::SharedFile { path: String::new() }), &shown);
         assert_eq!((file.copy, file.fill, file.both(gib(4))), (gib(16), gib(0), gib(16)));
     }
