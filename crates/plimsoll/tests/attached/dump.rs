@@ -95,7 +95,8 @@ for segment in core.iter_segments():
         print(*(f"{word:#018x}" for word in struct.unpack("<2Q", segment.data()[at:at + 16])))
 "#;
     let gva = gva.to_string();
-    let mut python = std::process::Command::new("python3");
+    // Debian's, which has Debian's packages; there may be another before it.
+    let mut python = std::process::Command::new("/usr/bin/python3");
     let output = python.args(["-c", PROGRAM, file.to_str().unwrap(), &gva]).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
