@@ -310,40 +310,34 @@ impl Supervisor {
         self.hold = Hold::No;
     }
 
-    /// Gets vCPUs out of the guest and says when none is left; and lets them go on once the inspector is gone or had its time, the machine
-    /// is to stop, or its manager is lost: then the inspector may wait for a page that nobody brings.
+    /// The machine goes on, and the inspector hears why.
+    fn end_hold(&mut self, message: String) {
+        if self.hold != Hold::No {
+            self.release();
+            self.inspection.send(&Event::Error { message });
+        }
+    }
+
+    /// Gets vCPUs out of the guest and says when none is left; and lets them go on once the inspector had its time, or the manager is lost:
+    /// then the inspector may wait for a page that nobody brings.
     fn push_hold(&mut self) {
-        let (since, most) = match self.hold {
-            Hold::No => return,
-            Hold::Begun(since) => (since, ANSWER_GRACE),
-            Hold::Done(since) => (since, HOLD_MAX),
-        };
-        let ended = match self.hold {
-            _ if !self.inspection.is_open() => Some("nobody is left who holds the machine".to_owned()),
-            _ if self.stop != Stop::No => Some("the machine is to stop: it goes on".to_owned()),
+        match self.hold {
+            Hold::No => {}
             _ if self.manager == ManagerEnd::Lost => {
-                Some("the machine's manager is gone: it goes on".to_owned())
+                self.end_hold("the machine's manager is gone: it goes on".to_owned());
             }
             Hold::Begun(_) if self.machine.stands_still() => {
                 self.hold = Hold::Done(Instant::now());
                 self.inspection.send(&Event::Held);
-                return;
             }
-            Hold::Begun(_) if since.elapsed() >= most => {
-                Some(format!("the vCPUs did not leave KVM within {} s", most.as_secs()))
+            Hold::Begun(since) if since.elapsed() >= ANSWER_GRACE => {
+                self.end_hold(format!("the vCPUs did not leave KVM within {} s", ANSWER_GRACE.as_secs()));
             }
-            Hold::Begun(_) => {
-                self.vcpus.iter().for_each(kick);
-                None
+            Hold::Begun(_) => self.vcpus.iter().for_each(kick),
+            Hold::Done(since) if since.elapsed() >= HOLD_MAX => {
+                self.end_hold(format!("the machine stood still for {} s: it goes on", HOLD_MAX.as_secs()));
             }
-            _ if since.elapsed() >= most => {
-                Some(format!("the machine stood still for {} s: it goes on", most.as_secs()))
-            }
-            _ => None,
-        };
-        if let Some(message) = ended {
-            self.release();
-            self.inspection.send(&Event::Error { message });
+            Hold::Done(_) => {}
         }
     }
 
@@ -437,10 +431,7 @@ impl Supervisor {
 
     fn ask_to_stop(&mut self, mode: StopMode) -> Result<(), VmmError> {
         self.machine.stop(mode.word())?;
-        if self.hold != Hold::No {
-            self.release();
-            self.inspection.send(&Event::Error { message: "the machine is to stop: it goes on".to_owned() });
-        }
+        self.end_hold("the machine is to stop: it goes on".to_owned());
         if mode == StopMode::Now && self.stop == Stop::No {
             self.stop = Stop::Asked(Instant::now());
         }

@@ -2,7 +2,7 @@
 //!
 //! A host writes these itself; but a table that it gave back too early is a guest's page.
 use super::Everywhere;
-use super::walks::{bits, chain, twice};
+use super::walks::{ON_OFF, bits, chain, twice};
 use plimsoll_mmu::format::{amdvi as amdvis, arm as arms, ept as epts, vtd as vtds, x86 as x86s};
 use plimsoll_mmu::mapper::{MapError, Mapper};
 use plimsoll_mmu::nested::{self, GuestMemory, Purpose, SecondStage};
@@ -13,7 +13,6 @@ use plimsoll_mmu::{
 use plimsoll_mmu::{amdvi, arm, ept, smmu, vtd, x86};
 use std::convert::Infallible;
 
-const ON_OFF: [Feature; 2] = [Feature::Off, Feature::On];
 /// The most pages a range is gone through.
 const PAGES: u64 = 96;
 

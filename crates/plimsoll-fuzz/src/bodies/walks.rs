@@ -7,6 +7,7 @@ use std::fmt::Debug;
 
 /// Words that say what is walked, before those of memory: where to, from where, and how.
 const HEAD: usize = 3;
+pub(super) const ON_OFF: [Feature; 2] = [Feature::Off, Feature::On];
 
 /// Reads three words and memory.
 pub(crate) fn read(bytes: &[u8]) -> bool {
@@ -75,8 +76,8 @@ fn arm_walk<F: Format<Caps = arms::Caps>>(
     let registers = arm::Registers {
         root: Output(root & ((1 << 48) - 1)),
         control: arm::Control::from_bits_truncate(u8::try_from(how >> 8 & 0xff).unwrap()),
-        access_flag: [Feature::Off, Feature::On][bits(how, 17, 2)],
-        hierarchy_off: [Feature::Off, Feature::On][bits(how, 18, 2)],
+        access_flag: ON_OFF[bits(how, 17, 2)],
+        hierarchy_off: ON_OFF[bits(how, 18, 2)],
         caps: arms::Caps::FULL,
     };
     let mode = [arm::Mode::User, arm::Mode::Privileged][bits(how, 19, 2)];
@@ -95,7 +96,7 @@ fn riscv_walk<F: Format<Caps = riscvs::Caps>>(
     let registers = riscv::Registers {
         root: Output((root & ((1 << 56) - 1)) >> 12 << 12),
         control: riscv::Control::from_bits_truncate(u8::try_from(how >> 8 & 0xff).unwrap()),
-        updates: [Feature::Off, Feature::On][bits(how, 17, 2)],
+        updates: ON_OFF[bits(how, 17, 2)],
         caps: riscvs::Caps::FULL,
     };
     let operations = [Operation::Load, Operation::Store, Operation::Fetch, Operation::LoadExecutable];

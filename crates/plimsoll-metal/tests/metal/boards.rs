@@ -1,4 +1,5 @@
 //! What QEMU's boards of other architectures say of their memory, in the device trees that they give to firmware.
+use crate::common::is_here;
 use plimsoll_core::frames::devicetree::claims;
 use plimsoll_core::frames::firmware::{HostMap, Use};
 use plimsoll_types::ByteCount;
@@ -20,26 +21,11 @@ const NODES: [&str; 10] = [
     "node,memdev=other",
 ];
 
-/// The program, or that it is not here, which is at fault where it must be.
-fn is_here(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let is_here = std::env::split_paths(&path).any(|folder| folder.join(program).exists());
-    let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-    assert!(
-        is_here || !required.split(',').any(|name| name == "models"),
-        "{program} is required and not here"
-    );
-    if !is_here {
-        println!("SKIPPED: no {program}");
-    }
-    is_here
-}
-
 #[test]
 fn boards_of_other_architectures_have_the_memory_they_were_given() {
     let folder = tempfile::tempdir().unwrap();
     for (program, start) in [("qemu-system-aarch64", GIB), ("qemu-system-riscv64", 2 * GIB)] {
-        if !is_here(program) {
+        if !is_here(program, "models") {
             return;
         }
         for (memory, pieces) in [(&WHOLE[..], 1), (&NODES, 2)] {

@@ -9,14 +9,20 @@ use std::time::Duration;
 /// How long a hypervisor may be silent. It boots in a second; other tests may run beside it.
 const PATIENCE: Duration = Duration::from_secs(240);
 
-/// Whether there is a QEMU here. Says so if not, and insists where it must be.
+/// Whether there is a QEMU here.
 pub(crate) fn can() -> bool {
+    is_here("qemu-system-x86_64", "qemu")
+}
+
+/// Whether there is such a program here. Says so if not, and insists where a capability that it belongs to must be.
+pub(crate) fn is_here(program: &str, capability: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let is_here = std::env::split_paths(&path).any(|folder| folder.join("qemu-system-x86_64").exists());
+    let is_here = std::env::split_paths(&path).any(|folder| folder.join(program).exists());
     let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-    assert!(is_here || !required.split(',').any(|name| name == "qemu"), "qemu is required and not here");
+    let is_required = required.split(',').any(|name| name == capability);
+    assert!(is_here || !is_required, "{capability} is required and {program} is not here");
     if !is_here {
-        println!("SKIPPED: no qemu-system-x86_64");
+        println!("SKIPPED: no {program}");
     }
     is_here
 }

@@ -154,17 +154,16 @@ fn add(
 
 fn open(identity: Identity, domain: usize, born: Option<&Born>) -> Result<Machine, String> {
     let (held, pagemap, mut dossier) = hold(identity, &Request::default())?;
-    match (dossier.vmm, born) {
-        (Vmm::Plimsoll, Some(born)) => {
+    match born {
+        Some(born) => {
             born.describe(&mut dossier, &pagemap)?;
         }
-        (Vmm::Plimsoll, None) => {
+        None if dossier.vmm == Vmm::Plimsoll => {
             return Err(
                 "only it knows where its memory is: give its inspection socket with --inspect".to_owned()
             );
         }
-        (_, Some(_)) => return Err(format!("{} was not born under plimsoll", dossier.name)),
-        (_, None) => {}
+        None => {}
     }
     let ranges = dossier.ram.iter().map(|range| range.hva).collect();
     let is_file = |range: &&RamRange| {

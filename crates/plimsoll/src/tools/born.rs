@@ -5,6 +5,7 @@
 //! pager: reading it has it brought back. What must never happen: another process read than the one that listens.
 use super::said;
 use plimsoll_attach::qmp::{Registers, Segment};
+use plimsoll_attach::vmm::Vmm;
 use plimsoll_attach::{Dossier, RamBacking, RamRange};
 use plimsoll_inspect::Census;
 use plimsoll_sys::HvaRange;
@@ -56,12 +57,15 @@ impl Born {
         machine == self.name || machine == self.process.to_string()
     }
 
-    /// Fills in what nobody else knows of it. Says where its RAM is in the guest.
+    /// Fills in what nobody else knows of it, if that is a machine of ours. Says where its RAM is in the guest.
     pub(super) fn describe(
         &self,
         dossier: &mut Dossier,
         pagemap: &Pagemap,
     ) -> Result<Vec<(Gpa, HvaRange)>, String> {
+        if dossier.vmm != Vmm::Plimsoll {
+            return Err(format!("{} was not born under plimsoll", dossier.name));
+        }
         let mut pieces = Vec::new();
         for ram in &self.ram {
             let hva = HvaRange::new(Hva(ram.hva), ByteCount(ram.bytes))

@@ -6,7 +6,6 @@ use super::born::Born;
 use super::{hex, parse_address, said};
 use plimsoll_attach::physical::{Placed, ask, by_rule};
 use plimsoll_attach::qmp::{Limits, Qmp, Registers};
-use plimsoll_attach::vmm::Vmm;
 use plimsoll_attach::{Dossier, Hazard, Held, Identity, Request, find, inspect, parse_range};
 use plimsoll_inspect::{GuestRam, Levels, Outside, Paging, Piece};
 use plimsoll_sys::HvaRange;
@@ -146,9 +145,6 @@ impl Machine {
     pub(super) fn born(born: Born) -> Result<Self, String> {
         let found = find(&born.process.to_string()).map_err(said)?.identity;
         let (held, pagemap, mut dossier) = hold(found, &Request::default())?;
-        if dossier.vmm != Vmm::Plimsoll {
-            return Err(format!("{} was not born under plimsoll", dossier.name));
-        }
         let pieces = born.describe(&mut dossier, &pagemap)?;
         let place = |(gpa, hva)| Placed { gpa, hva, block: "ram".to_owned() };
         let placed = pieces.into_iter().map(place).collect();
