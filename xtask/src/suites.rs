@@ -6,7 +6,8 @@
 //!
 //! All chosen packages are built by one cargo call and their test programs are run from here, so that no package is built twice
 //! with different features. Programs that mostly wait for emulated guests run beside those that need nothing but
-//! processors; then each of the others runs alone, so that no two compete for the machine's memory, swap and time.
+//! processors, and of the host nothing that others change; then each of the others runs alone, so that no two compete for the machine's
+//! memory, swap and time.
 use crate::cargo::{self, Metadata, Package, Target};
 use crate::dist::trial;
 use crate::machine;
@@ -57,6 +58,16 @@ const LEVELS: [(&str, u8); 21] = [
 ];
 /// Test programs that mostly wait: for guests to boot and for managers to decide.
 const WAITING: [&str; 2] = ["plimsoll tests/attached", "plimsoll-stock tests/stock"];
+/// Packages and programs whose tests need the kernel's interfaces, and nothing that others change: neither swap nor KSM, and no clock.
+const APART: [&str; 7] = [
+    "plimsoll-inspect",
+    "plimsoll-linux tests/disk",
+    "plimsoll-linux tests/pager_model",
+    "plimsoll-attach",
+    "plimsoll tests/soak",
+    "plimsoll-bench",
+    "plimsoll-fuzz",
+];
 /// A test program that takes longer than this, the soak's time apart, hangs. The longest takes minutes, and several times as long where
 /// this machine is busy with something else.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
@@ -79,6 +90,13 @@ struct Suite {
     name: String,
     program: PathBuf,
     folder: PathBuf,
+}
+
+impl Suite {
+    fn is_apart(&self) -> bool {
+        let package = self.name.split(' ').next().unwrap_or_default();
+        APART.iter().any(|apart| [package, &self.name].contains(apart))
+    }
 }
 
 /// A line of cargo's JSON messages; only those about programs are of interest.
@@ -118,7 +136,7 @@ pub(crate) fn run(choice: &Choice) -> Result<()> {
     let (waiting, working): (Vec<_>, Vec<_>) =
         suites.iter().partition(|suite| WAITING.contains(&suite.name.as_str()));
     let (beside, alone): (Vec<_>, Vec<_>) =
-        working.into_iter().partition(|suite| [PURE, MODELS].contains(&suite.level));
+        working.into_iter().partition(|suite| [PURE, MODELS].contains(&suite.level) || suite.is_apart());
     thread::scope(|scope| {
         let waiting = scope.spawn(|| runner.suites(&waiting));
         let beside = runner.suites(&beside);

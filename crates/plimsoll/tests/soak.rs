@@ -1,7 +1,15 @@
 //! `plimsoll soak`: a fixed seed, a fresh one, and what it refuses.
 //!
 //! `PLIMSOLL_SOAK_SECONDS` says how long the fresh seed may go on; without it, 20 seconds.
-use super::run::{Run, alone, can, wait_until};
+//!
+//! A test program of its own, beside which others run: it takes minutes and needs nothing of the host that they change.
+#![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
+
+#[path = "cli/run.rs"]
+#[expect(dead_code, reason = "these tests use a part of it")]
+mod run;
+
+use run::{Run, alone, can, wait_until};
 use rustix::process::Signal;
 
 /// Long enough for a crash a second and every kind of trouble.
@@ -37,7 +45,7 @@ fn soak(seed: Option<u64>, seconds: u64, accel: &str) {
     }
     assert!(number("packed") > 100 && number("moved") > 100, "{report}");
     ended.remove("soak.json");
-    ended.expect_nothing_left();
+    ended.expect_nothing_of_its_own_left();
 }
 
 #[test]
@@ -78,7 +86,7 @@ fn a_soak_ends_although_a_reader_waits_for_a_page_of_a_guest_that_is_gone() {
         running.signal_group(Signal::TERM);
         let ended = running.wait();
         ended.expect_code(1);
-        ended.expect_nothing_left();
+        ended.expect_nothing_of_its_own_left();
     }
 }
 
@@ -99,7 +107,7 @@ fn guests_outlive_a_daemon_whose_manager_is_killed_and_everything_is_accounted_f
     assert!(number("verified_pages") > 1000, "{report}");
     assert_eq!(number("keeper_descriptors_before"), number("keeper_descriptors_after"));
     ended.remove("chaos.json");
-    ended.expect_nothing_left();
+    ended.expect_nothing_of_its_own_left();
 }
 
 #[test]
@@ -117,6 +125,6 @@ fn a_soak_that_cannot_run_is_refused_in_one_sentence_and_nothing_is_left() {
         ended.expect_code(2);
         assert_eq!(ended.stderr.trim().lines().count(), 1, "{}", ended.stderr);
         assert!(ended.stderr.contains(option), "{}", ended.stderr);
-        ended.expect_nothing_left();
+        ended.expect_nothing_of_its_own_left();
     }
 }
