@@ -206,12 +206,14 @@ impl Pagemap {
     fn read_raw(&self, range: HvaRange, mut report: impl FnMut(u64)) -> Result<(), PagemapError> {
         check_aligned(range)?;
         let page = PAGE_SIZE as u64;
-        let mut raw = vec![0u64; ENTRIES_PER_READ];
         let mut next = range.start().0 / page;
         let end = range.end().0 / page;
+        let at_once = |next: u64| {
+            usize::try_from(end - next).map_or(ENTRIES_PER_READ, |left| left.min(ENTRIES_PER_READ))
+        };
+        let mut raw = vec![0u64; at_once(next)];
         while next < end {
-            let wanted =
-                usize::try_from(end - next).map_or(ENTRIES_PER_READ, |left| left.min(ENTRIES_PER_READ));
+            let wanted = at_once(next);
             let Some(batch) = raw.get_mut(..wanted) else { break };
             // A process that has ended reads as an empty file.
             let bytes = self

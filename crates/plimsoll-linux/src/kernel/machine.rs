@@ -1,7 +1,9 @@
 //! One machine managed from outside.
 use super::KernelError;
+use super::idle::{IdleFlags, IdleSamples};
 use super::layout::Layout;
 use super::signs::{PressureScope, Watch};
+use super::take::Begun;
 use super::view::View;
 use crate::cgroup::foreign::ProcessCgroup;
 use crate::reclaimer::{Collapsed, Reclaimed, Reclaimer, Short, Usage};
@@ -11,6 +13,7 @@ use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process_memory::may_advise;
 use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount, PageIndex};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How often a machine is looked at that does something.
@@ -52,6 +55,8 @@ pub struct Tick {
     pub verdict: Verdict,
     /// Pages taken as samples for the next period.
     pub sampled: PageCount,
+    /// Pages whose idle flags are watched for the next period instead: where the kernel has them, for pages that are not huge.
+    pub marked: PageCount,
     /// Why no samples were taken although some were in RAM. The estimate then stays what it was.
     pub short: Option<Short>,
 }
@@ -131,6 +136,8 @@ pub struct KernelMachine {
     due: Instant,
     /// Pages drawn for the period.
     drawn: Vec<PageIndex>,
+    /// Those of them that are watched by the kernel's idle flags, where it has them.
+    pub(super) idle: Option<IdleSamples>,
     /// Whether memory was wanted since the last tick.
     is_pressed: bool,
     /// The next block to look at for pages that came back, and for collapsing.
@@ -169,6 +176,7 @@ impl KernelMachine {
             ticked: now,
             due: now,
             drawn: Vec::new(),
+            idle: IdleFlags::open().ok().map(IdleSamples::new),
             is_pressed: false,
             returning: 0,
             collapsing: 0,
@@ -178,6 +186,17 @@ impl KernelMachine {
         // The page map was opened by number: as long as the process of the descriptor lives, the number is its own.
         machine.check_alive()?;
         Ok(machine)
+    }
+
+    /// The same machine, whose samples are taken even where idle flags would show their use: to compare the two.
+    #[must_use]
+    pub fn without_idle_flags(self) -> Self {
+        Self { idle: None, ..self }
+    }
+
+    /// Whether the kernel's idle flags show the use of samples, which then need not be taken.
+    pub const fn has_idle_flags(&self) -> bool {
+        self.idle.is_some()
     }
 
     /// True once the process has ended or executed another program. Ticks and requests then fail with
@@ -248,6 +267,7 @@ impl KernelMachine {
         self.view.set_layout(new);
         // Samples are drawn anew; these pages would be looked for where others are now.
         self.drawn.clear();
+        self.idle.iter_mut().for_each(IdleSamples::forget);
         Ok(())
     }
 
@@ -270,25 +290,43 @@ impl KernelMachine {
         let came_back = self.watch.came_back()?;
         self.leave_out_what_was_read_back(came_back)?;
         let count = draws(self.known.block_count(), self.known.estimate());
+        let judged = self.judge_marked();
+        let stayed_used = judged.values().filter(|is_used| **is_used).count() as u64;
         let (view, ahead) = (&mut self.view, sampling_ahead(&self.known));
-        let samples = self.known.end_period(count, |page| {
-            Ok::<_, KernelError>(view.look(page.block(), ahead)?.present.contains(page))
+        let samples = self.known.end_period(count, |page| match judged.get(&page) {
+            Some(is_used) => Ok::<_, KernelError>(*is_used),
+            None => Ok(view.look(page.block(), ahead)?.present.contains(page)),
         })?;
         let length = now.saturating_duration_since(std::mem::replace(&mut self.ticked, now));
-        let refaults = came_back.saturating_sub(PageCount(u64::from(samples.used)));
+        // Samples that stayed in RAM came back from nowhere.
+        let refaults =
+            came_back.saturating_sub(PageCount(u64::from(samples.used).saturating_sub(stayed_used)));
         let signs = self.watch.signs(length, refaults);
         let verdict = self.pace.judge(signs);
         if signs.refaults.0 > 0 {
             self.look_for_returned()?;
         }
-        let (sampled, short) = self.take_samples(&samples.drawn, ahead)?;
+        let Begun { taken: sampled, marked, short } = self.begin_samples(&samples.drawn, ahead)?;
         self.totals.sampled += sampled;
         self.totals.refaults += signs.refaults;
         let Samples { judged, used, drawn } = samples;
         self.drawn = drawn;
         let is_idle = used * IDLE_SHARE <= judged && signs.refaults.0 <= IDLE_REFAULTS;
         self.set_rhythm(is_idle, now);
-        Ok(Tick { judged, used, refaults: signs.refaults, verdict, sampled, short })
+        Ok(Tick { judged, used, refaults: signs.refaults, verdict, sampled, marked, short })
+    }
+
+    /// What the idle flags say of the samples that were marked.
+    fn judge_marked(&mut self) -> BTreeMap<PageIndex, bool> {
+        match self.idle.as_mut().map(|idle| idle.judge(&self.view)) {
+            Some(Ok(judged)) => judged,
+            Some(Err(_)) => {
+                self.idle = None;
+                self.drawn.iter().for_each(|page| self.known.stayed(*page));
+                BTreeMap::new()
+            }
+            None => BTreeMap::new(),
+        }
     }
 
     /// Somebody who takes swap away has the kernel read back all that is in it: samples are in RAM then that the machine did
@@ -396,7 +434,11 @@ impl Reclaimer for KernelMachine {
 
 #[cfg(test)]
 mod tests {
+    use super::super::idle::tests::MadeUp;
     use super::*;
+    use plimsoll_sys::ProcessId;
+    use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
+    use plimsoll_types::ByteCount;
 
     #[test]
     fn a_machine_is_sampled_the_less_the_more_of_it_is_used_and_a_small_one_little() {
@@ -407,5 +449,32 @@ mod tests {
         }
         assert_eq!(draws(128, None), 160);
         assert_eq!((drawn(8, 1), drawn(4, 1), drawn(1, 512)), (128, 64, 64));
+    }
+
+    #[test]
+    fn samples_that_idle_flags_watch_stay_in_ram_and_are_used_where_their_flag_is_gone() {
+        let memory = AnonymousMapping::new(ByteCount::mib(4), HugePages::Never).unwrap();
+        memory.populate_write(memory.range()).unwrap();
+        let files = MadeUp::new("machine");
+        let process = Pidfd::open(ProcessId::own()).unwrap();
+        let mut machine = KernelMachine::attach(process, vec![memory.range()], 1, Instant::now()).unwrap();
+        machine.idle = Some(IdleSamples::new(files.open().unwrap()));
+        let begun = machine.tick(Instant::now()).unwrap();
+        if machine.idle.is_none() {
+            return println!("SKIPPED: the page map hides frame numbers: run with CAP_SYS_ADMIN");
+        }
+        assert!(begun.marked.0 >= u64::from(SAMPLES_MIN) / 2, "{begun:?}");
+        assert_eq!((begun.sampled, begun.short), (PageCount(0), None));
+        let idle = machine.tick(Instant::now()).unwrap();
+        assert_eq!((u64::from(idle.judged), idle.used), (begun.marked.0, 0), "all flags stand");
+        let pages =
+            (0..memory.range().len().pages_floor().0).map(|page| PageIndex(u32::try_from(page).unwrap()));
+        for frame in pages.filter_map(|page| machine.view.frame(page).unwrap()) {
+            files.use_frame(frame);
+        }
+        let used = machine.tick(Instant::now()).unwrap();
+        assert_eq!((u64::from(used.used), used.refaults), (idle.marked.0, PageCount(0)), "{used:?}");
+        assert_eq!(machine.working_set(), Some(memory.range().len().pages_floor()));
+        assert_eq!(machine.usage().unwrap().resident, memory.range().len().pages_floor(), "none has left");
     }
 }

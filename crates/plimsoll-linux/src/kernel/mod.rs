@@ -37,6 +37,7 @@ mod collapse;
 mod counter;
 mod error;
 mod gate;
+mod idle;
 mod layout;
 mod machine;
 mod signs;

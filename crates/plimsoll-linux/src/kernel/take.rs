@@ -25,6 +25,14 @@ struct Asked {
     refusal: Option<Refusal>,
 }
 
+/// How the samples of a period began.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Begun {
+    pub(super) taken: PageCount,
+    pub(super) marked: PageCount,
+    pub(super) short: Option<Short>,
+}
+
 impl KernelMachine {
     /// Takes pages the machine uses least.
     pub(super) fn take(&mut self, want: PageCount, now: Instant) -> Result<Reclaimed, KernelError> {
@@ -105,28 +113,39 @@ impl KernelMachine {
         Ok((PageCount(taken), None))
     }
 
-    /// Pages drawn as samples that are in RAM are taken. One that does not leave, or is back at once, counts as used at the
-    /// end of the period; where no page may be taken at all, samples tell nothing.
-    pub(super) fn take_samples(
-        &mut self,
-        drawn: &[PageIndex],
-        ahead: u32,
-    ) -> Result<(PageCount, Option<Short>), KernelError> {
-        let mut runs = Vec::new();
+    /// Pages drawn as samples that are in RAM are marked idle where that shows their use, and otherwise taken. One that does
+    /// not leave, or is back at once, counts as used at the end of the period; where no page may be taken at all, those that
+    /// are not marked tell nothing.
+    pub(super) fn begin_samples(&mut self, drawn: &[PageIndex], ahead: u32) -> Result<Begun, KernelError> {
+        let mut present = Vec::new();
         for page in drawn {
             if self.view.look(page.block(), ahead)?.present.contains(*page) {
-                runs.push(Run { first: *page, pages: 1 });
+                present.push(*page);
             }
         }
-        if runs.is_empty() {
-            return Ok((PageCount(0), None));
+        let marked = match self.idle.as_mut().map(|idle| idle.mark(&self.view, &present)) {
+            Some(Ok(marked)) => {
+                present.retain(|page| !marked.contains(page));
+                PageCount(marked.len() as u64)
+            }
+            // Flags that cannot be had are one way less.
+            Some(Err(_)) => {
+                self.idle = None;
+                PageCount(0)
+            }
+            None => PageCount(0),
+        };
+        let begun = Begun { marked, ..Begun::default() };
+        if present.is_empty() {
+            return Ok(begun);
         }
         if let Some(short) = self.gate()? {
-            runs.iter().for_each(|run| self.known.stayed(run.first));
-            return Ok((PageCount(0), Some(short)));
+            present.iter().for_each(|page| self.known.stayed(*page));
+            return Ok(Begun { short: Some(short), ..begun });
         }
+        let runs: Vec<Run> = present.iter().map(|page| Run { first: *page, pages: 1 }).collect();
         let asked = self.page_out(&runs, ahead)?;
-        Ok((PageCount(u64::from(asked.left)), None))
+        Ok(Begun { taken: PageCount(u64::from(asked.left)), ..begun })
     }
 
     /// Asks for runs of which those of one block stand together, and looks which of their pages left.

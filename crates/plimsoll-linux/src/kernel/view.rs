@@ -1,9 +1,11 @@
 //! Where a machine's pages are, read from its page map when somebody asks, and remembered only while one step lasts.
 use super::KernelError;
 use super::layout::Layout;
+use super::source::SourceError;
 use plimsoll_core::outside::{PageSet, Presence};
+use plimsoll_core::replacement::Run;
 use plimsoll_sys::pagemap::{Categories, Filter, Pagemap};
-use plimsoll_types::{BLOCK_PAGES, BlockIndex, PAGE_SIZE};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, PAGE_SIZE, PageIndex, Pfn};
 use std::collections::BTreeMap;
 
 const WHEREABOUTS: Filter = Filter {
@@ -60,6 +62,13 @@ impl View {
         let found = window.first().copied().unwrap_or_default();
         self.seen.extend((block.0..).map(BlockIndex).zip(window));
         Ok(found)
+    }
+
+    /// The frame a page is in now, `None` when it is not in RAM.
+    pub(super) fn frame(&self, page: PageIndex) -> Result<Option<Pfn>, SourceError> {
+        let Some(range) = self.layout.addresses(Run { first: page, pages: 1 }) else { return Ok(None) };
+        let frames = self.pagemap.frames(range).map_err(SourceError::Frames)?;
+        Ok(frames.first().copied().flatten())
     }
 
     /// True when the whole block is a huge page.

@@ -21,9 +21,15 @@ pub(crate) fn compare() -> Outcome {
         let mut guest = Started::new("private", 64);
         guest.ask(&format!("sweep {HOT} scattered 50"));
         let layout = Layout::new(vec![guest.ram]).unwrap();
-        let mut sources: Vec<(Box<dyn Source>, u64)> = vec![(Box::new(attach(&mut guest)), 20)];
+        let taking = attach(&mut guest).without_idle_flags();
+        let mut sources: Vec<(Box<dyn Source>, u64)> = vec![(Box::new(taking), 20)];
         match IdleBitmap::open(guest.id(), &layout) {
-            Ok(idle) => sources.push((Box::new(idle), 35)),
+            Ok(idle) => {
+                let watching = attach(&mut guest);
+                assert!(watching.has_idle_flags());
+                sources.push((Box::new(watching), 20));
+                sources.push((Box::new(idle), 35));
+            }
             Err(error @ SourceError::NotTracked) => {
                 println!("the source of idle flags is not compared: {error}")
             }

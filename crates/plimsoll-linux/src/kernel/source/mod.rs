@@ -22,20 +22,16 @@ mod damon;
 
 pub use damon::Damon;
 
+use super::idle::IdleFlags;
 use super::layout::Layout;
 use super::{KernelError, KernelMachine};
 use plimsoll_sys::pagemap::{Pagemap, PagemapError};
 use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{PageCount, Pfn};
-use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::collections::BTreeSet;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
-
-/// The kernel's file of idle flags: one bit a frame, in words of 64 in the machine's byte order.
-pub const IDLE_BITMAP: &str = "/sys/kernel/mm/page_idle/bitmap";
 
 /// A source cannot be used, or failed.
 #[derive(Debug, thiserror::Error)]
@@ -100,7 +96,7 @@ pub trait Source {
 /// What one period's samples say, without the averages of [`working_set`](crate::reclaimer::Reclaimer::working_set).
 impl Source for KernelMachine {
     fn name(&self) -> &'static str {
-        "samples taken"
+        if self.has_idle_flags() { "samples watched" } else { "samples taken" }
     }
 
     fn begin(&mut self) -> Result<(), SourceError> {
@@ -115,14 +111,14 @@ impl Source for KernelMachine {
 }
 
 /// The kernel's idle flags of the frames a machine's pages are in. A page that is elsewhere when the period ends was not
-/// used at its end; one that came into RAM meanwhile was.
+/// used at its end; one that came into RAM meanwhile was. A huge page is used as a whole.
 #[derive(Debug)]
 pub struct IdleBitmap {
-    flags: File,
+    flags: IdleFlags,
     pagemap: Pagemap,
     ranges: Vec<HvaRange>,
-    /// Which frames were marked idle, as words of the file.
-    marked: BTreeMap<u64, u64>,
+    /// The folios marked idle.
+    marked: BTreeSet<Pfn>,
 }
 
 impl IdleBitmap {
@@ -131,32 +127,23 @@ impl IdleBitmap {
     /// # Errors
     /// [`SourceError::NotTracked`] where the kernel has none.
     pub fn open(process: ProcessId, layout: &Layout) -> Result<Self, SourceError> {
-        Self::open_at(IDLE_BITMAP.as_ref(), process, layout)
+        Self::with(IdleFlags::open()?, process, layout)
     }
 
-    fn open_at(path: &Path, process: ProcessId, layout: &Layout) -> Result<Self, SourceError> {
-        let flags =
-            OpenOptions::new().read(true).write(true).open(path).map_err(|source| match source.kind() {
-                io::ErrorKind::NotFound => SourceError::NotTracked,
-                _ => SourceError::Flags(source),
-            })?;
+    fn with(flags: IdleFlags, process: ProcessId, layout: &Layout) -> Result<Self, SourceError> {
         let pagemap = Pagemap::open(process).map_err(SourceError::Frames)?;
-        Ok(Self { flags, pagemap, ranges: layout.ranges().collect(), marked: BTreeMap::new() })
+        Ok(Self { flags, pagemap, ranges: layout.ranges().collect(), marked: BTreeSet::new() })
     }
 
-    /// The frames the machine is in now, as words of the file.
-    fn frames(&self) -> Result<BTreeMap<u64, u64>, SourceError> {
-        let mut words = BTreeMap::new();
+    /// The folios of the pages that are in RAM now, one for each page. Those of which there is no telling are left out.
+    fn folios(&self) -> Result<Vec<Pfn>, SourceError> {
+        let mut heads = Vec::new();
         for range in &self.ranges {
-            for Pfn(frame) in self.pagemap.frames(*range).map_err(SourceError::Frames)?.into_iter().flatten()
-            {
-                if frame == 0 {
-                    return Err(SourceError::FramesHidden);
-                }
-                *words.entry(frame / 64).or_default() |= 1 << (frame % 64);
-            }
+            let frames = self.pagemap.frames(*range).map_err(SourceError::Frames)?;
+            let frames: Vec<Pfn> = frames.into_iter().flatten().collect();
+            heads.extend(self.flags.folios(&frames)?.into_iter().flatten().map(|folio| folio.head));
         }
-        Ok(words)
+        Ok(heads)
     }
 }
 
@@ -166,55 +153,50 @@ impl Source for IdleBitmap {
     }
 
     fn begin(&mut self) -> Result<(), SourceError> {
-        self.marked = self.frames()?;
-        for (word, frames) in &self.marked {
-            // Bits that are 0 change nothing: frames of others are left alone.
-            self.flags.write_all_at(&frames.to_ne_bytes(), word * 8).map_err(SourceError::Flags)?;
-        }
-        Ok(())
+        self.marked = self.folios()?.into_iter().collect();
+        self.flags.mark(&self.marked)
     }
 
     fn end(&mut self) -> Result<Option<PageCount>, SourceError> {
-        let mut used = 0;
-        for (word, frames) in self.frames()? {
-            let mut flags = [0; 8];
-            self.flags.read_exact_at(&mut flags, word * 8).map_err(SourceError::Flags)?;
-            let idle = u64::from_ne_bytes(flags) & self.marked.get(&word).copied().unwrap_or(0);
-            used += u64::from((frames & !idle).count_ones());
-        }
-        Ok((!self.marked.is_empty()).then_some(PageCount(used)))
+        let standing = self.flags.standing(&self.marked)?;
+        let used = self.folios()?.iter().filter(|head| !standing.contains(head)).count();
+        Ok((!self.marked.is_empty()).then_some(PageCount(used as u64)))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::idle::tests::MadeUp;
     use super::*;
     use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
     use plimsoll_types::ByteCount;
 
     #[test]
-    fn frames_whose_idle_flag_is_gone_are_used_and_those_of_others_are_not_touched() {
+    fn pages_whose_flag_is_gone_are_used_and_a_huge_page_as_a_whole() {
         let memory = AnonymousMapping::new(ByteCount::mib(1), HugePages::Never).unwrap();
         memory.populate_write(memory.range()).unwrap();
         let layout = Layout::new(vec![memory.range()]).unwrap();
-        let path = std::env::temp_dir().join(format!("plimsoll-idle-{}", std::process::id()));
-        // A file of holes as large as the kernel's would be, in which a kernel's part is played below.
-        File::create(&path).unwrap().set_len(1 << 30).unwrap();
-        let mut source = IdleBitmap::open_at(&path, ProcessId::own(), &layout).unwrap();
+        let files = MadeUp::new("bitmap");
+        let mut source = IdleBitmap::with(files.open().unwrap(), ProcessId::own(), &layout).unwrap();
         match source.begin() {
             Err(SourceError::FramesHidden) => return println!("SKIPPED: {}", SourceError::FramesHidden),
             begun => begun.unwrap(),
         }
         let pages = memory.range().len().pages_floor().0;
-        assert_eq!(source.marked.values().map(|frames| u64::from(frames.count_ones())).sum::<u64>(), pages);
-        assert_eq!(source.end().unwrap(), Some(PageCount(0)), "all flags are still set");
-        let (word, frames) = source.marked.iter().next().map(|(word, frames)| (*word, *frames)).unwrap();
-        source.flags.write_all_at(&0_u64.to_ne_bytes(), word * 8).unwrap();
-        assert_eq!(source.end().unwrap(), Some(PageCount(u64::from(frames.count_ones()))));
-        std::fs::remove_file(&path).unwrap();
-        assert!(matches!(
-            IdleBitmap::open_at(&path, ProcessId::own(), &layout),
-            Err(SourceError::NotTracked)
-        ));
+        assert_eq!(source.marked.len() as u64, pages);
+        assert_eq!(source.end().unwrap(), Some(PageCount(0)), "all flags still stand");
+        let first = *source.marked.first().unwrap();
+        files.use_frame(first);
+        let used = source.marked.iter().filter(|frame| frame.0 / 64 == first.0 / 64).count() as u64;
+        assert_eq!(source.end().unwrap(), Some(PageCount(used)));
+        // Frames that follow one another are a huge page now, whose tails have no flag of their own.
+        let run =
+            source.marked.iter().zip(first.0..).take_while(|(frame, next)| frame.0 == *next).count() as u64;
+        files.make_huge(first, run);
+        source.begin().unwrap();
+        assert_eq!(source.marked.len() as u64, pages - run + 1);
+        files.use_frame(first);
+        let neighbours = source.marked.iter().filter(|frame| frame.0 / 64 == first.0 / 64).count() as u64 - 1;
+        assert_eq!(source.end().unwrap(), Some(PageCount(run + neighbours)));
     }
 }
