@@ -10,6 +10,7 @@
 //! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`chaos`]: a daemon whose manager is killed again and again.
 //!   [`mod@metal`]: the bare-metal host, booted.
 //! * [`fuzz`]: parsers against what was never meant for them, for as long as is asked for.
+//! * [`idle`]: every way to see which pages are used, on a kernel built for it.
 //! * [`dist`]: what is shipped, and a package's life on a machine.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
 mod bench;
@@ -18,6 +19,7 @@ mod chaos;
 mod ci;
 mod dist;
 mod fuzz;
+mod idle;
 mod lints;
 mod machine;
 mod metal;
@@ -54,6 +56,9 @@ enum Command {
     Metal(metal::Choice),
     /// Give parsers what was never meant for them, for a while; see docs/fuzzing.md.
     Fuzz(fuzz::Choice),
+    /// Compare every way to see which pages are used on a kernel that has them all, built for it and emulated; see
+    /// docs/attach.md.
+    Idle,
     /// Make the Debian package and the archive below target/dist; see docs/packages.md.
     Dist(dist::Choice),
 }
@@ -86,6 +91,7 @@ fn main() -> ExitCode {
         Command::Chaos(choice) => chaos::run(&choice).map(|never| match never {}),
         Command::Metal(choice) => metal::run(&choice).map(|never| match never {}),
         Command::Fuzz(choice) => fuzz::run(&choice),
+        Command::Idle => idle::run(),
         Command::Dist(choice) => dist::run(&choice),
     };
     match outcome {

@@ -157,9 +157,7 @@ pub(crate) fn run(level: Option<u8>) -> Result<()> {
         }
         crate::cargo::run(apt().args(["update", "-q"]))?;
     }
-    if !packages.is_empty() {
-        crate::cargo::run(apt().args(["install", "-qy", "--no-install-recommends"]).args(&packages))?;
-    }
+    add(&packages)?;
     if let Some(need) = missing.iter().find(|need| !is_there(need.program)) {
         bail!("{} is installed and {} is still not found", need.package, need.program);
     }
@@ -212,6 +210,25 @@ fn bring_promtool() -> Result<()> {
     });
     fs::remove_dir_all(&unfinished).with_context(|| format!("cannot remove {}", unfinished.display()))?;
     outcome
+}
+
+/// Installs packages that one command needs and no test does.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if !is_root() || !is_there("apt-get") {
+        bail!("install {} and try again; on Debian, as root, this is done for you", packages.join(", "));
+    }
+    crate::cargo::run(apt().args(["update", "-q"]))?;
+    add(packages)
+}
+
+fn add(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    crate::cargo::run(apt().args(["install", "-qy", "--no-install-recommends"]).args(packages))
 }
 
 /// apt-get, which asks nobody and waits while another one runs.

@@ -11,6 +11,7 @@
 //!   say how rarely the page is tried again, and the block's heat, which halves with each period.
 //! * **Choosing**: a hand goes round the blocks. Cold ones go whole, first, so that huge pages go as huge pages; only
 //!   then does a second hand split mixed ones. Blocks are looked at only when a hand comes by.
+//! * **Hints** of somebody who watches regions (DAMON) only order the cold blocks.
 //! * **The working set**: pages drawn at random are taken at the beginning of a period; those in RAM at its end were
 //!   used ([`Sampler`]). Taking one page of a huge one splits it, so a large machine is sampled like a population by
 //!   pollsters: a *panel* of blocks, one from each of equal stretches of the machine, of which one is replaced each
@@ -38,6 +39,13 @@ use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount, PageIndex};
 
 /// Blocks that are sampled at a time. A machine of up to 256 MiB is sampled whole.
 const PANEL: u32 = 128;
+
+/// In which order blocks are offered: by which hand, and whether those that are hinted at are spared.
+const PASSES: [(usize, Round, Temper, bool); 3] = [
+    (0, Round::Whole, Temper::Cold, true),
+    (0, Round::Whole, Temper::Cold, false),
+    (1, Round::Split, Temper::Mixed, false),
+];
 
 /// A period, counted from the first. Counts wrap after centuries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -105,6 +113,8 @@ pub struct Outside {
     sampler: Sampler,
     /// The blocks that are sampled, ascending, one from each stretch of the machine.
     panel: Vec<BlockIndex>,
+    /// Blocks that are believed to be used, ascending.
+    hinted: Vec<BlockIndex>,
     seed: u64,
     refaults: u64,
 }
@@ -119,6 +129,7 @@ impl Outside {
             round: 0,
             sampler: Sampler::new(0, seed),
             panel: Vec::new(),
+            hinted: Vec::new(),
             seed: seed ^ 0x6a09_e667_f3bc_c908,
             refaults: 0,
         };
@@ -134,6 +145,7 @@ impl Outside {
             blocks: (0..blocks).map(|block| known(BlockIndex(block)).unwrap_or_default()).collect(),
             hands: [0; 2],
             panel: Vec::new(),
+            hinted: Vec::new(),
             sampler: self.sampler.clone(),
             ..*self
         };
@@ -188,7 +200,8 @@ impl Outside {
     }
 
     /// Appends runs of pages to take. `look` tells where a block's pages are; it is asked at most `want.looks` times, and
-    /// each block at most twice. Each hand goes round at most once.
+    /// each block at most twice. Each hand goes round at most once; where there are [hints](Self::hint), the one for whole blocks
+    /// twice.
     ///
     /// # Errors
     /// Those of `look`; what was chosen up to then stays in `out`.
@@ -199,7 +212,10 @@ impl Outside {
         out: &mut Vec<Run>,
     ) -> Result<Choice, E> {
         let mut choice = Choice { pages: 0, looks: 0, resting: 0, round: Round::Whole };
-        for (hand, round, temper) in [(0, Round::Whole, Temper::Cold), (1, Round::Split, Temper::Mixed)] {
+        for (hand, round, temper, spares_hinted) in PASSES {
+            if spares_hinted && self.hinted.is_empty() {
+                continue;
+            }
             choice.round = round;
             for _ in 0..self.blocks.len() {
                 if choice.pages >= want.pages || choice.looks >= want.looks {
@@ -208,7 +224,7 @@ impl Outside {
                 let block = BlockIndex(self.advance(hand));
                 let found = self.temper(block);
                 choice.resting += u32::from(round == Round::Split && found == Temper::Resting);
-                if found != temper {
+                if found != temper || spares_hinted && self.is_hinted(block) {
                     continue;
                 }
                 let presence = look(block)?;
@@ -221,6 +237,18 @@ impl Outside {
             }
         }
         Ok(choice)
+    }
+
+    /// Somebody who watches without taking believes that these blocks are used, and the others are not. A hint is no proof: of
+    /// cold blocks those that are not hinted at go first, and that is all. It stands until the next.
+    pub fn hint(&mut self, used: impl IntoIterator<Item = BlockIndex>) {
+        self.hinted = used.into_iter().collect();
+        self.hinted.sort_unstable();
+        self.hinted.dedup();
+    }
+
+    fn is_hinted(&self, block: BlockIndex) -> bool {
+        self.hinted.binary_search(&block).is_ok()
     }
 
     /// The block under a hand, which moves on.
@@ -340,7 +368,8 @@ impl Outside {
 
     /// Bytes this bookkeeping takes.
     pub fn table_bytes(&self) -> usize {
-        self.blocks.len() * size_of::<Block>() + self.panel.len() * size_of::<BlockIndex>()
+        self.blocks.len() * size_of::<Block>()
+            + (self.panel.len() + self.hinted.len()) * size_of::<BlockIndex>()
     }
 }
 
@@ -381,6 +410,18 @@ mod tests {
             runs[2..],
             [Run { first: PageIndex(0), pages: 3 }, Run { first: PageIndex(4), pages: 508 }]
         );
+    }
+
+    #[test]
+    fn of_cold_blocks_those_that_are_believed_to_be_used_go_last_and_before_a_mixed_one_is_split() {
+        let mut machine = Outside::new(4, 1);
+        return_pages(&mut machine, 0, 3..4);
+        machine.hint([2, 1, 1].map(BlockIndex));
+        let whole = |block: u32| Run { first: BlockIndex(block).first_page(), pages: 512 };
+        assert_eq!(chosen(&mut machine, 512).0, [whole(3)]);
+        assert_eq!(chosen(&mut machine, 1536).0, [whole(3), whole(1), whole(2)]);
+        machine.hint([]);
+        assert_eq!(chosen(&mut machine, 1024).0, [whole(3), whole(1)], "no hints, the hand goes on");
     }
 
     #[test]

@@ -64,7 +64,8 @@ impl IdleFlags {
     pub(super) fn folios(&self, frames: &[Pfn]) -> Result<Vec<Option<Folio>>, SourceError> {
         let mut group = (u64::MAX, [0_u64; GROUP]);
         let folio_of = |frame: &Pfn| {
-            let (number, place) = (frame.0 / GROUP as u64, (frame.0 % GROUP as u64) as usize);
+            let number = frame.0 / GROUP as u64;
+            let place = usize::try_from(frame.0 % GROUP as u64).unwrap_or(0);
             if *frame == Pfn(0) {
                 return Err(SourceError::FramesHidden);
             }

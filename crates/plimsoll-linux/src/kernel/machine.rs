@@ -271,6 +271,20 @@ impl KernelMachine {
         Ok(())
     }
 
+    /// Regions in which somebody saw use, who watches the machine from outside: what lies in others is taken first. It stands
+    /// until the next.
+    pub fn heed(&mut self, used: &[HvaRange]) {
+        let layout = self.view.layout();
+        let blocks = (0..layout.blocks()).map(BlockIndex).filter(|block| {
+            let overlaps = |window: HvaRange, used: &HvaRange| {
+                used.start() < window.end() && window.start() < used.end()
+            };
+            layout.window(*block, 1).is_some_and(|window| used.iter().any(|used| overlaps(window, used)))
+        });
+        let blocks: Vec<BlockIndex> = blocks.collect();
+        self.known.hint(blocks);
+    }
+
     /// Ends a period and begins the next: judges the samples and takes new ones, adapts the pace. To be called when it is
     /// [due](Self::due).
     ///

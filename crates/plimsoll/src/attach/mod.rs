@@ -49,6 +49,10 @@ pub(crate) struct AttachArgs {
     /// Where guest RAM lies, as START-END in hexadecimal, when it cannot be told from outside. May be repeated.
     #[arg(long = "range", value_name = "START-END", value_parser = parse_range)]
     ranges: Vec<HvaRange>,
+    /// Have the kernel's DAMON watch the machine, and take first what it sees no use of. A kernel has one DAMON for all its users:
+    /// it is refused while somebody else has it, and given back at the end. Needs CONFIG_DAMON_VADDR and CONFIG_DAMON_SYSFS.
+    #[arg(long, conflicts_with = "dry_run")]
+    damon: bool,
     /// Detach after so long, instead of at a signal.
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
@@ -82,6 +86,7 @@ fn run(args: &AttachArgs) -> Result<ExitCode, String> {
         once: args.reclaim,
         lasting: args.seconds.map(Duration::from_secs),
         qmp: args.qmp.clone(),
+        has_damon: args.damon,
     };
     let mut view = View::new(args.json);
     let end = Session::begin(follower, lock, &settings, &mut view)?.run(&settings, &mut view);
@@ -91,8 +96,8 @@ fn run(args: &AttachArgs) -> Result<ExitCode, String> {
 
 /// Lists the machines of this host.
 fn list(args: &AttachArgs) -> Result<ExitCode, String> {
-    let AttachArgs { machine: _, budget, reclaim, dry_run, qmp, api, ranges, seconds, json: _ } = args;
-    let asks_more = budget.is_some() || reclaim.is_some() || seconds.is_some() || *dry_run;
+    let AttachArgs { machine: _, budget, reclaim, dry_run, qmp, api, ranges, damon, seconds, json: _ } = args;
+    let asks_more = budget.is_some() || reclaim.is_some() || seconds.is_some() || *dry_run || *damon;
     let found = discover().map_err(refused)?;
     if asks_more || qmp.is_some() || api.is_some() || !ranges.is_empty() {
         return Err(format!("name the machine: {}", view::names(&found)));

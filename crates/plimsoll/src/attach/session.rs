@@ -11,11 +11,14 @@ use plimsoll_host::backend::{
     Memory, MigrationPhase as Phase, MigrationWatch as Watch, reopen, why_counted_only,
 };
 use plimsoll_linux::explain;
-use plimsoll_linux::kernel::{KernelError, PERIOD};
+use plimsoll_linux::kernel::source::Damon;
+use plimsoll_linux::kernel::{KernelError, KernelMachine, Layout, PERIOD};
 use plimsoll_linux::prepare::{Place, Repacking};
 use plimsoll_linux::reclaimer::{COLLAPSED_MAX, Reclaimed, Reclaimer, Short};
+use plimsoll_linux::system::Linux;
 use plimsoll_linux::zram::{self, SwapCost};
 use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{ByteCount, PageCount};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::unix::net::UnixStream;
@@ -36,6 +39,7 @@ pub(super) struct Settings {
     pub(super) once: Option<ByteCount>,
     pub(super) lasting: Option<Duration>,
     pub(super) qmp: Option<PathBuf>,
+    pub(super) has_damon: bool,
 }
 
 /// How it ended. The machine goes on, unless it says otherwise.
@@ -93,6 +97,8 @@ pub(super) struct Session {
     told: Option<String>,
     /// Only where something is taken all the time.
     repacking: Option<Repacking>,
+    /// Only where it was asked for.
+    damon: Option<Hints>,
     _lock: AttachLock,
 }
 
@@ -112,6 +118,7 @@ impl Session {
         let (process, memory, signals) = (reopen(held)?, Memory::open(held, dossier)?, signals()?);
         let repacking = settings.budget.map(|_| Repacking::start(Place::default())).transpose();
         let repacking = repacking.map_err(|error| explain(&error))?;
+        let damon = settings.has_damon.then(|| Hints::begin(&memory, process.process())).transpose()?;
         let started = Instant::now();
         view.begin(dossier, why);
         Ok(Self {
@@ -124,6 +131,7 @@ impl Session {
             cost: SwapCost::default(),
             told: None,
             repacking,
+            damon,
             follower,
             _lock: lock,
         })
@@ -195,7 +203,11 @@ impl Session {
     /// Looks, takes, and says when to look again.
     fn period(&mut self, settings: &Settings, view: &mut View, now: Instant) -> Result<Instant, End> {
         self.repacking.as_ref().and_then(Repacking::heard).iter().for_each(|why| view.note(why));
-        let Self { memory, .. } = self;
+        let Self { memory, damon, .. } = self;
+        if let Some(why) = damon.as_mut().and_then(|damon| damon.give(memory).err()) {
+            view.note(&format!("DAMON is of no use any more: {why}"));
+            *damon = None;
+        }
         self.cost = zram::swap_cost().unwrap_or(self.cost);
         let (mut next, mut short) = (now + PERIOD, None);
         let mut is_new = false;
@@ -314,6 +326,49 @@ impl Session {
             (false, false) if over.is_some_and(|over| Instant::now() >= over) => Err(End::Over),
             (false, false) => Ok(()),
         }
+    }
+}
+
+/// The kernel's DAMON, which watches the machine.
+struct Hints {
+    process: ProcessId,
+    ranges: Vec<HvaRange>,
+    /// `None` while another is made.
+    monitor: Option<Damon<'static>>,
+}
+
+impl Hints {
+    fn begin(memory: &Memory, process: ProcessId) -> Result<Self, String> {
+        let mut hints = Self { process, ranges: Vec::new(), monitor: None };
+        hints.follow(memory)?;
+        Ok(hints)
+    }
+
+    /// Watches what the machine has now: regions of a monitor that runs are not changed.
+    fn follow(&mut self, memory: &Memory) -> Result<(), String> {
+        let ranges: Vec<HvaRange> = memory.managed.iter().flat_map(KernelMachine::ranges).collect();
+        if ranges == self.ranges {
+            return Ok(());
+        }
+        // There can be one: the old goes first.
+        self.monitor = None;
+        if !ranges.is_empty() {
+            let layout = Layout::new(ranges.clone()).map_err(|error| explain(&error))?;
+            let monitor = Damon::open(&Linux, self.process, &layout).map_err(|error| explain(&error))?;
+            monitor.start().map_err(|error| explain(&error))?;
+            self.monitor = Some(monitor);
+        }
+        self.ranges = ranges;
+        Ok(())
+    }
+
+    /// Tells the machine what was seen.
+    fn give(&mut self, memory: &mut Memory) -> Result<(), String> {
+        self.follow(memory)?;
+        if let (Some(monitor), Some(machine)) = (&self.monitor, &mut memory.managed) {
+            machine.heed(&monitor.used().map_err(|error| explain(&error))?);
+        }
+        Ok(())
     }
 }
 

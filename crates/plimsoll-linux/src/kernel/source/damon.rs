@@ -51,6 +51,9 @@ const SETTINGS: [(&str, &str); 14] = [
 const OPTIONAL: &str = "contexts/0/schemes/0/apply_interval_us";
 
 /// A monitor of one machine's memory. Dropping it removes it.
+///
+/// It may be [started](Self::start) once and [asked](Self::used) again and again, which is what gives
+/// [`KernelMachine::heed`](crate::kernel::KernelMachine::heed) its hints, or be used for a period as a [`Source`].
 pub struct Damon<'a> {
     system: &'a dyn System,
     root: PathBuf,
@@ -131,22 +134,35 @@ impl<'a> Damon<'a> {
         number.map(Hva)
     }
 
-    /// How much of the machine's ranges lies in the regions that the scheme has met.
-    fn used(&self) -> Result<ByteCount, SourceError> {
+    /// Watches from now on.
+    ///
+    /// # Errors
+    /// [`SourceError::Damon`].
+    pub fn start(&self) -> Result<(), SourceError> {
+        self.put("state", "on")
+    }
+
+    /// The parts of the machine's memory in which something was used in the second that just ended. The kernel is waited for, up
+    /// to a second.
+    ///
+    /// # Errors
+    /// [`SourceError::Damon`], also when the process has ended.
+    pub fn used(&self) -> Result<Vec<HvaRange>, SourceError> {
+        self.put("state", "update_schemes_tried_regions")?;
         let folder = format!("{SCHEME}/tried_regions");
         let path = self.path(&folder);
         let names = self.system.list(&path).map_err(|source| SourceError::Damon { path, source })?;
-        let mut used = 0;
+        let mut used = Vec::new();
         // Beside the numbered ones there is their sum, in newer kernels.
         for region in names.iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())) {
             let (start, end) = (
                 self.address(&format!("{folder}/{region}/start"))?,
                 self.address(&format!("{folder}/{region}/end"))?,
             );
-            let shared = |range: &HvaRange| end.min(range.end()).0.saturating_sub(start.max(range.start()).0);
-            used += self.ranges.iter().map(shared).sum::<u64>();
+            let shared = |range: &HvaRange| HvaRange::between(start.max(range.start()), end.min(range.end()));
+            used.extend(self.ranges.iter().filter_map(shared).filter(|range| !range.is_empty()));
         }
-        Ok(ByteCount(used))
+        Ok(used)
     }
 }
 
@@ -156,13 +172,14 @@ impl Source for Damon<'_> {
     }
 
     fn begin(&mut self) -> Result<(), SourceError> {
-        self.put("state", "on")
+        self.start()
     }
 
     fn end(&mut self) -> Result<Option<PageCount>, SourceError> {
-        let used = self.put("state", "update_schemes_tried_regions").and_then(|()| self.used());
+        let used = self.used();
         self.put("state", "off")?;
-        used.map(|used| Some(used.pages_ceil()))
+        let bytes = used?.iter().map(|range| range.len().0).sum();
+        Ok(Some(ByteCount(bytes).pages_ceil()))
     }
 }
 
