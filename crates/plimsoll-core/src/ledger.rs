@@ -7,8 +7,8 @@
 //!
 //! ```text
 //! budget                                      what the operator gave
-//!   hard line   = budget, or a little less    what reclaim itself needs in passing fits below it: a store grows before
-//!                                             what it took in is free, a page comes back from limbo uncharged
+//!   hard line   = budget, or a little less    what reclaim itself needs in passing fits below it, and is charged, too: a store
+//!                                             grows before what it took in is free, a page that comes back is there twice
 //!   install     = hard line - 1/128           no page is installed beyond it: the asker stalls (half way to it from the
 //!                                             high mark already, if it has more than its share)
 //!   high mark   = hard line - 1/32             above it machines are asked to give pages up ...
@@ -103,6 +103,8 @@ pub enum Purpose {
     Ahead,
     /// A whole block, most of which the guest may never use: up to the low mark, where memory is plentiful.
     Block,
+    /// What is in RAM already and is there twice until the first of the two is given back: up to the hard line.
+    Passing,
 }
 
 /// Levels of reclaim are in this many parts of a machine's share: finer than a page of 1 TiB.
@@ -320,6 +322,7 @@ impl Ledger {
             Purpose::Demand => install,
             Purpose::Ahead => high,
             Purpose::Block => low,
+            Purpose::Passing => self.budget.hard,
         })
     }
 
@@ -567,6 +570,17 @@ mod tests {
         assert!(ask(149, Purpose::Block) && !ask(150, Purpose::Block));
         assert!(ask(154, Purpose::Ahead) && !ask(155, Purpose::Ahead));
         assert!(ask(155, Purpose::Demand));
+    }
+
+    #[test]
+    fn what_is_there_twice_in_passing_may_come_to_the_hard_line_and_not_beyond() {
+        let mut ledger = ledger(128, &[0]);
+        let mut pass = |mib| ledger.charge(MachineId(0), Kind::Limbo, ByteCount::mib(mib), Purpose::Passing);
+        // No page would be installed above 127.
+        pass(127).unwrap();
+        pass(1).unwrap();
+        let refused = LedgerError::OverBudget { asked: ByteCount::mib(1), left: ByteCount(0) };
+        assert_eq!(pass(1), Err(refused));
     }
 
     #[test]

@@ -81,6 +81,11 @@ impl RecordTable {
         true
     }
 
+    /// True where a record can be taken without another slab.
+    pub(crate) fn has_room(&self) -> bool {
+        !self.with_room.is_empty()
+    }
+
     /// Takes a free record, whose bytes are zero.
     pub(crate) fn take(&mut self, memory: &mut impl SlabMemory) -> Result<RecordNumber, SlabsExhausted> {
         let sequence = match self.with_room.first() {

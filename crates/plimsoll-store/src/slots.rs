@@ -142,6 +142,12 @@ impl SlotTable {
         }
     }
 
+    /// True where a slot for `length` bytes can be taken without another slab.
+    pub(crate) fn has_room(&self, length: usize) -> bool {
+        let room = SizeClass::holding(length).and_then(|class| self.rooms.get(usize::from(class.number())));
+        room.is_some_and(|room| !room.filling.is_empty() || !room.emptying.is_empty())
+    }
+
     /// Takes a free slot for `length` bytes.
     pub(crate) fn take(
         &mut self,

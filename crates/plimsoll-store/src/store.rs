@@ -188,6 +188,14 @@ impl<M: SlabMemory> Store<M> {
         (record.count < u32::MAX).then(|| self.add_reference(number, record))
     }
 
+    /// Slab memory that an [`insert`](Self::insert) of `encoded` would acquire at most: none where there is room for it.
+    pub fn growth(&self, encoded: Encoded<'_>) -> ByteCount {
+        let length = encoded.bytes().len();
+        let slabs =
+            usize::from(!self.records.has_room()) + usize::from(length > 0 && !self.slots.has_room(length));
+        ByteCount((slabs * SLAB_SIZE) as u64)
+    }
+
     /// Stores a page: as one more reference where it came to be here since [`share`](Self::share) was asked,
     /// else as `encoded`.
     ///

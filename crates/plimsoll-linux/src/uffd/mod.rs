@@ -34,7 +34,8 @@
 //!
 //! A limbo page is brought back by reading and copying rather than by a MOVE: MOVE has to run in the VMM, and waking the
 //! agent there costs about what waking the pager did. A page that is copied back takes its slot page's memory once more
-//! until the next batch is given back; so that this can never be refused, limbo faults are not charged beforehand. A
+//! until the next batch is given back. That is charged up to the hard line; refused there, what is to be given back goes at once,
+//! however little it is, and the page comes back all the same: it must not wait for memory that it has. A
 //! **huge page** comes back whole, and that is worth waking the agent for: it moves slot to RAM, and 512 words follow.
 //!
 //! *Before they are touched* pages come back in the same way, in pieces of some pages between the faults: what a reader in

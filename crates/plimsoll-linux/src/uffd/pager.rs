@@ -15,7 +15,7 @@ use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent
 use super::stats::MachineStats;
 use crate::disk;
 use crate::explain;
-use plimsoll_core::ledger::{Kind, LedgerError, Purpose};
+use plimsoll_core::ledger::{Kind, Ledger, LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
 use plimsoll_core::prefetch::Prefetch;
@@ -158,6 +158,10 @@ pub struct Pager<S, M: SlabMemory, W> {
     failed: Option<Handle>,
     /// The page at which bringing the machine home goes on.
     pub(super) homeward: u32,
+    /// The host was above its high mark at the end of the last turn.
+    pub(super) is_tight: bool,
+    /// There was nothing that the store could take without a slab for which there is no room below the hard line.
+    pub(super) is_stuck: bool,
 }
 
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
@@ -198,6 +202,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             barren_rounds: 0,
             failed: None,
             homeward: 0,
+            is_tight: false,
+            is_stuck: false,
         }
     }
 
@@ -389,6 +395,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 Served::Done => {
                     self.stats.served(fault.since.elapsed());
                     if let Some(refused) = fault.refused {
+                        self.stats.stalls += 1;
                         self.stats.stalled += refused.elapsed();
                     }
                     served += 1;
@@ -487,14 +494,17 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     }
 
     /// Copies a page's bytes to where they belong; or says what came of the attempt where there is nothing to copy. Bytes from
-    /// limbo are in RAM already and must not wait for memory: the slot page that they leave is given back after at most a
-    /// batch of them.
+    /// limbo are in RAM already and must not wait for memory: the slot page that they leave is given back later, in a batch, or
+    /// at once where it would be above the hard line.
     pub(super) fn install(
         &mut self,
         page: PageIndex,
         source: Source,
     ) -> Result<Result<Installed, Served>, PagerError> {
-        if !matches!(source, Source::Limbo(_)) && !self.charge(1, Purpose::Demand) {
+        if matches!(source, Source::Limbo(_)) {
+            // Refused, it is the one page of this machine's that is above the line.
+            self.charge_passing(PageCount(1).bytes())?;
+        } else if !self.charge(1, Purpose::Demand) {
             return Ok(Err(Served::NoMemory));
         }
         match self.read(source)? {
@@ -621,19 +631,39 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.host.ledger(|ledger| ledger.charge(self.id, Kind::Resident, bytes, purpose)).is_ok()
     }
 
+    /// Charges what will be there twice, below the hard line; near it, what nobody names any more goes first. False where there is no
+    /// room even then.
+    pub(super) fn charge_passing(&mut self, bytes: ByteCount) -> Result<bool, PagerError> {
+        let charge = |pager: &Self| {
+            let charge = |ledger: &mut Ledger| ledger.charge(pager.id, Kind::Limbo, bytes, Purpose::Passing);
+            pager.host.ledger(charge).is_ok()
+        };
+        if charge(self) {
+            return Ok(true);
+        }
+        if self.machine.airlock().residue() == PageCount(0) {
+            return Ok(false);
+        }
+        self.zap()?;
+        self.settle()?;
+        Ok(charge(self))
+    }
+
     /// Brings the ledger to what the words and the airlock say, charges that came to nothing included.
-    fn settle(&self) -> Result<(), PagerError> {
+    pub(super) fn settle(&mut self) -> Result<(), PagerError> {
         let census = self.machine.census();
         let resident = census.in_ram() + census.of(StateKind::Capturing);
         let limbo = self.machine.airlock().limbo() + self.machine.airlock().residue();
         let tables = self.machine.table_bytes()
             + self.prefetch.table_bytes()
             + self.machine.layout().page_limit().get() * size_of::<u64>();
-        Ok(self.host.ledger(|ledger| {
+        self.is_tight = self.host.ledger(|ledger| {
             ledger.settle(self.id, Kind::Resident, resident.bytes())?;
             ledger.settle(self.id, Kind::Limbo, limbo.bytes())?;
-            ledger.settle(self.id, Kind::Tables, ByteCount(tables as u64))
-        })?)
+            ledger.settle(self.id, Kind::Tables, ByteCount(tables as u64))?;
+            Ok::<bool, LedgerError>(ledger.used() > ledger.budget().high)
+        })?;
+        Ok(())
     }
 
     /// Brings the ledger to what the domain's store holds.

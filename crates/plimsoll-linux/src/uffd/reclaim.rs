@@ -10,8 +10,8 @@ use super::wire::{ITEMS_MAX, Item, Outcome, Stop};
 use plimsoll_core::map::Words;
 use plimsoll_core::replacement::{Round, Run};
 use plimsoll_core::word::{ObjectRef, PAYLOAD_BITS, PageState, PinCause, StateKind};
-use plimsoll_store::{Digest, HANDLE_BITS, Handle, How, SlabMemory, Sought, digest};
-use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageIndex, SlotPage};
+use plimsoll_store::{Digest, HANDLE_BITS, Handle, How, SlabMemory, Sought, Stored, digest};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, ByteCount, PageIndex, SlotPage};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 const _: () = assert!(HANDLE_BITS <= PAYLOAD_BITS, "a page word has room for every handle");
@@ -19,7 +19,7 @@ const _: () = assert!(HANDLE_BITS <= PAYLOAD_BITS, "a page word has room for eve
 /// Slot pages read in one go, about 1 us each. A fault need not wait for all of them to be stored: it is looked for after
 /// every other page that had to be compressed, which takes about 6 us.
 pub(super) const AGE_BATCH: usize = 32;
-/// Pages of residue worth a message to the agent while faults keep coming and memory is short.
+/// Pages of residue worth a message to the agent while faults keep coming and memory is short, here or on the host.
 pub(super) const ZAP_BATCH: u64 = 64;
 /// The same while there is memory: a message costs about as much as freeing a hundred pages.
 const ZAP_BATCH_AT_EASE: u64 = 512;
@@ -48,6 +48,15 @@ const NO_MEMORY: u16 = 12;
 /// How often a move that makes no progress is repeated before its page is left alone.
 const TRIES_MAX: u32 = 4;
 
+/// What became of a page that was to be stored.
+enum Put {
+    Stored,
+    /// The store takes no more: it stays in limbo, where its bytes are safe.
+    Full,
+    /// The store would have to grow beyond the hard line for it.
+    Crowded,
+}
+
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// One step of reclaim; `served` faults were served in this turn. True if something was done.
     pub(super) fn reclaim(&mut self, served: usize) -> Result<bool, PagerError> {
@@ -63,7 +72,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let residue = self.machine.airlock().residue().0;
         let wanted = |order: &AtomicU32| !is_held && order.load(Ordering::Relaxed) > 0;
         let is_wanted = wanted(&self.orders.reclaim) || wanted(&self.orders.squeeze);
-        let batch = if wanted(&self.orders.reclaim) { ZAP_BATCH } else { ZAP_BATCH_AT_EASE };
+        let is_short = wanted(&self.orders.reclaim) || self.is_tight;
+        let batch = if is_short { ZAP_BATCH } else { ZAP_BATCH_AT_EASE };
         if residue >= batch || (residue > 0 && served == 0 && !is_wanted) {
             self.zap()?;
             return Ok(true);
@@ -274,15 +284,18 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn age(&mut self) -> Result<bool, PagerError> {
         let oldest: Vec<(SlotPage, PageIndex)> = self.machine.oldest_limbo(AGE_BATCH).collect();
         let mut left = &oldest[..];
-        let (mut stored, mut tried) = (0, 0);
+        let (mut stored, mut tried, mut crowded) = (0_u64, 0_u64, 0_u64);
         let mut looked = self.compressed();
         'runs: while let Some((first, _)) = left.first() {
             let run = (first.0..).zip(left).take_while(|(at, (slot, _))| slot.0 == *at).count();
             self.space.read_slots(*first, &mut self.buffer[..run])?;
             self.reached(Step::SlotRead)?;
             for (place, (at, page)) in left[..run].iter().enumerate() {
-                stored += usize::from(self.store(place, *page, *at)?);
-                tried += 1;
+                match self.store(place, *page, *at)? {
+                    Put::Stored => (stored, tried) = (stored + 1, tried + 1),
+                    Put::Full => tried += 1,
+                    Put::Crowded => crowded += 1,
+                }
                 if self.compressed() >= looked + COMPRESSED_MAX {
                     looked = self.compressed();
                     if self.space.has_events()? {
@@ -293,12 +306,15 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             left = &left[run..];
         }
         self.settle_store()?;
+        // Pages of zeros, and those for which a slab has room, free what others need to grow into. If there are none of these, the
+        // store grows all the same the next time: nothing else would ever free anything.
+        self.is_stuck = stored == 0 && crowded > 0;
         if stored == tried {
             self.store_was_full = false;
         } else if !std::mem::replace(&mut self.store_was_full, true) {
             self.host.report(Incident::StoreFull { machine: self.id });
         }
-        self.orders.given.fetch_add(stored as u64, Ordering::Relaxed);
+        self.orders.given.fetch_add(stored, Ordering::Relaxed);
         Ok(stored > 0)
     }
 
@@ -307,16 +323,16 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.stats.stored.compressed + self.stats.stored.raw
     }
 
-    /// Stores one page whose bytes are in the buffer. False when the store has no room for it; another page may still
-    /// be zero or a duplicate.
-    fn store(&mut self, place: usize, page: PageIndex, at: SlotPage) -> Result<bool, PagerError> {
+    /// Stores one page whose bytes are in the buffer. Where the store has no room for it, another page may still be zero or a
+    /// duplicate.
+    fn store(&mut self, place: usize, page: PageIndex, at: SlotPage) -> Result<Put, PagerError> {
         let bytes = &self.buffer[place];
         let digest = digest(bytes);
         if digest == Digest::Zero {
             self.machine.found_zero(page, at)?;
             self.prefetch.left(page);
             self.stats.stored.zero += 1;
-            return Ok(true);
+            return Ok(Put::Stored);
         }
         let sought = self.domain.store(|store| store.seek(bytes, &digest, &mut self.fetched));
         let shared = match sought {
@@ -329,14 +345,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         };
         let (handle, how) = match shared {
             Some(handle) => (handle, How::Duplicate),
-            None => {
-                let encoded = self.encoder.encode(bytes, &digest);
-                match self.domain.store(|store| store.insert(bytes, &digest, encoded)) {
-                    Ok(stored) => (stored.handle, stored.how),
-                    // The page stays in limbo, where its bytes are safe.
-                    Err(_) => return Ok(false),
-                }
-            }
+            None => match self.insert(place, &digest)? {
+                Ok(stored) => (stored.handle, stored.how),
+                Err(put) => return Ok(put),
+            },
         };
         self.reached(Step::ObjectInserted)?;
         self.name(page, at, handle)?;
@@ -347,7 +359,38 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             How::Lz4 => &mut counts.compressed,
             How::Raw => &mut counts.raw,
         } += 1;
-        Ok(true)
+        Ok(Put::Stored)
+    }
+
+    /// Has the store take a page that it does not have. The slabs it grows by are charged first: what it takes in is given back later,
+    /// in a batch.
+    fn insert(&mut self, place: usize, digest: &Digest) -> Result<Result<Stored, Put>, PagerError> {
+        let mut may_grow = false;
+        loop {
+            let bytes = &self.buffer[place];
+            // Once more if it grows, which one in sixteen pages or fewer makes it do.
+            let encoded = self.encoder.encode(bytes, digest);
+            let inserted = self.domain.store(|store| match store.growth(encoded) {
+                growth if growth > ByteCount(0) && !may_grow => Err(growth),
+                _ => Ok(store.insert(bytes, digest, encoded)),
+            });
+            match inserted {
+                Ok(Ok(stored)) => {
+                    if may_grow {
+                        self.settle_store()?;
+                        self.settle()?;
+                    }
+                    return Ok(Ok(stored));
+                }
+                Ok(Err(_)) => return Ok(Err(Put::Full)),
+                Err(growth) => {
+                    may_grow = self.charge_passing(growth)? || std::mem::take(&mut self.is_stuck);
+                    if !may_grow {
+                        return Ok(Err(Put::Crowded));
+                    }
+                }
+            }
+        }
     }
 
     fn name(&mut self, page: PageIndex, at: SlotPage, handle: Handle) -> Result<(), PagerError> {

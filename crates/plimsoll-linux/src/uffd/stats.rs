@@ -46,6 +46,8 @@ pub struct MachineStats {
     pub fault_ns: Histogram<u64>,
     /// The sum of the same, and the part of it spent waiting for memory below the hard line.
     pub waited: Duration,
+    /// Faults that waited for memory below the hard line: what reclaim ahead of demand had not freed in time.
+    pub stalls: u64,
     /// Time in which a fault could not be served because the hard line was reached.
     pub stalled: Duration,
 }
@@ -111,6 +113,7 @@ impl Default for MachineStats {
             takeovers: 0,
             fault_ns: fault_histogram(),
             waited: Duration::ZERO,
+            stalls: 0,
             stalled: Duration::ZERO,
         }
     }
@@ -170,6 +173,7 @@ impl MachineStats {
             takeovers,
             fault_ns,
             waited,
+            stalls,
             stalled,
         } = shard;
         self.census += census;
@@ -191,6 +195,7 @@ impl MachineStats {
         // All have the same bounds.
         let _ = self.fault_ns.add(fault_ns);
         self.waited += waited;
+        self.stalls += stalls;
         self.stalled += stalled;
     }
 }

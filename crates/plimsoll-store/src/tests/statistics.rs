@@ -1,6 +1,6 @@
 //! What the counters and estimates say.
 use super::{mix, page_of, random_page, store};
-use crate::{Encoder, SLAB_SIZE};
+use crate::{Encoder, HeapSlabs, SLAB_SIZE, Store, digest};
 use alloc::vec::Vec;
 use plimsoll_types::{PAGE_SIZE, PageBytes};
 
@@ -24,6 +24,33 @@ fn fragmentation_is_what_holds_no_encoded_byte_by_why_it_does_not() {
     assert_eq!(both.data_slabs.0, 2 * SLAB_SIZE as u64);
     assert_eq!(stats.data.0 + both.free_slots.0 + both.slot_waste.0, both.data_slabs.0);
     assert!(both.slot_waste.0 > 0);
+}
+
+#[test]
+fn what_a_store_is_foretold_to_grow_by_is_what_it_grows_by() {
+    let (mut store, mut encoder) = (store(400), Encoder::new());
+    let (mut handles, mut grown) = (Vec::new(), 0);
+    for seed in 1..=6000_u64 {
+        // Of every size, and some that are one word and take a record only.
+        let page = match seed % 5 {
+            0 => [u8::try_from(seed % 251).unwrap() + 1; PAGE_SIZE],
+            _ => page_of(seed, usize::try_from(mix(seed) % 4000).unwrap()),
+        };
+        let digest = digest(&page);
+        if store.share(&page, &digest).unwrap().is_none() {
+            let slabs = |store: &Store<HeapSlabs>| store.stats().data_slabs.0 + store.stats().record_slabs.0;
+            let encoded = encoder.encode(&page, &digest);
+            let (before, foretold) = (slabs(&store), store.growth(encoded));
+            handles.push(store.insert(&page, &digest, encoded).unwrap().handle);
+            assert_eq!(slabs(&store) - before, foretold.0, "page {seed}");
+            grown += foretold.0;
+        }
+        if mix(seed).is_multiple_of(3) && seed < 4000 {
+            let place = usize::try_from(mix(seed + 1)).unwrap() % handles.len();
+            store.release(handles.swap_remove(place)).unwrap();
+        }
+    }
+    assert!(grown > 50 * SLAB_SIZE as u64, "it grew by {grown} only");
 }
 
 /// How many of 4,000 pages are estimated to be like another one, in percent.

@@ -33,7 +33,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 33] = [
+const TESTS: [Test; 34] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
     ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
@@ -54,6 +54,7 @@ const TESTS: [Test; 33] = [
     ("an_agent_that_lies_about_a_move_holds_nobody_up_after_its_end", hostile::lies),
     ("a_live_vmm_that_closes_its_socket_is_reported_and_stays_charged", hostile::closes_and_lives),
     ("a_guest_that_touches_everything_does_not_starve_the_others", sharing::fairness),
+    ("at_a_steady_rate_faults_rarely_wait_for_a_capture", sharing::rarely_waits),
     ("the_hard_line_holds_while_guests_populate_three_budgets", sharing::hard_line),
     ("a_machine_that_is_given_back_goes_on_alone_with_every_page", giveback::goes_on_alone),
     ("a_machine_that_was_to_be_given_back_and_is_not_is_managed_as_before", giveback::stays_after_all),
