@@ -7,6 +7,7 @@
 //! * [`backend`]: one machine as the control loop sees it. [`control`]: the loop. [`config`]: what an operator says, as a file.
 //! * [`trace`]: decisions on record, and the same decisions made again. [`line`](mod@line) and [`advise`]: what follows from them.
 //! * [`keeper`]: the process that outlives every manager. [`daemon`]: the manager as a process of its own.
+//! * [`stores`]: how full and how fragmented the page stores are.
 //! * [`api`]: what clients ask of it. [`dashboard`]: a page for a browser, which is such a client.
 pub mod advise;
 pub mod api;
@@ -21,6 +22,7 @@ pub mod keeper;
 pub mod line;
 pub mod metrics;
 pub mod roster;
+pub mod stores;
 pub mod trace;
 mod traits;
 mod voice;

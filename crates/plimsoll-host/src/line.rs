@@ -3,6 +3,7 @@
 //! Enters: the last decision and the settings it rests on. Leaves: what is promised, held and used, what machines cost besides
 //! their memory, as predicted and as measured, and how far it is to each thing that would go wrong, the nearest first.
 use crate::backend::Overhead;
+use crate::stores::Stores;
 use crate::trace::{Basis, Tick};
 use plimsoll_policy::admission::Account;
 use plimsoll_policy::host_state::{HostState, min_free};
@@ -59,6 +60,9 @@ pub struct Line {
     pub predicted: ByteCount,
     /// The same, as measured; none where not all were.
     pub measured: Option<Overhead>,
+    /// The page stores of machines under our own pager; not on record.
+    #[serde(default)]
+    pub stores: Option<Stores>,
     /// How much more may be promised.
     #[schema(value_type = u64)]
     pub left: ByteCount,
@@ -165,6 +169,7 @@ impl Line {
             saved: owned.saturating_sub(consumed),
             predicted,
             measured,
+            stores: None,
             left,
             breaks,
         }
@@ -200,6 +205,9 @@ impl fmt::Display for Line {
                 "  {:<10} {total:>8}  VMMs {vmm}, page tables {page_tables}, ours {tables}",
                 "measured"
             )?;
+        }
+        if let Some(stores) = self.stores.filter(|stores| stores.data_slab_bytes > 0) {
+            writeln!(f, "  {:<10} {:>8}  {stores}", "in stores", ByteCount(stores.held_bytes))?;
         }
         writeln!(f, "{} more may safely be reserved", self.left)?;
         for (place, Break { margin, what }) in self.breaks.iter().take(3).enumerate() {

@@ -133,6 +133,23 @@ fn host(page: &mut Page, moment: &Moment) {
     page.gauge("plimsoll_host_free_bytes", "What is free of the budget.", view.free.0);
     page.gauge("plimsoll_host_kept_free_bytes", "What is to be free of the budget.", min_free(view.total).0);
     page.gauge("plimsoll_host_reserved_bytes", "What is reserved.", moment.tree.reserved().0);
+    let stores = &moment.stores;
+    page.gauge("plimsoll_store_held_bytes", "What the page stores take.", stores.held_bytes);
+    page.gauge(
+        "plimsoll_store_free_slot_bytes",
+        "What compaction can win back of it.",
+        stores.free_slot_bytes,
+    );
+    page.gauge(
+        "plimsoll_store_slot_waste_bytes",
+        "What lies behind pages' bytes in slots.",
+        stores.slot_waste_bytes,
+    );
+    page.gauge(
+        "plimsoll_store_fragmentation_ratio",
+        "The part of the page stores' data slabs that holds no byte of a page.",
+        f64::from(stores.fragmentation_ppm) / 1e6,
+    );
     let states = [HostState::High, HostState::Clear, HostState::Soft, HostState::Hard, HostState::Low];
     let states = states.map(|state| (label("state", state), u8::from(plan.state == state)));
     page.metric(

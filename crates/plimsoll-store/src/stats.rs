@@ -92,6 +92,19 @@ pub struct Fragmentation {
 impl Fragmentation {
     /// The share of data slab bytes that hold no encoded byte, in thousandths.
     pub fn per_mille(&self) -> u64 {
-        ((self.free_slots.0 + self.slot_waste.0) * 1_000).checked_div(self.data_slabs.0).unwrap_or(0)
+        self.in_parts_of(1_000)
+    }
+
+    /// The same, in so many parts.
+    pub fn in_parts_of(&self, parts: u64) -> u64 {
+        ((self.free_slots.0 + self.slot_waste.0) * parts).checked_div(self.data_slabs.0).unwrap_or(0)
+    }
+}
+
+impl core::ops::AddAssign for Fragmentation {
+    fn add_assign(&mut self, Self { data_slabs, free_slots, slot_waste }: Self) {
+        self.data_slabs += data_slabs;
+        self.free_slots += free_slots;
+        self.slot_waste += slot_waste;
     }
 }

@@ -155,6 +155,7 @@ mod tests {
     use crate::backend::{Backend, Done, Trouble};
     use crate::config::MachineConfig;
     use crate::control::{Control, Pool};
+    use crate::stores::Stores;
     use plimsoll_policy::settings::Settings;
     use plimsoll_policy::view::MachineView;
     use plimsoll_types::ByteCount;
@@ -193,6 +194,7 @@ mod tests {
                 berths: control.berths(),
                 waiting: Vec::new(),
                 own: ByteCount(0),
+                stores: Stores::default(),
             });
         }
         let kept: Vec<u64> = archive.samples(id).iter().map(|sample| sample.unix_ms).collect();

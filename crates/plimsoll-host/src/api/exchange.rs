@@ -7,6 +7,7 @@ use super::fault::{Code, Fault};
 use crate::config::Config;
 use crate::control::Berth;
 use crate::roster::Opened;
+use crate::stores::Stores;
 use crate::trace::Tick;
 use parking_lot::Mutex;
 use plimsoll_policy::settings::GroupSettings;
@@ -56,6 +57,8 @@ pub struct Moment {
     pub waiting: Vec<(String, Option<String>)>,
     /// What of the memory is not for machines.
     pub own: ByteCount,
+    /// What is in the stores of machines under our own pager.
+    pub stores: Stores,
 }
 
 /// What an operator wants.

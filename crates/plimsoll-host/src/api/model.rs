@@ -7,6 +7,7 @@ use super::settings::Settings;
 use crate::backend::{self, Departure, Kind};
 use crate::config::group_name;
 use crate::control::Berth;
+use crate::stores::Stores;
 use plimsoll_policy::Position;
 use plimsoll_policy::host_state::min_free;
 use plimsoll_policy::view::{MachineView, Phase};
@@ -185,6 +186,9 @@ pub struct Host {
     pub machines: usize,
     /// Machines that are to be managed and are not.
     pub waiting: Vec<Waiting>,
+    /// The page stores of machines under our own pager.
+    #[serde(default)]
+    pub stores: Stores,
 }
 
 /// A group of machines.
@@ -327,6 +331,7 @@ impl Moment {
             reserved_bytes: self.tree.reserved().0,
             machines: self.berths.len(),
             waiting: waiting.collect(),
+            stores: self.stores,
         }
     }
 

@@ -464,7 +464,8 @@ async fn host(State(app): Here, Asked(Nothing {}): Asked<Nothing>) -> Result<Jso
 async fn line(State(app): Here, Asked(Nothing {}): Asked<Nothing>) -> Result<Json<Line>, Fault> {
     let moment = app.door.moment()?;
     let names = moment.berths.iter().map(|(id, berth)| (*id, &*berth.name)).collect();
-    Ok(Json(Line::drawn(&moment.tick, &moment.tree, &names, moment.own)))
+    let line = Line::drawn(&moment.tick, &moment.tree, &names, moment.own);
+    Ok(Json(Line { stores: Some(moment.stores), ..line }))
 }
 
 /// Give machines, their VMMs and the daemon another budget.

@@ -559,9 +559,17 @@ impl<'a> Session<'a> {
         };
         let domains = manager.domains().map(|domain| {
             let stats = domain.store(|store| store.stats());
-            let held_bytes = domain.held().0;
-            let (objects, pages, away) = (stats.objects(), stats.pages.0, stats.away.0);
-            DomainStatus { id: domain.id.0, objects, pages, held_bytes, away }
+            let fragmentation = stats.fragmentation();
+            DomainStatus {
+                id: domain.id.0,
+                objects: stats.objects(),
+                pages: stats.pages.0,
+                held_bytes: stats.held().0,
+                away: stats.away.0,
+                data_slab_bytes: fragmentation.data_slabs.0,
+                free_slot_bytes: fragmentation.free_slots.0,
+                slot_waste_bytes: fragmentation.slot_waste.0,
+            }
         });
         Status {
             version: 1,

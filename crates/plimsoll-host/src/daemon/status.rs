@@ -109,6 +109,16 @@ pub struct DomainStatus {
     /// Objects on the disk.
     #[serde(default)]
     pub away: u64,
+    /// Of the memory it takes, what is in slots for pages' bytes; of that, what is in slots that hold nothing, and behind the bytes
+    /// in slots that do.
+    #[serde(default)]
+    pub data_slab_bytes: u64,
+    /// See there.
+    #[serde(default)]
+    pub free_slot_bytes: u64,
+    /// See there.
+    #[serde(default)]
+    pub slot_waste_bytes: u64,
 }
 
 /// How the disk tier is.

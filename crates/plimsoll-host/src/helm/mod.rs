@@ -17,6 +17,7 @@ use crate::backend::{Backend, Done, Kind, Managed, Trouble};
 use crate::config::{Config, MachineConfig, group_name};
 use crate::control::{Control, Event, Happened, RunError, Turn, Wakers, host_pressure, run};
 use crate::roster::{Opened, Roster, Ruled, Rules};
+use crate::stores::Stores;
 use kept::{Kept, KeptError, Word, Words};
 use parking_lot::Mutex;
 use plimsoll_attach::Sighting;
@@ -165,6 +166,7 @@ impl Helm {
             rules: self.roster.rules().map(|(id, rule)| (id, rule.to_owned())).collect(),
             waiting,
             own: control.own(),
+            stores: self.own.as_ref().map(|own| Stores::of(&own.manager.lock())).unwrap_or_default(),
         });
         for (answer, obeyed, farewell) in self.obeyed.drain(..) {
             // Whoever asked may have gone; what was done stays done, and is shown.

@@ -239,6 +239,46 @@ fn a_release_is_dropped_whole_when_its_manager_dies_before_the_machine_is_left()
 }
 
 #[test]
+fn how_much_of_the_stores_holds_nothing_is_told_by_the_api_the_metrics_and_the_line() {
+    let _alone = alone();
+    if !can("userfaultfd") {
+        return;
+    }
+    let directory = Directory::new("fragmented");
+    let (daemon, machine) = start_with_stored(&directory);
+    let client = Client::of(&directory.0);
+    let mut stores = Value::Null;
+    wait_until("the loop has seen what is stored, and slots that are free", || {
+        squeeze(&directory, 1 << 20);
+        stores = client.get::<Value>("/v1/host").unwrap()["stores"].take();
+        stores["free_slot_bytes"].as_u64().unwrap() > 0
+    });
+    let number = |field: &str| stores[field].as_u64().unwrap_or_else(|| panic!("no {field} in {stores}"));
+    let (slabs, nothing) =
+        (number("data_slab_bytes"), number("free_slot_bytes") + number("slot_waste_bytes"));
+    assert!(number("held_bytes") > slabs && slabs > nothing && nothing > 0, "{stores}");
+    assert_eq!(number("fragmentation_ppm"), nothing * 1_000_000 / slabs);
+    let page = client.exchange("GET", "/metrics", &[], Vec::new()).unwrap();
+    let page = String::from_utf8(page.body).unwrap();
+    let metric = |name: &str| {
+        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {page}")).parse::<f64>().unwrap()
+    };
+    let (held, free) = (metric("plimsoll_store_held_bytes"), metric("plimsoll_store_free_slot_bytes"));
+    assert!(held > free && metric("plimsoll_store_slot_waste_bytes") > 0.0, "{page}");
+    let ratio = metric("plimsoll_store_fragmentation_ratio");
+    assert!(0.0 < ratio && ratio < 1.0, "{ratio}");
+    let line = plimsoll(&directory, &["line"]);
+    line.expect_code(0);
+    assert!(line.stdout.contains("taken up by compressed pages; "), "{}", line.stdout);
+    let domain = status_of(&directory).unwrap()["domains"][0].take();
+    assert!(domain["data_slab_bytes"].as_u64() > domain["slot_waste_bytes"].as_u64(), "{domain}");
+    machine.finish();
+    daemon.signal(Signal::TERM);
+    daemon.wait().expect_code(0).expect_nothing_left();
+}
+
+#[test]
 fn who_is_awaited_can_be_let_go_and_who_handed_itself_over_is_not_awaited() {
     let _alone = alone();
     if !can("userfaultfd") {
