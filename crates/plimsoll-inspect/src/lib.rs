@@ -10,7 +10,7 @@
 //! * [`visit()`]: all that the tables map. [`Under`]: how large the host's pages are under that.
 //! * [`HostPage`]: what the host has there. [`Census`]: what it has of a whole range.
 //! * [`audit()`]: which frames machines have, and which of them must not be shared.
-//! * [`headers()`]: a core file of it all.
+//! * [`headers()`]: a core file of it all. [`PageStates`]: what a memory manager says of the pages, as a note of that.
 //!
 //! # Known holes
 //!
@@ -22,6 +22,7 @@ mod elf;
 mod host;
 mod outside;
 mod owners;
+mod page_states;
 mod paging;
 mod ram;
 mod tables;
@@ -33,6 +34,7 @@ pub use elf::{Load, headers, note};
 pub use host::{HostPage, State};
 pub use outside::{Outside, Unreadable};
 pub use owners::{Audit, AuditError, Held, Owner, Shared, audit};
+pub use page_states::{PageStates, PageStatesError};
 pub use paging::{Levels, NotLong, Paging};
 pub use ram::{GuestRam, Part, Piece, RamError};
 pub use tables::{Mapped, Tables, Visited, Wrong, visit};

@@ -8,10 +8,11 @@ use crate::backend::{self, Departure, Kind};
 use crate::config::group_name;
 use crate::control::Berth;
 use crate::stores::Stores;
+use plimsoll_core::word::StateKind;
 use plimsoll_policy::Position;
 use plimsoll_policy::host_state::min_free;
 use plimsoll_policy::view::{MachineView, Phase};
-use plimsoll_types::{ByteCount, GroupId, MachineId};
+use plimsoll_types::{ByteCount, GroupId, MachineId, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
@@ -111,6 +112,38 @@ pub struct Map {
     pub name: String,
     /// At most 256 cells of equal size, the last apart.
     pub cells: Vec<Cell>,
+}
+
+/// A piece of a guest's RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Region {
+    /// Its first address in the guest.
+    pub gpa: u64,
+    /// Its size.
+    pub size_bytes: u64,
+}
+
+/// What the manager's words say of a machine's pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Table {
+    /// Its name.
+    pub name: String,
+    /// The process of its VMM, if it is known.
+    pub pid: Option<u32>,
+    /// Where its RAM lies in the guest. Pages are numbered through all of it, from 0 on.
+    pub regions: Vec<Region>,
+    /// How many bytes a page has.
+    pub page_bytes: u64,
+    /// How many pages there are.
+    pub pages: u64,
+    /// The states by name: that of digit 0 first.
+    pub names: Vec<String>,
+    /// The page that `states` begins with.
+    pub first: u64,
+    /// A hexadecimal digit a page; `?` is a word that is damaged. Words change meanwhile.
+    pub states: String,
+    /// Where the next ones begin: ask again with `first` of this. Nothing where there are no more.
+    pub next: Option<u64>,
 }
 
 /// A machine.
@@ -313,6 +346,29 @@ impl Moment {
             heat_ppm: cell.heat.map(|heat| heat.0),
         });
         Some(Map { name: berth.name.clone(), cells: cells.collect() })
+    }
+
+    /// What its manager's words say of a machine's pages from the `first` on; nothing where it has none.
+    pub(super) fn table(&self, id: MachineId, first: u64, most: usize) -> Option<Table> {
+        let berth = self.berths.get(&id)?;
+        let start = usize::try_from(first).unwrap_or(usize::MAX);
+        let backend::Table { regions, pages, states, .. } =
+            berth.whereabouts.as_ref()?.chart.table(start, most)?;
+        let digit = |state: &Option<StateKind>| {
+            state.and_then(|kind| char::from_digit(u32::from(kind as u8), 16)).unwrap_or('?')
+        };
+        let (next, pages) = (first.saturating_add(states.len() as u64), pages as u64);
+        Some(Table {
+            name: berth.name.clone(),
+            pid: berth.process.map(|process| process.get()),
+            regions: regions.iter().map(|one| Region { gpa: one.start.0, size_bytes: one.bytes.0 }).collect(),
+            page_bytes: PAGE_SIZE as u64,
+            pages,
+            names: StateKind::ALL.iter().map(|kind| kind.name().to_owned()).collect(),
+            first,
+            states: states.iter().map(digit).collect(),
+            next: (next < pages).then_some(next),
+        })
     }
 
     /// The host.

@@ -5,13 +5,14 @@
 use super::archive::{Archive, Happening, Sample};
 use super::exchange::{Door, Moment, Order};
 use super::fault::{Code, Fault};
-use super::model::{Found, Groups, Host, Machine, Machines, Map};
+use super::model::{Found, Groups, Host, Machine, MachineKind, Machines, Map, Table};
 use super::settings::{Settings, group_called};
 use crate::config::Role;
 use crate::line::Line;
 use crate::metrics;
 use crate::roster::Opened;
 use crate::why::Entry;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -44,6 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const LISTENERS_MAX: usize = 16;
 /// Machines that may be attached to at the same time for clients of one kind.
 pub(super) const OPENINGS_MAX: usize = 4;
+/// Pages of one answer: the words of 1 GiB are read in as long as a map is drawn.
+const TABLE_MAX: usize = 1 << 18;
 /// The longest name.
 const NAME_MAX: usize = 256;
 /// The most a machine may be told to give at once: more than any host has.
@@ -270,6 +273,14 @@ impl<S: Send + Sync> FromRequestParts<S> for Named {
     }
 }
 
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct From {
+    /// Begin with this page: `next` of the answer before; 0 if it is left out.
+    first: Option<u64>,
+}
+
 type Here = State<Arc<App>>;
 
 /// The machines, by number.
@@ -453,6 +464,43 @@ async fn map(State(app): Here, Named(name): Named) -> Result<Json<Map>, Fault> {
     moment.map(id).map(Json).ok_or_else(unseen)
 }
 
+/// What the manager's words say of each page of a machine that its VMM has handed over, at most 262,144 pages at a time. Words change
+/// meanwhile. For those who may change things: it shows what a guest touches, page by page.
+#[utoipa::path(
+    get, path = "/v1/machines/{machine}/pages", tag = "machines",
+    params(Key, From), responses((status = 200, body = Table), Fault)
+)]
+async fn pages(
+    State(app): Here,
+    Extension(role): Extension<Role>,
+    path: Result<Path<Key>, PathRejection>,
+    Asked(From { first }): Asked<From>,
+) -> Result<Json<Table>, Fault> {
+    if role != Role::Change {
+        let text = "what a guest touches, page by page, is shown to those who may change things";
+        return Err(Fault::new(Code::Forbidden, text).help("/map shows where its memory is"));
+    }
+    let (Path(Key { machine }), first) = (path?, first.unwrap_or(0));
+    let (moment, id) = app.found(&machine)?;
+    let Some(table) = moment.table(id, first, TABLE_MAX) else {
+        let outside = moment.machine(id).ok_or_else(Fault::gone)?.kind == MachineKind::Attached;
+        let help =
+            if outside { "`plimsoll maps` shows where they are" } else { "wait a second and ask again" };
+        let text = if outside {
+            "it is managed from outside: there are no words of its pages, which are where its kernel's page map says"
+        } else {
+            "it was not looked at yet"
+        };
+        return Err(Fault::new(Code::Conflict, text).help(help));
+    };
+    match first < table.pages {
+        true => Ok(Json(table)),
+        false => {
+            Err(Fault::new(Code::BadRequest, format!("no page {first}: it has {} of them", table.pages)))
+        }
+    }
+}
+
 /// The host.
 #[utoipa::path(get, path = "/v1/host", tag = "host", responses((status = 200, body = Host), Fault))]
 async fn host(State(app): Here, Asked(Nothing {}): Asked<Nothing>) -> Result<Json<Host>, Fault> {
@@ -571,6 +619,7 @@ fn table() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(why))
         .routes(routes!(history))
         .routes(routes!(map))
+        .routes(routes!(pages))
         .routes(routes!(host))
         .routes(routes!(line))
         .routes(routes!(budget))

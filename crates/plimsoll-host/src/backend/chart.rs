@@ -3,10 +3,11 @@
 //! Enters: page words under our own pager, or what was last seen of a page map. Leaves: sums over the machine, and a [`Chart`] of
 //! its memory in cells. What must never happen: the loop drawing a chart that nobody asks for. So a chart of page words is a way to
 //! read them, drawn on the thread of whoever asks; and one of a page map comes from a look that was made anyway.
+use plimsoll_core::layout::Region;
 use plimsoll_core::map::Words;
 use plimsoll_core::word::{PageWord, StateKind};
 use plimsoll_linux::kernel::BlockUse;
-use plimsoll_linux::uffd::manager::MemfdWords;
+use plimsoll_linux::uffd::manager::ShardWords;
 use plimsoll_policy::Ppm;
 use plimsoll_types::{BLOCK_PAGES, ByteCount, PageCount};
 use std::sync::Arc;
@@ -60,7 +61,7 @@ pub struct Cell {
 #[derive(Clone, Debug)]
 pub enum Chart {
     /// From its page words, when somebody asks. One part a shard.
-    Words(Vec<Arc<MemfdWords>>),
+    Words(Vec<ShardWords>),
     /// As it was last seen.
     Seen(Arc<[Cell]>),
 }
@@ -70,11 +71,20 @@ impl Chart {
     pub fn cells(&self) -> Vec<Cell> {
         match self {
             Self::Words(shards) => {
-                let shards: Vec<&[AtomicU64]> = shards.iter().map(|shard| shard.words()).collect();
+                let shards: Vec<&[AtomicU64]> = shards.iter().map(|shard| shard.words.words()).collect();
                 of_words(&shards)
             }
             Self::Seen(cells) => cells.to_vec(),
         }
+    }
+
+    /// What its manager's words say of `most` pages from the `first` on; nothing where it has no words.
+    pub fn table(&self, first: usize, most: usize) -> Option<Table> {
+        let Self::Words(shards) = self else { return None };
+        let words: Vec<&[AtomicU64]> = shards.iter().map(|shard| shard.words.words()).collect();
+        let regions = shards.iter().flat_map(|shard| &shard.regions).copied().collect();
+        let pages = words.iter().map(|words| words.len()).sum();
+        Some(Table { regions, pages, first, states: states(&words, first, most) })
     }
 
     /// That of blocks as the page map showed them last.
@@ -95,6 +105,24 @@ impl Chart {
         };
         Self::Seen(blocks.chunks(size).map(cell).collect())
     }
+}
+
+/// What the words say of a machine's pages. A word changes whenever its pager changes it, also while this is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Where the pages lie in the guest, one region behind the other.
+    pub regions: Vec<Region>,
+    /// How many there are in all.
+    pub pages: usize,
+    /// The first one that is here.
+    pub first: usize,
+    /// From that one on. Of a word that is damaged nothing is known.
+    pub states: Vec<Option<StateKind>>,
+}
+
+fn states(shards: &[&[AtomicU64]], first: usize, most: usize) -> Vec<Option<StateKind>> {
+    let words = shards.iter().flat_map(|words| words.iter()).skip(first).take(most);
+    words.map(|word| Some(PageWord(word.load(Ordering::Relaxed)).state()?.kind())).collect()
 }
 
 fn of_words(shards: &[&[AtomicU64]]) -> Vec<Cell> {
@@ -168,6 +196,19 @@ mod tests {
         assert!(cells[CELLS / 2..].iter().all(|cell| *cell == Cell::default()));
         assert_eq!(of_words(&[]), []);
         assert_eq!(of_words(&[HeapWords::new(3).words()]).len(), 3);
+    }
+
+    #[test]
+    fn each_page_has_its_state_whatever_shard_it_is_in_and_a_damaged_word_has_none() {
+        let [first, second] = [3, 2].map(HeapWords::new);
+        PageMap::adopt(&first).unwrap().apply(PageIndex(2), Transition::Install).unwrap();
+        second.words()[1].store(u64::MAX, Ordering::Relaxed);
+        let words = [first.words(), second.words()];
+        let (zero, resident) = (Some(StateKind::Zero), Some(StateKind::Resident));
+        assert_eq!(states(&words, 0, 100), [zero, zero, resident, zero, None]);
+        assert_eq!(states(&words, 2, 2), [resident, zero]);
+        assert_eq!(states(&words, 5, 2), []);
+        assert_eq!(Chart::Seen(Arc::default()).table(0, 1), None);
     }
 
     #[test]

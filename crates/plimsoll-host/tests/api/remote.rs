@@ -82,6 +82,9 @@ fn a_client_does_what_the_names_of_its_certificate_may_and_others_are_told_why_t
     let before = estate.json("/v1/machines/m1");
     let watch = site.client("watch", &["one.watch.test"]);
     assert_eq!(ask(&watch, "GET").status, 200);
+    // What it shows page by page is more than who may only read gets.
+    let pages = |by| client(address, by).exchange("GET", "/v1/machines/m1/pages", &[], Vec::new()).unwrap();
+    assert_eq!((pages(&watch).status, pages(&site.client("ops", &["ops.test"])).status), (403, 409));
     for method in ["PATCH", "DELETE", "POST", "PUT", "BREW"] {
         let refused = ask(&watch, method);
         assert_eq!(refused.status, 403, "{method}");

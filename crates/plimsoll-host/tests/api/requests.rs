@@ -130,6 +130,10 @@ const WRONG: &[Wrong] = &[
     ("GET", "/v1/machines?after=-1", "", 400, "bad_request", "after"),
     ("GET", "/v1/machines?offset=1", "", 400, "bad_request", "offset"),
     ("GET", "/v1/machines?group=x", "", 422, "unprocessable", "there is no group \"x\""),
+    ("GET", "/v1/machines/m1/pages?first=-1", "", 400, "bad_request", "first"),
+    ("GET", "/v1/machines/m1/pages?last=1", "", 400, "bad_request", "last"),
+    ("GET", "/v1/machines/m1/pages", "", 409, "conflict", "it is managed from outside"),
+    ("GET", "/v1/machines/nobody/pages", "", 404, "not_found", "no machine is called \"nobody\""),
     ("GET", "/v2", "", 404, "not_found", "nothing at this path"),
     ("DELETE", "/v1/host", "", 405, "method_not_allowed", "cannot be done"),
 ];

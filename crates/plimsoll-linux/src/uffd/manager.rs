@@ -56,7 +56,7 @@ mod staff;
 pub use self::admit::AdmitError;
 pub use super::governor::Meter;
 pub(super) use super::shards::Controls;
-pub use super::shards::MemfdWords;
+pub use super::shards::{MemfdWords, ShardWords};
 
 /// Where a pager starts from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -574,7 +574,7 @@ impl Manager {
     }
 
     /// The machine's page words, one part a shard, in their order. They are to be read only: their pager alone writes them.
-    pub fn words(&self, id: MachineId) -> Vec<Arc<MemfdWords>> {
+    pub fn words(&self, id: MachineId) -> Vec<ShardWords> {
         self.machines.get(&id).map(Running::words).unwrap_or_default()
     }
 

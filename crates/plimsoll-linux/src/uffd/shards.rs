@@ -12,6 +12,7 @@ use super::stats::MachineStats;
 use super::wire::Welcome;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
+use plimsoll_core::layout::Region;
 use plimsoll_core::ledger::Terms;
 use plimsoll_core::map::Words;
 use plimsoll_core::word::{PageState, PageWord, StateKind};
@@ -93,6 +94,15 @@ impl Words for MemfdWords {
     fn words(&self) -> &[AtomicU64] {
         &self.memory.as_atomic_u64s()[..self.pages]
     }
+}
+
+/// A shard's page words, for whoever reads them, and whose they are.
+#[derive(Clone, Debug)]
+pub struct ShardWords {
+    /// Where its pages lie in the guest: the words are of these, page by page.
+    pub regions: Vec<Region>,
+    /// To be read only: the shard's pager alone writes them.
+    pub words: Arc<MemfdWords>,
 }
 
 /// What of a shard outlives its manager.
@@ -234,8 +244,12 @@ impl Running {
     }
 
     /// The page words of all shards, in their order.
-    pub(super) fn words(&self) -> Vec<Arc<MemfdWords>> {
-        self.shards.iter().map(|shard| Arc::clone(&shard.controls.words)).collect()
+    pub(super) fn words(&self) -> Vec<ShardWords> {
+        let words = |Controls { words, custody, .. }: &Controls| ShardWords {
+            regions: custody.hello.layout.regions().to_vec(),
+            words: Arc::clone(words),
+        };
+        self.shards.iter().map(|shard| words(&shard.controls)).collect()
     }
 
     /// Pages of all shards that are in the store, as last published.

@@ -1,9 +1,16 @@
 //! The tools that see through both stages, on a machine of our own that a daemon keeps in less memory than it uses.
-use super::daemon::{Directory, Machine, start};
-use super::run::{Ended, Run, alone, can};
+use super::daemon::{Directory, Machine, start, stored_by_all};
+use super::run::{Ended, GOING, Run, alone, can, wait_until};
 use plimsoll_guest::abi;
+use plimsoll_host::api::Table;
+use plimsoll_host::api::client::Client;
+use plimsoll_inspect::PageStates;
+use plimsoll_vmm::control::Command;
 use serde_json::Value;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 const RAM: u64 = 96 << 20;
 /// Half of it is below the hole that a PC has, and half above.
@@ -92,12 +99,109 @@ fn the_tools_look_through_both_stages_of_a_machine_under_a_daemon() {
     let twice = verb(&["audit", "--inspect", &socket, "--inspect", &socket]);
     assert!(twice.expect_code(2).stderr.contains("lonely is named twice"), "{}", twice.stderr);
 
+    wait_until("a part of it is stored", || stored_by_all(&directory) > 16 << 20);
+    every_page_has_the_state_that_is_counted(&directory, &machine.inspect, &process);
     dumps(&directory, &socket, &process);
+    tables_that_nobody_has(&directory, &socket);
     // It went on, and all that was brought for the tools is what it had written.
     machine.verifies(1000);
     machine.finish();
     daemon.signal(rustix::process::Signal::TERM);
     daemon.wait().expect_code(0);
+}
+
+/// While the guest stands still and its pagers have come to rest, the pages that the daemon shows add up to what it says of the machine.
+fn every_page_has_the_state_that_is_counted(directory: &Directory, socket: &Path, process: &str) {
+    let mut held = UnixStream::connect(socket).unwrap();
+    held.set_read_timeout(Some(GOING)).unwrap();
+    let mut hears = BufReader::new(held.try_clone().unwrap()).lines();
+    writeln!(held, "{}", serde_json::to_string(&Command::Hold).unwrap()).unwrap();
+    let is_held = hears.any(|line| line.expect("the machine says nothing").contains(r#""held""#));
+    assert!(is_held, "the machine does not stand still");
+    let client = Client::of(&directory.0);
+    wait_until("pages and sums agree", || {
+        let table: Table = client.get(&format!("/v1/machines/{process}/pages")).unwrap();
+        let machine: Value = client.get(&format!("/v1/machines/{process}")).unwrap();
+        assert_eq!((table.pages, table.states.len() as u64), (RAM >> 12, RAM >> 12));
+        let bytes = |names: &[&str]| {
+            let is_one = |digit: &char| {
+                let name = digit.to_digit(16).map(|number| &*table.names[number as usize]);
+                name.is_some_and(|name| names.contains(&name))
+            };
+            (table.states.chars().filter(is_one).count() as u64) << 12
+        };
+        let said = |name: &str| machine["pages"][format!("{name}_bytes")].as_u64().unwrap();
+        let shown = [
+            bytes(&["resident", "pinned", "never-page", "unwatched"]),
+            bytes(&["capturing", "limbo"]),
+            bytes(&["stored"]),
+            bytes(&["zero", "absent"]),
+        ];
+        assert_eq!(shown.iter().sum::<u64>(), RAM);
+        shown == ["resident", "limbo", "stored", "free"].map(said)
+    });
+}
+
+/// What the manager says of pages is not to be had of nobody, and of no daemon that has another machine; and no file is left.
+fn tables_that_nobody_has(directory: &Directory, socket: &str) {
+    let path = directory.0.join("none.core");
+    let dump = |elsewhere: &str| {
+        let words = ["dump", "lonely", "--inspect", socket, "--tables", "--directory", elsewhere, "-o"];
+        let ended = verb(&[&words[..], &[path.to_str().unwrap()]].concat());
+        assert!(!path.exists() && ended.stderr.trim().lines().count() == 1, "{}", ended.stderr);
+        ended.expect_code(2).stderr.clone()
+    };
+    let said = dump("/nonexistent");
+    assert!(said.contains("no daemon answers at \"/nonexistent/api.sock\""), "{said}");
+    let other = Directory::new("inspect-other");
+    let daemon = start(&other);
+    let mut said = String::new();
+    wait_until("the other daemon has decided something", || {
+        said = dump(other.text());
+        !said.contains("nothing was decided yet")
+    });
+    assert!(said.contains("is not managed by that daemon") && said.contains("leave --tables out"), "{said}");
+    daemon.signal(rustix::process::Signal::TERM);
+    daemon.wait().expect_code(0);
+}
+
+/// The manager's note among these, whose first has what another reader looks for.
+fn tables(mut notes: &[u8]) -> PageStates {
+    let number = |at: usize| u32::from_le_bytes(notes[at..at + 4].try_into().unwrap()) as usize;
+    let description = 12 + number(0).next_multiple_of(4);
+    let (size, is_it) = (number(4), notes[12..].starts_with(b"PLIMSOLL\0"));
+    if is_it {
+        return PageStates::parse(&notes[description..description + size]).unwrap();
+    }
+    notes = &notes[description + size.next_multiple_of(4)..];
+    tables(notes)
+}
+
+/// What the manager says is where is where the guest's memory says so, in a file of one moment.
+fn expect_pages_where_they_are(core: &[u8], segments: &[[u64; 4]], said: &PageStates) {
+    let at = |gpa: u64| {
+        let load =
+            segments.iter().find(|[kind, _, start, len]| *kind == 1 && (*start..start + len).contains(&gpa));
+        let [_, place, start, _] = load.expect("it is RAM");
+        usize::try_from(place + gpa - start).unwrap()
+    };
+    let gpas = said.regions.iter().flat_map(|(gpa, pages)| (0..*pages).map(|page| gpa.0 + (page << 12)));
+    let mut found = [0; 2];
+    for (gpa, state) in gpas.zip(&said.states) {
+        let is_zero = core[at(gpa)..][..4096].iter().all(|byte| *byte == 0);
+        match &*said.names[usize::from(*state)] {
+            "zero" | "absent" => {
+                assert!(is_zero, "the page at {gpa:#x} is nowhere, and not zero");
+                found[0] += 1;
+            }
+            "stored" => {
+                assert!(!is_zero, "the page at {gpa:#x} is stored, and zero");
+                found[1] += 1;
+            }
+            _ => {}
+        }
+    }
+    assert!(found.iter().all(|pages| *pages > 256), "{found:?} pages are nowhere and stored");
 }
 
 /// Core files of the machine, paused and running: its memory as it is, and registers.
@@ -107,6 +211,11 @@ fn dumps(directory: &Directory, socket: &str, process: &str) {
         let mut words = vec!["dump", process, "--kind", kind, "--inspect", socket, "--json", "-o"];
         words.push(path.to_str().unwrap());
         words.extend(paused.then_some("--paused"));
+        // The manager's tables with all memory, from one reading and from none.
+        let with_tables = kind == "all";
+        if with_tables {
+            words.extend(["--tables", "--directory", directory.text()]);
+        }
         let ended = verb(&words);
         // Nothing of it is in the upper half of its addresses.
         ended.expect_code(if kind == "kernel" { 1 } else { 0 });
@@ -115,11 +224,24 @@ fn dumps(directory: &Directory, socket: &str, process: &str) {
         let core = fs::read(&path).unwrap();
         fs::remove_file(path).unwrap();
         let segments = segments(&core);
-        let [_, notes, ..] = *segments.iter().find(|[kind, ..]| *kind == 4).expect("there are notes");
+        let [_, notes, _, notes_len] =
+            *segments.iter().find(|[kind, ..]| *kind == 4).expect("there are notes");
         // NT_PRSTATUS of one processor behind its name: RIP behind sixteen registers, in the image.
         let status = notes + 12 + 8;
         let rip = number(&core, status + 112 + 16 * 8, 8);
         assert!((abi::IMAGE_GPA..abi::IMAGE_END).contains(&rip), "{rip:#x}");
+        assert_eq!(told["tables"].is_object(), with_tables, "{told}");
+        if with_tables {
+            let range = [notes, notes + notes_len].map(|at| usize::try_from(at).unwrap());
+            let said = tables(&core[range[0]..range[1]]);
+            assert_eq!((said.stood_still, said.states.len() as u64), (paused, RAM >> 12));
+            let counts: serde_json::Map<String, Value> =
+                said.counts().map(|(name, pages)| (name.to_owned(), pages.into())).collect();
+            assert_eq!(told["tables"], Value::Object(counts));
+            if paused {
+                expect_pages_where_they_are(&core, &segments, &said);
+            }
+        }
         let loads = || segments.iter().filter(|[kind, ..]| *kind == 1);
         match kind {
             "all" => {

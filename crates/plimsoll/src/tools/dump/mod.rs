@@ -3,29 +3,34 @@
 //! Enters: a machine, what of it is wanted, and a path that is not there yet. Leaves: a whole file, or none. What must never happen: a
 //! machine that stays paused after this has ended in any way it can notice, or a file that is overwritten.
 //!
-//! [`source`]: registers, and a machine that stands still meanwhile; [`pause`]: the same by QEMU's monitor. [`room`]: whether it fits into memory. [`notes`]: registers. [`copy`]: bytes.
+//! [`source`]: registers, and a machine that stands still meanwhile; [`pause`]: the same by QEMU's monitor. [`room`]: whether it fits into memory. [`notes`]: registers. [`tables`]: what the
+//! machine's manager says of its pages. [`copy`]: bytes.
 mod copy;
 mod notes;
 mod pause;
 mod room;
 mod source;
+mod tables;
 
 use super::machine::{Machine, MachineArgs, ProcessorArgs, paging_of};
 use super::said;
 use crate::demo::Interrupt;
+use crate::live::DIRECTORY;
 use crate::verb::ended;
 use copy::{Copied, Unfinished};
 use plimsoll_attach::Hazard;
 use plimsoll_attach::qmp::Registers;
-use plimsoll_inspect::{GuestRam, Load, Paging, headers, trace, visit};
-use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE};
+use plimsoll_inspect::{GuestRam, Load, PageStates, Paging, headers, trace, visit};
+use plimsoll_types::{ByteCount, Gpa, PAGE_SIZE, PageCount};
 use serde_json::json;
 use source::{Source, Told};
+use std::collections::BTreeMap;
 use std::io::{Write, stdout};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use tables::Manager;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Around a stack pointer: a stack of Linux has four pages, and absent ones on both sides.
@@ -46,6 +51,13 @@ pub(crate) struct DumpArgs {
     /// Stop the machine while its memory is copied, into memory first, so that all is of one moment. Needs --qmp or --inspect.
     #[arg(long)]
     paused: bool,
+    /// Put in, too, what plimsoll's manager says of each page (resident, limbo, stored, zero...): a note called PLIMSOLL. Needs the daemon
+    /// to which the machine was handed over.
+    #[arg(long)]
+    tables: bool,
+    /// That daemon's directory, for --tables.
+    #[arg(long, value_name = "DIR", default_value = DIRECTORY, env = "PLIMSOLL_DIRECTORY")]
+    directory: PathBuf,
     #[command(flatten)]
     processor: ProcessorArgs,
 }
@@ -79,11 +91,15 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     if args.kind != Kind::Stacks {
         room::check(&machine, args.paused)?;
     }
+    // Before anything stands still for it.
+    let manager = args.tables.then(|| Manager::of(&machine, &args.directory)).transpose()?;
     let file = Unfinished::create(&args.output)?;
     let (processors, untold) = match &mut source {
         Some(source) => source.begin(args, &interrupt)?,
         None => Told::default(),
     };
+    // Before anything is read, which has what is elsewhere brought back.
+    let tables = manager.map(|manager| manager.tables(args.paused, || go_on(&interrupt))).transpose()?;
     let mut found = match args.kind {
         Kind::All => all(&machine),
         Kind::Kernel => {
@@ -94,8 +110,11 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     };
     found.doubts.extend(untold);
     let mut copied = Copied::new(&machine, &interrupt, args.paused, &file);
-    let notes: Vec<u8> =
+    let mut notes: Vec<u8> =
         processors.iter().flat_map(|(number, registers)| notes::notes(*number, registers)).collect();
+    if let Some(tables) = &tables {
+        notes.extend(tables.note().map_err(said)?);
+    }
     let head = headers(&found.loads, &notes);
     copied.copy(&found.loads, head.len() as u64)?;
     let paused = match &mut source {
@@ -105,7 +124,7 @@ fn run(args: &DumpArgs) -> Result<ExitCode, String> {
     machine.confirm()?;
     let written = copied.finish(&head, machine.ram.size())?;
     file.keep();
-    say(args, &machine, written, paused, &found)?;
+    say(args, &machine, written, paused, tables.as_ref(), &found)?;
     let is_whole = found.wrong == 0 && !found.loads.is_empty();
     Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -260,6 +279,7 @@ fn say(
     machine: &Machine,
     written: ByteCount,
     paused: Option<Duration>,
+    tables: Option<&PageStates>,
     found: &Found,
 ) -> Result<(), String> {
     let (name, loads) = (&machine.dossier.name, found.loads.len());
@@ -270,6 +290,7 @@ fn say(
             "loads": loads,
             "written_bytes": written.0,
             "paused_seconds": paused.map(|paused| paused.as_secs_f64()),
+            "tables": tables.map(|tables| tables.counts().collect::<BTreeMap<_, _>>()),
             "doubts": found.doubts,
             "wrong": found.wrong,
             "wrongs": found.wrongs,
@@ -282,6 +303,10 @@ fn say(
         "{name}: {written} that are not zero, in {loads} segments, in {}{stood}\n",
         args.output.display()
     );
+    if let Some(tables) = tables {
+        let bytes = |(name, pages): (&str, u64)| format!("{} {name}", PageCount(pages).bytes());
+        text += &format!("  by its manager: {}\n", tables.counts().map(bytes).collect::<Vec<_>>().join(", "));
+    }
     found.doubts.iter().for_each(|doubt| text += &format!("  warning: {doubt}\n"));
     found.wrongs.iter().for_each(|wrong| text += &format!("  wrong: {wrong}\n"));
     match found.wrong.saturating_sub(found.wrongs.len() as u64) {
