@@ -40,10 +40,13 @@ fn soak(seed: Option<u64>, seconds: u64, accel: &str) {
     assert_eq!(number("wrong_words"), 0);
     assert!(number("takeovers") > 0 && number("actions") > 0, "{report}");
     let pages = &report["pages"];
-    for kind in ["captured", "verified", "brought_ahead"] {
-        assert!(pages[kind].as_u64().is_some_and(|count| count > 1000), "{kind}: {report}");
+    for (kind, least) in
+        [("captured", 1000), ("verified", 1000), ("brought_ahead", 1000), ("replayed", 1), ("taken_whole", 1)]
+    {
+        assert!(pages[kind].as_u64().is_some_and(|count| count >= least), "{kind}: {report}");
     }
     assert!(number("packed") > 100 && number("moved") > 100, "{report}");
+    assert!(number("collapsed") > 0 && number("backoffs") > 0, "{report}");
     ended.remove("soak.json");
     ended.expect_nothing_of_its_own_left();
 }

@@ -13,6 +13,7 @@ use super::host::{Host, Orders};
 use super::manager::{Controls, Governed};
 use plimsoll_core::ledger::Budget;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -126,13 +127,21 @@ fn ask(
         overheads.drain(..overheads.len().saturating_sub(OVERHEAD_LOOKS));
         ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
         let Budget { high, low, .. } = ledger.budget();
-        let thrashes = |id: MachineId| watched.get(&id).is_some_and(|watched| watched.thrash.is_on);
+        let is_passed_over = Cell::new(false);
+        let thrashes = |id: MachineId| {
+            let is_on = watched.get(&id).is_some_and(|watched| watched.thrash.is_on);
+            is_passed_over.set(is_passed_over.get() || is_on);
+            is_on
+        };
         let asked = ledger.reclaim(low, |id| spared.contains(&id) || thrashes(id));
         let gives: PageCount = asked.iter().map(|(_, pages)| *pages).sum();
         // Those who would want back what they give are spared as long as the others have enough; when they have not,
         // all give, and only what must be given.
         let is_enough = gives.bytes() >= ledger.used().saturating_sub(high);
         let asked = if is_enough { asked } else { ledger.reclaim(high, |id| spared.contains(&id)) };
+        if is_enough && is_passed_over.get() {
+            host.backed_off();
+        }
         (asked, high.saturating_sub(ledger.used()))
     });
     let pages = |(id, pages): (MachineId, PageCount)| (id, u32::try_from(pages.0).unwrap_or(u32::MAX));
@@ -337,6 +346,16 @@ mod tests {
     /// What machines that use so many MiB each are asked for, in MiB by machine, and the room there is. The high mark is
     /// at 155 MiB, the low one at 150.
     fn asked(ram: &[u64], thrash: &[u32], spared: &[u32]) -> (Vec<(u32, u64)>, ByteCount) {
+        let (asked, room, _) = asked_and_backed_off(ram, thrash, spared);
+        (asked, room)
+    }
+
+    /// The same, and how often somebody was passed over.
+    fn asked_and_backed_off(
+        ram: &[u64],
+        thrash: &[u32],
+        spared: &[u32],
+    ) -> (Vec<(u32, u64)>, ByteCount, u64) {
         const GROUP: GroupId = GroupId(1);
         let host = Host::new(Budget::of(ByteCount::mib(160)));
         host.ledger(|ledger| {
@@ -354,7 +373,16 @@ mod tests {
         let (asked, room) = ask(&host, &mut NoOverhead, &mut VecDeque::new(), &watched.collect(), &spared);
         // The ledger's levels are finer than a page, so that it may ask for one more.
         let mib = |pages: u32| PageCount(pages.into()).bytes().0 >> 20;
-        (asked.into_iter().map(|(id, pages)| (id.0, mib(pages))).collect(), room)
+        (asked.into_iter().map(|(id, pages)| (id.0, mib(pages))).collect(), room, host.backoffs())
+    }
+
+    #[test]
+    fn to_pass_over_one_that_thrashes_is_counted_and_to_find_that_all_must_give_is_not() {
+        let backed_off = |ram: &[u64], thrash: &[u32]| asked_and_backed_off(ram, thrash, &[]).2;
+        assert_eq!(backed_off(&[110, 60], &[0]), 1);
+        assert_eq!(backed_off(&[110, 60], &[]), 0, "nobody thrashes");
+        assert_eq!(backed_off(&[100, 52], &[0]), 0, "nobody is asked");
+        assert_eq!(backed_off(&[160, 10], &[0]), 0, "the other one has not enough");
     }
 
     #[test]

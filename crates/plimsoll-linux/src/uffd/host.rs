@@ -63,6 +63,7 @@ pub struct Host {
     shards: Mutex<BTreeMap<MachineId, (MachineId, PageIndex)>>,
     collapses: Mutex<Collapses>,
     tidied: Mutex<Tidied>,
+    backoffs: AtomicU64,
     watchfulness: Watchfulness,
     probe: Arc<dyn Probe>,
     tier: OnceLock<Arc<Tier>>,
@@ -82,6 +83,7 @@ impl Host {
             shards: Mutex::default(),
             collapses: Mutex::default(),
             tidied: Mutex::default(),
+            backoffs: AtomicU64::new(0),
             watchfulness: Watchfulness::new(),
             probe,
             tier: OnceLock::new(),
@@ -157,6 +159,15 @@ impl Host {
     /// Looks at or adds to what the housekeeper has done.
     pub fn tidied<T>(&self, with: impl FnOnce(&mut Tidied) -> T) -> T {
         with(&mut self.tidied.lock())
+    }
+
+    /// How often the governor has passed over machines that thrash, and had others give in their place.
+    pub fn backoffs(&self) -> u64 {
+        self.backoffs.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn backed_off(&self) {
+        self.backoffs.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn probe(&self) -> &Arc<dyn Probe> {

@@ -12,6 +12,10 @@ pub(super) struct Pages {
     pub(super) captured: u64,
     /// Brought back before they were touched.
     pub(super) brought_ahead: u64,
+    /// Of a working set that was recorded, asked for when the guest came back to it.
+    pub(super) replayed: u64,
+    /// In blocks that were taken as one huge page.
+    pub(super) taken_whole: u64,
     /// Moves that the kernel refused twice.
     pub(super) refused: u64,
     /// Given back by guests.
@@ -28,6 +32,8 @@ impl std::ops::AddAssign for Pages {
     fn add_assign(&mut self, other: Self) {
         self.captured += other.captured;
         self.brought_ahead += other.brought_ahead;
+        self.replayed += other.replayed;
+        self.taken_whole += other.taken_whole;
         self.refused += other.refused;
         self.discarded += other.discarded;
         self.verified += other.verified;
@@ -63,6 +69,10 @@ pub(super) struct SoakReport {
     pub(super) packed: u64,
     /// Stored pages that were moved to empty slabs.
     pub(super) moved: u64,
+    /// Blocks of small pages that were made huge again.
+    pub(super) collapsed: u64,
+    /// Looks of the governor at which it passed over a guest because most of what is taken from it comes back.
+    pub(super) backoffs: u64,
     pub(super) wrong_words: u64,
     /// Everything that went wrong; empty when the run passed.
     pub(super) failures: Vec<String>,
@@ -78,6 +88,8 @@ impl SoakReport {
         let tidied = host.tidied(|tidied| *tidied);
         self.packed += tidied.packed;
         self.moved += tidied.moved;
+        self.collapsed += tidied.collapsed;
+        self.backoffs += host.backoffs();
     }
 
     /// One line while it runs.
@@ -105,8 +117,17 @@ impl SoakReport {
     }
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
-        let Pages { captured, brought_ahead, refused, discarded, verified, read_from_outside, anomalies } =
-            self.pages;
+        let Pages {
+            captured,
+            brought_ahead,
+            replayed,
+            taken_whole,
+            refused,
+            discarded,
+            verified,
+            read_from_outside,
+            anomalies,
+        } = self.pages;
         writeln!(
             out,
             "{} actions: {} takeovers, {} guests killed",
@@ -120,10 +141,16 @@ impl SoakReport {
         }
         writeln!(
             out,
-            "pages: {captured} captured, {brought_ahead} brought ahead, {refused} refused, {discarded} discarded ({anomalies} of \
-             them while in use), {verified} verified, {read_from_outside} read from outside"
+            "pages: {captured} captured ({taken_whole} of them in whole blocks), {brought_ahead} brought ahead, {replayed} asked for \
+             as a working set, {refused} refused, {discarded} discarded ({anomalies} of them while in use), {verified} verified, \
+             {read_from_outside} read from outside"
         )?;
         writeln!(out, "in the store: {} packed, {} moved", self.packed, self.moved)?;
+        writeln!(
+            out,
+            "{} blocks made huge again; {} times somebody who thrashed was passed over",
+            self.collapsed, self.backoffs
+        )?;
         let (budget, peak) = (ByteCount(self.budget_bytes), ByteCount(self.peak_bytes));
         writeln!(out, "budget {budget}, peak {peak} ({})", self.peak_source)?;
         for failure in &self.failures {

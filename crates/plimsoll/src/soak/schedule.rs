@@ -31,6 +31,11 @@ pub(super) enum Action {
     SqueezeOne { guest: usize, ms: u64 },
     /// All guests are.
     SqueezeAll { ms: u64 },
+    /// All guests are, and then all but one: what came back to that one soon after it was taken, all of it, has room and is hot.
+    Feast { guest: usize, ms: u64 },
+    /// A guest is evicted as often as it comes back, and then somebody else seems to use all that is free and a little more: it is
+    /// the others' to give.
+    Contend { guest: usize, ms: u64 },
     /// A guest is put to sleep, goes on all the same, and is woken: what it used last is brought back while it runs.
     Park { guest: usize, ms: u64 },
     /// Somebody else seems to use that share of the budget: everything is evicted, and faults have to wait.
@@ -58,6 +63,11 @@ pub(super) enum Aftermath {
     Restart,
 }
 
+/// What every run begins with, in a guest that is the same in each: what follows may be too short for its manager to make a
+/// block huge, or to see that somebody thrashes.
+pub(super) const OPENING: [Action; 2] =
+    [Action::Feast { guest: 0, ms: 3000 }, Action::Contend { guest: 0, ms: 1000 }];
+
 /// The sequence of actions that belongs to a seed.
 #[derive(Clone, Debug)]
 pub(super) struct Schedule {
@@ -84,7 +94,9 @@ impl Iterator for Schedule {
 
     fn next(&mut self) -> Option<Action> {
         Some(match self.rng.below(100) {
-            0..5 => Action::Rest { ms: self.between(20, 300) },
+            0..2 => Action::Rest { ms: self.between(20, 300) },
+            2..4 => Action::Feast { guest: self.guest(), ms: self.between(1000, 2000) },
+            4 => Action::Contend { guest: self.guest(), ms: self.between(600, 1000) },
             5..10 => Action::Park { guest: self.guest(), ms: self.between(20, 400) },
             10..25 => Action::SqueezeOne { guest: self.guest(), ms: self.between(20, 400) },
             25..40 => Action::SqueezeAll { ms: self.between(20, 600) },
@@ -132,6 +144,12 @@ pub(super) fn machine(seed: u64, nth: u64, size: ByteCount, accel: AccelChoice) 
     let zero = 10 + rng.below(30);
     let duplicate = 10 + rng.below(30);
     let random = rng.below(11);
+    if nth == 0 {
+        // The one of the opening uses all it has, as fast as it can, and keeps it.
+        let WorkloadSpec { footprint_bytes, write_permille, seed, .. } = spec;
+        let sweep = WorkloadSpec::new(WorkloadKind::Sweep);
+        spec = WorkloadSpec { footprint_bytes, write_permille, seed, final_check: 1, ..sweep };
+    }
     let mix = Mix {
         zero: narrow(zero),
         duplicate: narrow(duplicate),
@@ -139,7 +157,8 @@ pub(super) fn machine(seed: u64, nth: u64, size: ByteCount, accel: AccelChoice) 
         random: narrow(random),
     };
     let workload = Workload { spec, mix, seed: rng.word(), pool_seed: seed, pool_pages: POOL_PAGES };
-    let mut config = VmmConfig::new(format!("{kind}{nth}"), size.0, workload);
+    let name = if nth == 0 { "first".to_owned() } else { format!("{kind}{nth}") };
+    let mut config = VmmConfig::new(name, size.0, workload);
     config.vcpus = narrow(1 + rng.below(3));
     config.shards = Some(narrow(1 + rng.below(SHARDS)));
     config.accel = accel;
@@ -188,7 +207,7 @@ mod tests {
                 steps.push(*step);
             }
         }
-        assert_eq!((kinds.len(), steps.len()), (11, Step::ALL.len()));
+        assert_eq!((kinds.len(), steps.len()), (13, Step::ALL.len()));
     }
 
     #[test]

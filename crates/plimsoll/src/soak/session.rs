@@ -5,7 +5,7 @@
 use super::Plan;
 use super::report::{Pages, SoakReport};
 use super::saboteur::{Delays, Pressure, Reader, Saboteur};
-use super::schedule::{self, Action, Aftermath, Schedule};
+use super::schedule::{self, Action, Aftermath, OPENING, Schedule};
 use crate::demo::Interrupt;
 use crate::demo::fleet::{self, Guest};
 use crate::demo::meter::Accounting;
@@ -17,14 +17,15 @@ use plimsoll_linux::uffd::housekeeper::Housekeeping;
 use plimsoll_linux::uffd::manager::{Manager, Membership, Vault};
 use plimsoll_linux::uffd::probe::Step;
 use plimsoll_linux::uffd::stats::MachineStats;
-use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
+use plimsoll_types::{BLOCK_PAGES, ByteCount, DomainId, GroupId, MachineId};
 use plimsoll_vmm::control::StopMode;
 use rustix::process::Signal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-const SAMPLE_PERIOD: Duration = Duration::from_millis(500);
+/// Short, since few managers live for a second: hot blocks are looked for as often.
+const SAMPLE_PERIOD: Duration = Duration::from_millis(200);
 /// Pages grow cold in no time, so that they are packed, moved and read back all the time.
 const HOUSEKEEPING: Housekeeping = Housekeeping { cold_after: Duration::from_millis(500), cpu_permille: 200 };
 /// How often guests are told again to give up everything: more often than the governor takes such an order back.
@@ -60,6 +61,8 @@ struct Seat {
 enum Squeeze {
     Nobody,
     One(usize),
+    /// All but one.
+    Others(usize),
     All,
 }
 
@@ -96,7 +99,7 @@ pub(super) fn run(plan: &Plan, run_by: String, interrupt: &Interrupt) -> Result<
         session.seats.push(seat);
     }
     let deadline = Instant::now() + Duration::from_secs(plan.seconds);
-    for action in Schedule::new(plan.seed, plan.guests) {
+    for action in OPENING.into_iter().chain(Schedule::new(plan.seed, plan.guests)) {
         if Instant::now() >= deadline || session.is_over() {
             break;
         }
@@ -128,6 +131,8 @@ impl<'a> Session<'a> {
             pages: Pages::default(),
             packed: 0,
             moved: 0,
+            collapsed: 0,
+            backoffs: 0,
             wrong_words: 0,
             failures: Vec::new(),
         };
@@ -167,6 +172,11 @@ impl<'a> Session<'a> {
         match action {
             Action::Rest { ms } => self.pass(&manager, ms, Squeeze::Nobody),
             Action::SqueezeOne { guest, ms } => self.pass(&manager, ms, Squeeze::One(guest)),
+            Action::Feast { guest, ms } => {
+                self.pass(&manager, ms / 3, Squeeze::All);
+                self.pass(&manager, ms - ms / 3, Squeeze::Others(guest));
+            }
+            Action::Contend { guest, ms } => self.contend(&manager, guest, ms),
             Action::SqueezeAll { ms } => self.pass(&manager, ms, Squeeze::All),
             Action::Park { guest, ms } => {
                 let id = self.seats[guest].id;
@@ -233,12 +243,28 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Has a guest thrash, and others be asked in its place.
+    fn contend(&mut self, manager: &Manager, guest: usize, ms: u64) {
+        self.pass(manager, ms / 2, Squeeze::One(guest));
+        let end = Instant::now() + Duration::from_millis(ms - ms / 2);
+        while Instant::now() < end && !self.is_over() {
+            let (high, charged) = manager.host().ledger(|ledger| (ledger.budget().high, ledger.charged()));
+            let phantom = (high + ByteCount(high.0 / 50)).saturating_sub(charged);
+            self.phantom_bytes.store(phantom.0, Ordering::Relaxed);
+            self.squeeze(manager, Squeeze::One(guest));
+            std::thread::sleep(SQUEEZE_PERIOD);
+            self.look(manager);
+        }
+        self.phantom_bytes.store(0, Ordering::Relaxed);
+    }
+
     fn squeeze(&self, manager: &Manager, squeeze: Squeeze) {
         let pages = u32::try_from(self.plan.size.pages_floor().0).unwrap_or(u32::MAX);
         for (place, seat) in self.seats.iter().enumerate() {
             let is_meant = match squeeze {
                 Squeeze::Nobody => false,
                 Squeeze::One(guest) => place == guest,
+                Squeeze::Others(guest) => place != guest,
                 Squeeze::All => true,
             };
             if is_meant {
@@ -267,12 +293,13 @@ impl<'a> Session<'a> {
         self.look_now(&manager);
         for view in manager.machines() {
             // A manager counts these from its own start.
-            let (missing, brought_ahead) = (view.stats.anomalies.missing, view.stats.ahead.brought);
+            let (missing, ahead) = (view.stats.anomalies.missing, view.stats.ahead);
             self.retired.anomalies += missing;
-            self.retired.brought_ahead += brought_ahead;
+            self.retired.brought_ahead += ahead.brought;
+            self.retired.replayed += ahead.asked_replay;
             for seat in self.seats.iter_mut().filter(|seat| seat.id == view.id) {
                 seat.missing += missing;
-                seat.counts.brought_ahead = 0;
+                (seat.counts.brought_ahead, seat.counts.replayed) = (0, 0);
             }
         }
         let host = Arc::clone(manager.host());
@@ -554,6 +581,8 @@ fn counts(stats: &MachineStats) -> Pages {
     Pages {
         captured: stats.captured,
         brought_ahead: stats.ahead.brought,
+        replayed: stats.ahead.asked_replay,
+        taken_whole: stats.blocks.taken * u64::from(BLOCK_PAGES),
         refused: stats.refused,
         discarded: stats.discarded,
         ..Pages::default()
