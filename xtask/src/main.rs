@@ -72,6 +72,9 @@ struct TestArguments {
     /// How long the randomized soak of level 1 lasts.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     soak: u64,
+    /// How many machines come and go under one daemon, with which they must leave nothing.
+    #[arg(long, value_name = "COUNT", default_value_t = 50)]
+    cycles: u32,
     /// Run only tests whose names contain one of these.
     filters: Vec<String>,
 }
@@ -83,6 +86,7 @@ fn main() -> ExitCode {
             suites::run(&suites::Choice {
                 level: arguments.level,
                 soak: Duration::from_secs(arguments.soak),
+                cycles: arguments.cycles,
                 filters: arguments.filters,
             })
         }),

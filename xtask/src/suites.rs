@@ -68,9 +68,11 @@ const APART: [&str; 7] = [
     "plimsoll-bench",
     "plimsoll-fuzz",
 ];
-/// A test program that takes longer than this, the soak's time apart, hangs. The longest takes minutes, and several times as long where
+/// A test program that takes longer than this, apart from what it was asked for, hangs. The longest takes minutes, and several times as long where
 /// this machine is busy with something else.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
+/// What a machine that comes and goes may take.
+const CYCLE_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a running program is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -80,6 +82,8 @@ pub(crate) struct Choice {
     pub(crate) level: Option<u8>,
     /// How long the soak lasts.
     pub(crate) soak: Duration,
+    /// How many machines come and go.
+    pub(crate) cycles: u32,
     /// Parts of test names; none means all tests.
     pub(crate) filters: Vec<String>,
 }
@@ -279,8 +283,10 @@ impl Runner<'_> {
         let start = Instant::now();
         command.env("PLIMSOLL_REQUIRE", &self.here);
         command.env("PLIMSOLL_SOAK_SECONDS", self.choice.soak.as_secs().to_string());
+        command.env("PLIMSOLL_CYCLES", self.choice.cycles.to_string());
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let end = wait(command, start + PATIENCE + self.choice.soak)?;
+        let asked = self.choice.soak + CYCLE_PATIENCE * self.choice.cycles;
+        let end = wait(command, start + PATIENCE + asked)?;
         let output = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut tally = Tally::read(&String::from_utf8_lossy(&output)).unwrap_or_default();
         let broken = match end {

@@ -276,12 +276,11 @@ impl Machine {
         let workload = Workload { spec, mix, seed: 1, pool_seed: 2, pool_pages: 64 };
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let inspect = format!("inspect-{}.sock", STARTED.fetch_add(1, Ordering::Relaxed));
-        let inspect = directory.0.join(inspect);
-        let config = VmmConfig {
-            report_ms,
-            inspect: Some(inspect.clone()),
-            ..VmmConfig::new("lonely", 96 << 20, workload)
-        };
+        let inspect = Some(directory.0.join(inspect));
+        Self::of(directory, &VmmConfig { report_ms, inspect, ..VmmConfig::new("lonely", 96 << 20, workload) })
+    }
+
+    pub(crate) fn of(directory: &Directory, config: &VmmConfig) -> Self {
         let (control, theirs) = UnixStream::pair().unwrap();
         control.set_read_timeout(Some(GOING)).unwrap();
         make_inheritable(&theirs).unwrap();
@@ -289,9 +288,14 @@ impl Machine {
         command.args(["vmm", "--control-fd", &theirs.as_raw_fd().to_string(), "--daemon"]);
         command.arg(directory.0.join("handover.sock")).stdin(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        child.stdin.take().unwrap().write_all(&serde_json::to_vec(&config).unwrap()).unwrap();
+        child.stdin.take().unwrap().write_all(&serde_json::to_vec(config).unwrap()).unwrap();
         let events = BufReader::new(control.try_clone().unwrap());
-        Self { child, control, events, inspect }
+        Self { child, control, events, inspect: config.inspect.clone().unwrap_or_default() }
+    }
+
+    /// Waits until it says anything.
+    pub(crate) fn has_begun(&mut self) {
+        self.until(|_| true);
     }
 
     /// The first word of the machine that is as wanted.
@@ -326,13 +330,24 @@ impl Machine {
     }
 
     /// Has it check every page once more.
-    pub(crate) fn finish(mut self) {
-        self.is_to_finish();
+    pub(crate) fn finish(self) {
+        self.stops(StopMode::Finish);
+    }
+
+    /// Has it end like that.
+    pub(crate) fn stops(mut self, mode: StopMode) {
+        self.is_to_stop(mode);
         self.finishes();
     }
 
-    fn is_to_finish(&mut self) {
-        let order = serde_json::to_string(&Order::Stop { mode: StopMode::Finish }).unwrap();
+    /// Hangs up, which has it end.
+    pub(crate) fn hangs_up(mut self) {
+        self.control.shutdown(std::net::Shutdown::Both).unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn is_to_stop(&mut self, mode: StopMode) {
+        let order = serde_json::to_string(&Order::Stop { mode }).unwrap();
         self.control.write_all(format!("{order}\n").as_bytes()).unwrap();
     }
 
@@ -538,7 +553,7 @@ fn pages_on_a_disk_tier_that_a_manager_cannot_have_wait_for_one_that_can() {
     kill_manager(&directory);
     let told = status_of(&directory).unwrap()["incidents"].to_string();
     assert!(told.contains("the disk tier cannot be had, and machines wait"), "{told}");
-    machine.is_to_finish();
+    machine.is_to_stop(StopMode::Finish);
     // It gets no further than to the first page that is there.
     let (mut verified, mut reports) = (0, 0);
     machine.until(|event| {

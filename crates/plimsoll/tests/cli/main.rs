@@ -7,6 +7,7 @@ mod api;
 mod attach;
 #[path = "../../../plimsoll-host/tests/api/certificates.rs"]
 mod certificates;
+mod churn;
 mod config;
 mod daemon;
 mod dashboard;
