@@ -14,6 +14,8 @@
 //!    it brings is dropped, and the page is not installed anew before that move has been reported: the move would take
 //!    the new bytes.
 //! 4. **Looking beats remembering.** [`Machine::recover`] believes memory that is present in guest RAM over any word.
+mod gifts;
+
 use crate::airlock::{Airlock, Shape};
 use crate::layout::GuestLayout;
 use crate::map::{Census, MapError, PageMap, Words};
@@ -141,7 +143,7 @@ impl<W: Words> Machine<W> {
     /// | resident, pinned, never-page | unchanged | absent, counted | absent, counted |
     /// | capturing | resident | limbo | absent: the guest discarded it before the move |
     /// | limbo | resident | unchanged | poisoned, counted |
-    /// | absent | pinned for a while | unchanged | unchanged |
+    /// | absent, given | pinned for a while | unchanged | unchanged |
     /// | unwatched | resident | absent | absent |
     /// | poisoned | unchanged | unchanged | unchanged |
     /// | any other | resident | unchanged | unchanged |
@@ -168,7 +170,9 @@ impl<W: Words> Machine<W> {
             let found = match state {
                 PageState::Poisoned => state,
                 PageState::Pinned(_) | PageState::NeverPage if is_present(page) => state,
-                PageState::Absent if is_present(page) => PageState::Pinned(PinCause::Kernel),
+                PageState::Absent | PageState::Given(_) if is_present(page) => {
+                    PageState::Pinned(PinCause::Kernel)
+                }
                 _ if is_present(page) => PageState::Resident,
                 PageState::Resident | PageState::Pinned(_) | PageState::NeverPage => {
                     machine.anomalies.missing += 1;
@@ -182,7 +186,11 @@ impl<W: Words> Machine<W> {
                     machine.anomalies.lost += 1;
                     PageState::Poisoned
                 }
-                PageState::Zero | PageState::Stored(_) | PageState::File(_) | PageState::Absent => state,
+                PageState::Zero
+                | PageState::Stored(_)
+                | PageState::File(_)
+                | PageState::Absent
+                | PageState::Given(_) => state,
             };
             if found != state {
                 machine.map.overwrite(page, found)?;
@@ -264,8 +272,12 @@ impl<W: Words> Machine<W> {
     #[inline]
     pub fn fault(&self, page: PageIndex) -> Result<FaultEffect, MapError> {
         Ok(match self.map.state(page)? {
-            PageState::Absent if self.doomed.iter().any(|(doomed, _)| *doomed == page) => FaultEffect::Wait,
-            PageState::Zero | PageState::Absent => FaultEffect::Install(Source::Zero),
+            PageState::Absent | PageState::Given(_)
+                if self.doomed.iter().any(|(doomed, _)| *doomed == page) =>
+            {
+                FaultEffect::Wait
+            }
+            PageState::Zero | PageState::Absent | PageState::Given(_) => FaultEffect::Install(Source::Zero),
             PageState::Limbo(at) => match self.airlock.whole(at) {
                 Some((at, first)) => FaultEffect::Return { first, at },
                 None => FaultEffect::Install(Source::Limbo(at)),
@@ -411,15 +423,7 @@ impl<W: Words> Machine<W> {
 
     /// The runs of resident pages of a block.
     pub fn resident_runs(&self, block: BlockIndex) -> Vec<Run> {
-        let mut runs: Vec<Run> = Vec::new();
-        for page in self.pages_of(block) {
-            match runs.last_mut() {
-                _ if self.map.state(page) != Ok(PageState::Resident) => {}
-                Some(run) if run.first.0 + run.pages == page.0 => run.pages += 1,
-                _ => runs.push(Run { first: page, pages: 1 }),
-            }
-        }
-        runs
+        self.runs(self.block(block), PageState::Resident)
     }
 
     /// Zeros were installed for a page whose word said it was in RAM, because nothing was there.

@@ -151,10 +151,12 @@ pub enum MapError {
     },
     /// The counts differ from a recount of the words.
     Miscounted {
+        /// The first state of which they differ.
+        kind: StateKind,
         /// What was kept.
-        kept: Census,
+        kept: PageCount,
         /// What was counted.
-        counted: Census,
+        counted: PageCount,
     },
 }
 
@@ -165,8 +167,8 @@ impl fmt::Display for MapError {
             Self::Illegal { page, refusal } => write!(f, "{page}: {refusal}"),
             Self::Contended { page } => write!(f, "{page} was changed by a second writer"),
             Self::Damaged { page, word } => write!(f, "the word of {page} is damaged: {:#x}", word.0),
-            Self::Miscounted { kept, counted } => {
-                write!(f, "page counts are {kept:?} but the words say {counted:?}")
+            Self::Miscounted { kind, kept, counted } => {
+                write!(f, "{} pages are counted as {kept}, and the words say {counted}", kind.name())
             }
         }
     }
@@ -250,6 +252,13 @@ impl<W: Words> PageMap<W> {
     /// [`MapError::Miscounted`] or [`MapError::Damaged`].
     pub fn audit(&self) -> Result<(), MapError> {
         let counted = Census::count(self.words.words())?;
-        if counted == self.census { Ok(()) } else { Err(MapError::Miscounted { kept: self.census, counted }) }
+        let differs = |kind: &StateKind| self.census.of(*kind) != counted.of(*kind);
+        match StateKind::ALL.into_iter().find(differs) {
+            None => Ok(()),
+            Some(kind) => {
+                let (kept, counted) = (self.census.of(kind), counted.of(kind));
+                Err(MapError::Miscounted { kind, kept, counted })
+            }
+        }
     }
 }

@@ -23,6 +23,9 @@
 //! | 8 never-page | 0 | in guest RAM, and must not be moved |
 //! | 9 poisoned | 0 | lost: a touch must fail, never read wrong bytes |
 //! | 10 unwatched | 0 | in guest RAM, or nowhere and reads as zeros: the kernel serves it, nobody is told |
+//! | 11 reported | 0 | as absent; the guest said by itself that it does not use the page |
+//! | 12 hinted | 0 | as absent; the host found the page free where the guest shows it |
+//! | 13 ballooned | 0 | as absent; the guest gave the page into its balloon |
 //!
 //! A fresh, zeroed word is a valid one: a page nobody has touched.
 use core::fmt;
@@ -58,6 +61,17 @@ pub enum PinCause {
     Kernel,
 }
 
+/// How a guest gave a page back. Its VMM knows; where the bytes are does not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Gift {
+    /// The guest told by itself that it does not use the page: free page reporting.
+    Reported,
+    /// The host asked, or looked where the guest shows what it has free: free page hinting, an allocator that is shared.
+    Hinted,
+    /// It went into the guest's balloon, or out of the guest's circulation: the guest does not use it before it asks.
+    Ballooned,
+}
+
 /// Where the bytes of a page are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PageState {
@@ -73,8 +87,10 @@ pub enum PageState {
     Stored(ObjectRef),
     /// In the machine's snapshot file, at this page offset.
     File(u32),
-    /// Nowhere: the guest gave the page back. Reads as zeros; counted apart from [`PageState::Zero`].
+    /// Nowhere: the guest gave the page back, it is not known how. Reads as zeros; counted apart from [`PageState::Zero`].
     Absent,
+    /// Nowhere: the guest gave the page back in this way, and has not used it since.
+    Given(Gift),
     /// In guest RAM, not movable for now.
     Pinned(PinCause),
     /// In guest RAM, never to be moved.
@@ -89,7 +105,10 @@ pub enum PageState {
 /// The states without their payloads, for counting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-#[expect(missing_docs, reason = "each is the PageState of the same name")]
+#[expect(
+    missing_docs,
+    reason = "each is the PageState of the same name, or the Gift of a page that was given"
+)]
 pub enum StateKind {
     Zero = 0,
     Resident = 1,
@@ -102,11 +121,14 @@ pub enum StateKind {
     NeverPage = 8,
     Poisoned = 9,
     Unwatched = 10,
+    Reported = 11,
+    Hinted = 12,
+    Ballooned = 13,
 }
 
 impl StateKind {
     /// All kinds, in the order of their codes.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 14] = [
         Self::Zero,
         Self::Resident,
         Self::Capturing,
@@ -118,6 +140,9 @@ impl StateKind {
         Self::NeverPage,
         Self::Poisoned,
         Self::Unwatched,
+        Self::Reported,
+        Self::Hinted,
+        Self::Ballooned,
     ];
 
     /// The word the field uses.
@@ -134,6 +159,9 @@ impl StateKind {
             Self::NeverPage => "never-page",
             Self::Poisoned => "poisoned",
             Self::Unwatched => "unwatched",
+            Self::Reported => "reported",
+            Self::Hinted => "hinted",
+            Self::Ballooned => "ballooned",
         }
     }
 }
@@ -153,6 +181,9 @@ impl PageState {
             Self::NeverPage => StateKind::NeverPage,
             Self::Poisoned => StateKind::Poisoned,
             Self::Unwatched => StateKind::Unwatched,
+            Self::Given(Gift::Reported) => StateKind::Reported,
+            Self::Given(Gift::Hinted) => StateKind::Hinted,
+            Self::Given(Gift::Ballooned) => StateKind::Ballooned,
         }
     }
 
@@ -197,6 +228,9 @@ impl PageWord {
             8 => PageState::NeverPage,
             9 => PageState::Poisoned,
             10 => PageState::Unwatched,
+            11 => PageState::Given(Gift::Reported),
+            12 => PageState::Given(Gift::Hinted),
+            13 => PageState::Given(Gift::Ballooned),
             _ => return None,
         };
         // A payload that is not the state's is damage, also where the state has none.
@@ -235,6 +269,8 @@ pub enum Transition {
     DropZero(SlotPage),
     /// The guest gave the page back.
     Discard,
+    /// It was heard how the guest gave the page back.
+    Explain(Gift),
     /// The page was found immovable.
     Pin(PinCause),
     /// The page may be tried again.
@@ -281,7 +317,9 @@ impl PageWord {
         use Transition as T;
         let illegal = IllegalTransition { word: self, transition };
         let next = match (self.state().ok_or(illegal)?, transition) {
-            (S::Zero | S::Absent | S::Limbo(_) | S::Stored(_) | S::File(_), T::Install) => S::Resident,
+            (S::Zero | S::Absent | S::Given(_) | S::Limbo(_) | S::Stored(_) | S::File(_), T::Install) => {
+                S::Resident
+            }
             (S::Resident, T::BeginCapture(slot)) => S::Capturing(slot),
             (S::Capturing(named), T::Capture(slot)) if named == slot => S::Limbo(slot),
             (S::Capturing(named), T::Refuse(slot)) if named == slot => S::Resident,
@@ -293,12 +331,13 @@ impl PageWord {
             // longer wants is no longer lost.
             (S::Unwatched, T::Discard) => S::Unwatched,
             (_, T::Discard) => S::Absent,
+            (S::Absent, T::Explain(gift)) => S::Given(gift),
             (S::Resident, T::Pin(cause)) => S::Pinned(cause),
             (S::Pinned(_), T::Unpin) => S::Resident,
             (S::Resident | S::Pinned(_), T::Exclude) => S::NeverPage,
             (S::NeverPage, T::Include) => S::Resident,
             (S::Limbo(_) | S::Stored(_) | S::File(_), T::Poison) => S::Poisoned,
-            (S::Zero | S::Absent, T::Unwatch) => S::Unwatched,
+            (S::Zero | S::Absent | S::Given(_), T::Unwatch) => S::Unwatched,
             (S::Unwatched, T::Find) => S::Resident,
             (S::Unwatched, T::Miss) => S::Absent,
             _ => return Err(illegal),
@@ -312,6 +351,8 @@ mod tests {
     use super::*;
     use alloc::vec::Vec;
 
+    const GIFTS: [Gift; 3] = [Gift::Reported, Gift::Hinted, Gift::Ballooned];
+
     fn every_state() -> Vec<PageState> {
         let mut states = alloc::vec![
             PageState::Zero,
@@ -323,6 +364,7 @@ mod tests {
             PageState::Poisoned,
             PageState::Unwatched,
         ];
+        states.extend(GIFTS.map(PageState::Given));
         for slot in [0, 7, u32::MAX].map(SlotPage) {
             states.extend([PageState::Capturing(slot), PageState::Limbo(slot), PageState::File(slot.0)]);
         }
@@ -342,8 +384,8 @@ mod tests {
 
     #[test]
     fn bits_no_transition_writes_are_no_state_and_take_no_transition() {
-        let with_a_payload_that_is_not_theirs = [0, 1, 6, 8, 9, 10].map(|kind| 1 << 40 | kind);
-        for bits in [11, 15, 1 << 63 | 2, 2 << 4 | 7].into_iter().chain(with_a_payload_that_is_not_theirs) {
+        let with_a_payload_that_is_not_theirs = [0, 1, 6, 8, 9, 10, 11, 12, 13].map(|kind| 1 << 40 | kind);
+        for bits in [14, 15, 1 << 63 | 2, 2 << 4 | 7].into_iter().chain(with_a_payload_that_is_not_theirs) {
             assert_eq!(PageWord(bits).state(), None);
             assert!(PageWord(bits).after(Transition::Discard).is_err());
         }
@@ -359,6 +401,21 @@ mod tests {
             let installable = !state.is_in_ram()
                 && !matches!(state, PageState::Capturing(_) | PageState::Poisoned | PageState::Unwatched);
             assert_eq!(word.after(Transition::Install).is_ok(), installable, "{state:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_page_that_was_given_is_told_how_and_the_next_gift_is_another() {
+        for (state, gift) in every_state().into_iter().flat_map(|state| GIFTS.map(|gift| (state, gift))) {
+            let explained = PageWord::new(state).after(Transition::Explain(gift));
+            assert_eq!(explained.is_ok(), state == PageState::Absent, "{state:?}");
+        }
+        for gift in GIFTS {
+            let given = PageWord::new(PageState::Given(gift));
+            let after = |transition| given.after(transition).unwrap().state();
+            assert_eq!(after(Transition::Install), Some(PageState::Resident));
+            assert_eq!(after(Transition::Discard), Some(PageState::Absent));
+            assert_eq!(StateKind::ALL[PageState::Given(gift).kind() as usize], PageState::Given(gift).kind());
         }
     }
 

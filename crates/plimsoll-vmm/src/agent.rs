@@ -175,6 +175,7 @@ impl Agent<'_> {
             Op::Populate => self.populate(item),
             Op::Watch => self.watch(item),
             Op::Unwatch => self.unwatch(item),
+            Op::Gifts => self.gifts(item),
             Op::SetEpoch => None,
         };
         outcome.unwrap_or(stopped(0, Stop::Invalid))
@@ -302,8 +303,26 @@ impl Agent<'_> {
 
     /// Waiters go on, and find the kernel in the manager's place.
     fn unwatch(&self, item: &Item) -> Option<Outcome> {
-        let (_, range) = self.guest_range(item)?;
+        let (run, range) = self.guest_range(item)?;
+        // Nothing of it is anywhere. What is missing later has gone later, or is as it was before it was ever given.
+        self.memory.gifts().forget(run);
         Some(whole(item, self.managed.ram.unregister(range)))
+    }
+
+    /// How pages were given back.
+    fn gifts(&self, item: &Item) -> Option<Outcome> {
+        if item.page().0.checked_add(item.pages)? > self.cut.layout.page_limit().0 {
+            return None;
+        }
+        let first = self.cut.first.0.checked_add(item.page().0)?;
+        first.checked_add(item.pages)?;
+        let gift = |offset: u32| self.memory.gifts().of(PageIndex(first + offset));
+        let Some((done, given)) = (0..item.pages).find_map(|offset| Some((offset, gift(offset)?))) else {
+            return Some(Outcome { done: item.pages, stop: None });
+        };
+        let alike = (done..item.pages).take_while(|offset| gift(*offset) == Some(given));
+        let pages = u16::try_from(alike.take(usize::from(u16::MAX)).count()).unwrap_or(u16::MAX);
+        Some(stopped(done, Stop::Given { gift: given, pages }))
     }
 
     /// Returns when no discard is left that may have seen memory registered: those that begin now make no events. All shards
@@ -392,6 +411,7 @@ mod tests {
     use super::*;
     use crate::config::HugePages;
     use plimsoll_core::layout::{GuestLayout, Region};
+    use plimsoll_core::word::Gift;
     use plimsoll_sys::uffd::{Event, EventBuffer, Mode};
     use plimsoll_types::{Gpa, SlotPage};
     use std::os::fd::{AsFd, OwnedFd};
@@ -608,6 +628,28 @@ mod tests {
         assert_eq!(bench.one(Op::MoveOut, 0, 0, 1), stopped(0, Stop::StaleEpoch));
         bench.epoch = 6;
         assert_eq!(bench.one(Op::MoveOut, 0, 0, 1), Outcome { done: 1, stop: None });
+        bench.end();
+    }
+
+    #[test]
+    fn pages_are_told_of_by_how_they_were_given_run_by_run() {
+        let Some(mut bench) = Bench::new() else { return };
+        assert_eq!(bench.one(Op::Gifts, 4, 0, 8), Outcome { done: 8, stop: None });
+        for (first, pages, gift) in [(4, 2, Gift::Reported), (6, 3, Gift::Hinted), (10, 1, Gift::Ballooned)] {
+            let memory = Arc::clone(&bench.memory);
+            let guest = thread::spawn(move || memory.give(Gpa(first * PAGE), pages * PAGE, gift).unwrap());
+            assert!(matches!(bench.events()[..], [Event::Remove { .. }]));
+            guest.join().unwrap();
+        }
+        let run = |done, gift, pages| stopped(done, Stop::Given { gift, pages });
+        assert_eq!(bench.one(Op::Gifts, 2, 0, 9), run(2, Gift::Reported, 2));
+        assert_eq!(bench.one(Op::Gifts, 6, 0, 2), run(0, Gift::Hinted, 2));
+        assert_eq!(bench.one(Op::Gifts, 9, 0, 9), run(1, Gift::Ballooned, 1));
+        assert_eq!(bench.one(Op::Gifts, 500, 0, u32::MAX), stopped(0, Stop::Invalid));
+        // From a block that is left to the kernel nothing is told later of how it was given before.
+        assert_eq!(bench.one(Op::Unwatch, 0, 0, 8), Outcome { done: 8, stop: None });
+        assert_eq!(bench.one(Op::Gifts, 0, 0, 8), Outcome { done: 8, stop: None });
+        assert_eq!(bench.one(Op::Gifts, 8, 0, 3), run(0, Gift::Hinted, 1));
         bench.end();
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Enters: listings and questions of vCPUs, orders of the starter. Leaves: discards of guest memory, words changed in the guest's
 //! tables, notices for the starter. What must never happen: memory dropped outside of guest RAM or while it is pinned, a frame
-//! dropped after it was installed, or a number the guest wrote being believed. Every discard goes through [`Memory::discard`], so
+//! dropped after it was installed, or a number the guest wrote being believed. Every discard goes through [`Memory::give`], so
 //! the manager of a machine hears of it as of any other: what a guest gives is never stored.
 //!
 //! # Locks
@@ -14,6 +14,7 @@
 use crate::control::{FrameOrder, FrameVerb};
 use crate::machine::Death;
 use crate::memory::{DiscardError, Memory};
+use plimsoll_core::word::Gift;
 use plimsoll_guest::abi::{self, BalloonTarget, Finds, Listed, Listing, Piece};
 use plimsoll_guest::frames::{FRAME_SIZE, Frames, Plan, Take, Taken, Words};
 use plimsoll_linux::explain;
@@ -167,7 +168,7 @@ impl Balloon {
         pages.iter().for_each(|page| join(&mut runs, u64::from(*page) * abi::PAGE_SIZE, len));
         match what {
             Listed::Given => runs.into_iter().try_for_each(|(gpa, len)| {
-                memory.discard(Gpa(gpa), len).map_err(Death::Discard)?;
+                memory.give(Gpa(gpa), len, Gift::Ballooned).map_err(Death::Discard)?;
                 self.note(memory, (gpa, len), true)
             }),
             Listed::WantedBack => runs.into_iter().try_for_each(|run| self.note(memory, run, false)),
@@ -292,8 +293,9 @@ impl Taking<'_> {
                     self.balloon.note(self.memory, (gpa, FRAME_SIZE), true)?;
                 }
             }
+            let gift = if take == Take::ForGood { Gift::Ballooned } else { Gift::Hinted };
             for (gpa, len) in runs {
-                self.memory.discard(Gpa(gpa), len).map_err(Death::Discard)?;
+                self.memory.give(Gpa(gpa), len, gift).map_err(Death::Discard)?;
                 self.dropped += len;
             }
             drop(held);

@@ -35,6 +35,7 @@ mod agent;
 mod balloon;
 mod boot;
 mod elf;
+mod gifts;
 mod inprocess;
 mod inspection;
 mod kvm;

@@ -29,9 +29,11 @@
 //!   cannot, so it waits for nobody; while it has it, a page that is present stays so, and `MADV_POPULATE_WRITE` on it
 //!   cannot become a fault that would wait for the agent itself.
 use crate::config::{HugePages, Prefault};
+use crate::gifts::Gifts;
 use crate::pins::{PageRun, PinGuard, Pins};
 use crate::shards::{self, Cut};
 use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
+use plimsoll_core::word::Gift;
 use plimsoll_sys::mapping::{self, AnonymousMapping, MapError, Merging, RangeError};
 use plimsoll_sys::pagemap::{Pagemap, PagemapError};
 use plimsoll_sys::uffd::{
@@ -183,6 +185,7 @@ pub struct Memory {
     /// None for a machine of the kernel's.
     shards: Vec<Shard>,
     pins: Pins,
+    gifts: Gifts,
     /// See "Locks".
     pub(crate) discard_gate: RwLock<()>,
 }
@@ -204,7 +207,8 @@ impl Memory {
             layout.regions().iter().map(|region| map(region.bytes)).collect::<Result<Vec<_>, _>>()?;
         let cuts = shards::cut(&layout, managed.len())?.into_iter().zip(managed);
         let shards = cuts.map(|(cut, managed)| Shard { cut, managed }).collect();
-        Ok(Self { layout, mappings, shards, pins: Pins::default(), discard_gate: RwLock::new(()) })
+        let (pins, gifts) = (Pins::default(), Gifts::new(layout.pages()));
+        Ok(Self { layout, mappings, shards, pins, gifts, discard_gate: RwLock::new(()) })
     }
 
     /// Touches every page, calling `progress` with the bytes done so far.
@@ -390,9 +394,19 @@ impl Memory {
         Ok(mapping.advise_merging(range.ok_or(MemoryError::OutsideRam { gpa, len })?, merging)?)
     }
 
-    /// Gives pages back that the guest says it does not need. Waits until the manager has read the event, so the
-    /// caller holds no lock that anybody else waits for.
+    /// How the guest gave pages back.
+    pub(crate) fn gifts(&self) -> &Gifts {
+        &self.gifts
+    }
+
+    /// Gives pages back of which the guest says, unasked, that it does not need them. As [`give`](Self::give).
     pub(crate) fn discard(&self, gpa: Gpa, len: u64) -> Result<(), DiscardError> {
+        self.give(gpa, len, Gift::Reported)
+    }
+
+    /// Gives pages back that the guest does not need. Waits until the manager has read the event, so the
+    /// caller holds no lock that anybody else waits for.
+    pub(crate) fn give(&self, gpa: Gpa, len: u64, gift: Gift) -> Result<(), DiscardError> {
         let not_pages = DiscardError::NotPages { gpa, len };
         let aligned = gpa.is_page_aligned() && ByteCount(len).is_multiple_of(PAGE_SIZE) && len > 0;
         let (true, Ok(run)) = (aligned, self.pages(gpa, ByteCount(len))) else { return Err(not_pages) };
@@ -404,6 +418,7 @@ impl Memory {
         let Some(range) = start.and_then(|start| HvaRange::new(start, ByteCount(len))) else {
             return Err(not_pages);
         };
+        self.gifts.note(run, gift);
         // Nothing is protected by the gate that a panic could leave half done.
         let gate = self.discard_gate.read();
         let done = mapping.discard(range);

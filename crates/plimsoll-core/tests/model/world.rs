@@ -332,6 +332,7 @@ impl Host {
             PageState::Stored(object) => Value::of_object(object).filter(|value| is_kept(*value)),
             PageState::Zero
             | PageState::Absent
+            | PageState::Given(_)
             | PageState::Resident
             | PageState::Pinned(_)
             | PageState::NeverPage

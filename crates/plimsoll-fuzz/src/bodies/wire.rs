@@ -1,5 +1,6 @@
 //! The hand-over protocol: what is accepted says itself again.
 use plimsoll_core::layout::{GuestLayout, Region};
+use plimsoll_core::word::Gift;
 use plimsoll_linux::uffd::wire::{
     FEATURES_NEEDED, Hello, Item, Op, Outcome, Stop, Ticket, Welcome, decode_reply, decode_request,
     encode_reply, encode_request,
@@ -64,5 +65,9 @@ pub(crate) fn examples() -> Vec<Vec<u8>> {
     encode_reply(&mut reply, TICKET, &outcomes);
     let accepted = Welcome::Accepted { machine: 3, epoch: 7 };
     let refused = Welcome::Refused { reason: "no room".to_owned() };
-    vec![hello(0).encode(), hello(1).encode(), accepted.encode(), refused.encode(), request, reply]
+    let given = Some(Stop::Given { gift: Gift::Hinted, pages: 1 });
+    let outcomes = [(2, None), (1, given)].map(|(done, stop)| Outcome { done, stop });
+    let mut told = Vec::new();
+    encode_reply(&mut told, TICKET, &outcomes);
+    vec![hello(0).encode(), hello(1).encode(), accepted.encode(), refused.encode(), request, reply, told]
 }

@@ -1,6 +1,6 @@
 //! Page words: a word that is one is the word of its state, and no transition leads to one that is not.
 use super::words_of;
-use plimsoll_core::word::{ObjectRef, PageState, PageWord, PinCause, Transition};
+use plimsoll_core::word::{Gift, ObjectRef, PageState, PageWord, PinCause, Transition};
 use plimsoll_types::SlotPage;
 
 /// Reads pairs of words: one as it stands in memory, and one that says what happens to the page.
@@ -43,6 +43,7 @@ fn transition(bits: u64) -> Transition {
         12 => Transition::Include,
         13 => Transition::Poison,
         14 => Transition::Find,
+        15 if bits & 0x100 != 0 => Transition::Explain(Gift::Hinted),
         _ => Transition::Miss,
     }
 }
@@ -57,6 +58,8 @@ pub(crate) fn examples() -> Vec<Vec<u8>> {
         (PageState::Stored(ObjectRef::new(1 << 50).unwrap()), 13),
         (PageState::File(9), 0),
         (PageState::Absent, 8),
+        (PageState::Absent, 0x10f),
+        (PageState::Given(Gift::Ballooned), 0),
         (PageState::Pinned(PinCause::Kernel), 10),
         (PageState::NeverPage, 12),
         (PageState::Poisoned, 8),

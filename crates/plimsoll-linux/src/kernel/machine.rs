@@ -146,6 +146,8 @@ pub struct KernelMachine {
     pub(super) totals: Totals,
     /// Of each block, pages in RAM and elsewhere when all were last looked at.
     seen: Vec<(u16, u16)>,
+    /// Of each block, the most that it was ever seen to have, here or elsewhere.
+    most: Vec<u16>,
 }
 
 impl KernelMachine {
@@ -182,6 +184,7 @@ impl KernelMachine {
             collapsing: 0,
             totals: Totals::default(),
             seen: Vec::new(),
+            most: Vec::new(),
         };
         // The page map was opened by number: as long as the process of the descriptor lives, the number is its own.
         machine.check_alive()?;
@@ -244,7 +247,9 @@ impl KernelMachine {
 
     /// Bytes of bookkeeping.
     pub fn table_bytes(&self) -> usize {
-        self.known.table_bytes() + self.seen.capacity() * size_of::<(u16, u16)>()
+        let of_blocks =
+            self.seen.capacity() * size_of::<(u16, u16)>() + self.most.capacity() * size_of::<u16>();
+        self.known.table_bytes() + of_blocks
     }
 
     /// The blocks of its memory, as [`usage`](Reclaimer::usage) saw them last.
@@ -256,6 +261,17 @@ impl KernelMachine {
         })
     }
 
+    /// Pages that were in RAM or elsewhere at an earlier [`usage`](Reclaimer::usage) and were nowhere at the last: the guest, or its
+    /// VMM, gave them back. Counted by the most that a block ever had, so a page that came in the place of another hides one, and
+    /// what went before this machine was attached to is not known; nor is what went after it was taken, until it is used again.
+    pub fn gone(&self) -> PageCount {
+        let had = self.most.iter().zip(&self.seen);
+        had.map(|(most, (resident, elsewhere))| {
+            PageCount(u64::from(most.saturating_sub(resident + elsewhere)))
+        })
+        .sum()
+    }
+
     /// The guest's memory has grown or shrunk. What is known of memory that stays is kept.
     ///
     /// # Errors
@@ -265,6 +281,8 @@ impl KernelMachine {
         let old = self.view.layout();
         self.known = self.known.rearranged(new.blocks(), |block| old.block_at_base(new.base_of(block)?));
         self.view.set_layout(new);
+        // What went of blocks that stay is not known any more: they are counted by their places.
+        (self.seen, self.most) = (Vec::new(), Vec::new());
         // Samples are drawn anew; these pages would be looked for where others are now.
         self.drawn.clear();
         self.idle.iter_mut().for_each(IdleSamples::forget);
@@ -427,6 +445,10 @@ impl Reclaimer for KernelMachine {
             // A block has 512 pages.
             let counted = |pages: u32| u16::try_from(pages).unwrap_or(u16::MAX);
             self.seen.push((counted(presence.present.len()), counted(elsewhere.len())));
+        }
+        self.most.resize(self.seen.len(), 0);
+        for (most, (resident, elsewhere)) in self.most.iter_mut().zip(&self.seen) {
+            *most = (*most).max(resident + elsewhere);
         }
         Ok(usage)
     }

@@ -101,6 +101,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let presence = self.space.run_presence(run)?;
         self.machine.watched(block, |page| presence.has_page(page))?;
         self.stats.blocks.watched += 1;
+        self.wonder(run);
         Ok(true)
     }
 
@@ -158,7 +159,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 self.machine.keep_apart(at);
                 Ok(Served::Later)
             }
-            Some(stop @ (Stop::Pinned | Stop::Invalid)) => {
+            Some(stop @ (Stop::Pinned | Stop::Invalid | Stop::Given { .. })) => {
                 let cause = format!("{stop:?}");
                 Err(SpaceError::Call { call: "move in", first: next.0, pages: run.pages, cause }.into())
             }

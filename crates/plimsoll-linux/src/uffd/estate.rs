@@ -60,8 +60,8 @@ pub const RESERVED: u32 = 16;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"PLIMREGI");
 /// The version of the register that this build writes, and the only one it reads: before 3 the disk tier had no key of its own, and
-/// machines were in slots that are the daemon's now.
-const VERSION: u32 = 3;
+/// machines were in slots that are the daemon's now; before 4 page words did not say how a page was given, and VMMs cannot be asked.
+const VERSION: u32 = 4;
 const RECORDS: u32 = 4096;
 const RECORD_SIZE: usize = 2048;
 const HELLO_MAX: usize = RECORD_SIZE - 72;

@@ -485,6 +485,10 @@ impl Space for LinuxSpace {
         self.ask_one(Op::Watch, Item::new(run.first, SlotPage(0), run.pages))
     }
 
+    fn gifts(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.ask(Op::Gifts, items)
+    }
+
     fn run_presence(&mut self, run: Run) -> Result<Presence, SpaceError> {
         let range = self.range(run.first, run.pages, "look")?;
         let mut ram = Vec::new();

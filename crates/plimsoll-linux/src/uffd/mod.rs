@@ -144,6 +144,7 @@ mod blocks;
 mod drive;
 pub mod estate;
 mod far;
+mod gifts;
 mod giveback;
 pub mod governor;
 pub mod handover;

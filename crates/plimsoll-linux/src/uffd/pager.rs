@@ -9,6 +9,7 @@
 use super::ahead::Queue;
 use super::blocks::Kernel;
 use super::far::{Far, Sight};
+use super::gifts::Curious;
 use super::host::{Domain, Host, Incident, Orders};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
@@ -19,6 +20,7 @@ use plimsoll_core::ledger::{Kind, Ledger, LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
 use plimsoll_core::prefetch::Prefetch;
+use plimsoll_core::replacement::Run;
 use plimsoll_core::word::{ObjectRef, StateKind};
 use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, SlabMemory, Whereabouts};
 use plimsoll_types::{BLOCK_PAGES, ByteCount, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
@@ -162,6 +164,8 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) is_tight: bool,
     /// There was nothing that the store could take without a slab for which there is no room below the hard line.
     pub(super) is_stuck: bool,
+    /// What the guest gave back of which its VMM has not been asked how.
+    pub(super) curious: Curious,
 }
 
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
@@ -204,6 +208,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             homeward: 0,
             is_tight: false,
             is_stuck: false,
+            curious: Curious::default(),
         }
     }
 
@@ -233,6 +238,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.bring()? | self.reclaim(served)?
         };
         self.watch_quiet();
+        let worked = self.explain(worked)? | worked;
         self.settle()?;
         self.tell();
         let stalled = self.has_refused_faults();
@@ -283,6 +289,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// # Errors
     /// [`PagerError`].
     pub fn resume(&mut self) -> Result<(), PagerError> {
+        self.wonder(Run { first: PageIndex(0), pages: self.machine.layout().page_limit().0 });
         self.settle()?;
         Ok(self.space.wake(PageIndex(0), self.machine.layout().page_limit().0)?)
     }
@@ -375,6 +382,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         self.machine.discarded(first.0..first.0.saturating_add(pages), |object| objects.push(object))?;
         self.prefetch.discarded(first.0..first.0.saturating_add(pages));
         self.stats.discarded += u64::from(pages);
+        self.wonder(Run { first, pages });
         self.reached(Step::DiscardApplied)?;
         objects.into_iter().for_each(|object| self.release(object));
         // A fault that was read before is stale now. Served, it could find the page still there, because the discarder

@@ -268,7 +268,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 return Ok(item.pages - outcome.done);
             }
             Stop::StaleEpoch => return Err(PagerError::Superseded),
-            Stop::Exists | Stop::Invalid | Stop::Failed { .. } => {
+            Stop::Exists | Stop::Invalid | Stop::Given { .. } | Stop::Failed { .. } => {
                 let cause = format!("{stop:?}");
                 return Err(
                     SpaceError::Call { call: "move out", first: page.0, pages: item.pages, cause }.into()

@@ -205,6 +205,12 @@ pub trait Space {
     /// [`SpaceError`].
     fn watch(&mut self, run: Run) -> Result<Outcome, SpaceError>;
 
+    /// How the guest gave pages back, as far as somebody knows. One outcome per item.
+    ///
+    /// # Errors
+    /// [`SpaceError`].
+    fn gifts(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError>;
+
     /// Looks at what of the run is in guest RAM.
     ///
     /// # Errors

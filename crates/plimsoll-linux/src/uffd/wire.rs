@@ -1,4 +1,4 @@
-//! The hand-over protocol, version 2: how a VMM gives the memory of one machine to a manager.
+//! The hand-over protocol, version 3: how a VMM gives the memory of one machine to a manager.
 //!
 //! Enters: datagrams of a `SOCK_SEQPACKET` Unix socket, written by a VMM that may be hostile. Leaves: values whose
 //! every field has been checked, or a [`WireError`] that says what was found. Nothing here does I/O.
@@ -40,9 +40,10 @@
 //!          32 reason [u8; 96]                                                                       = 128 bytes
 //! Header   0 epoch u64 | 8 sequence u32 | 12 op u32 | 16 items u32 | 20 zero u32  = 24 bytes, Request and Reply
 //! Item     0 page u32 | 4 slot page u32 | 8 pages u32                               = 12 bytes, follows a Request
-//! Outcome  0 pages done u32 | 4 stop u16 | 6 errno u16                                = 8 bytes, follows a Reply
+//! Outcome  0 pages done u32 | 4 stop u16 | 6 errno, or pages given, u16               = 8 bytes, follows a Reply
 //! ```
 use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
+use plimsoll_core::word::Gift;
 use plimsoll_sys::uffd::Features;
 use plimsoll_types::{BLOCK_PAGES, BLOCK_SIZE, ByteCount, Gpa, Hva, PAGE_SIZE, PageIndex, SlotPage};
 use thiserror::Error;
@@ -51,7 +52,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// The first eight bytes of a `Hello` and of a `Welcome`.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"PLIMSOLL");
 /// The protocol version this build speaks.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Most regions a shard may have.
 pub const REGIONS_MAX: usize = 64;
 /// Most shards a machine may have.
@@ -174,12 +175,14 @@ pub enum Op {
     Watch = 6,
     /// Unregister guest pages and wake whoever waits there: from here on absent ones are the kernel's to bring, as zeros.
     Unwatch = 7,
+    /// How guest pages were given back. Stops at the first of which the VMM knows, with [`Stop::Given`].
+    Gifts = 8,
 }
 
 impl Op {
     fn from_code(code: u32) -> Option<Self> {
-        const ALL: [Op; 7] =
-            [Op::SetEpoch, Op::MoveOut, Op::MoveIn, Op::Zap, Op::Populate, Op::Watch, Op::Unwatch];
+        const ALL: [Op; 8] =
+            [Op::SetEpoch, Op::MoveOut, Op::MoveIn, Op::Zap, Op::Populate, Op::Watch, Op::Unwatch, Op::Gifts];
         ALL.into_iter().find(|op| *op as u32 == code)
     }
 }
@@ -201,6 +204,13 @@ pub enum Stop {
     StaleEpoch,
     /// The item names pages outside what was handed over, or crosses a region.
     Invalid,
+    /// The next pages, so many, were given back in this way.
+    Given {
+        /// How.
+        gift: Gift,
+        /// How many.
+        pages: u16,
+    },
     /// Any other error of the system call.
     Failed {
         /// The error number.
@@ -220,6 +230,9 @@ impl Stop {
             Some(Self::StaleEpoch) => (6, 0),
             Some(Self::Invalid) => (7, 0),
             Some(Self::Failed { errno }) => (8, errno),
+            Some(Self::Given { gift: Gift::Reported, pages }) => (9, pages),
+            Some(Self::Given { gift: Gift::Hinted, pages }) => (10, pages),
+            Some(Self::Given { gift: Gift::Ballooned, pages }) => (11, pages),
         }
     }
 
@@ -234,6 +247,9 @@ impl Stop {
             6 => Self::StaleEpoch,
             7 => Self::Invalid,
             8 => Self::Failed { errno },
+            9 => Self::Given { gift: Gift::Reported, pages: errno },
+            10 => Self::Given { gift: Gift::Hinted, pages: errno },
+            11 => Self::Given { gift: Gift::Ballooned, pages: errno },
             _ => return Err(WireError::UnknownStop { code }),
         }))
     }
@@ -693,7 +709,11 @@ pub fn decode_reply(bytes: &[u8], ticket: Ticket, items: &[Item]) -> Result<Opti
     let check = |(raw, item): (&RawOutcome, &Item)| {
         let stop = Stop::from_codes(raw.stop, raw.errno)?;
         let all = raw.done == item.pages;
-        if raw.done > item.pages || all != stop.is_none() {
+        let left = item.pages.saturating_sub(raw.done);
+        // Of none, whoever asks about the rest would ask for ever.
+        let is_overdone =
+            matches!(stop, Some(Stop::Given { pages, .. }) if !(1..=left).contains(&u32::from(pages)));
+        if raw.done > item.pages || all != stop.is_none() || is_overdone {
             return Err(WireError::Overdone { found: raw.done, asked: item.pages });
         }
         Ok(Outcome { done: raw.done, stop })

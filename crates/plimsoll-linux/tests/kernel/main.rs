@@ -28,11 +28,12 @@ pub(crate) enum Outcome {
 
 type Test = (&'static str, fn() -> Outcome);
 
-const TESTS: [Test; 18] = [
+const TESTS: [Test; 19] = [
     ("private_memory_is_taken_again_and_again_and_the_hot_set_stays", steady::private),
     ("memfd_memory_is_taken_again_and_again_and_the_hot_set_stays", steady::memfd),
     ("hot_blocks_become_huge_again", steady::collapse),
     ("memory_that_is_plugged_in_keeps_what_is_known_of_the_rest", steady::hot_plug),
+    ("what_a_guest_gives_back_is_told_from_what_was_paged_out", steady::given_back),
     ("a_process_that_ends_is_gone", trouble::ends),
     ("a_process_that_executes_another_program_is_gone_and_not_advised", trouble::executes),
     ("a_stopped_process_is_managed_like_any_other", trouble::stopped),

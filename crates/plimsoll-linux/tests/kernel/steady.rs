@@ -3,8 +3,11 @@ use crate::guest::Started;
 use crate::{Outcome, outcome, swap};
 use plimsoll_linux::kernel::KernelMachine;
 use plimsoll_linux::reclaimer::{Reclaimer, Short};
-use plimsoll_sys::HvaRange;
+use plimsoll_sys::mapping::{AnonymousMapping, HugePages};
+use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::{HvaRange, ProcessId};
 use plimsoll_types::{ByteCount, PageCount};
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 const ALL: PageCount = PageCount(u64::MAX);
@@ -116,6 +119,50 @@ pub(crate) fn collapse() -> Outcome {
         assert!(huge() + refused >= guest.ram.len(), "{rest:?}: {}", huge());
         assert_eq!(guest.number("verify"), 0);
         drop(guest);
+        swap.remove().unwrap();
+        Ok(())
+    })
+}
+
+/// Memory of this process in place of a guest's, so that pages of it can be given back from inside.
+pub(crate) fn given_back() -> Outcome {
+    const PAGES: u64 = 2048;
+    outcome(|| {
+        let swap = swap(ByteCount::mib(64))?;
+        let memory = AnonymousMapping::new(PageCount(PAGES).bytes(), HugePages::Never).unwrap();
+        let own = Pidfd::open(ProcessId::own()).unwrap();
+        let mut machine = KernelMachine::attach(own, vec![memory.range()], SEED, Instant::now()).unwrap();
+        let at = |page: u64| PageCount(page).bytes();
+        let write = |pages: Range<u64>| pages.for_each(|page| memory.write_u64(at(page), page + 1).unwrap());
+        let give = |first: u64, pages: u64| {
+            let start = memory.base().checked_add(at(first).0).unwrap();
+            memory.discard(HvaRange::new(start, at(pages)).unwrap()).unwrap();
+        };
+        let mut gone = || {
+            machine.usage().unwrap();
+            machine.gone()
+        };
+        assert_eq!(gone(), PageCount(0), "what was never there did not go");
+        write(0..1000);
+        assert_eq!(gone(), PageCount(0));
+        give(0, 300);
+        assert_eq!(gone(), PageCount(300));
+        // What is paged out has not been given back.
+        let got = machine.reclaim(ALL, Instant::now()).unwrap();
+        assert!(got.taken >= PageCount(600), "{got:?}");
+        let mut gone = || {
+            machine.usage().unwrap();
+            machine.gone()
+        };
+        assert_eq!(gone(), PageCount(300));
+        // What of that goes counts as taken until it is used: too little is counted, never too much.
+        give(900, 100);
+        let some = gone();
+        assert!((PageCount(300)..=PageCount(400)).contains(&some), "{some}");
+        // What is used again is not gone any more.
+        write(0..300);
+        assert_eq!(gone(), some.saturating_sub(PageCount(300)));
+        drop(memory);
         swap.remove().unwrap();
         Ok(())
     })

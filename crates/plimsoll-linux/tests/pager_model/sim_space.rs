@@ -6,6 +6,7 @@ use super::kernel::{Kernel, Notice, Op, Ram, Request, State, one_in, point, zero
 use super::life::{Flaw, Life};
 use super::world::SEEN;
 use plimsoll_core::replacement::Run;
+use plimsoll_core::word::Gift;
 use plimsoll_linux::uffd::space::{InstallStop, Installed, Presence, Space, SpaceError, SpaceEvent};
 use plimsoll_linux::uffd::wire::{Item, Outcome, Stop};
 use plimsoll_types::{PageBytes, PageIndex, SlotPage};
@@ -276,6 +277,19 @@ impl Space for SimSpace {
             return self.answered(REFUSED);
         }
         self.ask_of(Op::Watch, run)
+    }
+
+    /// What it says of how pages were given back is for counting: it may say anything, also of what is there again.
+    fn gifts(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+        self.enter()?;
+        let told = |item: &Item| {
+            if one_in(2) {
+                Outcome { done: 0, stop: Some(Stop::Given { gift: Gift::Ballooned, pages: 1 }) }
+            } else {
+                Outcome { done: item.pages, stop: None }
+            }
+        };
+        self.leave(items.iter().map(told).collect())
     }
 
     fn run_presence(&mut self, run: Run) -> Result<Presence, SpaceError> {

@@ -444,6 +444,9 @@ mod deaf {
         fn watch(&mut self, run: Run) -> Result<Outcome, SpaceError> {
             self.0.watch(run)
         }
+        fn gifts(&mut self, items: &[Item]) -> Result<Vec<Outcome>, SpaceError> {
+            self.0.gifts(items)
+        }
         fn run_presence(&mut self, run: Run) -> Result<Presence, SpaceError> {
             self.0.run_presence(run)
         }

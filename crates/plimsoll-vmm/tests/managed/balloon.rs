@@ -45,9 +45,14 @@ fn balloon(guest: &Guest, target_bytes: u64, piece: BalloonPiece) -> u64 {
     until("the balloon to settle", || guest.state().ballooned.get(before).copied())
 }
 
-fn order(guest: &Guest, order: FrameVerb) -> u64 {
+fn order(guest: &Guest, verb: FrameVerb) -> u64 {
+    order_of(guest, verb, u64::MAX)
+}
+
+/// Has it done of so many bytes, and returns of how many it was.
+fn order_of(guest: &Guest, order: FrameVerb, bytes: u64) -> u64 {
     let before = guest.state().ordered.len();
-    guest.command(&Command::Frames(FrameOrder { order, bytes: u64::MAX }));
+    guest.command(&Command::Frames(FrameOrder { order, bytes }));
     until("an order to be done", || guest.state().ordered.get(before).copied())
 }
 
@@ -91,6 +96,60 @@ pub(crate) fn is_not_kept() {
         ask(&guest, Task::Allocate, u64::MAX);
         guest.finish();
         fleet.until_gone(guest.id);
+    }
+    assert_eq!((fleet.incidents(), fleet.store_pages()), (vec![], 0));
+}
+
+/// What the guest gave back, by the machine's page words as last published: reported, hinted, ballooned.
+fn given(fleet: &Fleet, guest: &Guest) -> [u64; 3] {
+    let census = fleet.view(guest.id).stats.census;
+    [StateKind::Reported, StateKind::Hinted, StateKind::Ballooned].map(|kind| census.of(kind).bytes().0)
+}
+
+/// True while a thread of the guest's VMM is in madvise, where a discard waits until a manager reads of it.
+fn is_discarding(guest: &Guest) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", guest.process().get())).unwrap();
+    threads
+        .filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("syscall")).ok())
+        .any(|call| call.split_ascii_whitespace().next() == Some("28"))
+}
+
+pub(crate) fn is_counted_apart() {
+    let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
+    let spec = WorkloadSpec { discard_every_ops: 300, ..WorkloadSpec::new(WorkloadKind::Zipf) };
+    let mut reporting = fleet.add(&machine("reports", 48, spec));
+    let mut guest = fleet.add(&keeps_frames("gives by and by"));
+    ask(&guest, Task::Allocate, u64::MAX);
+    ask(&guest, Task::Free, u64::MAX);
+    // Blocks that are left to the kernel are counted when they are watched again: all are, once something is taken of each.
+    let left = || fleet.view(guest.id).stats.census.of(StateKind::Unwatched).0;
+    fleet.squeeze_until(guest.id, "all blocks to be watched", || left() == 0);
+    let ballooned = balloon(&guest, 8 * MIB, BalloonPiece::Frame);
+    let hinted = order_of(&guest, FrameVerb::TakeSoftly, 12 * MIB);
+    assert_eq!((ballooned, hinted), (8 * MIB, 12 * MIB));
+    until("both to be counted apart", || (given(&fleet, &guest) == [0, hinted, ballooned]).then_some(()));
+    fleet.squeeze_until(reporting.id, "what was reported to be counted", || given(&fleet, &reporting)[0] > 0);
+    assert_eq!(given(&fleet, &reporting)[1..], [0, 0]);
+    // Words say it, whoever reads them; and of what no manager asked about while it lived, the next one asks.
+    fleet.replace_after(|| {
+        aim(&guest, 16 * MIB, BalloonPiece::Frame);
+        until("a discard that no manager reads of", || is_discarding(&guest).then_some(()));
+    });
+    // The guest may choose frames that it has none of the memory of: these are in its balloon then.
+    until("all of it to be counted", || {
+        let [reported, still_hinted, now_ballooned] = given(&fleet, &guest);
+        let moved = still_hinted <= hinted && still_hinted + ballooned >= hinted;
+        (reported == 0 && now_ballooned == 2 * ballooned && moved).then_some(())
+    });
+    until("the report", || (guest.state().summary.ballooned_bytes == 2 * ballooned).then_some(()));
+    // What it uses again is not among what it gave.
+    balloon(&guest, 0, BalloonPiece::Page);
+    ask(&guest, Task::Allocate, u64::MAX);
+    until("all of it to be used", || (given(&fleet, &guest) == [0; 3]).then_some(()));
+    audit(&fleet);
+    for ended in [&mut guest, &mut reporting] {
+        ended.finish();
+        fleet.until_gone(ended.id);
     }
     assert_eq!((fleet.incidents(), fleet.store_pages()), (vec![], 0));
 }

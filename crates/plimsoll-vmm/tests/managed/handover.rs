@@ -40,7 +40,7 @@ impl Raw {
     fn good() -> Self {
         Self {
             magic: MAGIC,
-            version: 2,
+            version: 3,
             page_size: 4096,
             features: RAM_FEATURES.bits(),
             airlock_base: 0x20_0000_0000,

@@ -87,6 +87,7 @@ pub(crate) fn breaks_the_protocol() {
         (Conduct::UnknownStop, "stop reason 77 is not known"),
         (Conduct::Overdone, "pages done of an item of"),
         (Conduct::Unexplained, "pages done of an item of"),
+        (Conduct::TellsOfNone, "pages done of an item of"),
         (Conduct::OutOfStep, "the reply is to request"),
         (Conduct::LaterEpoch, "the reply is to request"),
         (Conduct::Short, "where 1 were expected"),

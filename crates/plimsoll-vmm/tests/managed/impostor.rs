@@ -3,6 +3,7 @@
 //! Enters: a [`Conduct`] and the hand-over socket. Leaves: whatever that conduct says, on a socket and with
 //! userfaultfds that are what an honest VMM's are. It lives until its standard input closes.
 pub(crate) use crate::goods::{Goods, RAM, RAM_FEATURES};
+use plimsoll_core::word::Gift;
 use plimsoll_linux::uffd::wire::{self, Item, Op, Outcome, Stop, Ticket, Welcome};
 use plimsoll_sys::HvaRange;
 use plimsoll_sys::fdpass;
@@ -33,6 +34,8 @@ pub(crate) enum Conduct {
     Overdone,
     /// Fewer pages, and no reason.
     Unexplained,
+    /// That no page at all was given back, in some way.
+    TellsOfNone,
     /// The answer to another question.
     OutOfStep,
     /// The answer of a later epoch.
@@ -52,13 +55,14 @@ pub(crate) enum Conduct {
 }
 
 impl Conduct {
-    pub(crate) const ALL: [Self; 14] = [
+    pub(crate) const ALL: [Self; 15] = [
         Self::Nonsense,
         Self::OneByte,
         Self::UnknownOp,
         Self::UnknownStop,
         Self::Overdone,
         Self::Unexplained,
+        Self::TellsOfNone,
         Self::OutOfStep,
         Self::LaterEpoch,
         Self::Short,
@@ -152,6 +156,9 @@ fn answer(conduct: Conduct, ticket: Ticket, items: &[Item]) -> Vec<u8> {
         Conduct::UnknownStop => bytes[28..30].copy_from_slice(&77u16.to_le_bytes()),
         Conduct::Overdone => outcomes[0].done += 1,
         Conduct::Unexplained => outcomes[0].done -= 1,
+        Conduct::TellsOfNone => {
+            outcomes[0] = Outcome { done: 0, stop: Some(Stop::Given { gift: Gift::Ballooned, pages: 0 }) };
+        }
         Conduct::Occupied => outcomes.iter_mut().for_each(|outcome| {
             *outcome = Outcome { done: 0, stop: Some(Stop::Exists) };
         }),

@@ -64,6 +64,7 @@ const TESTS: [Test; 34] = [
     ),
     ("pages_that_ksm_has_merged_are_captured_and_come_back_right", merged::are_captured),
     ("what_the_balloon_has_is_neither_stored_nor_in_limbo", balloon::is_not_kept),
+    ("what_a_guest_gave_is_counted_by_how_whoever_manages", balloon::is_counted_apart),
     ("a_balloon_and_taken_frames_outlive_manager_crashes_without_a_wrong_word", balloon::outlives_managers),
     ("bookkeeping_stays_within_its_promise", sharing::bookkeeping),
     ("a_parked_machine_goes_to_the_disk_whole_and_wakes_right", parked::wakes_right),
