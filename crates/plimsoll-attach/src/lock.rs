@@ -1,8 +1,9 @@
 //! One manager for one machine: a process that is held enters, a lock that lasts as long as this process at most leaves.
 //!
 //! The lock is flock(2) on `PID-START.lock`, so it goes with its holder however that ends, and a file that is left over
-//! holds nobody; those of machines that have ended are removed by the next manager. The file's text has two lines: the holder's number,
-//! which is for the message only; and, once somebody is about to change it, the bytes that the machine's balloon was asked to hold before.
+//! holds nobody; those of machines that have ended are removed by the next manager. The file's text has a line with the holder's number,
+//! which is for the message only; and, once somebody is about to change that, one with the bytes that the machine's balloon was asked to
+//! hold before, and one with those that its virtio-mem devices were asked to bring.
 //! Who lets the machine go removes the file; who takes the lock of one that was killed finds there what has to be given back.
 
 use crate::Refusal;
@@ -61,15 +62,20 @@ impl AttachLock {
 
     /// What the machine's balloon was asked to hold before anybody who has had the lock and did not give it up changed that.
     pub fn balloon(&self) -> Option<ByteCount> {
-        balloon(&self.file)
+        line(&self.file, 1)
     }
 
-    /// Remembers that for whoever has the lock when this process is killed.
+    /// The same of what its virtio-mem devices were asked to bring.
+    pub fn plugged(&self) -> Option<ByteCount> {
+        line(&self.file, 2)
+    }
+
+    /// Remembers both for whoever has the lock when this process is killed.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn keep_balloon(&self, bytes: ByteCount) -> io::Result<()> {
-        write(&self.file, Some(bytes))
+    pub fn keep(&self, balloon: ByteCount, plugged: ByteCount) -> io::Result<()> {
+        write(&self.file, &[balloon, plugged])
     }
 
     /// The lock file.
@@ -102,7 +108,8 @@ fn try_lock(directory: &OwnedFd, name: &str) -> io::Result<Locked> {
     if fstat(&file)?.st_nlink == 0 {
         return Ok(Locked::Removed);
     }
-    write(&file, balloon(&file))?;
+    let kept: Vec<ByteCount> = [1, 2].into_iter().map_while(|place| line(&file, place)).collect();
+    write(&file, &kept)?;
     Ok(Locked::Ours(file))
 }
 
@@ -113,15 +120,15 @@ fn text(file: &File) -> String {
     String::from_utf8_lossy(bytes.get(..length).unwrap_or_default()).into_owned()
 }
 
-/// What a lock's file says that the balloon held.
-fn balloon(file: &File) -> Option<ByteCount> {
-    text(file).lines().nth(1)?.parse().ok().map(ByteCount)
+/// A size in a lock's file.
+fn line(file: &File, place: usize) -> Option<ByteCount> {
+    text(file).lines().nth(place)?.parse().ok().map(ByteCount)
 }
 
 /// In one piece, over what is there: a holder may be killed at any instant.
-fn write(file: &File, balloon: Option<ByteCount>) -> io::Result<()> {
-    let balloon = balloon.map(|bytes| format!("{}\n", bytes.0)).unwrap_or_default();
-    let text = format!("{}\n{balloon}", ProcessId::own().get());
+fn write(file: &File, kept: &[ByteCount]) -> io::Result<()> {
+    let kept: String = kept.iter().map(|bytes| format!("{}\n", bytes.0)).collect();
+    let text = format!("{}\n{kept}", ProcessId::own().get());
     file.write_all_at(text.as_bytes(), 0)?;
     file.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))
 }

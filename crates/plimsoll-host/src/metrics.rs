@@ -217,6 +217,22 @@ fn machines(page: &mut Page, moment: &Moment, archive: &Archive) {
         "What its compressed pages take up.",
         views().map(|view| (of(view.id), view.stored.0)).collect(),
     );
+    let given =
+        moment.berths.iter().filter_map(|(id, berth)| Some((*id, berth.whereabouts.as_ref()?.pages.given)));
+    let given = given.flat_map(|(id, given)| {
+        let ways = [
+            ("reported", given.reported),
+            ("hinted", given.hinted),
+            ("ballooned", given.ballooned),
+            ("otherwise", given.otherwise),
+        ];
+        ways.map(|(way, pages)| (format!("{},{}", of(id), label("way", way)), pages.bytes().0))
+    });
+    gauge(
+        "plimsoll_machine_given_bytes",
+        "What the guest gave back and has not used since, by how.",
+        given.collect(),
+    );
     gauge(
         "plimsoll_machine_paused",
         "1 where nothing is taken because an operator said so.",

@@ -27,6 +27,9 @@
 //! could take anyway; policy then goes on with the next rung. A guest that says it holds what it does not is out of reach of
 //! a balloon: only its resident memory, seen from the host, tells.
 mod evidence;
+mod plugging;
+
+pub use plugging::{Course as PluggingCourse, Plugged, Plugging, requests};
 
 use crate::control::GuestStatistics;
 use evidence::Evidence;

@@ -196,7 +196,7 @@ fn what_a_balloon_held_before_is_found_by_who_follows_a_manager_that_was_killed_
     let folder = fake.folder.path().join("attach");
     let first = AttachLock::acquire_in(&folder, &fake.held()).unwrap();
     assert_eq!(first.balloon(), None);
-    first.keep_balloon(ByteCount::mib(16)).unwrap();
+    first.keep(ByteCount::mib(16), ByteCount::mib(128)).unwrap();
     // Killed: the file stays. Whoever was killed had a longer number.
     let left = fs::read_to_string(first.path()).unwrap();
     drop(first);
@@ -204,7 +204,7 @@ fn what_a_balloon_held_before_is_found_by_who_follows_a_manager_that_was_killed_
     fs::write(&path, format!("9{left}")).unwrap();
     for _ in 0..2 {
         let next = AttachLock::acquire_in(&folder, &fake.held()).unwrap();
-        assert_eq!(next.balloon(), Some(ByteCount::mib(16)));
+        assert_eq!((next.balloon(), next.plugged()), (Some(ByteCount::mib(16)), Some(ByteCount::mib(128))));
         let text = AttachLock::acquire_in(&folder, &fake.held()).unwrap_err().to_string();
         assert!(text.contains(&format!("by {}", ProcessId::own())), "{text}");
         let left = fs::read_to_string(next.path()).unwrap();

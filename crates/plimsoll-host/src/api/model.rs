@@ -69,7 +69,8 @@ pub struct Memory {
     pub entitlement_bytes: u64,
     /// What it is to come to now.
     pub target_bytes: u64,
-    /// What its balloon holds, if it has one that can be asked.
+    /// What its guest lacks of the RAM it could have, if it has a balloon that can be asked: what that holds, and what of its
+    /// virtio-mem devices is not plugged.
     pub balloon_bytes: Option<u64>,
     /// The part of the last second that its processors waited for memory, in millionths.
     pub stalled_ppm: u32,
@@ -88,8 +89,48 @@ pub struct Pages {
     pub disk_bytes: u64,
     /// Nowhere: never touched, or given back.
     pub free_bytes: u64,
+    /// Of what is free, and not used since: what the guest told by itself that it does not use (free page reporting).
+    #[serde(default)]
+    pub reported_bytes: u64,
+    /// Of what is free: what the host asked for, or found where the guest shows it (hinting, an allocator that is shared).
+    #[serde(default)]
+    pub hinted_bytes: u64,
+    /// Of what is free: what is in the guest's balloon.
+    #[serde(default)]
+    pub ballooned_bytes: u64,
+    /// Of what is free: what was given back in a way that nobody knows.
+    #[serde(default)]
+    pub given_bytes: u64,
     /// Faults that were served so far; of a machine managed from outside, pages that came back.
     pub faults: u64,
+}
+
+impl Pages {
+    /// What the guest gave back, of what is free: how, in a word, and how much.
+    pub const fn given(&self) -> [(&'static str, u64); 4] {
+        [
+            ("reported", self.reported_bytes),
+            ("hinted", self.hinted_bytes),
+            ("ballooned", self.ballooned_bytes),
+            ("otherwise", self.given_bytes),
+        ]
+    }
+}
+
+/// Memory that is plugged in and out while the machine runs, by virtio-mem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Plugged {
+    /// The most that there can be.
+    pub maximum_bytes: u64,
+    /// What was asked for.
+    pub requested_bytes: u64,
+    /// What the guest has plugged: a part of it, where it does not do all that it is asked.
+    pub plugged_bytes: u64,
+    /// It comes and goes in multiples of this.
+    pub block_bytes: u64,
+    /// What the guest was asked to keep at most and keeps more than, where that was given up for now.
+    #[serde(default)]
+    pub in_vain_bytes: Option<u64>,
 }
 
 /// A part of a machine's memory. What is in none of these states is nowhere.
@@ -167,6 +208,9 @@ pub struct Machine {
     pub memory: Option<Memory>,
     /// Where its pages are; nothing before it was looked at.
     pub pages: Option<Pages>,
+    /// Its virtio-mem devices; nothing where it has none, or was not looked at.
+    #[serde(default)]
+    pub plugged: Option<Plugged>,
     /// What was decided or found about it last, as a sentence.
     pub reason: Option<String>,
     /// The settings in force.
@@ -331,6 +375,7 @@ impl Moment {
             size_bytes: berth.size.unwrap_or(self.tree.terms(id)?.size.bytes()).0,
             memory,
             pages: berth.whereabouts.as_ref().map(|seen| Pages::of(&seen.pages, seen.faults)),
+            plugged: berth.whereabouts.as_ref().and_then(|seen| seen.plugged).map(Plugged::of),
             reason: None,
             settings: Settings::in_force(settings, &self.groups),
         })
@@ -416,15 +461,31 @@ impl Moment {
     }
 }
 
+impl Plugged {
+    fn of(seen: plimsoll_attach::balloon::Plugged) -> Self {
+        Self {
+            maximum_bytes: seen.maximum.0,
+            requested_bytes: seen.requested.0,
+            plugged_bytes: seen.plugged.0,
+            block_bytes: seen.block.0,
+            in_vain_bytes: seen.in_vain.map(|most| most.0),
+        }
+    }
+}
+
 impl Pages {
     fn of(pages: &backend::Pages, faults: u64) -> Self {
-        let backend::Pages { resident, limbo, stored, disk, free } = *pages;
+        let backend::Pages { resident, limbo, stored, disk, free, given } = *pages;
         Self {
             resident_bytes: resident.bytes().0,
             limbo_bytes: limbo.bytes().0,
             stored_bytes: stored.bytes().0,
             disk_bytes: disk.bytes().0,
             free_bytes: free.bytes().0,
+            reported_bytes: given.reported.bytes().0,
+            hinted_bytes: given.hinted.bytes().0,
+            ballooned_bytes: given.ballooned.bytes().0,
+            given_bytes: given.otherwise.bytes().0,
             faults,
         }
     }

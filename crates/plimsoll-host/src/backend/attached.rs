@@ -211,7 +211,7 @@ impl Backend for Attached {
             taken: totals.taken.saturating_sub(before.taken),
             returned,
             stalled: Self::stalled(returned, now.saturating_duration_since(then)),
-            balloon: seen.map(|seen| seen.held),
+            balloon: seen.map(|seen| seen.lacks),
             rungs: self.rungs(),
             ..MachineView::new(id, self.usage.resident.bytes() + stored)
         })
@@ -283,8 +283,11 @@ impl Backend for Attached {
 
     fn whereabouts(&self) -> Option<Whereabouts> {
         let Usage { resident, elsewhere } = self.usage;
+        let (balloon, else_by) = self.seen().map(|seen| (seen.held, seen.else_by)).unwrap_or_default();
+        let pages = Pages::outside(self.follower.dossier().size(), resident, elsewhere);
         Some(Whereabouts {
-            pages: Pages::outside(self.follower.dossier().size(), resident, elsewhere),
+            plugged: self.seen().and_then(|seen| seen.plugged),
+            pages: pages.given(balloon, self.memory.gone(), else_by),
             faults: self.memory.totals().refaults.0,
             chart: self.chart.clone()?,
         })

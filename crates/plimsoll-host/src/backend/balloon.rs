@@ -1,17 +1,20 @@
-//! A machine's balloon, asked by a thread of its own.
+//! A machine's balloon, and its virtio-mem devices where it has some, asked by a thread of its own.
 //!
-//! Enters: what the balloon is to hold. Leaves: what was last seen of it and of the guest's own word. The loop reads and
+//! Enters: what the guest is to lack of all it could have. Leaves: what was last seen of it and of the guest's own word. The loop reads and
 //! writes numbers only; whoever answers slowly, or never, keeps this thread waiting and nobody else. The
-//! [controller](plimsoll_attach::balloon) decides how fast the balloon goes there, and when it rests. What must never
+//! [controller](plimsoll_attach::balloon) decides how fast the balloon goes there, and when it rests;
+//! [another](Plugging) which part of it is to be unplugged instead. What must never
 //! happen: an ask that stays behind when the machine is let go in good order, or somebody who lets it go waiting for its VMM. So
 //! the thread outlives the balloon until it has given back what was asked for, keeps the machine's lock as long, and whoever must
 //! know has its [`Farewell`]. What it gives back is written into the lock before anything is asked for: a manager that is killed leaves
 //! the balloon as it is, and the next one must not take that for what was there before.
-use super::Done;
+use super::{Done, OtherWay};
 use parking_lot::{Condvar, Mutex};
 use plimsoll_attach::AttachLock;
-use plimsoll_attach::balloon::{Controller, Observation};
-use plimsoll_attach::control::{self, Change, Control, ControlError, Cooperation, Migration};
+use plimsoll_attach::balloon::{Controller, Observation, Plugged, Plugging, requests};
+use plimsoll_attach::control::{
+    self, Change, Control, ControlError, Cooperation, Feature, HotMemory, Migration,
+};
 use plimsoll_policy::view;
 use plimsoll_sys::{ProcessId, procfs};
 use plimsoll_types::{ByteCount, PageCount};
@@ -27,11 +30,14 @@ pub trait Lock: Send {
     /// What the balloon was asked to hold before the first of those holders came, where that is kept.
     fn balloon(&self) -> Option<ByteCount>;
 
-    /// Keeps that.
+    /// What its virtio-mem devices were asked to bring before, where that is kept.
+    fn plugged(&self) -> Option<ByteCount>;
+
+    /// Keeps what the balloon was asked to hold and the devices to bring.
     ///
     /// # Errors
     /// When it cannot be written.
-    fn keep_balloon(&self, bytes: ByteCount) -> std::io::Result<()>;
+    fn keep(&self, balloon: ByteCount, plugged: ByteCount) -> std::io::Result<()>;
 }
 
 impl Lock for Arc<AttachLock> {
@@ -39,8 +45,12 @@ impl Lock for Arc<AttachLock> {
         (**self).balloon()
     }
 
-    fn keep_balloon(&self, bytes: ByteCount) -> std::io::Result<()> {
-        (**self).keep_balloon(bytes)
+    fn plugged(&self) -> Option<ByteCount> {
+        (**self).plugged()
+    }
+
+    fn keep(&self, balloon: ByteCount, plugged: ByteCount) -> std::io::Result<()> {
+        (**self).keep(balloon, plugged)
     }
 }
 
@@ -49,6 +59,9 @@ pub struct Interface {
     control: Box<dyn Control>,
     /// The balloon's size can be asked for in multiples of this.
     granularity: ByteCount,
+    else_by: OtherWay,
+    /// It has virtio-mem devices. Nobody is asked each second for what was not there.
+    is_pluggable: bool,
 }
 
 /// Whoever speaks to the balloon of a running VMM, if it has one.
@@ -56,16 +69,44 @@ pub struct Interface {
 /// # Errors
 /// When its interface cannot be asked.
 pub fn of_interface(mut control: Box<dyn Control>) -> Result<Option<Interface>, ControlError> {
-    let Some(device) = control.probe()?.balloon else { return Ok(None) };
+    let capabilities = control.probe()?;
+    let Some(device) = &capabilities.balloon else { return Ok(None) };
+    let granularity = device.granularity;
+    let is_pluggable = Plugged::of(&capabilities.hot_memory).is_some();
+    let is_only_way = !capabilities.has(Feature::FreePageHinting) && !is_pluggable;
+    let reports = capabilities.has(Feature::FreePageReporting) && is_only_way;
+    let else_by = if reports { OtherWay::Reports } else { OtherWay::Unknown };
     match control.poll_statistics(PERIOD) {
         // Then it is driven without.
         Ok(()) | Err(ControlError::Unsupported { .. } | ControlError::Refused { .. }) => {}
         Err(error) => return Err(error),
     }
-    Ok(Some(Interface { control, granularity: device.granularity }))
+    Ok(Some(Interface { control, granularity, else_by, is_pluggable }))
 }
 
 impl Interface {
+    /// Its virtio-mem devices, as far as their interface tells all about them.
+    fn hot_memory(&mut self) -> Result<Vec<HotMemory>, ControlError> {
+        if !self.is_pluggable {
+            return Ok(Vec::new());
+        }
+        match self.control.hot_memory() {
+            Err(ControlError::Unsupported { .. } | ControlError::Refused { .. }) => Ok(Vec::new()),
+            other => other,
+        }
+    }
+
+    /// Asks the devices to bring so much. A block that is refused now may be had at the next look.
+    fn request(&mut self, all: &[HotMemory], total: ByteCount) -> Result<(), ControlError> {
+        for (id, size) in requests(all, total) {
+            match self.control.request_hot_memory(&id, size) {
+                Ok(()) | Err(ControlError::Refused { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// True while the machine is on its way to another host.
     fn is_migrating(&mut self) -> bool {
         matches!(self.control.migration(), Ok(Migration::Active | Migration::Completed))
@@ -75,12 +116,18 @@ impl Interface {
 /// What was last seen of a balloon.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen {
-    /// What it holds.
+    /// What its guest lacks of what it could have: what the balloon holds, and what is not plugged of its devices.
+    pub lacks: ByteCount,
+    /// What the balloon holds of that.
     pub held: ByteCount,
+    /// Its virtio-mem devices, if it has any.
+    pub plugged: Option<Plugged>,
     /// Whether whoever speaks to it can be spoken to.
     pub is_cooperating: bool,
     /// Whether the machine is on its way to another host.
     pub is_migrating: bool,
+    /// How else its guest gives memory back.
+    pub else_by: OtherWay,
     said: Option<(control::GuestStatistics, Instant)>,
 }
 
@@ -192,9 +239,9 @@ impl Balloon {
         self.shared.board.lock().news.take()
     }
 
-    /// What it is to hold from now on.
-    pub(super) fn ask(&self, holds: ByteCount) -> Done {
-        self.shared.board.lock().wanted = Some(holds);
+    /// What the guest is to lack from now on.
+    pub fn ask(&self, lacks: ByteCount) -> Done {
+        self.shared.board.lock().wanted = Some(lacks);
         self.shared.changed.notify_all();
         Done::Begun
     }
@@ -236,8 +283,15 @@ struct Worker<'a> {
 struct Found {
     /// What it was asked to hold then, perhaps by a manager that was killed.
     target: ByteCount,
+    /// What its guest was to lack then.
+    lacked: ByteCount,
     /// What it was asked to hold before any manager came, which is what it is to hold when the last has gone.
     inherited: ByteCount,
+    /// The same of what its devices were asked to bring.
+    brought: ByteCount,
+    plugging: Plugging,
+    /// What the guest was to keep plugged at most, and did not come to.
+    in_vain: Option<ByteCount>,
 }
 
 impl Worker<'_> {
@@ -263,7 +317,22 @@ impl Worker<'_> {
         if let Some((_, found)) = controller {
             // A guest that does not listen keeps what it has.
             let _ = self.interface.control.set_balloon(found.inherited);
+            let hot = self.interface.hot_memory().unwrap_or_default();
+            if Plugged::of(&hot).is_some_and(|plugged| plugged.requested != found.brought) {
+                let _ = self.interface.request(&hot, found.brought);
+            }
         }
+    }
+
+    /// The balloon as it is, of which what was there before the first manager is kept.
+    fn found(&self, target: ByteCount, requested: ByteCount, lacked: ByteCount) -> Found {
+        let inherited = self.lock.balloon().unwrap_or(target);
+        let brought = self.lock.plugged().unwrap_or(requested);
+        if self.lock.balloon().is_none() {
+            // Where that cannot be written, a manager that follows a killed one finds what that one asked for.
+            let _ = self.lock.keep(inherited, brought);
+        }
+        Found { target, lacked, inherited, brought, plugging: Plugging::default(), in_vain: None }
     }
 
     /// Looks, and asks for what the controller says.
@@ -274,26 +343,41 @@ impl Worker<'_> {
     ) -> Result<(), ControlError> {
         let control::Balloon { memory, actual, target } = self.interface.control.balloon()?;
         let is_migrating = self.interface.is_migrating();
+        let hot = self.interface.hot_memory()?;
+        let plugged = Plugged::of(&hot);
+        let unplugged = plugged.map_or(ByteCount(0), |plugged| plugged.unplugged());
         let (controller, found) = controller.get_or_insert_with(|| {
             let target = target.or(actual).unwrap_or_default();
-            let inherited = self.lock.balloon().unwrap_or_else(|| {
-                // Where that cannot be written, a manager that follows a killed one finds what that one asked for.
-                let _ = self.lock.keep_balloon(target);
-                target
-            });
-            (Controller::new(self.interface.granularity, target), Found { target, inherited })
+            let found = self.found(target, plugged.unwrap_or_default().requested, target + unplugged);
+            (Controller::new(self.interface.granularity, target), found)
         });
         let held = actual.unwrap_or(found.target);
         let statistics = self.interface.control.statistics().ok();
         let said = statistics.map(|said| (said, Instant::now()));
         let refaulted = PageCount(procfs::major_faults(self.process).unwrap_or_default()).bytes();
-        let wanted = self.shared.board.lock().wanted.unwrap_or(found.target);
+        let lacks = self.shared.board.lock().wanted.unwrap_or(found.lacked);
+        let course = plugged.map(|plugged| found.plugging.step(now, lacks, held, memory, &plugged));
+        let wanted = course.map_or(lacks, |course| course.balloon);
+        let kept = course.and_then(|course| course.kept).or(found.in_vain);
+        found.in_vain = kept.filter(|most| plugged.is_some_and(|plugged| plugged.plugged > *most));
+        let plugged = plugged.map(|plugged| Plugged { in_vain: found.in_vain, ..plugged });
         let seen = Observation { now, memory, actual: held, statistics, refaulted };
         let step = controller.step(&seen, wanted);
         if let Some(ask) = step.ask.filter(|_| !is_migrating) {
             self.interface.control.set_balloon(ask)?;
         }
-        let seen = Seen { held, is_cooperating: true, is_migrating, said };
+        if let Some(request) = course.and_then(|course| course.request).filter(|_| !is_migrating) {
+            self.interface.request(&hot, request)?;
+        }
+        let seen = Seen {
+            lacks: held + unplugged,
+            plugged,
+            held,
+            is_cooperating: true,
+            is_migrating,
+            else_by: self.interface.else_by,
+            said,
+        };
         self.shared.board.lock().seen = Some(seen);
         Ok(())
     }

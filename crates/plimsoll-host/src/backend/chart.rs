@@ -3,6 +3,7 @@
 //! Enters: page words under our own pager, or what was last seen of a page map. Leaves: sums over the machine, and a [`Chart`] of
 //! its memory in cells. What must never happen: the loop drawing a chart that nobody asks for. So a chart of page words is a way to
 //! read them, drawn on the thread of whoever asks; and one of a page map comes from a look that was made anyway.
+use plimsoll_attach::balloon::Plugged;
 use plimsoll_core::layout::Region;
 use plimsoll_core::map::Words;
 use plimsoll_core::word::{PageWord, StateKind};
@@ -31,6 +32,21 @@ pub struct Pages {
     pub disk: PageCount,
     /// Nowhere: never touched, or given back.
     pub free: PageCount,
+    /// Of those, by how the guest gave them back, as far as that is known. What it has used since is not among them.
+    pub given: Given,
+}
+
+/// Pages that a guest gave back and has not used since, by how.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Given {
+    /// It told by itself that it does not use them: free page reporting.
+    pub reported: PageCount,
+    /// The host asked, or looked where the guest shows what it has free: hinting, an allocator that is shared.
+    pub hinted: PageCount,
+    /// In its balloon.
+    pub ballooned: PageCount,
+    /// Nobody knows how; perhaps some were never there.
+    pub otherwise: PageCount,
 }
 
 /// Where a machine's pages are.
@@ -38,6 +54,8 @@ pub struct Pages {
 pub struct Whereabouts {
     /// All of them.
     pub pages: Pages,
+    /// What is plugged of it, where it has virtio-mem devices.
+    pub plugged: Option<Plugged>,
     /// Faults that were served so far; of a machine managed from outside, pages that came back.
     pub faults: u64,
     /// Its memory from the first page to the last.
@@ -158,6 +176,16 @@ const RESIDENT: &[StateKind] =
 const LIMBO: &[StateKind] = &[StateKind::Capturing, StateKind::Limbo];
 const STORED: &[StateKind] = &[StateKind::Stored, StateKind::File];
 
+/// How a guest gives memory back but by its balloon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OtherWay {
+    /// By free page reporting, and in no other way that its VMM has.
+    Reports,
+    /// There is no other way that is known of, or more than one.
+    #[default]
+    Unknown,
+}
+
 impl Pages {
     /// By a census of page words, of whose stored pages so many are on a disk.
     pub(super) fn of_census(census: &plimsoll_core::map::Census, disk: PageCount) -> Self {
@@ -165,7 +193,13 @@ impl Pages {
         let (resident, limbo, all) = (sum(RESIDENT), sum(LIMBO), sum(STORED));
         let disk = disk.min(all);
         let free = census.total().saturating_sub(resident).saturating_sub(limbo).saturating_sub(all);
-        Self { resident, limbo, stored: all.saturating_sub(disk), disk, free }
+        let given = Given {
+            reported: census.of(StateKind::Reported),
+            hinted: census.of(StateKind::Hinted),
+            ballooned: census.of(StateKind::Ballooned),
+            otherwise: census.of(StateKind::Absent),
+        };
+        Self { resident, limbo, stored: all.saturating_sub(disk), disk, free, given }
     }
 
     /// Of a machine of that size, of which so much is in RAM and so much in swap.
@@ -173,13 +207,25 @@ impl Pages {
         let free = size.pages_floor().saturating_sub(resident).saturating_sub(stored);
         Self { resident, stored, free, ..Self::default() }
     }
+
+    /// The same, whose balloon holds so much as its VMM says, and of which `gone` pages were seen somewhere before. From outside
+    /// nobody sees how a page went, so what went and is more than the balloon holds went by `else_by`.
+    pub(super) fn given(self, balloon: ByteCount, gone: PageCount, else_by: OtherWay) -> Self {
+        let ballooned = balloon.pages_floor().min(self.free);
+        let rest = gone.saturating_sub(ballooned).min(self.free.saturating_sub(ballooned));
+        let given = match else_by {
+            OtherWay::Reports => Given { ballooned, reported: rest, ..Given::default() },
+            OtherWay::Unknown => Given { ballooned, otherwise: rest, ..Given::default() },
+        };
+        Self { given, ..self }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use plimsoll_core::map::{HeapWords, PageMap};
-    use plimsoll_core::word::Transition;
+    use plimsoll_core::word::{Gift, Transition};
     use plimsoll_types::PageIndex;
 
     #[test]
@@ -209,6 +255,43 @@ mod tests {
         assert_eq!(states(&words, 2, 2), [resident, zero]);
         assert_eq!(states(&words, 5, 2), []);
         assert_eq!(Chart::Seen(Arc::default()).table(0, 1), None);
+    }
+
+    #[test]
+    fn what_a_guest_gave_back_is_counted_by_how_and_is_no_more_than_what_is_nowhere() {
+        let words = HeapWords::new(64);
+        let mut map = PageMap::adopt(&words).unwrap();
+        let mut give = |page, gift| {
+            map.apply(PageIndex(page), Transition::Discard).unwrap();
+            if let Some(gift) = gift {
+                map.apply(PageIndex(page), Transition::Explain(gift)).unwrap();
+            }
+        };
+        (0..8).for_each(|page| give(page, Some(Gift::Reported)));
+        (8..12).for_each(|page| give(page, Some(Gift::Hinted)));
+        (12..14).for_each(|page| give(page, Some(Gift::Ballooned)));
+        give(14, None);
+        let pages = Pages::of_census(map.census(), PageCount(0));
+        let [reported, hinted, ballooned, otherwise] = [8, 4, 2, 1].map(PageCount);
+        assert_eq!(pages.given, Given { reported, hinted, ballooned, otherwise });
+        assert_eq!(pages.free, PageCount(64), "of 64 pages that are nowhere");
+
+        let outside = |balloon, gone, by| {
+            let pages = Pages::outside(PageCount(100).bytes(), PageCount(50), PageCount(10));
+            pages.given(PageCount(balloon).bytes(), PageCount(gone), by).given
+        };
+        let ballooned = PageCount(30);
+        let known = Given { ballooned, ..Given::default() };
+        assert_eq!(outside(30, 30, OtherWay::Reports), known, "the balloon's pages are not counted twice");
+        assert_eq!(outside(30, 0, OtherWay::Reports), known, "it may hold what was never touched");
+        assert_eq!(outside(30, 35, OtherWay::Reports), Given { reported: PageCount(5), ..known });
+        assert_eq!(outside(30, 35, OtherWay::Unknown), Given { otherwise: PageCount(5), ..known });
+        let most = Given { ballooned: PageCount(40), ..Given::default() };
+        assert_eq!(
+            outside(70, 90, OtherWay::Reports),
+            most,
+            "a VMM that says more than can be is not believed"
+        );
     }
 
     #[test]

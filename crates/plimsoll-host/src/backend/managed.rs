@@ -144,6 +144,7 @@ impl Backend for Managed {
         let is_counted = stats.census.total() > PageCount(0);
         self.whereabouts = is_counted.then(|| Whereabouts {
             pages: Pages::of_census(&stats.census, disk),
+            plugged: None,
             faults: zero + limbo + stored_faults + present,
             chart: Chart::Words(words),
         });

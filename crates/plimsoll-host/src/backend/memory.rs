@@ -73,6 +73,12 @@ impl Memory {
         })
     }
 
+    /// Pages of the part that is managed that were somewhere when [`usage`](Self::usage) looked before, and were nowhere when it
+    /// looked last.
+    pub fn gone(&self) -> PageCount {
+        self.managed.as_ref().map_or(PageCount(0), KernelMachine::gone)
+    }
+
     /// What [`usage`](Self::usage) saw last, of the part that is managed.
     pub(super) fn chart(&self) -> Chart {
         let managed = self.managed.as_ref().map(|machine| Chart::of_blocks(machine.blocks()));

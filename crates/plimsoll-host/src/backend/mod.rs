@@ -19,7 +19,7 @@ mod migration;
 mod overhead;
 
 pub use attached::Attached;
-pub use chart::{CELLS, Cell, Chart, Pages, Table, Whereabouts};
+pub use chart::{CELLS, Cell, Chart, Given, OtherWay, Pages, Table, Whereabouts};
 pub use managed::Managed;
 pub use memory::{Memory, reopen, why_counted_only};
 pub use migration::{Phase as MigrationPhase, Watch as MigrationWatch};

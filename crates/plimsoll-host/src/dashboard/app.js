@@ -6,6 +6,10 @@ const KEY = 'plimsoll-token';
 const PLACES = [
   ['resident', 'resident'], ['limbo', 'limbo'], ['stored', 'stored'], ['disk', 'on disk'], ['free', 'free'],
 ];
+// Of what is free, how the guest gave it back.
+const GIVEN = [
+  ['reported', 'reported free'], ['hinted', 'found free'], ['ballooned', 'in its balloon'], ['given', 'given otherwise'],
+];
 const HOT = 31250;
 const PERIOD_MS = 1000;
 const PATIENCE_MS = 15000;
@@ -241,6 +245,7 @@ async function showOne() {
   const { pages, memory } = machine;
   numbers($('one-numbers'), [
     ...(pages ? PLACES.map(([place, title]) => [title, size(pages[`${place}_bytes`]), place]) : []),
+    ...(pages ? GIVEN.filter(([way]) => pages[`${way}_bytes`]).map(([way, title]) => [title, size(pages[`${way}_bytes`])]) : []),
     ['in use', size(memory?.active_bytes)], ['compressed to', size(memory?.stored_bytes)],
   ]);
   showSettings(machine);

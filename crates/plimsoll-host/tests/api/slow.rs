@@ -24,8 +24,12 @@ impl Lock for Kept {
         *self.0.lock()
     }
 
-    fn keep_balloon(&self, bytes: ByteCount) -> std::io::Result<()> {
-        *self.0.lock() = Some(bytes);
+    fn plugged(&self) -> Option<ByteCount> {
+        self.0.lock().map(|_| ByteCount(0))
+    }
+
+    fn keep(&self, balloon: ByteCount, _plugged: ByteCount) -> std::io::Result<()> {
+        *self.0.lock() = Some(balloon);
         Ok(())
     }
 }

@@ -83,7 +83,11 @@ impl Lock for Unkept {
         None
     }
 
-    fn keep_balloon(&self, _bytes: ByteCount) -> std::io::Result<()> {
+    fn plugged(&self) -> Option<ByteCount> {
+        None
+    }
+
+    fn keep(&self, _balloon: ByteCount, _plugged: ByteCount) -> std::io::Result<()> {
         Ok(())
     }
 }

@@ -2,5 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 mod cooperation;
 mod fake;
+mod plugging;
 mod record;
 mod turns;
