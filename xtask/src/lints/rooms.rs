@@ -63,6 +63,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
         &[
             "plimsoll-types",
             "plimsoll-core",
+            "plimsoll-store",
             "plimsoll-policy",
             "plimsoll-sys",
             "plimsoll-linux",

@@ -7,7 +7,7 @@
 //!
 //! 1. *The balloon goes first*, both ways: it moves in pages and at once. Only when it is empty and the guest is to have still more,
 //!    by a block or more, is more plugged, in whole blocks, and never above what the devices can bring.
-//! 2. *What is left alone for long is unplugged.* When the balloon is to hold a good deal ([`Scale::margin`]) for
+//! 2. *What is left alone for long is unplugged.* When the balloon is to hold a good deal ([`margin`]) for
 //!    half a minute, so much is unplugged that half of that stays in it: a guest that wants a little back gets it from its balloon.
 //!    So between plugging and unplugging lies always half a margin and that time.
 //! 3. *A part is a part.* What the guest has plugged is what counts, whatever it was asked. A guest that unplugs nothing more for

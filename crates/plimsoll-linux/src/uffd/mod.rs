@@ -141,6 +141,7 @@
 //!   stays stalled until its VMM is ended.
 mod ahead;
 mod blocks;
+mod charges;
 mod drive;
 pub mod estate;
 mod far;

@@ -16,14 +16,14 @@ use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent
 use super::stats::MachineStats;
 use crate::disk;
 use crate::explain;
-use plimsoll_core::ledger::{Kind, Ledger, LedgerError, Purpose};
+use plimsoll_core::ledger::{LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
 use plimsoll_core::prefetch::Prefetch;
 use plimsoll_core::replacement::Run;
-use plimsoll_core::word::{ObjectRef, StateKind};
+use plimsoll_core::word::ObjectRef;
 use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, SlabMemory, Whereabouts};
-use plimsoll_types::{BLOCK_PAGES, ByteCount, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
+use plimsoll_types::{BLOCK_PAGES, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -632,51 +632,6 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             Some(InstallStop::NoMemory) => return Ok(Served::NoMemory),
         }
         Ok(Served::Done)
-    }
-
-    pub(super) fn charge(&self, pages: u32, purpose: Purpose) -> bool {
-        let bytes = PageCount(u64::from(pages)).bytes();
-        self.host.ledger(|ledger| ledger.charge(self.id, Kind::Resident, bytes, purpose)).is_ok()
-    }
-
-    /// Charges what will be there twice, below the hard line; near it, what nobody names any more goes first. False where there is no
-    /// room even then.
-    pub(super) fn charge_passing(&mut self, bytes: ByteCount) -> Result<bool, PagerError> {
-        let charge = |pager: &Self| {
-            let charge = |ledger: &mut Ledger| ledger.charge(pager.id, Kind::Limbo, bytes, Purpose::Passing);
-            pager.host.ledger(charge).is_ok()
-        };
-        if charge(self) {
-            return Ok(true);
-        }
-        if self.machine.airlock().residue() == PageCount(0) {
-            return Ok(false);
-        }
-        self.zap()?;
-        self.settle()?;
-        Ok(charge(self))
-    }
-
-    /// Brings the ledger to what the words and the airlock say, charges that came to nothing included.
-    pub(super) fn settle(&mut self) -> Result<(), PagerError> {
-        let census = self.machine.census();
-        let resident = census.in_ram() + census.of(StateKind::Capturing);
-        let limbo = self.machine.airlock().limbo() + self.machine.airlock().residue();
-        let tables = self.machine.table_bytes()
-            + self.prefetch.table_bytes()
-            + self.machine.layout().page_limit().get() * size_of::<u64>();
-        self.is_tight = self.host.ledger(|ledger| {
-            ledger.settle(self.id, Kind::Resident, resident.bytes())?;
-            ledger.settle(self.id, Kind::Limbo, limbo.bytes())?;
-            ledger.settle(self.id, Kind::Tables, ByteCount(tables as u64))?;
-            Ok::<bool, LedgerError>(ledger.used() > ledger.budget().high)
-        })?;
-        Ok(())
-    }
-
-    /// Brings the ledger to what the domain's store holds.
-    pub(super) fn settle_store(&self) -> Result<(), PagerError> {
-        Ok(self.domain.settle(&self.host)?)
     }
 
     pub(super) fn release(&self, object: ObjectRef) {

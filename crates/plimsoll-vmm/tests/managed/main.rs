@@ -33,7 +33,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 34] = [
+const TESTS: [Test; 35] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
     ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),

@@ -99,7 +99,10 @@ pub(super) fn run(plan: &Plan, run_by: String, interrupt: &Interrupt) -> Result<
         session.seats.push(seat);
     }
     let deadline = Instant::now() + Duration::from_secs(plan.seconds);
-    for action in OPENING.into_iter().chain(Schedule::new(plan.seed, plan.guests)) {
+    for action in OPENING {
+        manager = session.open(manager, action, deadline)?;
+    }
+    for action in Schedule::new(plan.seed, plan.guests) {
         if Instant::now() >= deadline || session.is_over() {
             break;
         }
@@ -165,6 +168,24 @@ impl<'a> Session<'a> {
     /// A run ends with the first failure, so that what it left can be looked at.
     fn is_over(&self) -> bool {
         self.interrupt.is_set() || !self.report.failures.is_empty()
+    }
+
+    /// Does something until what it is for has come of it.
+    fn open(&mut self, manager: Manager, action: Action, deadline: Instant) -> Result<Manager, String> {
+        let mut manager = manager;
+        while Instant::now() < deadline && !self.is_over() {
+            manager = self.act(manager, action)?;
+            self.report.actions += 1;
+            let host = manager.host();
+            let came_of_it = match action {
+                Action::Feast { .. } => host.tidied(|tidied| tidied.collapsed),
+                _ => host.backoffs(),
+            };
+            if came_of_it > 0 {
+                break;
+            }
+        }
+        Ok(manager)
     }
 
     fn act(&mut self, manager: Manager, action: Action) -> Result<Manager, String> {

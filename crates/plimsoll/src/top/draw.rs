@@ -244,6 +244,8 @@ fn memory_lines(machine: &Machine, palette: Palette) -> Vec<Line<'static>> {
                 Span::raw(format!("{name:<10} {:>8} {percent:>4} %", ByteCount(of(pages)))),
             ]));
         }
+        let given = pages.given().into_iter().filter(|(_, bytes)| *bytes > 0);
+        lines.extend(given.map(|(how, bytes)| Line::raw(format!("      {how:<10} {:>6}", ByteCount(bytes)))));
     }
     if let Some(memory) = &machine.memory {
         let sizes = [

@@ -93,11 +93,30 @@ impl fmt::Display for One {
                 ("entitled", memory.entitlement_bytes, "if all wanted all they may have"),
                 ("target", memory.target_bytes, "what it is to come to now"),
             ];
-            rows.extend(memory.balloon_bytes.map(|bytes| ("balloon", bytes, "what it holds")));
+            let lacks = if machine.plugged.is_some() { "in it, or not plugged" } else { "what it holds" };
+            rows.extend(memory.balloon_bytes.map(|bytes| ("balloon", bytes, lacks)));
             for (name, bytes, what) in rows {
                 writeln!(f, "  {name:<10} {:>8}  {what}", ByteCount(bytes))?;
             }
             writeln!(f, "  {:<10} {:>8}  of the last second", "waits", Ppm(memory.stalled_ppm).to_string())?;
+        }
+        if let Some(plugged) = &machine.plugged {
+            let [has, asked, most, block] =
+                [plugged.plugged_bytes, plugged.requested_bytes, plugged.maximum_bytes, plugged.block_bytes]
+                    .map(ByteCount);
+            writeln!(
+                f,
+                "  plugged    {has:>8}  of {asked} asked for and {most} at most, in blocks of {block}"
+            )?;
+            if let Some(kept) = plugged.in_vain_bytes.map(ByteCount) {
+                writeln!(f, "                       it was to keep {kept}, and did not unplug the rest")?;
+            }
+        }
+        if let Some(pages) = &machine.pages {
+            writeln!(f, "  free       {:>8}  never touched, or given back", ByteCount(pages.free_bytes))?;
+            for (how, bytes) in pages.given().into_iter().filter(|(_, bytes)| *bytes > 0) {
+                writeln!(f, "  {how:<10} {:>8}  of that, given back so", ByteCount(bytes))?;
+            }
         }
         writeln!(f, "  settings   {}", words(&machine.settings))
     }
