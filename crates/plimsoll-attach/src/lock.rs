@@ -70,12 +70,13 @@ impl AttachLock {
         line(&self.file, 2)
     }
 
-    /// Remembers both for whoever has the lock when this process is killed.
+    /// Remembers both for whoever has the lock when this process is killed; of devices nothing where there are none.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn keep(&self, balloon: ByteCount, plugged: ByteCount) -> io::Result<()> {
-        write(&self.file, &[balloon, plugged])
+    pub fn keep(&self, balloon: ByteCount, plugged: Option<ByteCount>) -> io::Result<()> {
+        let kept: Vec<ByteCount> = [Some(balloon), plugged].into_iter().flatten().collect();
+        write(&self.file, &kept)
     }
 
     /// The lock file.

@@ -25,6 +25,7 @@ use plimsoll_linux::zram::ZramSwap;
 use plimsoll_policy::Ppm;
 use plimsoll_policy::costs::{CostsFile, Losses, RungFile};
 use plimsoll_sys::ProcessId;
+use plimsoll_sys::pidfd::Signal;
 use plimsoll_types::{ByteCount, PageCount};
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::control::BalloonPiece;
@@ -45,27 +46,26 @@ const ROUNDS: usize = 3;
 /// How long it works before it counts, and how long it counts, each with the number of the window that ends it.
 const WARM: (u64, Duration) = (1, Duration::from_millis(700));
 const WORK: (u64, Duration) = (2, Duration::from_secs(1));
-/// How often the kernel's limit follows what zram takes, and what is taken is looked at.
+/// How often is looked at what is taken.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// What a guest may have beyond what it was to be left, at the median look: 1 % of its memory, and what the kernel counts in batches.
 const SLACK: ByteCount = ByteCount(RAM.0 / 100 + (1 << 20));
 /// What our control groups are called.
 const PREFIX: &str = "plimsoll-cost";
-/// By how much a limit is lowered at a time, and how often between two looks: 13.5 us a page (FACTS) make 28 ms of all of them.
-const STEP: ByteCount = ByteCount::mib(1);
-const STEPS: usize = 8;
-/// What a limit leaves a guest at least, or the kernel kills it for the pages of one instruction.
-const LEAST: ByteCount = ByteCount::mib(4);
-/// How often a guest is started that the kernel kills at its limit.
-const TRIES: usize = 3;
+/// How often a guest of the kernel's is looked at: it takes a page in 11 us (FACTS), so 0.4 MiB meanwhile.
+const WATCH_EVERY: Duration = Duration::from_millis(1);
+/// By how much its limit is lowered at a time: what is taken is in RAM again in part, compressed.
+const STEP: ByteCount = ByteCount(1 << 19);
+/// No limit.
+const LIFTED: ByteCount = ByteCount(RAM.0 * 2);
 
 const NOTES: [&str; 6] = [
     "ours is the guest from which something is taken, by whatever way; the peer is the same guest left alone",
     "what the host keeps for the guest counts as the guest's: compressed pages, and the store's tables; so 30 means that 30 % of its \
      memory are there for others",
     "busy: what the guest uses moves through all of its memory; idle: it works on three tenths and has the rest free",
-    "kernel: a memory cgroup whose limit leaves the guest that much less what zram (lz4) takes; the last 32nd below it is reclaimed \
-     ahead, as by kswapd",
+    "kernel: a guest that is above what it is left is stopped until the kernel has paged out of its memory cgroup, to zram (lz4), what \
+     brings it a 32nd below: what memory.high does to a task, and what a fault that has to reclaim waits for",
     "pager: our manager with what the guest is left as its budget",
     "CPU is user and system time of this process and of the guest's, all threads",
 ];
@@ -164,12 +164,12 @@ impl Row {
 /// A guest, and what holds it to what it is left. The guest ends first, and the cgroup before swap, so that nothing is read back.
 enum Held {
     Free(Guest),
-    /// The limit is the cgroup's now.
     Caged {
         guest: Guest,
         cgroup: MemoryCgroup,
         device: ZramSwap,
-        limit: ByteCount,
+        /// What the cgroup is charged for beside the guest's memory.
+        beside: ByteCount,
     },
     Managed(Ours),
 }
@@ -193,33 +193,58 @@ impl Held {
         })
     }
 
-    /// Has the kernel keep to what the guest is left: the cgroup's limit is that, less what zram takes, which no cgroup counts, and
-    /// with what the VMM takes beside its guest. It is reached in steps, and once lowered not raised again because the guest is
-    /// faster: from then on the guest waits for whatever it touches. Below it the kernel reclaims ahead, as kswapd does.
+    /// Has the kernel keep to what the guest is left, until it is time to look again. A limit that a guest at work meets cannot be
+    /// kept: it takes pages faster than the kernel gives them up, and is killed at last (docs/bench.md). So it does not work
+    /// meanwhile, and its limit is lifted when it does.
     fn keep_to(&mut self, left: ByteCount) -> Result<(), BenchError> {
-        let Self::Caged { guest, cgroup, device, limit } = self else { return Ok(()) };
-        let used = || cgroup.used().context("a cgroup's use");
-        let beside = used()?.saturating_sub(present(guest)?);
-        let compressed = device.memory_used().context("zram's use")?;
-        let due = (left + beside).saturating_sub(compressed).max(beside + LEAST);
-        for _ in 0..STEPS {
-            let next = due.max((*limit).min(used()?).saturating_sub(STEP));
-            // What cannot be reached at once is tried again a moment later.
-            if cgroup.set_limit(next).is_err() {
-                break;
-            }
-            *limit = next;
+        let start = Instant::now();
+        if let Self::Caged { guest, cgroup, beside, .. } = self {
+            *beside = cgroup.used().context("a cgroup's use")?.saturating_sub(present(guest)?);
         }
-        if *limit == due && used()?.0 > due.0 - due.0 / 32 {
-            let _ = cgroup.set_limit(ByteCount(due.0 - due.0 / 16));
-            let _ = cgroup.set_limit(due);
+        while start.elapsed() < LOOK_EVERY {
+            let Self::Caged { guest, cgroup, device, beside } = &*self else {
+                std::thread::sleep(LOOK_EVERY);
+                break;
+            };
+            std::thread::sleep(WATCH_EVERY);
+            if Self::excess(cgroup, device, *beside, left)? > ByteCount(0) {
+                guest.process().send_signal(Signal::STOP).context("cannot stop a guest")?;
+                let paged = Self::page_out(cgroup, device, *beside, ByteCount(left.0 - left.0 / 32));
+                guest.process().send_signal(Signal::CONT).context("cannot let a guest go on")?;
+                paged?;
+            }
         }
         Ok(())
     }
 
-    /// Whether the kernel has killed the guest, since it could not keep it to its limit.
-    fn was_killed(&self) -> bool {
-        matches!(self, Self::Caged { cgroup, .. } if cgroup.oom_kills().is_ok_and(|kills| kills > 0))
+    /// What a guest has above what it is left, compressed pages included.
+    fn excess(
+        cgroup: &MemoryCgroup,
+        device: &ZramSwap,
+        beside: ByteCount,
+        left: ByteCount,
+    ) -> Result<ByteCount, BenchError> {
+        let used = cgroup.used().context("a cgroup's use")? + device.memory_used().context("zram's use")?;
+        Ok(used.saturating_sub(left + beside))
+    }
+
+    fn page_out(
+        cgroup: &MemoryCgroup,
+        device: &ZramSwap,
+        beside: ByteCount,
+        left: ByteCount,
+    ) -> Result<(), BenchError> {
+        loop {
+            let excess = Self::excess(cgroup, device, beside, left)?;
+            let used = cgroup.used().context("a cgroup's use")?;
+            let next = used.saturating_sub(excess.min(STEP));
+            // What cannot be reached has been paged out in part, and is tried again at the next look.
+            if excess == ByteCount(0) || cgroup.set_limit(next).is_err() {
+                break;
+            }
+            cgroup.set_limit(LIFTED).context("cannot lift a limit")?;
+        }
+        Ok(cgroup.set_limit(LIFTED).context("cannot lift a limit")?)
     }
 }
 
@@ -245,7 +270,7 @@ fn start(row: Option<Row>, interrupt: &Interrupt) -> Result<Held, BenchError> {
             let device = swap::device(ByteCount(RAM.0 * 2)).context("cannot make a zram device")?;
             let cgroup = MemoryCgroup::create(PREFIX, ProcessId::own()).context("cannot make a cgroup")?;
             let guest = Guest::unmanaged_in(&cgroup, config, interrupt)?;
-            Ok(Held::Caged { guest, cgroup, device, limit: ByteCount(RAM.0 * 2) })
+            Ok(Held::Caged { guest, cgroup, device, beside: ByteCount(0) })
         }
         Some(Row { way: Way::Balloon, .. }) | None => Ok(Held::Free(Guest::unmanaged(config, interrupt)?)),
     }
@@ -256,8 +281,6 @@ enum Outcome {
     Measured(Sample),
     /// The guest had more than it was to be left: so much, at the median look.
     Short(ByteCount),
-    /// The kernel could not keep it to its limit, and killed it.
-    Killed,
 }
 
 /// Has the guest work for so long, and looks at what it takes meanwhile.
@@ -271,7 +294,6 @@ fn work(
     let (start, mut looks) = (Instant::now(), Vec::new());
     while start.elapsed() < length {
         held.keep_to(left)?;
-        std::thread::sleep(LOOK_EVERY);
         looks.push(held.takes()?);
     }
     let guest = held.guest();
@@ -283,13 +305,7 @@ fn work(
 /// One guest's life: it has touched all of its memory once, then works.
 fn life(usage: Usage, row: Option<Row>, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
     let mut held = start(row, interrupt)?;
-    match live(&mut held, usage, row) {
-        Err(BenchError::Failed(_)) if held.was_killed() => Ok(Outcome::Killed),
-        other => other,
-    }
-}
-
-fn live(held: &mut Held, usage: Usage, row: Option<Row>) -> Result<Outcome, BenchError> {
+    let held = &mut held;
     let left = row.map_or(RAM, Row::left);
     usage.prepare(held.guest())?;
     if let Some(row @ Row { way: Way::Balloon, .. }) = row {
@@ -301,26 +317,11 @@ fn live(held: &mut Held, usage: Usage, row: Option<Row>) -> Result<Outcome, Benc
     let cpu_seconds = held.guest().cpu_seconds()? - before;
     looks.sort_unstable();
     let taken = looks.get(looks.len() / 2).copied().context("nobody looked")?;
-    if let Held::Caged { cgroup, .. } = held {
-        // What it verifies is not held to anything: nobody follows its limit meanwhile.
-        cgroup.set_limit(ByteCount(RAM.0 * 2)).context("cannot lift a limit")?;
-    }
     held.guest().probe(ProbeCommand::new(Task::Verify, Order::Ascending))?;
     if taken > left + SLACK {
         return Ok(Outcome::Short(taken));
     }
     Ok(Outcome::Measured(Sample { value: rate, cpu_seconds: Some(cpu_seconds) }))
-}
-
-/// The same, begun again where the kernel killed it.
-fn try_life(row: Row, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
-    for _ in 1..TRIES {
-        match life(row.usage, Some(row), interrupt)? {
-            Outcome::Killed => {}
-            other => return Ok(other),
-        }
-    }
-    life(row.usage, Some(row), interrupt)
 }
 
 /// What to repeat the benchmark with.
@@ -390,7 +391,7 @@ fn measure(
     let mut outcomes = Vec::new();
     for (row, _) in &rows {
         eprintln!("  {}", row.name());
-        outcomes.push(try_life(*row, interrupt)?);
+        outcomes.push(life(row.usage, Some(*row), interrupt)?);
     }
     let peer_again = alone(usage, interrupt)?;
     for ((row, runs), outcome) in rows.iter_mut().zip(outcomes) {
@@ -400,7 +401,6 @@ fn measure(
                 continue;
             }
             Outcome::Short(taken) => format!("left {}, the guest takes {taken}", row.left()),
-            Outcome::Killed => format!("the kernel killed the guest {TRIES} times of {TRIES}"),
         };
         println!("  {}: not to be had: {why}", row.name());
         *runs = None;
@@ -413,7 +413,6 @@ fn alone(usage: Usage, interrupt: &Interrupt) -> Result<Sample, BenchError> {
     match life(usage, None, interrupt)? {
         Outcome::Measured(sample) => Ok(sample),
         Outcome::Short(taken) => Err(anyhow!("a guest of {RAM} takes {taken}").into()),
-        Outcome::Killed => Err(anyhow!("a guest without a limit was killed").into()),
     }
 }
 

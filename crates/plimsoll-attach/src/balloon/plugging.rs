@@ -68,20 +68,27 @@ impl Plugged {
     }
 }
 
-/// Shares what all devices are to bring among them: the first ones are full before the next one is asked. Only those whose
-/// request changes.
+/// Shares what all devices are to bring among them: beginning with what the guest has of each, so that more is asked of the first
+/// ones, and less of the last ones, and nowhere both. Only those whose request changes.
 pub fn requests(all: &[HotMemory], total: ByteCount) -> Vec<(HotMemoryId, ByteCount)> {
-    let mut left = total;
-    let mut changed = Vec::new();
-    for memory in all.iter().filter(|memory| memory.method == HotplugMethod::VirtioMem) {
-        let most = left.min(memory.maximum.unwrap_or_default());
-        let size = ByteCount(most.0 - most.0 % memory.block.0.max(1));
-        left = left.saturating_sub(size);
-        if size != memory.requested {
-            changed.push((memory.id.clone(), size));
-        }
+    let down = |memory: &HotMemory, size: u64| size - size % memory.block.0.max(1);
+    let devices = all.iter().filter(|memory| memory.method == HotplugMethod::VirtioMem);
+    let mut sizes: Vec<(&HotMemory, u64)> =
+        devices.map(|memory| (memory, down(memory, memory.plugged.unwrap_or(memory.requested).0))).collect();
+    let sum: u64 = sizes.iter().map(|(_, size)| size).sum();
+    let (mut more, mut less) = (total.0.saturating_sub(sum), sum.saturating_sub(total.0));
+    for (memory, size) in &mut sizes {
+        let room = memory.maximum.unwrap_or_default().0.saturating_sub(*size);
+        let added = down(memory, more.min(room));
+        (*size, more) = (*size + added, more - added);
     }
-    changed
+    for (memory, size) in sizes.iter_mut().rev() {
+        // Rounded up: what is to go goes.
+        let gone = less.next_multiple_of(memory.block.0.max(1)).min(*size);
+        (*size, less) = (*size - gone, less.saturating_sub(gone));
+    }
+    let changed = sizes.into_iter().filter(|(memory, size)| *size != memory.requested.0);
+    changed.map(|(memory, size)| (memory.id.clone(), ByteCount(size))).collect()
 }
 
 /// What is to be done.
@@ -369,6 +376,12 @@ mod tests {
         assert_eq!(requests(&all, MIB(200)), [named("a", 128), named("b", 72)]);
         assert_eq!(requests(&all, MIB(64)), []);
         assert_eq!(requests(&all, MIB(6)), [named("a", 4)]);
+        let both = [device("a", 128, 64, 64), device("b", 128, 64, 64)];
+        assert_eq!(requests(&both, MIB(100)), [named("b", 36)], "no guest grows because it is to shrink");
+        assert_eq!(requests(&both, MIB(132)), [named("a", 68)], "nor shrinks because it is to grow");
+        // One that does not unplug is asked for what it has, and the other one for nothing more.
+        let stuck = [device("a", 128, 64, 64), device("b", 128, 36, 64)];
+        assert_eq!(requests(&stuck, MIB(128)), [named("b", 64)]);
         let modules = HotMemory { method: HotplugMethod::Acpi, ..device("modules", 512, 0, 0) };
         for none in [vec![], vec![modules], vec![device("a", 8, 0, 16)], vec![device("a", 0, 0, 0)]] {
             assert_eq!(Plugged::of(&none), None, "{none:?}");

@@ -196,7 +196,9 @@ fn what_a_balloon_held_before_is_found_by_who_follows_a_manager_that_was_killed_
     let folder = fake.folder.path().join("attach");
     let first = AttachLock::acquire_in(&folder, &fake.held()).unwrap();
     assert_eq!(first.balloon(), None);
-    first.keep(ByteCount::mib(16), ByteCount::mib(128)).unwrap();
+    first.keep(ByteCount::mib(16), None).unwrap();
+    assert_eq!((first.balloon(), first.plugged()), (Some(ByteCount::mib(16)), None), "it has no devices");
+    first.keep(ByteCount::mib(16), Some(ByteCount::mib(128))).unwrap();
     // Killed: the file stays. Whoever was killed had a longer number.
     let left = fs::read_to_string(first.path()).unwrap();
     drop(first);

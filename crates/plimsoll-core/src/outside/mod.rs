@@ -40,11 +40,12 @@ use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount, PageIndex};
 /// Blocks that are sampled at a time. A machine of up to 256 MiB is sampled whole.
 const PANEL: u32 = 128;
 
-/// In which order blocks are offered: by which hand, and whether those that are hinted at are spared.
-const PASSES: [(usize, Round, Temper, bool); 3] = [
-    (0, Round::Whole, Temper::Cold, true),
-    (0, Round::Whole, Temper::Cold, false),
-    (1, Round::Split, Temper::Mixed, false),
+/// In which order blocks are offered: by which hand, and whether they are to be hinted at where there are hints. No block is in two of
+/// the passes, so that none is offered twice.
+const PASSES: [(usize, Round, Temper, Option<bool>); 3] = [
+    (0, Round::Whole, Temper::Cold, Some(false)),
+    (0, Round::Whole, Temper::Cold, Some(true)),
+    (1, Round::Split, Temper::Mixed, None),
 ];
 
 /// A period, counted from the first. Counts wrap after centuries.
@@ -212,19 +213,25 @@ impl Outside {
         out: &mut Vec<Run>,
     ) -> Result<Choice, E> {
         let mut choice = Choice { pages: 0, looks: 0, resting: 0, round: Round::Whole };
-        for (hand, round, temper, spares_hinted) in PASSES {
-            if spares_hinted && self.hinted.is_empty() {
-                continue;
-            }
+        for (hand, round, temper, hinted) in PASSES {
+            let looks = match hinted {
+                Some(true) if self.hinted.is_empty() => continue,
+                // Blocks that hold nothing take a look, too: those with hints are to have their turn on any machine.
+                Some(false) if !self.hinted.is_empty() => want.looks / 2,
+                _ => want.looks,
+            };
             choice.round = round;
             for _ in 0..self.blocks.len() {
                 if choice.pages >= want.pages || choice.looks >= want.looks {
                     return Ok(choice);
                 }
+                if choice.looks >= looks {
+                    break;
+                }
                 let block = BlockIndex(self.advance(hand));
                 let found = self.temper(block);
                 choice.resting += u32::from(round == Round::Split && found == Temper::Resting);
-                if found != temper || spares_hinted && self.is_hinted(block) {
+                if found != temper || hinted.is_some_and(|hinted| hinted != self.is_hinted(block)) {
                     continue;
                 }
                 let presence = look(block)?;
@@ -414,14 +421,33 @@ mod tests {
 
     #[test]
     fn of_cold_blocks_those_that_are_believed_to_be_used_go_last_and_before_a_mixed_one_is_split() {
-        let mut machine = Outside::new(4, 1);
-        return_pages(&mut machine, 0, 3..4);
-        machine.hint([2, 1, 1].map(BlockIndex));
         let whole = |block: u32| Run { first: BlockIndex(block).first_page(), pages: 512 };
-        assert_eq!(chosen(&mut machine, 512).0, [whole(3)]);
-        assert_eq!(chosen(&mut machine, 1536).0, [whole(3), whole(1), whole(2)]);
-        machine.hint([]);
-        assert_eq!(chosen(&mut machine, 1024).0, [whole(3), whole(1)], "no hints, the hand goes on");
+        // Wherever the hand is, none is offered twice.
+        for turns in 0..4 {
+            let mut machine = Outside::new(4, 1);
+            return_pages(&mut machine, 0, 3..4);
+            chosen(&mut machine, turns * 512);
+            machine.hint([2, 1, 1].map(BlockIndex));
+            let (mut runs, _) = chosen(&mut machine, 1536);
+            assert_eq!(runs[0], whole(3), "{turns}");
+            runs.sort_by_key(|run| run.first);
+            assert_eq!(runs, [whole(1), whole(2), whole(3)], "{turns}");
+            assert_eq!(chosen(&mut machine, 512).0, [whole(3)]);
+            machine.hint([]);
+            assert_eq!(chosen(&mut machine, 1536).0.len(), 3);
+        }
+    }
+
+    #[test]
+    fn hinted_blocks_have_their_turn_however_many_others_hold_nothing() {
+        let mut machine = Outside::new(100, 1);
+        machine.hint([BlockIndex(99)]);
+        let look = |block| {
+            let present = if block == BlockIndex(99) { FULL } else { PageSet::EMPTY };
+            Ok::<_, Infallible>(Presence { present, swapped: PageSet::EMPTY })
+        };
+        let Ok(choice) = machine.choose(Want { pages: 512, looks: 20 }, look, &mut Vec::new());
+        assert_eq!((choice.pages, choice.looks), (512, 11));
     }
 
     #[test]

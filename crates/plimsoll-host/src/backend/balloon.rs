@@ -37,7 +37,7 @@ pub trait Lock: Send {
     ///
     /// # Errors
     /// When it cannot be written.
-    fn keep(&self, balloon: ByteCount, plugged: ByteCount) -> std::io::Result<()>;
+    fn keep(&self, balloon: ByteCount, plugged: Option<ByteCount>) -> std::io::Result<()>;
 }
 
 impl Lock for Arc<AttachLock> {
@@ -49,7 +49,7 @@ impl Lock for Arc<AttachLock> {
         (**self).plugged()
     }
 
-    fn keep(&self, balloon: ByteCount, plugged: ByteCount) -> std::io::Result<()> {
+    fn keep(&self, balloon: ByteCount, plugged: Option<ByteCount>) -> std::io::Result<()> {
         (**self).keep(balloon, plugged)
     }
 }
@@ -85,13 +85,14 @@ pub fn of_interface(mut control: Box<dyn Control>) -> Result<Option<Interface>, 
 }
 
 impl Interface {
-    /// Its virtio-mem devices, as far as their interface tells all about them.
+    /// Its virtio-mem devices, as far as their interface tells all about them. That it does not tell just now is not that there are
+    /// none.
     fn hot_memory(&mut self) -> Result<Vec<HotMemory>, ControlError> {
         if !self.is_pluggable {
             return Ok(Vec::new());
         }
         match self.control.hot_memory() {
-            Err(ControlError::Unsupported { .. } | ControlError::Refused { .. }) => Ok(Vec::new()),
+            Err(ControlError::Unsupported { .. }) => Ok(Vec::new()),
             other => other,
         }
     }
@@ -287,8 +288,8 @@ struct Found {
     lacked: ByteCount,
     /// What it was asked to hold before any manager came, which is what it is to hold when the last has gone.
     inherited: ByteCount,
-    /// The same of what its devices were asked to bring.
-    brought: ByteCount,
+    /// The same of what its devices were asked to bring, if it had some.
+    brought: Option<ByteCount>,
     plugging: Plugging,
     /// What the guest was to keep plugged at most, and did not come to.
     in_vain: Option<ByteCount>,
@@ -318,17 +319,19 @@ impl Worker<'_> {
             // A guest that does not listen keeps what it has.
             let _ = self.interface.control.set_balloon(found.inherited);
             let hot = self.interface.hot_memory().unwrap_or_default();
-            if Plugged::of(&hot).is_some_and(|plugged| plugged.requested != found.brought) {
-                let _ = self.interface.request(&hot, found.brought);
+            if let (Some(plugged), Some(brought)) = (Plugged::of(&hot), found.brought)
+                && plugged.requested != brought
+            {
+                let _ = self.interface.request(&hot, brought);
             }
         }
     }
 
     /// The balloon as it is, of which what was there before the first manager is kept.
-    fn found(&self, target: ByteCount, requested: ByteCount, lacked: ByteCount) -> Found {
-        let inherited = self.lock.balloon().unwrap_or(target);
-        let brought = self.lock.plugged().unwrap_or(requested);
-        if self.lock.balloon().is_none() {
+    fn found(&self, target: ByteCount, requested: Option<ByteCount>, lacked: ByteCount) -> Found {
+        let (kept, kept_plugged) = (self.lock.balloon(), self.lock.plugged());
+        let (inherited, brought) = (kept.unwrap_or(target), kept_plugged.or(requested));
+        if kept.is_none() || kept_plugged != brought {
             // Where that cannot be written, a manager that follows a killed one finds what that one asked for.
             let _ = self.lock.keep(inherited, brought);
         }
@@ -348,7 +351,7 @@ impl Worker<'_> {
         let unplugged = plugged.map_or(ByteCount(0), |plugged| plugged.unplugged());
         let (controller, found) = controller.get_or_insert_with(|| {
             let target = target.or(actual).unwrap_or_default();
-            let found = self.found(target, plugged.unwrap_or_default().requested, target + unplugged);
+            let found = self.found(target, plugged.map(|plugged| plugged.requested), target + unplugged);
             (Controller::new(self.interface.granularity, target), found)
         });
         let held = actual.unwrap_or(found.target);

@@ -28,7 +28,7 @@ impl Lock for Kept {
         self.0.lock().map(|_| ByteCount(0))
     }
 
-    fn keep(&self, balloon: ByteCount, _plugged: ByteCount) -> std::io::Result<()> {
+    fn keep(&self, balloon: ByteCount, _plugged: Option<ByteCount>) -> std::io::Result<()> {
         *self.0.lock() = Some(balloon);
         Ok(())
     }

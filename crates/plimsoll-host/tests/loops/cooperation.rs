@@ -87,7 +87,7 @@ impl Lock for Unkept {
         None
     }
 
-    fn keep(&self, _balloon: ByteCount, _plugged: ByteCount) -> std::io::Result<()> {
+    fn keep(&self, _balloon: ByteCount, _plugged: Option<ByteCount>) -> std::io::Result<()> {
         Ok(())
     }
 }

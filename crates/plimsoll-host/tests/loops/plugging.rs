@@ -81,9 +81,12 @@ impl Control for Vmm {
     }
 }
 
+/// What balloon and devices were asked for.
+type Both = (ByteCount, Option<ByteCount>);
+
 /// What outlives a manager that is killed.
 #[derive(Clone, Default)]
-struct Kept(Arc<Mutex<Option<(ByteCount, ByteCount)>>>);
+struct Kept(Arc<Mutex<Option<Both>>>);
 
 impl Lock for Kept {
     fn balloon(&self) -> Option<ByteCount> {
@@ -91,10 +94,10 @@ impl Lock for Kept {
     }
 
     fn plugged(&self) -> Option<ByteCount> {
-        self.0.lock().unwrap().map(|(_, plugged)| plugged)
+        self.0.lock().unwrap().and_then(|(_, plugged)| plugged)
     }
 
-    fn keep(&self, balloon: ByteCount, plugged: ByteCount) -> std::io::Result<()> {
+    fn keep(&self, balloon: ByteCount, plugged: Option<ByteCount>) -> std::io::Result<()> {
         *self.0.lock().unwrap() = Some((balloon, plugged));
         Ok(())
     }
@@ -147,7 +150,7 @@ fn a_machine_that_is_to_have_more_gets_it_from_its_balloon_and_then_by_virtio_me
 #[test]
 fn what_was_plugged_before_managers_that_were_killed_is_what_is_asked_for_in_the_end() {
     let guest = Arc::new(Mutex::new(Guest { requested: MIB(300), keeps: MIB(120), ..Guest::default() }));
-    let lock = Kept(Arc::new(Mutex::new(Some((MIB(8), MIB(100))))));
+    let lock = Kept(Arc::new(Mutex::new(Some((MIB(8), Some(MIB(100)))))));
     let balloon = drive(&guest, &lock);
     // It unplugs a part: what it has is what is seen.
     balloon.ask(MIB(512 - 300));
@@ -159,4 +162,11 @@ fn what_was_plugged_before_managers_that_were_killed_is_what_is_asked_for_in_the
     let plugged = seen.plugged.unwrap();
     assert_eq!((plugged.requested, plugged.plugged, seen.lacks), (MIB(100), MIB(120), MIB(8 + 512 - 120)));
     end(balloon);
+
+    // A manager that knew of no devices has kept nothing of them: they are as the next one finds them.
+    let lock = Kept(Arc::new(Mutex::new(Some((MIB(8), None)))));
+    let balloon = drive(&guest, &lock);
+    assert_eq!((lock.balloon(), lock.plugged()), (Some(MIB(8)), Some(MIB(100))));
+    end(balloon);
+    assert_eq!(asked(&guest.lock().unwrap()), (MIB(8), MIB(100)));
 }

@@ -12,7 +12,7 @@ use plimsoll_sys::HvaRange;
 use plimsoll_sys::pagemap::Pagemap;
 use plimsoll_sys::pidfd::Pidfd;
 use plimsoll_sys::process_memory::may_advise;
-use plimsoll_types::{BLOCK_PAGES, BlockIndex, PageCount, PageIndex};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, Hva, PAGE_SIZE, PageCount, PageIndex};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -191,10 +191,10 @@ impl KernelMachine {
         Ok(machine)
     }
 
-    /// The same machine, whose samples are taken even where idle flags would show their use: to compare the two.
-    #[must_use]
-    pub fn without_idle_flags(self) -> Self {
-        Self { idle: None, ..self }
+    /// From now on samples are taken even where idle flags would show their use: to compare the two, or since somebody else sets
+    /// these flags, as DAMON does with each page it looks at.
+    pub fn ignore_idle_flags(&mut self) {
+        self.idle = None;
     }
 
     /// Whether the kernel's idle flags show the use of samples, which then need not be taken.
@@ -289,17 +289,15 @@ impl KernelMachine {
         Ok(())
     }
 
-    /// Regions in which somebody saw use, who watches the machine from outside: what lies in others is taken first. It stands
-    /// until the next.
+    /// Parts of the machine's memory in which somebody saw use, who watches it: what lies in others is taken first. It stands until
+    /// the next.
     pub fn heed(&mut self, used: &[HvaRange]) {
         let layout = self.view.layout();
-        let blocks = (0..layout.blocks()).map(BlockIndex).filter(|block| {
-            let overlaps = |window: HvaRange, used: &HvaRange| {
-                used.start() < window.end() && window.start() < used.end()
-            };
-            layout.window(*block, 1).is_some_and(|window| used.iter().any(|used| overlaps(window, used)))
-        });
-        let blocks: Vec<BlockIndex> = blocks.collect();
+        let last = |range: &HvaRange| Hva(range.end().0 - PAGE_SIZE as u64);
+        let places = |range: &HvaRange| Some((layout.place(range.start())?.0, layout.place(last(range))?.0));
+        let blocks = used.iter().filter(|range| !range.is_empty()).filter_map(places);
+        let blocks: Vec<BlockIndex> =
+            blocks.flat_map(|(first, last)| (first.0..=last.0).map(BlockIndex)).collect();
         self.known.hint(blocks);
     }
 

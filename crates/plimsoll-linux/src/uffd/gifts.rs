@@ -38,8 +38,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
 
     /// Asks about some of them, unless there is other work. True if there is more to ask about.
     pub(super) fn explain(&mut self, is_at_work: bool) -> Result<bool, PagerError> {
-        let is_at_work = is_at_work || !self.pending.is_empty();
-        if is_at_work && self.curious.blocks.len() < PATIENT_WITH {
+        let is_patient = self.curious.blocks.len() < PATIENT_WITH;
+        if !self.pending.is_empty() || (is_at_work && is_patient) {
             return Ok(false);
         }
         let Curious { blocks, runs } = &mut self.curious;

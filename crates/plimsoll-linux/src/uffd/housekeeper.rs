@@ -119,10 +119,7 @@ pub(super) fn keep(
         let before = cpu_time();
         let mut worked = true;
         while worked && cpu_time().saturating_sub(before) < SLICE && !stop.load(Ordering::Relaxed) {
-            worked = keeper.collapse();
-            for domain in known(domains) {
-                worked |= keeper.tend(&domain, Instant::now());
-            }
+            worked = keeper.collapse() | keeper.tend_all(domains);
         }
         let took = cpu_time().saturating_sub(before);
         keeper.host.tidied(|tidied| tidied.cpu += took);
@@ -139,6 +136,17 @@ fn cpu_time() -> Duration {
 }
 
 impl Housekeeper<'_> {
+    /// One step in each domain's store. False when there is nothing to do. What was remembered of domains that are gone is forgotten: one
+    /// comes and goes with each machine that shares with nobody.
+    fn tend_all(&mut self, domains: &Domains) -> bool {
+        let known = known(domains);
+        let worked = known.iter().fold(false, |worked, domain| self.tend(domain, Instant::now()) | worked);
+        if self.places.len() > known.len() {
+            self.places.retain(|id, _| known.iter().any(|domain| domain.id == *id));
+        }
+        worked
+    }
+
     /// One step in a domain's store. False when there is nothing to do at `now`.
     fn tend(&mut self, domain: &Domain<MemfdSlabs>, now: Instant) -> bool {
         let fresh = Place { walk: now, rests_until: None, compacts_at: now };
@@ -321,6 +329,25 @@ mod tests {
             domain.store(|store| store.get_with(*handle, &mut page, &mut zstd)).unwrap();
             assert_eq!(page, text(number), "page {number}");
         }
+    }
+
+    #[test]
+    fn nothing_is_remembered_of_a_domain_that_is_gone() {
+        let (host, first, _) = filled(1);
+        let second = Domain::new(
+            DomainId(2),
+            GROUP,
+            Store::new(MemfdSlabs::create("test-keeper", ByteCount::mib(64)).unwrap()),
+        );
+        let [first, second] = [first, second].map(Arc::new);
+        let domains: Domains = Arc::new(Mutex::new([&first, &second].map(Arc::downgrade).to_vec()));
+        let governed = Governed::default();
+        let mut keeper = keeper(&host, &governed, WARM, Box::new(Zstd::new().unwrap()));
+        keeper.tend_all(&domains);
+        assert_eq!(keeper.places.len(), 2);
+        drop(first);
+        keeper.tend_all(&domains);
+        assert_eq!(keeper.places.keys().collect::<Vec<_>>(), [&DomainId(2)]);
     }
 
     #[test]

@@ -382,7 +382,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                     }
                     return Ok(Ok(stored));
                 }
-                Ok(Err(_)) => return Ok(Err(Put::Full)),
+                Ok(Err(_)) => {
+                    if may_grow {
+                        // It grew by nothing.
+                        self.settle()?;
+                    }
+                    return Ok(Err(Put::Full));
+                }
                 Err(growth) => {
                     may_grow = self.charge_passing(growth)? || std::mem::take(&mut self.is_stuck);
                     if !may_grow {

@@ -23,7 +23,8 @@ pub(crate) fn compare() -> Outcome {
         let mut guest = Started::new("private", 64);
         guest.ask(&format!("sweep {HOT} scattered 50"));
         let layout = Layout::new(vec![guest.ram]).unwrap();
-        let taking = attach(&mut guest).without_idle_flags();
+        let mut taking = attach(&mut guest);
+        taking.ignore_idle_flags();
         let mut sources: Vec<(Box<dyn Source>, u64)> = vec![(Box::new(taking), 20)];
         match IdleBitmap::open(guest.id(), &layout) {
             Ok(idle) => {

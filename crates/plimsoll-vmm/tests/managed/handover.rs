@@ -114,8 +114,9 @@ fn messages() -> Vec<(Vec<u8>, &'static str)> {
     };
     vec![
         (with(|raw| raw.magic ^= 1), "does not start with the hand-over magic"),
-        (with(|raw| raw.version = 3), "speaks hand-over version 3, this build speaks 2"),
-        (with(|raw| raw.version = 0), "speaks hand-over version 0, this build speaks 2"),
+        (with(|raw| raw.version += 1), "speaks hand-over version 4, this build speaks 3"),
+        (with(|raw| raw.version = 2), "speaks hand-over version 2, this build speaks 3"),
+        (with(|raw| raw.version = 0), "speaks hand-over version 0, this build speaks 3"),
         (with(|raw| raw.page_size = 16384), "page size is 16384 bytes"),
         (with(|raw| raw.features = 0), "lacks features"),
         (cut(1), "has 1 bytes where 80 were expected"),

@@ -115,10 +115,10 @@ impl Session {
         if let (Some(why), true) = (&why, settings.budget.is_some() || settings.once.is_some()) {
             return Err(format!("nothing can be taken from {}: {why}", dossier.name));
         }
-        let (process, memory, signals) = (reopen(held)?, Memory::open(held, dossier)?, signals()?);
+        let (process, mut memory, signals) = (reopen(held)?, Memory::open(held, dossier)?, signals()?);
         let repacking = settings.budget.map(|_| Repacking::start(Place::default())).transpose();
         let repacking = repacking.map_err(|error| explain(&error))?;
-        let damon = settings.has_damon.then(|| Hints::begin(&memory, process.process())).transpose()?;
+        let damon = settings.has_damon.then(|| Hints::begin(&mut memory, process.process())).transpose()?;
         let started = Instant::now();
         view.begin(dossier, why);
         Ok(Self {
@@ -207,6 +207,7 @@ impl Session {
         if let Some(why) = damon.as_mut().and_then(|damon| damon.give(memory).err()) {
             view.note(&format!("DAMON is of no use any more: {why}"));
             *damon = None;
+            memory.managed.iter_mut().for_each(|machine| machine.heed(&[]));
         }
         self.cost = zram::swap_cost().unwrap_or(self.cost);
         let (mut next, mut short) = (now + PERIOD, None);
@@ -338,14 +339,16 @@ struct Hints {
 }
 
 impl Hints {
-    fn begin(memory: &Memory, process: ProcessId) -> Result<Self, String> {
+    fn begin(memory: &mut Memory, process: ProcessId) -> Result<Self, String> {
         let mut hints = Self { process, ranges: Vec::new(), monitor: None };
         hints.follow(memory)?;
         Ok(hints)
     }
 
     /// Watches what the machine has now: regions of a monitor that runs are not changed.
-    fn follow(&mut self, memory: &Memory) -> Result<(), String> {
+    fn follow(&mut self, memory: &mut Memory) -> Result<(), String> {
+        // It sets the flag of each page it looks at.
+        memory.managed.iter_mut().for_each(KernelMachine::ignore_idle_flags);
         let ranges: Vec<HvaRange> = memory.managed.iter().flat_map(KernelMachine::ranges).collect();
         if ranges == self.ranges {
             return Ok(());

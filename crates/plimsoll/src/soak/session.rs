@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 const SAMPLE_PERIOD: Duration = Duration::from_millis(200);
 /// Pages grow cold in no time, so that they are packed, moved and read back all the time.
 const HOUSEKEEPING: Housekeeping = Housekeeping { cold_after: Duration::from_millis(500), cpu_permille: 200 };
+/// Of a run, each part of the opening may take one in so many.
+const OPENING_SHARE: u32 = 5;
+const OPENING_MAX: Duration = Duration::from_secs(20);
 /// How often guests are told again to give up everything: more often than the governor takes such an order back.
 const SQUEEZE_PERIOD: Duration = Duration::from_millis(1);
 /// How often it is looked whether all is well.
@@ -100,7 +103,8 @@ pub(super) fn run(plan: &Plan, run_by: String, interrupt: &Interrupt) -> Result<
     }
     let deadline = Instant::now() + Duration::from_secs(plan.seconds);
     for action in OPENING {
-        manager = session.open(manager, action, deadline)?;
+        let until = Instant::now() + (Duration::from_secs(plan.seconds) / OPENING_SHARE).min(OPENING_MAX);
+        manager = session.open(manager, action, until)?;
     }
     for action in Schedule::new(plan.seed, plan.guests) {
         if Instant::now() >= deadline || session.is_over() {
@@ -170,10 +174,10 @@ impl<'a> Session<'a> {
         self.interrupt.is_set() || !self.report.failures.is_empty()
     }
 
-    /// Does something until what it is for has come of it.
-    fn open(&mut self, manager: Manager, action: Action, deadline: Instant) -> Result<Manager, String> {
+    /// Does something until what it is for has come of it. Where nothing does, the run goes on all the same: its report says so.
+    fn open(&mut self, manager: Manager, action: Action, until: Instant) -> Result<Manager, String> {
         let mut manager = manager;
-        while Instant::now() < deadline && !self.is_over() {
+        while Instant::now() < until && !self.is_over() {
             manager = self.act(manager, action)?;
             self.report.actions += 1;
             let host = manager.host();
