@@ -7,7 +7,7 @@ use serde::Deserialize;
 use std::convert::Infallible;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// The only target there is; naming it keeps other platforms' dependencies out of `cargo metadata`.
 pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -127,6 +127,50 @@ impl Metadata {
     pub(crate) fn members(&self) -> impl Iterator<Item = &Package> {
         self.packages.iter().filter(|package| self.workspace_members.contains(&package.id))
     }
+}
+
+/// A program that cargo has built.
+pub(crate) struct TestProgram {
+    /// Of which package, as in [`Package::id`].
+    pub(crate) package_id: String,
+    /// Which of its targets.
+    pub(crate) target: Target,
+    /// Where it is.
+    pub(crate) program: PathBuf,
+}
+
+/// Has the test programs built that the arguments choose. The compiler's messages go to standard error.
+pub(crate) fn test_programs(arguments: &[&str]) -> Result<Vec<TestProgram>> {
+    /// A line of cargo's JSON messages; only those about programs are of interest.
+    #[derive(Deserialize)]
+    struct Message {
+        executable: Option<PathBuf>,
+        package_id: Option<String>,
+        target: Option<Target>,
+        profile: Option<Profile>,
+    }
+    #[derive(Deserialize)]
+    struct Profile {
+        test: bool,
+    }
+    let mut command = cargo();
+    command.args(["test", "--no-run", "--locked", "--message-format=json-render-diagnostics"]);
+    let output =
+        command.args(arguments).stderr(Stdio::inherit()).output().context("cannot start cargo test")?;
+    if !output.status.success() {
+        bail!("the tests do not build; the compiler's messages are above");
+    }
+    let mut programs = Vec::new();
+    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        let message: Message = serde_json::from_slice(line).context("cargo printed something unexpected")?;
+        let is_test = message.profile.is_some_and(|profile| profile.test);
+        if let (Some(program), Some(package_id), Some(target), true) =
+            (message.executable, message.package_id, message.target, is_test)
+        {
+            programs.push(TestProgram { package_id, target, program });
+        }
+    }
+    Ok(programs)
 }
 
 /// Asks cargo about the workspace of a manifest.

@@ -6,7 +6,6 @@
 use crate::cargo;
 use crate::setup;
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -31,12 +30,6 @@ const UNPACKED: &str = "linux-source-6.12";
 const IMAGE: &str = "arch/x86/boot/bzImage";
 const CONFIG: &str = include_str!("idle.config");
 const INIT: &str = include_str!("idle.init");
-
-/// A line of cargo's JSON messages.
-#[derive(Deserialize)]
-struct Message {
-    executable: Option<PathBuf>,
-}
 
 /// Builds what is missing, runs the test, and repeats what it said.
 pub(crate) fn run() -> Result<()> {
@@ -104,16 +97,9 @@ fn kernel(folder: &Path) -> Result<PathBuf> {
 
 fn test_program() -> Result<PathBuf> {
     println!("building the test");
-    let mut command = cargo::cargo();
-    command.args(["test", "--no-run", "--locked", "--package", "plimsoll-linux", "--test", "kernel"]);
-    command.arg("--message-format=json-render-diagnostics").stderr(Stdio::inherit());
-    let output = command.output().context("cannot start cargo")?;
-    if !output.status.success() {
-        bail!("the test does not build; the compiler's messages are above");
-    }
-    let lines = output.stdout.split(|byte| *byte == b'\n');
-    let mut programs = lines.filter_map(|line| serde_json::from_slice::<Message>(line).ok()?.executable);
-    programs.next_back().context("cargo named no program")
+    let programs = cargo::test_programs(&["--package", "plimsoll-linux", "--test", "kernel"])?;
+    let program = programs.into_iter().next().context("cargo named no program")?;
+    Ok(program.program)
 }
 
 /// The test program, what it is linked with, and the first process, packed.

@@ -149,14 +149,10 @@ pub(crate) fn run(level: Option<u8>) -> Result<()> {
         }
     }
     packages.extend((lacks_schemathesis && !has_venv()).then_some("python3-venv"));
-    if !packages.is_empty() || lacks_kernel || lacks_promtool {
-        if !is_root() || !is_there("apt-get") {
-            packages.extend(lacks_kernel.then_some("a kernel (see xtask/src/setup.rs)"));
-            packages.extend(lacks_promtool.then_some("promtool (see xtask/src/setup.rs)"));
-            bail!("install {} and try again; on Debian, as root, this is done for you", packages.join(", "));
-        }
-        crate::cargo::run(apt().args(["update", "-q"]))?;
-    }
+    let mut wanted = packages.clone();
+    wanted.extend(lacks_kernel.then_some("a kernel (see xtask/src/setup.rs)"));
+    wanted.extend(lacks_promtool.then_some("promtool (see xtask/src/setup.rs)"));
+    update(&wanted)?;
     add(&packages)?;
     if let Some(need) = missing.iter().find(|need| !is_there(need.program)) {
         bail!("{} is installed and {} is still not found", need.package, need.program);
@@ -214,14 +210,19 @@ fn bring_promtool() -> Result<()> {
 
 /// Installs packages that one command needs and no test does.
 pub(crate) fn install(packages: &[&str]) -> Result<()> {
-    if packages.is_empty() {
+    update(packages)?;
+    add(packages)
+}
+
+/// Has apt know the newest packages, if something is wanted of it.
+fn update(wanted: &[&str]) -> Result<()> {
+    if wanted.is_empty() {
         return Ok(());
     }
     if !is_root() || !is_there("apt-get") {
-        bail!("install {} and try again; on Debian, as root, this is done for you", packages.join(", "));
+        bail!("install {} and try again; on Debian, as root, this is done for you", wanted.join(", "));
     }
-    crate::cargo::run(apt().args(["update", "-q"]))?;
-    add(packages)
+    crate::cargo::run(apt().args(["update", "-q"]))
 }
 
 fn add(packages: &[&str]) -> Result<()> {

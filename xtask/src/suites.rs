@@ -8,13 +8,12 @@
 //! with different features. Programs that mostly wait for emulated guests run beside those that need nothing but
 //! processors, and of the host nothing that others change; then each of the others runs alone, so that no two compete for the machine's
 //! memory, swap and time.
-use crate::cargo::{self, Metadata, Package, Target};
+use crate::cargo::{self, Metadata, Package, TestProgram};
 use crate::dist::trial;
 use crate::machine;
 use crate::no_std;
 use crate::tally::Tally;
 use anyhow::{Context, Result, bail};
-use serde::Deserialize;
 use std::fs::{self, File};
 use std::io::Write;
 use std::panic::resume_unwind;
@@ -103,20 +102,6 @@ impl Suite {
     }
 }
 
-/// A line of cargo's JSON messages; only those about programs are of interest.
-#[derive(Deserialize)]
-struct Message {
-    executable: Option<PathBuf>,
-    package_id: Option<String>,
-    target: Option<Target>,
-    profile: Option<Profile>,
-}
-
-#[derive(Deserialize)]
-struct Profile {
-    test: bool,
-}
-
 /// Runs what was chosen.
 pub(crate) fn run(choice: &Choice) -> Result<()> {
     let metadata = cargo::metadata(&cargo::root().join("Cargo.toml"))?;
@@ -196,24 +181,12 @@ fn level_of(package: &str) -> Result<u8> {
 fn build(metadata: &Metadata, choice: &Choice) -> Result<Vec<Suite>> {
     println!("building the tests");
     let start = Instant::now();
-    let mut command = cargo::cargo();
-    command.args(["test", "--no-run", "--locked", "--message-format=json-render-diagnostics"]);
-    command.args(packages(metadata, choice.level, |_| true)?);
-    let output = command.stderr(Stdio::inherit()).output().context("cannot start cargo test")?;
-    if !output.status.success() {
-        bail!("the tests do not build; the compiler's messages are above");
-    }
+    let chosen = packages(metadata, choice.level, |_| true)?;
+    let programs = cargo::test_programs(&chosen.iter().map(String::as_str).collect::<Vec<_>>())?;
     println!("built in {}", seconds(start.elapsed()));
     let mut suites = Vec::new();
-    for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-        let message: Message = serde_json::from_slice(line).context("cargo printed something unexpected")?;
-        let is_test = message.profile.is_some_and(|profile| profile.test);
-        let (Some(program), Some(id), Some(target), true) =
-            (message.executable, message.package_id, message.target, is_test)
-        else {
-            continue;
-        };
-        let Some(package) = metadata.members().find(|package| package.id == id) else { continue };
+    for TestProgram { package_id, target, program } in programs {
+        let Some(package) = metadata.members().find(|package| package.id == package_id) else { continue };
         let part = if target.is("test") { format!("tests/{}", target.name) } else { "units".to_owned() };
         suites.push(Suite {
             level: level_of(&package.name)?,

@@ -3,8 +3,8 @@
 //! Enters: the last decision, what was counted since the manager began. Leaves: a page of text, in the form of Prometheus or of
 //! OpenMetrics 1.0, which differ in how counters are declared and in the end. What must never happen: a name of a machine that
 //! breaks out of its quotes.
-use crate::api::Archive;
 use crate::api::exchange::Moment;
+use crate::api::{Archive, Pages};
 use crate::backend::Kind;
 use plimsoll_policy::host_state::{HostState, min_free};
 use plimsoll_types::MachineId;
@@ -217,16 +217,10 @@ fn machines(page: &mut Page, moment: &Moment, archive: &Archive) {
         "What its compressed pages take up.",
         views().map(|view| (of(view.id), view.stored.0)).collect(),
     );
-    let given =
-        moment.berths.iter().filter_map(|(id, berth)| Some((*id, berth.whereabouts.as_ref()?.pages.given)));
-    let given = given.flat_map(|(id, given)| {
-        let ways = [
-            ("reported", given.reported),
-            ("hinted", given.hinted),
-            ("ballooned", given.ballooned),
-            ("otherwise", given.otherwise),
-        ];
-        ways.map(|(way, pages)| (format!("{},{}", of(id), label("way", way)), pages.bytes().0))
+    let seen = moment.berths.iter().filter_map(|(id, berth)| Some((*id, berth.whereabouts.as_ref()?)));
+    let given = seen.flat_map(|(id, seen)| {
+        let ways = Pages::of(&seen.pages, seen.faults).given();
+        ways.map(|(way, bytes)| (format!("{},{}", of(id), label("way", way)), bytes))
     });
     gauge(
         "plimsoll_machine_given_bytes",

@@ -42,7 +42,7 @@ impl Plugged {
     /// Of those devices whose interface tells everything; none where there is none.
     pub fn of(all: &[HotMemory]) -> Option<Self> {
         let mut sum: Option<Self> = None;
-        for memory in all.iter().filter(|memory| memory.method == HotplugMethod::VirtioMem) {
+        for memory in devices(all) {
             let (maximum, plugged) = (memory.maximum?, memory.plugged?);
             // A device that claims what cannot be is not driven.
             let is_possible = plugged <= maximum && memory.requested <= maximum && memory.block.0 > 0;
@@ -68,13 +68,18 @@ impl Plugged {
     }
 }
 
+/// Those that bring memory in and out.
+fn devices(all: &[HotMemory]) -> impl Iterator<Item = &HotMemory> {
+    all.iter().filter(|memory| memory.method == HotplugMethod::VirtioMem)
+}
+
 /// Shares what all devices are to bring among them: beginning with what the guest has of each, so that more is asked of the first
 /// ones, and less of the last ones, and nowhere both. Only those whose request changes.
 pub fn requests(all: &[HotMemory], total: ByteCount) -> Vec<(HotMemoryId, ByteCount)> {
     let down = |memory: &HotMemory, size: u64| size - size % memory.block.0.max(1);
-    let devices = all.iter().filter(|memory| memory.method == HotplugMethod::VirtioMem);
-    let mut sizes: Vec<(&HotMemory, u64)> =
-        devices.map(|memory| (memory, down(memory, memory.plugged.unwrap_or(memory.requested).0))).collect();
+    let mut sizes: Vec<(&HotMemory, u64)> = devices(all)
+        .map(|memory| (memory, down(memory, memory.plugged.unwrap_or(memory.requested).0)))
+        .collect();
     let sum: u64 = sizes.iter().map(|(_, size)| size).sum();
     let (mut more, mut less) = (total.0.saturating_sub(sum), sum.saturating_sub(total.0));
     for (memory, size) in &mut sizes {

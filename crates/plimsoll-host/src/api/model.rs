@@ -474,7 +474,7 @@ impl Plugged {
 }
 
 impl Pages {
-    fn of(pages: &backend::Pages, faults: u64) -> Self {
+    pub(crate) fn of(pages: &backend::Pages, faults: u64) -> Self {
         let backend::Pages { resident, limbo, stored, disk, free, given } = *pages;
         Self {
             resident_bytes: resident.bytes().0,

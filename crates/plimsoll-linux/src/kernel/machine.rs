@@ -192,9 +192,11 @@ impl KernelMachine {
     }
 
     /// From now on samples are taken even where idle flags would show their use: to compare the two, or since somebody else sets
-    /// these flags, as DAMON does with each page it looks at.
+    /// these flags, as DAMON does with each page it looks at. What was marked before tells nothing.
     pub fn ignore_idle_flags(&mut self) {
-        self.idle = None;
+        if self.idle.take().is_some() {
+            self.drawn.iter().for_each(|page| self.known.stayed(*page));
+        }
     }
 
     /// Whether the kernel's idle flags show the use of samples, which then need not be taken.
@@ -351,8 +353,7 @@ impl KernelMachine {
         match self.idle.as_mut().map(|idle| idle.judge(&self.view)) {
             Some(Ok(judged)) => judged,
             Some(Err(_)) => {
-                self.idle = None;
-                self.drawn.iter().for_each(|page| self.known.stayed(*page));
+                self.ignore_idle_flags();
                 BTreeMap::new()
             }
             None => BTreeMap::new(),
@@ -510,5 +511,9 @@ mod tests {
         assert_eq!((u64::from(used.used), used.refaults), (idle.marked.0, PageCount(0)), "{used:?}");
         assert_eq!(machine.working_set(), Some(memory.range().len().pages_floor()));
         assert_eq!(machine.usage().unwrap().resident, memory.range().len().pages_floor(), "none has left");
+        // All of these are in RAM, which says nothing of marks that nobody looks at.
+        machine.ignore_idle_flags();
+        let ignored = machine.tick(Instant::now()).unwrap();
+        assert_eq!((ignored.judged, ignored.used), (0, 0), "{ignored:?}");
     }
 }

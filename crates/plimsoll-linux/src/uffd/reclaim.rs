@@ -375,19 +375,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                 _ => Ok(store.insert(bytes, digest, encoded)),
             });
             match inserted {
-                Ok(Ok(stored)) => {
+                Ok(inserted) => {
                     if may_grow {
+                        // By what was charged, or by nothing.
                         self.settle_store()?;
                         self.settle()?;
                     }
-                    return Ok(Ok(stored));
-                }
-                Ok(Err(_)) => {
-                    if may_grow {
-                        // It grew by nothing.
-                        self.settle()?;
-                    }
-                    return Ok(Err(Put::Full));
+                    return Ok(inserted.map_err(|_| Put::Full));
                 }
                 Err(growth) => {
                     may_grow = self.charge_passing(growth)? || std::mem::take(&mut self.is_stuck);
