@@ -1,10 +1,12 @@
 //! The peer's device: a new zram device in use as swap.
 //!
 //! What must never happen: one made on a host that has swap of its own, which the pages might go to instead.
+use crate::guest::Guest;
 use crate::session::BenchError;
 use anyhow::Context;
 use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::zram::{self, ZramError, ZramSwap};
+use plimsoll_sys::pidfd::Signal;
 use plimsoll_sys::swap::SwapPriority;
 use plimsoll_types::ByteCount;
 
@@ -38,19 +40,29 @@ fn not_here_or_failed(error: ZramError) -> BenchError {
     }
 }
 
-/// What is reclaimed ahead at a time: 13.5 us a page of it (FACTS) are 28 ms.
-const PRESSED_MAX: ByteCount = ByteCount::mib(8);
+/// What is taken at a time: 13.5 us a page of it (FACTS) are 7 ms.
+const STEP: ByteCount = ByteCount::mib(2);
+/// After so many times those that stood still go on, whatever was taken.
+const HELD_STEPS: usize = 16;
 
-/// Sets a limit, and has the kernel reclaim what is close below it, as kswapd does on a host: where guests meet the limit
-/// themselves at full speed, this kernel gives up before it has reclaimed anything, and kills one.
+/// Keeps a cgroup to a limit. Where it is reached, those stand still who would take more until the kernel has taken a 64th: as a
+/// task does that has to reclaim before it gets memory, by itself or behind `memory.high`.
 ///
-/// With cgroup v1 a lower limit takes effect only once what is in use fits, so nobody meets it while it is being reached.
-pub(crate) fn press(cgroup: &MemoryCgroup, limit: ByteCount) {
-    let used = cgroup.used().unwrap_or_default();
-    if used.0 > limit.0 - limit.0 / 32 {
-        // What cannot be reached at once is tried again a moment later.
-        let _ = cgroup.set_limit(ByteCount(limit.0 - limit.0 / 16).max(used.saturating_sub(PRESSED_MAX)));
+/// A limit that guests meet at work cannot be kept: while somebody lowers it they find nothing that could be taken, and this
+/// kernel kills one (docs/bench.md). So nobody meets it, and what is used may be above it until the next look.
+pub(crate) fn hold_to(cgroup: &MemoryCgroup, limit: ByteCount, who: &[&Guest]) {
+    let used = || cgroup.used().unwrap_or_default();
+    if used().0 <= limit.0 - limit.0 / 128 {
+        return;
     }
-    let used = cgroup.used().unwrap_or_default();
-    let _ = cgroup.set_limit(limit.max(ByteCount(used.0 + limit.0 / 64)));
+    // One that is gone is found to be so when it is heard.
+    let tell = |signal| who.iter().for_each(|guest| _ = guest.process().send_signal(signal));
+    tell(Signal::STOP);
+    let goal = limit.0 - limit.0 / 64;
+    // That of cgroup v1 takes effect once what is in use fits.
+    let take = || cgroup.set_limit(ByteCount(goal.max(used().0.saturating_sub(STEP.0))));
+    (0..HELD_STEPS).take_while(|_| used().0 > goal && take().is_ok()).for_each(drop);
+    // Nobody meets this one.
+    let _ = cgroup.set_limit(ByteCount(limit.0.saturating_mul(8)));
+    tell(Signal::CONT);
 }

@@ -71,6 +71,11 @@ impl Member {
             eprintln!("  {name} died: {why}");
             return Ok(());
         }
+        if self.role.begins == Begins::Boots && !self.has_started() {
+            // It has done nothing, which counts.
+            eprintln!("  {name} had not got all its memory when time was over");
+            return Ok(());
+        }
         let asked: u64 = self.role.start().iter().map(|probe| probe.pages).sum();
         ensure!(
             self.answered_pages >= asked,

@@ -14,7 +14,7 @@ use super::mix::Role;
 use crate::guest::Guest;
 use crate::ksm::not_here_or_failed;
 use crate::session::{BenchError, Interrupt};
-use crate::swap::{device, press};
+use crate::swap::{device, hold_to};
 use anyhow::{Context, Result};
 use plimsoll_linux::cgroup::{MemoryCgroup, sweep_stale};
 use plimsoll_linux::ksm::KsmError;
@@ -23,10 +23,11 @@ use plimsoll_linux::zram::ZramSwap;
 use plimsoll_sys::{ProcessId, procfs};
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::VmmConfig;
-use plimsoll_vmm::control::{Command, MergeMode, MergeRange};
+use plimsoll_vmm::control::{Command, FrameOrder, FrameVerb, MergeMode, MergeRange};
 use proxmox::Balloons;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// What our control groups are called.
 const PREFIX: &str = "plimsoll-density";
@@ -88,11 +89,11 @@ impl Cage {
         self.cgroup.used().unwrap_or_default() + self.held()
     }
 
-    /// Has the limit follow what zram takes.
-    fn follow(&self) {
+    /// Keeps all guests together to what zram leaves of the budget. Those stand still meanwhile.
+    fn hold(&self, growing: &[&Guest]) {
         if let Some((_, budget)) = &self.limited {
             let limit = budget.saturating_sub(self.held()).max(ByteCount(budget.0 / LIMIT_MIN_PART));
-            press(&self.cgroup, limit);
+            hold_to(&self.cgroup, limit, growing);
         }
     }
 
@@ -122,25 +123,87 @@ fn sweep(own: &MemoryCgroup) -> Result<()> {
 pub(super) struct Alone {
     cage: Cage,
     ksm: Option<Ksm>,
-    balloons: Option<Balloons>,
+    balloons: Option<(Balloons, FreeFrames)>,
+    growth: Growth,
     interrupt: Interrupt,
 }
 
 impl Alone {
     /// Enough memory for all.
     pub(super) fn enough(asked: ByteCount, interrupt: &Interrupt) -> Result<Self> {
-        Ok(Self { cage: Cage::new(asked, None)?, ksm: None, balloons: None, interrupt: interrupt.clone() })
+        Ok(Self {
+            cage: Cage::new(asked, None)?,
+            ksm: None,
+            balloons: None,
+            growth: Growth::default(),
+            interrupt: interrupt.clone(),
+        })
     }
 
     /// Reclaim to zram, and KSM.
     pub(super) fn short(asked: ByteCount, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
         let cage = Cage::new(asked, Some(budget))?;
-        Ok(Self { cage, ksm: Some(merging()?), balloons: None, interrupt: interrupt.clone() })
+        Ok(Self {
+            cage,
+            ksm: Some(merging()?),
+            balloons: None,
+            growth: Growth::default(),
+            interrupt: interrupt.clone(),
+        })
     }
 
     /// The same, and a loop that turns the guests' balloons as Proxmox does.
     pub(super) fn ballooned(asked: ByteCount, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
-        Ok(Self { balloons: Some(Balloons::new(budget)), ..Self::short(asked, budget, interrupt)? })
+        Ok(Self {
+            balloons: Some((Balloons::new(budget), FreeFrames::new())),
+            ..Self::short(asked, budget, interrupt)?
+        })
+    }
+}
+
+/// Takes what guests have free, as guests with free page reporting give it: whole frames of 2 MiB, without being asked.
+struct FreeFrames(Instant);
+
+impl FreeFrames {
+    /// How often: a Linux guest reports after two seconds.
+    const EVERY: Duration = Duration::from_secs(2);
+
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    fn turn(&mut self, members: &[Member]) {
+        if self.0.elapsed() < Self::EVERY {
+            return;
+        }
+        self.0 = Instant::now();
+        for member in members.iter().filter(|member| member.is_alive()) {
+            let order = FrameOrder { order: FrameVerb::TakeSoftly, bytes: member.role.size.0 };
+            // One that is gone is found to be so when it is heard.
+            let _ = member.guest.tell(&Command::Frames(order));
+        }
+    }
+}
+
+/// Of each guest, pages it had brought back and pages it had, when it was looked at last.
+#[derive(Default)]
+struct Growth(Vec<(u64, u64)>);
+
+impl Growth {
+    /// Guests that have taken memory since: on a host they would have to reclaim first.
+    fn of<'a>(&mut self, members: &'a [Member]) -> Vec<&'a Guest> {
+        let taken = |member: &Member| {
+            let process = member.guest.process().process();
+            let resident = procfs::statm(process).map_or(0, |statm| statm.resident.0);
+            (procfs::major_faults(process).unwrap_or_default(), resident)
+        };
+        let now: Vec<(u64, u64)> = members.iter().map(taken).collect();
+        let before = std::mem::replace(&mut self.0, now.clone());
+        let has_grown = |nth: usize, (faults, resident): (u64, u64)| {
+            before.get(nth).is_none_or(|before| faults > before.0 || resident > before.1)
+        };
+        let grown = members.iter().zip(now).enumerate().filter(|(nth, (_, now))| has_grown(*nth, *now));
+        grown.map(|(_, (member, _))| &member.guest).collect()
     }
 }
 
@@ -166,9 +229,10 @@ impl Host for Alone {
     }
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
-        self.cage.follow();
+        self.cage.hold(&self.growth.of(members));
         let used = self.cage.used();
-        if let Some(balloons) = &mut self.balloons {
+        if let Some((balloons, free)) = &mut self.balloons {
+            free.turn(members);
             balloons.turn(members, used);
         }
         Ok(())
@@ -179,7 +243,7 @@ impl Host for Alone {
     }
 
     fn target(&self, nth: usize) -> Option<ByteCount> {
-        self.balloons.as_ref()?.target(nth)
+        self.balloons.as_ref()?.0.target(nth)
     }
 
     fn refaults(&self, _: usize, member: &Member) -> u64 {

@@ -457,9 +457,13 @@ impl Reclaimer for KernelMachine {
         self.take(want, now)
     }
 
-    /// Pages used in a period, which is [`PERIOD`] while the machine does something.
+    /// Pages used in a period, which is [`PERIOD`] while the machine does something; no more than it had when its usage was last
+    /// read, however long what its guest has given back stays in the samples.
     fn working_set(&self) -> Option<PageCount> {
-        self.known.estimate()
+        let estimate = self.known.estimate()?;
+        let pages = |(resident, elsewhere): &(u16, u16)| u64::from(*resident) + u64::from(*elsewhere);
+        let had = (!self.seen.is_empty()).then(|| PageCount(self.seen.iter().map(pages).sum()));
+        Some(had.map_or(estimate, |had| estimate.min(had)))
     }
 
     fn collapse_hot(&mut self, blocks_max: u32) -> Result<Collapsed, KernelError> {
@@ -511,6 +515,11 @@ mod tests {
         assert_eq!((u64::from(used.used), used.refaults), (idle.marked.0, PageCount(0)), "{used:?}");
         assert_eq!(machine.working_set(), Some(memory.range().len().pages_floor()));
         assert_eq!(machine.usage().unwrap().resident, memory.range().len().pages_floor(), "none has left");
+        // What the guest gives back is in no estimate once it was seen to be gone, however it was used before.
+        let rest = HvaRange::new(memory.range().start(), ByteCount::mib(3)).unwrap();
+        memory.discard(rest).unwrap();
+        machine.usage().unwrap();
+        assert_eq!(machine.working_set(), Some(ByteCount::mib(1).pages_floor()));
         // All of these are in RAM, which says nothing of marks that nobody looks at.
         machine.ignore_idle_flags();
         let ignored = machine.tick(Instant::now()).unwrap();

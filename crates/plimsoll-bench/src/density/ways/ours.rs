@@ -5,19 +5,20 @@
 //!
 //! **Which back end.** A machine at rest hands its memory to the pager: it is stored once where others have the same, and packed. All
 //! others stay with the kernel, because a page comes back from zram in a fifth of the time: those are sampled from outside, and
-//! each has a memory cgroup of its own whose limit is what [`split`] makes of its target, so that a machine which grows pays for it
-//! itself. KSM goes on over those as it does without plimsoll. Memory that a guest has free is taken by its balloon, in pieces of 2 MiB.
+//! each has a memory cgroup of its own whose limit is what [`split`] makes of what it is entitled to, so that a machine which grows
+//! pays for it itself. KSM runs over those while memory is short, and until what is there is merged. Memory that a guest has free is
+//! taken from its allocator ([`FreeFrames`]) without asking, and what else it is to give by its balloon, both in pieces of 2 MiB.
 //!
 //! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
 //! may be used, and at the budget the host is *soft*, in which pages are compressed.
 use super::split::{Sharer, split};
-use super::{Cage, Host, merging, offer};
+use super::{Cage, FreeFrames, Growth, Host, KSM_RATE, merging, offer};
 use crate::density::fleet::Member;
 use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
 use crate::pager::keepers::{MEMBERSHIP, Managed, Running};
 use crate::session::{BenchError, Interrupt};
-use crate::swap::press;
+use crate::swap::hold_to;
 use anyhow::{Context, Result};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::spec::WorkloadKind;
@@ -28,6 +29,7 @@ use plimsoll_linux::reclaimer::{Reclaimer, Usage};
 use plimsoll_linux::uffd::manager::{Manager, Meter, Vault};
 use plimsoll_linux::uffd::stats::MachineStats;
 use plimsoll_policy::Costs;
+use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView, Phase, Reading};
@@ -44,12 +46,14 @@ use std::time::{Duration, Instant};
 const DECIDE_EVERY: Duration = Duration::from_secs(1);
 /// How often the pager draws samples.
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
+/// Passes of ksmd after which what can be merged is: the first only remembers what pages are like.
+const SCANS: u64 = 3;
 /// What a guest waits for a page out of zram.
 const BACK_NS: u64 = Costs::MEASURED.of(Rung::Compress).back_ns;
 /// No machine's part of what all share, and no limit, is smaller, or it could not run at all.
 const PART_MIN: ByteCount = ByteCount::mib(16);
-/// Part of the budget that no machine is given: the kernel counts in batches.
-const ROOM_SLACK: u64 = 256;
+/// Part of the budget that no machine is given, so that machines meet their own limits and not that of all.
+const ROOM_SLACK: u64 = 64;
 
 /// Where a machine's pages go.
 enum Keeper {
@@ -62,6 +66,8 @@ struct Machine {
     id: MachineId,
     keeper: Keeper,
     target: Option<ByteCount>,
+    /// What it is entitled to, if it is held to anything.
+    part: Option<ByteCount>,
     /// What its stored pages take up.
     stored: ByteCount,
     /// Pages that were elsewhere, pages that had come back, and how long it had waited.
@@ -86,11 +92,15 @@ pub(in crate::density) struct Plimsoll {
     machines: Vec<Machine>,
     /// The manager of the machines at rest.
     pagers: Running,
-    /// Machines of the kernel share pages as they do without plimsoll.
+    /// Over the kernel's machines.
     ksm: Ksm,
+    /// When it has scanned so often, it has merged what it can.
+    merged: u64,
     cage: Arc<Cage>,
     budget: ByteCount,
     state: PolicyState,
+    free: FreeFrames,
+    growth: Growth,
     started: Instant,
     decided: Instant,
     interrupt: Interrupt,
@@ -112,14 +122,18 @@ impl Plimsoll {
             settings.machines.push(MachineSettings::new(id_of(nth)?, face));
         }
         let state = PolicyState::new(Tree::new(settings)?);
+        let ksm = merging()?;
         let (started, interrupt) = (Instant::now(), interrupt.clone());
         Ok(Self {
             machines: Vec::new(),
             pagers,
-            ksm: merging()?,
+            merged: ksm.counters()?.full_scans + SCANS,
+            ksm,
             cage,
             budget,
             state,
+            free: FreeFrames::new(),
+            growth: Growth::default(),
             started,
             decided: started,
             interrupt,
@@ -152,6 +166,15 @@ impl Plimsoll {
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
         let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
         let plan = decide(&view, &mut self.state);
+        // What others run all the time is run while memory is short; what was merged stays so.
+        match plan.state {
+            HostState::High if self.ksm.counters()?.full_scans >= self.merged => self.ksm.stop()?,
+            HostState::High => {}
+            _ => {
+                self.ksm.run(KSM_RATE)?;
+                self.merged = self.ksm.counters()?.full_scans + SCANS;
+            }
+        }
         let manager = self.pagers.manager()?;
         // A plan replaces the one before.
         for machine in &self.machines {
@@ -166,6 +189,7 @@ impl Plimsoll {
             {
                 // One that starts grows faster than is decided: it has no line yet.
                 machine.target = member.has_started().then_some(position.target);
+                machine.part = Some(position.entitlement);
             }
         }
         for action in plan.actions {
@@ -200,23 +224,23 @@ impl Plimsoll {
         Ok(machines.map(view).collect())
     }
 
-    /// Has the limits of the kernel's machines follow their targets, and what the others leave.
-    fn hold(&self) {
+    /// Keeps each of the kernel's machines to what it is entitled to, and what the others leave.
+    fn hold(&self, members: &[Member]) {
         let mut cgroups = Vec::new();
         let mut sharers = Vec::new();
-        for machine in &self.machines {
+        for (machine, member) in self.machines.iter().zip(members) {
             let Keeper::Kernel { cgroup, .. } = &machine.keeper else { continue };
-            let Some(target) = machine.target else { continue };
+            let Some(part) = machine.part else { continue };
             let uses = cgroup.used().unwrap_or_default();
-            sharers.push(Sharer { uses, part: target.max(PART_MIN) });
-            cgroups.push(cgroup);
+            sharers.push(Sharer { uses, part: part.max(PART_MIN) });
+            cgroups.push((cgroup, member));
         }
         let theirs: ByteCount = sharers.iter().map(|sharer| sharer.uses).sum();
         let others = self.cage.cgroup.used().unwrap_or_default().saturating_sub(theirs);
         let slack = ByteCount(self.budget.0 / ROOM_SLACK);
         let room = self.budget.saturating_sub(self.cage.held() + others + slack);
-        for (cgroup, limit) in cgroups.into_iter().zip(split(room, &sharers)) {
-            press(cgroup, limit.max(PART_MIN));
+        for ((cgroup, member), limit) in cgroups.into_iter().zip(split(room, &sharers)) {
+            hold_to(cgroup, limit.max(PART_MIN), &[&member.guest]);
         }
     }
 }
@@ -309,13 +333,12 @@ impl Machine {
                 // One that is gone is found to be so when it is heard.
                 let _ = member.guest.tell(&Command::Balloon { target_bytes: target.0, piece });
             }
-            Step::Take { rung: Rung::Compress | Rung::Disk, pages, .. } => match &mut self.keeper {
-                Keeper::Pager(id) => manager.squeeze(*id, u32::try_from(pages.0).unwrap_or(u32::MAX)),
-                Keeper::Kernel { machine, .. } if !machine.is_gone()? => {
-                    machine.reclaim(pages, Instant::now())?;
+            Step::Take { rung: Rung::Compress | Rung::Disk, pages, .. } => {
+                // A machine of the kernel's is held by its cgroup, which takes what was used longest ago.
+                if let Keeper::Pager(id) = &self.keeper {
+                    manager.squeeze(*id, u32::try_from(pages.0).unwrap_or(u32::MAX));
                 }
-                Keeper::Kernel { .. } => {}
-            },
+            }
             // Nobody reports free pages or twins here, and a machine at its limit waits by itself. Targets are those of positions.
             Step::Target(_) | Step::Take { .. } | Step::Balloon(_) | Step::Stall | Step::Resume => {}
         }
@@ -335,6 +358,7 @@ impl Host for Plimsoll {
             id: id_of(nth)?,
             keeper,
             target: None,
+            part: None,
             stored: ByteCount(0),
             elsewhere: PageCount(0),
             returned: 0,
@@ -345,8 +369,9 @@ impl Host for Plimsoll {
     }
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
-        self.cage.follow();
-        self.hold();
+        self.free.turn(members);
+        self.hold(members);
+        self.cage.hold(&self.growth.of(members));
         if self.decided.elapsed() >= DECIDE_EVERY {
             self.turn(members)?;
         }
