@@ -82,9 +82,12 @@ impl Budget {
             low: ByteCount(hard.0 - hard.0 / 16),
         }
     }
-}
 
-impl Budget {
+    /// Up to here pages are installed for a machine that has more than its share.
+    const fn crowded(&self) -> ByteCount {
+        ByteCount(self.high.0.midpoint(self.install.0))
+    }
+
     /// A hard line a little below `budget`: what the kernel takes for page tables, and in batches per CPU, between two
     /// looks at its counter, is not charged by anybody.
     pub const fn within(budget: ByteCount) -> Self {
@@ -280,6 +283,12 @@ impl Ledger {
         self.charged() + self.overhead
     }
 
+    /// True of a host so full that somebody is about to wait for memory: more than half way from its high mark to where a machine with
+    /// more than its share does.
+    pub fn is_demand_near(&self) -> bool {
+        self.used().0 > self.budget.high.0.midpoint(self.budget.crowded().0)
+    }
+
     /// Used by nobody in particular, when the kernel was last asked.
     pub fn overhead(&self) -> ByteCount {
         self.overhead
@@ -318,7 +327,7 @@ impl Ledger {
     fn limit(&self, id: MachineId, purpose: Purpose) -> Result<ByteCount, LedgerError> {
         let Budget { install, high, low, .. } = self.budget;
         Ok(match purpose {
-            Purpose::Demand if self.is_above_share(id)? => ByteCount(high.0.midpoint(install.0)),
+            Purpose::Demand if self.is_above_share(id)? => self.budget.crowded(),
             Purpose::Demand => install,
             Purpose::Ahead => high,
             Purpose::Block => low,
@@ -557,6 +566,22 @@ mod tests {
         ledger.settle(MachineId(0), Kind::Resident, ByteCount::mib(36)).unwrap();
         ledger.settle(MachineId(2), Kind::Resident, ByteCount::mib(80)).unwrap();
         assert!(demand(&mut ledger, 2), "below its reservation, although above an equal share");
+    }
+
+    #[test]
+    fn that_somebody_is_about_to_wait_is_known_before_anybody_does() {
+        let mut ledger = ledger(256, &[0, 0]);
+        // High mark at 248 MiB; whoever has more than its share waits at 251, half way to the install line at 254.
+        let mut at = |kib: u64| {
+            ledger.settle(MachineId(0), Kind::Resident, ByteCount(kib << 10)).unwrap();
+            let page = ByteCount(4096);
+            let waits = ledger.charge(MachineId(0), Kind::Resident, page, Purpose::Demand).is_err();
+            (ledger.is_demand_near(), waits)
+        };
+        assert_eq!(at(248 << 10), (false, false));
+        assert_eq!(at((249 << 10) + 508), (false, false));
+        assert_eq!(at((249 << 10) + 512), (true, false));
+        assert_eq!(at((251 << 10) - 2), (true, true));
     }
 
     #[test]

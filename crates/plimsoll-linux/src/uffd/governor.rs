@@ -65,6 +65,7 @@ pub(super) fn govern(
         let spared: BTreeSet<MachineId> = spared.map(|(id, _)| *id).collect();
         let (asked, room) = ask(host, &mut *meter, &mut overheads, &watched, &spared);
         let pause = pause(room);
+        let is_demand_near = host.ledger(|ledger| ledger.is_demand_near());
         let sample = sampled.elapsed() >= sample_period;
         let unpin = unpinned.elapsed() >= UNPIN_PERIOD;
         for (id, controls) in &machines {
@@ -72,7 +73,7 @@ pub(super) fn govern(
             let before = controls.orders.reclaim.swap(want, Ordering::Relaxed);
             let watched = watched.entry(*id).or_default();
             if let Ok(ram) = host.ledger(|ledger| ledger.ram(*id)) {
-                let floor = watched.look(want, ram, controls, Instant::now());
+                let floor = watched.look(want, ram, &controls.orders, Instant::now());
                 let _ = host.ledger(|ledger| ledger.set_floor(*id, floor));
             }
             let sample = sample && watched.samples.is_due(&controls.orders, pause > PERIOD);
@@ -86,7 +87,9 @@ pub(super) fn govern(
                     controls.custody.release_readers();
                 }
             }
-            if sample || (want > 0 && before == 0) {
+            // So near the line it needs no time of its own, which it does not know while it sleeps.
+            let is_held_up = is_demand_near && controls.orders.is_out_of_time.load(Ordering::Relaxed);
+            if sample || is_held_up || (want > 0 && before == 0) {
                 let _ = controls.kick.signal();
             }
         }
@@ -161,9 +164,10 @@ struct Watched {
 
 impl Watched {
     /// What the machine is reckoned not to go below for now, because it gives nothing.
-    fn look(&mut self, want: u32, ram: ByteCount, controls: &Controls, now: Instant) -> ByteCount {
+    fn look(&mut self, want: u32, ram: ByteCount, orders: &Orders, now: Instant) -> ByteCount {
         let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
-        let orders = &controls.orders;
+        // Whoever is kept from giving is not one that has nothing to give.
+        let want = if orders.is_out_of_time.load(Ordering::Relaxed) { 0 } else { want };
         let excused = self.giver.watch(want, ram, count(&orders.given), now);
         self.thrash.watch(count(&orders.taken), count(&orders.returned), now);
         excused
@@ -303,6 +307,18 @@ mod tests {
         assert_eq!(giver.watch(100, RAM, 7, at(200)), RAM);
         assert_eq!(giver.watch(100, ByteCount::mib(70), 7, at(900)), RAM);
         assert_eq!(giver.watch(100, RAM, 7, at(1200)), ByteCount(0));
+    }
+
+    #[test]
+    fn a_machine_that_has_no_time_is_not_taken_for_one_that_has_nothing_to_give() {
+        let (mut watched, orders, start) = (Watched::default(), Orders::default(), Instant::now());
+        let mut floors = |from: u32, to: u32| -> BTreeSet<ByteCount> {
+            (from..to).map(|look| watched.look(100, RAM, &orders, start + PERIOD * look)).collect()
+        };
+        orders.is_out_of_time.store(true, Ordering::Relaxed);
+        assert_eq!(floors(0, 5000), BTreeSet::from([ByteCount(0)]));
+        orders.is_out_of_time.store(false, Ordering::Relaxed);
+        assert!(floors(5000, 5200).contains(&RAM), "it gives nothing, and has time");
     }
 
     #[test]

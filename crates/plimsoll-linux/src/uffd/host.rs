@@ -1,6 +1,7 @@
 //! What the pagers of one host share: the ledger, the stores of the sharing domains, and what an operator is told.
 //!
 //! Each lock is held for a few hundred instructions and never across a system call that can wait for a guest.
+use super::allowance::{Allowance, Storing};
 use super::housekeeper::{Collapses, Tidied};
 use super::probe::{NoProbe, Probe};
 use super::waiting::{Waiting, Watchfulness};
@@ -64,6 +65,7 @@ pub struct Host {
     collapses: Mutex<Collapses>,
     tidied: Mutex<Tidied>,
     backoffs: AtomicU64,
+    allowance: Allowance,
     watchfulness: Watchfulness,
     probe: Arc<dyn Probe>,
     tier: OnceLock<Arc<Tier>>,
@@ -84,6 +86,7 @@ impl Host {
             collapses: Mutex::default(),
             tidied: Mutex::default(),
             backoffs: AtomicU64::new(0),
+            allowance: Allowance::default(),
             watchfulness: Watchfulness::new(),
             probe,
             tier: OnceLock::new(),
@@ -159,6 +162,20 @@ impl Host {
     /// Looks at or adds to what the housekeeper has done.
     pub fn tidied<T>(&self, with: impl FnOnce(&mut Tidied) -> T) -> T {
         with(&mut self.tidied.lock())
+    }
+
+    /// Ahead of demand, pagers store pages within that share of one processor from now on, in millionths, all of them together.
+    pub fn limit_storing(&self, ppm: u32) {
+        self.allowance.set(ppm);
+    }
+
+    /// What storing pages has taken of processors, and may take.
+    pub fn storing(&self) -> Storing {
+        self.allowance.storing()
+    }
+
+    pub(super) const fn allowance(&self) -> &Allowance {
+        &self.allowance
     }
 
     /// How often the governor has passed over machines that thrash, and had others give in their place.
@@ -249,6 +266,8 @@ pub struct Orders {
     pub taken: AtomicU64,
     /// Of these, pages that the guest touched soon afterwards: in limbo, or while still remembered as a ghost.
     pub returned: AtomicU64,
+    /// The pager's answer where it is asked and gives nothing: it has pages in limbo and no time to store them.
+    pub is_out_of_time: AtomicBool,
     /// A sampling period has ended.
     pub sample: AtomicBool,
     /// Pinned pages may be tried again.

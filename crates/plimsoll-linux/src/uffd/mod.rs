@@ -140,6 +140,7 @@
 //! * An operator who freezes a VMM's cgroup for longer than the agent's patience loses the machine's management: it
 //!   stays stalled until its VMM is ended.
 mod ahead;
+pub mod allowance;
 mod blocks;
 mod charges;
 mod drive;

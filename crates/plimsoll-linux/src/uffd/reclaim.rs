@@ -2,7 +2,9 @@
 //!
 //! Enters: how many pages the governor wants. Leaves: fewer pages of RAM in use. Each call does one bounded step, in
 //! this order of preference: give back memory that nobody names, fill limbo up to its goal, store the oldest of limbo.
+use super::allowance::Cause;
 use super::host::Incident;
+use super::housekeeper::cpu_time;
 use super::pager::{Pager, PagerError};
 use super::probe::Step;
 use super::space::{Space, SpaceError};
@@ -11,7 +13,7 @@ use plimsoll_core::map::Words;
 use plimsoll_core::replacement::{Round, Run};
 use plimsoll_core::word::{ObjectRef, PAYLOAD_BITS, PageState, PinCause, StateKind};
 use plimsoll_store::{Digest, HANDLE_BITS, Handle, How, SlabMemory, Sought, Stored, digest};
-use plimsoll_types::{BLOCK_PAGES, BlockIndex, ByteCount, PageIndex, SlotPage};
+use plimsoll_types::{BLOCK_PAGES, BlockIndex, ByteCount, PageCount, PageIndex, SlotPage};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 const _: () = assert!(HANDLE_BITS <= PAYLOAD_BITS, "a page word has room for every handle");
@@ -79,13 +81,16 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             return Ok(true);
         }
         if !is_wanted {
+            self.orders.is_out_of_time.store(false, Ordering::Relaxed);
             return Ok(false);
         }
         let goal = (self.machine.ram().0 / LIMBO_SHARE).max(LIMBO_MIN);
         if self.machine.airlock().limbo().0 < goal && self.capture()? {
             return Ok(true);
         }
-        if self.age()? {
+        if let Some(cause) = self.cause()
+            && self.age(cause)?
+        {
             return Ok(true);
         }
         // There is nothing left to wait for.
@@ -93,6 +98,20 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.zap()?;
         }
         Ok(residue > 0)
+    }
+
+    /// For whom pages are to be stored now; nobody if they would be ahead of demand and there is no time for that (`allowance`).
+    fn cause(&self) -> Option<Cause> {
+        let is_demand = self.has_refused_faults()
+            || self.orders.squeeze.load(Ordering::Relaxed) > 0
+            || self.host.ledger(|ledger| ledger.is_demand_near());
+        let is_held_up =
+            !is_demand && self.machine.airlock().limbo() > PageCount(0) && !self.host.allowance().has_time();
+        self.orders.is_out_of_time.store(is_held_up, Ordering::Relaxed);
+        match is_demand {
+            true => Some(Cause::Demand),
+            false => (!is_held_up).then_some(Cause::Ahead),
+        }
     }
 
     /// Takes about a block of pages into limbo. False when there is nothing to take or no room.
@@ -280,8 +299,15 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         Ok(1)
     }
 
-    /// Stores the oldest pages of limbo. False when limbo is empty or the store took none of them.
-    fn age(&mut self) -> Result<bool, PagerError> {
+    /// Stores the oldest pages of limbo, and enters what that took. False when limbo is empty or the store took none of them.
+    fn age(&mut self, cause: Cause) -> Result<bool, PagerError> {
+        let before = cpu_time();
+        let stored = self.store_oldest();
+        self.host.allowance().spend(cause, cpu_time().saturating_sub(before));
+        stored
+    }
+
+    fn store_oldest(&mut self) -> Result<bool, PagerError> {
         let oldest: Vec<(SlotPage, PageIndex)> = self.machine.oldest_limbo(AGE_BATCH).collect();
         let mut left = &oldest[..];
         let (mut stored, mut tried, mut crowded) = (0_u64, 0_u64, 0_u64);

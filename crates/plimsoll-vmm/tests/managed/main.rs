@@ -33,7 +33,7 @@ use std::time::Instant;
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 35] = [
+const TESTS: [Test; 37] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
     ("small_pages_that_became_hot_are_made_huge_again", ahead::hot_blocks_become_huge),
     ("a_vmm_killed_at_any_step_of_a_capture_leaves_nothing_behind", killed::at_any_step_of_a_capture),
@@ -56,6 +56,11 @@ const TESTS: [Test; 35] = [
     ("a_guest_that_touches_everything_does_not_starve_the_others", sharing::fairness),
     ("at_a_steady_rate_faults_rarely_wait_for_a_capture", sharing::rarely_waits),
     ("the_hard_line_holds_while_guests_populate_three_budgets", sharing::hard_line),
+    (
+        "the_hard_line_holds_although_nothing_is_stored_before_somebody_is_about_to_wait",
+        sharing::hard_line_on_demand,
+    ),
+    ("storing_ahead_of_demand_takes_its_share_of_a_processor_and_nobody_waits", sharing::storing_is_budgeted),
     ("a_machine_that_is_given_back_goes_on_alone_with_every_page", giveback::goes_on_alone),
     ("a_machine_that_was_to_be_given_back_and_is_not_is_managed_as_before", giveback::stays_after_all),
     (

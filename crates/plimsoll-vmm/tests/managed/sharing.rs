@@ -1,12 +1,14 @@
 //! Machines that share a budget: who pays, what is never exceeded, and what the bookkeeping costs.
+use crate::ahead::Idle;
 use crate::evict::audit;
 use crate::fleet::{DOMAIN, Fleet, Guest, PLENTY, machine, sweep, until, zipf};
-use plimsoll_core::ledger::{Kind, Usage};
+use plimsoll_core::ledger::{Budget, Kind, Usage};
 use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::WorkloadSpec;
 use plimsoll_linux::uffd::host::Host;
 use plimsoll_linux::uffd::manager::Meter;
 use plimsoll_linux::uffd::probe::{Killed, NoProbe, Probe, Step};
+use plimsoll_linux::uffd::stats::StoredCounts;
 use plimsoll_types::ByteCount;
 use plimsoll_vmm::config::{Prefault, VmmConfig};
 use plimsoll_vmm::control::StopMode;
@@ -112,6 +114,42 @@ pub(crate) fn rarely_waits() {
     assert_eq!(fleet.incidents(), []);
 }
 
+/// Between its high mark and its line, a host stores pages within the share that was said: none without one. Nobody waits for that,
+/// and what is wanted all the time is stored all the same, later.
+pub(crate) fn storing_is_budgeted() {
+    const SHARE_PPM: u32 = 20_000;
+    /// CPU time of storing to be looked at: five times as long as one batch of pages may take that was interrupted.
+    const TAKEN: Duration = Duration::from_millis(50);
+    let mut fleet = Fleet::new(PLENTY, Arc::new(NoProbe));
+    fleet.manager().govern(Box::new(Idle), SAMPLE_PERIOD).unwrap();
+    let host = Arc::clone(fleet.see().host());
+    host.limit_storing(0);
+    // All that the guest has is wanted of it, and the line is far away.
+    let (high, low) = (ByteCount::mib(8), ByteCount::mib(4));
+    host.ledger(|ledger| ledger.set_budget(Budget { high, low, ..ledger.budget() }));
+    let paced = WorkloadSpec { ops_per_second: 1000, ..zipf() };
+    let mut guest = fleet.add(&machine("packed", 64, paced));
+    guest.until_running();
+    let stats = || fleet.view(guest.id).stats;
+    until("limbo to be full and touched", || (stats().faults.limbo > 100).then_some(()));
+    guest.goes_on();
+    assert_eq!((stats().stored, host.storing().ahead), (StoredCounts::default(), Duration::ZERO));
+    let begun = Instant::now();
+    host.limit_storing(SHARE_PPM);
+    let ahead = until("pages to be stored", || Some(host.storing().ahead).filter(|ahead| *ahead >= TAKEN));
+    let elapsed = begun.elapsed();
+    println!("storing took {ahead:?} of {elapsed:?}: {:?}", stats().stored);
+    let share = elapsed * SHARE_PPM / 1_000_000;
+    assert!(ahead <= share + TAKEN / 2, "{ahead:?} of {elapsed:?}");
+    assert_eq!((stats().stalls, host.storing().demand), (0, Duration::ZERO), "somebody waited");
+    // An operator waits for no share.
+    host.limit_storing(0);
+    fleet.squeeze_until(guest.id, "pages to be stored at once", || host.storing().demand >= TAKEN / 10);
+    host.ledger(|ledger| ledger.set_budget(Budget::of(PLENTY)));
+    guest.finish();
+    assert_eq!(fleet.incidents(), []);
+}
+
 /// Operations of each guest in a window.
 fn window(guests: &[Guest]) -> Vec<u64> {
     const WINDOW: Duration = Duration::from_secs(3);
@@ -169,8 +207,23 @@ pub(crate) fn fairness() {
 }
 
 pub(crate) fn hard_line() {
+    let host = populate_three_budgets(None);
+    assert!(host.storing().ahead > Duration::ZERO, "{:?}", host.storing());
+}
+
+/// Where nothing is ever stored ahead of demand, demand does all of it, and nothing else changes.
+pub(crate) fn hard_line_on_demand() {
+    let host = populate_three_budgets(Some(0));
+    let storing = host.storing();
+    assert!(storing.ahead == Duration::ZERO && storing.demand > Duration::ZERO, "{storing:?}");
+}
+
+/// With that share of a processor for storing pages ahead of demand, or the usual one.
+fn populate_three_budgets(share_ppm: Option<u32>) -> Arc<Host> {
     let budget = ByteCount::mib(64);
     let (mut fleet, highest) = governed(budget);
+    let host = Arc::clone(fleet.see().host());
+    share_ppm.into_iter().for_each(|ppm| host.limit_storing(ppm));
     let guests = ["fills1", "fills2", "fills3"];
     let mut guests: Vec<Guest> =
         guests.iter().map(|name| fleet.add(&compressible(machine(name, 72, sweep())))).collect();
@@ -182,9 +235,9 @@ pub(crate) fn hard_line() {
     });
     guests.iter().for_each(Guest::until_running);
     guests.iter().for_each(Guest::goes_on);
-    let usage = fleet.see().host().ledger(|ledger| ledger.host_usage());
+    let usage = host.ledger(|ledger| ledger.host_usage());
     let most = *highest.most.lock().unwrap();
-    println!("most charged: {} of {budget}: {most:?}; at last {usage:?}", most.total());
+    println!("most charged: {} of {budget}: {most:?}; at last {usage:?}; {:?}", most.total(), host.storing());
     audit(&fleet);
     guests.iter().for_each(|guest| guest.tell(StopMode::Finish));
     guests.iter_mut().for_each(Guest::finished);
@@ -195,6 +248,7 @@ pub(crate) fn hard_line() {
         "{most} were charged; the hard line is {budget}, and {each} may be above it"
     );
     assert!(most > budget - ByteCount(budget.0 / 8), "{most} of {budget}: nobody was ever short");
+    host
 }
 
 pub(crate) fn bookkeeping() {

@@ -3,6 +3,7 @@
 //! Enters: a meter. Leaves: threads that work until they are dismissed, all of them or none.
 use super::{AdmitError, Manager, Meter};
 use crate::dense::Zstd;
+use crate::uffd::allowance::WHOLE_PPM;
 use crate::uffd::governor::govern;
 use crate::uffd::{housekeeper, parking};
 use std::sync::Arc;
@@ -14,11 +15,13 @@ type Job = (&'static str, Box<dyn FnOnce() + Send>);
 
 impl Manager {
     /// Starts looking at what the kernel counts, every few milliseconds, has machines sampled every `sample_period`, and
-    /// starts the housekeeper.
+    /// starts the housekeeper. Pages are stored ahead of demand within one processor from then on; see
+    /// [`Host::limit_storing`](crate::uffd::host::Host::limit_storing).
     ///
     /// # Errors
     /// [`AdmitError::Thread`].
     pub fn govern(&mut self, meter: Box<dyn Meter>, sample_period: Duration) -> Result<(), AdmitError> {
+        self.host.limit_storing(WHOLE_PPM);
         let stop = Arc::new(AtomicBool::new(false));
         let zstd = Zstd::new().map_err(AdmitError::Codec)?;
         let mut jobs: Vec<Job> = Vec::new();
