@@ -6,10 +6,12 @@
 use crate::api::exchange::Moment;
 use crate::api::{Archive, Pages};
 use crate::backend::Kind;
+use crate::stores::Storing;
 use plimsoll_policy::host_state::{HostState, min_free};
 use plimsoll_types::MachineId;
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
+use std::time::Duration;
 
 /// How it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +80,7 @@ impl Page {
         // OpenMetrics declares the family, Prometheus the sample.
         let declared = if self.format == Format::OpenMetrics { "" } else { end };
         let _ = write!(self.text, "# HELP {name}{declared} {help}\n# TYPE {name}{declared} {word}\n");
-        for unit in ["bytes", "ratio", "pages"] {
+        for unit in ["bytes", "ratio", "pages", "seconds"] {
             if self.format == Format::OpenMetrics
                 && name.strip_suffix(unit).is_some_and(|rest| rest.ends_with('_'))
             {
@@ -149,6 +151,22 @@ fn host(page: &mut Page, moment: &Moment) {
         "plimsoll_store_fragmentation_ratio",
         "The part of the page stores' data slabs that holds no byte of a page.",
         f64::from(stores.fragmentation_ppm) / 1e6,
+    );
+    let Storing { ahead_cpu_us, demand_cpu_us, ahead_share_ppm } = stores.storing;
+    let took = [("ahead", ahead_cpu_us), ("demand", demand_cpu_us)];
+    let took = took.map(|(cause, us)| (label("cause", cause), Duration::from_micros(us).as_secs_f64()));
+    page.metric(
+        Type::Counter,
+        "plimsoll_storing_cpu_seconds",
+        "CPU time that storing pages took, ahead of demand and on demand.",
+        took,
+    );
+    let share = ahead_share_ppm.map(|ppm| (String::new(), f64::from(ppm) / 1e6));
+    page.metric(
+        Type::Gauge,
+        "plimsoll_storing_share_ratio",
+        "The part of one processor that storing pages ahead of demand may take.",
+        share,
     );
     let states = [HostState::High, HostState::Clear, HostState::Soft, HostState::Hard, HostState::Low];
     let states = states.map(|state| (label("state", state), u8::from(plan.state == state)));

@@ -1,11 +1,13 @@
 //! What the stores of machines under our own pager hold, all domains together, and how much of that holds nothing.
 //!
-//! Enters: a manager. Leaves: sums for the API, the metrics and `plimsoll line`.
+//! Enters: a manager. Leaves: sums for the API, the metrics and `plimsoll line`; and what storing pages took of processors.
+use plimsoll_linux::uffd::host::Host;
 use plimsoll_linux::uffd::manager::Manager;
 use plimsoll_store::{Fragmentation, Stats};
 use plimsoll_types::PageCount;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::time::Duration;
 use utoipa::ToSchema;
 
 /// The page stores of the host.
@@ -23,12 +25,40 @@ pub struct Stores {
     pub fragmentation_ppm: u32,
     /// About how much of what is stored differs from another page only a little, by a sample.
     pub near_duplicate_bytes: u64,
+    /// What it takes of processors to fill them.
+    #[serde(default)]
+    pub storing: Storing,
+}
+
+/// What storing pages has taken of processors since this manager began, and may take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Storing {
+    /// CPU time of pages stored ahead of demand, in microseconds.
+    pub ahead_cpu_us: u64,
+    /// Of pages stored while somebody waited for memory or was about to, or because an operator said so.
+    pub demand_cpu_us: u64,
+    /// The share of one processor that the former has, in millionths; none is without limit.
+    pub ahead_share_ppm: Option<u32>,
+}
+
+impl Storing {
+    /// That of a manager's pagers.
+    pub fn of(host: &Host) -> Self {
+        let storing = host.storing();
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            ahead_cpu_us: us(storing.ahead),
+            demand_cpu_us: us(storing.demand),
+            ahead_share_ppm: storing.share_ppm,
+        }
+    }
 }
 
 impl Stores {
     /// The stores of all domains of a manager.
     pub fn of(manager: &Manager) -> Self {
-        Self::sum(manager.domains().map(|domain| domain.store(|store| store.stats())))
+        let sum = Self::sum(manager.domains().map(|domain| domain.store(|store| store.stats())));
+        Self { storing: Storing::of(manager.host()), ..sum }
     }
 
     fn sum(stores: impl Iterator<Item = Stats>) -> Self {
@@ -81,6 +111,7 @@ mod tests {
             slot_waste_bytes: 30,
             fragmentation_ppm: 150_000,
             near_duplicate_bytes: 4 * 4096,
+            storing: Storing::default(),
         };
         assert_eq!(sum, expected);
         assert_eq!(Stores::sum(std::iter::empty()), Stores::default());

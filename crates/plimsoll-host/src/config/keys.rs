@@ -62,6 +62,12 @@ pub const HOST: Section = Section {
         ),
         key("idle-tax", Part, "75%", "how much dearer idle memory is than used: 75 % is four times"),
         key(
+            "storing-share",
+            Part,
+            "100%",
+            "of one processor, what a daemon's pagers take at most for storing pages ahead of demand; 200% is two: docs/daemon.md",
+        ),
+        key(
             "costs",
             File,
             "what we measured",

@@ -52,6 +52,8 @@ pub struct Config {
     pub budget: Option<ByteCount>,
     /// What idle memory is taxed.
     pub tax: IdleTax,
+    /// The share of one processor within which a daemon's pagers store pages ahead of demand.
+    pub storing_share: Ppm,
     /// What taking memory costs here: what the file says that the settings name; what we measured where none is named.
     pub costs: Costs,
     /// The groups and their names.
@@ -152,6 +154,7 @@ impl Default for Config {
             reserve: ByteCount(0),
             budget: None,
             tax: IdleTax::USUAL,
+            storing_share: Ppm::WHOLE,
             costs: Costs::MEASURED,
             groups: BTreeMap::new(),
             machines: BTreeMap::new(),

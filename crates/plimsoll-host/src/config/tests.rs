@@ -17,6 +17,7 @@ fn both_faces_and_groups_are_understood() {
         memory = "4G"
         reserve = "256M"
         idle-tax = "50 %"
+        storing-share = "250%"
         [group.tenant]
         reservation = "1G"
         sharing = true
@@ -39,7 +40,8 @@ fn both_faces_and_groups_are_understood() {
     "#;
     let config = Config::parse(text, "host.toml").unwrap();
     assert_eq!((config.memory, config.reserve), (Some(MIB(4096)), MIB(256)));
-    assert_eq!(config.tax.rate(), Ppm::percent(50));
+    assert_eq!((config.tax.rate(), config.storing_share), (Ppm::percent(50), Ppm::percent(250)));
+    assert_eq!(Config::default().storing_share, Ppm::percent(100));
     let (tenant, inner) = (config.groups["tenant"], config.groups["inner"]);
     assert_eq!(tenant.domain, Some(DomainId(tenant.id.0)));
     assert_eq!((inner.parent, inner.domain, inner.limit), (Some(tenant.id), None, Some(MIB(2048))));

@@ -203,6 +203,7 @@ impl<'a> Reading<'a> {
             Ok(tax) => config.tax = tax.unwrap_or(IdleTax::USUAL),
             Err(error) => self.wrong(said.place_of("idle-tax"), Wrong::Tax(error)),
         }
+        config.storing_share = said.part("storing-share").unwrap_or(config.storing_share);
         if let Some(named) = said.path("costs") {
             let file = path.parent().unwrap_or(Path::new("")).join(named);
             config.costs = self.costs(&file, said.place_of("costs")).unwrap_or(config.costs);

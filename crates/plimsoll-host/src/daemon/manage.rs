@@ -14,6 +14,7 @@ use crate::api::may_speak;
 use crate::helm::kept::Kept;
 use crate::homecoming::{Homecoming, Progress, stored};
 use crate::keeper::client::Client;
+use crate::stores::Storing;
 use crate::voice::say;
 use parking_lot::Mutex;
 use plimsoll_attach::control::Virsh;
@@ -584,6 +585,7 @@ impl<'a> Session<'a> {
                 .map(|kind| usage.of(kind).0),
             domains: domains.collect(),
             machines: manager.machines().into_iter().map(machine).collect(),
+            storing: Storing::of(manager.host()),
             disk: manager.host().tier().map(|tier| disk_status(tier.stats())),
             incidents: self.incidents.iter().cloned().collect(),
         }

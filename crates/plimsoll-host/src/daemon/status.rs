@@ -1,6 +1,7 @@
 //! What a manager says about itself and its machines.
 //!
 //! Enters: the manager's own numbers. Leaves: one JSON object a request. A field is never renamed, only added.
+use crate::stores::Storing;
 use serde::{Deserialize, Serialize};
 
 /// What an operator asks.
@@ -65,6 +66,9 @@ pub struct Status {
     pub machines: Vec<MachineStatus>,
     /// Sharing domains.
     pub domains: Vec<DomainStatus>,
+    /// What storing pages takes of processors.
+    #[serde(default)]
+    pub storing: Storing,
     /// The disk tier, if there is one.
     #[serde(default)]
     pub disk: Option<DiskStatus>,

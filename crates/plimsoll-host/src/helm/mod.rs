@@ -59,6 +59,11 @@ impl Own {
     pub fn new(manager: Arc<Mutex<Manager>>, budget: Arc<Mutex<ByteCount>>) -> Self {
         Self { manager, budget, attached: Arc::default(), met: BTreeSet::new(), seen: BTreeMap::new() }
     }
+
+    /// Holds pagers to what the settings say of them all.
+    fn heed(&self, config: &Config) {
+        self.manager.lock().host().limit_storing(config.storing_share.0);
+    }
 }
 
 /// Who hears what an operator should.
@@ -83,6 +88,7 @@ pub struct Helm {
 impl Helm {
     /// Goes on where `kept` says that an earlier one was.
     pub fn new(config: Config, kept: Kept, own: Option<Own>, desk: Desk, note: Note) -> Self {
+        own.iter().for_each(|own| own.heed(&config));
         let groups = Arc::new(config.groups.clone());
         let (roster, tree) = (Roster::new(wanted(&config, &kept)), None);
         Self { desk, config, groups, kept, roster, own, note, tree, obeyed: Vec::new(), farewell: None }

@@ -90,6 +90,7 @@ impl Helm {
             };
             self.roster.rule(id, ruled);
         }
+        self.own.iter().for_each(|own| own.heed(&config));
         self.groups = Arc::new(groups);
         self.config = config;
         Ok(())
