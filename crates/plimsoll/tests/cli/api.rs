@@ -268,10 +268,18 @@ fn how_much_of_the_stores_holds_nothing_is_told_by_the_api_the_metrics_and_the_l
     assert!(held > free && metric("plimsoll_store_slot_waste_bytes") > 0.0, "{page}");
     let ratio = metric("plimsoll_store_fragmentation_ratio");
     assert!(0.0 < ratio && ratio < 1.0, "{ratio}");
+    // An operator had it stored: nobody asked whether there was time.
+    let storing = &stores["storing"];
+    assert!(storing["demand_cpu_us"].as_u64() > Some(0), "{storing}");
+    assert!(storing["ahead_cpu_us"].is_u64() && storing["ahead_share_ppm"] == 1_000_000, "{storing}");
+    assert!(metric("plimsoll_storing_cpu_seconds_total{cause=\"demand\"}") > 0.0, "{page}");
+    assert_eq!(metric("plimsoll_storing_share_ratio"), 1.0);
     let line = plimsoll(&directory, &["line"]);
     line.expect_code(0);
     assert!(line.stdout.contains("taken up by compressed pages; "), "{}", line.stdout);
-    let domain = status_of(&directory).unwrap()["domains"][0].take();
+    let mut status = status_of(&directory).unwrap();
+    assert!(status["storing"]["demand_cpu_us"].as_u64() >= storing["demand_cpu_us"].as_u64(), "{status}");
+    let domain = status["domains"][0].take();
     assert!(domain["data_slab_bytes"].as_u64() > domain["slot_waste_bytes"].as_u64(), "{domain}");
     machine.finish();
     daemon.signal(Signal::TERM);

@@ -2,7 +2,9 @@
 use super::attach::Fake;
 use super::daemon::{Directory, Machine, has_told, kill_manager, plimsoll, start_with};
 use super::run::{Run, alone, can, wait_until};
+use plimsoll_host::api::client::Client;
 use rustix::process::Signal;
+use serde_json::Value;
 use std::fs;
 use std::path::Path;
 
@@ -100,8 +102,8 @@ fn a_running_daemon_follows_its_rules_and_reads_its_settings_again_at_sighup() {
     let (directory, folder) = (Directory::new("settings"), tempfile::tempdir().unwrap());
     let file = folder.path().join("host.toml");
     let shown = file.to_str().unwrap();
-    fs::write(&file, format!("[[rule]]\nvmm = \"qemu\"\ncommand-line = \"*-name {name} *\"\nuser = \"*\"\n"))
-        .unwrap();
+    let rule = format!("[[rule]]\nvmm = \"qemu\"\ncommand-line = \"*-name {name} *\"\nuser = \"*\"\n");
+    fs::write(&file, format!("{rule}[host]\nstoring-share = \"7%\"\n")).unwrap();
     // The flag comes before the variable, which could not be.
     let words = ["daemon", "--directory", directory.text(), "--budget", "64M"];
     let run = Run::new(&words).with("PLIMSOLL_CONFIG", &file).with("PLIMSOLL_BUDGET", Path::new("1M"));
@@ -113,6 +115,11 @@ fn a_running_daemon_follows_its_rules_and_reads_its_settings_again_at_sighup() {
         machine.pid()
     );
     wait_until("the rule has been followed", || told(&refusal));
+    let shares = |ppm: u64| {
+        let host = Client::of(&directory.0).get::<Value>("/v1/host");
+        host.is_ok_and(|host| host["stores"]["storing"]["ahead_share_ppm"] == ppm)
+    };
+    wait_until("the share of a processor is in force", || shares(70_000));
 
     fs::write(&file, "[group.a]\nshares = 0\n").unwrap();
     daemon.signal(Signal::HUP);
@@ -127,9 +134,11 @@ fn a_running_daemon_follows_its_rules_and_reads_its_settings_again_at_sighup() {
         told("the settings that were accepted last are in force")
     });
     wait_until("the rule has been followed", || told(&refusal));
-    fs::write(&file, "[group.a]\nshares = 7\n").unwrap();
+    wait_until("so is the share", || shares(70_000));
+    fs::write(&file, "[group.a]\nshares = 7\n[host]\nstoring-share = \"250%\"\n").unwrap();
     daemon.signal(Signal::HUP);
     wait_until("the settings are in force", || told(&format!("the settings {shown:?} are in force")));
+    wait_until("the share is another", || shares(2_500_000));
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
 }
