@@ -53,6 +53,44 @@ impl From<EventFd> for OwnedFd {
     }
 }
 
+/// A counter whose one reader has nothing else to wait for, and so waits in reading it.
+#[derive(Debug)]
+pub struct Bell(OwnedFd);
+
+impl Bell {
+    /// A bell that nobody has rung.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(eventfd(0, EventfdFlags::CLOEXEC)?))
+    }
+
+    /// Wakes whoever waits, or will next.
+    pub fn ring(&self) -> io::Result<()> {
+        while let Err(errno) = rustix::io::write(&self.0, &1u64.to_ne_bytes()) {
+            if errno != Errno::INTR {
+                return Err(errno.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until it has been rung since the last time.
+    pub fn wait(&self) -> io::Result<()> {
+        let mut count = [0; 8];
+        while let Err(errno) = rustix::io::read(&self.0, &mut count) {
+            if errno != Errno::INTR {
+                return Err(errno.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

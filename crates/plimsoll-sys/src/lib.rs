@@ -12,6 +12,7 @@
 //!   and its one unsafe constructor is where the memory-safety obligation of userfaultfd lives: see [`uffd`].
 //! * [`mapping::AnonymousMapping`] (guest RAM, the airlock) hands out such ranges safely because it never hands out
 //!   references. [`mapping::SharedMapping`] hands out atomics only. [`mapping::ExclusiveMapping`] hands out slices.
+//! * [`ring::ReadRing`] reads a disk with several reads under way. It owns the memory that the kernel writes to until that has ended.
 //! * [`uffd`], [`pagemap`] and [`process_memory`] work on this process or, through a descriptor or a process id, on
 //!   another one, whose memory safety is that process's own affair.
 //!
@@ -26,6 +27,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64", target_endian = "little")))]
 compile_error!("plimsoll-sys speaks to 64-bit little-endian Linux kernels only");
 
+pub mod blocks;
 pub mod eventfd;
 pub mod fdpass;
 pub mod frames;
@@ -40,6 +42,7 @@ pub mod procfs;
 pub mod psi;
 pub mod range;
 pub mod rights;
+pub mod ring;
 pub mod slots;
 pub mod swap;
 pub mod uffd;

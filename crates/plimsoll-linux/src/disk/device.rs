@@ -11,6 +11,8 @@
 //! A file that an earlier process has left is not written to either: what that process was writing may still be under way, and
 //! would be done over the new tier. It is removed, and another takes its name. A device has no such way out.
 use super::format::{self, SEGMENT_SIZE};
+use super::queue::{DEPTH, Queue};
+use plimsoll_sys::ring::ReadRing;
 use rustix::fs::{
     AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, StatxFlags, fallocate, fchmod,
     fcntl_getfl, flock, fstat, ftruncate, open, seek, statx, unlink,
@@ -20,37 +22,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use thiserror::Error;
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-/// What reads and writes are multiples of, in offset, length and address: the largest logical block in use.
-pub const BLOCK_SIZE: usize = 4096;
-
-/// A block of a buffer, at an address that direct I/O can use.
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C, align(4096))]
-struct Block([u8; BLOCK_SIZE]);
-const _: () = assert!(size_of::<Block>() == BLOCK_SIZE && align_of::<Block>() == BLOCK_SIZE);
-
-/// Memory for direct I/O.
-#[derive(Clone)]
-pub struct Blocks(Vec<Block>);
-
-impl Blocks {
-    /// So many blocks of zeros.
-    pub fn new(blocks: usize) -> Self {
-        Self(vec![Block::new_zeroed(); blocks])
-    }
-
-    /// Their bytes.
-    pub fn bytes(&self) -> &[u8] {
-        self.0.as_bytes()
-    }
-
-    /// The same, to write.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        self.0.as_mut_bytes()
-    }
-}
+pub use plimsoll_sys::blocks::{BLOCK_SIZE, Blocks};
 
 /// Somewhere to keep segments. Offsets and lengths are whole blocks.
 pub trait Disk: Send + Sync {
@@ -59,6 +32,16 @@ pub trait Disk: Send + Sync {
     /// # Errors
     /// Whatever the disk says.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize>;
+
+    /// A queue of its own for reads, over a ring where it can use one: the one that is there, or one that it makes. A disk that has
+    /// none is read by threads, with [`read_at`](Self::read_at).
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn queue(&self, ring: Option<ReadRing>) -> io::Result<Box<dyn Queue>> {
+        drop(ring);
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this disk has no queue"))
+    }
 
     /// Writes at an offset; how many bytes. Of what was not written, or of all after an error, nobody knows whether it still
     /// will be.
@@ -105,30 +88,64 @@ pub(super) fn write_once(disk: &dyn Disk, offset: u64, bytes: &[u8]) -> io::Resu
     }
 }
 
-/// Goes on with a piece at a time until `needed` bytes are done. A piece that ends within a block is taken up at the block's
-/// beginning, because direct I/O begins nowhere else; one that comes no further is an error.
+/// Goes on with a piece at a time until `needed` bytes are done.
 fn pieces(
     length: usize,
     needed: usize,
     mut piece: impl FnMut(usize) -> io::Result<usize>,
 ) -> io::Result<usize> {
-    let mut done = 0;
+    let mut pieces = Pieces { length, needed, done: 0, vain: 0 };
     loop {
-        let begun = done / BLOCK_SIZE * BLOCK_SIZE;
-        match piece(begun) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-            Ok(more) => {
-                let now = begun.saturating_add(more).min(length);
-                if now <= done {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
+        let outcome = piece(pieces.begun());
+        if let Some(over) = pieces.took(outcome) {
+            return over;
+        }
+    }
+}
+
+/// How often in a row a disk may have been interrupted, or have had nothing for now, before that is an error.
+const VAIN_MAX: u32 = 100;
+
+/// A read that is done a piece at a time. A piece that ends within a block is taken up at the block's beginning, because direct I/O
+/// begins nowhere else; one that comes no further is an error.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pieces {
+    /// Bytes asked for.
+    pub(super) length: usize,
+    /// With so many it is done.
+    pub(super) needed: usize,
+    /// Bytes that are there.
+    pub(super) done: usize,
+    /// Pieces in a row that were interrupted.
+    pub(super) vain: u32,
+}
+
+impl Pieces {
+    /// Where the next piece begins.
+    pub(super) const fn begun(&self) -> usize {
+        self.done / BLOCK_SIZE * BLOCK_SIZE
+    }
+
+    /// What has become of the next piece. How many bytes there are, or why they are not, if that was the last.
+    pub(super) fn took(&mut self, outcome: io::Result<usize>) -> Option<io::Result<usize>> {
+        match outcome {
+            Err(error) => {
+                let is_passing =
+                    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock);
+                self.vain += 1;
+                if !is_passing || self.vain > VAIN_MAX {
+                    return Some(Err(error));
                 }
-                done = now;
+            }
+            Ok(more) => {
+                let now = self.begun().saturating_add(more).min(self.length);
+                if now <= self.done {
+                    return Some(Err(io::ErrorKind::UnexpectedEof.into()));
+                }
+                (self.done, self.vain) = (now, 0);
             }
         }
-        if done >= needed {
-            return Ok(done);
-        }
+        (self.done >= self.needed).then_some(Ok(self.done))
     }
 }
 
@@ -296,6 +313,15 @@ fn device(path: &Path) -> Option<OwnedFd> {
 impl Disk for FileDisk {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<usize> {
         Ok(rustix::io::pread(&self.file, into, offset)?)
+    }
+
+    fn queue(&self, ring: Option<ReadRing>) -> io::Result<Box<dyn Queue>> {
+        let ring = match ring {
+            Some(ring) => ring,
+            None => ReadRing::new(DEPTH).map_err(io::Error::other)?,
+        };
+        ring.set_file(Some(self.file.as_fd())).map_err(io::Error::other)?;
+        Ok(Box::new(ring))
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {

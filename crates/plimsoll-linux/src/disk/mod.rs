@@ -13,7 +13,10 @@
 //! | `draft` | a segment that is being filled |
 //! | `doubt` | writes that may still be under way, and why none is done over anything that came later |
 //! | [`tier`] | which segment holds what and for whom; room, quotas, what is worth cleaning |
-//! | [`window`] | reading, and what was written together |
+//! | `look` | what a place has, decrypted and proven, or what is to be read first |
+//! | [`window`] | what was written together is read together |
+//! | [`reader`] | who reads the disk for all pagers, several reads at once |
+//! | [`queue`] | by a ring, or by threads: the boundary again |
 //! | `image` | a segment read whole, to be cleaned |
 //! | [`fetch()`] | an object's bytes, wherever they are |
 //! | [`release()`] | a reference given back, with the place on the disk or without |
@@ -39,8 +42,11 @@
 //! A manager that dies between any two of these leaves a page whole in one place that its record names.
 //!
 //! # Known holes
-//! * There is no io_uring. A pager has one thread that reads for it, one read at a time; one thread writes for all, and a
-//!   segment of 1 MiB a call leaves little to be won by queueing. A disk that never answers keeps a manager from stopping.
+//! * Reads are by io_uring ([`reader`]), writes are not: one thread writes for all, and a segment of 1 MiB a call leaves little to be
+//!   won by queueing. What a killed manager's thread was writing has been written, or refused, by the time that it has ended, or is
+//!   one place in doubt; of a ring it would be as many as it had requests. A disk that never answers a write keeps a manager from
+//!   stopping.
+//! * A pager keeps what it has read last, at most 1 MiB, as long as it lives.
 //! * An object that lies away is not compared with pages that come in: an equal one is stored once more.
 //! * A file system that never writes in place may have no room for cleaning although the segments had theirs.
 //! * A place that the disk refused and of which not all is ever seen is lost to the tier, 1 MiB of its limit, until it ends. A tier
@@ -55,7 +61,10 @@ mod error;
 mod fetch;
 mod format;
 mod image;
+mod look;
 pub mod mover;
+pub mod queue;
+pub mod reader;
 mod release;
 mod seal;
 mod table;
@@ -64,7 +73,7 @@ pub mod window;
 
 pub use draft::Draft;
 pub use error::{ReadError, TierError, WriteError};
-pub use fetch::{FetchError, fetch};
+pub use fetch::{Fetch, FetchError, Progress, fetch};
 pub use format::{SEGMENT_SIZE, SEGMENTS_MAX};
 pub use image::{Image, Line};
 pub use release::{abandon, release};

@@ -33,10 +33,9 @@ use super::device::{BLOCK_SIZE, Blocks, Disk, write_once};
 use super::doubt::{Rest, Trouble};
 use super::draft::{Closed, Draft};
 pub use super::error::{ReadError, TierError, WriteError};
-use super::format::{Place, ROOM, SEGMENT_SIZE, SEGMENTS_MAX, TAG_SIZE, offset_of, room_of};
-use super::seal::Seat;
+use super::format::{Place, ROOM, SEGMENT_SIZE, SEGMENTS_MAX, offset_of, room_of};
+use super::look::Reads;
 use super::table::{Holds, Table};
-use super::window::Window;
 use parking_lot::Mutex;
 use plimsoll_store::{Away, Handle, Remote};
 use plimsoll_types::{ByteCount, DomainId};
@@ -44,6 +43,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Segments kept for cleaning: one to write what several others have left, one because what was a segment's in several others
@@ -181,7 +181,9 @@ pub struct Keepsakes<'a> {
 
 /// See the file's head.
 pub struct Tier {
-    pub(super) disk: Box<dyn Disk>,
+    /// Ends before the disk does.
+    pub(super) reads: Reads,
+    pub(super) disk: Arc<dyn Disk>,
     pub(super) table: Table,
     quota: Option<ByteCount>,
     pub(super) patience: [Duration; 2],
@@ -242,7 +244,14 @@ impl Tier {
         let stats = TierStats { limit: ByteCount(offset_of(table.segments())), ..TierStats::default() };
         let (owned, rest) = (BTreeMap::new(), None);
         let state = State { segments, free, doubtful, spoilt, owned, rest, keeps: false, stats };
-        Self { disk, table, quota, patience: PATIENCE, state: Mutex::new(state) }
+        Self {
+            reads: Reads::default(),
+            disk: disk.into(),
+            table,
+            quota,
+            patience: PATIENCE,
+            state: Mutex::new(state),
+        }
     }
 
     /// What one domain may have of it; `None` for all.
@@ -421,61 +430,6 @@ impl Tier {
             // A segment has less room than that.
             *written = Segment { duty: Duty::Written, live: u32::try_from(live).unwrap_or(u32::MAX) };
         }
-    }
-
-    /// Reads an object's encoded bytes, `into` as many as the record says, and proves that they are what was written in that
-    /// [writing](Self::writing) of the segment.
-    ///
-    /// # Errors
-    /// [`ReadError`]; `into` is then arbitrary. Where the record names another place by now, that one is to be read.
-    pub fn read(
-        &self,
-        domain: DomainId,
-        remote: Remote,
-        writing: Option<u64>,
-        into: &mut [u8],
-        window: &mut Window,
-    ) -> Result<(), ReadError> {
-        let place = Place::of(remote.at);
-        let Some(sequence) = writing else { return Err(ReadError::Nothing) };
-        let range = place.offset()..place.offset() + TAG_SIZE + into.len();
-        if range.end > SEGMENT_SIZE || into.len() != remote.length {
-            return Err(ReadError::Nothing);
-        }
-        let seat = Seat { sequence, granule: place.granule, domain: domain.0 };
-        let offset = offset_of(place.segment) + place.offset() as u64;
-        let reads = window.reads;
-        // What is in the window may be older than the segment.
-        for _ in 0..2 {
-            let read = window.bytes(&*self.disk, place.segment, sequence, range.clone());
-            let (bytes, was_here) = read.map_err(|source| ReadError::Failed { offset, source })?;
-            if self.open(seat, bytes, into).is_some() {
-                let mut state = self.state.lock();
-                state.stats.reads += window.reads - reads;
-                state.stats.pages_read += 1;
-                return Ok(());
-            }
-            window.forget();
-            if !was_here {
-                break;
-            }
-        }
-        Err(ReadError::Damaged { offset })
-    }
-
-    /// Which writing of its segment the place is in.
-    pub fn writing(&self, remote: Remote) -> Option<u64> {
-        match self.table.holds(Place::of(remote.at).segment) {
-            Holds::Sequence(sequence) => Some(sequence),
-            Holds::Nothing | Holds::Writing(_) | Holds::Spoilt => None,
-        }
-    }
-
-    /// Decrypts what a place holds.
-    pub(super) fn open(&self, seat: Seat, bytes: &[u8], into: &mut [u8]) -> Option<()> {
-        let (tag, sealed) = bytes.split_first_chunk::<TAG_SIZE>()?;
-        into.copy_from_slice(sealed.get(..into.len())?);
-        self.table.with_key(|key| key.open(seat, tag, into).ok())?
     }
 
     /// A new manager takes over: what is needed is what records name, whatever was counted before.

@@ -1,23 +1,23 @@
 //! Reads of the disk that a pager does not wait for.
 //!
-//! Enters: handles of objects that lie away, as faults and read-ahead come to them. Leaves: the objects, when they have been read,
-//! and a kick for the pager that asked. What must never happen: a pager that waits for the disk while faults of its machine can
-//! be served. So each pager whose host has a disk has a thread that reads for it, in the order in which it asks, which is that in
-//! which pages were written where a guest goes on in order.
+//! Enters: handles of objects that lie away, as faults and read-ahead come to them. Leaves: the objects, when they have been read.
+//! What must never happen: a pager that waits for the disk while faults of its machine can be served. So what is to be read is asked
+//! for at a [`Desk`] of the one thread that reads for all pagers, which kicks the pager when something has come; the pager decrypts
+//! and checks it when it comes by, together with whatever else came with it. What has been read already costs no wait at all.
 //!
 //! An answer is a copy of the object, good whatever becomes of the object meanwhile; the pager looks up its page's word again
 //! before it uses one. What nobody asks for again is dropped.
-use super::host::{Domain, Host};
-use crate::disk::fetch;
+use super::host::Domain;
+use crate::disk::reader::Desk;
+use crate::disk::tier::Tier;
 use crate::disk::window::Window;
+use crate::disk::{Fetch, Progress};
 use crate::explain;
 use plimsoll_store::{Fetched, Handle, SlabMemory};
 use plimsoll_sys::eventfd::EventFd;
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::{Builder, JoinHandle};
 
 /// Answers kept that nobody has asked for again yet: more than faults and read-ahead ask for at once.
 const KEPT_MAX: usize = 128;
@@ -26,61 +26,43 @@ const KEPT_MAX: usize = 128;
 type Read = Result<Fetched, String>;
 
 /// See the file's head.
-pub(super) struct Far {
-    /// `None` once the thread is to end.
-    asks: Option<Sender<Handle>>,
-    answers: Receiver<(Handle, Read)>,
-    asked: Vec<Handle>,
+pub struct Far<M: SlabMemory> {
+    tier: Arc<Tier>,
+    domain: Arc<Domain<M>>,
+    desk: Desk,
+    window: Window,
+    /// What waits for a read, with that read's number.
+    asked: Vec<(Fetch, u64)>,
     arrived: VecDeque<(Handle, Read)>,
-    thread: Option<JoinHandle<()>>,
 }
 
 /// What is known of an object that lies away.
-pub(super) enum Sight<'a> {
+pub enum Sight<'a> {
     /// It has been read, or could not be.
     Read(Result<&'a Fetched, String>),
     /// It is being read. The pager is kicked when it is there.
     UnderWay,
 }
 
-impl Far {
-    /// Starts the thread, which kicks that pager.
+impl<M: SlabMemory> Far<M> {
+    /// Has a tier read for a domain's pager, which is kicked.
     ///
     /// # Errors
     /// [`io::Error`] when there is no thread to be had.
-    pub(super) fn start<M: SlabMemory + Send + 'static>(
-        name: String,
-        host: Arc<Host>,
-        domain: Arc<Domain<M>>,
-        kick: Arc<EventFd>,
-    ) -> io::Result<Self> {
-        let (asks, asked) = channel::<Handle>();
-        let (answer, answers) = channel();
-        let work = move || {
-            let mut window = Window::default();
-            while let Ok(handle) = asked.recv() {
-                let mut fetched = Fetched::new();
-                let read = fetch(&domain, host.tier(), handle, &mut fetched, &mut window);
-                let read = read.map(|()| fetched).map_err(|error| explain(&error));
-                if answer.send((handle, read)).is_err() {
-                    break;
-                }
-                let _ = kick.signal();
-            }
-        };
-        let thread = Builder::new().name(name).spawn(work)?;
+    pub fn new(tier: Arc<Tier>, domain: Arc<Domain<M>>, kick: Arc<EventFd>) -> io::Result<Self> {
+        let desk = tier.desk(kick)?;
         let (asked, arrived) = (Vec::new(), VecDeque::new());
-        Ok(Self { asks: Some(asks), answers, asked, arrived, thread: Some(thread) })
+        Ok(Self { tier, domain, desk, window: Window::default(), asked, arrived })
     }
 
     /// True when the object has been read, or could not be. If neither, it is asked for.
-    pub(super) fn has(&mut self, handle: Handle) -> bool {
+    pub fn has(&mut self, handle: Handle) -> bool {
         self.place_of(handle).is_some()
     }
 
     /// The object, if it has been read since it was asked for; else asks for it. That it could not be read is said once: who
     /// asks again has it read again.
-    pub(super) fn look(&mut self, handle: Handle) -> Sight<'_> {
+    pub fn look(&mut self, handle: Handle) -> Sight<'_> {
         let Some(place) = self.place_of(handle) else { return Sight::UnderWay };
         if matches!(self.arrived.get(place), Some((_, Err(_))))
             && let Some((_, Err(cause))) = self.arrived.remove(place)
@@ -93,40 +75,53 @@ impl Far {
         }
     }
 
-    /// Nobody wants what was asked for any more.
-    pub(super) fn forget(&mut self) {
+    /// Nobody wants what was asked for any more. What is being read is kept for who comes back to it.
+    pub fn forget(&mut self) {
         self.take_answers();
+        self.asked.clear();
         self.arrived.clear();
     }
 
     /// Which of the answers that have arrived is the object's. If none, it is asked for.
     fn place_of(&mut self, handle: Handle) -> Option<usize> {
         self.take_answers();
-        let place = self.arrived.iter().position(|(arrived, _)| *arrived == handle);
-        let is_asked = place.is_some() || self.asked.contains(&handle);
-        if !is_asked && self.asks.as_ref().is_some_and(|asks| asks.send(handle).is_ok()) {
-            self.asked.push(handle);
+        let place = |far: &Self| far.arrived.iter().position(|(arrived, _)| *arrived == handle);
+        if place(self).is_none() && !self.asked.iter().any(|(asked, _)| asked.handle() == handle) {
+            self.advance(Fetch::new(handle));
         }
-        place
+        place(self)
     }
 
+    /// Takes what was read, and goes on with what waited for it.
     fn take_answers(&mut self) {
-        for (handle, read) in self.answers.try_iter() {
-            self.asked.retain(|asked| *asked != handle);
-            self.arrived.push_back((handle, read));
+        while let Some((ticket, came)) = self.desk.answer() {
+            let mut failed = self.window.came(ticket, came).err();
+            for (mut fetch, _) in self.asked.extract_if(.., |(_, waits)| *waits == ticket).collect::<Vec<_>>()
+            {
+                // Who asked for it comes first.
+                if let Some(error) = failed.take() {
+                    fetch.fail(error);
+                }
+                self.advance(fetch);
+            }
         }
-        let surplus = self.arrived.len().saturating_sub(KEPT_MAX);
-        self.arrived.drain(..surplus);
     }
-}
 
-impl Drop for Far {
-    fn drop(&mut self) {
-        self.asks = None;
-        if let Some(thread) = self.thread.take() {
-            // It ends after the read that it is in.
-            let _ = thread.join();
+    fn advance(&mut self, mut fetch: Fetch) {
+        let mut fetched = Fetched::new();
+        let read = match fetch.go_on(&self.domain, Some(&self.tier), &mut fetched, &mut self.window) {
+            Ok(Progress::Here) => Ok(fetched),
+            Ok(Progress::Waits(ticket)) => return self.asked.push((fetch, ticket)),
+            Ok(Progress::Wants(wanted)) => {
+                self.desk.ask(wanted);
+                return self.asked.push((fetch, wanted.ticket));
+            }
+            Err(error) => Err(explain(&error)),
+        };
+        if self.arrived.len() == KEPT_MAX {
+            self.arrived.pop_front();
         }
+        self.arrived.push_back((fetch.handle(), read));
     }
 }
 
@@ -137,7 +132,6 @@ mod tests {
     use crate::disk::mover::Mover;
     use crate::disk::tier::{Limits, Tier};
     use crate::slabs::MemfdSlabs;
-    use plimsoll_core::ledger::Budget;
     use plimsoll_store::{Encoder, NoDense, Store, Whereabouts};
     use plimsoll_types::{ByteCount, DomainId, GroupId, PAGE_SIZE};
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -164,13 +158,11 @@ mod tests {
         let limits = Limits { disk: ByteCount::mib(4), domain: None };
         let disk = Box::new(FileDisk::create(&path).unwrap());
         let tier = Arc::new(Tier::create(disk, limits).unwrap());
-        let host = Arc::new(Host::new(Budget::of(ByteCount::mib(64))));
-        host.set_tier(Arc::clone(&tier));
         let slabs = MemfdSlabs::create("test-far", ByteCount::mib(4)).unwrap();
         let domain = Arc::new(Domain::new(DomainId(1), GroupId(1), Store::new(slabs)));
         let stored = domain.store(|store| store.put(&PAGE, &mut Encoder::new())).unwrap();
         let handle = stored.unwrap().handle;
-        let mut mover = Mover::new(tier);
+        let mut mover = Mover::new(Arc::clone(&tier));
         assert!(mover.demote(&domain, handle, None).unwrap());
         mover.flush().unwrap();
         let mut fetched = Fetched::new();
@@ -178,7 +170,7 @@ mod tests {
         assert!(matches!(away, Whereabouts::Away(_)));
 
         let kick = Arc::new(EventFd::new().unwrap());
-        let mut far = Far::start("far".to_owned(), host, Arc::clone(&domain), Arc::clone(&kick)).unwrap();
+        let mut far = Far::new(tier, Arc::clone(&domain), Arc::clone(&kick)).unwrap();
         let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
         // The first segment behind the reserve.
         let place = 2 << 20;
@@ -198,8 +190,8 @@ mod tests {
         fetched.unpack(&mut page, &mut NoDense).unwrap();
         assert_eq!(page, PAGE);
         far.forget();
-        assert!(matches!(far.look(handle), Sight::UnderWay), "nobody wanted it any more");
+        assert!(matches!(far.look(handle), Sight::Read(Ok(_))), "it was read a moment ago");
         drop(far);
-        assert!(Arc::into_inner(domain).is_some(), "its thread has ended");
+        assert!(Arc::into_inner(domain).is_some(), "nobody else has it");
     }
 }

@@ -11,8 +11,8 @@
 //!   the governor's kick, or for the end of the VMM.
 //! * The **governor** ([`super::governor`]) reads the kernel's counter, tells the ledger, and writes to each machine's
 //!   [`Orders`] how much to give up.
-//! * Where there is a disk tier, **the disk's thread** (`parking`) moves what is parked or cold there, and a thread beside each
-//!   pager (`far`) reads it back.
+//! * Where there is a disk tier, **the disk's thread** (`parking`) moves what is parked or cold there, and another (`far`)
+//!   reads it back for all pagers.
 //!
 //! `admit` takes machines in, `orders` tells their pagers what to do, `staff` starts the threads that are of no machine. Everything
 //! else is here.
@@ -510,9 +510,8 @@ impl Manager {
             pager.continue_stats(shard.stats.clone());
         }
         let kick = Arc::new(EventFd::new().map_err(AdmitError::Thread)?);
-        if self.tier().is_some() {
-            let (host, domain, kick) = (Arc::clone(&self.host), Arc::clone(domain), Arc::clone(&kick));
-            let far = Far::start(format!("disk-{}", id.0), host, domain, kick);
+        if let Some(tier) = self.tier() {
+            let far = Far::new(Arc::clone(tier), Arc::clone(domain), Arc::clone(&kick));
             pager.set_far(far.map_err(AdmitError::Thread)?);
         }
         let controls = Controls {

@@ -145,7 +145,7 @@ mod blocks;
 mod charges;
 mod drive;
 pub mod estate;
-mod far;
+pub mod far;
 mod gifts;
 mod giveback;
 pub mod governor;

@@ -137,7 +137,7 @@ pub struct Pager<S, M: SlabMemory, W> {
     /// A stored page on its way out of the store.
     pub(super) fetched: Fetched,
     /// Reads the disk, where the host has one.
-    far: Option<Far>,
+    far: Option<Far<M>>,
     /// Where a densely packed page is unpacked to be compared.
     pub(super) scratch: Box<PageBytes>,
     /// Where the search for hot blocks is.
@@ -212,8 +212,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
     }
 
-    /// Has what lies on the disk read by a thread: a pager of a host that has a disk needs one.
-    pub(super) fn set_far(&mut self, far: Far) {
+    /// Has what lies on the disk read by that: a pager of a host that has a disk needs one.
+    pub(super) fn set_far(&mut self, far: Far<M>) {
         self.far = Some(far);
     }
 
@@ -639,8 +639,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         disk::release(&self.domain, self.host.tier(), handle);
     }
 
-    /// The machine's process is gone, or alone with it: releases every object its pages name, and waits for whoever reads the
-    /// disk for it, so that nobody who sees it buried has to.
+    /// The machine's process is gone, or alone with it: releases every object its pages name. Nobody reads the disk for it
+    /// any more.
     pub fn bury(&mut self) -> MachineStats {
         let objects: Vec<ObjectRef> = self.machine.objects().map(|(_, object)| object).collect();
         objects.into_iter().for_each(|object| self.release(object));

@@ -4,5 +4,7 @@ mod behaviour;
 mod faulty;
 mod file;
 mod oracle;
+mod queued;
+mod reading;
 mod secret;
 mod world;
