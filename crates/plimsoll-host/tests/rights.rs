@@ -6,11 +6,14 @@
 
 use plimsoll_host::daemon::rights::table::{KEPT, set};
 use plimsoll_host::daemon::rights::{Filter, Role, give_up, give_up_again};
+use plimsoll_sys::blocks::{BLOCK_SIZE, Blocks};
 use plimsoll_sys::process::CapabilitySet;
+use plimsoll_sys::ring::{Read, ReadRing};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket, socketpair};
 use std::io;
 use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::process::{Command, Stdio};
 
 /// In the environment of whoever is in a role: whether its filter is on.
@@ -69,7 +72,27 @@ fn starts_a_program() -> io::Result<bool> {
     Ok(program.stdin(Stdio::null()).stdout(Stdio::null()).status()?.success())
 }
 
+/// Whether a ring can be made.
+fn makes_a_ring() -> Result<(), Errno> {
+    ReadRing::new(2).map(drop).map_err(|error| Errno::from_io_error(&error.source).unwrap())
+}
+
+/// A file that is named now is read by a ring that was made before.
+fn reads(ring: &mut ReadRing) {
+    let file = rustix::fs::memfd_create("test-rights", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::io::pwrite(&file, &[7; BLOCK_SIZE], 0).unwrap();
+    ring.set_file(Some(file.as_fd())).unwrap();
+    assert!(ring.begin(Read { ticket: 1, offset: 0, blocks: Blocks::new(1), done: 0 }).is_ok());
+    let mut ended = Vec::new();
+    while ended.is_empty() {
+        ring.wait(&mut ended).unwrap();
+    }
+    assert_eq!(*ended[0].outcome.as_ref().unwrap(), BLOCK_SIZE);
+    assert_eq!(ended[0].read.blocks.bytes(), [7; BLOCK_SIZE]);
+}
+
 fn within(role: Role, is_filtered: bool) {
+    let mut ring = ReadRing::new(2).unwrap();
     let filters = || status("Seccomp_filters").parse::<u32>().unwrap();
     let (permitted, bounding, before) = (capabilities("CapPrm"), capabilities("CapBnd"), filters());
     let may_cut = capabilities("CapEff").contains(CapabilitySet::SETPCAP);
@@ -90,6 +113,9 @@ fn within(role: Role, is_filtered: bool) {
     plimsoll_sys::process::refuse_dumps().unwrap();
     assert!(TcpListener::bind("127.0.0.1:0").is_ok() && rustix::process::getgroups().is_ok());
     assert_eq!(std::thread::spawn(|| vec![1_u8; 16 << 20].len()).join().unwrap(), 16 << 20);
+    reads(&mut ring);
+    // A keeper's managers make one, and then no more.
+    assert_eq!(refused(makes_a_ring()), is_filtered && role != Role::Keeper);
     // What none does, of something that is not there: whoever may make the call hears that.
     let missing = "/nonexistent/x";
     assert_eq!(refused(rustix::mount::unmount(missing, rustix::mount::UnmountFlags::empty())), is_filtered);
@@ -112,6 +138,8 @@ fn within(role: Role, is_filtered: bool) {
         assert_eq!(filters(), before + 1);
         give_up(Role::Manager, Filter::Refuse).unwrap();
         assert_eq!(filters(), before + 2);
+        assert!(refused(makes_a_ring()));
+        reads(&mut ring);
     }
     assert!(give_up(role, Filter::Refuse).is_err(), "a filter that could be changed is none");
 }

@@ -7,7 +7,7 @@
 use super::milestones::{Milestones, now_ns};
 use super::rights::{Role, give_up};
 use super::sole::claim;
-use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, Request, Status};
+use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, ReadsBy, Request, Status};
 use super::steer::Steering;
 use super::{CONTROL, Counted, DaemonError, DiskSettings, HANDOVER, LOCK, STORES, Settings, Sharing};
 use crate::api::may_speak;
@@ -22,7 +22,9 @@ use plimsoll_core::ledger::{Budget, Kind};
 use plimsoll_core::word::StateKind;
 use plimsoll_linux::cgroup::foreign::ProcessCgroup;
 use plimsoll_linux::disk::device::{FileDisk, OpenError};
-use plimsoll_linux::disk::tier::{Tier, TierStats};
+use plimsoll_linux::disk::queue::DEPTH;
+use plimsoll_linux::disk::reader::Reading;
+use plimsoll_linux::disk::tier::Tier;
 use plimsoll_linux::explain;
 use plimsoll_linux::procsum::ProcessSum;
 use plimsoll_linux::uffd::estate::{Estate, Keep};
@@ -33,6 +35,7 @@ use plimsoll_linux::uffd::probe::Probe;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::fdpass;
 use plimsoll_sys::mapping::make_files_in;
+use plimsoll_sys::ring::{ReadRing, RingError};
 use plimsoll_sys::{ProcessId, process};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -203,6 +206,8 @@ struct Session<'a> {
 /// [`DaemonError`].
 pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     let started_ns = now_ns();
+    // What makes one is given up, and nobody knows yet whether there is a disk.
+    let ring = ReadRing::new(DEPTH);
     // Before anything is read, and before there are threads.
     let role = if Virsh::is_installed() { Role::Manager } else { Role::Alone };
     give_up(role, settings.filter).map_err(DaemonError::Rights)?;
@@ -217,7 +222,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     signalled.set_nonblocking(true).map_err(DaemonError::Wait)?;
     let [term, int, reload] = wanted.each_ref().map(|(_, flag)| flag);
 
-    let mut session = Session::open(settings, keeper, started_ns)?;
+    let mut session = Session::open(settings, keeper, started_ns, ring)?;
     let mut is_told = false;
     loop {
         session.turn(&signalled)?;
@@ -267,7 +272,12 @@ enum Left {
 }
 
 impl<'a> Session<'a> {
-    fn open(settings: &'a Settings, keeper: RawFd, started_ns: u64) -> Result<Self, DaemonError> {
+    fn open(
+        settings: &'a Settings,
+        keeper: RawFd,
+        started_ns: u64,
+        ring: Result<ReadRing, RingError>,
+    ) -> Result<Self, DaemonError> {
         process::refuse_dumps().map_err(DaemonError::Dumps)?;
         let socket = process::adopt_inherited(keeper).map_err(DaemonError::NoKeeper)?;
         // Beside what is kept, each shard has some of its own.
@@ -294,6 +304,9 @@ impl<'a> Session<'a> {
         vault.set_used(used.now());
         if let Some(disk) = settings.disk.as_ref().filter(|_| !vault.has_tier()) {
             vault.set_tier(new_tier(disk)?)?;
+        }
+        if let Some(tier) = vault.tier() {
+            begin_reading(tier, ring);
         }
         let milestones = Arc::new(Milestones::default());
         let mut manager = Manager::start(vault, Arc::clone(&milestones) as Arc<dyn Probe>)?;
@@ -586,7 +599,7 @@ impl<'a> Session<'a> {
             domains: domains.collect(),
             machines: manager.machines().into_iter().map(machine).collect(),
             storing: Storing::of(manager.host()),
-            disk: manager.host().tier().map(|tier| disk_status(tier.stats())),
+            disk: manager.host().tier().map(disk_status),
             incidents: self.incidents.iter().cloned().collect(),
         }
     }
@@ -617,8 +630,29 @@ fn new_tier(disk: &DiskSettings) -> Result<Tier, DaemonError> {
     Ok(tier)
 }
 
-fn disk_status(stats: TierStats) -> DiskStatus {
+/// Says so where the tier is not read by a ring. Where there is no thread to read it, each machine asks for one anew.
+fn begin_reading(tier: &Tier, ring: Result<ReadRing, RingError>) {
+    let (ring, refusal) = match ring {
+        Ok(ring) => (Some(ring), None),
+        Err(error) => (None, Some(explain(&error))),
+    };
+    match tier.start_reading(ring) {
+        Ok(Reading::Ring) => {}
+        Ok(Reading::Threads { cause }) => {
+            let cause = refusal.unwrap_or(cause);
+            say(format_args!("plimsoll manager: the disk tier is read by threads: {cause}"));
+        }
+        Err(error) => {
+            say(format_args!("plimsoll manager: there is no thread yet that reads the disk tier: {error}"))
+        }
+    }
+}
+
+fn disk_status(tier: &Tier) -> DiskStatus {
+    let stats = tier.stats();
+    let reads_by = if tier.reading() == Some(Reading::Ring) { ReadsBy::Ring } else { ReadsBy::Threads };
     DiskStatus {
+        reads_by,
         limit_bytes: stats.limit.0,
         used_bytes: stats.used.0,
         live_bytes: stats.live.0,

@@ -148,4 +148,18 @@ pub struct DiskStatus {
     /// See there.
     #[serde(default)]
     pub refused: u64,
+    /// How it is read.
+    #[serde(default)]
+    pub reads_by: ReadsBy,
+}
+
+/// How the disk tier is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReadsBy {
+    /// By threads, one read each at a time.
+    #[default]
+    Threads,
+    /// By io_uring.
+    Ring,
 }

@@ -175,6 +175,12 @@ const REQUESTS: Only = Only::These {
     ],
 };
 
+/// A ring that was made before is given the file that it reads, and allows nothing else itself.
+const RING: Only = Only::These {
+    argument: 1,
+    values: &[("IORING_REGISTER_FILES_UPDATE", plimsoll_sys::ring::FILES_UPDATE as u32)],
+};
+
 const PRCTL: Only = Only::These {
     argument: 0,
     values: named![
@@ -326,6 +332,11 @@ pub const GROUPS: &[Group] = &[
         ],
     },
     Group {
+        why: "reads of the disk tier, by a ring that was made before and can do nothing else",
+        whose: Whose::All,
+        calls: calls![SYS_io_uring_enter, SYS_io_uring_register(RING)],
+    },
+    Group {
         why: "sockets: machines, clients, monitors, the supervisor",
         whose: Whose::All,
         calls: calls![
@@ -397,6 +408,11 @@ pub const GROUPS: &[Group] = &[
         why: "giving up more: a manager, and the next keeper",
         whose: Whose::Keeper,
         calls: calls![SYS_seccomp, SYS_capset],
+    },
+    Group {
+        why: "a manager's ring, which it makes and restricts before it gives up this",
+        whose: Whose::Keeper,
+        calls: calls![SYS_io_uring_setup, SYS_io_uring_register],
     },
 ];
 
