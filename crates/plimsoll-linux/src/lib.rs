@@ -3,6 +3,7 @@
 //! * [`uffd`]: our own pager, for machines that hand their memory over. Its documentation is the protocol.
 //! * [`kernel`]: the kernel's own mechanisms from outside, for machines that do not. [`ksm`]: resident sharing.
 //! * [`reclaimer`]: what every back end that takes memory can do.
+//! * [`nodes`]: what NUMA nodes a host has, and where each pager belongs.
 //! * [`prepare`]: what this kernel offers for it, and setting up swap with consent.
 //! * [`slabs`]: the memory that stores live in. [`dense`]: how they pack what is cold. [`disk`]: where
 //!   that goes at last.
@@ -13,6 +14,7 @@ pub mod dense;
 pub mod disk;
 pub mod kernel;
 pub mod ksm;
+pub mod nodes;
 pub mod prepare;
 pub mod procsum;
 pub mod reclaimer;

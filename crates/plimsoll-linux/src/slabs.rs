@@ -10,13 +10,16 @@
 //!
 //! The file ends with the highest slab there ever was. A slab takes all of its memory when it is acquired, and lies so that
 //! this can be one folio of the kernel's: that costs an eighth of 16 pages. A released slab is punched out: the kernel
-//! gives its memory back and the next user finds zeros.
+//! gives its memory back and the next user finds zeros. On a host of several NUMA nodes a slab of a lane takes the memory of that lane's
+//! node ([`crate::nodes`]) by the policy of the thread that acquires it: one of the file's would cut the mapping at each change of node.
 //!
 //! # Known hole
 //! Where a slab is acquired again and its neighbours are free too, the kernel may give it a larger folio, at most 2 MiB, of
 //! which the rest is charged to this process and not to the store until it is acquired, which happens next.
+use crate::nodes;
 use plimsoll_store::{SLAB_SIZE, SlabId, SlabMemory, SlabTag, SlabsExhausted};
 use plimsoll_sys::mapping::{ExclusiveMapping, MemfdError};
+use plimsoll_sys::numa;
 use plimsoll_types::ByteCount;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -114,7 +117,13 @@ impl SlabMemory for MemfdSlabs {
         let free = (self.lowest..self.capacity).find(|slab| self.tag(*slab) == 0).ok_or(SlabsExhausted)?;
         let id = u32::try_from(free).map_err(|_| SlabsExhausted)?;
         let (offset, length) = Self::extent(self.capacity, free);
-        self.memory.populate(offset, length).map_err(|_| SlabsExhausted)?;
+        let mut populate = || self.memory.populate(offset, length);
+        // Whoever acquires it: a housekeeper packs what is of all nodes.
+        let populated = match nodes::of_tag(tag) {
+            Some(node) => numa::preferring(node, populate),
+            None => populate(),
+        };
+        populated.map_err(|_| SlabsExhausted)?;
         self.set_tag(free, tag.to_bits());
         self.lowest = free + 1;
         self.held += 1;

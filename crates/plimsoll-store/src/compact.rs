@@ -106,7 +106,7 @@ impl<M: SlabMemory> Store<M> {
         let mut buffer = [0; PAGE_SIZE];
         let bytes = buffer.get_mut(..old.length)?;
         bytes.copy_from_slice(self.data(old)?);
-        let new = self.slots.take_from_filling(old.length)?;
+        let new = self.slots.take_from_filling(old.length, self.slots.lane(old))?;
         self.fill_slot(new, bytes).ok()?;
         self.name_place(number, &record, Body::Data { codec, extent: new, key });
         Some(())

@@ -113,7 +113,7 @@ pub use digest::{Digest, digest};
 pub use error::{Damage, GetError, StoreError};
 pub use fetch::{Confirmed, Fetched, Ticket, Whereabouts};
 pub use heap::HeapSlabs;
-pub use memory::{SLAB_SIZE, SlabId, SlabKind, SlabMemory, SlabTag, SlabsExhausted};
+pub use memory::{Lane, SLAB_SIZE, SlabId, SlabKind, SlabMemory, SlabTag, SlabsExhausted};
 pub use record::{AWAY_BITS, Away, HANDLE_BITS, Handle, Remote};
 pub use recover::{RecoveryReport, RejectedHandle, Rejection};
 pub use repack::{Cold, Replacement};

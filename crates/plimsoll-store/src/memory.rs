@@ -36,13 +36,18 @@ impl fmt::Display for SlabId {
     }
 }
 
+/// What data is kept apart by: slots of a slab are filled by one lane. What that is for, and which memory a lane's slabs are of, is for
+/// whoever has the memory to say: on a host of several NUMA nodes a lane is a node. The first is everybody's who does not care.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lane(pub u8);
+
 /// What a slab is for, as kept beside it in memory that outlives the manager: any 64 bits may be found there.
 ///
 /// ```text
 ///  bit 63           40 39    32 31                         0
 ///     +---------------+--------+----------------------------+
 ///     | 0x70_6c_6d    | kind   | kind 1: sequence number    |
-///     | ("plm")       | 1, 2   | kind 2: size class         |
+///     | ("plm")       | 1, 2   | kind 2: lane << 8 | class  |
 ///     +---------------+--------+----------------------------+
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -60,6 +65,8 @@ pub enum SlabKind {
     Data {
         /// The size of the slots.
         class: SizeClass,
+        /// Whose they are.
+        lane: Lane,
     },
 }
 
@@ -72,7 +79,7 @@ impl SlabTag {
     pub const fn new(kind: SlabKind) -> Self {
         let (kind, value) = match kind {
             SlabKind::Records { sequence } => (Self::RECORDS, sequence as u64),
-            SlabKind::Data { class } => (Self::DATA, class.number() as u64),
+            SlabKind::Data { class, lane } => (Self::DATA, (lane.0 as u64) << 8 | class.number() as u64),
         };
         Self(Self::MAGIC << 40 | kind << 32 | value)
     }
@@ -95,7 +102,11 @@ impl SlabTag {
         }
         match self.0 >> 32 & 0xff {
             Self::RECORDS => Some(SlabKind::Records { sequence: value }),
-            Self::DATA => Some(SlabKind::Data { class: SizeClass::from_number(u8::try_from(value).ok()?)? }),
+            Self::DATA => {
+                let lane = Lane(u8::try_from(value >> 8).ok()?);
+                let class = SizeClass::from_number(u8::try_from(value & 0xff).ok()?)?;
+                Some(SlabKind::Data { class, lane })
+            }
             _ => None,
         }
     }

@@ -143,8 +143,8 @@ impl<M: SlabMemory> Store<M> {
         for (slab, tag) in live {
             let adopted = match tag.kind() {
                 Some(SlabKind::Records { sequence }) => self.records.adopt(slab, sequence, sequence_limit),
-                Some(SlabKind::Data { class }) if slab.is_nameable() => {
-                    self.slots.adopt(slab, class);
+                Some(SlabKind::Data { class, lane }) if slab.is_nameable() => {
+                    self.slots.adopt(slab, class, lane);
                     true
                 }
                 Some(SlabKind::Data { .. }) | None => false,

@@ -17,7 +17,7 @@ use crate::{
     dense::Packed,
     error::StoreError,
     fetch::{Fetched, Whereabouts},
-    memory::SlabMemory,
+    memory::{Lane, SlabMemory},
     record::{Body, Record, RecordNumber},
     records::Visit,
     store::Store,
@@ -79,7 +79,11 @@ impl<M: SlabMemory> Store<M> {
             }
             return Ok(Replacement::Outdated);
         };
-        let extent = self.place_data(packed.bytes).inspect_err(|_| self.records.unsettle(number))?;
+        let lane = match record.body {
+            Body::Data { extent, .. } => self.slots.lane(extent),
+            Body::Same(_) | Body::Away { .. } => Lane::default(),
+        };
+        let extent = self.place_data(packed.bytes, lane).inspect_err(|_| self.records.unsettle(number))?;
         self.name_place(number, &record, Body::Data { codec: Codec::Dense, extent, key: record.key() });
         Ok(Replacement::Made)
     }

@@ -6,7 +6,7 @@
 use crate::{
     bits,
     class::{SLOTS_MAX, SizeClass},
-    memory::{SlabId, SlabKind, SlabMemory, SlabTag, SlabsExhausted},
+    memory::{Lane, SlabId, SlabKind, SlabMemory, SlabTag, SlabsExhausted},
     record::Extent,
     stats::{TREE_ENTRY_SIZE, reserve_eighth, shrink_idle},
 };
@@ -29,6 +29,7 @@ enum Taken {
 #[derive(Clone, Debug)]
 struct DataSlab {
     class: SizeClass,
+    lane: Lane,
     duty: Duty,
     used: u16,
     taken: Taken,
@@ -50,7 +51,7 @@ pub(crate) struct Usage {
     pub(crate) slots: usize,
 }
 
-/// The slabs of one class. One with free slots is in one of the two sets.
+/// The slabs of one class and lane. One with free slots is in one of the two sets.
 #[derive(Clone, Debug, Default)]
 struct Room {
     /// The lowest is filled first, so that the highest empty first.
@@ -68,15 +69,18 @@ const _: () = assert!(size_of::<Option<DataSlab>>() == 24);
 pub(crate) struct SlotTable {
     /// By slab number.
     slabs: Vec<Option<DataSlab>>,
-    /// By class.
-    rooms: [Room; SizeClass::COUNT],
+    /// By lane, up to the last that there was, and by class.
+    rooms: Vec<Rooms>,
 }
 
+/// Of one lane, by class.
+type Rooms = [Room; SizeClass::COUNT];
+
 impl DataSlab {
-    fn new(class: SizeClass) -> Self {
+    fn new(class: SizeClass, lane: Lane) -> Self {
         let taken =
             if class.slots() <= u64::BITS { Taken::Few(0) } else { Taken::Many(Box::new([0; WORDS_MAX])) };
-        Self { class, duty: Duty::Filling, used: 0, taken }
+        Self { class, lane, duty: Duty::Filling, used: 0, taken }
     }
 
     fn words(&self) -> &[u64] {
@@ -125,64 +129,87 @@ impl Room {
 
 impl SlotTable {
     pub(crate) fn new() -> Self {
-        Self { slabs: Vec::new(), rooms: array::from_fn(|_| Room::default()) }
+        Self { slabs: Vec::new(), rooms: Vec::new() }
     }
 
     /// Takes up a slab that is acquired and empty, or whose slots are yet to be claimed.
-    pub(crate) fn adopt(&mut self, slab: SlabId, class: SizeClass) {
+    pub(crate) fn adopt(&mut self, slab: SlabId, class: SizeClass, lane: Lane) {
         if self.slabs.len() <= slab.get() {
             reserve_eighth(&mut self.slabs, slab.get() + 1);
             self.slabs.resize(slab.get() + 1, None);
         }
         if let Some(entry @ None) = self.slabs.get_mut(slab.get()) {
-            *entry = Some(DataSlab::new(class));
-            let room = self.room(class);
+            *entry = Some(DataSlab::new(class, lane));
+            let room = self.room(class, lane);
             room.slabs += 1;
             room.filling.insert(slab);
         }
     }
 
     /// True where a slot for `length` bytes can be taken without another slab.
-    pub(crate) fn has_room(&self, length: usize) -> bool {
-        let room = SizeClass::holding(length).and_then(|class| self.rooms.get(usize::from(class.number())));
+    pub(crate) fn has_room(&self, length: usize, lane: Lane) -> bool {
+        let rooms = self.rooms.get(usize::from(lane.0));
+        let room = SizeClass::holding(length).and_then(|class| rooms?.get(usize::from(class.number())));
         room.is_some_and(|room| !room.filling.is_empty() || !room.emptying.is_empty())
     }
 
-    /// Takes a free slot for `length` bytes.
+    /// Takes a free slot for `length` bytes: one of another lane rather than none.
     pub(crate) fn take(
         &mut self,
         memory: &mut impl SlabMemory,
         length: usize,
+        lane: Lane,
     ) -> Result<Extent, SlabsExhausted> {
         let class = SizeClass::holding(length).ok_or(SlabsExhausted)?;
-        if self.room(class).filling.is_empty() && !self.keep_one(class) {
-            let slab = memory.acquire(SlabTag::new(SlabKind::Data { class }))?;
-            if !slab.is_nameable() {
-                memory.release(slab);
-                return Err(SlabsExhausted);
+        if self.room(class, lane).filling.is_empty() && !self.keep_one(class, lane) {
+            match memory.acquire(SlabTag::new(SlabKind::Data { class, lane })) {
+                Ok(slab) if slab.is_nameable() => self.adopt(slab, class, lane),
+                Ok(slab) => {
+                    memory.release(slab);
+                    return self.take_elsewhere(length).ok_or(SlabsExhausted);
+                }
+                Err(SlabsExhausted) => return self.take_elsewhere(length).ok_or(SlabsExhausted),
             }
-            self.adopt(slab, class);
         }
-        self.take_from_filling(length).ok_or(SlabsExhausted)
+        self.take_from_filling(length, lane).ok_or(SlabsExhausted)
+    }
+
+    /// Takes a free slot of whichever lane has one.
+    fn take_elsewhere(&mut self, length: usize) -> Option<Extent> {
+        let class = SizeClass::holding(length)?;
+        let lane = self.lanes().find(|lane| self.has_room(length, *lane))?;
+        if self.room(class, lane).filling.is_empty() {
+            self.keep_one(class, lane);
+        }
+        self.take_from_filling(length, lane)
     }
 
     /// Takes a free slot of a slab that is held and not being emptied.
-    pub(crate) fn take_from_filling(&mut self, length: usize) -> Option<Extent> {
+    pub(crate) fn take_from_filling(&mut self, length: usize, lane: Lane) -> Option<Extent> {
         let class = SizeClass::holding(length)?;
-        let slab = *self.room(class).filling.first()?;
+        let slab = *self.room(class, lane).filling.first()?;
         let slot = bits::first_absent(self.slab(slab)?.words(), class.slots())?;
         let extent = Extent { slab, slot, length };
         self.claim(extent).then_some(extent)
     }
 
-    /// Picks the slabs that are to be emptied into the others of their classes: of each class the sparsest, so many that
+    /// The lane whose slab the extent is in; the first where it is in none.
+    pub(crate) fn lane(&self, extent: Extent) -> Lane {
+        self.slab(extent.slab).map_or(Lane::default(), |slab| slab.lane)
+    }
+
+    /// Picks the slabs that are to be emptied into the others of their classes and lanes: of each the sparsest, so many that
     /// the others can take all. How many; 0, and nothing changes, where that is less than a thirty-second of all.
     pub(crate) fn pick_sparse(&mut self) -> usize {
-        let mut left = [0; SizeClass::COUNT];
-        for (class, room) in self.rooms() {
-            left[usize::from(class.number())] = room.excess(class);
-        }
-        let excess: usize = left.iter().sum();
+        let excess_of = |rooms: &Rooms| -> [usize; SizeClass::COUNT] {
+            let mut left = [0; SizeClass::COUNT];
+            for ((class, room), left) in SizeClass::all().zip(rooms).zip(&mut left) {
+                *left = room.excess(class);
+            }
+            left
+        };
+        let mut left: Vec<_> = self.rooms.iter().map(excess_of).collect();
+        let excess: usize = left.iter().flatten().sum();
         if excess == 0 || excess * WORTH_SHARE < self.usage().slabs {
             return 0;
         }
@@ -191,8 +218,9 @@ impl SlotTable {
         for tier in 0..TIERS {
             for (number, slab) in self.slabs.iter_mut().enumerate().rev() {
                 let Some(slab) = slab.as_mut().filter(|slab| slab.tier() == tier) else { continue };
-                let (left, room) = match usize::from(slab.class.number()) {
-                    class if left[class] > 0 => (&mut left[class], &mut self.rooms[class]),
+                let (lane, class) = (usize::from(slab.lane.0), usize::from(slab.class.number()));
+                let (left, room) = match (left.get_mut(lane), self.rooms.get_mut(lane)) {
+                    (Some(left), Some(rooms)) if left[class] > 0 => (&mut left[class], &mut rooms[class]),
                     _ => continue,
                 };
                 let Ok(number) = u32::try_from(number) else { continue };
@@ -212,14 +240,16 @@ impl SlotTable {
 
     /// Gives up emptying: what is left in those slabs stays, and they are filled again.
     pub(crate) fn keep_all(&mut self) {
-        for class in SizeClass::all() {
-            while self.keep_one(class) {}
+        for lane in self.lanes() {
+            for class in SizeClass::all() {
+                while self.keep_one(class, lane) {}
+            }
         }
     }
 
-    /// Has one slab of the class, the lowest, filled again instead of emptied; false where there is none.
-    fn keep_one(&mut self, class: SizeClass) -> bool {
-        let room = self.room(class);
+    /// Has one slab of the class and lane, the lowest, filled again instead of emptied; false where there is none.
+    fn keep_one(&mut self, class: SizeClass, lane: Lane) -> bool {
+        let room = self.room(class, lane);
         let Some(slab) = room.emptying.pop_first() else { return false };
         room.filling.insert(slab);
         if let Some(Some(held)) = self.slabs.get_mut(slab.get()) {
@@ -235,8 +265,8 @@ impl SlotTable {
             return false;
         }
         slab.used += 1;
-        let (class, duty, is_full) = (slab.class, slab.duty, slab.is_full());
-        let room = self.room(class);
+        let (class, lane, duty, is_full) = (slab.class, slab.lane, slab.duty, slab.is_full());
+        let room = self.room(class, lane);
         room.taken += 1;
         if is_full {
             room.with(duty).remove(&extent.slab);
@@ -251,12 +281,12 @@ impl SlotTable {
             return false;
         }
         slab.used = slab.used.saturating_sub(1);
-        let (class, duty, used) = (slab.class, slab.duty, slab.used);
-        let room = self.room(class);
+        let (class, lane, duty, used) = (slab.class, slab.lane, slab.duty, slab.used);
+        let room = self.room(class, lane);
         room.taken = room.taken.saturating_sub(1);
         room.with(duty).insert(extent.slab);
         if used == 0 {
-            self.drop_slab(memory, extent.slab, class);
+            self.drop_slab(memory, extent.slab);
         }
         true
     }
@@ -276,8 +306,7 @@ impl SlotTable {
             if slab.used == 0
                 && let Ok(id) = u32::try_from(number)
             {
-                let class = slab.class;
-                self.drop_slab(memory, SlabId(id), class);
+                self.drop_slab(memory, SlabId(id));
                 released += 1;
             }
         }
@@ -286,7 +315,7 @@ impl SlotTable {
 
     /// What is in use.
     pub(crate) fn usage(&self) -> Usage {
-        let sum = |of: fn(&Room) -> usize| self.rooms.iter().map(of).sum();
+        let sum = |of: fn(&Room) -> usize| self.rooms.iter().flatten().map(of).sum();
         Usage { slabs: sum(|room| room.slabs), slots: sum(|room| room.taken) }
     }
 
@@ -301,18 +330,26 @@ impl SlotTable {
     /// Bytes of the table itself.
     pub(crate) fn metadata_size(&self) -> usize {
         let rooms: usize = self.rooms().map(|(class, room)| room.metadata_size(class)).sum();
-        self.slabs.capacity() * size_of::<Option<DataSlab>>() + rooms
+        self.slabs.capacity() * size_of::<Option<DataSlab>>()
+            + self.rooms.capacity() * size_of::<Rooms>()
+            + rooms
     }
 
     fn rooms(&self) -> impl Iterator<Item = (SizeClass, &Room)> {
-        SizeClass::all().zip(&self.rooms)
+        self.rooms.iter().flat_map(|rooms| SizeClass::all().zip(rooms))
     }
 
-    fn drop_slab(&mut self, memory: &mut impl SlabMemory, slab: SlabId, class: SizeClass) {
+    /// Those that there are or were slabs of.
+    fn lanes(&self) -> impl Iterator<Item = Lane> + use<> {
+        let count = self.rooms.len();
+        (0..=u8::MAX).map(Lane).take(count)
+    }
+
+    fn drop_slab(&mut self, memory: &mut impl SlabMemory, slab: SlabId) {
         if let Some(entry) = self.slabs.get_mut(slab.get())
             && let Some(held) = entry.take()
         {
-            let room = self.room(class);
+            let room = self.room(held.class, held.lane);
             room.slabs = room.slabs.saturating_sub(1);
             room.with(held.duty).remove(&slab);
             memory.release(slab);
@@ -323,8 +360,14 @@ impl SlotTable {
         shrink_idle(&mut self.slabs);
     }
 
-    const fn room(&mut self, class: SizeClass) -> &mut Room {
-        &mut self.rooms[class.number() as usize]
+    fn room(&mut self, class: SizeClass, lane: Lane) -> &mut Room {
+        let lane = usize::from(lane.0);
+        if self.rooms.len() <= lane {
+            // Nodes are few.
+            self.rooms.reserve_exact(lane + 1 - self.rooms.len());
+            self.rooms.resize_with(lane + 1, || array::from_fn(|_| Room::default()));
+        }
+        &mut self.rooms[lane][usize::from(class.number())]
     }
 
     fn slab(&self, slab: SlabId) -> Option<&DataSlab> {

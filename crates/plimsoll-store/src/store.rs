@@ -16,10 +16,10 @@ use crate::{
     error::{Damage, GetError, StoreError},
     fetch::{Confirmed, Fetched, Found},
     index::Index,
-    memory::{SLAB_SIZE, SlabId, SlabMemory},
+    memory::{Lane, SLAB_SIZE, SlabId, SlabMemory},
     record::{Body, Extent, Generation, Handle, Record, RecordNumber, Remote},
     records::{RecordTable, Walk},
-    similar::{Similar, Sketch},
+    similar::Similar,
     slots::SlotTable,
     stats::Stats,
 };
@@ -189,15 +189,15 @@ impl<M: SlabMemory> Store<M> {
     }
 
     /// Slab memory that an [`insert`](Self::insert) of `encoded` would acquire at most: none where there is room for it.
-    pub fn growth(&self, encoded: Encoded<'_>) -> ByteCount {
+    pub fn growth(&self, encoded: Encoded<'_>, lane: Lane) -> ByteCount {
         let length = encoded.bytes().len();
-        let slabs =
-            usize::from(!self.records.has_room()) + usize::from(length > 0 && !self.slots.has_room(length));
+        let slabs = usize::from(!self.records.has_room())
+            + usize::from(length > 0 && !self.slots.has_room(length, lane));
         ByteCount((slabs * SLAB_SIZE) as u64)
     }
 
     /// Stores a page: as one more reference where it came to be here since [`share`](Self::share) was asked,
-    /// else as `encoded`.
+    /// else as `encoded`, in memory of a lane.
     ///
     /// # Errors
     /// [`StoreError::Exhausted`], [`StoreError::ZeroPage`], [`StoreError::WrongDigest`]; the store is then as
@@ -207,6 +207,7 @@ impl<M: SlabMemory> Store<M> {
         page: &PageBytes,
         digest: &Digest,
         encoded: Encoded<'_>,
+        lane: Lane,
     ) -> Result<Stored, StoreError> {
         if self.missed != Some(*digest)
             && let Some(handle) = self.share(page, digest)?
@@ -221,7 +222,7 @@ impl<M: SlabMemory> Store<M> {
             (Digest::Hashed(hash), codec @ (Codec::Lz4 | Codec::Raw)) => {
                 let how = if codec == Codec::Raw { How::Raw } else { How::Lz4 };
                 let fingerprint = Fingerprint::of_hash(hash);
-                (self.insert_data(fingerprint, codec, encoded.bytes(), encoded.sketch())?, how)
+                (self.insert_data(fingerprint, codec, encoded, lane)?, how)
             }
             (Digest::Hashed(_), Codec::Same | Codec::Dense) => return Err(StoreError::WrongDigest),
         };
@@ -240,7 +241,7 @@ impl<M: SlabMemory> Store<M> {
         if let Some(handle) = self.share(page, &digest)? {
             return Ok(Some(Stored { handle, how: How::Duplicate }));
         }
-        self.insert(page, &digest, encoder.encode(page, &digest)).map(Some)
+        self.insert(page, &digest, encoder.encode(page, &digest), Lane::default()).map(Some)
     }
 
     /// Drops one reference, and the object with the last one. The caller's page word must name it no longer. Of an object
@@ -447,16 +448,16 @@ impl<M: SlabMemory> Store<M> {
         &mut self,
         fingerprint: Fingerprint,
         codec: Codec,
-        bytes: &[u8],
-        sketch: Sketch,
+        encoded: Encoded<'_>,
+        lane: Lane,
     ) -> Result<Handle, StoreError> {
-        let extent = self.place_data(bytes)?;
+        let extent = self.place_data(encoded.bytes(), lane)?;
         let body = Body::Data { codec, extent, key: fingerprint.key };
         let handle = self.insert_body(body, fingerprint).inspect_err(|_| {
             self.slots.give_back(&mut self.memory, extent);
         })?;
         let Self { memory, records, similar, .. } = self;
-        similar.note(sketch, handle, self.tally.with_data(), |handle| {
+        similar.note(encoded.sketch(), handle, self.tally.with_data(), |handle| {
             let number = handle.number();
             matches!(records.read(memory, number), Some(Ok(record)) if record.handle(number) == handle)
         });
@@ -464,8 +465,8 @@ impl<M: SlabMemory> Store<M> {
     }
 
     /// Puts bytes into a slot of their own, which nothing names yet.
-    pub(crate) fn place_data(&mut self, bytes: &[u8]) -> Result<Extent, StoreError> {
-        let extent = self.slots.take(&mut self.memory, bytes.len())?;
+    pub(crate) fn place_data(&mut self, bytes: &[u8], lane: Lane) -> Result<Extent, StoreError> {
+        let extent = self.slots.take(&mut self.memory, bytes.len(), lane)?;
         self.fill_slot(extent, bytes).map(|()| extent)
     }
 

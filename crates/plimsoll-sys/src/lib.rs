@@ -33,6 +33,7 @@ pub mod fdpass;
 pub mod frames;
 pub mod launch;
 pub mod mapping;
+pub mod numa;
 pub mod pagemap;
 pub mod pidfd;
 pub mod process;

@@ -465,7 +465,7 @@ mod tests {
                     return None;
                 }
             };
-            let memory = Memory::map(layout, HugePages::Never, managed).unwrap();
+            let memory = Memory::map(layout, HugePages::Never, managed, &[]).unwrap();
             (0..10).for_each(|page| memory.write(Gpa(page * PAGE), &word(page)).unwrap());
             memory.register().unwrap();
             let memory = Arc::new(memory);
@@ -715,7 +715,7 @@ mod tests {
             }
         };
         let layout = GuestLayout::new(vec![region]).unwrap();
-        let memory = Arc::new(Memory::map(layout, HugePages::Never, managed).unwrap());
+        let memory = Arc::new(Memory::map(layout, HugePages::Never, managed, &[]).unwrap());
         memory.register().unwrap();
         let border = memory.mappings()[0].base().0 + BLOCK_SIZE as u64;
         let shared = Arc::clone(&memory);

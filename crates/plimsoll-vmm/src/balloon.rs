@@ -331,7 +331,7 @@ mod tests {
         let workload = Workload { spec, mix: Mix::default(), seed: 1, pool_seed: 1, pool_pages: 1 };
         let config = VmmConfig::new("hostile", 32 << 20, workload);
         let plan = *config.guest().unwrap().plan().unwrap();
-        let memory = Memory::map(config.check().unwrap(), HugePages::Never, Vec::new()).unwrap();
+        let memory = Memory::map(config.check().unwrap(), HugePages::Never, Vec::new(), &[]).unwrap();
         for gpa in pages(&memory) {
             memory.write_u64(Gpa(gpa), MARK).unwrap();
         }

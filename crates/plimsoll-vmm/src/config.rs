@@ -9,6 +9,7 @@ use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::WorkloadSpec;
 use plimsoll_guest::{Guest, GuestError};
 use plimsoll_linux::uffd::wire::SHARDS_MAX;
+use plimsoll_sys::numa::{NODES_MAX, NodeId};
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Gpa};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -38,6 +39,10 @@ pub struct VmmConfig {
     /// of 2 MiB. `None`: as many as its size and the host's NUMA nodes call for, 1 up to 16 GiB on one node.
     #[serde(default)]
     pub shards: Option<u32>,
+    /// NUMA nodes of the host that have the memory in equal parts, cut between blocks, in the order of guest addresses: pages come from
+    /// there and nowhere else. A shard is of one node, so there are as many shards at least. None: wherever the kernel puts it.
+    #[serde(default)]
+    pub nodes: Vec<u16>,
     /// Slots of 2 MiB in each shard for pages on their way out, 1 to [`AIRLOCK_SLOTS_MAX`]. Unmanaged machines have none.
     #[serde(default = "default_airlock_slots")]
     pub airlock_slots: u32,
@@ -256,6 +261,12 @@ pub enum ConfigError {
         /// As given.
         found: u32,
     },
+    /// The nodes are too many, or one cannot be.
+    #[error("memory on nodes {found:?} is not supported: as many as shards at most, each below {NODES_MAX}")]
+    Nodes {
+        /// As given.
+        found: Vec<u16>,
+    },
     /// The number of airlock slots is out of range.
     #[error("{found} airlock slots are not supported: use 1 to {AIRLOCK_SLOTS_MAX}")]
     AirlockSlots {
@@ -289,6 +300,7 @@ impl VmmConfig {
             vcpus: 1,
             workload,
             shards: None,
+            nodes: Vec::new(),
             airlock_slots: default_airlock_slots(),
             accel: AccelChoice::default(),
             prefault: Prefault::default(),
@@ -317,6 +329,10 @@ impl VmmConfig {
         {
             return Err(ConfigError::Shards { found });
         }
+        let most = self.shards.unwrap_or(SHARDS_MAX).min(u32::try_from(blocks).unwrap_or(SHARDS_MAX));
+        if self.nodes.len() > most as usize || self.nodes().len() < self.nodes.len() {
+            return Err(ConfigError::Nodes { found: self.nodes.clone() });
+        }
         if !(1..=AIRLOCK_SLOTS_MAX).contains(&self.airlock_slots) {
             return Err(ConfigError::AirlockSlots { found: self.airlock_slots });
         }
@@ -330,6 +346,11 @@ impl VmmConfig {
             return Err(ConfigError::EmptyPool);
         }
         self.layout()
+    }
+
+    /// The nodes that have the memory, those that can be.
+    pub(crate) fn nodes(&self) -> Vec<NodeId> {
+        self.nodes.iter().copied().filter_map(NodeId::new).collect()
     }
 
     /// The guest program's own view of the machine: where it puts which page. Its clock says nothing yet.
@@ -469,6 +490,9 @@ mod tests {
             (VmmConfig { shards: Some(0), ..good.clone() }, "0 shards are not"),
             (VmmConfig { shards: Some(33), ..good.clone() }, "33 shards are not"),
             (VmmConfig { shards: Some(65), ..config(1 << 30) }, "65 shards are not"),
+            (VmmConfig { nodes: vec![0; 33], ..good.clone() }, "memory on nodes"),
+            (VmmConfig { nodes: vec![0, 1], shards: Some(1), ..good.clone() }, "memory on nodes"),
+            (VmmConfig { nodes: vec![1024], ..good.clone() }, "memory on nodes"),
             (VmmConfig { airlock_slots: 0, ..good.clone() }, "airlock slots"),
             (VmmConfig { airlock_slots: 8193, ..good.clone() }, "airlock slots"),
             (VmmConfig { report_ms: 0, ..good.clone() }, "report every 0 ms"),

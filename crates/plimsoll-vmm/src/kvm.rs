@@ -404,7 +404,7 @@ mod tests {
         signals::install().unwrap();
         let region = |mib: u64, len| Region { start: Gpa(mib << 20), bytes: ByteCount::mib(len) };
         let layout = GuestLayout::new(vec![region(0, 6), region(16, 2)]).unwrap();
-        let memory = Memory::map(layout, HugePages::Never, Vec::new()).unwrap();
+        let memory = Memory::map(layout, HugePages::Never, Vec::new(), &[]).unwrap();
         let tables = boot::page_tables(memory.layout()).unwrap();
         memory.write(tables.start, &tables.bytes).unwrap();
         let mut bytes = code.to_vec();

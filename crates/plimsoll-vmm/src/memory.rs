@@ -35,6 +35,7 @@ use crate::shards::{self, Cut};
 use plimsoll_core::layout::{GuestLayout, LayoutError, Region};
 use plimsoll_core::word::Gift;
 use plimsoll_sys::mapping::{self, AnonymousMapping, MapError, Merging, RangeError};
+use plimsoll_sys::numa::NodeId;
 use plimsoll_sys::pagemap::{Pagemap, PagemapError};
 use plimsoll_sys::uffd::{
     Features, HandshakeError, Mode, OpenError, ProbeError, RegisterError, RegisterMode, Userfaultfd,
@@ -191,12 +192,13 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Maps all regions. `managed` is what [`register`](Self::register) will use, one for each shard; none for a machine
-    /// of the kernel's.
+    /// Maps all regions, bound to `nodes` in equal parts ([`shards::parts`]), or to none. `managed` is what
+    /// [`register`](Self::register) will use, one for each shard; none for a machine of the kernel's.
     pub(crate) fn map(
         layout: GuestLayout,
         huge: HugePages,
         managed: Vec<Managed>,
+        nodes: &[NodeId],
     ) -> Result<Self, MemoryError> {
         let huge = match huge {
             HugePages::Advise => mapping::HugePages::Prefer,
@@ -205,10 +207,20 @@ impl Memory {
         let map = |bytes| AnonymousMapping::new(bytes, huge);
         let mappings =
             layout.regions().iter().map(|region| map(region.bytes)).collect::<Result<Vec<_>, _>>()?;
-        let cuts = shards::cut(&layout, managed.len())?.into_iter().zip(managed);
-        let shards = cuts.map(|(cut, managed)| Shard { cut, managed }).collect();
+        let cuts = match managed.len() {
+            0 => Vec::new(),
+            count => shards::cut(&layout, count, nodes.len())?,
+        };
+        let shards = cuts.into_iter().zip(managed).map(|(cut, managed)| Shard { cut, managed }).collect();
         let (pins, gifts) = (Pins::default(), Gifts::new(layout.pages()));
-        Ok(Self { layout, mappings, shards, pins, gifts, discard_gate: RwLock::new(()) })
+        let memory = Self { layout, mappings, shards, pins, gifts, discard_gate: RwLock::new(()) };
+        for (node, part) in nodes.iter().zip(shards::parts(&memory.layout, nodes.len().max(1))) {
+            for region in part {
+                let (mapping, range) = memory.mapped(&region)?;
+                mapping.bind(range, *node)?;
+            }
+        }
+        Ok(memory)
     }
 
     /// Touches every page, calling `progress` with the bytes done so far.
@@ -253,14 +265,16 @@ impl Memory {
 
     /// Where the regions of a shard are mapped, in the order of its layout, and the mapping of each.
     pub(crate) fn parts(&self, shard: &Shard) -> Result<Vec<(&AnonymousMapping, HvaRange)>, MemoryError> {
-        let part = |region: &Region| {
-            let outside = || MemoryError::OutsideRam { gpa: region.start, len: region.bytes };
-            let (mapping, offset) = self.locate(region.start, region.bytes)?;
-            let start = mapping.base().checked_add(offset.0);
-            let range = start.and_then(|start| HvaRange::new(start, region.bytes)).ok_or_else(outside)?;
-            Ok((mapping, range))
-        };
-        shard.cut.layout.regions().iter().map(part).collect()
+        shard.cut.layout.regions().iter().map(|region| self.mapped(region)).collect()
+    }
+
+    /// Where guest memory that lies in one region is mapped.
+    fn mapped(&self, region: &Region) -> Result<(&AnonymousMapping, HvaRange), MemoryError> {
+        let outside = || MemoryError::OutsideRam { gpa: region.start, len: region.bytes };
+        let (mapping, offset) = self.locate(region.start, region.bytes)?;
+        let start = mapping.base().checked_add(offset.0);
+        let range = start.and_then(|start| HvaRange::new(start, region.bytes)).ok_or_else(outside)?;
+        Ok((mapping, range))
     }
 
     /// Where everything lies in the guest.

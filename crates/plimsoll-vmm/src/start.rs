@@ -74,7 +74,7 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
     let control = Control::new(control);
     signals::install().map_err(VmmError::Threads)?;
     let (engine, managed, accel) = open(config, &layout)?;
-    let memory = Memory::map(layout, config.huge_pages, managed)?;
+    let memory = Memory::map(layout, config.huge_pages, managed, &config.nodes())?;
     let (engine, tsc_hz) = match engine {
         Engine::Kvm(parts) => {
             let tsc_hz = parts.tsc_hz();
@@ -160,7 +160,9 @@ pub fn run(config: &VmmConfig, handover: Option<Manager>, control: OwnedFd) -> R
 /// Chooses what runs the guest, and opens what a manager will need.
 fn open(config: &VmmConfig, layout: &GuestLayout) -> Result<(Engine, Vec<Managed>, Accel), VmmError> {
     let shards = match config.management {
-        Management::Managed => config.shards.unwrap_or_else(|| shards::suitable(layout.pages().bytes())),
+        Management::Managed => {
+            config.shards.unwrap_or_else(|| shards::suitable(layout.pages().bytes(), config.nodes.len()))
+        }
         Management::Unmanaged => 0,
     };
     let managed = |mode| -> Result<Vec<Managed>, MemoryError> {

@@ -25,7 +25,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
     // For tests alone.
     ("plimsoll-oracle", &["plimsoll-mmu", "plimsoll-sys"]),
     ("plimsoll-linux", &["plimsoll-types", "plimsoll-store", "plimsoll-core", "plimsoll-sys"]),
-    // plimsoll-mmu and plimsoll-oracle for its tests alone: what KVM makes of a guest's tables.
+    // For its tests alone plimsoll-mmu and plimsoll-oracle, what KVM makes of a guest's tables, and plimsoll-store, where slabs lie.
     (
         "plimsoll-vmm",
         &[
@@ -34,6 +34,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
             "plimsoll-mmu",
             "plimsoll-guest",
             "plimsoll-core",
+            "plimsoll-store",
             "plimsoll-sys",
             "plimsoll-oracle",
             "plimsoll-linux",

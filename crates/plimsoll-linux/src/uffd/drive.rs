@@ -85,6 +85,9 @@ fn turns_until_the_end(
 ) -> Result<Turned, PagerError> {
     let mut published = Instant::now();
     while !controls.orders.stop.load(Ordering::Relaxed) {
+        if let Some(place) = controls.seat.take() {
+            pager.store_at(place.memory);
+        }
         let turn = pager.turn()?;
         let orders = &controls.orders;
         let is_to_go = orders.let_go.load(Ordering::Relaxed) && orders.is_home.load(Ordering::Relaxed);

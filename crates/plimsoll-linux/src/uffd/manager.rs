@@ -25,12 +25,14 @@ use super::linux_space::{AGENT_PATIENCE, Custody, LinuxSpace};
 use super::pager::{Pager, PagerError};
 use super::probe::Probe;
 use super::recovery::take_over;
+use super::seats::Usher;
 use super::shards::{MachineVault, Running, Shard, ShardVault};
 use super::space::SpaceError;
 use super::stats::MachineStats;
 use crate::dense::Zstd;
 use crate::disk::tier::Tier;
 use crate::explain;
+use crate::nodes::Place;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_core::airlock::Shape;
@@ -222,6 +224,8 @@ pub struct Manager {
     housekeeping: Housekeeping,
     /// Governor, housekeeper and the disk's thread, and what tells them to stop.
     staff: Option<(Arc<AtomicBool>, Vec<JoinHandle<()>>)>,
+    /// On a host of several NUMA nodes.
+    usher: Option<Usher>,
 }
 
 impl Manager {
@@ -252,6 +256,7 @@ impl Manager {
             tended: Domains::default(),
             housekeeping: Housekeeping::default(),
             staff: None,
+            usher: Usher::of_host().map_err(AdmitError::Thread)?,
         };
         manager.tell_what_is_lost(&vault.lost);
         let mut recovered = Vec::new();
@@ -488,6 +493,7 @@ impl Manager {
         }
         let controls = running.shards.iter().map(|shard| (shard.id, shard.controls.clone()));
         self.governed.lock().extend(controls);
+        self.usher.iter().for_each(|usher| usher.seat(&running));
         self.machines.insert(kept.id, running);
         Ok(())
     }
@@ -525,6 +531,7 @@ impl Manager {
             is_given_back: Arc::default(),
             custody: Arc::clone(&shard.custody),
             words: Arc::clone(&shard.words),
+            seat: Arc::default(),
             domain: own,
         };
         let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
@@ -575,6 +582,13 @@ impl Manager {
     /// The machine's page words, one part a shard, in their order. They are to be read only: their pager alone writes them.
     pub fn words(&self, id: MachineId) -> Vec<ShardWords> {
         self.machines.get(&id).map(Running::words).unwrap_or_default()
+    }
+
+    /// The identities of the machine's shards, in their order, and at which NUMA node the pager of each is: of one whose memory is of no
+    /// single node that is known, and on a host of one node, there is none.
+    pub fn seats(&self, id: MachineId) -> Vec<(MachineId, Option<Place>)> {
+        let shards = self.machines.get(&id).map_or(&[][..], |running| &running.shards);
+        shards.iter().map(|shard| (shard.id, shard.controls.seat.place())).collect()
     }
 
     /// States what the machine is to come to in RAM. When the host is short, machines give down to a common part of their
@@ -657,6 +671,7 @@ impl Manager {
     /// Stops all threads where they are and gives up everything that must live on.
     pub fn stop(mut self) -> Vault {
         self.dismiss_staff();
+        self.usher.take().into_iter().for_each(Usher::dismiss);
         let shards = self.machines.values().flat_map(|running| &running.shards);
         shards.for_each(Shard::ask_to_stop);
         let asked = Instant::now();

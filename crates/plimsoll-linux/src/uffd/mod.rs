@@ -110,7 +110,8 @@
 //! *Shards.* One thread reads a descriptor in order, and one thread writes a page's word. So a large machine is cut by
 //! region into shards, each with its own descriptors, airlock, agent, socket, words and pager. To all of the above, and to
 //! the ledger, a shard is a machine; only the VMM and the operator know that several are one. A discard that crosses from
-//! one shard to the next is an event of each.
+//! one shard to the next is an event of each. On a host of several NUMA nodes the pager of a shard whose memory is of one of them runs
+//! there and stores there (`seats`).
 //!
 //! The same [`pager`] runs over a simulated kernel in `tests/pager_model`, where guests, discards, refusals and crashes
 //! are interleaved at every step.
@@ -118,8 +119,8 @@
 //! # Known holes
 //!
 //! * One thread serves a shard, so its faults are served one after the other. A machine's shards are cut once, by its VMM.
-//! * A host of several NUMA nodes gets as many shards at least, but which node a shard's memory and its threads are on is left to
-//!   the kernel, whose balancing puts a thread near the memory it touches.
+//! * On a host of several NUMA nodes a machine whose memory is bound to none has shards over all of them, and where those and their
+//!   pagers are is left to the kernel ([`crate::nodes`]).
 //! * Pages are compressed by the thread that serves their machine, between faults: a fault waits for one page at most.
 //! * A discard that was read and not applied when its manager died, of a block that was left to the kernel in that very turn,
 //!   can make a page that the guest has written since count as absent: it stays in RAM uncharged until it is given back
@@ -159,6 +160,7 @@ mod parking;
 pub mod probe;
 mod reclaim;
 pub mod recovery;
+mod seats;
 mod shards;
 pub mod space;
 pub mod stats;

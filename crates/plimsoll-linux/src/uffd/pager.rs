@@ -16,13 +16,15 @@ use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent
 use super::stats::MachineStats;
 use crate::disk;
 use crate::explain;
+use crate::nodes;
 use plimsoll_core::ledger::{LedgerError, Purpose};
 use plimsoll_core::machine::{FaultEffect, Machine, Released, Source};
 use plimsoll_core::map::{MapError, Words};
 use plimsoll_core::prefetch::Prefetch;
 use plimsoll_core::replacement::Run;
 use plimsoll_core::word::ObjectRef;
-use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, SlabMemory, Whereabouts};
+use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, Lane, SlabMemory, Whereabouts};
+use plimsoll_sys::numa::NodeId;
 use plimsoll_types::{BLOCK_PAGES, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -164,6 +166,8 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) is_tight: bool,
     /// There was nothing that the store could take without a slab for which there is no room below the hard line.
     pub(super) is_stuck: bool,
+    /// Whose slabs what it stores goes to.
+    pub(super) lane: Lane,
     /// What the guest gave back of which its VMM has not been asked how.
     pub(super) curious: Curious,
 }
@@ -208,6 +212,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             homeward: 0,
             is_tight: false,
             is_stuck: false,
+            lane: Lane::default(),
             curious: Curious::default(),
         }
     }
@@ -215,6 +220,11 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Has what lies on the disk read by that: a pager of a host that has a disk needs one.
     pub(super) fn set_far(&mut self, far: Far<M>) {
         self.far = Some(far);
+    }
+
+    /// Has what it stores from now on go to slabs of a node, or of none.
+    pub(super) fn store_at(&mut self, node: Option<NodeId>) {
+        self.lane = nodes::lane_of(node);
     }
 
     /// One bounded step: everything that has happened, the faults that can be served, a little reclaim.

@@ -396,9 +396,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             let bytes = &self.buffer[place];
             // Once more if it grows, which one in sixteen pages or fewer makes it do.
             let encoded = self.encoder.encode(bytes, digest);
-            let inserted = self.domain.store(|store| match store.growth(encoded) {
+            let lane = self.lane;
+            let inserted = self.domain.store(|store| match store.growth(encoded, lane) {
                 growth if growth > ByteCount(0) && !may_grow => Err(growth),
-                _ => Ok(store.insert(bytes, digest, encoded)),
+                _ => Ok(store.insert(bytes, digest, encoded, lane)),
             });
             match inserted {
                 Ok(inserted) => {

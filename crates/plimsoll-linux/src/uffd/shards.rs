@@ -8,6 +8,7 @@ use super::governor;
 use super::host::{Domain, Host, Orders};
 use super::linux_space::Custody;
 use super::manager::Membership;
+use super::seats::Seat;
 use super::stats::MachineStats;
 use super::wire::Welcome;
 use crate::slabs::MemfdSlabs;
@@ -182,6 +183,7 @@ pub(super) struct Controls {
     pub(super) is_given_back: Arc<AtomicBool>,
     pub(super) custody: Arc<Custody>,
     pub(super) words: Arc<MemfdWords>,
+    pub(super) seat: Arc<Seat>,
     /// Weak, so that a store can be taken out of its domain when its manager stops.
     pub(super) domain: Weak<Domain<MemfdSlabs>>,
 }

@@ -1,8 +1,8 @@
 //! One behaviour a test.
 use super::{page_of, random_page, same_page, store};
 use crate::{
-    Damage, Digest, Encoder, GetError, HeapSlabs, How, Rejection, SLAB_SIZE, SlabId, SlabKind, SlabMemory,
-    SlabTag, Store, StoreError, digest,
+    Damage, Digest, Encoder, GetError, HeapSlabs, How, Lane, Rejection, SLAB_SIZE, SlabId, SlabKind,
+    SlabMemory, SlabTag, Store, StoreError, digest,
     record::{Body, Record},
 };
 use alloc::{vec, vec::Vec};
@@ -89,7 +89,7 @@ fn a_page_that_came_between_the_two_phases_is_shared() {
     let digest = digest(&page);
     assert_eq!(store.share(&page, &digest), Ok(None));
     let other = put(&mut store, &page);
-    let stored = store.insert(&page, &digest, encoder.encode(&page, &digest)).unwrap();
+    let stored = store.insert(&page, &digest, encoder.encode(&page, &digest), Lane::default()).unwrap();
     assert_eq!((stored.how, stored.handle), (How::Duplicate, other.handle));
 }
 
@@ -101,7 +101,7 @@ fn pages_with_one_hash_and_different_bytes_are_both_stored() {
     let first = put(&mut store, &one).handle;
     assert_eq!(store.share(&other, &digest), Ok(None), "the hash agrees, the bytes do not");
     let mut encoder = Encoder::new();
-    let second = store.insert(&other, &digest, encoder.encode(&other, &digest)).unwrap();
+    let second = store.insert(&other, &digest, encoder.encode(&other, &digest), Lane::default()).unwrap();
     assert_eq!(second.how, How::Lz4);
     assert_ne!(second.handle, first);
     // Each is found among the two by its bytes.
@@ -124,11 +124,11 @@ fn a_digest_that_is_not_the_pages_changes_nothing() {
     let (true_digest, wrong) = (digest(&page), Digest::Same(7));
     assert_eq!(store.share(&page, &wrong), Err(StoreError::WrongDigest));
     let encoded = encoder.encode(&page, &wrong);
-    assert_eq!(store.insert(&page, &true_digest, encoded), Err(StoreError::WrongDigest));
+    assert_eq!(store.insert(&page, &true_digest, encoded, Lane::default()), Err(StoreError::WrongDigest));
     // Nor after a page that the digest is of was sought in vain.
     assert_eq!(store.share(&same_page(7), &wrong), Ok(None));
     let encoded = encoder.encode(&page, &wrong);
-    assert_eq!(store.insert(&page, &wrong, encoded), Err(StoreError::WrongDigest));
+    assert_eq!(store.insert(&page, &wrong, encoded, Lane::default()), Err(StoreError::WrongDigest));
     assert_eq!(store.memory().held(), 0);
 }
 

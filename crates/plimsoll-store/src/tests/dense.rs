@@ -3,7 +3,7 @@ use super::{
     HeapStore, Nibbles, Repacked, nibble_page, page_of, random_page, read, repack, same_page, store,
 };
 use crate::{
-    Cold, Damage, DenseCodec, DenseError, Encoder, Fetched, GetError, Handle, How, NoDense, PackError,
+    Cold, Damage, DenseCodec, DenseError, Encoder, Fetched, GetError, Handle, How, Lane, NoDense, PackError,
     Packer, Replacement, SlabMemory, Sought, Store, StoreError, Whereabouts, digest,
 };
 use alloc::vec::Vec;
@@ -293,6 +293,6 @@ fn an_insertion_looks_again_when_something_was_inserted_meanwhile() {
     let first = put(&mut store, &page);
     // Somebody else's search in between is no reason not to look.
     assert_eq!(store.share(&other, &digest(&other)), Ok(None));
-    let stored = store.insert(&page, &found, encoder.encode(&page, &found)).unwrap();
+    let stored = store.insert(&page, &found, encoder.encode(&page, &found), Lane::default()).unwrap();
     assert_eq!((stored.how, stored.handle), (How::Duplicate, first));
 }

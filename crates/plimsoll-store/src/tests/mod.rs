@@ -6,6 +6,7 @@ mod cost;
 mod crash;
 mod damage;
 mod dense;
+mod lanes;
 mod model;
 mod statistics;
 

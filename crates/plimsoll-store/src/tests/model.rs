@@ -1,8 +1,8 @@
 //! Random sequences of operations against a map: the store does what a map with counts would.
 use super::{HeapStore, Nibbles, nibble_page, page_of, random_page, read, repack, same_page, store};
 use crate::{
-    Digest, Encoder, Fetched, Handle, How, SLAB_SIZE, SlabMemory, Sought, Stats, Store, StoreError, Stored,
-    digest,
+    Digest, Encoder, Fetched, Handle, How, Lane, SLAB_SIZE, SlabMemory, Sought, Stats, Store, StoreError,
+    Stored, digest,
 };
 use alloc::{collections::BTreeMap, vec::Vec};
 use plimsoll_types::{PAGE_SIZE, PageBytes};
@@ -88,7 +88,7 @@ fn put(store: &mut HeapStore, page: &PageBytes) -> Result<Option<Stored>, StoreE
     };
     match handle {
         Some(handle) => Ok(Some(Stored { handle, how: How::Duplicate })),
-        None => store.insert(page, &found, Encoder::new().encode(page, &found)).map(Some),
+        None => store.insert(page, &found, Encoder::new().encode(page, &found), Lane(page[0] % 3)).map(Some),
     }
 }
 

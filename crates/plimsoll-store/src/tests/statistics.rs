@@ -1,6 +1,6 @@
 //! What the counters and estimates say.
 use super::{mix, page_of, random_page, store};
-use crate::{Encoder, HeapSlabs, SLAB_SIZE, Store, digest};
+use crate::{Encoder, HeapSlabs, Lane, SLAB_SIZE, Store, digest};
 use alloc::vec::Vec;
 use plimsoll_types::{PAGE_SIZE, PageBytes};
 
@@ -40,8 +40,8 @@ fn what_a_store_is_foretold_to_grow_by_is_what_it_grows_by() {
         if store.share(&page, &digest).unwrap().is_none() {
             let slabs = |store: &Store<HeapSlabs>| store.stats().data_slabs.0 + store.stats().record_slabs.0;
             let encoded = encoder.encode(&page, &digest);
-            let (before, foretold) = (slabs(&store), store.growth(encoded));
-            handles.push(store.insert(&page, &digest, encoded).unwrap().handle);
+            let (before, foretold) = (slabs(&store), store.growth(encoded, Lane::default()));
+            handles.push(store.insert(&page, &digest, encoded, Lane::default()).unwrap().handle);
             assert_eq!(slabs(&store) - before, foretold.0, "page {seed}");
             grown += foretold.0;
         }

@@ -9,6 +9,7 @@
 //! An access may block for as long as a page is absent from a registered range, and raises SIGBUS on a poisoned one.
 #![expect(unsafe_code, reason = "maps, advises and unmaps memory, and accesses it through raw pointers")]
 
+use crate::numa::{Mask, NodeId};
 use crate::{HvaRange, UnborrowedRange, to_usize};
 use plimsoll_types::{BLOCK_SIZE, ByteCount, Hva, PAGE_SIZE};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
@@ -230,6 +231,26 @@ impl AnonymousMapping {
             Merging::Offered => self.advise(range, libc::MADV_MERGEABLE, "MADV_MERGEABLE"),
             Merging::Withdrawn => self.advise(range, libc::MADV_UNMERGEABLE, "MADV_UNMERGEABLE"),
         }
+    }
+
+    /// Has pages of the range, which is whole pages, be on one node and no other (MPOL_BIND); those that are there stay where they are.
+    /// Whoever brings a page, a userfaultfd's COPY too, takes its memory there. Memory of a range is one mapping of the kernel's up to
+    /// where the node changes.
+    pub fn bind(&self, range: HvaRange, node: NodeId) -> Result<(), RangeError> {
+        let range = self.unborrowed(range)?.range();
+        let offset = to_usize(range.start().0 - self.base().0);
+        let mask = node.mask();
+        // SAFETY: the range lies in memory that this value owns, and where pages are taken changes no byte of it. The mask is read only,
+        // has as many bits as is said less the one that the kernel takes off, and lives until after the call.
+        let status = unsafe {
+            let start = self.base.as_ptr().cast::<c_void>().wrapping_byte_add(offset);
+            let len = to_usize(range.len().0);
+            libc::syscall(libc::SYS_mbind, start, len, libc::MPOL_BIND, mask.as_ptr(), Mask::BITS, 0)
+        };
+        if status == 0 {
+            return Ok(());
+        }
+        Err(RangeError::Advise { advice: "mbind", range, source: io::Error::last_os_error() })
     }
 
     fn advise(&self, range: HvaRange, advice: i32, name: &'static str) -> Result<(), RangeError> {

@@ -1,9 +1,10 @@
 //! Numbers about a process, and the host's memory, from /proc: text enters, counts of bytes leave. Unknown lines are ignored (kernels add
 //! them), a missing or unreadable one that was asked for is an error that names it, never a zero.
 //!
-//! [`maps`] has what a process has mapped, [`program`] what it runs.
+//! [`maps`] has what a process has mapped, [`nodes`] where it wants its memory, [`program`] what it runs.
 
 pub mod maps;
+pub mod nodes;
 pub mod program;
 
 use crate::ProcessId;

@@ -145,7 +145,7 @@ impl Bench {
             }
         };
         let layout = GuestLayout::new(vec![Region { start: Gpa(0), bytes: RAM }]).unwrap();
-        let memory = Memory::map(layout, HugePages::Never, Vec::new()).unwrap();
+        let memory = Memory::map(layout, HugePages::Never, Vec::new(), &[]).unwrap();
         let mut words = own_tables();
         // In place of its pages of 1 GiB.
         for word in words.values_mut().filter(|word| **word & LARGE != 0) {

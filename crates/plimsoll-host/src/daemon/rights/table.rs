@@ -200,6 +200,10 @@ const PRCTL: Only = Only::These {
     ],
 };
 
+/// Whoever wants another thread moved has to ask that one.
+const ITSELF: Only = Only::These { argument: 0, values: &[("the thread itself", 0)] };
+const PREFERENCES: Only = Only::These { argument: 0, values: named![MPOL_DEFAULT, MPOL_PREFERRED] };
+
 /// The table.
 pub const GROUPS: &[Group] = &[
     Group {
@@ -239,6 +243,11 @@ pub const GROUPS: &[Group] = &[
             SYS_exit,
             SYS_exit_group,
         ],
+    },
+    Group {
+        why: "on a host of several NUMA nodes, the one that a pager works for",
+        whose: Whose::All,
+        calls: calls![SYS_sched_setaffinity(ITSELF), SYS_get_mempolicy, SYS_set_mempolicy(PREFERENCES)],
     },
     Group {
         why: "signals",
