@@ -10,7 +10,7 @@
 //! * [`mod@bench`]: comparisons with the kernel's own mechanisms. [`chaos`]: a daemon whose manager is killed again and again.
 //!   [`mod@metal`]: the bare-metal host, booted.
 //! * [`fuzz`]: parsers against what was never meant for them, for as long as is asked for.
-//! * [`idle`]: every way to see which pages are used, on a kernel built for it.
+//! * [`emulated`]: what this machine cannot show, on a kernel built for it.
 //! * [`dist`]: what is shipped, and a package's life on a machine.
 //! * [`cargo`]: starting cargo, and what it says about the workspace.
 mod bench;
@@ -18,8 +18,8 @@ mod cargo;
 mod chaos;
 mod ci;
 mod dist;
+mod emulated;
 mod fuzz;
-mod idle;
 mod lints;
 mod machine;
 mod metal;
@@ -59,6 +59,8 @@ enum Command {
     /// Compare every way to see which pages are used on a kernel that has them all, built for it and emulated; see
     /// docs/attach.md.
     Idle,
+    /// Run machines whose memory is of two NUMA nodes, on that kernel and emulated; see docs/daemon.md.
+    Nodes,
     /// Make the Debian package and the archive below target/dist; see docs/packages.md.
     Dist(dist::Choice),
 }
@@ -95,7 +97,8 @@ fn main() -> ExitCode {
         Command::Chaos(choice) => chaos::run(&choice).map(|never| match never {}),
         Command::Metal(choice) => metal::run(&choice).map(|never| match never {}),
         Command::Fuzz(choice) => fuzz::run(&choice),
-        Command::Idle => idle::run(),
+        Command::Idle => emulated::idle(),
+        Command::Nodes => emulated::nodes(),
         Command::Dist(choice) => dist::run(&choice),
     };
     match outcome {
