@@ -7,13 +7,14 @@
 //! `store`: the store against zram. `pager`: the pager against zram and a bare userfaultfd loop, with guests that are this
 //! program again in another role (`guest`). `balloon`: three ways to take memory that a guest has free. `cost`: what a guest
 //! pays that any of its memory is taken. `ksm`: guided KSM against KSM over everything. `attach`: machines managed from outside.
-//! `density`: many guests in little memory. `mmu`: instructions of page-table work against other crates'. `swap`: the peer's device.
+//! `density`: many guests in little memory. `disk`: reads of the disk tier. `mmu`: instructions of page-table work against other crates'. `swap`: the peer's device.
 //! `session`: signals and clocks. `figures`: the arithmetic. `report`: what is said.
 mod attach;
 mod balloon;
 mod contents;
 mod cost;
 mod density;
+mod disk;
 mod figures;
 mod guest;
 mod ksm;
@@ -59,6 +60,7 @@ enum Name {
     Balloon,
     Cost,
     Density,
+    Disk,
 }
 
 impl Name {
@@ -72,6 +74,7 @@ impl Name {
             Self::Balloon => "balloon",
             Self::Cost => "cost",
             Self::Density => "density",
+            Self::Disk => "disk",
         }
     }
 
@@ -97,6 +100,9 @@ impl Name {
             Self::Density => {
                 "the same guests in the same memory: plimsoll, the kernel alone, a balloon loop, enough memory"
             }
+            Self::Disk => {
+                "pages of the disk tier read by io_uring and by threads, against one read at a time"
+            }
         }
     }
 
@@ -111,6 +117,7 @@ impl Name {
             Self::Balloon => balloon::run(rows, interrupt),
             Self::Cost => cost::run(rows, folder, interrupt),
             Self::Density => density::run(rows, folder, interrupt),
+            Self::Disk => disk::run(rows, folder, interrupt),
         }
     }
 }

@@ -118,6 +118,40 @@ fn guests_outlive_a_daemon_whose_manager_is_killed_and_everything_is_accounted_f
     ended.expect_nothing_of_its_own_left();
 }
 
+/// A file system that others fill, and a device that refuses writes: which it is depends on the seed.
+#[test]
+fn guests_outlive_managers_that_are_killed_while_their_disk_fails_and_fills() {
+    let _alone = alone();
+    if !(can("userfaultfd") && can("cgroup") && can("root")) {
+        return;
+    }
+    for seed in ["2", "3"] {
+        let words = [
+            "soak",
+            "--kill-daemon",
+            "12",
+            "--guests",
+            "2",
+            "--bad-disk",
+            "--seed",
+            seed,
+            "--json",
+            "bad.json",
+        ];
+        let ended = Run::new(&words).lasting(60).output();
+        println!("{}", ended.stdout);
+        ended.expect_code(0);
+        let report = ended.json("bad.json");
+        assert_eq!(
+            (report["kills"].as_u64(), report["wrong_words"].as_u64()),
+            (Some(12), Some(0)),
+            "{report}"
+        );
+        ended.remove("bad.json");
+        ended.expect_nothing_of_its_own_left();
+    }
+}
+
 #[test]
 fn a_soak_that_cannot_run_is_refused_in_one_sentence_and_nothing_is_left() {
     for (words, option) in [

@@ -30,8 +30,8 @@ pub(crate) use archive::{Archive, Counts};
 pub use archive::{Happening, Sample};
 pub use fault::{Code, Fault};
 pub use model::{
-    Cell, Group, Groups, Host, Machine, MachineKind, MachineState, Machines, Map, Memory, Pages, Plugged,
-    Region, Table, Waiting,
+    Cell, Group, Groups, Host, Machine, MachineKind, MachineState, Machines, Map, Memory, Pager, Pages,
+    Plugged, Region, Table, Waiting,
 };
 pub use routes::{Attach, Budget, History, Opener, Reclaim, Why, openapi};
 pub(crate) use serve::may_speak;

@@ -9,6 +9,7 @@ use crate::config::group_name;
 use crate::control::Berth;
 use crate::stores::Stores;
 use plimsoll_core::word::StateKind;
+use plimsoll_linux::nodes::Place;
 use plimsoll_policy::Position;
 use plimsoll_policy::host_state::min_free;
 use plimsoll_policy::view::{MachineView, Phase};
@@ -133,6 +134,19 @@ pub struct Plugged {
     pub in_vain_bytes: Option<u64>,
 }
 
+/// A pager that is at a NUMA node: that of the memory it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pager {
+    /// The name of its thread.
+    pub thread: String,
+    /// The node.
+    pub node: u16,
+    /// The CPUs that it was put on; none where it may run wherever the daemon may.
+    pub cpus: Vec<u32>,
+    /// What it stores goes to memory of that node, as long as there is any.
+    pub stores_there: bool,
+}
+
 /// A part of a machine's memory. What is in none of these states is nowhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Cell {
@@ -211,6 +225,9 @@ pub struct Machine {
     /// Its virtio-mem devices; nothing where it has none, or was not looked at.
     #[serde(default)]
     pub plugged: Option<Plugged>,
+    /// Its pagers that are at a NUMA node; not there on a host of one, nor where its memory is of no single node that is known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pagers: Vec<Pager>,
     /// What was decided or found about it last, as a sentence.
     pub reason: Option<String>,
     /// The settings in force.
@@ -376,6 +393,7 @@ impl Moment {
             memory,
             pages: berth.whereabouts.as_ref().map(|seen| Pages::of(&seen.pages, seen.faults)),
             plugged: berth.whereabouts.as_ref().and_then(|seen| seen.plugged).map(Plugged::of),
+            pagers: berth.whereabouts.iter().flat_map(|seen| &seen.seats).map(Pager::of).collect(),
             reason: None,
             settings: Settings::in_force(settings, &self.groups),
         })
@@ -458,6 +476,17 @@ impl Moment {
             }
         });
         Groups { groups: groups.collect() }
+    }
+}
+
+impl Pager {
+    fn of((shard, place): &(MachineId, Place)) -> Self {
+        Self {
+            thread: format!("pager-{}", shard.0),
+            node: place.node.number(),
+            cpus: place.cpus.iter().flatten().copied().collect(),
+            stores_there: place.memory.is_some(),
+        }
     }
 }
 

@@ -287,6 +287,7 @@ impl Backend for Attached {
         let pages = Pages::outside(self.follower.dossier().size(), resident, elsewhere);
         Some(Whereabouts {
             plugged: self.seen().and_then(|seen| seen.plugged),
+            seats: Vec::new(),
             pages: pages.given(balloon, self.memory.gone(), else_by),
             faults: self.memory.totals().refaults.0,
             chart: self.chart.clone()?,

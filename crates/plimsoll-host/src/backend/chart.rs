@@ -8,9 +8,10 @@ use plimsoll_core::layout::Region;
 use plimsoll_core::map::Words;
 use plimsoll_core::word::{PageWord, StateKind};
 use plimsoll_linux::kernel::BlockUse;
+use plimsoll_linux::nodes::Place;
 use plimsoll_linux::uffd::manager::ShardWords;
 use plimsoll_policy::Ppm;
-use plimsoll_types::{BLOCK_PAGES, ByteCount, PageCount};
+use plimsoll_types::{BLOCK_PAGES, ByteCount, MachineId, PageCount};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -56,6 +57,8 @@ pub struct Whereabouts {
     pub pages: Pages,
     /// What is plugged of it, where it has virtio-mem devices.
     pub plugged: Option<Plugged>,
+    /// The pagers that are at a NUMA node, each by its shard.
+    pub seats: Vec<(MachineId, Place)>,
     /// Faults that were served so far; of a machine managed from outside, pages that came back.
     pub faults: u64,
     /// Its memory from the first page to the last.

@@ -126,7 +126,7 @@ impl Managed {
 
 impl Backend for Managed {
     fn observe(&mut self, id: MachineId, now: Instant) -> Result<MachineView, Trouble> {
-        let (machine, stored, words, disk) = {
+        let (machine, stored, words, disk, seats) = {
             let manager = self.manager.lock();
             let machine = manager.machine(self.id).filter(|_| !manager.is_gone(self.id));
             let machine = machine.ok_or_else(|| match self.leaving {
@@ -134,7 +134,8 @@ impl Backend for Managed {
                 _ => Trouble::Gone("its VMM has ended".to_owned()),
             })?;
             self.aim(&manager);
-            (machine, manager.stored(self.id), manager.words(self.id), manager.on_disk(self.id))
+            let (stored, disk) = (manager.stored(self.id), manager.on_disk(self.id));
+            (machine, stored, manager.words(self.id), disk, manager.seats(self.id))
         };
         self.size = Some(machine.size);
         let stats = machine.stats;
@@ -145,6 +146,7 @@ impl Backend for Managed {
         self.whereabouts = is_counted.then(|| Whereabouts {
             pages: Pages::of_census(&stats.census, disk),
             plugged: None,
+            seats: seats.into_iter().filter_map(|(shard, place)| Some((shard, place?))).collect(),
             faults: zero + limbo + stored_faults + present,
             chart: Chart::Words(words),
         });

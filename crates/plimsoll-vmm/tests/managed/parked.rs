@@ -6,6 +6,7 @@ use plimsoll_guest::content::Mix;
 use plimsoll_guest::probe::{Order, ProbeCommand, Task};
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_linux::disk::device::{Blocks, Disk, FileDisk};
+use plimsoll_linux::disk::reader::Reading;
 use plimsoll_linux::disk::tier::{Limits, Tier};
 use plimsoll_linux::uffd::host::Incident;
 use plimsoll_linux::uffd::probe::NoProbe;
@@ -23,18 +24,29 @@ const ROUNDS: usize = 8;
 
 /// A tier of so many MiB in a directory on a disk.
 fn tier(mib: u64) -> (TempDir, Tier) {
-    tier_read_by(mib, FileDisk::read_at)
+    let (directory, disk) = disk();
+    let tier = tier_on(Box::new(disk), mib);
+    assert_eq!(tier.start_reading(None).unwrap(), Reading::Ring);
+    (directory, tier)
 }
 
-/// A tier whose disk is read in that way.
+fn disk() -> (TempDir, FileDisk) {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
+    (directory, disk)
+}
+
+fn tier_on(disk: Box<dyn Disk>, mib: u64) -> Tier {
+    Tier::create(disk, Limits { disk: ByteCount::mib(mib), domain: None }).unwrap()
+}
+
+/// A tier whose disk is read in that way, by threads.
 fn tier_read_by<F>(mib: u64, read: F) -> (TempDir, Tier)
 where
     F: Fn(&FileDisk, u64, &mut [u8]) -> io::Result<usize> + Send + Sync + 'static,
 {
-    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let disk = FileDisk::create(&directory.path().join("tier")).unwrap();
-    let limits = Limits { disk: ByteCount::mib(mib), domain: None };
-    (directory, Tier::create(Box::new(ReadBy { disk, read }), limits).unwrap())
+    let (directory, disk) = disk();
+    (directory, tier_on(Box::new(ReadBy { disk, read }), mib))
 }
 
 struct ReadBy<F> {

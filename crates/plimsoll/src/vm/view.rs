@@ -1,5 +1,5 @@
 //! How machines are shown: a line each, or one at length.
-use plimsoll_host::api::{Host, Machine, MachineKind, Settings, SettingsKind, Waiting};
+use plimsoll_host::api::{Host, Machine, MachineKind, Pager, Settings, SettingsKind, Waiting};
 use plimsoll_policy::Ppm;
 use plimsoll_types::ByteCount;
 use serde::Serialize;
@@ -111,6 +111,12 @@ impl fmt::Display for One {
             if let Some(kept) = plugged.in_vain_bytes.map(ByteCount) {
                 writeln!(f, "                       it was to keep {kept}, and did not unplug the rest")?;
             }
+        }
+        for Pager { thread, node, cpus, stores_there } in &machine.pagers {
+            let cpus = cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+            let cpus = if cpus.is_empty() { String::new() } else { format!(", on its CPUs {cpus}") };
+            let stores = if *stores_there { "stores there" } else { "stores where there is memory" };
+            writeln!(f, "  {thread:<10} {:>8}  {stores}{cpus}", format!("node {node}"))?;
         }
         if let Some(pages) = &machine.pages {
             writeln!(f, "  free       {:>8}  never touched, or given back", ByteCount(pages.free_bytes))?;

@@ -519,6 +519,8 @@ fn a_parked_machine_is_given_back_from_the_disk() {
     let directory = Directory::new("brought-home");
     let disk = std::env::temp_dir().join(format!("plimsoll-disk-home-{}", std::process::id()));
     let (daemon, mut machine) = start_with_disk(&directory, &disk);
+    // Made before its filter was, which lets it make none.
+    assert_eq!(status_of(&directory).unwrap()["disk"]["reads_by"], "ring");
     plimsoll(&directory, &["park", "lonely"]).expect_code(0);
     wait_until("most of it is on the disk", || {
         status_of(&directory).is_some_and(|status| status["domains"][0]["away"].as_u64() > Some(5000))
