@@ -6,7 +6,7 @@
 //! never happen: bytes of a segment's earlier contents that are taken for its present ones; the tag tells, and a view that was
 //! wrong is read anew.
 //!
-//! Nothing here reads: [`bytes`](Window::bytes) says what is wanted, and whoever has read it says what [came](Window::came). Meanwhile the
+//! Nothing here reads: `bytes` says what is wanted, and whoever has read it says what [came](Window::came). Meanwhile the
 //! part counts as on its way: who wants something in it waits for the same read, and what is behind it is read in a longer piece.
 use super::device::{BLOCK_SIZE, Blocks};
 use super::format::{SEGMENT_SIZE, offset_of};
