@@ -9,7 +9,7 @@ use crate::session::{BenchError, Interrupt};
 use anyhow::{Context, Result, ensure};
 use plimsoll_linux::disk::device::{Disk, FileDisk};
 use plimsoll_linux::disk::mover::Mover;
-use plimsoll_linux::disk::queue::{Ended, Queue, Read};
+use plimsoll_linux::disk::queue::{Ended, Queue, Read, made};
 use plimsoll_linux::disk::tier::{Limits, Tier};
 use plimsoll_linux::uffd::far::{Far, Sight};
 use plimsoll_linux::uffd::host::Domain;
@@ -163,11 +163,8 @@ impl Queue for Single {
     }
 
     fn wait(&mut self, ended: &mut Vec<Ended>) -> io::Result<()> {
-        let Some(mut read) = self.next.take() else { return self.bell.wait() };
-        let at = read.offset + read.done as u64;
-        let rest = read.blocks.bytes_mut().get_mut(read.done..).unwrap_or_default();
-        let outcome = self.file.read_at(at, rest);
-        ended.push(Ended { read, outcome });
+        let Some(read) = self.next.take() else { return self.bell.wait() };
+        ended.push(made(&*self.file, read));
         Ok(())
     }
 }

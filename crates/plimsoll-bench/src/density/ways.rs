@@ -89,11 +89,11 @@ impl Cage {
         self.cgroup.used().unwrap_or_default() + self.held()
     }
 
-    /// Keeps all guests together to what zram leaves of the budget. Those stand still meanwhile.
-    fn hold(&self, growing: &[&Guest]) {
+    /// Keeps all guests together to what zram leaves of the budget. Those that grow stand still meanwhile.
+    fn hold(&self, growth: &mut Growth, members: &[Member]) {
         if let Some((_, budget)) = &self.limited {
             let limit = budget.saturating_sub(self.held()).max(ByteCount(budget.0 / LIMIT_MIN_PART));
-            hold_to(&self.cgroup, limit, growing);
+            hold_to(&self.cgroup, limit, &growth.of(members));
         }
     }
 
@@ -131,25 +131,14 @@ pub(super) struct Alone {
 impl Alone {
     /// Enough memory for all.
     pub(super) fn enough(asked: ByteCount, interrupt: &Interrupt) -> Result<Self> {
-        Ok(Self {
-            cage: Cage::new(asked, None)?,
-            ksm: None,
-            balloons: None,
-            growth: Growth::default(),
-            interrupt: interrupt.clone(),
-        })
+        let (cage, growth, interrupt) = (Cage::new(asked, None)?, Growth::default(), interrupt.clone());
+        Ok(Self { cage, ksm: None, balloons: None, growth, interrupt })
     }
 
     /// Reclaim to zram, and KSM.
     pub(super) fn short(asked: ByteCount, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
-        let cage = Cage::new(asked, Some(budget))?;
-        Ok(Self {
-            cage,
-            ksm: Some(merging()?),
-            balloons: None,
-            growth: Growth::default(),
-            interrupt: interrupt.clone(),
-        })
+        let (cage, ksm) = (Cage::new(asked, Some(budget))?, Some(merging()?));
+        Ok(Self { cage, ksm, balloons: None, growth: Growth::default(), interrupt: interrupt.clone() })
     }
 
     /// The same, and a loop that turns the guests' balloons as Proxmox does.
@@ -229,7 +218,7 @@ impl Host for Alone {
     }
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
-        self.cage.hold(&self.growth.of(members));
+        self.cage.hold(&mut self.growth, members);
         let used = self.cage.used();
         if let Some((balloons, free)) = &mut self.balloons {
             free.turn(members);

@@ -107,8 +107,8 @@ impl Threads {
     }
 }
 
-/// Makes a read, and waits for it.
-fn made(disk: &dyn Disk, mut read: Read) -> Ended {
+/// Makes a read, and waits for it: what is left of it, as one call.
+pub fn made(disk: &dyn Disk, mut read: Read) -> Ended {
     let at = read.offset + read.done as u64;
     let rest = read.blocks.bytes_mut().get_mut(read.done..).unwrap_or_default();
     let outcome = disk.read_at(at, rest);

@@ -2,7 +2,7 @@
 use crate::faulty::FaultyDisk;
 use parking_lot::{Condvar, Mutex};
 use plimsoll_linux::disk::device::Disk;
-use plimsoll_linux::disk::queue::{Ended, Queue, Read};
+use plimsoll_linux::disk::queue::{Ended, Queue, Read, made};
 use plimsoll_sys::eventfd::Bell;
 use plimsoll_sys::ring::ReadRing;
 use std::io;
@@ -78,10 +78,9 @@ impl QueuedDisk {
         self.state.0.lock().most
     }
 
-    fn end(&self, mut read: Read) {
-        let at = read.offset + read.done as u64;
-        let outcome = self.disk.read_at(at, &mut read.blocks.bytes_mut()[read.done..]);
-        self.state.0.lock().ended.push(Ended { read, outcome });
+    fn end(&self, read: Read) {
+        let ended = made(&self.disk, read);
+        self.state.0.lock().ended.push(ended);
         self.bell.ring().unwrap();
     }
 }

@@ -15,6 +15,7 @@ mod giveback;
 #[expect(dead_code, reason = "slots are kept; only machines of other tests look into theirs")]
 mod goods;
 mod handover;
+mod harness;
 mod hostile;
 mod impostor;
 mod killed;
@@ -25,13 +26,10 @@ mod probes;
 mod sharded;
 mod sharing;
 
+use harness::{Missing, Test};
 use plimsoll_sys::uffd::{Mode, Userfaultfd};
 use plimsoll_vmm::{Accel, probe};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::time::Instant;
-
-type Test = (&'static str, fn());
 
 const TESTS: [Test; 37] = [
     ("a_machine_that_vanishes_while_its_pages_are_brought_leaves_nothing", ahead::vanishes_meanwhile),
@@ -86,32 +84,7 @@ fn main() -> ExitCode {
         [impostor::ROLE, conduct, handover] => return impostor::child(conduct, handover.parse().unwrap()),
         _ => {}
     }
-    let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let chosen =
-        |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
-    let tests: Vec<Test> = TESTS.into_iter().filter(|(name, _)| chosen(name)).collect();
-    if arguments.iter().any(|argument| argument == "--list") {
-        tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        return ExitCode::SUCCESS;
-    }
-    println!("\nrunning {} tests", tests.len());
-    let start = Instant::now();
-    let missing = missing();
-    let failed = tests.iter().filter(|(name, test)| !passes(name, *test, missing.as_ref())).count();
-    println!(
-        "\ntest result: {}. {} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out; finished in {:.2}s",
-        if failed == 0 { "ok" } else { "FAILED" },
-        tests.len() - failed,
-        TESTS.len() - tests.len(),
-        start.elapsed().as_secs_f64()
-    );
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// A capability that these tests need and this machine lacks.
-struct Missing {
-    name: &'static str,
-    why: String,
+    harness::run(&arguments, &TESTS, missing)
 }
 
 fn missing() -> Option<Missing> {
@@ -122,22 +95,4 @@ fn missing() -> Option<Missing> {
         Accel::Kvm { .. } => None,
         accel => Some(Missing { name: "kvm", why: accel.to_string() }),
     }
-}
-
-fn passes(name: &str, test: fn(), missing: Option<&Missing>) -> bool {
-    if let Some(Missing { name: capability, why }) = missing {
-        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-        if required.split(',').any(|required| required.trim() == *capability) {
-            println!("test {name} ... FAILED: {capability} is required and missing: {why}");
-            return false;
-        }
-        println!("SKIPPED: {name}: no {capability}: {why}");
-        println!("test {name} ... ok");
-        return true;
-    }
-    let start = Instant::now();
-    let passed = catch_unwind(AssertUnwindSafe(test)).is_ok();
-    let verdict = if passed { "ok" } else { "FAILED" };
-    println!("test {name} ... {verdict} ({:.1} s)", start.elapsed().as_secs_f64());
-    passed
 }

@@ -8,8 +8,11 @@
 #[path = "../managed/fleet.rs"]
 #[expect(dead_code, reason = "machines of other tests are asked for more")]
 mod fleet;
+#[path = "../managed/harness.rs"]
+mod harness;
 
 use fleet::{DOMAIN, Fleet, Guest, PLENTY, machine, until, zipf};
+use harness::{Missing, Test};
 use plimsoll_linux::nodes::{Place, of_tag};
 use plimsoll_linux::uffd::probe::NoProbe;
 use plimsoll_store::{SlabKind, SlabMemory};
@@ -22,11 +25,8 @@ use plimsoll_vmm::config::{AccelChoice, Hole, Sandbox, VmmConfig};
 use rustix::thread::{CpuSet, Pid, sched_getaffinity};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
-
-type Test = (&'static str, fn());
 
 const TESTS: [Test; 2] = [
     ("pagers_slabs_and_pages_are_on_the_nodes_that_memory_is_bound_to", bound),
@@ -48,36 +48,12 @@ fn main() -> ExitCode {
         }
         return fleet::child(config, handover.parse().unwrap());
     }
-    let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let chosen =
-        |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
-    let tests: Vec<Test> = TESTS.into_iter().filter(|(name, _)| chosen(name)).collect();
-    if arguments.iter().any(|argument| argument == "--list") {
-        tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        return ExitCode::SUCCESS;
-    }
-    println!("\nrunning {} tests", tests.len());
-    let failed = tests.iter().filter(|(name, test)| !passes(name, *test)).count();
-    println!(
-        "\ntest result: {}. {} passed; {failed} failed; 0 ignored; 0 measured; {} filtered out; finished in 0.00s",
-        if failed == 0 { "ok" } else { "FAILED" },
-        tests.len() - failed,
-        TESTS.len() - tests.len(),
-    );
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    harness::run(&arguments, &TESTS, missing)
 }
 
-fn passes(name: &str, test: fn()) -> bool {
-    if let Err(error) = Userfaultfd::open(Mode::KernelAndUser) {
-        let required = std::env::var("PLIMSOLL_REQUIRE").unwrap_or_default();
-        let is_required = required.split(',').any(|required| required.trim() == "userfaultfd");
-        println!("SKIPPED: {name}: no userfaultfd: {error}");
-        println!("test {name} ... {}", if is_required { "FAILED" } else { "ok" });
-        return !is_required;
-    }
-    let passed = catch_unwind(AssertUnwindSafe(test)).is_ok();
-    println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
-    passed
+fn missing() -> Option<Missing> {
+    let error = Userfaultfd::open(Mode::KernelAndUser).err()?;
+    Some(Missing { name: "userfaultfd", why: error.to_string() })
 }
 
 /// The nodes that have memory, each with its CPUs.

@@ -371,7 +371,7 @@ impl Host for Plimsoll {
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
         self.free.turn(members);
         self.hold(members);
-        self.cage.hold(&self.growth.of(members));
+        self.cage.hold(&mut self.growth, members);
         if self.decided.elapsed() >= DECIDE_EVERY {
             self.turn(members)?;
         }
