@@ -22,6 +22,11 @@
 //! The table is with lz4's own patience, 2^6 places. Half of that, as it is now, takes 2 % less time and frees 1 % less, and gives
 //! a random page up after 0.58 us instead of 0.75; a quarter takes 9 % less and frees 5 % less, and one text page in a hundred stays raw.
 //!
+//! Compressing executes three and more instructions a cycle, so that each of them counts. While its patience lasts it does not compute
+//! how far to go, a place is checked by one comparison, and literals are copied before it is asked whether there are any: the same blocks
+//! by 40,000 instructions a page instead of 46,000, in 4.6 us instead of 5.2 (the quickest of 80 runs that alternated, pages of
+//! `no-zero-no-duplicate`).
+//!
 //! # The block
 //! ```text
 //!  sequence  token: literals (15: more follow) in the high half, match length - 4 (15: more) in the low half
@@ -49,8 +54,8 @@ const WORD: usize = size_of::<u64>();
 /// Literals are copied so many at a time.
 const STRIDE: usize = 16;
 const HASH_BITS: u32 = 12;
-/// After so many places without a match, in powers of two, every second place is looked at, and so on.
-const PATIENCE: u32 = 5;
+/// After so many places without a match every second place is looked at, and so on.
+const PATIENCE: usize = 32;
 /// Room for the longest block and for what is written before it is known to be too long.
 const ROOM: usize = PAGE_SIZE;
 
@@ -70,10 +75,10 @@ struct Block<'a> {
     length: usize,
 }
 
-/// A match: what begins at `at` began at `from` before.
+/// A match: what begins at `at` began `distance` before it.
 struct Match {
     at: usize,
-    from: usize,
+    distance: usize,
     length: usize,
 }
 
@@ -109,17 +114,32 @@ impl Lz4 {
 #[inline(always)]
 fn find(page: &PageBytes, places: &mut [u16; 1 << HASH_BITS], next: usize) -> Option<(usize, usize)> {
     let mut at = next;
-    let mut tries = 1 << PATIENCE;
-    while at < MATCH_LIMIT {
-        let here = word(page, at);
-        let from = usize::from(note(places, here, at));
-        if (word(page, from) ^ here) & EQUAL_MASK == 0 {
+    for _ in 0..PATIENCE {
+        if at >= MATCH_LIMIT {
+            return None;
+        }
+        if let Some(from) = look(page, places, at) {
             return Some((at, from));
         }
-        at += tries >> PATIENCE;
-        tries += 1usize;
+        at += 1;
+    }
+    let mut tries = 2 * PATIENCE;
+    while at < MATCH_LIMIT {
+        if let Some(from) = look(page, places, at) {
+            return Some((at, from));
+        }
+        at += tries / PATIENCE;
+        tries += 1;
     }
     None
+}
+
+/// An earlier place that begins as this one does.
+#[inline(always)]
+fn look(page: &PageBytes, places: &mut [u16; 1 << HASH_BITS], at: usize) -> Option<usize> {
+    let here = word(page, at);
+    let from = usize::from(note(places, here, at));
+    ((word(page, from) ^ here) & EQUAL_MASK == 0).then_some(from)
 }
 
 /// Enters a place, and returns the one that had its hash before.
@@ -134,14 +154,10 @@ fn note(places: &mut [u16; 1 << HASH_BITS], word: u64, at: usize) -> u16 {
     core::mem::replace(entry, u16::from_le_bytes([low, high]))
 }
 
-/// Eight bytes of the page, little endian.
+/// Eight bytes of the page, little endian. Nobody asks for what goes beyond it.
 #[inline(always)]
 fn word(page: &PageBytes, at: usize) -> u64 {
-    // Nobody asks for more; saying so saves the check.
-    let at = at.min(PAGE_SIZE - WORD);
-    let mut bytes = [0; WORD];
-    bytes.copy_from_slice(&page[at..at + WORD]);
-    u64::from_le_bytes(bytes)
+    page.get(at..at + WORD).map_or(0, |bytes| u64::from_le_bytes(bytes.try_into().unwrap_or_default()))
 }
 
 /// How many of eight bytes are equal, given their differences.
@@ -153,19 +169,16 @@ impl Match {
     /// The match whose first bytes were found equal, as long as can be, but not before `done`.
     #[inline(always)]
     fn around(page: &PageBytes, at: usize, from: usize, done: usize) -> Self {
-        let mut length = EQUAL;
-        loop {
-            if at + length + WORD > MATCH_END {
-                while at + length < MATCH_END && page[at + length] == page[from + length] {
-                    length += 1;
-                }
-                break;
-            }
-            let differences = word(page, at + length) ^ word(page, from + length);
-            length += equal_bytes(differences.trailing_zeros());
+        let (mut end, distance) = (at + EQUAL, at - from);
+        while end <= MATCH_END - WORD {
+            let differences = word(page, end) ^ word(page, end - distance);
+            end += equal_bytes(differences.trailing_zeros());
             if differences != 0 {
                 break;
             }
+        }
+        while end > MATCH_END - WORD && end < MATCH_END && page[end] == page[end - distance] {
+            end += 1;
         }
         // Eight bytes back are looked at in one step: a loop would be one more branch to mispredict.
         let back = if from < WORD {
@@ -174,7 +187,7 @@ impl Match {
             let differences = word(page, at - WORD) ^ word(page, from - WORD);
             equal_bytes(differences.leading_zeros()).min(at - done)
         };
-        Self { at: at - back, from: from - back, length: length + back }
+        Self { at: at - back, distance, length: end - at + back }
     }
 }
 
@@ -189,8 +202,8 @@ impl Block<'_> {
         }
         self.push_token(literals, more.min(HALF));
         self.copy(page, done, literals);
-        let offset = u16::try_from(found.at - found.from).ok()?;
-        self.push(offset.to_le_bytes());
+        let [low, high, ..] = found.distance.to_le_bytes();
+        self.push([low, high]);
         self.push_rest(more);
         Some(())
     }
@@ -234,7 +247,8 @@ impl Block<'_> {
     }
 
     /// Literals, sixteen at a time where the page goes on for that long: what is written beyond their end is written again,
-    /// or is not part of the block. Most are few, and a call to copy them would take longer than all of this.
+    /// or is not part of the block. Most are few, and a call to copy them would take longer than all of this, and so would asking
+    /// whether there are any.
     #[inline(always)]
     fn copy(&mut self, page: &PageBytes, start: usize, literals: usize) {
         let end = self.length + literals;
@@ -244,11 +258,17 @@ impl Block<'_> {
                 target.copy_from_slice(source);
             }
         } else {
-            for offset in (0..literals).step_by(STRIDE) {
-                let from = (start + offset).min(PAGE_SIZE - STRIDE);
+            let mut from = start;
+            loop {
+                // It is below anyway; saying so saves the check.
+                let at = from.min(PAGE_SIZE - STRIDE);
                 let mut stride = [0; STRIDE];
-                stride.copy_from_slice(&page[from..from + STRIDE]);
+                stride.copy_from_slice(&page[at..at + STRIDE]);
                 self.push(stride);
+                from += STRIDE;
+                if self.length >= end {
+                    break;
+                }
             }
         }
         self.length = end;

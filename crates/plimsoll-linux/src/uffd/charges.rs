@@ -2,13 +2,14 @@
 //!
 //! Enters: pages and bytes that are about to be there, and the machine's words. Leaves: room below the line of their purpose, or
 //! none. What must never happen: something that is there and charged by nobody once a turn is over.
+use super::host::Host;
 use super::pager::{Pager, PagerError};
 use super::space::Space;
-use plimsoll_core::ledger::{Kind, Ledger, LedgerError, Purpose};
+use plimsoll_core::ledger::{Kind, LedgerError, Purpose};
 use plimsoll_core::map::Words;
 use plimsoll_core::word::StateKind;
 use plimsoll_store::SlabMemory;
-use plimsoll_types::{ByteCount, PageCount};
+use plimsoll_types::{ByteCount, MachineId, PageCount};
 
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     pub(super) fn charge(&self, pages: u32, purpose: Purpose) -> bool {
@@ -19,11 +20,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Charges what will be there twice, below the hard line; near it, what nobody names any more goes first. False where there is no
     /// room even then.
     pub(super) fn charge_passing(&mut self, bytes: ByteCount) -> Result<bool, PagerError> {
-        let charge = |pager: &Self| {
-            let charge = |ledger: &mut Ledger| ledger.charge(pager.id, Kind::Limbo, bytes, Purpose::Passing);
-            pager.host.ledger(charge).is_ok()
-        };
-        if charge(self) {
+        if pass(&self.host, self.id, bytes) {
             return Ok(true);
         }
         if self.machine.airlock().residue() == PageCount(0) {
@@ -31,7 +28,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         }
         self.zap()?;
         self.settle()?;
-        Ok(charge(self))
+        Ok(pass(&self.host, self.id, bytes))
     }
 
     /// Brings the ledger to what the words and the airlock say, charges that came to nothing included.
@@ -55,4 +52,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     pub(super) fn settle_store(&self) -> Result<(), PagerError> {
         Ok(self.domain.settle(&self.host)?)
     }
+}
+
+/// Charges what will be there twice, where there is room for it below the hard line.
+pub(super) fn pass(host: &Host, machine: MachineId, bytes: ByteCount) -> bool {
+    host.ledger(|ledger| ledger.charge(machine, Kind::Limbo, bytes, Purpose::Passing)).is_ok()
 }

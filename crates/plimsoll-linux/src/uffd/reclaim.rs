@@ -3,6 +3,7 @@
 //! Enters: how many pages the governor wants. Leaves: fewer pages of RAM in use. Each call does one bounded step, in
 //! this order of preference: give back memory that nobody names, fill limbo up to its goal, store the oldest of limbo.
 use super::allowance::Cause;
+use super::charges::pass;
 use super::host::Incident;
 use super::housekeeper::cpu_time;
 use super::pager::{Pager, PagerError};
@@ -394,13 +395,22 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let mut may_grow = false;
         loop {
             let bytes = &self.buffer[place];
-            // Once more if it grows, which one in sixteen pages or fewer makes it do.
+            // Once more if something has to go first.
             let encoded = self.encoder.encode(bytes, digest);
             let lane = self.lane;
-            let inserted = self.domain.store(|store| match store.growth(encoded, lane) {
-                growth if growth > ByteCount(0) && !may_grow => Err(growth),
-                _ => Ok(store.insert(bytes, digest, encoded, lane)),
-            });
+            let insert = |may_grow: bool| {
+                self.domain.store(|store| match store.growth(encoded, lane) {
+                    growth if growth > ByteCount(0) && !may_grow => Err(growth),
+                    _ => Ok(store.insert(bytes, digest, encoded, lane)),
+                })
+            };
+            let mut inserted = insert(may_grow);
+            if let Err(growth) = inserted
+                && pass(&self.host, self.id, growth)
+            {
+                may_grow = true;
+                inserted = insert(may_grow);
+            }
             match inserted {
                 Ok(inserted) => {
                     if may_grow {
@@ -410,12 +420,13 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                     }
                     return Ok(inserted.map_err(|_| Put::Full));
                 }
-                Err(growth) => {
-                    may_grow = self.charge_passing(growth)? || std::mem::take(&mut self.is_stuck);
-                    if !may_grow {
-                        return Ok(Err(Put::Crowded));
-                    }
+                // Near the hard line, what nobody names any more goes first.
+                Err(_) if self.machine.airlock().residue() > PageCount(0) => {
+                    self.zap()?;
+                    self.settle()?;
                 }
+                Err(_) if std::mem::take(&mut self.is_stuck) => may_grow = true,
+                Err(_) => return Ok(Err(Put::Crowded)),
             }
         }
     }
