@@ -66,11 +66,11 @@ impl Way {
         }
     }
 
-    fn host(self, mix: &Mix, budget: ByteCount, interrupt: &Interrupt) -> anyhow::Result<Box<dyn Host>> {
-        let asked = mix.asked();
+    fn host(self, row: &Row, rows: &Path, interrupt: &Interrupt) -> anyhow::Result<Box<dyn Host>> {
+        let (asked, budget) = (row.mix.asked(), row.budget());
         Ok(match self {
             Self::Enough => Box::new(Alone::enough(asked, interrupt)?),
-            Self::Plimsoll => Box::new(Plimsoll::new(mix, budget, interrupt)?),
+            Self::Plimsoll => Box::new(Plimsoll::new(row.mix, budget, &row.record(rows), interrupt)?),
             Self::Kernel => Box::new(Alone::short(asked, budget, interrupt)?),
             Self::Balloon => Box::new(Alone::ballooned(asked, budget, interrupt)?),
         })
@@ -134,6 +134,11 @@ impl Row {
         rows.join(format!("{}.json", self.name().replace('/', "-")))
     }
 
+    /// Where the decisions of plimsoll are recorded, for `plimsoll replay`.
+    fn record(&self, rows: &Path) -> PathBuf {
+        rows.join(format!("{}.record", self.name().replace('/', "-")))
+    }
+
     fn budget(&self) -> ByteCount {
         ByteCount(self.mix.asked().0 * 10 / self.tenths)
     }
@@ -162,10 +167,10 @@ impl Row {
 }
 
 /// Runs the guests one way.
-fn run_once(row: &Row, way: Way, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
+fn run_once(row: &Row, way: Way, rows: &Path, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
     eprintln!("{}: {}", row.name(), way.about());
     let context = || format!("{}: {}", row.name(), way.about());
-    let mut host = way.host(row.mix, row.budget(), interrupt).with_context(context)?;
+    let mut host = way.host(row, rows, interrupt).with_context(context)?;
     let outcome = fleet::run(row.mix, &mut *host, interrupt);
     let ended = host.end();
     let outcome = outcome.map_err(|error| match error {
@@ -215,16 +220,16 @@ fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &Outcome) -> Figures 
 }
 
 /// All runs of a row.
-fn measure(row: &Row, interrupt: &Interrupt) -> Result<Vec<Figures>, BenchError> {
+fn measure(row: &Row, rows: &Path, interrupt: &Interrupt) -> Result<Vec<Figures>, BenchError> {
     let mut outcomes = Vec::new();
     for way in ORDER {
-        let mut outcome = run_once(row, way, interrupt)?;
+        let mut outcome = run_once(row, way, rows, interrupt)?;
         for _ in 0..REPEATS {
             // Others do better where one has died: such a run counts only if there is no other.
             if outcome.works.iter().all(|work| !work.has_died) {
                 break;
             }
-            outcome = run_once(row, way, interrupt)?;
+            outcome = run_once(row, way, rows, interrupt)?;
         }
         outcomes.push((way, outcome));
     }
@@ -303,7 +308,7 @@ pub(crate) fn run(prefix: &str, folder: &Path, interrupt: &Interrupt) -> Result<
     for row in Row::all()
         .filter(|row| row.name().starts_with(prefix) || prefix.starts_with(&format!("{}/", row.name())))
     {
-        let all = measure(&row, interrupt)?;
+        let all = measure(&row, &rows, interrupt)?;
         print(&row, &all);
         for comparison in
             compare(&row, &all)?.into_iter().filter(|comparison| comparison.name().starts_with(prefix))

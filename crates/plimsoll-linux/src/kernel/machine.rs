@@ -148,6 +148,8 @@ pub struct KernelMachine {
     seen: Vec<(u16, u16)>,
     /// Of each block, the most that it was ever seen to have, here or elsewhere.
     most: Vec<u16>,
+    /// Pages that it was seen to have before its use was last estimated.
+    had: Option<PageCount>,
 }
 
 impl KernelMachine {
@@ -185,6 +187,7 @@ impl KernelMachine {
             totals: Totals::default(),
             seen: Vec::new(),
             most: Vec::new(),
+            had: None,
         };
         // The page map was opened by number: as long as the process of the descriptor lives, the number is its own.
         machine.check_alive()?;
@@ -263,6 +266,12 @@ impl KernelMachine {
         })
     }
 
+    /// Pages that it had, here and elsewhere, when its usage was last read.
+    fn has(&self) -> Option<PageCount> {
+        let pages = |(resident, elsewhere): &(u16, u16)| u64::from(*resident) + u64::from(*elsewhere);
+        (!self.seen.is_empty()).then(|| PageCount(self.seen.iter().map(pages).sum()))
+    }
+
     /// Pages that were in RAM or elsewhere at an earlier [`usage`](Reclaimer::usage) and were nowhere at the last: the guest, or its
     /// VMM, gave them back. Counted by the most that a block ever had, so a page that came in the place of another hides one, and
     /// what went before this machine was attached to is not known; nor is what went after it was taken, until it is used again.
@@ -284,7 +293,7 @@ impl KernelMachine {
         self.known = self.known.rearranged(new.blocks(), |block| old.block_at_base(new.base_of(block)?));
         self.view.set_layout(new);
         // What went of blocks that stay is not known any more: they are counted by their places.
-        (self.seen, self.most) = (Vec::new(), Vec::new());
+        (self.seen, self.most, self.had) = (Vec::new(), Vec::new(), None);
         // Samples are drawn anew; these pages would be looked for where others are now.
         self.drawn.clear();
         self.idle.iter_mut().for_each(IdleSamples::forget);
@@ -322,6 +331,7 @@ impl KernelMachine {
         let came_back = self.watch.came_back()?;
         self.leave_out_what_was_read_back(came_back)?;
         let count = draws(self.known.block_count(), self.known.estimate());
+        self.had = self.has();
         let judged = self.judge_marked();
         let stayed_used = judged.values().filter(|is_used| **is_used).count() as u64;
         let (view, ahead) = (&mut self.view, sampling_ahead(&self.known));
@@ -457,13 +467,14 @@ impl Reclaimer for KernelMachine {
         self.take(want, now)
     }
 
-    /// Pages used in a period, which is [`PERIOD`] while the machine does something; no more than it had when its usage was last
-    /// read, however long what its guest has given back stays in the samples.
+    /// Pages used in a period, which is [`PERIOD`] while the machine does something, and those that came to be since, since whoever
+    /// starts has used nothing yet; no more than it had when its usage was last read, however long what its guest has given back
+    /// stays in the samples.
     fn working_set(&self) -> Option<PageCount> {
         let estimate = self.known.estimate()?;
-        let pages = |(resident, elsewhere): &(u16, u16)| u64::from(*resident) + u64::from(*elsewhere);
-        let had = (!self.seen.is_empty()).then(|| PageCount(self.seen.iter().map(pages).sum()));
-        Some(had.map_or(estimate, |had| estimate.min(had)))
+        let Some(has) = self.has() else { return Some(estimate) };
+        let grown = self.had.map_or(PageCount(0), |had| has.saturating_sub(had));
+        Some((estimate + grown).min(has))
     }
 
     fn collapse_hot(&mut self, blocks_max: u32) -> Result<Collapsed, KernelError> {
@@ -488,6 +499,26 @@ mod tests {
         }
         assert_eq!(draws(128, None), 160);
         assert_eq!((drawn(8, 1), drawn(4, 1), drawn(1, 512)), (128, 64, 64));
+    }
+
+    #[test]
+    fn a_machine_that_grows_between_two_estimates_uses_what_it_took() {
+        let memory = AnonymousMapping::new(ByteCount::mib(4), HugePages::Never).unwrap();
+        let process = Pidfd::open(ProcessId::own()).unwrap();
+        let mut machine = KernelMachine::attach(process, vec![memory.range()], 1, Instant::now()).unwrap();
+        machine.usage().unwrap();
+        machine.tick(Instant::now()).unwrap();
+        machine.tick(Instant::now()).unwrap();
+        machine.usage().unwrap();
+        assert_eq!(machine.working_set(), Some(PageCount(0)), "nothing is there that could be used");
+        let half = HvaRange::new(memory.range().start(), ByteCount::mib(2)).unwrap();
+        memory.populate_write(half).unwrap();
+        machine.usage().unwrap();
+        assert_eq!(machine.working_set(), Some(ByteCount::mib(2).pages_floor()));
+        // What is given back again is not used.
+        memory.discard(half).unwrap();
+        machine.usage().unwrap();
+        assert_eq!(machine.working_set(), Some(PageCount(0)));
     }
 
     #[test]

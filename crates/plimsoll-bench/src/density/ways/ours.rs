@@ -22,6 +22,7 @@ use crate::swap::hold_to;
 use anyhow::{Context, Result};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::spec::WorkloadKind;
+use plimsoll_host::trace::{Basis, Recorder, Tick};
 use plimsoll_linux::cgroup::MemoryCgroup;
 use plimsoll_linux::kernel::{KernelError, KernelMachine};
 use plimsoll_linux::ksm::control::Ksm;
@@ -39,6 +40,7 @@ use plimsoll_sys::{ProcessId, procfs};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::control::{BalloonPiece, Command};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -99,6 +101,7 @@ pub(in crate::density) struct Plimsoll {
     cage: Arc<Cage>,
     budget: ByteCount,
     state: PolicyState,
+    recorder: Recorder,
     free: FreeFrames,
     growth: Growth,
     started: Instant,
@@ -107,8 +110,13 @@ pub(in crate::density) struct Plimsoll {
 }
 
 impl Plimsoll {
-    /// For the guests of a mix, within a budget.
-    pub(in crate::density) fn new(mix: &Mix, budget: ByteCount, interrupt: &Interrupt) -> Result<Self> {
+    /// For the guests of a mix, within a budget. What is decided is written to `record`.
+    pub(in crate::density) fn new(
+        mix: &Mix,
+        budget: ByteCount,
+        record: &Path,
+        interrupt: &Interrupt,
+    ) -> Result<Self> {
         let cage = Arc::new(Cage::new(mix.asked(), Some(budget))?);
         cage.cgroup.join_self()?;
         // Machines of the kernel may fill the host beyond the pager's high mark: so machines at rest always give first.
@@ -122,6 +130,11 @@ impl Plimsoll {
             settings.machines.push(MachineSettings::new(id_of(nth)?, face));
         }
         let state = PolicyState::new(Tree::new(settings)?);
+        let names =
+            mix.roles().enumerate().map(|(nth, role)| Ok((id_of(nth)?, format!("{}-{nth}", role.name))));
+        let (names, own) = (names.collect::<Result<_>>()?, ByteCount(0));
+        let mut recorder = Recorder::create(record)?;
+        recorder.settings(&Basis { state: state.clone(), names, own })?;
         let ksm = merging()?;
         let (started, interrupt) = (Instant::now(), interrupt.clone());
         Ok(Self {
@@ -132,6 +145,7 @@ impl Plimsoll {
             cage,
             budget,
             state,
+            recorder,
             free: FreeFrames::new(),
             growth: Growth::default(),
             started,
@@ -166,6 +180,9 @@ impl Plimsoll {
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
         let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
         let plan = decide(&view, &mut self.state);
+        // What came of it is in the next view.
+        let (outcomes, overheads) = (Vec::new(), Vec::new());
+        self.recorder.tick(&Tick { view, plan: plan.clone(), outcomes, overheads })?;
         // What others run all the time is run while memory is short; what was merged stays so.
         match plan.state {
             HostState::High if self.ksm.counters()?.full_scans >= self.merged => self.ksm.stop()?,
@@ -396,7 +413,8 @@ impl Host for Plimsoll {
     }
 
     fn end(self: Box<Self>) -> Result<(), BenchError> {
-        let Self { machines, pagers, cage, ksm, .. } = *self;
+        let Self { machines, pagers, cage, ksm, recorder, .. } = *self;
+        let recorded = recorder.finish();
         let ksm = ksm.restore();
         for machine in machines {
             if let Keeper::Kernel { cgroup, .. } = machine.keeper {
@@ -406,6 +424,7 @@ impl Host for Plimsoll {
         drop(pagers);
         let cage = Arc::into_inner(cage).context("the governor still runs")?;
         cage.remove()?;
-        Ok(ksm.context("cannot give KSM back")?)
+        ksm.context("cannot give KSM back")?;
+        Ok(recorded.context("cannot end the record")?)
     }
 }
