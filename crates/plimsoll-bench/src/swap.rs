@@ -55,14 +55,17 @@ pub(crate) fn hold_to(cgroup: &MemoryCgroup, limit: ByteCount, who: &[&Guest]) {
     if used().0 <= limit.0 - limit.0 / 128 {
         return;
     }
-    // One that is gone is found to be so when it is heard.
-    let tell = |signal| who.iter().for_each(|guest| _ = guest.process().send_signal(signal));
-    tell(Signal::STOP);
+    signal(who, Signal::STOP);
     let goal = limit.0 - limit.0 / 64;
     // That of cgroup v1 takes effect once what is in use fits.
     let take = || cgroup.set_limit(ByteCount(goal.max(used().0.saturating_sub(STEP.0))));
     (0..HELD_STEPS).take_while(|_| used().0 > goal && take().is_ok()).for_each(drop);
     // Nobody meets this one.
     let _ = cgroup.set_limit(ByteCount(limit.0.saturating_mul(8)));
-    tell(Signal::CONT);
+    signal(who, Signal::CONT);
+}
+
+/// Has guests stand still, or go on. One that is gone is found to be so when it is heard.
+pub(crate) fn signal(who: &[&Guest], signal: Signal) {
+    who.iter().for_each(|guest| _ = guest.process().send_signal(signal));
 }

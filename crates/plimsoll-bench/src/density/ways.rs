@@ -89,11 +89,20 @@ impl Cage {
         self.cgroup.used().unwrap_or_default() + self.held()
     }
 
-    /// Keeps all guests together to what zram leaves of the budget. Those that grow stand still meanwhile.
-    fn hold(&self, growth: &mut Growth, members: &[Member]) {
-        if let Some((_, budget)) = &self.limited {
-            let limit = budget.saturating_sub(self.held()).max(ByteCount(budget.0 / LIMIT_MIN_PART));
-            hold_to(&self.cgroup, limit, &growth.of(members));
+    /// What guests and all else may use: what zram leaves of the budget.
+    fn limit(&self) -> Option<ByteCount> {
+        let (_, budget) = self.limited.as_ref()?;
+        Some(budget.saturating_sub(self.held()).max(ByteCount(budget.0 / LIMIT_MIN_PART)))
+    }
+
+    fn is_full(&self) -> bool {
+        self.limit().is_some_and(|limit| self.cgroup.used().unwrap_or_default() > limit)
+    }
+
+    /// Keeps all guests together to that. Those that have grown stand still meanwhile.
+    fn hold(&self, grown: &[&Guest]) {
+        if let Some(limit) = self.limit() {
+            hold_to(&self.cgroup, limit, grown);
         }
     }
 
@@ -218,7 +227,7 @@ impl Host for Alone {
     }
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
-        self.cage.hold(&mut self.growth, members);
+        self.cage.hold(&self.growth.of(members));
         let used = self.cage.used();
         if let Some((balloons, free)) = &mut self.balloons {
             free.turn(members);

@@ -18,7 +18,7 @@ use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
 use crate::pager::keepers::{MEMBERSHIP, Managed, Running};
 use crate::session::{BenchError, Interrupt};
-use crate::swap::hold_to;
+use crate::swap::{hold_to, signal};
 use anyhow::{Context, Result};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::spec::WorkloadKind;
@@ -35,7 +35,7 @@ use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView, Phase, Reading};
 use plimsoll_policy::{PolicyState, Ppm, Rung, Rungs, Step, decide};
-use plimsoll_sys::pidfd::Pidfd;
+use plimsoll_sys::pidfd::{Pidfd, Signal};
 use plimsoll_sys::{ProcessId, procfs};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use plimsoll_vmm::VmmConfig;
@@ -387,8 +387,14 @@ impl Host for Plimsoll {
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
         self.free.turn(members);
+        // Those that grow stand still meanwhile: each is pressed by its own limit, and the limit of all, which takes from whom it finds
+        // first, has nothing left to do.
+        let grown = self.growth.of(members);
+        let grown = if self.cage.is_full() { &grown[..] } else { &[] };
+        signal(grown, Signal::STOP);
         self.hold(members);
-        self.cage.hold(&mut self.growth, members);
+        self.cage.hold(grown);
+        signal(grown, Signal::CONT);
         if self.decided.elapsed() >= DECIDE_EVERY {
             self.turn(members)?;
         }
