@@ -41,7 +41,10 @@
 //!    what they are to come to, is never above its limit, and the former not below its reservation. Only how fast targets get
 //!    there depends on the room that all of them leave.
 //! 6. **What does not change is left alone.** On constant input a fixed point is reached and kept; on steady input with
-//!    5 % of noise no target moves more than 5 % back and forth within a minute.
+//!    5 % of noise no target moves more than 5 % back and forth within a minute. On any input one moves only
+//!    towards what is due, so it swings by no more than that does, and only where there is no other way: up to what it is
+//!    guaranteed, or down while the host is at its end (*low*) or while targets on the host, or in a group around it, are all
+//!    that may be there.
 //! 7. **Bad numbers harm nobody else.** Missing, stale, negative or absurd samples are named, and the others' targets
 //!    stay the same.
 //! 8. **A recorded decision replays** to the bit, from JSON.

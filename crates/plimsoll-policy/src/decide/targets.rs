@@ -71,11 +71,12 @@ pub(crate) fn aim(
     let dues: Vec<PageCount> = seen.iter().map(|machine| shared.grants[machine.place]).collect();
     let verdicts: Vec<Verdict> =
         seen.iter().zip(&dues).map(|(machine, due)| judge(host, machine, *due, state)).collect();
-    let targets = settle(budget, seen, &dues, &verdicts, state);
+    let targets = settle(host, budget, seen, &dues, &verdicts, state);
     let mut aims = Vec::with_capacity(seen.len());
     for ((machine, verdict), (due, target)) in seen.iter().zip(verdicts).zip(dues.into_iter().zip(targets)) {
         let before = state.machines.get(&machine.id()).and_then(|known| known.damper.as_ref());
         let from = before.map(Damper::target);
+        let verdict = turned(verdict, before, host.now_ms);
         aims.push(Aim { due, target });
         if from != Some(target) {
             move_target(host, budget, machine, from, Aim { due, target }, state, findings);
@@ -131,64 +132,132 @@ fn judge(host: &Host, machine: &Seen<'_>, due: PageCount, state: &PolicyState) -
     damper.judge(due, urgent, host.now_ms)
 }
 
+/// What a machine's target may do, all other machines' apart.
+struct Move {
+    /// Where it goes, but for raises.
+    to: PageCount,
+    /// What it is held at as long as anybody else can give way.
+    least: PageCount,
+    /// What it is raised by at once, because it stalls.
+    urgent: PageCount,
+    /// What it is raised by where that is worth it.
+    raise: PageCount,
+}
+
+impl Move {
+    fn of(
+        host: &Host,
+        machine: &Seen<'_>,
+        due: PageCount,
+        verdict: Verdict,
+        damper: Option<&Damper>,
+    ) -> Self {
+        let stays = |to, least| Self { to, least, urgent: PageCount(0), raise: PageCount(0) };
+        let Some(damper) = damper else { return stays(due, PageCount(0)) };
+        let (target, most) = (damper.target(), damper.most(host.now_ms));
+        // A limit is no matter of damping, and nor is a guarantee (see `judge`), nor anything at the end of the host: what is
+        // held above its due is not taken, and there is nothing else left to live on.
+        let held = if host.state == HostState::Low { PageCount(0) } else { damper.least(host.now_ms) };
+        let least = held.min(machine.terms.cap);
+        let kept = machine.terms.floor.min(machine.demand.wanted).min(due);
+        match verdict {
+            Verdict::Moves(Way::Down) => stays(due.max(least).min(target), least),
+            Verdict::Moves(Way::Up) => {
+                let to = target.max(kept);
+                let rest = due.min(most).saturating_sub(to);
+                let (urgent, raise) =
+                    if machine.stalls { (rest, PageCount(0)) } else { (PageCount(0), rest) };
+                Self { to, least, urgent, raise }
+            }
+            Verdict::Stays | Verdict::Held(_) => stays(target, least),
+        }
+    }
+}
+
 /// Targets that are damped, and yet within the budget and within each group's limit.
 ///
-/// Those that sink, and those that must rise, go where they are due. If what is held above its due then leaves
-/// too little, it is held no longer: on the host, or in the group whose limit it is. What remains is for those that rise without
-/// need, each in proportion.
+/// If what is held above its due leaves too little, for what is held elsewhere or for those who stall, it gives way: on the
+/// host, or in the group whose limit it is, all of it by the same part, and no further than is needed. What has just risen is
+/// held longest, since it would move back and forth: whoever is to rise waits for it, and it gives way only where nothing else
+/// is left to. What remains is for those that rise, those who stall first, each in proportion.
 fn settle(
+    host: &Host,
     budget: PageCount,
     seen: &[Seen<'_>],
     dues: &[PageCount],
     verdicts: &[Verdict],
     state: &PolicyState,
 ) -> Vec<PageCount> {
-    let before = |machine: &Seen<'_>| {
-        state.machines.get(&machine.id()).and_then(|known| known.damper.as_ref()).map(Damper::target)
+    let move_of = |((machine, due), verdict): ((&Seen<'_>, &PageCount), &Verdict)| {
+        let damper = state.machines.get(&machine.id()).and_then(|known| known.damper.as_ref());
+        Move::of(host, machine, *due, *verdict, damper)
     };
-    let must_rise = |machine: &Seen<'_>, target: PageCount| {
-        machine.stalls || target < machine.terms.floor.min(machine.demand.wanted)
-    };
-    let mut targets = Vec::with_capacity(seen.len());
-    let mut waiting = Vec::new();
-    for (index, (machine, verdict)) in seen.iter().zip(verdicts).enumerate() {
-        targets.push(match (before(machine), verdict) {
-            (None, _) | (_, Verdict::Moves(Way::Down)) => dues[index],
-            (Some(target), Verdict::Moves(Way::Up)) if must_rise(machine, target) => dues[index],
-            (Some(target), Verdict::Moves(Way::Up)) => {
-                waiting.push(index);
-                target
-            }
-            (Some(target), Verdict::Stays | Verdict::Held(_)) => target,
-        });
+    let mut moves: Vec<Move> = seen.iter().zip(dues).zip(verdicts).map(move_of).collect();
+    let sums = Sums { tree: &state.tree, budget, places: seen.iter().map(|machine| machine.place).collect() };
+    sums.give_way(&mut moves, |index, one| dues[index].max(one.least), |one| one.to + one.urgent);
+    sums.give_way(&mut moves, |index, _| dues[index], |one| one.to);
+    for (one, part) in sums.parts(&moves, |one| one.urgent) {
+        moves[one].to += part;
     }
-    let around = |index: usize| state.tree.around(seen[index].place);
-    let sums = |pages: &[PageCount]| {
-        state.tree.sums(seen.iter().map(|machine| machine.place).zip(pages.iter().copied()))
-    };
-    let most = |group: GroupIndex| if group == 0 { budget } else { state.tree.groups[group].cap };
-    let before = sums(&targets);
-    let is_tight: Vec<bool> = before.into_iter().enumerate().map(|(group, sum)| sum > most(group)).collect();
-    for (index, target) in targets.iter_mut().enumerate() {
-        if around(index).any(|group| is_tight[group]) {
-            *target = (*target).min(dues[index]);
-        }
-    }
-    let room: Vec<PageCount> =
-        sums(&targets).into_iter().enumerate().map(|(group, sum)| most(group).saturating_sub(sum)).collect();
-    let mut missing = vec![PageCount(0); seen.len()];
-    waiting.iter().for_each(|index| missing[*index] = dues[*index].saturating_sub(targets[*index]));
-    let asked = sums(&missing);
-    for index in waiting {
-        // The least of what each group around it has room for: so no sum exceeds any of them.
-        let raise = around(index).map(|group| part_of(missing[index], room[group], asked[group])).min();
-        let raise = raise.unwrap_or_default();
+    for (one, part) in sums.parts(&moves, |one| one.raise) {
         // A raise that is hardly one waits until it is worth making.
-        if raise.0 > DEAD_BAND.apply(targets[index].0) {
-            targets[index] += raise;
+        if part.0 > DEAD_BAND.apply(moves[one].to.0) {
+            moves[one].to += part;
         }
     }
-    targets
+    moves.into_iter().map(|one| one.to).collect()
+}
+
+/// What targets sum to at most, of all machines and of those of a group.
+struct Sums<'a> {
+    tree: &'a Tree,
+    budget: PageCount,
+    /// Of each machine in the tree.
+    places: Vec<usize>,
+}
+
+impl Sums<'_> {
+    fn most(&self, group: GroupIndex) -> PageCount {
+        if group == 0 { self.budget } else { self.tree.groups[group].cap }
+    }
+
+    /// For each group the sum of what its machines have.
+    fn sums(&self, pages: impl Iterator<Item = PageCount>) -> Vec<PageCount> {
+        self.tree.sums(self.places.iter().copied().zip(pages))
+    }
+
+    /// Has what is above the least it may be give way where a sum is too much, from the innermost groups outward.
+    fn give_way(
+        &self,
+        moves: &mut [Move],
+        least: impl Fn(usize, &Move) -> PageCount,
+        of: impl Fn(&Move) -> PageCount,
+    ) {
+        let gives = |(index, one): (usize, &Move)| one.to.saturating_sub(least(index, one));
+        let deepest = self.tree.groups.iter().map(|group| group.depth).max().unwrap_or(0);
+        for depth in (0..=deepest).rev() {
+            let (sums, given) =
+                (self.sums(moves.iter().map(&of)), self.sums(moves.iter().enumerate().map(gives)));
+            let is_level = |group: &GroupIndex| self.tree.groups[*group].depth == depth;
+            for (index, one) in moves.iter_mut().enumerate() {
+                let Some(group) = self.tree.around(self.places[index]).find(is_level) else { continue };
+                let beyond = sums[group].saturating_sub(self.most(group));
+                one.to = one.to.saturating_sub(needed_of(gives((index, one)), beyond, given[group]));
+            }
+        }
+    }
+
+    /// For each machine the part of what it asks for that there is room for: the least of what each group around it has room
+    /// for, so that no sum exceeds any of them.
+    fn parts(&self, moves: &[Move], asks: impl Fn(&Move) -> PageCount) -> Vec<(usize, PageCount)> {
+        let (sums, asked) = (self.sums(moves.iter().map(|one| one.to)), self.sums(moves.iter().map(&asks)));
+        let part = |(index, one): (usize, &Move)| {
+            let room = |group| self.most(group).saturating_sub(sums[group]);
+            let of = |group| part_of(asks(one), room(group), asked[group]);
+            (index, self.tree.around(self.places[index]).map(of).min().unwrap_or_default())
+        };
+        moves.iter().enumerate().map(part).collect()
+    }
 }
 
 /// `amount`, or its part where all that is `asked` for is more than there is `room`.
@@ -198,6 +267,26 @@ fn part_of(amount: PageCount, room: PageCount, asked: PageCount) -> PageCount {
     }
     let part = u128::from(amount.0) * u128::from(room.0) / u128::from(asked.0);
     PageCount(u64::try_from(part).unwrap_or(u64::MAX))
+}
+
+/// `amount`, or its part of what is `needed` where all that can be `given` is more: enough of all parts, so rounded up.
+fn needed_of(amount: PageCount, needed: PageCount, given: PageCount) -> PageCount {
+    if given <= needed {
+        return amount;
+    }
+    let part = (u128::from(amount.0) * u128::from(needed.0)).div_ceil(u128::from(given.0));
+    PageCount(u64::try_from(part).unwrap_or(u64::MAX))
+}
+
+/// A move that is urgent, and yet one back.
+fn turned(verdict: Verdict, damper: Option<&Damper>, now_ms: u64) -> Verdict {
+    match verdict {
+        Verdict::Moves(way) => match damper.and_then(|damper| damper.turns(way, now_ms)) {
+            Some(ago_ms) => Verdict::Held(Held::Reversal { ago_ms }),
+            None => verdict,
+        },
+        Verdict::Stays | Verdict::Held(_) => verdict,
+    }
 }
 
 /// Why a target that is not due stands.

@@ -4,6 +4,7 @@
 //! * `invariants`: what holds of every plan, over random hosts with hostile numbers.
 //! * `limits`: what goes because it is above one, and who of a group gives it.
 //! * `loops`: what comes of many decisions.
+//! * `swings`: targets move back and forth only where nobody else can give way.
 //! * `manual`: one machine or two, and the decision a manual would describe.
 //! * `refusals`: contradictions in settings.
 //! * `cost`: how long a decision takes.
@@ -14,4 +15,5 @@ mod limits;
 mod loops;
 mod manual;
 mod refusals;
+mod swings;
 mod world;

@@ -1,10 +1,11 @@
-//! The shipped scenarios hold what they show; reports are the same whatever the threads; bad scenarios are refused with a
+//! The shipped scenarios hold what they show, and their targets do not swing by themselves; reports are the same whatever the threads; bad scenarios are refused with a
 //! sentence.
 #![expect(clippy::unwrap_used, reason = "a step that cannot be taken fails the test")]
 
 mod page;
 mod refusals;
 mod scenarios;
+mod swings;
 
 use plimsoll_sim::{Options, Report, Scenario, run};
 use std::num::NonZeroUsize;

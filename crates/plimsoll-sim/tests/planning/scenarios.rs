@@ -39,9 +39,9 @@ fn an_idle_fleet_owns_three_times_the_memory_and_hardly_waits() {
     assert!(Ppm(report.stall.mean_ppm) < Ppm(1000), "{}", report.verdict);
 }
 
+/// What is left is what had to be: see `swings`.
 #[test]
-fn targets_of_an_idle_fleet_move_back_and_forth_only_while_it_fills_its_hosts() {
-    // They are full after ten minutes.
+fn targets_move_back_and_forth_only_while_hosts_fill() {
     let [filling, hours] = [1, 4].map(|hours| report(&for_hours("idle-fleet", hours), 2).oscillations);
     assert_eq!(filling, hours);
 }

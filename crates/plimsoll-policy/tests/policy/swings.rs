@@ -1,0 +1,141 @@
+//! Targets that do not swing: whatever a host shows, none moves back and forth by more than the dead band within a minute unless
+//! there is no other way, and what that is can be seen in the plan.
+use crate::invariants::{config, machines_in, moment, tree};
+use crate::world::{STALLED, World, machine, target, view};
+use plimsoll_policy::damper::{DEAD_BAND, REVERSAL_MS};
+use plimsoll_policy::host_state::HostState;
+use plimsoll_policy::settings::GroupSettings;
+use plimsoll_policy::tree::Tree;
+use plimsoll_policy::view::HostView;
+use plimsoll_policy::{Plan, PolicyState, Ppm, Reason, decide};
+use plimsoll_types::{ByteCount, MachineId, PageCount};
+use proptest::prelude::{prop, prop_assert, proptest};
+use std::collections::{BTreeMap, VecDeque};
+
+const PAGE: ByteCount = PageCount(1).bytes();
+
+/// The targets of a machine's last minute.
+#[derive(Default)]
+struct Minute {
+    target: Option<ByteCount>,
+    /// When it moved, from where to where.
+    moves: VecDeque<(u64, ByteCount, ByteCount)>,
+}
+
+impl Minute {
+    /// Its target is this now. True where it has moved back and forth: where what it rose and what it sank are both more than the
+    /// dead band of the highest it was.
+    fn swings(&mut self, now_ms: u64, target: ByteCount) -> bool {
+        let Some(before) = self.target.replace(target).filter(|before| *before != target) else {
+            return false;
+        };
+        self.moves.push_back((now_ms, before, target));
+        while self.moves.front().is_some_and(|(then, ..)| now_ms - then >= REVERSAL_MS) {
+            self.moves.pop_front();
+        }
+        let sum = |part: fn(ByteCount, ByteCount) -> ByteCount| -> u64 {
+            self.moves.iter().map(|(_, from, to)| part(*from, *to).0).sum()
+        };
+        let (up, down) = (sum(|from, to| to.saturating_sub(from)), sum(ByteCount::saturating_sub));
+        let highest = self.moves.iter().map(|(_, from, to)| *from.max(to)).max().unwrap_or_default();
+        up.min(down) > DEAD_BAND.apply(highest.0)
+    }
+}
+
+/// Each machine whose target swung at that decision, and where it was before.
+fn swung(minutes: &mut BTreeMap<MachineId, Minute>, now_ms: u64, plan: &Plan) -> Vec<(MachineId, ByteCount)> {
+    let swing = |one: &plimsoll_policy::Position| {
+        let minute = minutes.entry(one.machine).or_default();
+        let before = minute.target?;
+        minute.swings(now_ms, one.target).then_some((one.machine, before))
+    };
+    plan.machines.iter().filter_map(swing).collect()
+}
+
+/// Whether there was no other way: it has what it is guaranteed, and no more; or the host is at its end; or the targets on the host,
+/// or in a group around it, are all that may be there, but for the page of each machine that rounding leaves.
+fn had_to(tree: &Tree, plan: &Plan, id: MachineId, before: ByteCount) -> bool {
+    let target = target(plan, id.0);
+    if target > before {
+        return target <= tree.terms(id).unwrap().floor.bytes();
+    }
+    let settings = tree.settings();
+    let is_full = |inside: &dyn Fn(MachineId) -> bool, most: ByteCount| {
+        let targets = plan.machines.iter().filter(|one| inside(one.machine)).map(|one| one.target + PAGE);
+        targets.sum::<ByteCount>() >= most
+    };
+    let is_full_group = |group: &GroupSettings| {
+        let inside = machines_in(settings, group.id);
+        inside.contains(&id) && group.limit.is_some_and(|limit| is_full(&|id| inside.contains(&id), limit))
+    };
+    plan.state == HostState::Low
+        || is_full(&|_| true, plan.budget)
+        || settings.groups.iter().any(is_full_group)
+}
+
+proptest! {
+    #![proptest_config(config(400))]
+
+    #[test]
+    fn no_target_swings_unless_nobody_else_can_give_way(
+        tree in tree(), moments in prop::collection::vec((moment(), 500..25_000u64), 2..12), scale in 1..8u64,
+    ) {
+        let mut state = PolicyState::new(tree);
+        let (mut now_ms, mut minutes) = (0, BTreeMap::new());
+        for (view, after_ms) in moments {
+            now_ms += after_ms / scale;
+            let plan = decide(&HostView { now_ms, ..view }, &mut state);
+            for (id, before) in swung(&mut minutes, now_ms, &plan) {
+                prop_assert!(had_to(state.tree(), &plan, id, before), "{id} from {before} to {} in {plan:?}", target(&plan, id.0));
+            }
+        }
+    }
+
+    /// So it swings by no more than what is due does.
+    #[test]
+    fn a_target_moves_towards_what_is_due_and_not_past_it(
+        tree in tree(), moments in prop::collection::vec((moment(), 500..25_000u64), 2..12),
+    ) {
+        let mut state = PolicyState::new(tree);
+        let (mut now_ms, mut targets) = (0, BTreeMap::new());
+        for (view, after_ms) in moments {
+            now_ms += after_ms;
+            let plan = decide(&HostView { now_ms, ..view }, &mut state);
+            for action in &plan.actions {
+                let Reason::TargetMoved { from, to, due, .. } = action.reason else { continue };
+                // The first one is where it is due, wherever the machine is.
+                let from = targets.insert(action.machine, to).map_or(due, |before| { assert_eq!(from, before); before });
+                prop_assert!(from.min(due) <= to && to <= from.max(due), "{} from {from} to {to}, due {due}", action.machine);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(config(40))]
+
+    #[test]
+    fn machines_that_fill_a_host_and_stall_by_turns_do_not_swing(
+        starts in prop::collection::vec((0..400u64, 200..1500u64, 0..6u64), 8..24), free in 500..4000u64,
+    ) {
+        // Each begins at its time, grows by 64 MiB a second to what it keeps, and stalls now and then.
+        let settings: Vec<_> = (1..).zip(&starts).map(|(id, _)| machine(id, 4096, 100, 1000)).collect();
+        let machines = (1..).zip(&starts).map(|(id, _)| view(id, 0, 0)).collect();
+        let all: u64 = starts.iter().map(|(_, keeps, _)| keeps).sum();
+        let mut world = World::new(64 << 10, 0, &settings, machines);
+        world.pool = crate::world::MIB((all * 4 / 5).max(free) + 1300);
+        let mut minutes = BTreeMap::new();
+        for second in 0..600 {
+            for (id, (from, keeps, stalls)) in (1..).zip(&starts) {
+                let grown = (second + 1u64).saturating_sub(*from).saturating_mul(64).min(*keeps);
+                world.touch(id, grown);
+                world.machine(id).stalled = if second % 7 == *stalls { STALLED } else { Ppm::ZERO };
+            }
+            let now_ms = world.view.now_ms;
+            let plan = world.step();
+            for (id, before) in swung(&mut minutes, now_ms, &plan) {
+                prop_assert!(had_to(world.state.tree(), &plan, id, before), "{id} from {before} to {}", target(&plan, id.0));
+            }
+        }
+    }
+}
