@@ -144,7 +144,7 @@ fn shown() -> impl Strategy<Value = MachineView> {
                 phase: if starts { Phase::Starting } else { Phase::Running },
                 stored: of_it(stored),
                 pinned: of_it(pinned),
-                reported_free: of_it(free),
+                reported_free: bytes(free.min(consumed * 2 / 5)),
                 mergeable: of_it(twins),
                 active,
                 guest,
@@ -186,7 +186,7 @@ pub(crate) fn config(cases: u32) -> ProptestConfig {
 }
 
 /// What was taken from each machine, but for what its guest had free.
-fn taken_in_use(plan: &Plan) -> BTreeMap<MachineId, u64> {
+pub(crate) fn taken_in_use(plan: &Plan) -> BTreeMap<MachineId, u64> {
     let mut sums = BTreeMap::new();
     for action in &plan.actions {
         if let Step::Take { rung, frees, .. } = action.step

@@ -1,7 +1,7 @@
 //! Targets that do not swing: whatever a host shows, none moves back and forth by more than the dead band within a minute unless
 //! there is no other way, and what that is can be seen in the plan.
-use crate::invariants::{config, machines_in, moment, tree};
-use crate::world::{STALLED, World, machine, target, view};
+use crate::invariants::{config, first, machines_in, moment, taken_in_use, tree};
+use crate::world::{MIB, STALLED, World, machine, sampled, target, view};
 use plimsoll_policy::damper::{DEAD_BAND, REVERSAL_MS};
 use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::settings::GroupSettings;
@@ -84,9 +84,15 @@ proptest! {
         let (mut now_ms, mut minutes) = (0, BTreeMap::new());
         for (view, after_ms) in moments {
             now_ms += after_ms / scale;
-            let plan = decide(&HostView { now_ms, ..view }, &mut state);
+            let view = HostView { now_ms, ..view };
+            let plan = decide(&view, &mut state);
             for (id, before) in swung(&mut minutes, now_ms, &plan) {
                 prop_assert!(had_to(state.tree(), &plan, id, before), "{id} from {before} to {} in {plan:?}", target(&plan, id.0));
+            }
+            // Nor does what is taken go below where a target is held.
+            for (id, taken) in taken_in_use(&plan) {
+                let left = first(&view, id).consumed.saturating_sub(ByteCount(taken));
+                prop_assert!(left >= target(&plan, id.0), "{id} was left {left} of {}", target(&plan, id.0));
             }
         }
     }
@@ -123,7 +129,7 @@ proptest! {
         let machines = (1..).zip(&starts).map(|(id, _)| view(id, 0, 0)).collect();
         let all: u64 = starts.iter().map(|(_, keeps, _)| keeps).sum();
         let mut world = World::new(64 << 10, 0, &settings, machines);
-        world.pool = crate::world::MIB((all * 4 / 5).max(free) + 1300);
+        world.pool = MIB((all * 4 / 5).max(free) + 1300);
         let mut minutes = BTreeMap::new();
         for second in 0..600 {
             for (id, (from, keeps, stalls)) in (1..).zip(&starts) {
@@ -138,4 +144,42 @@ proptest! {
             }
         }
     }
+}
+
+/// The second machine has had what the first is guaranteed and did not want, and its target has just risen; the first wakes up.
+#[test]
+fn a_guarantee_is_not_kept_waiting_by_a_target_that_has_just_risen() {
+    let settings = [machine(1, 4096, 1000, 1000), machine(2, 4096, 0, 1000)];
+    let mut world = World::new(16 << 10, 0, &settings, vec![view(1, 200, 200), view(2, 1000, 1000)]);
+    // 655 MiB of 16 GiB stay free, and 3300 are shared.
+    world.pool = MIB(3955);
+    world.step();
+    world.touch(2, 3050);
+    world.machine(2).active = sampled(3050);
+    assert!(target(&world.step(), 2) >= MIB(3040));
+    world.touch(1, 800);
+    world.machine(1).active = sampled(800);
+    let plan = world.step();
+    assert!(target(&plan, 1) >= MIB(800), "{} of the 1000 it is guaranteed", target(&plan, 1));
+    assert!(target(&plan, 2) < MIB(3050 - 500) && plan.state < HostState::Low, "{}", target(&plan, 2));
+}
+
+/// A host that is hard has a target sink at once to what is due, but for one that has just risen, as long as there is room for it.
+#[test]
+fn a_target_that_has_just_risen_is_held_though_the_host_is_hard() {
+    let settings = [machine(1, 4096, 0, 1000), machine(2, 12_000, 0, 1000)];
+    let mut world = World::new(16 << 10, 0, &settings, vec![view(1, 1000, 1000), view(2, 10_000, 10_000)]);
+    world.pool = MIB(12_180);
+    world.step();
+    world.touch(1, 2000);
+    world.machine(1).active = sampled(2000);
+    let risen = target(&world.step(), 1);
+    assert!(risen > MIB(1900), "{risen}");
+    // It gives three quarters back, and the host has 180 MiB free of 655. The other's target has sunk to make room.
+    *world.machine(1) = plimsoll_policy::view::MachineView { reported_free: MIB(1500), ..view(1, 2000, 400) };
+    *world.machine(2) = view(2, 10_000, 10_000);
+    let plan = world.step();
+    assert_eq!(plan.state, HostState::Hard);
+    let held = target(&plan, 1);
+    assert!(held < risen && held >= risen.saturating_sub(MIB(60)), "from {risen} to {held}");
 }
