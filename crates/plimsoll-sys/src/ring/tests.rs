@@ -2,8 +2,9 @@ use super::*;
 use crate::blocks::BLOCK_SIZE;
 use io_uring::types::Fd;
 use rustix::fs::{MemfdFlags, memfd_create};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const NUMBER: u64 = 77;
 
@@ -163,4 +164,68 @@ fn a_ring_that_is_dropped_waits_for_what_is_under_way() {
     let flags = rustix::fs::OFlags::NONBLOCK;
     rustix::fs::fcntl_setfl(&from, flags).unwrap();
     assert_eq!(rustix::io::read(&from, &mut rest), Err(Errno::AGAIN), "the read has taken it");
+}
+
+static CAUGHT: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn catch(_: libc::c_int) {
+    CAUGHT.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Has a thread interrupted, and comes back when it was.
+fn interrupt(thread: libc::pthread_t) {
+    let (before, begun) = (CAUGHT.load(Ordering::Relaxed), Instant::now());
+    // SAFETY: The thread waits for what its caller has not written yet, so there is one.
+    assert_eq!(unsafe { libc::pthread_kill(thread, libc::SIGUSR1) }, 0);
+    while CAUGHT.load(Ordering::Relaxed) == before {
+        assert!(begun.elapsed() < Duration::from_secs(120), "it does not catch the signal");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn who_waits_may_be_interrupted_again_and_again_and_each_read_fills_its_memory_once() {
+    // As many blocks as a pipe has room for, so that nobody waits for a test that has failed.
+    const ROUNDS: u8 = 8;
+    // SAFETY: All that the handler does is to add to a number, which it may do at any time.
+    let before = unsafe { libc::signal(libc::SIGUSR1, catch as *const () as libc::sighandler_t) };
+    assert_ne!(before, libc::SIG_ERR);
+    // Of a pipe a read stays under way until somebody writes.
+    let (from, into) = rustix::pipe::pipe().unwrap();
+    let mut ring = ReadRing::new(2).unwrap();
+    ring.set_file(Some(from.as_fd())).unwrap();
+    // SAFETY: There is nothing to it.
+    let waiting = unsafe { libc::pthread_self() };
+    let (mut came, mut vain) = (Vec::new(), 0);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for round in 0..ROUNDS {
+                for byte in [2 * round, 2 * round + 1] {
+                    (0..20).for_each(|_| interrupt(waiting));
+                    // No more than a pipe takes as a whole.
+                    assert_eq!(rustix::io::write(&into, &[byte; BLOCK_SIZE]), Ok(BLOCK_SIZE));
+                }
+            }
+        });
+        for round in 0..u64::from(ROUNDS) {
+            assert!((0..2).all(|read_of| ring.begin(read(2 * round + read_of, 0, 1)).is_ok()));
+            let mut ended = Vec::new();
+            while ended.len() < 2 {
+                let before = ended.len();
+                ring.wait(&mut ended).unwrap();
+                vain += usize::from(ended.len() == before);
+            }
+            for Ended { read, outcome } in ended {
+                let bytes = read.blocks.bytes();
+                assert_eq!(outcome.unwrap(), BLOCK_SIZE);
+                assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+                came.push((bytes[0], read.ticket));
+            }
+        }
+    });
+    came.sort_unstable();
+    assert!(came.iter().map(|(byte, _)| *byte).eq(0..2 * ROUNDS), "{came:?}");
+    let tickets: BTreeSet<u64> = came.iter().map(|(_, ticket)| *ticket).collect();
+    assert_eq!(tickets.len(), came.len());
+    assert!(vain > 0, "it was interrupted at nothing");
 }
