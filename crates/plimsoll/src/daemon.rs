@@ -93,6 +93,9 @@ pub(crate) struct DaemonArgs {
     /// Everything is in its place: an earlier program of this process has left it.
     #[arg(long, hide = true)]
     resumed: bool,
+    /// Only say whether this program could go on in the place of another, whose register it was handed.
+    #[arg(long, hide = true)]
+    adopts: bool,
 }
 
 #[derive(Args)]
@@ -198,6 +201,10 @@ fn check(path: &Path) -> Result<(), String> {
 
 fn run(args: &DaemonArgs) -> Result<End, String> {
     let settings = args.settings()?;
+    let failed = |error: &dyn std::error::Error| explain(error);
+    if args.adopts {
+        return daemon::recognise(HANDED).map(|()| End::Upgrade).map_err(|error| failed(&error));
+    }
     // Machines that wait are not refused what they had.
     if !args.resumed && !is_handed_on() {
         if let Some(path) = &args.config {
@@ -215,7 +222,6 @@ fn run(args: &DaemonArgs) -> Result<End, String> {
             FileDisk::create(&disk.file).map_err(|error| format!("--disk: {}", explain(&error)))?;
         }
     }
-    let failed = |error: &dyn std::error::Error| explain(error);
     let path = std::env::current_exe().map_err(|error| failed(&error))?;
     let mut own: Vec<OsString> = std::env::args_os().skip(2).filter(|word| word != "--resumed").collect();
     if settings.budget_by == BudgetBy::File && args.found.is_none() {
@@ -237,8 +243,9 @@ fn run(args: &DaemonArgs) -> Result<End, String> {
     let version = VERSION.to_string();
     let manager = program(OsStr::new("/proc/self/exe"), &["manager", "--keeper", &version])?;
     let successor = program(path.as_os_str(), &["daemon", "--resumed"])?;
+    let probe = program(path.as_os_str(), &["daemon", "--resumed", "--adopts"])?;
     let beginning = if args.resumed { Beginning::Resumed } else { Beginning::Fresh };
-    daemon::keep(&settings, beginning, manager, &successor).map_err(|error| failed(&error))
+    daemon::keep(&settings, beginning, manager, &successor, probe).map_err(|error| failed(&error))
 }
 
 pub(crate) fn manager(args: &ManagerArgs) -> ExitCode {

@@ -223,7 +223,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     let [term, int, reload] = wanted.each_ref().map(|(_, flag)| flag);
 
     let mut session = Session::open(settings, keeper, started_ns, ring)?;
-    let mut is_told = false;
+    let (mut is_told, mut is_owed) = (false, false);
     loop {
         session.turn(&signalled)?;
         if reload.swap(false, Ordering::Relaxed) {
@@ -231,13 +231,16 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
         }
         is_told |= [term, int].into_iter().any(|flag| flag.swap(false, Ordering::Relaxed));
         // Without a keeper and without machines there is nothing to live for.
-        if is_told || session.is_alone {
+        if is_told || is_owed || session.is_alone {
             match session.left() {
                 Left::Nothing => break,
                 Left::Ending => {}
                 Left::Machines if is_told => {
                     if let Err(refusal) = session.part() {
                         is_told = false;
+                        // It waits for that, whatever it is told: at the latest, there will be no machine any more.
+                        is_owed = is_supervised();
+                        announce(&[NotifyState::Status(&refusal)]);
                         session.tell(refusal);
                         // One that is gone is noticed in the next turn.
                         let _ = session.keeper.staying();
@@ -253,7 +256,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     if let Some(manager) = Arc::into_inner(session.manager) {
         let vault = manager.into_inner().stop();
         // Where only the keeper is gone, another may come who was given the tier, as it was, by the supervisor.
-        if let Some(Err(error)) = vault.tier().filter(|_| is_told).map(Tier::end) {
+        if let Some(Err(error)) = vault.tier().filter(|_| is_told || is_owed).map(Tier::end) {
             say(format_args!(
                 "plimsoll manager: the disk tier's file could not be emptied: {error}; nobody can read what is in it"
             ));
@@ -479,11 +482,12 @@ impl<'a> Session<'a> {
         }
         if !self.is_alone && self.keeper.is_alone() {
             self.is_alone = true;
-            self.tell(
-                "the keeper is gone: this manager goes on, and when it ends, too, its machines stall; end them, then start the \
-                 daemon again"
-                    .to_owned(),
-            );
+            let until = if is_supervised() {
+                "until the supervisor has started the next one"
+            } else {
+                "and when it ends, too, its machines stall; end them, then start the daemon again"
+            };
+            self.tell(format!("the keeper is gone: this manager goes on, {until}"));
         }
     }
 
@@ -668,6 +672,11 @@ fn disk_status(tier: &Tier) -> DiskStatus {
 /// Tells systemd, if it started the daemon. Best effort: a supervisor that does not listen changes nothing for a guest.
 fn announce(states: &[NotifyState<'_>]) {
     let _ = sd_notify::notify(states);
+}
+
+/// True when something like systemd started the daemon: it starts the next keeper, and takes an order to stop for one that stands.
+fn is_supervised() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some_and(|place| !place.is_empty())
 }
 
 fn text_of(incident: &Incident) -> String {

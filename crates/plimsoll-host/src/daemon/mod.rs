@@ -29,13 +29,14 @@ use crate::keeper::store::{Adopted, Store, received};
 use crate::voice::say;
 use plimsoll_linux::disk::device::OpenError;
 use plimsoll_linux::disk::tier::{Limits, TierError};
-use plimsoll_linux::uffd::estate::RESERVED;
+use plimsoll_linux::uffd::estate::{REGISTER, RESERVED};
 use plimsoll_sys::launch::{Program, accept_signals};
 use plimsoll_sys::mapping::large_folio_folder;
 use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
 use rights::{Filter, Role};
 use std::io;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
@@ -185,7 +186,17 @@ pub enum Beginning {
     Resumed,
 }
 
-/// Runs the keeper: `manager` starts a manager, `successor` is the program that takes this one's place in an upgrade.
+/// Whether a keeper of this build could go on with a register of which it inherited the descriptor under that number.
+///
+/// # Errors
+/// [`DaemonError::Estate`], where it could not.
+pub fn recognise(register: RawFd) -> Result<(), DaemonError> {
+    let register = plimsoll_sys::process::adopt_inherited(register).map_err(DaemonError::NoKeeper)?;
+    Ok(plimsoll_linux::uffd::estate::recognise(register)?)
+}
+
+/// Runs the keeper: `manager` starts a manager, `successor` is the program that takes this one's place in an upgrade, and `probe` the same
+/// one, asked whether it [can](recognise).
 ///
 /// # Errors
 /// [`DaemonError`]; nothing is left behind.
@@ -194,6 +205,7 @@ pub fn keep(
     beginning: Beginning,
     manager: Program,
     successor: &Program,
+    probe: Program,
 ) -> Result<End, DaemonError> {
     // Whoever may take its descriptors has all machines' memory.
     plimsoll_sys::process::refuse_dumps().map_err(DaemonError::Dumps)?;
@@ -206,6 +218,7 @@ pub fn keep(
     let store = Store::of_supervisor(&mut slots, stale).map_err(DaemonError::Store)?;
     let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
     store.into_iter().for_each(|store| keeper.store_in(store));
+    keeper.ask_first(probe, REGISTER);
     match beginning {
         Beginning::Fresh => rights::give_up(Role::Keeper, settings.filter)?,
         Beginning::Resumed => rights::give_up_again(settings.filter)?,

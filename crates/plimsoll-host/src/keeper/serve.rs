@@ -34,6 +34,8 @@ const PARTING_MAX: Duration = Duration::from_secs(2);
 const STORING_MAX: Duration = Duration::from_secs(5);
 /// A keeper that holds nothing of any machine gives up after so many managers that ended before they served.
 const STARTS_MAX: u32 = 8;
+/// How long the program that is to go on may take to say whether it can: it reads its command line, and one page of memory.
+const ASKING_MAX: Duration = Duration::from_secs(20);
 /// The status of a manager that was asked for something that cannot be.
 const UNUSABLE: i32 = 2;
 
@@ -93,11 +95,15 @@ pub struct Keeper {
     manager: Option<Manager>,
     /// What a supervisor keeps for the next keeper.
     store: Option<Store>,
+    /// Says whether the program that is to go on can do so with what is in that slot.
+    probe: Option<(Program, u32)>,
     /// Managers that have ended before they served, since one has.
     fruitless: u32,
     next_start: Instant,
     /// It is to stop, until a manager has said that it goes on: that may take minutes, and managers may crash on the way.
     is_stopping: bool,
+    /// A manager has said that it goes on, and who told it to stop is a supervisor, which takes no refusal: it stops when it can.
+    is_owed: bool,
 }
 
 impl Keeper {
@@ -116,15 +122,23 @@ impl Keeper {
             signals,
             manager: None,
             store: None,
+            probe: None,
             fruitless: 0,
             next_start,
             is_stopping: false,
+            is_owed: false,
         })
     }
 
     /// Has a supervisor keep what is kept here.
     pub fn store_in(&mut self, store: Store) {
         self.store = Some(store);
+    }
+
+    /// Has a program asked before an [upgrade](End::Upgrade) whether it can go on with what is in that slot, which it is handed: it ends with
+    /// status 0 if so. Where that is empty, nothing is lost by one that cannot.
+    pub fn ask_first(&mut self, probe: Program, slot: u32) {
+        self.probe = Some((probe, slot));
     }
 
     /// Lets go of everything, and has the supervisor do the same: this daemon ends, and the next one begins anew.
@@ -278,7 +292,7 @@ impl Keeper {
             (Some(Request::Serving), _) => {
                 self.fruitless = 0;
                 // The one that was told has ended without doing so, and this one listens.
-                if self.is_stopping && !manager.is_told {
+                if (self.is_stopping || self.is_owed) && !manager.is_told {
                     manager.is_told = true;
                     let _ = manager.process.send_signal(Signal::TERM);
                 }
@@ -286,7 +300,9 @@ impl Keeper {
             }
             (Some(Request::Staying), _) => {
                 self.is_stopping = false;
-                manager.is_told = false;
+                self.is_owed = self.store.is_some();
+                // It knows what it owes, and the next one is told.
+                manager.is_told = self.is_owed;
                 return Ok(());
             }
             (Some(Request::Keep(slot)), Some(descriptor)) => {
@@ -362,8 +378,37 @@ impl Keeper {
         None
     }
 
+    /// Whether the program that is to go on says that it can. Meanwhile the manager works, and nobody hears it.
+    fn has_successor(&self) -> bool {
+        let Some((probe, slot)) = &self.probe else { return true };
+        let Some(kept) = self.slots.get(*slot) else { return true };
+        let child = match probe.start(kept) {
+            Ok(child) => child,
+            Err(error) => {
+                say(format_args!(
+                    "plimsoll keeper: no upgrade, the manager goes on: the new program cannot be started: {error}"
+                ));
+                return false;
+            }
+        };
+        if !ends_by(&child, Instant::now() + ASKING_MAX) {
+            let _ = child.send_signal(Signal::KILL);
+        }
+        // What it said cannot be had only where it is no child of this process.
+        let ending = reap(&child).unwrap_or(Ending::Status(UNUSABLE));
+        if ending != Ending::Status(0) {
+            say(format_args!(
+                "plimsoll keeper: no upgrade, the manager goes on: the new program cannot take over, and ended with {ending}"
+            ));
+        }
+        ending == Ending::Status(0)
+    }
+
     /// Ends the manager as a crash would, which loses nothing, and leaves everything open. Signals are held from here on.
     fn prepare_upgrade(&mut self) -> Option<End> {
+        if !self.has_successor() {
+            return None;
+        }
         let held = hold_signals().and_then(|()| self.wait(Duration::ZERO));
         // Being told to stop comes first: it would be forgotten.
         if self.is_stopping || !matches!(held, Ok([_, _, false, false, ..])) {
@@ -409,7 +454,7 @@ impl Keeper {
         let ending = reap(&manager.process).unwrap_or(Ending::Status(0));
         let has_machines = self.holds_machines();
         // One that was told before it could listen has ended by the signal itself.
-        if self.is_stopping && (ending == Ending::Status(0) || !has_machines) {
+        if (self.is_stopping || self.is_owed) && (ending == Ending::Status(0) || !has_machines) {
             return Some(End::Stopped);
         }
         self.postpone();
@@ -426,6 +471,19 @@ fn start(program: &Program) -> Result<Manager, StartError> {
     let (socket, theirs) = fdpass::seqpacket_pair().map_err(StartError::Spawn)?;
     let process = program.start(theirs.as_fd())?;
     Ok(Manager { process, socket, heard: Instant::now(), is_told: false, keeping: None })
+}
+
+/// Waits for a process's end, however many signals come meanwhile. False where it has not ended by then.
+fn ends_by(child: &Pidfd, deadline: Instant) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(limit) = Timespec::try_from(left) else { return false };
+        match poll(&mut [PollFd::new(child, PollFlags::IN)], Some(&limit)) {
+            Ok(ready) => return ready > 0,
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
 }
 
 fn list(manager: &Manager, slots: &Slots) -> io::Result<()> {

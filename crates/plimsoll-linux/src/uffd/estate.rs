@@ -52,7 +52,7 @@ mod inherit;
 pub(super) use self::inherit::{Fragment, Inheritance};
 
 /// The slot of the register.
-const REGISTER: u32 = 0;
+pub const REGISTER: u32 = 0;
 /// The slots of the disk tier's table, its disk, and its key: what is there is no machine's.
 const TIER_SLOTS: [u32; 3] = [5, 6, 7];
 /// Slots below this one are the daemon's own.
@@ -196,6 +196,33 @@ pub enum EstateError {
     },
 }
 
+/// Whether this build can go on with what such a register says. Nothing is changed.
+///
+/// # Errors
+/// [`EstateError`], where it cannot.
+pub fn recognise(register: OwnedFd) -> Result<(), EstateError> {
+    recognised(register).map(drop)
+}
+
+/// What it is is asked first: a register of another version may well be of another size.
+fn recognised(register: OwnedFd) -> Result<SharedMapping, EstateError> {
+    let memory = SharedMapping::new(&Memfd::try_from(register)?)?;
+    let words = memory.as_atomic_u64s();
+    let head = |word: usize| words.get(word).map_or(0, |word| word.load(Ordering::Acquire));
+    let magic = head(0);
+    if magic != MAGIC {
+        return Err(EstateError::Magic { found: magic });
+    }
+    let [version, _] = halves(head(HEAD_VERSION));
+    if version != VERSION {
+        return Err(EstateError::Version { found: version });
+    }
+    if words.len() * size_of::<u64>() != SIZE {
+        return Err(MemfdError::Size { size: memory.size() }.into());
+    }
+    Ok(memory)
+}
+
 /// The register and the keeper.
 pub struct Estate {
     keeper: Arc<dyn Keep>,
@@ -214,21 +241,9 @@ impl Estate {
     /// [`EstateError`].
     pub fn open(keeper: Arc<dyn Keep>, mut kept: BTreeMap<u32, OwnedFd>) -> Result<Self, EstateError> {
         let memory = match kept.remove(&REGISTER) {
-            Some(file) => SharedMapping::new(&Memfd::try_from(file)?)?,
+            Some(file) => recognised(file)?,
             None => Self::found(&*keeper)?,
         };
-        let words = memory.as_atomic_u64s();
-        if words.len() * size_of::<u64>() != SIZE {
-            return Err(MemfdError::Size { size: memory.size() }.into());
-        }
-        let magic = words[0].load(Ordering::Acquire);
-        if magic != MAGIC {
-            return Err(EstateError::Magic { found: magic });
-        }
-        let [version, _] = halves(words[HEAD_VERSION].load(Ordering::Acquire));
-        if version != VERSION {
-            return Err(EstateError::Version { found: version });
-        }
         let is_ours = |slot: &u32| *slot >= RESERVED || TIER_SLOTS.contains(slot);
         let taken = kept.keys().copied().filter(is_ours).collect();
         Ok(Self { keeper, memory, taken: Mutex::new(taken), kept: Mutex::new(kept) })

@@ -22,3 +22,4 @@ mod rights;
 mod run;
 mod store;
 mod top;
+mod upgrade;
