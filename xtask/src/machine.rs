@@ -3,7 +3,8 @@
 //! Enters: device files, the control group file system, programs. Leaves: the capabilities that tests above level 0 need,
 //! present or missing. A test may be skipped only where one that its level needs is missing.
 use crate::setup::{
-    PYELFTOOLS, has_all_of, has_browser, has_kernel, has_promtool, has_schemathesis, is_root, is_there,
+    PYELFTOOLS, SYSTEMD, has_all_of, has_browser, has_kernel, has_promtool, has_schemathesis, is_root,
+    is_there,
 };
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -29,6 +30,7 @@ pub(crate) fn capabilities() -> Vec<Capability> {
         (1, "cgroup", can_make_cgroup()),
         (1, "zram", is_root() && Path::new("/sys/class/zram-control/hot_add").exists()),
         (1, "ksm", is_root() && can_merge()),
+        (1, "systemd", is_root() && is_there(SYSTEMD)),
         (1, "promtool", has_promtool()),
         (1, "schemathesis", has_schemathesis()),
         (1, "browser", has_browser()),

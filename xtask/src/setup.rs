@@ -2,7 +2,8 @@
 //!
 //! Enters: a table. Leaves: a machine on which every program of the table, the kernel of the stock guests, and what judges the
 //! API are there. Nothing is asked of the network when nothing is missing. What must never happen: a package of the kernel's that
-//! is installed, for that would change what the machine boots; or one of a service, which would be started.
+//! is installed, for that would change what the machine boots; or one of a service, which would be started
+//! (systemd alone is none: without systemd-sysv nothing has it run the machine).
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -20,8 +21,9 @@ struct Need {
 }
 
 /// Levels 0 and 1 make their guests, control groups and swap devices themselves, so they need hardly anything.
-const NEEDS: [Need; 15] = [
+const NEEDS: [Need; 16] = [
     Need { level: 0, package: "gcc", program: "cc", why: "links the rooms below the line without std" },
+    Need { level: 1, package: "systemd", program: SYSTEMD, why: "runs the unit, in namespaces of its own" },
     Need { level: 1, package: "chromium", program: "chromium", why: "opens the dashboard" },
     Need { level: 1, package: "nodejs", program: "node", why: "drives the browser" },
     Need { level: 1, package: "npm", program: "npm", why: "brings what drives the browser" },
@@ -47,6 +49,8 @@ const NEEDS: [Need; 15] = [
         why: "assembles for it",
     },
 ];
+/// It need not run the machine.
+pub(crate) const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 /// Of a package without programs.
 pub(crate) const PYELFTOOLS: &str = "/usr/lib/python3/dist-packages/elftools/__init__.py";
 /// The level whose tests boot stock guests.

@@ -128,8 +128,12 @@ pub(crate) fn run(choice: &Choice) -> Result<()> {
         working.into_iter().partition(|suite| [PURE, MODELS].contains(&suite.level) || suite.is_apart());
     thread::scope(|scope| {
         let waiting = scope.spawn(|| runner.suites(&waiting));
+        let packaged = scope.spawn(|| runner.package_under_systemd(&metadata));
         let beside = runner.suites(&beside);
-        waiting.join().unwrap_or_else(|panic| resume_unwind(panic)).and(beside)
+        let join = |thread: thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+        };
+        join(waiting).and(join(packaged)).and(beside)
     })?;
     runner.suites(&alone)?;
     let mut documented = cargo::cargo();
@@ -238,6 +242,17 @@ impl Runner<'_> {
             println!("{error:#}");
         }
         Ok(())
+    }
+
+    /// Tries the package where systemd runs, if that is chosen and there is one to be had.
+    fn package_under_systemd(&self, metadata: &Metadata) -> Result<()> {
+        let is_chosen =
+            self.choice.level.is_none_or(|level| level == KERNEL) && self.choice.filters.is_empty();
+        if !is_chosen || !self.here.split(',').any(|name| name == "systemd") {
+            return Ok(());
+        }
+        let program = metadata.target_directory.join("debug/plimsoll");
+        self.check(KERNEL, "package under systemd", |log| trial::under_systemd(&program, &self.logs, log))
     }
 
     /// Runs test programs, one after the other.

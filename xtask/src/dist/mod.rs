@@ -5,6 +5,8 @@
 //! owners are root, names are sorted, and every file is of SOURCE_DATE_EPOCH, which is that of the last commit where nobody says otherwise.
 //!
 //! [`tree`]: the files. [`notices`]: whose code is in the program, and under which licences. [`trial`]: installed, upgraded, removed and purged, in a root that is thrown away.
+//! [`booted`]: where systemd runs.
+mod booted;
 mod notices;
 mod tree;
 pub(crate) mod trial;

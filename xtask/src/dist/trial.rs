@@ -4,9 +4,11 @@
 //! the trial changed; so dpkg has a database of its own, scripts are told that they are not at home, and a Debian is entered in a
 //! mount namespace that ends with the command.
 //!
-//! There are two roots. [`in_an_empty_root`] takes seconds and is part of the tests: dpkg unpacks into an empty folder whose
+//! There are three roots. [`under_systemd`] is this machine's files under a layer of memory, where a systemd of its own does what the package asks
+//! it for. [`in_an_empty_root`] takes seconds and is part of the tests: dpkg unpacks into an empty folder whose
 //! database says that the dependencies are there. [`on_debian`] makes a minimal Debian from its registry, a minute or two and 100 MB, and so is
 //! asked for: `cargo xtask dist --check`.
+use super::booted::Booted;
 use super::{Effort, make, same, tree};
 use crate::cargo::{self, run};
 use crate::setup::{is_root, is_there};
@@ -14,6 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// A setting that an administrator changes.
 const SETTING: &str = "etc/plimsoll/plimsoll.toml";
@@ -107,6 +110,59 @@ fn left_in(root: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
+/// The service of an installed package.
+const UNIT: &str = "plimsoll.service";
+/// How long a daemon may take to go on as another program: a moment where nothing else runs.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// Installs a package of a program where systemd runs, starts what it has installed, upgrades, removes and purges it. What tools print goes to
+/// `log`.
+pub(crate) fn under_systemd(program: &Path, folder: &Path, log: &File) -> Result<()> {
+    let scratch = Scratch(folder.join(format!("trial-systemd-{}", std::process::id())));
+    fs::create_dir_all(&scratch.0).with_context(|| format!("cannot make {}", scratch.0.display()))?;
+    let made = make(program, &scratch.0, Effort::Quick)?;
+    let place = |root: &Path, _: &Path| fs::copy(&made.package, root.join("plimsoll.deb")).map(drop);
+    let booted = Booted::start(&scratch.0.join("booted"), place).context("no systemd of its own")?;
+    let inside = |words: &[&str]| -> Result<()> {
+        let (program, words) = words.split_first().context("no program")?;
+        let mut command = booted.command(program);
+        run(command.args(words).stdout(log.try_clone()?).stderr(log.try_clone()?))
+            .with_context(|| booted.journal().unwrap_or_default())
+    };
+    let is = |name: &str, value: &str| -> Result<()> {
+        let found = booted.property(UNIT, name)?;
+        ensure!(found == value, "{name} is {found}, not {value}: {}", booted.journal()?);
+        Ok(())
+    };
+    let install =
+        ["dpkg", "--no-triggers", "--path-include=/*", "--force-confold", "--install", "/plimsoll.deb"];
+    inside(&install)?;
+    is("ActiveState", "inactive")?;
+    inside(&["systemd-analyze", "verify", "--man=no", UNIT])?;
+    inside(&["systemctl", "start", UNIT])?;
+    is("ActiveState", "active")?;
+    is("StatusText", "0 machines")?;
+    inside(&["systemctl", "reload", UNIT])?;
+    let keeper = booted.property(UNIT, "MainPID")?;
+    let managers = booted.path(&format!("/proc/{keeper}/task/{keeper}/children"));
+    let before = fs::read_to_string(&managers)?;
+    inside(&install)?;
+    let deadline = Instant::now() + PATIENCE;
+    while fs::read_to_string(&managers).is_ok_and(|now| now.trim().is_empty() || now == before) {
+        ensure!(Instant::now() < deadline, "the daemon did not hand over: {}", booted.journal()?);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    is("MainPID", &keeper)?;
+    is("ActiveState", "active")?;
+    inside(&["dpkg", "--no-triggers", "--remove", "plimsoll"])?;
+    is("ActiveState", "inactive")?;
+    is("Result", "success")?;
+    inside(&["dpkg", "--purge", "plimsoll"])?;
+    let left = ["/etc/plimsoll", "/var/lib/plimsoll", "/run/plimsoll"].map(|path| booted.path(path));
+    ensure!(left.iter().all(|path| !path.exists()), "something is left of {left:?}");
+    Ok(())
+}
+
 /// Tries the package on a Debian 12 that is made for it.
 pub(crate) fn on_debian(package: &Path) -> Result<()> {
     if !is_root() || !is_there("mmdebstrap") {
@@ -139,7 +195,7 @@ pub(crate) fn on_debian(package: &Path) -> Result<()> {
     inside(&["sh", "-c", "plimsoll host check; test $? -le 1"])?;
     inside(&["systemd-analyze", "verify", "--man=no", "plimsoll.service"])?;
     inside(&["dpkg", "--install", "/plimsoll.deb"])?;
-    inside(&["dpkg", "--remove", "plimsoll"])?;
+    inside(&["dpkg", "--no-triggers", "--remove", "plimsoll"])?;
     inside(&["dpkg", "--purge", "plimsoll"])?;
     let asked = fs::read_to_string(root.join("asked")).context("systemctl was asked nothing")?;
     println!("debian: systemctl was asked: {}", asked.trim().replace('\n', "; "));

@@ -73,7 +73,12 @@ pub(crate) fn stored_by_all(directory: &Directory) -> u64 {
 
 /// What the manager answers, if one does.
 pub(crate) fn ask(directory: &Directory, request: &str) -> Option<serde_json::Value> {
-    let socket = fdpass::seqpacket_connect(&directory.0.join("control.sock")).ok()?;
+    ask_at(&directory.0, request)
+}
+
+/// The same, of a daemon in that directory.
+pub(crate) fn ask_at(directory: &Path, request: &str) -> Option<serde_json::Value> {
+    let socket = fdpass::seqpacket_connect(&directory.join("control.sock")).ok()?;
     fdpass::send(&socket, request.as_bytes(), &[]).ok()?;
     let mut bytes = vec![0; 64 << 10];
     let received = fdpass::recv(&socket, &mut bytes, 0).ok()??;
@@ -271,22 +276,31 @@ impl Machine {
     }
 
     fn reporting(directory: &Directory, spec: WorkloadSpec, report_ms: u32) -> Self {
-        let spec = WorkloadSpec { final_check: 1, ..spec };
-        let mix = Mix { zero: 10, duplicate: 10, text: 80, random: 0 };
-        let workload = Workload { spec, mix, seed: 1, pool_seed: 2, pool_pages: 64 };
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let inspect = format!("inspect-{}.sock", STARTED.fetch_add(1, Ordering::Relaxed));
         let inspect = Some(directory.0.join(inspect));
-        Self::of(directory, &VmmConfig { report_ms, inspect, ..VmmConfig::new("lonely", 96 << 20, workload) })
+        Self::of(directory, &VmmConfig { report_ms, inspect, ..Self::config(spec) })
+    }
+
+    /// One of 96M that works like that.
+    pub(crate) fn config(spec: WorkloadSpec) -> VmmConfig {
+        let spec = WorkloadSpec { final_check: 1, ..spec };
+        let mix = Mix { zero: 10, duplicate: 10, text: 80, random: 0 };
+        let workload = Workload { spec, mix, seed: 1, pool_seed: 2, pool_pages: 64 };
+        VmmConfig { report_ms: 20, ..VmmConfig::new("lonely", 96 << 20, workload) }
     }
 
     pub(crate) fn of(directory: &Directory, config: &VmmConfig) -> Self {
+        Self::by(Command::new(env!("CARGO_BIN_EXE_plimsoll")), &directory.0, config)
+    }
+
+    /// One whose program is started like that, and finds the daemon in that directory.
+    pub(crate) fn by(mut command: Command, directory: &Path, config: &VmmConfig) -> Self {
         let (control, theirs) = UnixStream::pair().unwrap();
         control.set_read_timeout(Some(GOING)).unwrap();
         make_inheritable(&theirs).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
         command.args(["vmm", "--control-fd", &theirs.as_raw_fd().to_string(), "--daemon"]);
-        command.arg(directory.0.join("handover.sock")).stdin(Stdio::piped());
+        command.arg(directory.join("handover.sock")).stdin(Stdio::piped());
         let mut child = command.spawn().unwrap();
         child.stdin.take().unwrap().write_all(&serde_json::to_vec(config).unwrap()).unwrap();
         let events = BufReader::new(control.try_clone().unwrap());

@@ -5,6 +5,8 @@
 
 mod api;
 mod attach;
+#[path = "../../../../xtask/src/dist/booted.rs"]
+mod booted;
 #[path = "../../../plimsoll-host/tests/api/certificates.rs"]
 mod certificates;
 mod churn;
@@ -20,6 +22,7 @@ mod remote;
 mod rights;
 #[expect(dead_code, reason = "the soak and the loops use the rest")]
 mod run;
+mod service;
 mod store;
 mod top;
 mod upgrade;

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(240);
 /// How long anything may take that another process does: much where nothing else runs, enough where much does.
 pub(crate) const GOING: Duration = Duration::from_secs(180);
+/// It runs units for tests, whatever runs the machine's.
+const SYSTEMD: &str = "/usr/lib/systemd/systemd";
 /// In the environment of everything a test starts, and so of everything that starts in turn.
 const MARK: &str = "PLIMSOLL_TEST_MARK";
 
@@ -46,6 +48,8 @@ pub(crate) fn can(capability: &str) -> bool {
             let missing = needed.into_iter().find(|path| !Path::new(path).exists());
             missing.map(|path| format!("no {path}: `cargo xtask setup` brings it"))
         }
+        "systemd" if is_root() && Path::new(SYSTEMD).exists() => None,
+        "systemd" => Some("not root, or no systemd: `cargo xtask setup` brings it".to_owned()),
         "root" if is_root() => None,
         "root" => Some("not root".to_owned()),
         other => panic!("no test knows of {other}"),
