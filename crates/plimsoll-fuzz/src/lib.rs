@@ -9,7 +9,7 @@
 mod bodies;
 pub mod mutate;
 
-use bodies::{disk, frames, keeper, monitor, records, settings, tables, walks, wire, words};
+use bodies::{disk, frames, http, keeper, monitor, notes, records, settings, tables, walks, wire, words};
 
 /// A parser, or several that face the same side.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ pub struct Target {
 }
 
 /// Every parser.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 15] = [
     Target {
         name: "handover",
         faces: "a VMM, by the hand-over protocol; a manager, to an agent",
@@ -101,6 +101,18 @@ pub const TARGETS: [Target; 13] = [
         faces: "a guest, by the memory that it shares with its host",
         body: frames::read,
         examples: frames::examples,
+    },
+    Target {
+        name: "http",
+        faces: "a client of the API, byte by byte",
+        body: http::read,
+        examples: http::examples,
+    },
+    Target {
+        name: "notes",
+        faces: "whoever wrote a dump: the note of its pages' states",
+        body: notes::read,
+        examples: notes::examples,
     },
 ];
 

@@ -57,6 +57,8 @@ endures! {
     a_walk_through_any_tables_reads_no_more_entries_than_there_are_levels: "walks", CHANGED;
     a_visit_of_any_tables_ends_and_shows_what_a_walk_finds: "tables", CHANGED_SLOW;
     the_host_takes_a_frame_only_where_its_word_says_that_it_is_free: "frames", CHANGED;
+    a_client_that_sends_anything_is_answered_in_whole_answers_or_hung_up_on: "http", CHANGED_SLOW;
+    a_note_of_anybodys_is_refused_or_says_itself_again: "notes", CHANGED;
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! The bodies, by what they read. Each file: a function that reads bytes, and one that makes what is right.
 pub(crate) mod disk;
 pub(crate) mod frames;
+pub(crate) mod http;
 pub(crate) mod keeper;
 pub(crate) mod monitor;
+pub(crate) mod notes;
 pub(crate) mod records;
 pub(crate) mod settings;
 mod stages;
