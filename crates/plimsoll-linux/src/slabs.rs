@@ -9,9 +9,10 @@
 //! ```
 //!
 //! The file ends with the highest slab there ever was. A slab takes all of its memory when it is acquired, and lies so that
-//! this can be one folio of the kernel's: that costs an eighth of 16 pages. A released slab is punched out: the kernel
-//! gives its memory back and the next user finds zeros. On a host of several NUMA nodes a slab of a lane takes the memory of that lane's
-//! node ([`crate::nodes`]) by the policy of the thread that acquires it: one of the file's would cut the mapping at each change of node.
+//! this can be one folio of the kernel's: that costs an eighth of 16 pages. Not so the first few of a store: they take it page by
+//! page, because a host may have a thousand stores with some pages each. A released slab is punched out: the kernel gives its memory
+//! back and the next user finds zeros. On a host of several NUMA nodes a slab of a lane takes the memory of that lane's node
+//! ([`crate::nodes`]) by the policy of the thread that takes it: one of the file's would cut the mapping at each change of node.
 //!
 //! # Known hole
 //! Where a slab is acquired again and its neighbours are free too, the kernel may give it a larger folio, at most 2 MiB, of
@@ -20,11 +21,16 @@ use crate::nodes;
 use plimsoll_store::{SLAB_SIZE, SlabId, SlabMemory, SlabTag, SlabsExhausted};
 use plimsoll_sys::mapping::{ExclusiveMapping, MemfdError};
 use plimsoll_sys::numa;
-use plimsoll_types::ByteCount;
+use plimsoll_types::{ByteCount, PAGE_SIZE};
+use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 const TAG: usize = size_of::<u64>();
+/// Slabs of a store that take their memory page by page: records, and data of as many classes as pages of a kind mostly have.
+const SMALL: usize = 4;
+
+const _: () = assert!(SLAB_SIZE / PAGE_SIZE == u16::BITS as usize, "a bit a page");
 
 /// The slabs of one domain.
 #[derive(Debug)]
@@ -34,6 +40,9 @@ pub struct MemfdSlabs {
     held: usize,
     /// No slab below this one is free.
     lowest: usize,
+    /// The pages of each slab that are known to have memory. Of what an earlier manager left nothing is, and asking the kernel
+    /// again does no harm.
+    backed: Vec<u16>,
 }
 
 impl MemfdSlabs {
@@ -71,7 +80,7 @@ impl MemfdSlabs {
         let head = Self::head(capacity);
         let mut memory = map(ByteCount((head + capacity * SLAB_SIZE) as u64))?;
         memory.grow(ByteCount(head as u64))?;
-        Ok(Self { memory, capacity, held: 0, lowest: 0 })
+        Ok(Self { memory, capacity, held: 0, lowest: 0, backed: Vec::new() })
     }
 
     /// The file, for whoever keeps a copy of its descriptor for the next manager.
@@ -105,10 +114,25 @@ impl MemfdSlabs {
         }
     }
 
+    fn backed_mut(&mut self, slab: usize) -> &mut u16 {
+        if self.backed.len() <= slab {
+            self.backed.resize(slab + 1, 0);
+        }
+        &mut self.backed[slab]
+    }
+
     fn place(&self, slab: SlabId) -> Option<usize> {
         let index = slab.0 as usize;
         let is_held = index < self.capacity && self.tag(index) != 0;
         is_held.then_some(Self::head(self.capacity) + index * SLAB_SIZE)
+    }
+}
+
+/// Has memory taken where a slab of such a tag is to be, whoever takes it: a housekeeper packs what is of all nodes.
+fn at_node_of<T>(tag: SlabTag, take: impl FnOnce() -> T) -> T {
+    match nodes::of_tag(tag) {
+        Some(node) => numa::preferring(node, take),
+        None => take(),
     }
 }
 
@@ -117,21 +141,40 @@ impl SlabMemory for MemfdSlabs {
         let free = (self.lowest..self.capacity).find(|slab| self.tag(*slab) == 0).ok_or(SlabsExhausted)?;
         let id = u32::try_from(free).map_err(|_| SlabsExhausted)?;
         let (offset, length) = Self::extent(self.capacity, free);
-        let mut populate = || self.memory.populate(offset, length);
-        // Whoever acquires it: a housekeeper packs what is of all nodes.
-        let populated = match nodes::of_tag(tag) {
-            Some(node) => numa::preferring(node, populate),
-            None => populate(),
+        let is_small = self.held < SMALL;
+        let taken = if is_small {
+            self.memory.grow(ByteCount(offset.0 + length.0))
+        } else {
+            at_node_of(tag, || self.memory.populate(offset, length))
         };
-        populated.map_err(|_| SlabsExhausted)?;
+        taken.map_err(|_| SlabsExhausted)?;
+        *self.backed_mut(free) = if is_small { 0 } else { u16::MAX };
         self.set_tag(free, tag.to_bits());
         self.lowest = free + 1;
         self.held += 1;
         Ok(SlabId(id))
     }
 
+    fn reserve(&mut self, slab: SlabId, bytes: Range<usize>) -> Result<(), SlabsExhausted> {
+        let pages = bytes.start / PAGE_SIZE..bytes.end.div_ceil(PAGE_SIZE).min(SLAB_SIZE / PAGE_SIZE);
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let wanted = (u16::MAX >> (SLAB_SIZE / PAGE_SIZE - pages.len())) << pages.start;
+        if *self.backed_mut(slab.0 as usize) & wanted == wanted {
+            return Ok(());
+        }
+        let place = self.place(slab).ok_or(SlabsExhausted)? + pages.start * PAGE_SIZE;
+        let (offset, length) = (ByteCount(place as u64), ByteCount((pages.len() * PAGE_SIZE) as u64));
+        let tag = SlabTag::from_bits(self.tag(slab.0 as usize));
+        at_node_of(tag, || self.memory.touch(offset, length)).map_err(|_| SlabsExhausted)?;
+        *self.backed_mut(slab.0 as usize) |= wanted;
+        Ok(())
+    }
+
     fn release(&mut self, slab: SlabId) {
         let Some(place) = self.place(slab) else { return };
+        *self.backed_mut(slab.0 as usize) = 0;
         let (offset, length) = Self::extent(self.capacity, slab.0 as usize);
         if self.memory.punch_hole(offset, length).is_err() {
             // The contract is zeros, with or without the kernel's help.
@@ -172,7 +215,7 @@ mod tests {
     use plimsoll_store::SlabKind;
     use plimsoll_sys::pagemap::{Entry, Pagemap};
     use plimsoll_sys::{HvaRange, ProcessId};
-    use plimsoll_types::{Hva, PAGE_SIZE};
+    use plimsoll_types::Hva;
 
     #[test]
     fn a_released_slab_comes_back_as_zeros_and_untouched_room_costs_nothing() {
@@ -199,9 +242,11 @@ mod tests {
     }
 
     #[test]
-    fn a_slab_has_all_its_memory_when_it_is_acquired_and_no_other_slab_has() {
+    fn a_slab_but_the_first_few_has_all_its_memory_when_it_is_acquired_and_no_other_slab_has() {
         let mut slabs = MemfdSlabs::create("test-slabs", ByteCount::mib(1)).unwrap();
-        let slab = slabs.acquire(SlabTag::new(SlabKind::Records { sequence: 0 })).unwrap();
+        let tag = SlabTag::new(SlabKind::Records { sequence: 0 });
+        (0..SMALL).for_each(|_| assert!(slabs.acquire(tag).is_ok()));
+        let slab = slabs.acquire(tag).unwrap();
         let start = Hva(slabs.bytes(slab).as_ptr().addr() as u64);
         let range = HvaRange::new(start, ByteCount(2 * SLAB_SIZE as u64)).unwrap();
         let mut entries = Vec::new();
@@ -212,11 +257,34 @@ mod tests {
     }
 
     #[test]
+    fn the_first_slabs_of_a_store_take_the_pages_that_are_written() {
+        let mut slabs = MemfdSlabs::create("test-slabs", ByteCount::mib(64)).unwrap();
+        let tag = SlabTag::new(SlabKind::Records { sequence: 0 });
+        let held: Vec<SlabId> = (0..SMALL).map(|_| slabs.acquire(tag).unwrap()).collect();
+        let pages = |slabs: &MemfdSlabs| slabs.memory.allocated().unwrap().0 / PAGE_SIZE as u64;
+        assert_eq!((pages(&slabs), slabs.live().count()), (1, SMALL), "their tags");
+        slabs.reserve(held[0], 4000..4096).unwrap();
+        assert_eq!(pages(&slabs), 2);
+        slabs.reserve(held[0], 4000..4097).unwrap();
+        slabs.reserve(held[1], 65_535..65_536).unwrap();
+        assert_eq!(pages(&slabs), 4);
+        slabs.bytes_mut(held[0])[4096] = 7;
+        slabs.reserve(held[0], 0..8192).unwrap();
+        assert_eq!((slabs.bytes(held[0])[4096], pages(&slabs)), (7, 4), "what there is stays");
+        slabs.release(held[0]);
+        assert_eq!(pages(&slabs), 2);
+        assert_eq!(slabs.reserve(held[0], 0..1), Err(SlabsExhausted), "it is nobody's");
+    }
+
+    #[test]
     fn slabs_take_no_more_memory_than_they_have_bytes() {
         let mut slabs = MemfdSlabs::create("test-slabs", ByteCount::mib(64)).unwrap();
         let tag = SlabTag::new(SlabKind::Records { sequence: 0 });
         let held: Vec<SlabId> = (0..70).map(|_| slabs.acquire(tag).unwrap()).collect();
         let tags = ByteCount(PAGE_SIZE as u64);
+        let (first, others) = held.split_at(SMALL);
+        first.iter().for_each(|slab| slabs.reserve(*slab, 0..SLAB_SIZE).unwrap());
+        others.iter().for_each(|slab| slabs.reserve(*slab, 0..1).unwrap());
         let of = |count: u64| ByteCount(count * SLAB_SIZE as u64) + tags;
         assert_eq!(slabs.memory.allocated().unwrap(), of(70));
         held.iter().step_by(2).for_each(|slab| slabs.release(*slab));

@@ -4,7 +4,7 @@
 //! back after a crash and are believed only as far as they can be checked. What must never happen: a slab that
 //! reaches its second owner with the first one's bytes in it.
 use crate::class::SizeClass;
-use core::fmt;
+use core::{fmt, ops::Range};
 
 /// Bytes in a slab: 16 raw pages, 2,730 records.
 pub const SLAB_SIZE: usize = SLAB_BYTES as usize;
@@ -138,6 +138,15 @@ pub trait SlabMemory {
     /// # Errors
     /// [`SlabsExhausted`] when the memory's limit is reached.
     fn acquire(&mut self, tag: SlabTag) -> Result<SlabId, SlabsExhausted>;
+
+    /// Sees to it that those bytes of a slab that is acquired can be written: said before the first write to them. Memory
+    /// that comes with the slab has nothing to do.
+    ///
+    /// # Errors
+    /// [`SlabsExhausted`] when there is no memory for them.
+    fn reserve(&mut self, _slab: SlabId, _bytes: Range<usize>) -> Result<(), SlabsExhausted> {
+        Ok(())
+    }
 
     /// Gives a slab back. A slab that is not acquired is left alone.
     fn release(&mut self, slab: SlabId);

@@ -92,9 +92,16 @@ impl RecordTable {
             Some(sequence) => *sequence,
             None => self.extend(memory)?,
         };
-        let held = self.slabs.get(sequence as usize).and_then(Option::as_ref);
-        let free = held.and_then(|held| bits::first_absent(&held.marks.taken, RECORDS_PER_SLAB));
-        let number = RecordNumber(sequence * RECORDS_PER_SLAB + free.ok_or(SlabsExhausted)?);
+        let held = self.slabs.get(sequence as usize).and_then(Option::as_ref).ok_or(SlabsExhausted)?;
+        let free = bits::first_absent(&held.marks.taken, RECORDS_PER_SLAB).ok_or(SlabsExhausted)?;
+        let start = free as usize * RECORD_SIZE;
+        if let Err(exhausted) = memory.reserve(held.slab, start..start + RECORD_SIZE) {
+            if held.used == 0 {
+                self.drop_slab(memory, sequence);
+            }
+            return Err(exhausted);
+        }
+        let number = RecordNumber(sequence * RECORDS_PER_SLAB + free);
         if self.claim(number) { Ok(number) } else { Err(SlabsExhausted) }
     }
 

@@ -38,7 +38,8 @@ const _: () = assert!(size_of::<Option<Entry>>() == 16);
 /// See the file's head.
 #[derive(Clone, Debug)]
 pub(crate) struct Similar {
-    entries: Box<[Option<Entry>; ENTRIES]>,
+    /// Made with the first page that has data.
+    entries: Option<Box<[Option<Entry>; ENTRIES]>>,
     looked: u64,
     alike: u64,
 }
@@ -59,8 +60,8 @@ impl Sketch {
 }
 
 impl Similar {
-    pub(crate) fn new() -> Self {
-        Self { entries: Box::new([None; ENTRIES]), looked: 0, alike: 0 }
+    pub(crate) const fn new() -> Self {
+        Self { entries: None, looked: 0, alike: 0 }
     }
 
     /// Takes note of a page that is now stored beside `objects` others.
@@ -74,7 +75,8 @@ impl Similar {
         let rate = (objects * GROUPS.len() as u64 / ENTRIES_AIM).checked_ilog2().map_or(0, |log| log + 1);
         for group in sketch.0.into_iter().flatten().filter(|group| group.trailing_zeros() >= rate) {
             let place = usize::try_from(group.get() >> (u64::BITS - ENTRIES.ilog2())).unwrap_or(0);
-            let Some(entry) = self.entries.get_mut(place) else { continue };
+            let entries = self.entries.get_or_insert_with(|| Box::new([None; ENTRIES]));
+            let Some(entry) = entries.get_mut(place) else { continue };
             if self.looked == LOOKED_MAX {
                 (self.looked, self.alike) = (self.looked / 2, self.alike / 2);
             }

@@ -473,12 +473,13 @@ impl<M: SlabMemory> Store<M> {
     /// Writes a slot that was taken for these bytes, or gives it back.
     pub(crate) fn fill_slot(&mut self, extent: Extent, bytes: &[u8]) -> Result<(), StoreError> {
         let range = self.slots.range(extent);
+        let range = range.filter(|range| self.memory.reserve(extent.slab, range.clone()).is_ok());
         let target = range.and_then(|range| self.memory.bytes_mut(extent.slab).get_mut(range));
         if let Some(target) = target {
             target.copy_from_slice(bytes);
             return Ok(());
         }
-        // A slab shorter than the contract says is as good as none.
+        // No memory for it; and a slab shorter than the contract says is as good as none.
         self.slots.give_back(&mut self.memory, extent);
         Err(StoreError::Exhausted)
     }

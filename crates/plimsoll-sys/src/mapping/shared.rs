@@ -223,8 +223,16 @@ impl ExclusiveMapping {
         check_pages(offset, len, self.mapped.size)?;
         self.allocate(FallocateFlags::empty(), offset, len)?;
         self.len = self.len.max(to_usize(offset.0 + len.0));
-        // SAFETY: the range lies in the mapping and in the file, as just checked and seen to, and populating changes no
-        // byte of it.
+        self.touch(offset, len)
+    }
+
+    /// Takes memory for whole pages of what there is, page by page, as writing them would: of no folio is more than that taken.
+    ///
+    /// # Errors
+    /// As for [`populate`](Self::populate).
+    pub fn touch(&mut self, offset: ByteCount, len: ByteCount) -> Result<(), MemfdError> {
+        check_pages(offset, len, ByteCount(self.len as u64))?;
+        // SAFETY: the range lies in the mapping and in the file, as just checked, and populating changes no byte of it.
         unsafe {
             let start = self.mapped.base.as_ptr().wrapping_byte_add(to_usize(offset.0));
             madvise(start.cast(), to_usize(len.0), Advice::LinuxPopulateWrite)
