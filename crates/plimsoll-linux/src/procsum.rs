@@ -13,6 +13,10 @@
 //! * The processes are read one after the other, so the sum never was true at one instant, and the peak is the
 //!   largest *sample*: what rose and fell between two samples is not in it.
 //!
+//! A status file takes the kernel 10 us, of a thousand processes 10 ms, many times a second. The much shorter `statm` says whether the
+//! process has grown or shrunk; while it has not, the status is read after a second and then ever more rarely, because page tables may have
+//! grown.
+//!
 //! `Pss` (smaps_rollup) would divide shared pages fairly, but it walks every page table under the lock that page
 //! faults need: it would slow down what is being measured.
 
@@ -21,6 +25,7 @@ use plimsoll_types::ByteCount;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 /// The lines of a status file that are added up.
 const COUNTED: [&[u8]; 3] = [b"RssAnon:", b"RssShmem:", b"VmPTE:"];
@@ -28,6 +33,12 @@ const COUNTED: [&[u8]; 3] = [b"RssAnon:", b"RssShmem:", b"VmPTE:"];
 /// More than a status file has (1.5 KiB, and some digits per supplementary group and per 4 CPUs). A file cut short must
 /// not pass for a process without memory, so one that fills the buffer is refused.
 const STATUS_SIZE: usize = 32 << 10;
+
+/// More than a statm file has: seven numbers.
+const STATM_SIZE: usize = 192;
+/// How long a status stands for a process whose statm is the same: at first, and at most while the next says the same.
+const STATUS_STANDS: Duration = Duration::from_secs(1);
+const STATUS_STANDS_MAX: Duration = Duration::from_secs(8);
 
 /// A process's memory could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -78,16 +89,44 @@ fn is_gone(error: &io::Error) -> bool {
 struct Member {
     process: ProcessId,
     status: File,
+    statm: File,
+    last: Option<Last>,
+}
+
+/// What was read of a process, and when.
+#[derive(Clone, Copy, Debug)]
+struct Last {
+    statm: [u8; STATM_SIZE],
+    memory: ByteCount,
+    when: Instant,
+    stands: Duration,
 }
 
 impl Member {
     fn open(process: ProcessId) -> Result<Self, ProcessSumError> {
-        let status = File::open(format!("/proc/{}/status", process.get()));
-        Ok(Self { process, status: status.map_err(|source| ProcessSumError::new(process, source))? })
+        let open = |name| File::open(format!("/proc/{}/{name}", process.get()));
+        let open = |name| open(name).map_err(|source| ProcessSumError::new(process, source));
+        Ok(Self { process, status: open("status")?, statm: open("statm")?, last: None })
     }
 
     /// The memory of the process now, or `None` once it is gone. A zombie has none.
-    fn memory(&self) -> Result<Option<ByteCount>, ProcessSumError> {
+    fn memory(&mut self, now: Instant) -> Result<Option<ByteCount>, ProcessSumError> {
+        let mut statm = [0; STATM_SIZE];
+        // What is wrong with it, if anything is, shows when its status is read.
+        let is_read = self.statm.read_at(&mut statm, 0).is_ok();
+        let is_young = |last: &Last| now.duration_since(last.when) < last.stands;
+        let stands = |last: &Last| is_read && last.statm == statm && is_young(last);
+        if let Some(last) = self.last.filter(stands) {
+            return Ok(Some(last.memory));
+        }
+        let memory = self.status()?;
+        let same = self.last.filter(|last| last.statm == statm && Some(last.memory) == memory);
+        let stands = same.map_or(STATUS_STANDS, |last| (last.stands * 2).min(STATUS_STANDS_MAX));
+        self.last = memory.map(|memory| Last { statm, memory, when: now, stands });
+        Ok(memory)
+    }
+
+    fn status(&self) -> Result<Option<ByteCount>, ProcessSumError> {
         let mut buffer = [0; STATUS_SIZE];
         match self.status.read_at(&mut buffer, 0) {
             Ok(STATUS_SIZE) => Err(self.malformed(b"more text than a status file should have")),
@@ -163,8 +202,9 @@ impl ProcessSum {
     pub fn sample(&mut self) -> Result<ByteCount, ProcessSumError> {
         let mut sum = ByteCount(0);
         let mut ended = Vec::new();
-        for member in &self.members {
-            match member.memory()? {
+        let now = Instant::now();
+        for member in &mut self.members {
+            match member.memory(now)? {
                 Some(memory) => sum = ByteCount(sum.0.saturating_add(memory.0)),
                 None => ended.push(member.process),
             }
@@ -335,6 +375,31 @@ mod tests {
         assert_eq!(sum.sample().unwrap(), ByteCount(0));
         assert_eq!(sum.processes().count(), 0, "a process that ended leaves the set");
         assert!(sum.peak() >= held);
+    }
+
+    #[test]
+    fn the_status_of_a_process_that_has_not_changed_is_read_ever_more_rarely() {
+        let mut child = TestChild::start("hold");
+        child.ask("take", "taken");
+        let (mut member, start) = (Member::open(child.id()).unwrap(), Instant::now());
+        // It may not be asleep yet.
+        let mut stands_at = |millis: u64| {
+            let (start, half) = (start + Duration::from_millis(millis), STATUS_STANDS / 2);
+            member.last = None;
+            let before = member.memory(start).unwrap();
+            (member.memory(start + half).unwrap() == before && member.last.unwrap().when == start)
+                .then_some(before)
+        };
+        let before = (0..1000).find_map(&mut stands_at).expect("a process that does nothing stays as it is");
+        let later = start + STATUS_STANDS * 10;
+        member.memory(later).unwrap();
+        assert_eq!(member.last.unwrap().when, later, "its page tables may have grown");
+        assert!(member.last.unwrap().stands > STATUS_STANDS);
+        child.ask("check", "unchanged");
+        let soon = later + STATUS_STANDS / 2;
+        assert!(member.memory(soon).unwrap() > before, "it has grown");
+        let last = member.last.unwrap();
+        assert_eq!((last.when, last.stands), (soon, STATUS_STANDS));
     }
 
     #[test]
