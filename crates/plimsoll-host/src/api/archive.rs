@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 
 /// Reasons kept of a machine: 16 of half a KiB are 8 MiB for a thousand machines.
 pub(super) const ENTRIES_MAX: usize = 16;
-/// Samples kept of a machine: ten minutes, 5 MiB for a thousand machines.
+/// Samples kept of a machine: ten minutes, 6 MiB for a thousand machines that are never alike twice. Of those that are, one is kept.
 const SAMPLES_MAX: usize = 120;
 /// Between two of them.
 const SAMPLE_EVERY_MS: u64 = 5_000;
@@ -53,13 +53,72 @@ pub(crate) struct Counts {
     pub(crate) returned_pages: u64,
 }
 
+/// Samples one after the other that differ in their time alone.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    first: Sample,
+    last_ms: u64,
+    /// At least one.
+    samples: usize,
+}
+
+impl Stretch {
+    const fn of(sample: Sample) -> Self {
+        Self { first: sample, last_ms: sample.unix_ms, samples: 1 }
+    }
+
+    /// Takes one more in, where it is like those.
+    fn extend(&mut self, sample: Sample) -> bool {
+        let is_alike = Sample { unix_ms: self.first.unix_ms, ..sample } == self.first;
+        // Between a clock that was set and the one before nothing is even.
+        let gap_ms = sample.unix_ms.checked_sub(self.last_ms);
+        let is_one_more = is_alike && gap_ms.is_some_and(|gap| gap <= 4 * SAMPLE_EVERY_MS);
+        if is_one_more {
+            (self.last_ms, self.samples) = (sample.unix_ms, self.samples + 1);
+        }
+        is_one_more
+    }
+
+    /// As they were, evenly between the first and the last.
+    fn samples(self) -> impl Iterator<Item = Sample> {
+        (0..self.samples).map(move |number| Sample { unix_ms: self.time_of(number), ..self.first })
+    }
+
+    fn time_of(&self, number: usize) -> u64 {
+        let spans = (self.samples - 1).max(1) as u64;
+        let (start, all) = (self.first.unix_ms, self.last_ms - self.first.unix_ms);
+        start + u64::try_from(u128::from(all) * number as u128 / u128::from(spans)).unwrap_or(all)
+    }
+
+    /// Lets the first of several go.
+    fn shorten(&mut self) {
+        self.first.unix_ms = self.time_of(1);
+        self.samples -= 1;
+    }
+}
+
 #[derive(Debug, Default)]
 struct Past {
     entries: VecDeque<Entry>,
-    samples: VecDeque<Sample>,
+    samples: VecDeque<Stretch>,
     /// When the last sample was kept, by the loop's own clock: the host's may be set.
     sampled_ms: Option<u64>,
     counts: Counts,
+}
+
+impl Past {
+    fn keep(&mut self, sample: Sample) {
+        if !self.samples.back_mut().is_some_and(|last| last.extend(sample)) {
+            self.samples.push_back(Stretch::of(sample));
+        }
+        let kept: usize = self.samples.iter().map(|stretch| stretch.samples).sum();
+        if kept > SAMPLES_MAX {
+            match self.samples.front_mut() {
+                Some(first) if first.samples > 1 => first.shorten(),
+                _ => drop(self.samples.pop_front()),
+            }
+        }
+    }
 }
 
 /// The past of a host.
@@ -101,14 +160,13 @@ impl Archive {
             let is_due = past.sampled_ms.is_none_or(|last| now_ms.saturating_sub(last) >= SAMPLE_EVERY_MS);
             if let Some(position) = positions.get(&view.id).filter(|_| is_due) {
                 past.sampled_ms = Some(now_ms);
-                past.samples.push_back(Sample {
+                past.keep(Sample {
                     unix_ms: moment.unix_ms,
                     consumed_bytes: position.consumed.0,
                     active_bytes: position.active.0,
                     target_bytes: position.target.0,
                     stalled_ppm: view.stalled.0,
                 });
-                past.samples.drain(..past.samples.len().saturating_sub(SAMPLES_MAX));
             }
         }
         happened(moment)
@@ -126,7 +184,9 @@ impl Archive {
 
     /// The last minutes of a machine, the newest last.
     pub(super) fn samples(&self, id: MachineId) -> Vec<Sample> {
-        self.machines.get(&id).map(|past| past.samples.iter().copied().collect()).unwrap_or_default()
+        let past = self.machines.get(&id);
+        past.map(|past| past.samples.iter().flat_map(|stretch| stretch.samples()).collect())
+            .unwrap_or_default()
     }
 
     pub(crate) fn counts(&self, id: MachineId) -> Counts {
@@ -199,5 +259,28 @@ mod tests {
         }
         let kept: Vec<u64> = archive.samples(id).iter().map(|sample| sample.unix_ms).collect();
         assert_eq!(kept, clock);
+    }
+
+    #[test]
+    fn a_machine_that_stays_as_it_is_has_as_many_samples_as_any_and_takes_the_room_of_one() {
+        let sample = |at: u64, consumed_bytes| Sample {
+            unix_ms: 1_000_000 + 5_000 * at,
+            consumed_bytes,
+            active_bytes: 0,
+            target_bytes: 7,
+            stalled_ppm: 0,
+        };
+        let of = |past: &Past| past.samples.iter().flat_map(|stretch| stretch.samples()).collect::<Vec<_>>();
+        let mut past = Past::default();
+        (0..130).for_each(|at| past.keep(sample(at, 1)));
+        assert_eq!(past.samples.len(), 1);
+        assert_eq!(of(&past), (10..130).map(|at| sample(at, 1)).collect::<Vec<_>>());
+        (130..249).for_each(|at| past.keep(sample(at, at)));
+        assert_eq!(past.samples.len(), 120);
+        let mut expected = vec![sample(129, 1)];
+        expected.extend((130..249).map(|at| sample(at, at)));
+        assert_eq!(of(&past), expected, "the oldest go first, one by one");
+        past.keep(sample(0, 248));
+        assert_eq!(of(&past).last(), Some(&sample(0, 248)), "also when the clock was set back");
     }
 }
