@@ -164,5 +164,6 @@ mod seats;
 mod shards;
 pub mod space;
 pub mod stats;
+pub mod times;
 pub mod waiting;
 pub mod wire;

@@ -1,16 +1,13 @@
 //! What the pagers count about a machine: each about its shard, and all of them together.
-use hdrhistogram::Histogram;
+use super::times::Times;
 use plimsoll_core::machine::Anomalies;
 use plimsoll_core::map::Census;
 use plimsoll_core::prefetch::PrefetchStats;
 use plimsoll_types::PageCount;
 use std::time::Duration;
 
-/// Faults that take longer than a minute are counted as taking a minute.
-const FAULT_NS_MAX: u64 = 60_000_000_000;
-
 /// Counts since the machine was admitted, and its state when they were published.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct MachineStats {
     /// Pages by state.
     pub census: Census,
@@ -42,8 +39,8 @@ pub struct MachineStats {
     pub poisoned: u64,
     /// Times a manager took the machine over.
     pub takeovers: u64,
-    /// From reading a fault to waking its waiter, in nanoseconds.
-    pub fault_ns: Histogram<u64>,
+    /// From reading a fault to waking its waiter.
+    pub fault_times: Times,
     /// The sum of the same, and the part of it spent waiting for memory below the hard line.
     pub waited: Duration,
     /// Faults that waited for memory below the hard line: what reclaim ahead of demand had not freed in time.
@@ -93,42 +90,10 @@ pub struct StoredCounts {
     pub raw: u64,
 }
 
-impl Default for MachineStats {
-    fn default() -> Self {
-        Self {
-            census: Census::default(),
-            limbo: PageCount(0),
-            ram: PageCount(0),
-            working_set: None,
-            anomalies: Anomalies::default(),
-            table_bytes: 0,
-            faults: FaultCounts::default(),
-            ahead: PrefetchStats::default(),
-            blocks: BlockCounts::default(),
-            captured: 0,
-            refused: 0,
-            stored: StoredCounts::default(),
-            discarded: 0,
-            poisoned: 0,
-            takeovers: 0,
-            fault_ns: fault_histogram(),
-            waited: Duration::ZERO,
-            stalls: 0,
-            stalled: Duration::ZERO,
-        }
-    }
-}
-
-/// Two significant digits from 1 ns to the longest fault told apart.
-fn fault_histogram() -> Histogram<u64> {
-    Histogram::new_with_bounds(1, FAULT_NS_MAX, 2)
-        .expect("the bounds and digits are ones the constructor takes")
-}
-
 impl MachineStats {
     /// Counts one fault that was served.
     pub(crate) fn served(&mut self, waited: Duration) {
-        self.fault_ns.saturating_record(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX));
+        self.fault_times.record(waited);
         self.waited += waited;
     }
 
@@ -171,7 +136,7 @@ impl MachineStats {
             discarded,
             poisoned,
             takeovers,
-            fault_ns,
+            fault_times,
             waited,
             stalls,
             stalled,
@@ -192,8 +157,7 @@ impl MachineStats {
         self.discarded += discarded;
         self.poisoned += poisoned;
         self.takeovers = self.takeovers.max(takeovers);
-        // All have the same bounds.
-        let _ = self.fault_ns.add(fault_ns);
+        self.fault_times.merge(fault_times);
         self.waited += waited;
         self.stalls += stalls;
         self.stalled += stalled;
@@ -201,6 +165,11 @@ impl MachineStats {
 }
 
 impl FaultCounts {
+    /// All of them.
+    pub const fn total(&self) -> u64 {
+        self.zero + self.limbo + self.stored + self.present
+    }
+
     const fn add(&mut self, Self { zero, limbo, stored, present }: Self) {
         self.zero += zero;
         self.limbo += limbo;
@@ -245,7 +214,7 @@ mod tests {
         };
         let known = |pages| Some(PageCount(pages));
         let sums = MachineStats::merge([shard(3, known(10)), shard(4, known(20))]);
-        assert_eq!((sums.faults.stored, sums.fault_ns.len()), (7, 7));
+        assert_eq!((sums.faults.stored, sums.fault_times.count()), (7, 7));
         assert_eq!((sums.waited, sums.takeovers), (Duration::from_micros(350), 2));
         assert_eq!(sums.working_set, known(30));
         assert_eq!(MachineStats::merge([shard(1, known(10)), shard(1, None)]).working_set, None);

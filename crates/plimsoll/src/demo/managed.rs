@@ -330,7 +330,7 @@ fn guest_report(guest: &Guest, seen: &MachineView, last: &MachineView, work: Wor
     let state = guest.state();
     let stats = &seen.stats;
     let faults = stats.faults;
-    let us = |quantile| stats.fault_ns.value_at_quantile(quantile) as f64 / 1000.0;
+    let us = |permille| stats.fault_times.permille(permille).as_nanos() as f64 / 1000.0;
     // The newest complete window before the last check, in which every page is touched.
     let window = state.windows.iter().rev().nth(1).or(state.windows.last());
     let buckets = &state.summary.latency.buckets;
@@ -347,8 +347,8 @@ fn guest_report(guest: &Guest, seen: &MachineView, last: &MachineView, work: Wor
         operation_p50_us: quantile_us(buckets, 0.5),
         operation_p99_us: quantile_us(buckets, 0.99),
         faults: faults.zero + faults.limbo + faults.stored + faults.present,
-        fault_p50_us: us(0.5),
-        fault_p99_us: us(0.99),
+        fault_p50_us: us(500),
+        fault_p99_us: us(990),
         stall_share: stats.waited.as_secs_f64() / work.vcpu_time.as_secs_f64().max(f64::MIN_POSITIVE),
         captured_pages: last.stats.captured,
         refused_pages: last.stats.refused,
