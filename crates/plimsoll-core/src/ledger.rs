@@ -205,6 +205,7 @@ pub struct Ledger {
     budget: Budget,
     overhead: ByteCount,
     groups: Vec<GroupEntry>,
+    /// By their ids: each charge looks for one, of a thousand perhaps.
     machines: Vec<MachineEntry>,
 }
 
@@ -246,7 +247,8 @@ impl Ledger {
             });
         }
         let (usage, floor) = (Usage::default(), ByteCount(0));
-        self.machines.push(MachineEntry { id, group, terms, usage, floor, target: None });
+        let place = self.machines.partition_point(|machine| machine.id < id);
+        self.machines.insert(place, MachineEntry { id, group, terms, usage, floor, target: None });
         Ok(())
     }
 
@@ -265,8 +267,8 @@ impl Ledger {
     }
 
     fn place_of(&self, id: MachineId) -> Result<usize, LedgerError> {
-        let place = self.machines.iter().position(|machine| machine.id == id);
-        place.ok_or(LedgerError::NoSuchMachine { machine: id })
+        let place = self.machines.binary_search_by_key(&id, |machine| machine.id);
+        place.map_err(|_| LedgerError::NoSuchMachine { machine: id })
     }
 
     fn group_mut(&mut self, id: GroupId) -> Result<&mut GroupEntry, LedgerError> {
