@@ -31,6 +31,7 @@ pub mod blocks;
 pub mod eventfd;
 pub mod fdpass;
 pub mod frames;
+pub mod heap;
 pub mod launch;
 pub mod mapping;
 pub mod numa;

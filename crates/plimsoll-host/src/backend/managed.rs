@@ -8,8 +8,9 @@ use super::overhead::{Overhead, measure};
 use super::{Backend, Departure, Done, Kind, Refused, Trouble};
 use crate::homecoming::{Homecoming, Progress, stored};
 use parking_lot::Mutex;
+use plimsoll_linux::uffd::host::Host;
 use plimsoll_linux::uffd::manager::Manager;
-use plimsoll_linux::uffd::stats::{FaultCounts, MachineStats};
+use plimsoll_linux::uffd::stats::MachineStats;
 use plimsoll_policy::admission::Overheads;
 use plimsoll_policy::view::{MachineView, Phase, Reading};
 use plimsoll_policy::{Ppm, Rung, Rungs, Step};
@@ -17,6 +18,7 @@ use plimsoll_sys::ProcessId;
 use plimsoll_sys::procfs::maps::{MeasuredMapping, VmFlags};
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a machine is taken to be starting: our guests run within a second, those with a kernel within about ten.
@@ -29,6 +31,11 @@ const HOMECOMING: Duration = Duration::from_millis(50);
 /// A machine under our own pager.
 pub struct Managed {
     manager: Arc<Mutex<Manager>>,
+    host: Arc<Host>,
+    /// What pagers of the host had done for guests when this machine was observed.
+    served: u64,
+    /// Pagers of the host that had ended when this machine was seen not to be gone.
+    endings: AtomicU64,
     /// The manager's name for it.
     id: MachineId,
     process: Option<ProcessId>,
@@ -36,6 +43,7 @@ pub struct Managed {
     size: Option<ByteCount>,
     processors: u32,
     born: Instant,
+    is_starting: bool,
     /// What the policy last wanted it to come to.
     target: Option<ByteCount>,
     /// Pages an operator asked for that were not taken yet.
@@ -73,13 +81,18 @@ impl Managed {
     /// A machine that the manager has admitted under `id` just `now`, with so many virtual processors.
     pub fn new(manager: Arc<Mutex<Manager>>, id: MachineId, processors: u32, now: Instant) -> Self {
         let processors = processors.max(1);
+        let host = Arc::clone(manager.lock().host());
         Self {
             manager,
+            host,
+            served: 0,
+            endings: AtomicU64::new(u64::MAX),
             id,
             process: None,
             size: None,
             processors,
             born: now,
+            is_starting: true,
             target: None,
             ordered: PageCount(0),
             gave: now,
@@ -126,6 +139,7 @@ impl Managed {
 
 impl Backend for Managed {
     fn observe(&mut self, id: MachineId, now: Instant) -> Result<MachineView, Trouble> {
+        self.served = self.host.bustle().served();
         let (machine, stored, words, disk, seats) = {
             let manager = self.manager.lock();
             let machine = manager.machine(self.id).filter(|_| !manager.is_gone(self.id));
@@ -140,14 +154,13 @@ impl Backend for Managed {
         self.size = Some(machine.size);
         let stats = machine.stats;
         let counters = Counters::of(&stats);
-        let FaultCounts { zero, limbo, stored: stored_faults, present } = stats.faults;
         // Its pagers publish what they have counted once they have taken it over.
         let is_counted = stats.census.total() > PageCount(0);
         self.whereabouts = is_counted.then(|| Whereabouts {
             pages: Pages::of_census(&stats.census, disk),
             plugged: None,
             seats: seats.into_iter().filter_map(|(shard, place)| Some((shard, place?))).collect(),
-            faults: zero + limbo + stored_faults + present,
+            faults: stats.faults.total(),
             chart: Chart::Words(words),
         });
         let (then, before) = self.last.replace((now, counters)).unwrap_or((now, counters));
@@ -162,9 +175,9 @@ impl Backend for Managed {
         let elapsed = now.saturating_duration_since(then) * self.processors;
         let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let waited = counters.waited.saturating_sub(before.waited).min(elapsed);
-        let is_starting = now.saturating_duration_since(self.born) < STARTING;
+        self.is_starting = now.saturating_duration_since(self.born) < STARTING;
         Ok(MachineView {
-            phase: if is_starting { Phase::Starting } else { Phase::Running },
+            phase: if self.is_starting { Phase::Starting } else { Phase::Running },
             stored,
             active: stats.working_set.map(|pages| Reading::of(pages.bytes(), 0)),
             taken,
@@ -259,8 +272,21 @@ impl Backend for Managed {
         self.whereabouts.clone()
     }
 
+    fn may_have_changed(&self) -> bool {
+        let is_in_motion = self.is_starting || self.leaving.is_some() || self.ordered > PageCount(0);
+        is_in_motion || self.host.bustle().served() != self.served
+    }
+
     fn is_gone(&self) -> bool {
-        self.manager.lock().is_gone(self.id)
+        let endings = self.host.bustle().endings();
+        if self.endings.load(Ordering::Relaxed) == endings {
+            return false;
+        }
+        let is_gone = self.manager.lock().is_gone(self.id);
+        if !is_gone {
+            self.endings.store(endings, Ordering::Relaxed);
+        }
+        is_gone
     }
 
     fn predicted(&self) -> Overheads {

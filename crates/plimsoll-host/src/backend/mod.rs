@@ -63,6 +63,12 @@ pub trait Backend: Send {
         false
     }
 
+    /// Whether anything may have happened to it since it was observed: of one to which nothing has, nothing new is decided. No system
+    /// call.
+    fn may_have_changed(&self) -> bool {
+        true
+    }
+
     /// Takes so much, once, beside what plans ask for, in place of what was asked for so before: nothing takes that back.
     fn reclaim(&mut self, _pages: PageCount, _now: Instant) -> Done {
         Done::Refused(Refused::NoSuchRung(Rung::Compress))

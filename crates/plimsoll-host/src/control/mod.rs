@@ -1,4 +1,5 @@
-//! The control loop: observe, decide, apply; about once a second, and at once when something hard happens.
+//! The control loop: observe, decide, apply; about once a second, more rarely while nothing happens, and at once when something hard
+//! does.
 //!
 //! Enters: machines behind [`Backend`]s, the memory they share, settings, and the time, which whoever runs the loop brings.
 //! Leaves: [`Turn`]s, which say what was seen, decided and done. All of it runs on the caller's thread. What must never happen:
@@ -9,12 +10,14 @@
 //! * a clock that jumps making the loop wait for it, or hurry.
 //!
 //! [`run()`] is the loop itself over a real clock; tests call [`Control::turn`] with whatever time they like.
+mod pace;
 mod pool;
 mod run;
 
 pub use pool::Pool;
-pub use run::{Happened, RunError, Wakers, host_pressure, run};
+pub use run::{Happened, RunError, Stirred, Wakers, host_pressure, run};
 
+use self::pace::Pace;
 use crate::backend::balloon::Farewell;
 use crate::backend::{Backend, Cooperation, Departure, Done, Kind, Overhead, Refused, Trouble, Whereabouts};
 use crate::trace::{Basis, Recorder, Tick, TraceError};
@@ -31,12 +34,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
-/// How often is decided when nothing happens.
+/// How often is decided, unless nothing happens at all.
 pub const PERIOD: Duration = Duration::from_secs(1);
-/// How often a machine's overhead is measured at most, and of how many a turn: walking the page tables of one takes milliseconds, and
+/// How often a machine's overhead is measured at most, and of how many a turn, where turns are a second apart: walking the page tables of one takes milliseconds, and
 /// a thousand at once kept the loop from its decisions for seconds.
 const MEASURED_EVERY: Duration = Duration::from_secs(10);
 const MEASURED_MAX: usize = 16;
+/// How often that of a machine that takes up what it did when it was measured last.
+const MEASURED_AGAIN: Duration = Duration::from_secs(600);
 
 /// How long VMMs that do not answer may keep a loop that ends: less than whoever ends it waits before it kills.
 const PARTING: Duration = Duration::from_secs(20);
@@ -169,8 +174,8 @@ struct Member {
     is_paused: bool,
     /// As last measured.
     overhead: Option<Overhead>,
-    /// When that was measured.
-    measured: Option<Instant>,
+    /// When that was measured, and what it took up then.
+    measured: Option<(Instant, ByteCount)>,
     /// As last seen.
     consumed: ByteCount,
 }
@@ -226,6 +231,7 @@ pub struct Control {
     next_id: u32,
     epoch: Instant,
     due: Instant,
+    pace: Pace,
     hurry: Option<Hurry>,
     recorder: Option<Recorder>,
     /// Whether names or settings have changed since they were recorded.
@@ -249,6 +255,7 @@ impl Control {
             next_id: 1,
             epoch: now,
             due: now,
+            pace: Pace::new(now),
             hurry: None,
             recorder,
             is_changed: true,
@@ -486,9 +493,23 @@ impl Control {
         self.hurry = self.hurry.or(Some(Hurry::Pressure));
     }
 
+    /// Whether nothing has happened for a while, on a host with room.
+    pub(crate) const fn is_calm(&self) -> bool {
+        self.pace.is_calm()
+    }
+
+    /// Whether anything may have happened to any machine since it was observed.
+    pub(crate) fn may_have_changed(&self) -> bool {
+        self.members.values().any(|member| member.backend.may_have_changed())
+    }
+
     /// Goes on with what was begun. Says when to come again for that.
     pub fn work(&mut self, now: Instant) -> Option<Instant> {
         let mut next = None;
+        if self.pace.is_to_ask(now) && self.may_have_changed() {
+            self.pace.stir();
+            self.due = now;
+        }
         for member in self.members.values_mut().filter(|member| member.trouble.is_none()) {
             // What is wrong with it shows when it is looked at.
             let at = member.backend.work(now).ok().flatten();
@@ -509,7 +530,8 @@ impl Control {
         let plan = decide(&view, &mut self.policy);
         let outcomes = self.apply(&view, &plan, now, &mut events);
         let hurry = self.hurry.take();
-        self.due = now + PERIOD;
+        let is_in_motion = hurry.is_some() || self.may_have_changed();
+        self.due = self.pace.turned(now, &view, &plan, is_in_motion);
         let mut turn = Turn { view, plan, outcomes, events, hurry };
         self.measure(now);
         self.record_turn(&mut turn);
@@ -588,13 +610,17 @@ impl Control {
 
     fn measure(&mut self, now: Instant) {
         let is_due = |member: &&mut Member| {
-            member.measured.is_none_or(|at| now.saturating_duration_since(at) >= MEASURED_EVERY)
+            member.measured.is_none_or(|(at, consumed)| {
+                let every = if consumed == member.consumed { MEASURED_AGAIN } else { MEASURED_EVERY };
+                now.saturating_duration_since(at) >= every
+            })
         };
         let mut due: Vec<&mut Member> = self.members.values_mut().filter(is_due).collect();
         // Whoever was measured longest ago goes first, and before those whoever never was.
         due.sort_by_key(|member| member.measured);
-        for member in due.into_iter().take(MEASURED_MAX) {
-            (member.measured, member.overhead) = (Some(now), member.backend.overhead());
+        // No more a second than at any other time.
+        for member in due.into_iter().take(MEASURED_MAX / self.pace.periods() as usize) {
+            (member.measured, member.overhead) = (Some((now, member.consumed)), member.backend.overhead());
         }
     }
 

@@ -28,6 +28,7 @@ use plimsoll_linux::disk::tier::Tier;
 use plimsoll_linux::explain;
 use plimsoll_linux::procsum::ProcessSum;
 use plimsoll_linux::uffd::estate::{Estate, Keep};
+use plimsoll_linux::uffd::governor::PERIOD_QUIET;
 use plimsoll_linux::uffd::handover::Handover;
 use plimsoll_linux::uffd::host::Incident;
 use plimsoll_linux::uffd::manager::{MachineView, Manager, Membership, Meter, Vault};
@@ -49,7 +50,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a VMM may take to hand its machine over.
@@ -59,7 +60,9 @@ const HANDOVERS_MAX: usize = 16;
 /// How long somebody who asks may keep the answer waiting.
 const ANSWER_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// How often it is looked whether a machine is gone.
-const LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+const LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 250_000_000 };
+/// The same while it is about to end.
+const PARTING_LOOK_PERIOD: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 /// How often the keeper is told that this manager lives.
 const SIGN_PERIOD: Duration = Duration::from_secs(1);
 /// How long the disk tier's file may be in use when a manager begins, and how often that is looked at.
@@ -75,8 +78,8 @@ const GROUP: GroupId = GroupId(1);
 #[derive(Clone)]
 pub(super) struct Used {
     source: Source,
-    /// What counts when the source cannot be read: that nothing is known must not look like room.
-    last: Arc<AtomicU64>,
+    /// What was read last, and when. It counts when the source cannot be read: that nothing is known must not look like room.
+    last: Arc<Mutex<Option<(Instant, ByteCount)>>>,
 }
 
 #[derive(Clone)]
@@ -118,10 +121,18 @@ impl Used {
             Source::Processes(sum) => sum.lock().sample().ok(),
             Source::Group(group) => group.used().ok(),
         };
+        let mut last = self.last.lock();
         if let Some(used) = read {
-            self.last.store(used.0, Ordering::Relaxed);
+            *last = Some((Instant::now(), used));
         }
-        ByteCount(self.last.load(Ordering::Relaxed))
+        last.map_or(ByteCount(0), |(_, used)| used)
+    }
+
+    /// What it was a moment ago: the governor looks as often as the room that is left asks for, and to read the memory of a thousand
+    /// processes takes milliseconds.
+    pub(super) fn lately(&self) -> ByteCount {
+        let last = *self.last.lock();
+        last.filter(|(when, _)| when.elapsed() <= PERIOD_QUIET).map_or_else(|| self.now(), |(_, used)| used)
     }
 }
 
@@ -225,7 +236,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     let mut session = Session::open(settings, keeper, started_ns, ring)?;
     let (mut is_told, mut is_owed) = (false, false);
     loop {
-        session.turn(&signalled)?;
+        session.turn(&signalled, if is_told { &PARTING_LOOK_PERIOD } else { &LOOK_PERIOD })?;
         if reload.swap(false, Ordering::Relaxed) {
             session.steering.reload();
         }
@@ -348,12 +359,12 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Waits for something to do, a moment at most, and does it.
-    fn turn(&mut self, signalled: &UnixStream) -> Result<(), DaemonError> {
+    /// Waits for something to do, `patience` at most, and does it.
+    fn turn(&mut self, signalled: &UnixStream, patience: &Timespec) -> Result<(), DaemonError> {
         let arrived = self.arrivals.arrived.as_fd();
         let watched = [self.handover.as_fd(), self.control.as_fd(), arrived, signalled.as_fd()];
         let mut polled = watched.each_ref().map(|fd| PollFd::new(fd, PollFlags::IN));
-        match poll(&mut polled, Some(&LOOK_PERIOD)) {
+        match poll(&mut polled, Some(patience)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(DaemonError::Wait(errno.into())),
         }

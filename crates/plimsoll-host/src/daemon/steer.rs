@@ -35,7 +35,7 @@ struct Everything {
 
 impl Meter for Everything {
     fn used(&mut self) -> ByteCount {
-        self.used.now() + ByteCount(self.attached.load(Ordering::Relaxed))
+        self.used.lately() + ByteCount(self.attached.load(Ordering::Relaxed))
     }
 }
 

@@ -15,7 +15,7 @@ use crate::api::{Code, Fault, Settings};
 use crate::backend::balloon::Farewell;
 use crate::backend::{Backend, Done, Kind, Managed, Trouble};
 use crate::config::{Config, MachineConfig, group_name};
-use crate::control::{Control, Event, Happened, RunError, Turn, Wakers, host_pressure, run};
+use crate::control::{Control, Event, Happened, RunError, Stirred, Turn, Wakers, host_pressure, run};
 use crate::roster::{Opened, Roster, Ruled, Rules};
 use crate::stores::Stores;
 use kept::{Kept, KeptError, Word, Words};
@@ -106,7 +106,11 @@ impl Helm {
         }
         let asked = self.desk.asked();
         let pressure = host_pressure();
-        let wakers = Wakers { end, pressure: pressure.as_ref(), asked: Some(&asked) };
+        // Without one it looks more often.
+        let stirred =
+            self.own.as_ref().and_then(|own| Stirred::of(Arc::clone(own.manager.lock().host())).ok());
+        let (pressure, stirred) = (pressure.as_ref(), stirred.as_ref());
+        let wakers = Wakers { end, pressure, asked: Some(&asked), stirred };
         self.look_round(&mut control);
         run(&mut control, wakers, |control, happened| {
             match happened {
@@ -220,10 +224,10 @@ impl Helm {
         let Some(own) = &mut self.own else { return };
         let machines = {
             let manager = own.manager.lock();
-            let machines = manager.machines();
-            own.met.retain(|id| machines.iter().any(|machine| machine.id == *id));
-            let new = machines.into_iter().filter(|machine| !own.met.contains(&machine.id));
-            let new = new.filter(|machine| !manager.is_gone(machine.id));
+            let there: BTreeSet<MachineId> = manager.ids().collect();
+            own.met.retain(|id| there.contains(id));
+            let new = there.difference(&own.met).filter(|id| !manager.is_gone(**id));
+            let new = new.filter_map(|id| manager.machine(*id));
             new.map(|machine| (manager.custody(machine.id).map(|custody| custody.process()), machine))
                 .collect::<Vec<_>>()
         };
@@ -412,7 +416,9 @@ impl Helm {
         }
         control.set_total(budget).map_err(|error| self.contradiction(control, &error))?;
         if let Some(own) = &self.own {
-            own.manager.lock().host().ledger(|ledger| ledger.set_budget(Budget::within(budget)));
+            let manager = own.manager.lock();
+            manager.host().ledger(|ledger| ledger.set_budget(Budget::within(budget)));
+            manager.host().bustle().stir();
             *own.budget.lock() = budget;
         }
         Ok(())

@@ -141,7 +141,7 @@ fn hurried() -> Duration {
     let began = Instant::now();
     let mut hurried = None;
     let mut told = Some(told);
-    let wakers = Wakers { end: Some(std::os::fd::AsFd::as_fd(&end)), pressure: None, asked: None };
+    let wakers = Wakers { end: Some(std::os::fd::AsFd::as_fd(&end)), ..Wakers::default() };
     run(&mut control, wakers, |_, happened| {
         let Happened::Turn(turn) = happened else { panic!("nobody asked for anything") };
         match turn.hurry {

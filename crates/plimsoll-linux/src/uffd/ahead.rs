@@ -134,7 +134,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             return Ok(true);
         }
         self.reached(Step::SourceRead)?;
-        let installed = self.space.copy(piece.first, &self.buffer[..pages as usize])?;
+        let installed = self.space.copy(piece.first, self.kit.tools().room(pages as usize))?;
         self.reached(Step::Copied)?;
         for page in (piece.first.0..piece.first.0 + installed.pages).map(PageIndex) {
             self.mark_brought(page)?;
@@ -198,7 +198,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn load_piece(&mut self, piece: Run) -> u32 {
         for place in 0..piece.pages {
             match bytes_of(&self.machine, PageIndex(piece.first.0 + place)) {
-                Some(Bytes::Nowhere) => self.buffer[place as usize].fill(0),
+                Some(Bytes::Nowhere) => self.kit.tools().room(place as usize + 1)[place as usize].fill(0),
                 Some(Bytes::In(object)) if matches!(self.load(object, place as usize), Ok(Loaded::Here)) => {}
                 _ => return place,
             }

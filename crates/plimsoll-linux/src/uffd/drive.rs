@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 const IDLE_PATIENCE: Duration = Duration::from_millis(50);
 /// How long it sleeps at most when nothing does: whoever has an order kicks it. A thousand idle machines would otherwise wake their
 /// pagers 20,000 times a second, a quarter of a processor.
-const REST_PATIENCE: Duration = Duration::from_secs(10);
+const REST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long it keeps what it works with when there is nothing to do: longer than between two faults of a guest that does anything.
+const TOOLS_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a pager sleeps whose faults wait for memory.
 const STALL_PATIENCE: Duration = Duration::from_millis(1);
 /// How often a pager publishes its statistics.
@@ -34,7 +36,7 @@ pub(super) enum End {
 }
 
 /// Runs a pager until its machine ends or its manager does.
-pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) -> End {
+pub(super) fn drive(mut pager: Box<LinuxPager>, controls: &Controls, origin: Origin) -> End {
     let result = if origin == Origin::TakenOver { pager.resume() } else { Ok(()) };
     let result = result.and_then(|()| turns(&mut pager, controls));
     *controls.stats.lock() = pager.stats().clone();
@@ -42,6 +44,7 @@ pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) 
         Ok(Turned::LetGo) => {
             *controls.stats.lock() = pager.bury();
             controls.is_given_back.store(true, Ordering::Release);
+            pager.host().bustle().count_ending();
             see_off(&mut pager, controls);
             return End::GivenBack;
         }
@@ -57,9 +60,11 @@ pub(super) fn drive(mut pager: LinuxPager, controls: &Controls, origin: Origin) 
         }
     }
     *controls.stats.lock() = pager.bury();
+    let host = Arc::clone(pager.host());
     // So that all of it has been freed.
     drop(pager);
     controls.is_buried.store(true, Ordering::Release);
+    host.bustle().count_ending();
     End::Gone
 }
 
@@ -84,11 +89,17 @@ fn turns_until_the_end(
     gaps: &mut Gaps,
 ) -> Result<Turned, PagerError> {
     let mut published = Instant::now();
+    let host = Arc::clone(pager.host());
+    let mut is_news = false;
     while !controls.orders.stop.load(Ordering::Relaxed) {
         if let Some(place) = controls.seat.take() {
             pager.store_at(place.memory);
         }
         let turn = pager.turn()?;
+        if pager.is_news() {
+            host.bustle().count_served();
+            is_news = true;
+        }
         let orders = &controls.orders;
         let is_to_go = orders.let_go.load(Ordering::Relaxed) && orders.is_home.load(Ordering::Relaxed);
         if is_to_go && pager.let_go()? {
@@ -109,7 +120,16 @@ fn turns_until_the_end(
                 // What is seen of it while it rests is how it is.
                 *controls.stats.lock() = pager.stats().clone();
                 published = Instant::now();
-                wait(pager, controls, gaps, REST_PATIENCE)?
+                if std::mem::take(&mut is_news) {
+                    // Whoever has looked since it was counted has seen how it was before.
+                    host.bustle().count_served();
+                }
+                let patience = if pager.has_tools() { TOOLS_PATIENCE } else { REST_PATIENCE };
+                let has_ended = wait(pager, controls, gaps, patience)?;
+                if pager.has_tools() && published.elapsed() >= TOOLS_PATIENCE {
+                    pager.put_tools_away();
+                }
+                has_ended
             }
             Turn::Idle => wait(pager, controls, gaps, IDLE_PATIENCE)?,
         };
@@ -163,7 +183,10 @@ fn sleep(pager: &LinuxPager, controls: &Controls, patience: Duration) -> Result<
     let mut polled = [&events, &ended, &kick].map(|descriptor| PollFd::new(descriptor, PollFlags::IN));
     let io = |source| PagerError::from(SpaceError::Io { what: "waiting for events", source });
     let limit = Timespec::try_from(patience).map_err(|error| io(std::io::Error::other(error)))?;
-    match poll(&mut polled, Some(&limit)) {
+    controls.orders.is_waiting.store(true, Ordering::Relaxed);
+    let waited = poll(&mut polled, Some(&limit));
+    controls.orders.is_waiting.store(false, Ordering::Relaxed);
+    match waited {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(errno) => return Err(io(errno.into())),
     }

@@ -9,13 +9,15 @@
 //! that it cannot keep the host at its hard line. A machine that *thrashes*, because most of what is taken from it comes
 //! back, is passed over as long as another one can give; and when all thrash, no more is taken than must be. A machine
 //! whose pager is told to take nothing is not asked at all.
+use super::bustle::Bustle;
 use super::host::{Host, Orders};
-use super::manager::{Controls, Governed};
+use super::manager::Governed;
 use plimsoll_core::ledger::Budget;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// How often the governor looks. At 10 us a page, two cores fill 400 pages (1.6 MiB) between two looks: well within
@@ -23,6 +25,11 @@ use std::time::{Duration, Instant};
 pub(super) const PERIOD: Duration = Duration::from_millis(2);
 /// How rarely it looks at most, at a host with room.
 const PERIOD_MAX: Duration = Duration::from_millis(250);
+/// The same while no pager does anything, of which the first that does wakes it. Only what is no guest's grows meanwhile, unseen.
+/// It looks the more often the less room there is, so that what a meter told it last is how things are for whoever asks next.
+pub const PERIOD_QUIET: Duration = Duration::from_secs(1);
+/// How many times longer it may be until the host is full while no pager does anything: what eight processors fill by themselves.
+const QUIETER: u32 = 8;
 /// What a host may be filled with in a [`PERIOD`] at the very most: 32 GiB/s, which is what 64 processors zero.
 const FILLED_MAX: ByteCount = ByteCount::mib(64);
 /// Samples of a machine without a page that came back, after which it is sampled ever more rarely while the host has room.
@@ -55,59 +62,114 @@ pub(super) fn govern(
     sample_period: Duration,
     stop: &AtomicBool,
 ) {
-    let (mut sampled, mut unpinned) = (Instant::now(), Instant::now());
-    let mut overheads = VecDeque::new();
-    let mut watched: BTreeMap<MachineId, Watched> = BTreeMap::new();
+    let (now, overheads, watched) = (Instant::now(), VecDeque::new(), BTreeMap::new());
+    let (sampled, unpinned, is_asking) = (now, now, false);
+    let mut governor =
+        Governor { host, governed, sample_period, sampled, unpinned, overheads, watched, is_asking };
+    let own = std::thread::current();
+    host.bustle().on_begin(move || own.unpark());
+    let mut seen = None;
     while !stop.load(Ordering::Relaxed) {
-        let machines: Vec<(MachineId, Controls)> =
-            governed.lock().iter().map(|(id, controls)| (*id, controls.clone())).collect();
-        let spared = machines.iter().filter(|(_, controls)| controls.orders.is_spared());
-        let spared: BTreeSet<MachineId> = spared.map(|(id, _)| *id).collect();
-        let (asked, room) = ask(host, &mut *meter, &mut overheads, &watched, &spared);
+        let served = host.bustle().served();
+        let pause = governor.look(&mut *meter, Instant::now());
+        let was_quiet = seen.replace(served) == Some(served);
+        let quiet = (pause * QUIETER).min(PERIOD_QUIET).min(sample_period).max(pause);
+        let is_long = was_quiet && pause > PERIOD && is_quiet(host.bustle(), served);
+        std::thread::park_timeout(if is_long { quiet } else { pause });
+    }
+}
+
+/// Whether no pager has done anything since that was counted, and the first that does calls.
+fn is_quiet(bustle: &Bustle, served: u64) -> bool {
+    bustle.expect();
+    // Counted again after that: what happened before it called nobody.
+    bustle.served() == served
+}
+
+/// Everything the thread has of its own.
+struct Governor<'a> {
+    host: &'a Host,
+    governed: &'a Governed,
+    sample_period: Duration,
+    sampled: Instant,
+    unpinned: Instant,
+    overheads: VecDeque<ByteCount>,
+    watched: BTreeMap<MachineId, Watched>,
+    /// At the last look somebody was asked for pages.
+    is_asking: bool,
+}
+
+impl Governor<'_> {
+    /// Looks at the host, and at each machine if there is anything to be said to any, or has not been for a while. Says how long the
+    /// host need not be looked at.
+    fn look(&mut self, meter: &mut dyn Meter, now: Instant) -> Duration {
+        let governed = self.governed;
+        let spared = || {
+            let governed = governed.lock();
+            governed.iter().filter(|(_, one)| one.orders.is_spared()).map(|(id, _)| *id).collect()
+        };
+        let (asked, room) = ask(self.host, meter, &mut self.overheads, &self.watched, spared);
         let pause = pause(room);
-        let is_demand_near = host.ledger(|ledger| ledger.is_demand_near());
-        let sample = sampled.elapsed() >= sample_period;
-        let unpin = unpinned.elapsed() >= UNPIN_PERIOD;
-        for (id, controls) in &machines {
-            let want = asked.iter().find(|(machine, _)| machine == id).map_or(0, |(_, pages)| *pages);
-            let before = controls.orders.reclaim.swap(want, Ordering::Relaxed);
-            let watched = watched.entry(*id).or_default();
-            if let Ok(ram) = host.ledger(|ledger| ledger.ram(*id)) {
-                let floor = watched.look(want, ram, &controls.orders, Instant::now());
-                let _ = host.ledger(|ledger| ledger.set_floor(*id, floor));
+        let sample = now.duration_since(self.sampled) >= self.sample_period;
+        let unpin = now.duration_since(self.unpinned) >= UNPIN_PERIOD;
+        let was_asking = std::mem::replace(&mut self.is_asking, !asked.is_empty());
+        if !self.is_asking && !was_asking && !sample && !unpin {
+            return pause;
+        }
+        let asked: BTreeMap<MachineId, u32> = asked.into_iter().collect();
+        let is_demand_near = self.host.ledger(|ledger| ledger.is_demand_near());
+        let has_room = pause > PERIOD;
+        let mut stuck = Vec::new();
+        // No copies: what a machine holds is freed when it is forgotten.
+        let machines = governed.lock();
+        for (id, controls) in machines.iter() {
+            let orders = &controls.orders;
+            let want = asked.get(id).copied().unwrap_or(0);
+            let before = orders.reclaim.load(Ordering::Relaxed);
+            if before != want {
+                orders.reclaim.store(want, Ordering::Relaxed);
             }
-            let sample = sample && watched.samples.is_due(&controls.orders, pause > PERIOD);
+            let watched = self.watched.entry(*id).or_default();
+            self.host.ledger(|ledger| {
+                let Ok(ram) = ledger.ram(*id) else { return };
+                let _ = ledger.set_floor(*id, watched.look(want, ram, orders, now));
+            });
+            let sample = sample && watched.samples.is_due(orders, has_room);
             if sample {
-                controls.orders.sample.store(true, Ordering::Relaxed);
+                orders.sample.store(true, Ordering::Relaxed);
             }
             if unpin {
-                controls.orders.unpin.store(true, Ordering::Relaxed);
-                if !controls.is_buried.load(Ordering::Acquire) && controls.custody.has_ended(Duration::ZERO) {
-                    // Its pager may wait in the kernel for memory that nobody will bring.
-                    controls.custody.release_readers();
+                orders.unpin.store(true, Ordering::Relaxed);
+                // One that waits for events sees the end itself.
+                if !orders.is_waiting.load(Ordering::Relaxed) && !controls.is_buried.load(Ordering::Acquire) {
+                    stuck.push(Arc::downgrade(&controls.custody));
                 }
             }
             // So near the line it needs no time of its own, which it does not know while it sleeps.
-            let is_held_up = is_demand_near && controls.orders.is_out_of_time.load(Ordering::Relaxed);
+            let is_held_up = is_demand_near && orders.is_out_of_time.load(Ordering::Relaxed);
             if sample || is_held_up || (want > 0 && before == 0) {
                 let _ = controls.kick.signal();
             }
         }
-        if sample {
-            sampled = Instant::now();
-        }
         if unpin {
-            unpinned = Instant::now();
-            watched.retain(|id, _| machines.iter().any(|(known, _)| known == id));
+            self.unpinned = now;
+            self.watched.retain(|id, _| machines.contains_key(id));
         }
-        // What a machine holds is freed when it is forgotten, not when the governor looks again.
         drop(machines);
-        std::thread::park_timeout(pause);
+        if sample {
+            self.sampled = now;
+        }
+        for custody in stuck.iter().filter_map(Weak::upgrade) {
+            if custody.has_ended(Duration::ZERO) {
+                // Its pager may wait in the kernel for memory that nobody will bring.
+                custody.release_readers();
+            }
+        }
+        pause
     }
 }
 
-/// How long the host needs not be looked at: as long as nobody can have come to the high mark. A machine is looked at for 0.4 us, so
-/// that a thousand of them would keep a fifth of a processor busy with looks at a host that has room.
+/// How long the host needs not be looked at: as long as nobody can have come to the high mark.
 fn pause(room: ByteCount) -> Duration {
     let periods = u32::try_from(room.0 / FILLED_MAX.0).unwrap_or(u32::MAX);
     PERIOD.saturating_mul(periods).clamp(PERIOD, PERIOD_MAX)
@@ -119,16 +181,23 @@ fn ask(
     meter: &mut dyn Meter,
     overheads: &mut VecDeque<ByteCount>,
     watched: &BTreeMap<MachineId, Watched>,
-    spared: &BTreeSet<MachineId>,
+    spared: impl FnOnce() -> BTreeSet<MachineId>,
 ) -> (Vec<(MachineId, u32)>, ByteCount) {
     // Charges precede use and follow release, so the smaller sum is the one that hides no overhead. What is charged
     // in between, and the batches in which the kernel counts, make single looks err: the largest of some counts.
     let before = host.ledger(|ledger| ledger.charged());
     let counted = meter.used();
-    let (asked, room) = host.ledger(|ledger| {
+    let room = host.ledger(|ledger| {
         overheads.push_back(counted.saturating_sub(before.min(ledger.charged())));
         overheads.drain(..overheads.len().saturating_sub(OVERHEAD_LOOKS));
         ledger.set_overhead(overheads.iter().copied().max().unwrap_or_default());
+        ledger.budget().high.saturating_sub(ledger.used())
+    });
+    if room > ByteCount(0) {
+        return (Vec::new(), room);
+    }
+    let spared = spared();
+    let (asked, room) = host.ledger(|ledger| {
         let Budget { high, low, .. } = ledger.budget();
         let is_passed_over = Cell::new(false);
         let thrashes = |id: MachineId| {
@@ -165,12 +234,11 @@ struct Watched {
 impl Watched {
     /// What the machine is reckoned not to go below for now, because it gives nothing.
     fn look(&mut self, want: u32, ram: ByteCount, orders: &Orders, now: Instant) -> ByteCount {
-        let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
         // Whoever is kept from giving is not one that has nothing to give.
         let want = if orders.is_out_of_time.load(Ordering::Relaxed) { 0 } else { want };
-        let excused = self.giver.watch(want, ram, count(&orders.given), now);
         self.thrash.watch(count(&orders.taken), count(&orders.returned), now);
-        excused
+        self.giver.watch(want, ram, count(&orders.given), now)
     }
 }
 
@@ -280,6 +348,37 @@ mod tests {
     }
 
     #[test]
+    fn a_governor_that_sleeps_because_nothing_happens_is_called_by_what_happens_first() {
+        struct Looks(std::sync::mpsc::Sender<()>);
+        impl Meter for Looks {
+            fn used(&mut self) -> ByteCount {
+                // Nobody counts the last.
+                let _ = self.0.send(());
+                ByteCount(0)
+            }
+        }
+        const HOUR: Duration = Duration::from_secs(3600);
+        let host = Host::new(Budget::within(ByteCount::mib(1 << 20)));
+        let (governed, stop) = (Governed::default(), AtomicBool::new(false));
+        let (say, looks) = std::sync::mpsc::channel();
+        std::thread::scope(|threads| {
+            let meter = Box::new(Looks(say));
+            let governor = threads.spawn(|| govern(&host, &governed, meter, HOUR, &stop));
+            for _ in 0..3 {
+                looks.recv_timeout(Duration::from_secs(120)).unwrap();
+                let served = host.bustle().served();
+                assert!(is_quiet(host.bustle(), served));
+                host.bustle().count_served();
+                assert!(!is_quiet(host.bustle(), served));
+            }
+            stop.store(true, Ordering::Relaxed);
+            // However long it sleeps.
+            host.bustle().count_served();
+            governor.join().unwrap();
+        });
+    }
+
+    #[test]
     fn a_host_is_looked_at_the_more_often_the_less_room_there_is() {
         assert_eq!(pause(ByteCount(0)), PERIOD);
         assert_eq!(pause(FILLED_MAX), PERIOD);
@@ -386,7 +485,7 @@ mod tests {
             (MachineId(id), if thrash.contains(&id) { thrashing() } else { Watched::default() })
         });
         let spared = spared.iter().copied().map(MachineId).collect();
-        let (asked, room) = ask(&host, &mut NoOverhead, &mut VecDeque::new(), &watched.collect(), &spared);
+        let (asked, room) = ask(&host, &mut NoOverhead, &mut VecDeque::new(), &watched.collect(), || spared);
         // The ledger's levels are finer than a page, so that it may ask for one more.
         let mib = |pages: u32| PageCount(pages.into()).bytes().0 >> 20;
         (asked.into_iter().map(|(id, pages)| (id.0, mib(pages))).collect(), room, host.backoffs())

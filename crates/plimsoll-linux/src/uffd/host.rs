@@ -2,6 +2,7 @@
 //!
 //! Each lock is held for a few hundred instructions and never across a system call that can wait for a guest.
 use super::allowance::{Allowance, Storing};
+use super::bustle::Bustle;
 use super::housekeeper::{Collapses, Tidied};
 use super::probe::{NoProbe, Probe};
 use super::waiting::{Waiting, Watchfulness};
@@ -67,6 +68,7 @@ pub struct Host {
     backoffs: AtomicU64,
     allowance: Allowance,
     watchfulness: Watchfulness,
+    bustle: Bustle,
     probe: Arc<dyn Probe>,
     tier: OnceLock<Arc<Tier>>,
 }
@@ -88,6 +90,7 @@ impl Host {
             backoffs: AtomicU64::new(0),
             allowance: Allowance::default(),
             watchfulness: Watchfulness::new(),
+            bustle: Bustle::default(),
             probe,
             tier: OnceLock::new(),
         }
@@ -139,6 +142,11 @@ impl Host {
     /// What the operator has not been told yet.
     pub fn take_incidents(&self) -> Vec<Incident> {
         std::mem::take(&mut self.incidents.lock())
+    }
+
+    /// What pagers do, counted, and who is told when they begin to.
+    pub const fn bustle(&self) -> &Bustle {
+        &self.bustle
     }
 
     /// How pagers wait from now on.
@@ -272,6 +280,8 @@ pub struct Orders {
     pub sample: AtomicBool,
     /// Pinned pages may be tried again.
     pub unpin: AtomicBool,
+    /// The pager's word: it waits for events, and for the end of its VMM.
+    pub is_waiting: AtomicBool,
     /// The machine is going to sleep: what it used so far is the working set to remember.
     pub park: AtomicBool,
     /// What it has in the store is to go to the disk, until it is woken.

@@ -14,6 +14,7 @@ use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_core::replacement::Run;
 use plimsoll_store::{Cold, DenseCodec, Fetched, PackError, Packer, Progress, Replacement};
+use plimsoll_sys::heap;
 use plimsoll_types::{ByteCount, DomainId, MachineId};
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::BTreeMap;
@@ -27,6 +28,10 @@ pub(super) const RECORDS_PER_STEP: u32 = 1024;
 const WORK_PER_STEP: u32 = 2048;
 /// How long a store that is not worth compacting is left alone.
 const COMPACT_EVERY: Duration = Duration::from_secs(2);
+/// How many times longer stores are left alone while no pager does anything.
+const PAUSES_MAX: u32 = 8;
+/// How often freed memory is given back at most, when pagers have come to rest.
+const TRIM_EVERY: Duration = Duration::from_secs(10);
 /// CPU time of one slice of work.
 const SLICE: Duration = Duration::from_millis(2);
 /// How long it sleeps when there is nothing to do.
@@ -70,9 +75,16 @@ pub struct Tidied {
 /// The domains there are. Weak, so that a store can be taken out of its domain when its manager stops.
 pub(super) type Domains = Arc<Mutex<Vec<Weak<Domain<MemfdSlabs>>>>>;
 
-/// Those that are still there.
+/// Those that are still there. The others are forgotten: as long as anybody remembers one, its memory is not free.
 pub(super) fn known(domains: &Domains) -> Vec<Arc<Domain<MemfdSlabs>>> {
-    domains.lock().iter().filter_map(Weak::upgrade).collect()
+    let mut known = Vec::new();
+    domains.lock().retain(|domain| {
+        let domain = domain.upgrade();
+        let is_there = domain.is_some();
+        known.extend(domain);
+        is_there
+    });
+    known
 }
 
 /// Where the housekeeper is in one store.
@@ -85,6 +97,45 @@ struct Place {
     compacts_at: Instant,
 }
 
+/// How long stores are left alone in which nothing was to be done: a host may have a thousand of them.
+#[derive(Clone, Copy, Debug)]
+struct Lull {
+    shortest: Duration,
+    pause: Duration,
+    /// When nothing was to be done in any of them, and what pagers had done by then.
+    in_vain: Option<(Instant, u64)>,
+    /// When freed memory was given back last, and what pagers had done by then.
+    trimmed: Option<(Instant, u64)>,
+}
+
+impl Lull {
+    fn new(how: Housekeeping) -> Self {
+        let shortest = COMPACT_EVERY.min(how.cold_after);
+        Self { shortest, pause: shortest, in_vain: None, trimmed: None }
+    }
+
+    /// Whether stores are to be tended: where pagers have done something meanwhile, the pause is a short one.
+    fn is_over(&self, now: Instant, happened: u64) -> bool {
+        self.in_vain.is_none_or(|(since, before)| {
+            now.duration_since(since) >= if before == happened { self.pause } else { self.shortest }
+        })
+    }
+
+    /// All were tended, and something was done or not. Says whether pagers have come to rest, so that what they freed may be given back.
+    fn tended(&mut self, is_done: bool, now: Instant, happened: u64) -> bool {
+        let is_quiet = !is_done && self.in_vain.is_some_and(|(_, before)| before == happened);
+        self.pause = if is_quiet { (self.pause * 2).min(self.shortest * PAUSES_MAX) } else { self.shortest };
+        self.in_vain = (!is_done).then_some((now, happened));
+        let is_fresh =
+            |(when, then): (Instant, u64)| then == happened || now.duration_since(when) < TRIM_EVERY;
+        let is_to_trim = is_quiet && !self.trimmed.is_some_and(is_fresh);
+        if is_to_trim {
+            self.trimmed = Some((now, happened));
+        }
+        is_to_trim
+    }
+}
+
 /// Everything the thread has of its own.
 struct Housekeeper<'a> {
     host: &'a Host,
@@ -95,6 +146,7 @@ struct Housekeeper<'a> {
     fetched: Fetched,
     /// `None` once it wrote something that it could not read.
     dense: Option<Box<dyn DenseCodec>>,
+    lull: Lull,
 }
 
 /// Works until it is told to stop; whoever tells it unparks it.
@@ -114,12 +166,13 @@ pub(super) fn keep(
         packer: Packer::new(),
         fetched: Fetched::new(),
         dense: Some(Box::new(zstd)),
+        lull: Lull::new(how),
     };
     while !stop.load(Ordering::Relaxed) {
         let before = cpu_time();
         let mut worked = true;
         while worked && cpu_time().saturating_sub(before) < SLICE && !stop.load(Ordering::Relaxed) {
-            worked = keeper.collapse() | keeper.tend_all(domains);
+            worked = keeper.collapse() | keeper.tend_due(domains, Instant::now());
         }
         let took = cpu_time().saturating_sub(before);
         keeper.host.tidied(|tidied| tidied.cpu += took);
@@ -143,6 +196,19 @@ impl Housekeeper<'_> {
         let worked = known.iter().fold(false, |worked, domain| self.tend(domain, Instant::now()) | worked);
         if self.places.len() > known.len() {
             self.places.retain(|id, _| known.iter().any(|domain| domain.id == *id));
+        }
+        worked
+    }
+
+    /// The same, unless nothing was to be done a moment ago.
+    fn tend_due(&mut self, domains: &Domains, now: Instant) -> bool {
+        let happened = self.host.bustle().count();
+        if !self.lull.is_over(now, happened) {
+            return false;
+        }
+        let worked = self.tend_all(domains);
+        if self.lull.tended(worked, now, happened) {
+            heap::trim();
         }
         worked
     }
@@ -310,8 +376,9 @@ mod tests {
         how: Housekeeping,
         dense: Box<dyn DenseCodec>,
     ) -> Housekeeper<'a> {
-        let (packer, fetched) = (Packer::new(), Fetched::new());
-        Housekeeper { host, governed, how, places: BTreeMap::new(), packer, fetched, dense: Some(dense) }
+        let (packer, fetched, lull) = (Packer::new(), Fetched::new(), Lull::new(how));
+        let places = BTreeMap::new();
+        Housekeeper { host, governed, how, places, packer, fetched, dense: Some(dense), lull }
     }
 
     /// Tends the domain until there is nothing left to do, twice round and more.
@@ -332,6 +399,44 @@ mod tests {
     }
 
     #[test]
+    fn stores_in_which_nothing_is_to_be_done_are_left_alone_the_longer_the_less_happens() {
+        let how = Housekeeping { cold_after: Duration::from_secs(60), ..WARM };
+        let (mut lull, start) = (Lull::new(how), Instant::now());
+        assert!(lull.is_over(start, 0), "nobody has looked");
+        let mut now = start;
+        let pauses = [2, 4, 8, 16, 16].map(|pause| {
+            let is_trimmed = lull.tended(false, now, 7);
+            let end = now + Duration::from_secs(pause);
+            assert!(!lull.is_over(end - Duration::from_millis(1), 7) && lull.is_over(end, 7));
+            assert!(lull.is_over(now + COMPACT_EVERY, 8), "something has happened");
+            now = end;
+            is_trimmed
+        });
+        assert_eq!(
+            pauses,
+            [false, true, false, false, false],
+            "given back once, when pagers have come to rest"
+        );
+        assert!(!lull.tended(true, now, 7) && lull.is_over(now, 7), "there is more to do");
+    }
+
+    #[test]
+    fn freed_memory_is_given_back_when_machines_have_ended() {
+        let (host, governed, domains) =
+            (Host::new(Budget::of(ByteCount::mib(64))), Governed::default(), Domains::default());
+        let mut keeper = keeper(&host, &governed, WARM, Box::new(Zstd::new().unwrap()));
+        let start = Instant::now();
+        let mut at = |seconds| {
+            let now = start + Duration::from_secs(seconds);
+            keeper.tend_due(&domains, now);
+            keeper.lull.trimmed.is_some_and(|(when, _)| when == now)
+        };
+        assert_eq!([0, 10, 30, 60].map(&mut at), [false, true, false, false]);
+        host.bustle().count_ending();
+        assert_eq!([90, 120, 150].map(&mut at), [false, true, false]);
+    }
+
+    #[test]
     fn nothing_is_remembered_of_a_domain_that_is_gone() {
         let (host, first, _) = filled(1);
         let second = Domain::new(
@@ -348,6 +453,7 @@ mod tests {
         drop(first);
         keeper.tend_all(&domains);
         assert_eq!(keeper.places.keys().collect::<Vec<_>>(), [&DomainId(2)]);
+        assert_eq!(domains.lock().len(), 1);
     }
 
     #[test]

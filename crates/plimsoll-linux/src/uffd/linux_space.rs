@@ -265,7 +265,7 @@ impl LinuxSpace {
             epoch,
             sequence: 0,
             journal,
-            datagram: Vec::with_capacity(DATAGRAM_MAX),
+            datagram: Vec::new(),
             pagemap: None,
             filled: None,
             has_replayed: false,
@@ -561,5 +561,13 @@ impl Space for LinuxSpace {
 
     fn presence(&mut self) -> Result<Presence, SpaceError> {
         self.custody.presence()
+    }
+
+    fn rest(&mut self) {
+        self.datagram = Vec::new();
+    }
+
+    fn has_buffers(&self) -> bool {
+        self.datagram.capacity() > 0
     }
 }

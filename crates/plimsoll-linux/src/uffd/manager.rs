@@ -14,8 +14,8 @@
 //! * Where there is a disk tier, **the disk's thread** (`parking`) moves what is parked or cold there, and another (`far`)
 //!   reads it back for all pagers.
 //!
-//! `admit` takes machines in, `orders` tells their pagers what to do, `staff` starts the threads that are of no machine. Everything
-//! else is here.
+//! `admit` takes machines in, `orders` tells their pagers what to do, `seen` is what is seen of them, `staff` starts the threads that are
+//! of no machine. Everything else is here.
 use super::drive::{End, drive};
 use super::estate::{Estate, EstateError, Fragment, Inheritance};
 use super::far::Far;
@@ -29,10 +29,9 @@ use super::seats::Usher;
 use super::shards::{MachineVault, Running, Shard, ShardVault};
 use super::space::SpaceError;
 use super::stats::MachineStats;
-use crate::dense::Zstd;
+use crate::dense::Unpackers;
 use crate::disk::tier::Tier;
 use crate::explain;
-use crate::nodes::Place;
 use crate::slabs::MemfdSlabs;
 use parking_lot::Mutex;
 use plimsoll_core::airlock::Shape;
@@ -42,7 +41,7 @@ use plimsoll_store::{Handle, Store};
 use plimsoll_sys::ProcessId;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::mapping::MemfdError;
-use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId, PageCount};
+use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -53,6 +52,7 @@ use std::time::Instant;
 mod admit;
 mod orders;
 mod pinned;
+mod seen;
 mod staff;
 
 pub use self::admit::AdmitError;
@@ -222,6 +222,9 @@ pub struct Manager {
     governed: Governed,
     tended: Domains,
     housekeeping: Housekeeping,
+    unpackers: Unpackers,
+    /// Pagers that had ended when it was looked for machines that are gone; `None` where it is to be looked anyway.
+    seen_endings: Option<u64>,
     /// Governor, housekeeper and the disk's thread, and what tells them to stop.
     staff: Option<(Arc<AtomicBool>, Vec<JoinHandle<()>>)>,
     /// On a host of several NUMA nodes.
@@ -234,8 +237,7 @@ impl Manager {
     /// # Errors
     /// [`AdmitError`] when there are no resources to go on with.
     pub fn start(vault: Vault, probe: Arc<dyn Probe>) -> Result<Self, AdmitError> {
-        let host = Arc::new(Host::with_probe(vault.budget, probe));
-        let epoch = vault.epoch + 1;
+        let (host, epoch) = (Arc::new(Host::with_probe(vault.budget, probe)), vault.epoch + 1);
         if let Some(estate) = &vault.estate {
             estate.set_epoch(epoch);
         }
@@ -255,6 +257,8 @@ impl Manager {
             governed: Governed::default(),
             tended: Domains::default(),
             housekeeping: Housekeeping::default(),
+            unpackers: Unpackers::new().map_err(AdmitError::Codec)?,
+            seen_endings: None,
             staff: None,
             usher: Usher::of_host().map_err(AdmitError::Thread)?,
         };
@@ -319,10 +323,7 @@ impl Manager {
             // The group was added with the domain.
             let _ = domain.settle(&manager.host);
         }
-        manager.host.ledger(|ledger| {
-            let overhead = vault.used.saturating_sub(ledger.charged());
-            ledger.set_overhead(overhead);
-        });
+        manager.host.ledger(|ledger| ledger.set_overhead(vault.used.saturating_sub(ledger.charged())));
         for (kept, parts) in entered {
             if let Err((kept, error)) = manager.launch(kept, parts, Origin::TakenOver) {
                 manager.lost(kept.id, &error);
@@ -480,7 +481,8 @@ impl Manager {
             return Err((Box::new(kept), AdmitError::NoSuchDomain { domain }));
         };
         let sabotage = Arc::default();
-        let mut running = Running { membership: kept.membership, shards: Vec::new() };
+        let mut running =
+            Running { membership: kept.membership, shards: Vec::with_capacity(kept.shards.len()) };
         for (shard, part) in kept.shards.iter().zip(parts) {
             match self.start_pager(shard, part, &domain, &sabotage, origin) {
                 Ok(shard) => running.shards.push(shard),
@@ -494,6 +496,8 @@ impl Manager {
         let controls = running.shards.iter().map(|shard| (shard.id, shard.controls.clone()));
         self.governed.lock().extend(controls);
         self.usher.iter().for_each(|usher| usher.seat(&running));
+        // One that was not there before is news.
+        self.host.bustle().count_served();
         self.machines.insert(kept.id, running);
         Ok(())
     }
@@ -508,7 +512,7 @@ impl Manager {
     ) -> Result<Shard, AdmitError> {
         let id = shard.id;
         let orders = Arc::<Orders>::default();
-        let dense = Box::new(Zstd::new().map_err(AdmitError::Codec)?);
+        let dense = Box::new(self.unpackers.clone());
         let own = Arc::downgrade(domain);
         let (host, its) = (Arc::clone(&self.host), Arc::clone(domain));
         let mut pager = Pager::new(id, host, its, Arc::clone(&orders), machine, space, dense);
@@ -535,6 +539,8 @@ impl Manager {
             domain: own,
         };
         let (thread_controls, host) = (controls.clone(), Arc::clone(&self.host));
+        // Moved as it is, it would be on the thread's stack several times: pages that a thousand sleeping threads keep.
+        let pager = Box::new(pager);
         let run = move || {
             let driven = catch_unwind(AssertUnwindSafe(|| drive(pager, &thread_controls, origin)));
             driven.unwrap_or_else(|_| {
@@ -545,50 +551,6 @@ impl Manager {
         let thread = std::thread::Builder::new().name(format!("pager-{}", id.0)).spawn(run);
         let thread = thread.map_err(AdmitError::Thread)?;
         Ok(Shard { id, controls, thread })
-    }
-
-    /// The machines that are managed, or were until their VMM ended and nobody has [`forgotten`](Self::forget) them.
-    pub fn machines(&self) -> Vec<MachineView> {
-        self.machines.keys().filter_map(|id| self.machine(*id)).collect()
-    }
-
-    /// One of them.
-    pub fn machine(&self, id: MachineId) -> Option<MachineView> {
-        let running = self.machines.get(&id)?;
-        Some(MachineView { id, name: running.name(), size: running.size(), stats: running.totals() })
-    }
-
-    /// What the machine's pages take up in the store of its domain: its part of it, by the number of pages.
-    pub fn stored(&self, id: MachineId) -> ByteCount {
-        let Some(running) = self.machines.get(&id) else { return ByteCount(0) };
-        let Some(domain) = self.domain(running.membership.domain) else { return ByteCount(0) };
-        let stats = domain.store(|store| store.stats());
-        let pages = running.stored();
-        let part =
-            u128::from(stats.held().0) * u128::from(pages.0) / u128::from(stats.pages.0.max(pages.0).max(1));
-        ByteCount(u64::try_from(part).unwrap_or(u64::MAX))
-    }
-
-    /// Those of the machine's stored pages that are on the disk: its part of its domain's, by the number of pages.
-    pub fn on_disk(&self, id: MachineId) -> PageCount {
-        let Some(running) = self.machines.get(&id) else { return PageCount(0) };
-        let Some(domain) = self.domain(running.membership.domain) else { return PageCount(0) };
-        let (stats, pages) = (domain.store(|store| store.stats()), running.stored());
-        // What is there once for several machines is there for each.
-        let part = u128::from(stats.away.0) * u128::from(pages.0) / u128::from(stats.objects().max(1));
-        PageCount(u64::try_from(part).unwrap_or(u64::MAX)).min(pages)
-    }
-
-    /// The machine's page words, one part a shard, in their order. They are to be read only: their pager alone writes them.
-    pub fn words(&self, id: MachineId) -> Vec<ShardWords> {
-        self.machines.get(&id).map(Running::words).unwrap_or_default()
-    }
-
-    /// The identities of the machine's shards, in their order, and at which NUMA node the pager of each is: of one whose memory is of no
-    /// single node that is known, and on a host of one node, there is none.
-    pub fn seats(&self, id: MachineId) -> Vec<(MachineId, Option<Place>)> {
-        let shards = self.machines.get(&id).map_or(&[][..], |running| &running.shards);
-        shards.iter().map(|shard| (shard.id, shard.controls.seat.place())).collect()
     }
 
     /// States what the machine is to come to in RAM. When the host is short, machines give down to a common part of their
@@ -631,6 +593,13 @@ impl Manager {
     /// Forgets every machine that is gone, those that could not be taken over too, and every domain that has none left.
     /// Who they were, each with its VMM's process.
     pub fn forget_gone(&mut self) -> Vec<(MachineId, Option<ProcessId>)> {
+        let have_all_pagers =
+            self.unmanaged.is_empty() && self.fragments.is_empty() && self.pinned.is_empty();
+        // Of those without one nobody tells: it is looked until there are none, and once after that.
+        let seen = have_all_pagers.then(|| self.host.bustle().endings());
+        if std::mem::replace(&mut self.seen_endings, seen) == seen && seen.is_some() {
+            return Vec::new();
+        }
         let ended: Vec<MachineVault> = self.unmanaged.extract_if(.., |kept| kept.has_ended()).collect();
         for kept in &ended {
             self.dismiss(kept.id, kept.shards.iter().map(|shard| shard.id));

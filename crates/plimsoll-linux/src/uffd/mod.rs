@@ -143,6 +143,7 @@
 mod ahead;
 pub mod allowance;
 mod blocks;
+pub mod bustle;
 mod charges;
 mod drive;
 pub mod estate;
@@ -153,6 +154,7 @@ pub mod governor;
 pub mod handover;
 pub mod host;
 pub mod housekeeper;
+mod kit;
 pub mod linux_space;
 pub mod manager;
 pub mod pager;

@@ -11,6 +11,7 @@ use super::blocks::Kernel;
 use super::far::{Far, Sight};
 use super::gifts::Curious;
 use super::host::{Domain, Host, Incident, Orders};
+use super::kit::{Kit, Tools};
 use super::probe::{Killed, Step};
 use super::space::{Access, InstallStop, Installed, Space, SpaceError, SpaceEvent};
 use super::stats::MachineStats;
@@ -23,7 +24,7 @@ use plimsoll_core::map::{MapError, Words};
 use plimsoll_core::prefetch::Prefetch;
 use plimsoll_core::replacement::Run;
 use plimsoll_core::word::ObjectRef;
-use plimsoll_store::{DenseCodec, Encoder, Fetched, Handle, Lane, SlabMemory, Whereabouts};
+use plimsoll_store::{DenseCodec, Handle, Lane, SlabMemory, Whereabouts};
 use plimsoll_sys::numa::NodeId;
 use plimsoll_types::{BLOCK_PAGES, MachineId, PAGE_SIZE, PageBytes, PageCount, PageIndex};
 use std::collections::VecDeque;
@@ -134,17 +135,12 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) orders: Arc<Orders>,
     pub(super) machine: Machine<W>,
     pub(super) space: S,
-    pub(super) encoder: Encoder,
     pub(super) dense: Box<dyn DenseCodec + Send>,
-    /// A stored page on its way out of the store.
-    pub(super) fetched: Fetched,
     /// Reads the disk, where the host has one.
     far: Option<Far<M>>,
-    /// Where a densely packed page is unpacked to be compared.
-    pub(super) scratch: Box<PageBytes>,
     /// Where the search for hot blocks is.
     pub(super) hot_hand: u32,
-    pub(super) buffer: Vec<PageBytes>,
+    pub(super) kit: Kit,
     pub(super) stats: MachineStats,
     events: Vec<SpaceEvent>,
     pub(super) pending: VecDeque<Pending>,
@@ -170,6 +166,8 @@ pub struct Pager<S, M: SlabMemory, W> {
     pub(super) lane: Lane,
     /// What the guest gave back of which its VMM has not been asked how.
     pub(super) curious: Curious,
+    /// What it had done, and what its machine took, when it was asked last.
+    told: (u64, PageCount),
 }
 
 impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
@@ -191,13 +189,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             orders,
             machine,
             space,
-            encoder: Encoder::new(),
             dense,
-            fetched: Fetched::new(),
             far: None,
-            scratch: Box::new([0; PAGE_SIZE]),
             hot_hand: 0,
-            buffer: vec![[0; PAGE_SIZE]; super::reclaim::AGE_BATCH.max(super::ahead::PIECE as usize)],
+            kit: Kit::default(),
             stats: MachineStats::default(),
             events: Vec::new(),
             pending: VecDeque::new(),
@@ -214,6 +209,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             is_stuck: false,
             lane: Lane::default(),
             curious: Curious::default(),
+            told: (0, PageCount(0)),
         }
     }
 
@@ -264,6 +260,14 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         })
     }
 
+    /// True where something was done for the machine, or to it, since this was asked last.
+    pub(super) fn is_news(&mut self) -> bool {
+        let done =
+            self.stats.faults.total() + self.stats.discarded + self.orders.given.load(Ordering::Relaxed);
+        let done = (done, self.machine.ram());
+        done != std::mem::replace(&mut self.told, done)
+    }
+
     /// True while nothing follows from time alone: nothing is wanted of the machine that it did not give, nobody has stopped coming
     /// back for stored pages, and it is not on its way home.
     pub(super) fn is_at_rest(&self) -> bool {
@@ -271,6 +275,17 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let wanted = [reclaim, squeeze].iter().any(|pages| pages.load(Ordering::Relaxed) > 0);
         let is_on_its_way = [go_home, is_parked].iter().any(|order| order.load(Ordering::Relaxed));
         !wanted && !is_on_its_way && self.refaulted.is_none() && self.pending.is_empty()
+    }
+
+    /// True while it has what it only works with.
+    pub(super) fn has_tools(&self) -> bool {
+        self.kit.is_out() || self.space.has_buffers()
+    }
+
+    /// Lets go of that.
+    pub(super) fn put_tools_away(&mut self) {
+        self.kit.put_away();
+        self.space.rest();
     }
 
     pub(super) fn has_refused_faults(&self) -> bool {
@@ -526,7 +541,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             return Ok(Err(Served::NoMemory));
         }
         match self.read(source)? {
-            Ok(Loaded::Here) => Ok(Ok(self.space.copy(page, &self.buffer[..1])?)),
+            Ok(Loaded::Here) => Ok(Ok(self.space.copy(page, self.kit.tools().room(1))?)),
             Ok(Loaded::Far) => Ok(Err(Served::Far)),
             Err(cause) => Ok(Err(self.lose(page, cause)?)),
         }
@@ -536,11 +551,11 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn read(&mut self, source: Source) -> Result<Result<Loaded, String>, PagerError> {
         let read = match source {
             Source::Limbo(at) => {
-                self.space.read_slots(at, &mut self.buffer[..1]).map(|()| Ok(Loaded::Here))?
+                self.space.read_slots(at, self.kit.tools().room(1)).map(|()| Ok(Loaded::Here))?
             }
             Source::Stored(object) => self.load(object, 0),
             Source::Zero => {
-                self.buffer[0].fill(0);
+                self.kit.tools().room(1)[0].fill(0);
                 Ok(Loaded::Here)
             }
             Source::File(offset) => Err(format!("no snapshot file holds page {offset}")),
@@ -554,7 +569,9 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Reads a stored page into the buffer.
     pub(super) fn load(&mut self, object: ObjectRef, place: usize) -> Result<Loaded, String> {
         let handle = Handle::from_bits(object.bits()).ok_or("the page word names no possible object")?;
-        let Self { domain, fetched, far, failed, dense, buffer, .. } = self;
+        let Self { domain, kit, far, failed, dense, .. } = self;
+        kit.tools().room(place + 1);
+        let Tools { fetched, buffer, .. } = kit.tools();
         let found = domain.store(|store| store.fetch(handle, fetched));
         let found = found.map_err(|error| explain(&error))?;
         if let Whereabouts::Away(_) = found {

@@ -6,6 +6,7 @@ use super::allowance::Cause;
 use super::charges::pass;
 use super::host::Incident;
 use super::housekeeper::cpu_time;
+use super::kit::Tools;
 use super::pager::{Pager, PagerError};
 use super::probe::Step;
 use super::space::{Space, SpaceError};
@@ -315,7 +316,7 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
         let mut looked = self.compressed();
         'runs: while let Some((first, _)) = left.first() {
             let run = (first.0..).zip(left).take_while(|(at, (slot, _))| slot.0 == *at).count();
-            self.space.read_slots(*first, &mut self.buffer[..run])?;
+            self.space.read_slots(*first, self.kit.tools().room(run))?;
             self.reached(Step::SlotRead)?;
             for (place, (at, page)) in left[..run].iter().enumerate() {
                 match self.store(place, *page, *at)? {
@@ -353,7 +354,8 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Stores one page whose bytes are in the buffer. Where the store has no room for it, another page may still be zero or a
     /// duplicate.
     fn store(&mut self, place: usize, page: PageIndex, at: SlotPage) -> Result<Put, PagerError> {
-        let bytes = &self.buffer[place];
+        let Tools { fetched, scratch, buffer, .. } = self.kit.tools();
+        let bytes = &buffer[place];
         let digest = digest(bytes);
         if digest == Digest::Zero {
             self.machine.found_zero(page, at)?;
@@ -361,11 +363,11 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
             self.stats.stored.zero += 1;
             return Ok(Put::Stored);
         }
-        let sought = self.domain.store(|store| store.seek(bytes, &digest, &mut self.fetched));
+        let sought = self.domain.store(|store| store.seek(bytes, &digest, fetched));
         let shared = match sought {
             Ok(Sought::Shared(handle)) => Some(handle),
             Ok(Sought::Candidate) => {
-                let confirmed = self.fetched.confirm(bytes, &mut self.scratch, &mut *self.dense);
+                let confirmed = fetched.confirm(bytes, scratch, &mut *self.dense);
                 confirmed.and_then(|confirmed| self.domain.store(|store| store.share_confirmed(confirmed)))
             }
             _ => None,
@@ -394,9 +396,10 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     fn insert(&mut self, place: usize, digest: &Digest) -> Result<Result<Stored, Put>, PagerError> {
         let mut may_grow = false;
         loop {
-            let bytes = &self.buffer[place];
+            let Tools { encoder, buffer, .. } = self.kit.tools();
+            let bytes = &buffer[place];
             // Once more if something has to go first.
-            let encoded = self.encoder.encode(bytes, digest);
+            let encoded = encoder.encode(bytes, digest);
             let lane = self.lane;
             let insert = |may_grow: bool| {
                 self.domain.store(|store| match store.growth(encoded, lane) {

@@ -70,6 +70,13 @@ impl MemfdWords {
         ByteCount(Self::journal_offset(pages).0 + journal)
     }
 
+    /// The journal of words that had no pager yet.
+    pub(super) fn fresh_journal(&self) -> Result<Journal, MemfdError> {
+        let journal =
+            Journal::fresh(Arc::clone(&self.memory), Self::journal_offset(self.pages), JOURNAL_EVENTS);
+        journal.ok_or(MemfdError::Size { size: self.file.size() })
+    }
+
     /// The journal, with what an earlier pager has left in it.
     pub(super) fn journal(&self) -> Result<Journal, MemfdError> {
         let journal =

@@ -258,4 +258,12 @@ pub trait Space {
     /// # Errors
     /// [`SpaceError`].
     fn presence(&mut self) -> Result<Presence, SpaceError>;
+
+    /// Nothing has happened for a while: buffers may go until something does.
+    fn rest(&mut self) {}
+
+    /// Whether there are any.
+    fn has_buffers(&self) -> bool {
+        false
+    }
 }

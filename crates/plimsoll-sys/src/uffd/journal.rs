@@ -50,6 +50,13 @@ impl Journal {
         Some(Self { memory, first, capacity, filled })
     }
 
+    /// In memory that nobody has written yet: [`open`](Self::open), which would look for what is there and so take memory for it.
+    pub fn fresh(memory: Arc<SharedMapping>, offset: ByteCount, capacity: usize) -> Option<Self> {
+        let first = usize::try_from(offset.0).ok()? / size_of::<u64>();
+        memory.as_atomic_u64s().get(first..)?.get(..capacity * WORDS)?;
+        Some(Self { memory, first, capacity, filled: 0 })
+    }
+
     /// What an earlier reader has left. A descriptor that came with an event was that process's and is not among it.
     pub fn left(&self) -> Vec<Event> {
         self.messages(0..self.filled).filter_map(|message| Event::without_descriptor(&message)).collect()

@@ -246,9 +246,11 @@ pub(crate) fn slow_disk() {
     until("a fault to wait for the disk", || (gate.waiting() > 0).then_some(()));
     // Into memory that nobody has touched.
     let before = fleet.view(guest.id).stats.faults.zero;
+    let counted = fleet.see().host().bustle().served();
     probe(&guest, 1, Task::Populate, 300, 1500);
     until_answered(&guest, 8);
     until("faults to be served", || (fleet.view(guest.id).stats.faults.zero > before).then_some(()));
+    assert!(fleet.see().host().bustle().served() > counted, "the host is not told of them");
     assert!(gate.waiting() > 0, "the disk still does not answer");
     gate.set_closed(false);
     until_answered(&guest, 9);

@@ -81,7 +81,7 @@ fn manage(args: &ManageArgs) -> Result<ExitCode, String> {
     let (signals, over) = (signals()?, args.seconds.map(|seconds| began + Duration::from_secs(seconds)));
     let pressure = host_pressure();
     let repacking = Repacking::start(Place::default()).map_err(|error| explain(&error))?;
-    let wakers = Wakers { end: Some(signals.as_fd()), pressure: pressure.as_ref(), asked: None };
+    let wakers = Wakers { end: Some(signals.as_fd()), pressure: pressure.as_ref(), ..Wakers::default() };
     run(&mut control, wakers, |control, happened| {
         if let Happened::Turn(turn) = happened {
             view.turn(turn, control);

@@ -106,6 +106,8 @@ impl Manager {
         match &admitted {
             Ok(_) => self.next_id += u32::try_from(ids.len()).unwrap_or(u32::MAX),
             Err(error) => {
+                // Its domain may have been made for it.
+                self.seen_endings = None;
                 handover.refuse(explain(error));
                 self.dismiss(MachineId(self.next_id), ids);
             }
@@ -172,7 +174,7 @@ impl Manager {
         let machine = Machine::new(hello.layout.clone(), Arc::clone(&words), shape, seed, |page| {
             presence.has_page(page)
         })?;
-        let space = LinuxSpace::new(Arc::clone(custody), words.journal()?, self.epoch);
+        let space = LinuxSpace::new(Arc::clone(custody), words.fresh_journal()?, self.epoch);
         let stats = MachineStats::default();
         Ok((ShardVault { id, custody: Arc::clone(custody), words, stats }, (machine, space)))
     }
