@@ -32,16 +32,19 @@ const ROLE: &str = "be-idle";
 const TOGETHER: usize = 10;
 /// What each has touched of its memory.
 const TOUCHED: u64 = 32;
-/// How long the manager is watched: so many decisions.
-const WATCHED: Duration = Duration::from_secs(5);
+/// How long the manager is watched: longer than from one decision about idle machines to the next.
+const WATCHED: Duration = Duration::from_secs(8);
 /// Nothing here takes longer.
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Machines, unless it is said otherwise.
 const USUAL: usize = 200;
-/// What each may take of a processor, in percent, and of the manager's memory; and how long a page of a hundred of them may take.
-/// Several times what was measured, 0.0125 % with 1000, as the machine may do other things, too: docs/daemon.md.
-const PERCENT_EACH: f64 = 0.06;
-const OWN_EACH: ByteCount = ByteCount(1400 << 10);
+/// What the manager may take of a processor with so many machines, in percent: the goal for a thousand, and much for fewer, as the machine
+/// does other things, too. It is waited for.
+const PERCENT: f64 = 1.0;
+/// What it may have of its own memory, by itself and for each machine: 60 MiB with a thousand of them. A development build's text is in it.
+const OWN: ByteCount = ByteCount::mib(14);
+const OWN_EACH: ByteCount = ByteCount((46 << 20) / 1000);
+/// How long a page of a hundred machines may take.
 const LIST_MAX: Duration = Duration::from_millis(20);
 const NAME: &str = "idle_machines_cost_a_manager_no_more_than_is_said_and_leave_nothing_behind";
 
@@ -266,12 +269,15 @@ fn idle() {
 
     let manager = site.host().unwrap().pid;
     assert_eq!(manager, empty.pid, "the manager was replaced");
+    let told = fs::read_to_string(format!("/proc/{manager}/environ")).unwrap();
+    assert!(told.contains("tcache_count=0"), "its threads keep what they free: {told}");
     // Machines are new for a while, and what they use is looked at ever more rarely.
     let mut watched = watch(manager);
     wait_until("the manager is as idle as its machines", || {
-        let is_idle = watched.values().sum::<f64>() <= PERCENT_EACH * machines as f64;
+        let (percent, own) = (watched.values().sum::<f64>(), own_memory(manager));
+        let is_idle = percent <= PERCENT && own <= OWN.0 + OWN_EACH.0 * machines as u64;
         if !is_idle {
-            println!("{:.2} % of one processor", watched.values().sum::<f64>());
+            println!("{percent:.2} % of one processor, {}", ByteCount(own));
             watched = watch(manager);
         }
         is_idle
@@ -286,7 +292,6 @@ fn idle() {
         open_files(manager)
     );
     watched.iter().for_each(|(thread, percent)| println!("  {thread}: {percent:.3} %"));
-    assert!(own <= memory + OWN_EACH.0 * machines as u64, "{} of its own memory", ByteCount(own));
     let client = Client::of(&site.directory);
     let measured = || {
         let mut times: Vec<Duration> = (0..100)
@@ -316,6 +321,9 @@ fn idle() {
     }
     wait_until("all are forgotten", || site.host().is_some_and(|host| host.machines == 0));
     wait_until("nothing of them is open", || open_files(manager) <= descriptors + 2);
+    // But for the keeper's register, and what lies in a page with something that is still in use.
+    let kept = OWN.0 + (machines as u64) * (16 << 10);
+    wait_until("what they had is given back", || own_memory(manager) <= kept);
     println!(
         "after their end: {} of its own memory, {} descriptors",
         ByteCount(own_memory(manager)),
