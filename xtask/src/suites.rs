@@ -58,11 +58,13 @@ const LEVELS: [(&str, u8); 21] = [
 /// Test programs that mostly wait: for guests to boot and for managers to decide.
 const WAITING: [&str; 2] = ["plimsoll tests/attached", "plimsoll-stock tests/stock"];
 /// Packages and programs whose tests need the kernel's interfaces, and nothing that others change: neither swap nor KSM, and no clock.
-const APART: [&str; 7] = [
+const APART: [&str; 9] = [
     "plimsoll-inspect",
     "plimsoll-linux tests/disk",
     "plimsoll-linux tests/pager_model",
     "plimsoll-attach",
+    "plimsoll-host tests/api",
+    "plimsoll-host tests/keeper",
     "plimsoll tests/soak",
     "plimsoll-bench",
     "plimsoll-fuzz",

@@ -171,7 +171,7 @@ enum Held {
         /// What the cgroup is charged for beside the guest's memory.
         beside: ByteCount,
     },
-    Managed(Ours),
+    Managed(Box<Ours>),
 }
 
 impl Held {
@@ -264,7 +264,7 @@ fn start(row: Option<Row>, interrupt: &Interrupt) -> Result<Held, BenchError> {
             let budget = Budget::of(row.left());
             let mut ours = Ours::within(budget, &config, Waiting::Adaptive, interrupt)?;
             ours.govern(Duration::from_secs(2))?;
-            Ok(Held::Managed(ours))
+            Ok(Held::Managed(Box::new(ours)))
         }
         Some(Row { way: Way::Kernel, .. }) => {
             let device = swap::device(ByteCount(RAM.0 * 2)).context("cannot make a zram device")?;

@@ -98,6 +98,7 @@ const ARROWS: [(&str, &[&str]); 21] = [
             "plimsoll-guest",
             "plimsoll-store",
             "plimsoll-core",
+            "plimsoll-host",
             "plimsoll-policy",
             "plimsoll-sys",
             "plimsoll-linux",
