@@ -75,7 +75,7 @@ struct TestArguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     soak: u64,
     /// How many machines come and go under one daemon, with which they must leave nothing.
-    #[arg(long, value_name = "COUNT", default_value_t = 50)]
+    #[arg(long, value_name = "COUNT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(4..))]
     cycles: u32,
     /// Run only tests whose names contain one of these.
     filters: Vec<String>,

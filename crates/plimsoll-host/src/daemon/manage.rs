@@ -27,7 +27,7 @@ use plimsoll_linux::disk::reader::Reading;
 use plimsoll_linux::disk::tier::Tier;
 use plimsoll_linux::explain;
 use plimsoll_linux::procsum::ProcessSum;
-use plimsoll_linux::uffd::estate::{Estate, Keep};
+use plimsoll_linux::uffd::estate::{self, Estate, Keep, REGISTER};
 use plimsoll_linux::uffd::governor::PERIOD_QUIET;
 use plimsoll_linux::uffd::handover::Handover;
 use plimsoll_linux::uffd::host::Incident;
@@ -208,6 +208,8 @@ struct Session<'a> {
     told: Instant,
     /// While machines are given back.
     parting: Option<Homecoming>,
+    /// A stop that was refused, and of which the supervisor takes no refusal: it is obeyed as soon as no machine is left.
+    is_owed: bool,
 }
 
 /// Manages machines until the process is killed, or told to stop and without any. `keeper` is the number of the
@@ -234,7 +236,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     let [term, int, reload] = wanted.each_ref().map(|(_, flag)| flag);
 
     let mut session = Session::open(settings, keeper, started_ns, ring)?;
-    let (mut is_told, mut is_owed) = (false, false);
+    let mut is_told = false;
     loop {
         session.turn(&signalled, if is_told { &PARTING_LOOK_PERIOD } else { &LOOK_PERIOD })?;
         if reload.swap(false, Ordering::Relaxed) {
@@ -242,7 +244,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
         }
         is_told |= [term, int].into_iter().any(|flag| flag.swap(false, Ordering::Relaxed));
         // Without a keeper and without machines there is nothing to live for.
-        if is_told || is_owed || session.is_alone {
+        if is_told || session.is_owed || session.is_alone {
             match session.left() {
                 Left::Nothing => break,
                 Left::Ending => {}
@@ -250,7 +252,7 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
                     if let Err(refusal) = session.part() {
                         is_told = false;
                         // It waits for that, whatever it is told: at the latest, there will be no machine any more.
-                        is_owed = is_supervised();
+                        session.is_owed = is_supervised();
                         announce(&[NotifyState::Status(&refusal)]);
                         session.tell(refusal);
                         // One that is gone is noticed in the next turn.
@@ -263,11 +265,12 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     }
     announce(&[NotifyState::Stopping]);
     session.steering.stop();
+    // Where only the keeper is gone, another may come who was given the tier, as it was, by the supervisor.
+    let is_to_end = is_told || (session.is_owed && !session.is_alone);
     // Nobody else has it any more, unless a thread of theirs hangs; then its end is that of the process.
     if let Some(manager) = Arc::into_inner(session.manager) {
         let vault = manager.into_inner().stop();
-        // Where only the keeper is gone, another may come who was given the tier, as it was, by the supervisor.
-        if let Some(Err(error)) = vault.tier().filter(|_| is_told || is_owed).map(Tier::end) {
+        if let Some(Err(error)) = vault.tier().filter(|_| is_to_end).map(Tier::end) {
             say(format_args!(
                 "plimsoll manager: the disk tier's file could not be emptied: {error}; nobody can read what is in it"
             ));
@@ -299,6 +302,10 @@ impl<'a> Session<'a> {
         setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
             .map_err(|errno| DaemonError::Slots(errno.into()))?;
         let (keeper, mut kept) = Client::connect(socket).map_err(DaemonError::NoKeeper)?;
+        if let Some(register) = kept.get(&REGISTER) {
+            // Before a manager that has outlived its keeper is ended: it goes on if this build cannot.
+            estate::recognise(register.try_clone().map_err(DaemonError::NoKeeper)?)?;
+        }
         let mut own = |slot| {
             let missing = || DaemonError::NoKeeper(io::Error::other(format!("slot {slot} is empty")));
             kept.remove(&slot).ok_or_else(missing)
@@ -356,6 +363,7 @@ impl<'a> Session<'a> {
             is_alone: false,
             told: Instant::now(),
             parting: None,
+            is_owed: false,
         })
     }
 
@@ -417,7 +425,7 @@ impl<'a> Session<'a> {
     }
 
     fn take(&mut self, handover: Handover) -> Result<(), String> {
-        if self.parting.is_some() {
+        if self.parting.is_some() || self.is_owed {
             handover.refuse("the daemon is stopping".to_owned());
             return Err("a machine was turned away: the daemon is stopping".to_owned());
         }
@@ -494,7 +502,7 @@ impl<'a> Session<'a> {
         if !self.is_alone && self.keeper.is_alone() {
             self.is_alone = true;
             let until = if is_supervised() {
-                "until the supervisor has started the next one"
+                "until the supervisor has started the next one; where its unit is being stopped none comes, and machines are to be ended first"
             } else {
                 "and when it ends, too, its machines stall; end them, then start the daemon again"
             };

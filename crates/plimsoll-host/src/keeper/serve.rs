@@ -15,6 +15,7 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+use rustix::process::{getpid, kill_process};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
@@ -35,7 +36,7 @@ const STORING_MAX: Duration = Duration::from_secs(5);
 /// A keeper that holds nothing of any machine gives up after so many managers that ended before they served.
 const STARTS_MAX: u32 = 8;
 /// How long the program that is to go on may take to say whether it can: it reads its command line, and one page of memory.
-const ASKING_MAX: Duration = Duration::from_secs(20);
+const ASKING_MAX: Duration = Duration::from_secs(5);
 /// The status of a manager that was asked for something that cannot be.
 const UNUSABLE: i32 = 2;
 
@@ -378,15 +379,17 @@ impl Keeper {
         None
     }
 
-    /// Whether the program that is to go on says that it can. Meanwhile the manager works, and nobody hears it.
+    /// Whether the program that is to go on says that it can. Meanwhile the manager works; where it has something kept, it waits.
     fn has_successor(&self) -> bool {
         let Some((probe, slot)) = &self.probe else { return true };
         let Some(kept) = self.slots.get(*slot) else { return true };
         let child = match probe.start(kept) {
             Ok(child) => child,
             Err(error) => {
+                let cause = std::error::Error::source(&error);
+                let cause: &dyn std::fmt::Display = cause.as_ref().map_or(&error, |cause| cause);
                 say(format_args!(
-                    "plimsoll keeper: no upgrade, the manager goes on: the new program cannot be started: {error}"
+                    "plimsoll keeper: no upgrade, the manager goes on: the new program cannot be started: {cause}"
                 ));
                 return false;
             }
@@ -406,14 +409,22 @@ impl Keeper {
 
     /// Ends the manager as a crash would, which loses nothing, and leaves everything open. Signals are held from here on.
     fn prepare_upgrade(&mut self) -> Option<End> {
+        if self.is_stopping || self.is_owed {
+            say(format_args!("plimsoll keeper: no upgrade: the daemon is stopping"));
+            return None;
+        }
         if !self.has_successor() {
             return None;
         }
         let held = hold_signals().and_then(|()| self.wait(Duration::ZERO));
         // Being told to stop comes first: it would be forgotten.
-        if self.is_stopping || !matches!(held, Ok([_, _, false, false, ..])) {
+        let Ok([_, _, false, false, is_to_reload, _]) = held else {
             let _ = accept_signals();
             return None;
+        };
+        if is_to_reload {
+            // What was read of it is lost with this program: it waits for the next one with those that come from here on.
+            let _ = kill_process(getpid(), Signal::HUP);
         }
         if let Some(manager) = self.manager.take() {
             let _ = manager.process.send_signal(Signal::KILL);

@@ -293,7 +293,7 @@ impl KernelMachine {
         self.known = self.known.rearranged(new.blocks(), |block| old.block_at_base(new.base_of(block)?));
         self.view.set_layout(new);
         // What went of blocks that stay is not known any more: they are counted by their places.
-        (self.seen, self.most, self.had) = (Vec::new(), Vec::new(), None);
+        (self.seen, self.most) = (Vec::new(), Vec::new());
         // Samples are drawn anew; these pages would be looked for where others are now.
         self.drawn.clear();
         self.idle.iter_mut().for_each(IdleSamples::forget);
@@ -331,7 +331,6 @@ impl KernelMachine {
         let came_back = self.watch.came_back()?;
         self.leave_out_what_was_read_back(came_back)?;
         let count = draws(self.known.block_count(), self.known.estimate());
-        self.had = self.has();
         let judged = self.judge_marked();
         let stayed_used = judged.values().filter(|is_used| **is_used).count() as u64;
         let (view, ahead) = (&mut self.view, sampling_ahead(&self.known));
@@ -352,6 +351,9 @@ impl KernelMachine {
         self.totals.sampled += sampled;
         self.totals.refaults += signs.refaults;
         let Samples { judged, used, drawn } = samples;
+        if judged > 0 {
+            self.had = self.has().or(self.had);
+        }
         self.drawn = drawn;
         let is_idle = used * IDLE_SHARE <= judged && signs.refaults.0 <= IDLE_REFAULTS;
         self.set_rhythm(is_idle, now);

@@ -8,7 +8,7 @@
 //!   a pager:     counts,          then looks at `awaited`,   calls everybody if it was true
 //! ```
 //! In the one order of all these accesses either the sleeper sees the count or the pager sees that it is awaited. A pager that is not
-//! awaited reads one flag that hardly ever changes.
+//! awaited counts, once a turn that did something, and reads a flag beside it.
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -53,7 +53,7 @@ impl Bustle {
         self.count_served();
     }
 
-    /// As long as this is the same, no machine uses more than it did, nor less.
+    /// As long as this is the same, no guest has taken memory or lost any. What is stored may be packed, moved and sampled meanwhile.
     pub fn served(&self) -> u64 {
         self.served.load(Ordering::SeqCst)
     }
@@ -113,19 +113,27 @@ mod tests {
         const ROUNDS: u64 = 20_000;
         const PATIENCE: Duration = Duration::from_secs(120);
         let bustle = Bustle::default();
-        let (say, called) = channel();
-        // Nobody listens for the last.
-        bustle.on_begin(move || _ = say.send(()));
+        let ((say, called), (go, gone), (end, ended)) = (channel(), channel(), channel());
+        bustle.on_begin(move || say.send(()).unwrap());
+        let bustle = &bustle;
         std::thread::scope(|threads| {
-            threads.spawn(|| (0..ROUNDS).for_each(|_| bustle.count_served()));
-            let mut seen = bustle.served();
-            while seen < ROUNDS {
+            threads.spawn(move || {
+                for () in gone {
+                    bustle.count_served();
+                    end.send(()).unwrap();
+                }
+            });
+            for seen in 0..ROUNDS {
+                // Once, so that no later count makes up for one that nobody saw.
+                go.send(()).unwrap();
                 bustle.expect();
                 if bustle.served() == seen {
                     called.recv_timeout(PATIENCE).unwrap();
                 }
-                seen = bustle.served();
+                ended.recv_timeout(PATIENCE).unwrap();
+                called.try_iter().for_each(drop);
             }
+            drop(go);
         });
     }
 }

@@ -125,10 +125,10 @@ impl Governor<'_> {
         for (id, controls) in machines.iter() {
             let orders = &controls.orders;
             let want = asked.get(id).copied().unwrap_or(0);
-            let before = orders.reclaim.load(Ordering::Relaxed);
-            if before != want {
-                orders.reclaim.store(want, Ordering::Relaxed);
-            }
+            // What is as it was is not written, and what is written is exchanged: a pager that gives the last of it between a look and a
+            // store would be told nothing of what is wanted now.
+            let is_said = orders.reclaim.load(Ordering::Relaxed) == want;
+            let before = if is_said { want } else { orders.reclaim.swap(want, Ordering::Relaxed) };
             let watched = self.watched.entry(*id).or_default();
             self.host.ledger(|ledger| {
                 let Ok(ram) = ledger.ram(*id) else { return };
@@ -246,7 +246,7 @@ impl Watched {
 /// others asked in its place for a while. A machine that gives and takes as much again is none of these.
 #[derive(Clone, Copy, Debug, Default)]
 struct Giver {
-    /// When it last gave, or was not asked; what it had then, and had given.
+    /// When it last gave, or was asked first; what it had then, and had given. None of one that is not asked, whom nobody looks at.
     gave: Option<(Instant, ByteCount, u64)>,
     /// What it is taken not to go below, and until when.
     excused: Option<(Instant, ByteCount)>,
@@ -268,7 +268,7 @@ impl Giver {
                     return ram;
                 }
             }
-            _ => self.gave = Some((now, ram, given)),
+            _ => self.gave = (want > 0).then_some((now, ram, given)),
         }
         ByteCount(0)
     }
@@ -358,19 +358,23 @@ mod tests {
             }
         }
         const HOUR: Duration = Duration::from_secs(3600);
+        const CALLS: u32 = 100;
         let host = Host::new(Budget::within(ByteCount::mib(1 << 20)));
         let (governed, stop) = (Governed::default(), AtomicBool::new(false));
         let (say, looks) = std::sync::mpsc::channel();
         std::thread::scope(|threads| {
             let meter = Box::new(Looks(say));
             let governor = threads.spawn(|| govern(&host, &governed, meter, HOUR, &stop));
-            for _ in 0..3 {
+            let start = Instant::now();
+            for _ in 0..CALLS {
                 looks.recv_timeout(Duration::from_secs(120)).unwrap();
                 let served = host.bustle().served();
                 assert!(is_quiet(host.bustle(), served));
                 host.bustle().count_served();
                 assert!(!is_quiet(host.bustle(), served));
             }
+            // By itself it looks after so long at the earliest.
+            assert!(start.elapsed() < PERIOD_MAX * CALLS / 2, "nobody called it");
             stop.store(true, Ordering::Relaxed);
             // However long it sleeps.
             host.bustle().count_served();
@@ -426,6 +430,17 @@ mod tests {
         for look in 0..5000u32 {
             assert_eq!(giver.watch(0, RAM, 7, start + PERIOD * look), ByteCount(0));
         }
+    }
+
+    #[test]
+    fn the_patience_with_a_machine_begins_when_it_is_asked_and_not_when_it_was_last_looked_at() {
+        let (mut giver, start) = (Giver::default(), Instant::now());
+        let at = |millis| start + Duration::from_millis(millis);
+        assert_eq!(giver.watch(0, RAM, 7, at(0)), ByteCount(0));
+        // Nobody looks at machines of a host with room.
+        assert_eq!(giver.watch(100, RAM, 7, at(900)), ByteCount(0));
+        assert_eq!(giver.watch(100, RAM, 7, at(1099)), ByteCount(0));
+        assert_eq!(giver.watch(100, RAM, 7, at(1100)), RAM);
     }
 
     #[test]
