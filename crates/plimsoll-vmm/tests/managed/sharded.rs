@@ -132,6 +132,8 @@ pub(crate) fn is_killed() {
     first.kill();
     fleet.until_gone(first.id);
     fleet.manager().forget(first.id);
+    // Threads have what they have until they have ended.
+    until_pager_threads(0);
     // The empty store stays; what there was before it does not matter.
     let before = (fleet::descriptors(), fleet::word_mappings());
     for again in 0..3 {
@@ -150,9 +152,9 @@ pub(crate) fn is_killed() {
         fleet.until_gone(victim.id);
         fleet.manager().forget(victim.id);
         drop(victim);
+        until_pager_threads(0);
         assert_eq!((fleet::descriptors(), fleet::word_mappings()), before, "descriptors, word mappings");
         assert_eq!(fleet.store_pages(), 0);
-        until_pager_threads(0);
         assert_eq!(fleet.incidents(), [], "the end of a VMM is no incident");
     }
     let charged = fleet.see().host().ledger(|ledger| ledger.charged());
