@@ -5,6 +5,14 @@
 //! a drawn page that is in RAM at the end of the period was used. One that could not be taken does not count. The share
 //! of used samples times the machine's size estimates what it touches in one period. Three averages are kept, slow,
 //! fast and instant, and the largest is reported: quick to see growth, slow to believe in idleness.
+//!
+//! Two things differ from there, because the largest of three is above the truth whenever chance is:
+//!
+//! * Pages are drawn one from each of equal stretches of the machine. The error is that of as many pages drawn anywhere
+//!   where use is scattered, and next to none where it lies together.
+//! * Of what was used in the last period alone, only what chance may not have brought counts: two standard errors less.
+//!   The averages, which are over more samples, count whole. So of a machine that does the same all the time 512 samples a
+//!   period, of which three tenths are used, are within 15 % every time; taken whole, the highest of six periods was 15 to 17 % above.
 use alloc::vec::Vec;
 use plimsoll_types::{PageCount, PageIndex};
 
@@ -14,6 +22,8 @@ const FAST_WEIGHT: u32 = 6;
 /// Samples that make an estimate: fewer are added to those of the next period. A machine of huge pages is sampled by
 /// whole blocks, which cost more, so by few.
 const SAMPLES_MIN: u32 = 32;
+/// Standard errors that chance is believed to bring: more than that comes one time in forty.
+const CHANCE: u64 = 2;
 /// Fixed-point one.
 const ONE: u32 = 1 << 16;
 
@@ -33,6 +43,7 @@ pub struct Sampler {
 struct Averages {
     slow: u32,
     fast: u32,
+    /// What of the last period is more than chance.
     instant: u32,
 }
 
@@ -50,18 +61,19 @@ impl Sampler {
         }
         let (total, used) = self.open;
         if total >= SAMPLES_MIN.min(self.pages).max(1) {
-            self.record(u32::try_from(u64::from(used) * u64::from(ONE) / u64::from(total)).unwrap_or(ONE));
+            self.record(u64::from(used) * u64::from(ONE) / u64::from(total), u64::from(total));
             self.open = (0, 0);
         }
         self.drawn.clear();
-        for _ in 0..count.min(self.pages) {
-            let draw = self.next_random();
-            // The high half of a 64-bit product maps the draw onto 0..pages without a division's bias.
-            let page = (u128::from(draw) * u128::from(self.pages)) >> 64;
+        let count = count.min(self.pages);
+        let bound = |stretch: u32| u64::from(stretch) * u64::from(self.pages) / u64::from(count.max(1));
+        for stretch in 0..count {
+            let (first, end) = (bound(stretch), bound(stretch + 1));
+            // The high half of a 64-bit product maps the draw onto the stretch without a division's bias.
+            let offset = (u128::from(random(&mut self.seed)) * u128::from(end - first)) >> 64;
+            let page = first + u64::try_from(offset).unwrap_or(0);
             self.drawn.push(PageIndex(u32::try_from(page).unwrap_or(0)));
         }
-        self.drawn.sort_unstable();
-        self.drawn.dedup();
         &self.drawn
     }
 
@@ -83,10 +95,14 @@ impl Sampler {
         }
     }
 
-    fn record(&mut self, instant: u32) {
-        let weigh = |old: u32, weight: u32| (old * (16 - weight) + instant * weight) / 16;
+    /// A share of used samples of so many, in 1/65,536.
+    fn record(&mut self, share: u64, samples: u64) {
+        let error = (share * (u64::from(ONE) - share) / samples).isqrt();
+        let narrow = |share: u64| u32::try_from(share).unwrap_or(ONE);
+        let (share, instant) = (narrow(share), narrow(share.saturating_sub(CHANCE * error)));
+        let weigh = |old: u32, weight: u32| (old * (16 - weight) + share * weight) / 16;
         self.averages = Some(match self.averages {
-            None => Averages { slow: instant, fast: instant, instant },
+            None => Averages { slow: share, fast: share, instant },
             Some(old) => {
                 Averages { slow: weigh(old.slow, SLOW_WEIGHT), fast: weigh(old.fast, FAST_WEIGHT), instant }
             }
@@ -99,15 +115,15 @@ impl Sampler {
         let share = slow.max(fast).max(instant);
         Some(PageCount(u64::from(share) * u64::from(self.pages) / u64::from(ONE)))
     }
+}
 
-    /// splitmix64 (Steele, Lea, Flood, OOPSLA '14): every seed is a good one.
-    fn next_random(&mut self) -> u64 {
-        self.seed = self.seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.seed;
-        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
+/// splitmix64 (Steele, Lea, Flood, OOPSLA '14): every seed is a good one.
+fn random(seed: &mut u64) -> u64 {
+    *seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut mixed = *seed;
+    mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ mixed >> 31
 }
 
 #[cfg(test)]
@@ -124,6 +140,55 @@ mod tests {
         }
         let share = sampler.estimate().unwrap().0 as f64 / f64::from(pages);
         assert!((0.27..0.37).contains(&share), "{share}");
+    }
+
+    /// Estimates of six periods, after four to settle, of a machine of which that many pages in ten are used.
+    fn estimates(seed: u64, is_used: impl Fn(u32) -> bool) -> Vec<f64> {
+        let pages = 1 << 14;
+        let mut sampler = Sampler::new(pages, seed);
+        let used = f64::from((0..pages).map(|page| u32::from(is_used(page))).sum::<u32>());
+        let mut period = || {
+            sampler.turn(512, |page| is_used(page.0));
+            sampler.estimate().map_or(0.0, |PageCount(estimate)| estimate as f64 / used)
+        };
+        for _ in 0..5 {
+            period();
+        }
+        (0..6).map(|_| period()).collect()
+    }
+
+    #[test]
+    fn a_steady_use_is_estimated_within_15_percent_in_every_period_of_every_machine() {
+        for seed in 0..200 {
+            // Three tenths, wherever they are.
+            let scattered = estimates(seed, |page| random(&mut (u64::from(page) << 32 | seed)) % 10 < 3);
+            assert!(scattered.iter().all(|ratio| (0.85..=1.15).contains(ratio)), "{seed}: {scattered:?}");
+        }
+    }
+
+    #[test]
+    fn a_use_that_lies_together_is_estimated_within_2_percent() {
+        for seed in 0..50 {
+            let first = u32::try_from(seed * 200).unwrap();
+            let together = estimates(seed, |page| (first..first + 4915).contains(&page));
+            assert!(together.iter().all(|ratio| (0.98..=1.02).contains(ratio)), "{seed}: {together:?}");
+        }
+    }
+
+    #[test]
+    fn what_more_is_used_is_believed_at_once_but_for_what_chance_may_have_brought() {
+        let mut sampler = Sampler::new(1 << 14, 3);
+        let mut period = |tenths: u64| {
+            sampler.turn(512, |page| random(&mut page.0.into()) % 10 < tenths);
+            sampler.estimate().map_or(0.0, |PageCount(estimate)| estimate as f64 / f64::from(1 << 14))
+        };
+        for _ in 0..8 {
+            period(3);
+        }
+        // Judged as it ends: what is used three tenths is believed still.
+        assert!((0.27..0.33).contains(&period(3)));
+        let grown = [period(6), period(6)];
+        assert!((0.52..0.62).contains(&grown[0]) && (0.54..0.64).contains(&grown[1]), "{grown:?}");
     }
 
     #[test]

@@ -16,7 +16,7 @@
 //! costs: the host takes with so many threads, a balloon as fast as it was measured, a guest that touches a page that
 //! is elsewhere waits for it. What of a working set is in place decides how often that is ([`Locality`]); of what is taken a
 //! part is wrongly chosen and comes back at once.
-use crate::chance::draw;
+use crate::chance::{below, draw};
 use crate::demand::{Curve, Demand, Locality, Part};
 use crate::time::Millis;
 use plimsoll_core::sampler::Sampler;
@@ -376,7 +376,9 @@ impl<'a> Machine<'a> {
             return;
         }
         let active = self.demand(now).active;
-        self.sampler.turn(estimator.samples, |page: PageIndex| u64::from(page.0) < active.0);
+        // What is used is scattered over the machine, as a guest's pages are: samples of it err by chance.
+        let (seed, size) = (self.seed, self.terms.size.0);
+        self.sampler.turn(estimator.samples, |page: PageIndex| below(seed, page.0.into(), size) < active.0);
         self.sampled = now;
     }
 
