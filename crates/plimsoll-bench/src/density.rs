@@ -136,7 +136,7 @@ impl Row {
 
     /// Where the decisions of plimsoll are recorded, for `plimsoll replay`.
     fn record(&self, rows: &Path) -> PathBuf {
-        rows.join(format!("{}.record", self.name().replace('/', "-")))
+        self.path(rows).with_extension("record")
     }
 
     fn budget(&self) -> ByteCount {

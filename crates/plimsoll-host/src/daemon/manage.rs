@@ -27,7 +27,7 @@ use plimsoll_linux::disk::reader::Reading;
 use plimsoll_linux::disk::tier::Tier;
 use plimsoll_linux::explain;
 use plimsoll_linux::procsum::ProcessSum;
-use plimsoll_linux::uffd::estate::{self, Estate, Keep, REGISTER};
+use plimsoll_linux::uffd::estate::{Estate, Keep};
 use plimsoll_linux::uffd::governor::PERIOD_QUIET;
 use plimsoll_linux::uffd::handover::Handover;
 use plimsoll_linux::uffd::host::Incident;
@@ -302,20 +302,17 @@ impl<'a> Session<'a> {
         setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
             .map_err(|errno| DaemonError::Slots(errno.into()))?;
         let (keeper, mut kept) = Client::connect(socket).map_err(DaemonError::NoKeeper)?;
-        if let Some(register) = kept.get(&REGISTER) {
-            // Before a manager that has outlived its keeper is ended: it goes on if this build cannot.
-            estate::recognise(register.try_clone().map_err(DaemonError::NoKeeper)?)?;
-        }
         let mut own = |slot| {
             let missing = || DaemonError::NoKeeper(io::Error::other(format!("slot {slot} is empty")));
             kept.remove(&slot).ok_or_else(missing)
         };
         let (handover, control, lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
-        claim(lock.as_fd(), || keeper.is_alone())?;
         own(STORES).ok().into_iter().for_each(make_files_in);
         let keeper = Arc::new(keeper);
-        let used = Used::new(settings.counted)?;
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
+        // Not before this build has read the register: a manager that has outlived its keeper goes on if it cannot.
+        claim(lock.as_fd(), || keeper.is_alone())?;
+        let used = Used::new(settings.counted)?;
         // What was said since the daemon was started counts from the first fault on. That it cannot be read is told by the loop.
         let words = Kept::open(&settings.directory);
         let said = words.as_ref().ok().and_then(|kept| kept.words().budget_bytes);

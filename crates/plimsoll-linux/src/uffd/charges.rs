@@ -20,15 +20,17 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
     /// Charges what will be there twice, below the hard line; near it, what nobody names any more goes first. False where there is no
     /// room even then.
     pub(super) fn charge_passing(&mut self, bytes: ByteCount) -> Result<bool, PagerError> {
-        if pass(&self.host, self.id, bytes) {
-            return Ok(true);
-        }
+        Ok(pass(&self.host, self.id, bytes) || (self.shed()? && pass(&self.host, self.id, bytes)))
+    }
+
+    /// Gives back what nobody names any more, and has it charged no longer. False where there is none of it.
+    pub(super) fn shed(&mut self) -> Result<bool, PagerError> {
         if self.machine.airlock().residue() == PageCount(0) {
             return Ok(false);
         }
         self.zap()?;
         self.settle()?;
-        Ok(pass(&self.host, self.id, bytes))
+        Ok(true)
     }
 
     /// Brings the ledger to what the words and the airlock say, charges that came to nothing included.

@@ -424,12 +424,12 @@ impl<S: Space, M: SlabMemory, W: Words> Pager<S, M, W> {
                     return Ok(inserted.map_err(|_| Put::Full));
                 }
                 // Near the hard line, what nobody names any more goes first.
-                Err(_) if self.machine.airlock().residue() > PageCount(0) => {
-                    self.zap()?;
-                    self.settle()?;
+                Err(_) => {
+                    may_grow = !self.shed()?;
+                    if may_grow && !std::mem::take(&mut self.is_stuck) {
+                        return Ok(Err(Put::Crowded));
+                    }
                 }
-                Err(_) if std::mem::take(&mut self.is_stuck) => may_grow = true,
-                Err(_) => return Ok(Err(Put::Crowded)),
             }
         }
     }
