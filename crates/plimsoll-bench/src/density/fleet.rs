@@ -54,6 +54,22 @@ impl Member {
         self.answered >= self.role.start().len()
     }
 
+    /// What it cannot be denied: what it was promised and has use for.
+    fn due(&self) -> ByteCount {
+        self.role.reservation.min(self.role.kept)
+    }
+
+    /// Its memory that is there, unless it has ended.
+    fn has(&self) -> Option<ByteCount> {
+        let anonymous = |statm: procfs::Statm| statm.resident.saturating_sub(statm.shared).bytes();
+        procfs::statm(self.guest.process().process()).ok().map(anonymous)
+    }
+
+    /// The least that its control group, in which is so much, may be held to: what it is due, and what is no memory of the guest's.
+    pub(super) fn least(&self, used: ByteCount) -> ByteCount {
+        self.due() + used.saturating_sub(self.has().unwrap_or_default())
+    }
+
     /// Whether it can be told anything.
     pub(super) const fn is_alive(&self) -> bool {
         self.died.is_none() && !self.is_done
@@ -255,8 +271,6 @@ impl Fleet<'_> {
 /// Whether it has less than it was promised and has use for, although it brings memory back. A tenth less is none: samples of
 /// what it uses are taken from it, too.
 fn is_cheated(member: &Member, came_back: u64) -> bool {
-    let due = member.role.reservation.min(member.role.kept);
-    let anonymous = |statm: procfs::Statm| statm.resident.saturating_sub(statm.shared).bytes() + UNCOUNTED;
-    let has = procfs::statm(member.guest.process().process()).map(anonymous);
-    came_back >= WANTING && has.is_ok_and(|has| has < ByteCount(due.0 / 10 * 9))
+    came_back >= WANTING
+        && member.has().is_some_and(|has| has + UNCOUNTED < ByteCount(member.due().0 / 10 * 9))
 }

@@ -241,8 +241,9 @@ impl Plimsoll {
         Ok(machines.map(view).collect())
     }
 
-    /// Keeps each of the kernel's machines to what it is entitled to, and what the others leave.
-    fn hold(&self, members: &[Member]) {
+    /// Keeps each of the kernel's machines to what it is entitled to, and what the others leave; and none to less than it was promised. What all
+    /// of them together cannot be denied.
+    fn hold(&self, members: &[Member]) -> ByteCount {
         let mut cgroups = Vec::new();
         let mut sharers = Vec::new();
         for (machine, member) in self.machines.iter().zip(members) {
@@ -250,15 +251,17 @@ impl Plimsoll {
             let Some(part) = machine.part else { continue };
             let uses = cgroup.used().unwrap_or_default();
             sharers.push(Sharer { uses, part: part.max(PART_MIN) });
-            cgroups.push((cgroup, member));
+            cgroups.push((cgroup, member, member.least(uses).max(PART_MIN)));
         }
         let theirs: ByteCount = sharers.iter().map(|sharer| sharer.uses).sum();
         let others = self.cage.cgroup.used().unwrap_or_default().saturating_sub(theirs);
         let slack = ByteCount(self.budget.0 / ROOM_SLACK);
         let room = self.budget.saturating_sub(self.cage.held() + others + slack);
-        for ((cgroup, member), limit) in cgroups.into_iter().zip(split(room, &sharers)) {
-            hold_to(cgroup, limit.max(PART_MIN), &[&member.guest]);
+        let theirs: ByteCount = cgroups.iter().map(|(.., least)| *least).sum();
+        for ((cgroup, member, least), limit) in cgroups.into_iter().zip(split(room, &sharers)) {
+            hold_to(cgroup, limit.max(least), &[&member.guest]);
         }
+        others + theirs
     }
 }
 
@@ -392,8 +395,8 @@ impl Host for Plimsoll {
         let grown = self.growth.of(members);
         let grown = if self.cage.is_full() { &grown[..] } else { &[] };
         signal(grown, Signal::STOP);
-        self.hold(members);
-        self.cage.hold(grown);
+        let least = self.hold(members);
+        self.cage.hold(least, grown);
         signal(grown, Signal::CONT);
         if self.decided.elapsed() >= DECIDE_EVERY {
             self.turn(members)?;
