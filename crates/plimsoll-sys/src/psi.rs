@@ -2,7 +2,7 @@
 //! without) is told apart from one that measured none.
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -94,6 +94,19 @@ impl PressureTrigger {
         let text = format!("some {} {}\0", stall.as_micros(), window.as_micros());
         file.write_all(text.as_bytes()).map_err(|source| PsiError::new(path, source))?;
         Ok(Self(file))
+    }
+}
+
+/// A trigger that another process has set.
+impl From<OwnedFd> for PressureTrigger {
+    fn from(descriptor: OwnedFd) -> Self {
+        Self(descriptor.into())
+    }
+}
+
+impl From<PressureTrigger> for OwnedFd {
+    fn from(trigger: PressureTrigger) -> Self {
+        trigger.0.into()
     }
 }
 

@@ -73,7 +73,7 @@ impl Served {
         let helm = Helm::new(config, Kept::open(&directory).unwrap(), None, desk, Box::new(|_: &str| {}));
         let end = EventFd::new().unwrap();
         let told = end.as_fd().try_clone_to_owned().unwrap();
-        let thread = std::thread::spawn(move || helm.run(control, Some(told.as_fd())).unwrap());
+        let thread = std::thread::spawn(move || helm.run(control, Some(told.as_fd()), None).unwrap());
         let nobody =
             |attach: &Attach| Err(Fault::new(Code::NotFound, format!("there is no {:?}", attach.machine)));
         let path = directory.join("api.sock");

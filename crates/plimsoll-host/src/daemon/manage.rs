@@ -4,12 +4,15 @@
 //! is told to stop and has given its machines back. What must never happen: a VMM, or somebody on a socket, keeping this thread waiting.
 //! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one. Decisions about
 //! them are made on another (`steer`), which begins when machines are served, and whose end changes nothing for a guest.
+use super::lead;
 use super::milestones::{Milestones, now_ns};
 use super::rights::{Role, give_up};
 use super::sole::claim;
 use super::status::{Answer, DiskStatus, DomainStatus, MachineStatus, ReadsBy, Request, Status};
 use super::steer::Steering;
-use super::{CONTROL, Counted, DaemonError, DiskSettings, HANDOVER, LOCK, STORES, Settings, Sharing};
+use super::{
+    CONTROL, Counted, DaemonError, DiskSettings, HANDOVER, LOCK, PRESSURE, STORES, Settings, Sharing,
+};
 use crate::api::may_speak;
 use crate::helm::kept::Kept;
 use crate::homecoming::{Homecoming, Progress, stored};
@@ -36,6 +39,7 @@ use plimsoll_linux::uffd::probe::Probe;
 use plimsoll_sys::eventfd::EventFd;
 use plimsoll_sys::fdpass;
 use plimsoll_sys::mapping::make_files_in;
+use plimsoll_sys::psi::PressureTrigger;
 use plimsoll_sys::ring::{ReadRing, RingError};
 use plimsoll_sys::{ProcessId, process};
 use plimsoll_types::{ByteCount, DomainId, GroupId, MachineId};
@@ -308,6 +312,7 @@ impl<'a> Session<'a> {
         };
         let (handover, control, lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
         own(STORES).ok().into_iter().for_each(make_files_in);
+        let pressure = own(PRESSURE).ok().map(PressureTrigger::from);
         let keeper = Arc::new(keeper);
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
         // Not before this build has read the register: a manager that has outlived its keeper goes on if it cannot.
@@ -335,13 +340,14 @@ impl<'a> Session<'a> {
         });
         manager.govern(Box::new(used.clone()), SAMPLE_PERIOD)?;
         let serving_ns = now_ns();
-        // Best effort: a keeper that is gone is noticed below.
+        // Best effort, both: a keeper that is gone is noticed below.
         let _ = keeper.serving();
+        let _ = lead::give_back();
         let status = format!("{} machines", manager.machines().len());
         announce(&[NotifyState::Ready, NotifyState::Status(&status)]);
         let arrivals = Arrivals::new().map_err(DaemonError::Wait)?;
         let (manager, budget) = (Arc::new(Mutex::new(manager)), Arc::new(Mutex::new(budget)));
-        let steering = Steering::start(settings, words, &manager, &used, &budget);
+        let steering = Steering::start(settings, words, pressure, &manager, &used, &budget);
         Ok(Self {
             settings,
             keeper,

@@ -15,6 +15,7 @@
 //! DIRECTORY/settings.json   what the settings files said that were accepted last, for the next manager: accepted
 //! ```
 mod accepted;
+mod lead;
 pub mod manage;
 pub mod milestones;
 pub mod place;
@@ -24,6 +25,7 @@ pub mod status;
 mod steer;
 
 use crate::config::Config;
+use crate::control::host_pressure;
 use crate::keeper::serve::{End, Keeper};
 use crate::keeper::store::{Adopted, Store, received};
 use crate::voice::say;
@@ -54,6 +56,10 @@ pub const CONTROL: u32 = 2;
 pub const LOCK: u32 = 3;
 /// The slot of the tmpfs in which stores are made. It is empty where nobody may mount one.
 pub const STORES: u32 = 8;
+/// The slot of the kernel's word that the host's tasks wait for memory. It is empty where that is not measured. A manager's last act would
+/// else be to close it, for which the kernel waits until no processor can be looking at it (a grace period of RCU): 10 ms, and guests
+/// with it.
+pub const PRESSURE: u32 = 9;
 
 /// Which machines share equal pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,6 +221,14 @@ pub fn keep(
         }
         Beginning::Fresh => begin(&settings.directory)?,
     };
+    lead::take();
+    // Not being told of it is no reason not to begin: managers ask for it themselves.
+    if slots.get(PRESSURE).is_none()
+        && let Some(pressure) = host_pressure()
+    {
+        let put = slots.put(PRESSURE, pressure.into());
+        put.map_err(|error| DaemonError::Slots(io::Error::other(error)))?;
+    }
     let store = Store::of_supervisor(&mut slots, stale).map_err(DaemonError::Store)?;
     let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
     store.into_iter().for_each(|store| keeper.store_in(store));

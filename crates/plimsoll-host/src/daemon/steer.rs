@@ -10,13 +10,14 @@ use super::{BudgetBy, Settings};
 use crate::api::exchange::{Bell, Order, exchange};
 use crate::api::{Access, Api, Gate};
 use crate::config::Config;
-use crate::control::{Control, Pool};
+use crate::control::{Control, Pool, host_pressure};
 use crate::helm::kept::{Kept, KeptError};
 use crate::helm::{Helm, Own};
 use parking_lot::Mutex;
 use plimsoll_linux::explain;
 use plimsoll_linux::uffd::manager::{Manager, Meter};
 use plimsoll_sys::eventfd::EventFd;
+use plimsoll_sys::psi::PressureTrigger;
 use plimsoll_types::ByteCount;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -65,6 +66,7 @@ impl Steering {
     pub(super) fn start(
         settings: &Settings,
         kept: Result<Kept, KeptError>,
+        pressure: Option<PressureTrigger>,
         manager: &Arc<Mutex<Manager>>,
         used: &Used,
         budget: &Arc<Mutex<ByteCount>>,
@@ -113,7 +115,8 @@ impl Steering {
             let say = say.clone();
             let run = move || {
                 let helm = Helm::new(config, kept, Some(own), desk, Box::new(note));
-                if let Err(error) = helm.run(control, Some(told.as_fd())) {
+                let pressure = pressure.or_else(host_pressure);
+                if let Err(error) = helm.run(control, Some(told.as_fd()), pressure.as_ref()) {
                     let _ = say.send(format!("no more decisions are made: {}", explain(&error)));
                 }
             };

@@ -15,7 +15,7 @@ use crate::api::{Code, Fault, Settings};
 use crate::backend::balloon::Farewell;
 use crate::backend::{Backend, Done, Kind, Managed, Trouble};
 use crate::config::{Config, MachineConfig, group_name};
-use crate::control::{Control, Event, Happened, RunError, Stirred, Turn, Wakers, host_pressure, run};
+use crate::control::{Control, Event, Happened, RunError, Stirred, Turn, Wakers, run};
 use crate::roster::{Opened, Roster, Ruled, Rules};
 use crate::stores::Stores;
 use kept::{Kept, KeptError, Word, Words};
@@ -28,6 +28,7 @@ use plimsoll_linux::uffd::manager::Manager;
 use plimsoll_policy::admission::AdmissionError;
 use plimsoll_policy::settings::{GroupSettings, Owner, SettingsError};
 use plimsoll_policy::tree::Tree;
+use plimsoll_sys::psi::PressureTrigger;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
@@ -94,23 +95,26 @@ impl Helm {
         Self { desk, config, groups, kept, roster, own, note, tree, obeyed: Vec::new(), farewell: None }
     }
 
-    /// Runs until `end` is readable.
+    /// Runs until `end` is readable. `pressure` is the kernel's word that tasks wait for memory.
     ///
     /// # Errors
     /// When it cannot wait, which is a bug.
-    pub fn run(mut self, mut control: Control, end: Option<BorrowedFd<'_>>) -> Result<(), RunError> {
+    pub fn run(
+        mut self,
+        mut control: Control,
+        end: Option<BorrowedFd<'_>>,
+        pressure: Option<&PressureTrigger>,
+    ) -> Result<(), RunError> {
         if let Some(bytes) = self.kept.words().budget_bytes
             && let Err(fault) = self.set_budget(&mut control, ByteCount(bytes))
         {
             (self.note)(&format!("the budget that was said is not in force: {fault}"));
         }
         let asked = self.desk.asked();
-        let pressure = host_pressure();
         // Without one it looks more often.
         let stirred =
             self.own.as_ref().and_then(|own| Stirred::of(Arc::clone(own.manager.lock().host())).ok());
-        let (pressure, stirred) = (pressure.as_ref(), stirred.as_ref());
-        let wakers = Wakers { end, pressure, asked: Some(&asked), stirred };
+        let wakers = Wakers { end, pressure, asked: Some(&asked), stirred: stirred.as_ref() };
         self.look_round(&mut control);
         run(&mut control, wakers, |control, happened| {
             match happened {

@@ -59,6 +59,8 @@ struct Manager {
     heard: Instant,
     /// It has been told to stop.
     is_told: bool,
+    /// It closed its socket, by ending or not, and is killed: nothing of it is waited for but its end, which takes the kernel a while.
+    is_parted: bool,
     /// The slot that it had filled and of which it is told when the supervisor has that, and until when at most it waits.
     keeping: Option<(u32, Instant)>,
 }
@@ -200,10 +202,11 @@ impl Keeper {
             is_silent = self.answer().is_err();
             if is_silent
                 && !has_ended
-                && let Some(manager) = &self.manager
+                && let Some(manager) = &mut self.manager
             {
                 // It closed its socket or does not listen, and without that it is no manager.
                 let _ = manager.process.send_signal(Signal::KILL);
+                manager.is_parted = true;
             }
         }
         if let Some(manager) = self.manager.as_ref().filter(|it| it.heard.elapsed() > self.silence_max) {
@@ -246,8 +249,9 @@ impl Keeper {
         let [term, int, hup, usr2] = &self.signals.0;
         // Without a manager something stands in its place that is watched anyway.
         let stand_in = term.1.as_fd();
-        let (process, socket) =
-            self.manager.as_ref().map_or((stand_in, stand_in), |it| (it.process.as_fd(), it.socket.as_fd()));
+        let process = self.manager.as_ref().map_or(stand_in, |it| it.process.as_fd());
+        let talks = self.manager.as_ref().filter(|it| !it.is_parted);
+        let socket = talks.map_or(stand_in, |it| it.socket.as_fd());
         let watched = [process, socket, term.1.as_fd(), int.1.as_fd(), hup.1.as_fd(), usr2.1.as_fd()];
         let mut polled = watched.each_ref().map(|fd| PollFd::new(fd, PollFlags::IN));
         let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
@@ -256,7 +260,8 @@ impl Keeper {
             Err(errno) => return Err(errno.into()),
         }
         let mut ready = polled.map(|polled| polled.revents().intersects(PollFlags::IN));
-        ready[..2].iter_mut().for_each(|ready| *ready &= self.manager.is_some());
+        ready[0] &= self.manager.is_some();
+        ready[1] &= talks.is_some();
         Ok(ready)
     }
 
@@ -481,7 +486,7 @@ impl Keeper {
 fn start(program: &Program) -> Result<Manager, StartError> {
     let (socket, theirs) = fdpass::seqpacket_pair().map_err(StartError::Spawn)?;
     let process = program.start(theirs.as_fd())?;
-    Ok(Manager { process, socket, heard: Instant::now(), is_told: false, keeping: None })
+    Ok(Manager { process, socket, heard: Instant::now(), is_told: false, is_parted: false, keeping: None })
 }
 
 /// Waits for a process's end, however many signals come meanwhile. False where it has not ended by then.

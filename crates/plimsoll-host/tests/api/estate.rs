@@ -141,7 +141,7 @@ impl Estate {
         let helm = Helm::new(config, Kept::open(directory).unwrap(), None, desk, note);
         let end = EventFd::new().unwrap();
         let told = end.as_fd().try_clone_to_owned().unwrap();
-        let thread = std::thread::spawn(move || helm.run(control, Some(told.as_fd())).unwrap());
+        let thread = std::thread::spawn(move || helm.run(control, Some(told.as_fd()), None).unwrap());
         let bell = door.bell();
         let api = Api::start_with(&directory.join("api.sock"), door, access, opener(&bodies, &gate)).unwrap();
         let directory = directory.to_owned();

@@ -18,12 +18,14 @@ use plimsoll_sys::launch::{Ending, HANDED, Program};
 use plimsoll_sys::mapping::{Memfd, SharedMapping};
 use plimsoll_sys::pidfd::{Liveness, Pidfd, Signal};
 use plimsoll_sys::process::adopt_inherited;
+use plimsoll_sys::psi::{HOST_MEMORY, PressureFile, PressureTrigger};
 use plimsoll_sys::slots::Slots;
 use plimsoll_types::ByteCount;
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Command, ExitCode};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -39,7 +41,7 @@ const TURN: Duration = Duration::from_millis(20);
 
 type Test = (&'static str, fn());
 
-const TESTS: [Test; 15] = [
+const TESTS: [Test; 16] = [
     ("what_a_killed_manager_gave_is_there_for_the_next", a_killed_manager),
     ("more_descriptors_than_fit_in_a_message_come_back_each_in_its_slot", many_descriptors),
     ("a_keeper_allocates_nothing_once_it_runs", allocates_nothing),
@@ -56,6 +58,7 @@ const TESTS: [Test; 15] = [
     ("managers_that_never_serve_are_started_ever_later_and_for_ever_while_machines_are_kept", never_serves),
     ("a_keeper_without_machines_gives_up_a_manager_that_cannot_be", cannot_be),
     ("a_manager_that_hangs_is_replaced", hangs),
+    ("the_keeper_rests_while_the_kernel_takes_its_time_to_end_a_manager", ends_slowly),
     ("a_keeper_that_is_told_to_stop_ends_with_its_manager", told_to_stop),
     ("being_told_to_stop_outlives_a_manager_that_dies_of_it_until_one_goes_on", told_and_dies),
 ];
@@ -155,6 +158,20 @@ fn manager(conduct: &str) -> ExitCode {
             keeper.serving().unwrap();
             rests()
         }
+        "ends-slowly" => {
+            let error = Command::new(std::env::current_exe().unwrap())
+                .args([ROLE, "ends-slowly-indeed"])
+                .stdin(Stdio::from(OwnedFd::from(trigger())))
+                .exec();
+            panic!("{error}")
+        }
+        "ends-slowly-indeed" => {
+            // Of this one and the first that it has open the kernel closes one before the socket and one after it.
+            let _last = trigger();
+            keeper.serving().unwrap();
+            board.word(GOOD).store(1, Ordering::SeqCst);
+            rests()
+        }
         "waits" => {
             keeper.serving().unwrap();
             board.word(GOOD).store(1, Ordering::SeqCst);
@@ -202,6 +219,11 @@ fn labelled(number: u32) -> Memfd {
     let memfd = Memfd::create("test-kept", ByteCount(4096)).unwrap();
     SharedMapping::new(&memfd).unwrap().as_atomic_u64s()[0].store(u64::from(number) + 1, Ordering::SeqCst);
     memfd
+}
+
+/// What the kernel closes only when no processor can be looking at it any more.
+fn trigger() -> PressureTrigger {
+    PressureTrigger::open(HOST_MEMORY.as_ref(), Duration::from_millis(100), Duration::from_secs(2)).unwrap()
 }
 
 /// A manager that does nothing more.
@@ -400,6 +422,23 @@ fn hangs() {
     let (mut keeper, board) = keeper_that_waits("hangs", Duration::from_millis(100));
     assert_eq!(until(&mut keeper, |_| board.get(STARTS) >= 3), None);
     end(keeper);
+}
+
+fn ends_slowly() {
+    if let Err(error) = PressureFile::open(HOST_MEMORY.as_ref()) {
+        return println!("SKIPPED: {error}");
+    }
+    let (mut keeper, board) = keeper("ends-slowly");
+    until(&mut keeper, |_| board.get(GOOD) == 1);
+    keeper.manager().unwrap().send_signal(Signal::KILL).unwrap();
+    let mut turns = 0;
+    until(&mut keeper, |_| {
+        turns += 1;
+        board.get(STARTS) > 2
+    });
+    end(keeper);
+    // That it parted, that it ended, a signal for the latter, what the next one asks, and now and then that nothing happened.
+    assert!(turns < 100, "{turns} turns for one manager's end");
 }
 
 fn told_to_stop() {

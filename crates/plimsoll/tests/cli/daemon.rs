@@ -4,11 +4,12 @@ use plimsoll_guest::content::Mix;
 use plimsoll_guest::spec::{WorkloadKind, WorkloadSpec};
 use plimsoll_sys::fdpass;
 use plimsoll_sys::process::make_inheritable;
+use plimsoll_sys::psi::HOST_MEMORY;
 use plimsoll_vmm::VmmConfig;
 use plimsoll_vmm::config::Workload;
 use plimsoll_vmm::control::{Command as Order, Event, StopMode};
 use plimsoll_vmm::report::Summary;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, getpriority_process};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
@@ -154,6 +155,35 @@ fn a_second_daemon_is_refused_and_the_first_one_stops_when_told_to() {
     assert!(!directory.0.join("handover.sock").exists(), "its socket is left");
 }
 
+/// The niceness of each thread of a process.
+fn niceness_of(pid: u32) -> Vec<i32> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let numbers = threads.map(|thread| thread.unwrap().file_name().to_str().unwrap().parse().unwrap());
+    // One that has ended has none.
+    numbers.filter_map(|number| getpriority_process(Pid::from_raw(number)).ok()).collect()
+}
+
+fn is_ahead_and_its_manager_is_not(keeper: u32) {
+    let own = getpriority_process(None).unwrap();
+    if own == 0 && can("root") {
+        assert_eq!(niceness_of(keeper), [-10]);
+    }
+    let children = fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).unwrap();
+    for manager in children.split_whitespace() {
+        let niceness = niceness_of(manager.parse().unwrap());
+        assert!(niceness.iter().all(|nice| *nice == own), "the manager has kept its lead: {niceness:?}");
+    }
+}
+
+/// What the keeper has of it is what the manager has, which has asked for no other: to end, it need not close it.
+fn tells_its_manager_of_pressure(keeper: u32, manager: u32) {
+    let has = |pid: u32| {
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|open| open.unwrap().path());
+        open.filter(|link| fs::read_link(link).is_ok_and(|path| path == Path::new(HOST_MEMORY))).count()
+    };
+    assert_eq!([has(keeper), has(manager)], [usize::from(can("pressure")); 2]);
+}
+
 #[test]
 fn a_killed_manager_is_replaced_and_an_upgrade_keeps_the_keepers_process() {
     if !can("userfaultfd") {
@@ -169,6 +199,8 @@ fn a_killed_manager_is_replaced_and_an_upgrade_keeps_the_keepers_process() {
         }
         wait_for_another(&directory, before);
         assert!(!exists(before));
+        is_ahead_and_its_manager_is_not(daemon.pid());
+        tells_its_manager_of_pressure(daemon.pid(), manager_of(&directory).unwrap());
     }
     // However close they follow: none finds the keeper without anything that catches it.
     (0..200).for_each(|_| daemon.signal(Signal::USR2));

@@ -1,4 +1,5 @@
 //! Runs the program and looks at what it says and at what it leaves.
+use plimsoll_sys::psi::{HOST_MEMORY, PressureFile};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -50,6 +51,7 @@ pub(crate) fn can(capability: &str) -> bool {
         }
         "systemd" if is_root() && Path::new(SYSTEMD).exists() => None,
         "systemd" => Some("not root, or no systemd: `cargo xtask setup` brings it".to_owned()),
+        "pressure" => PressureFile::open(HOST_MEMORY.as_ref()).err().map(|error| error.to_string()),
         "root" if is_root() => None,
         "root" => Some("not root".to_owned()),
         other => panic!("no test knows of {other}"),

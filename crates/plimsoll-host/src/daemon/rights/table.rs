@@ -32,7 +32,7 @@ pub const KEPT: &[Capability] = &[
     Capability {
         name: "CAP_SYS_NICE",
         bit: CapabilitySet::SYS_NICE,
-        why: "process_madvise(2) on a machine that is attached to",
+        why: "process_madvise(2) on a machine that is attached to, and to be ahead of guests while they have no manager",
     },
     Capability {
         name: "CAP_CHOWN",
@@ -200,6 +200,9 @@ const PRCTL: Only = Only::These {
     ],
 };
 
+/// The ids of a process's threads are not known before they are started.
+const PROCESSES: Only = Only::These { argument: 0, values: &[("PRIO_PROCESS", libc::PRIO_PROCESS)] };
+
 /// Whoever wants another thread moved has to ask that one.
 const ITSELF: Only = Only::These { argument: 0, values: &[("the thread itself", 0)] };
 const PREFERENCES: Only = Only::These { argument: 0, values: named![MPOL_DEFAULT, MPOL_PREFERRED] };
@@ -248,6 +251,11 @@ pub const GROUPS: &[Group] = &[
         why: "on a host of several NUMA nodes, the one that a pager works for",
         whose: Whose::All,
         calls: calls![SYS_sched_setaffinity(ITSELF), SYS_get_mempolicy, SYS_set_mempolicy(PREFERENCES)],
+    },
+    Group {
+        why: "to be ahead of guests until they are served, and not after that",
+        whose: Whose::All,
+        calls: calls![SYS_getpriority(PROCESSES), SYS_setpriority(PROCESSES)],
     },
     Group {
         why: "signals",
