@@ -9,7 +9,6 @@
 //! minutes uses more than its largest minute at most one time in a hundred with a certainty of `1 - 0.99^n` (order
 //! statistics, whatever the distribution): an hour gives 45 %, five hours 95 %.
 use crate::trace::{Record, Tick, TraceError};
-use plimsoll_policy::Costs;
 use plimsoll_policy::settings::{BUFFER_USUAL, Face, Settings, SettingsError};
 use plimsoll_policy::tree::Tree;
 use plimsoll_policy::view::{HostView, MachineView, Reading};
@@ -195,6 +194,8 @@ fn fitted(face: Face, used: Span) -> Face {
 /// The recorded demand under settings: each machine touches what it was seen to use, has what it is left, and waits for what
 /// is missing. What is taken frees memory at once; so what is compared are the settings, not the back ends.
 fn simulate(ticks: &[Tick], tree: Tree) -> Fate {
+    // What a guest waits for a page that was missing, by the settings on record.
+    let back_ns = tree.settings().costs.of(Rung::Compress).back_ns;
     let mut state = PolicyState::new(tree);
     let mut held: BTreeMap<MachineId, u64> = BTreeMap::new();
     let (mut waited_ns, mut time_ns, mut fate) = (0_u128, 0_u128, Fate::default());
@@ -218,7 +219,7 @@ fn simulate(ticks: &[Tick], tree: Tree) -> Fate {
             let missing = seen.active.0.saturating_sub(*has);
             let got = missing.min(free).min(cap.saturating_sub(*has));
             let returned = ByteCount(missing).pages_ceil();
-            let stalled_ns = u128::from(returned.0) * u128::from(Costs::MEASURED.of(Rung::Compress).back_ns);
+            let stalled_ns = u128::from(returned.0) * u128::from(back_ns);
             let stalled_ns = stalled_ns.min(elapsed_ns);
             fate.violations += u64::from(*has < floor && missing > got);
             fate.moved += ByteCount(got);

@@ -52,7 +52,7 @@ pub struct Attached {
     go_on_at: Option<Instant>,
     is_migrating: bool,
     short: Option<Short>,
-    last: (Instant, Totals),
+    tally: Tally,
     /// When the sampler's estimate was made.
     sampled: Instant,
     /// The balloon's thread may have it for longer.
@@ -85,7 +85,7 @@ impl Attached {
             go_on_at: None,
             is_migrating: false,
             short: None,
-            last: (now, Totals::default()),
+            tally: Tally::new(now),
             sampled: now,
             follower,
             _lock: lock,
@@ -153,14 +153,6 @@ impl Attached {
         rungs
     }
 
-    /// The time processors of its own waited for what came back. From outside it is not known how many of them there are, nor
-    /// which waits overlap: one, and none.
-    fn stalled(returned: PageCount, elapsed: Duration) -> Ppm {
-        let back_ns = Costs::MEASURED.of(Rung::Compress).back_ns;
-        let elapsed_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
-        Ppm::of(returned.0.saturating_mul(back_ns), elapsed_ns).min(Ppm::WHOLE)
-    }
-
     fn step(&self, step: Step) -> Done {
         match step {
             // What is above it is asked for by the steps that follow.
@@ -194,10 +186,8 @@ impl Backend for Attached {
             self.sample(now).map_err(Self::trouble)?;
         }
         self.look(now).map_err(Self::trouble)?;
-        let totals = self.memory.totals();
-        let (then, before) = std::mem::replace(&mut self.last, (now, totals));
+        let moved = self.tally.since(self.memory.totals(), now);
         let stored = self.cost.of(self.usage.elsewhere.bytes());
-        let returned = totals.refaults.saturating_sub(before.refaults);
         let seen = self.seen();
         let is_starting = seen.is_none() && now.saturating_duration_since(self.began) < STARTING;
         let age = now.saturating_duration_since(self.sampled);
@@ -208,13 +198,17 @@ impl Backend for Attached {
             stored,
             active,
             guest: seen.and_then(|seen| seen.statistics(now)),
-            taken: totals.taken.saturating_sub(before.taken),
-            returned,
-            stalled: Self::stalled(returned, now.saturating_duration_since(then)),
+            taken: moved.taken,
+            returned: moved.returned,
+            stalled: moved.stalled,
             balloon: seen.map(|seen| seen.lacks),
             rungs: self.rungs(),
             ..MachineView::new(id, self.usage.resident.bytes() + stored)
         })
+    }
+
+    fn learn(&mut self, costs: &Costs) {
+        self.tally.learn(costs);
     }
 
     fn apply(&mut self, steps: &[Step], now: Instant) -> Vec<Done> {
@@ -307,6 +301,43 @@ impl Backend for Attached {
     }
 }
 
+/// What has moved since the machine was observed last.
+struct Tally {
+    last: (Instant, Totals),
+    /// What a guest waits for a page that comes back.
+    back_ns: u64,
+}
+
+/// Pages that moved, and what its guest waited for them.
+struct Moved {
+    taken: PageCount,
+    returned: PageCount,
+    stalled: Ppm,
+}
+
+impl Tally {
+    fn new(now: Instant) -> Self {
+        let mut tally = Self { last: (now, Totals::default()), back_ns: 0 };
+        tally.learn(&Costs::MEASURED);
+        tally
+    }
+
+    const fn learn(&mut self, costs: &Costs) {
+        self.back_ns = costs.of(Rung::Compress).back_ns;
+    }
+
+    /// The time processors of its own waited is not told outside: it is what came back, at what that costs. Nor is it known how many
+    /// processors there are, or which waits overlap: one, and none.
+    fn since(&mut self, totals: Totals, now: Instant) -> Moved {
+        let (then, before) = std::mem::replace(&mut self.last, (now, totals));
+        let returned = totals.refaults.saturating_sub(before.refaults);
+        let elapsed = now.saturating_duration_since(then).as_nanos();
+        let elapsed_ns = u64::try_from(elapsed).unwrap_or(u64::MAX);
+        let stalled = Ppm::of(returned.0.saturating_mul(self.back_ns), elapsed_ns).min(Ppm::WHOLE);
+        Moved { taken: totals.taken.saturating_sub(before.taken), returned, stalled }
+    }
+}
+
 /// Whether asking again soon would be in vain.
 const fn is_lasting(short: &Short) -> bool {
     matches!(
@@ -322,5 +353,28 @@ const fn is_lasting(short: &Short) -> bool {
 impl std::fmt::Debug for Attached {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Attached").field("machine", &self.follower.dossier().name).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use plimsoll_policy::costs::Cost;
+
+    #[test]
+    fn a_guest_waits_for_what_came_back_since_at_what_that_is_said_to_cost() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let mut tally = Tally::new(start);
+        let totals =
+            |taken, back| Totals { taken: PageCount(taken), refaults: PageCount(back), ..Totals::default() };
+        let moved = tally.since(totals(900, 500), start + second);
+        assert_eq!((moved.taken, moved.returned), (PageCount(900), PageCount(500)));
+        assert_eq!(moved.stalled, Ppm::of(500 * Costs::MEASURED.of(Rung::Compress).back_ns, 1_000_000_000));
+        let mut costs = Costs::MEASURED;
+        costs.0[Rung::Compress as usize] = Cost::new(13_500, 3_000, Ppm::percent(57));
+        tally.learn(&costs);
+        let moved = tally.since(totals(1000, 1500), start + second * 2);
+        assert_eq!((moved.taken, moved.returned), (PageCount(100), PageCount(1000)));
+        assert_eq!(moved.stalled, Ppm(3_000));
     }
 }

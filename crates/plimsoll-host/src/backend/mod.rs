@@ -29,7 +29,7 @@ pub use plimsoll_attach::control::Change as Cooperation;
 use balloon::Farewell;
 use plimsoll_policy::admission::Overheads;
 use plimsoll_policy::view::MachineView;
-use plimsoll_policy::{Rung, Step};
+use plimsoll_policy::{Costs, Rung, Step};
 use plimsoll_sys::ProcessId;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use serde::{Deserialize, Serialize};
@@ -44,6 +44,9 @@ pub trait Backend: Send {
     /// # Errors
     /// [`Trouble`], which is this machine's alone.
     fn observe(&mut self, id: MachineId, now: Instant) -> Result<MachineView, Trouble>;
+
+    /// What taking memory costs here, by the settings in force, before each look. A back end that sees its guest wait has no need of it.
+    fn learn(&mut self, _costs: &Costs) {}
 
     /// Takes over what a plan says about the machine, in its order; nothing said is also an order: what an earlier plan
     /// asked for and was not done yet is not to be done any more, except for targets and balloons, which stand.

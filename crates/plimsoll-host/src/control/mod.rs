@@ -541,7 +541,9 @@ impl Control {
     /// Looks at all machines. Those that are gone are let go.
     fn observe(&mut self, now: Instant, events: &mut Vec<Event>) -> Vec<MachineView> {
         let (mut views, mut gone) = (Vec::with_capacity(self.members.len()), Vec::new());
+        let costs = &self.policy.tree().settings().costs;
         for (id, member) in &mut self.members {
+            member.backend.learn(costs);
             match member.backend.observe(*id, now) {
                 Ok(mut view) => {
                     member.consumed = view.consumed;

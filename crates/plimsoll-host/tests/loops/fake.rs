@@ -4,7 +4,7 @@ use plimsoll_host::control::{Control, Pool, Turn};
 use plimsoll_linux::uffd::manager::Meter;
 use plimsoll_policy::settings::{Face, MachineSettings, Settings, Shares};
 use plimsoll_policy::view::{MachineView, Reading};
-use plimsoll_policy::{Rung, Rungs, Step};
+use plimsoll_policy::{Costs, Rung, Rungs, Step};
 use plimsoll_types::{ByteCount, MachineId};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -23,6 +23,8 @@ pub(crate) struct Body {
     pub(crate) obeys: bool,
     pub(crate) steps: Vec<Step>,
     pub(crate) turns: usize,
+    /// What a page that comes back is said to cost its guest.
+    pub(crate) back_ns: Option<u64>,
 }
 
 pub(crate) type Shared = Arc<Mutex<Body>>;
@@ -42,6 +44,10 @@ impl Backend for Fake {
             rungs: Rungs::NONE.with(Rung::Compress),
             ..MachineView::new(id, body.consumed)
         })
+    }
+
+    fn learn(&mut self, costs: &Costs) {
+        self.0.lock().unwrap().back_ns = Some(costs.of(Rung::Compress).back_ns);
     }
 
     fn apply(&mut self, steps: &[Step], _now: Instant) -> Vec<Done> {
@@ -92,7 +98,16 @@ pub(crate) fn body(consumed: u64, active: u64) -> Shared {
     let active = i64::try_from(active << 20).unwrap();
     let (trouble, steps) = (None, Vec::new());
     let (consumed, grows) = (MIB(consumed), MIB(64));
-    Arc::new(Mutex::new(Body { consumed, active, grows, trouble, obeys: true, steps, turns: 0 }))
+    Arc::new(Mutex::new(Body {
+        consumed,
+        active,
+        grows,
+        trouble,
+        obeys: true,
+        steps,
+        turns: 0,
+        back_ns: None,
+    }))
 }
 
 impl Host {

@@ -4,9 +4,12 @@ use plimsoll_host::advise::advise;
 use plimsoll_host::backend::Trouble;
 use plimsoll_host::line::Line;
 use plimsoll_host::trace::{Basis, Reader, Record, Recorder, Tick, TraceError, replay};
+use plimsoll_policy::costs::Cost;
+use plimsoll_policy::{Ppm, Reason, Rung};
 use plimsoll_types::ByteCount;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -44,6 +47,57 @@ fn a_record_replays_through_machines_that_come_and_go() {
     let replayed = replay(Reader::open(&recorded(folder.path())).unwrap());
     assert_eq!(replayed.identical, 30);
     assert!(replayed.difference.is_none() && replayed.damage.is_none(), "{replayed:?}");
+}
+
+/// Takes what `cargo xtask bench cost` measures out of all costs below, as they were before it was.
+fn without_losses(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            for cost in members.get_mut("costs").and_then(Value::as_array_mut).into_iter().flatten() {
+                cost.as_object_mut().unwrap().retain(|key, _| key != "busy" && key != "idle");
+            }
+            members.values_mut().for_each(without_losses);
+        }
+        Value::Array(values) => values.iter_mut().for_each(without_losses),
+        _ => {}
+    }
+}
+
+#[test]
+fn a_record_of_version_1_replays() {
+    let folder = folder();
+    let path = recorded(folder.path());
+    let text = zstd::decode_all(&*fs::read(&path).unwrap()).unwrap();
+    let mut lines: Vec<Value> =
+        text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+    lines[0]["begin"]["version"] = 1.into();
+    lines.iter_mut().for_each(without_losses);
+    let older: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    assert!(!older.contains("busy"), "{older}");
+    fs::write(&path, zstd_of(&older)).unwrap();
+    let replayed = replay(Reader::open(&path).unwrap());
+    assert_eq!(replayed.identical, 30, "{replayed:?}");
+    assert!(replayed.difference.is_none() && replayed.damage.is_none(), "{replayed:?}");
+}
+
+/// Whatever is built in by then.
+#[test]
+fn a_record_replays_by_the_costs_it_was_made_with() {
+    let folder = folder();
+    let path = folder.path().join("trace");
+    let mut host = Host::new(1536, &[(1024, 128, 900, 100), (1024, 128, 300, 1000)]);
+    let mut settings = host.control.tree().settings().clone();
+    settings.costs.0[Rung::Compress as usize] = Cost::new(40_000, 90_000, Ppm::percent(20));
+    host.control.settle(settings.clone()).unwrap();
+    host.control.record(Recorder::create(&path).unwrap());
+    (0..20).for_each(|_| drop(host.turn()));
+    host.control.finish().unwrap();
+    let (basis, ticks) = read(&path);
+    assert_eq!(basis.state.tree().settings().costs, settings.costs);
+    let priced = |reason: &Reason| matches!(reason, Reason::Taken { price_ns, .. } if *price_ns >= 50_000);
+    assert!(ticks.iter().flat_map(|tick| &tick.plan.actions).any(|action| priced(&action.reason)));
+    let replayed = replay(Reader::open(&path).unwrap());
+    assert_eq!((replayed.identical, replayed.difference.is_none()), (20, true));
 }
 
 #[test]
@@ -180,6 +234,28 @@ fn advice_that_would_have_made_a_machine_wait_is_seen_to_on_the_same_demand() {
     assert_eq!(report.machines[0].advised.high, ByteCount::mib(240));
     let after = report.after.unwrap();
     assert!(after.stalled > report.before.stalled, "{after:?} after {:?}", report.before);
+}
+
+#[test]
+fn what_advice_has_machines_wait_is_by_the_costs_on_record() {
+    let folder = folder();
+    let path = folder.path().join("trace");
+    let stalled = |back_ns| {
+        let mut host = Host::new(4096, &[(2048, 128, 300, 200)]);
+        let mut settings = host.control.tree().settings().clone();
+        settings.costs.0[Rung::Compress as usize].back_ns = back_ns;
+        host.control.settle(settings).unwrap();
+        host.control.record(Recorder::create(&path).unwrap());
+        for second in 0..600 {
+            let uses = if second % 200 == 199 { 1000 } else { 200 };
+            host.set(0, |body| body.active = uses << 20);
+            host.turn();
+        }
+        host.control.finish().unwrap();
+        advise(Reader::open(&path).unwrap()).unwrap().after.unwrap().stalled
+    };
+    assert_eq!(stalled(0), Ppm::ZERO);
+    assert!(stalled(11_000) > Ppm::ZERO);
 }
 
 #[test]

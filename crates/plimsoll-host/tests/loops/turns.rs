@@ -3,7 +3,7 @@ use super::fake::{Fake, Host, MIB, SECOND, body, settings, target};
 use plimsoll_host::backend::Trouble;
 use plimsoll_host::control::{Control, Event, Happened, Hurry, PERIOD, Pool, Wakers, run};
 use plimsoll_policy::settings::Settings;
-use plimsoll_policy::{Reason, Step};
+use plimsoll_policy::{Costs, Reason, Rung, Step};
 use plimsoll_types::{ByteCount, MachineId};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -36,6 +36,19 @@ fn every_machine_is_told_of_every_plan_also_when_it_says_nothing_about_it() {
     let mut host = idle_and_busy();
     (0..10).for_each(|_| drop(host.turn()));
     host.bodies.iter().for_each(|body| assert_eq!(body.lock().unwrap().turns, 10));
+}
+
+#[test]
+fn a_back_end_knows_what_taking_memory_costs_before_each_look_by_the_settings_in_force() {
+    let mut host = idle_and_busy();
+    let told = |host: &Host| host.bodies[1].lock().unwrap().back_ns;
+    host.turn();
+    assert_eq!(told(&host), Some(Costs::MEASURED.of(Rung::Compress).back_ns));
+    let mut settings = host.control.tree().settings().clone();
+    settings.costs.0[Rung::Compress as usize].back_ns = 3_000;
+    host.control.settle(settings).unwrap();
+    host.turn();
+    assert_eq!(told(&host), Some(3_000));
 }
 
 #[test]
