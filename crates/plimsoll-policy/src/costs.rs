@@ -170,8 +170,9 @@ pub struct Costs(pub [Cost; Rung::ALL.len()]);
 
 impl Costs {
     /// What was measured on a 2-core x86-64 machine with KVM over software paging; a host that has measured its own
-    /// [replaces](CostsFile) them. Losses are those of `costs.json` beside this crate's manifest. Prices (FACTS), in the order of the
-    /// rungs:
+    /// [replaces](CostsFile) them. Losses are those of `costs.json` beside this crate's manifest. To compress is what the kernel does:
+    /// where a pager of ours moves a machine's pages there is no other way, and its figures would choose nothing (docs/costs.md).
+    /// Prices (FACTS), in the order of the rungs:
     ///
     /// * discarding costs the zap, 0.2 us, and a demand-zero fault of the guest, 5.5 us;
     /// * virtio-balloon, 4 KiB pages: 0.951 GiB/s in, 2.34 GiB/s out (HyperAlloc, EuroSys '25, on a Xeon Gold 6252);
@@ -181,14 +182,14 @@ impl Costs {
     pub const MEASURED: Self = Self([
         Cost::new(200, 5_500, Ppm::ZERO),
         Cost {
-            busy: Some(percent([2, 1, 4, 1, 0, 0])),
+            busy: Some(percent([0, 0, 0, 3, 0, 0])),
             idle: Some(percent([0, 0, 0, 0, 0, 0])),
             ..Cost::new(4_100, 1_700, Ppm::ZERO)
         },
         Cost::new(32_000, 17_000, Ppm::ZERO),
         Cost {
-            busy: Some(percent([89, 85, 96, 97, 98, 99])),
-            idle: Some(percent([0, 0, 0, 0, 94, 99])),
+            busy: Some(percent([84, 84, 89, 95, 97, 100])),
+            idle: Some(percent([0, 2, 1, 67, 92, 100])),
             ..Cost::new(13_500, 11_000, Ppm::percent(57))
         },
         Cost::new(213_500, 200_000, Ppm::ZERO),

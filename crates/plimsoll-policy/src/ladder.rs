@@ -376,6 +376,34 @@ mod tests {
             prop_assert!(place(&dearer) >= place(&costs), "{costs:?}");
         }
 
+        /// A machine whose pages one keeper moves, and nobody else: what that keeper costs chooses nothing, so it needs no row of its
+        /// own. Only what stays of a page counts, and that is the contents' doing.
+        #[test]
+        fn where_there_is_one_way_its_price_and_its_losses_change_nothing_of_what_is_taken(
+            costs in costs(), others in costs(), squeeze in squeezed(), offers in some_offers(),
+            returns in 0..=1_000_000u32, rung in prop::sample::select(Rung::ALL.to_vec()),
+        ) {
+            let mut others = others;
+            others.0.iter_mut().zip(costs.0).for_each(|(other, cost)| other.keeps = cost.keeps);
+            let only = Rungs::NONE.with(Rung::GuestFree).with(rung);
+            let taken = |costs: &Costs| {
+                let (takings, left) = climb(squeeze, offers, only, costs, Ppm(returns));
+                let took = |taking: Taking| (taking.rung, taking.frees, taking.pages, taking.choice);
+                (takings.into_iter().map(took).collect::<Vec<_>>(), left)
+            };
+            prop_assert_eq!(taken(&costs), taken(&others));
+        }
+
+        /// The two ways that a machine has whose pages the kernel moves, by what is built in.
+        #[test]
+        fn by_what_is_built_in_a_balloon_is_asked_before_anything_is_compressed(
+            squeeze in squeezed(), returns in 0..=1_000_000u32,
+        ) {
+            let both = Rungs::NONE.with(Rung::Balloon).with(Rung::Compress);
+            let rungs = order(both, &Costs::MEASURED, Ppm(returns), squeeze);
+            prop_assert_eq!(rungs[0].0, Rung::Balloon);
+        }
+
         #[test]
         fn no_figure_opens_a_way_that_is_not_allowed(
             costs in costs(), squeeze in squeezed(), offers in some_offers(), returns in 0..=1_000_000u32,
@@ -415,6 +443,20 @@ mod tests {
         // The same pages of a guest that uses none of them: the price decides.
         let (takings, _) = climb(asked(100), offers(0, 50, 900), both, &Costs::MEASURED, Ppm::ZERO);
         assert_eq!(takings[0].rung, Rung::Compress);
+    }
+
+    #[test]
+    fn an_idle_guests_twins_are_merged_before_two_fifths_of_it_are_compressed() {
+        let both = Rungs::NONE.with(Rung::Sharing).with(Rung::Compress);
+        let first = |excess| {
+            let (takings, _) = climb(asked(excess), offers(0, 50, 950), both, &Costs::MEASURED, Ppm::ZERO);
+            takings[0].rung
+        };
+        // Up to three tenths the kernel's paging costs it nothing, and the price decides, 31 us against 32; then its work does.
+        assert_eq!(
+            [100, 200, 300, 400].map(first),
+            [Rung::Compress, Rung::Compress, Rung::Compress, Rung::Sharing]
+        );
     }
 
     #[test]
