@@ -99,10 +99,10 @@ impl Cage {
         self.limit().is_some_and(|limit| self.cgroup.used().unwrap_or_default() > limit)
     }
 
-    /// Keeps all guests together to that, or to what they cannot be denied where it is more. Those that have grown stand still meanwhile.
-    fn hold(&self, least: ByteCount, grown: &[&Guest]) {
+    /// Keeps all guests together to that. Those that have grown stand still meanwhile.
+    fn hold(&self, grown: &[&Guest]) {
         if let Some(limit) = self.limit() {
-            hold_to(&self.cgroup, limit.max(least), grown);
+            hold_to(&self.cgroup, limit, grown);
         }
     }
 
@@ -227,7 +227,7 @@ impl Host for Alone {
     }
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
-        self.cage.hold(ByteCount(0), &self.growth.of(members));
+        self.cage.hold(&self.growth.of(members));
         let used = self.cage.used();
         if let Some((balloons, free)) = &mut self.balloons {
             free.turn(members);

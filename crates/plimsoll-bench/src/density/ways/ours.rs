@@ -241,9 +241,8 @@ impl Plimsoll {
         Ok(machines.map(view).collect())
     }
 
-    /// Keeps each of the kernel's machines to what it is entitled to, and what the others leave; and none to less than it was promised. What all
-    /// of them together cannot be denied.
-    fn hold(&self, members: &[Member]) -> ByteCount {
+    /// Keeps each of the kernel's machines to what it is entitled to, and what the others leave; and none to less than it was promised.
+    fn hold(&self, members: &[Member]) {
         let mut cgroups = Vec::new();
         let mut sharers = Vec::new();
         for (machine, member) in self.machines.iter().zip(members) {
@@ -257,11 +256,9 @@ impl Plimsoll {
         let others = self.cage.cgroup.used().unwrap_or_default().saturating_sub(theirs);
         let slack = ByteCount(self.budget.0 / ROOM_SLACK);
         let room = self.budget.saturating_sub(self.cage.held() + others + slack);
-        let theirs: ByteCount = cgroups.iter().map(|(.., least)| *least).sum();
         for ((cgroup, member, least), limit) in cgroups.into_iter().zip(split(room, &sharers)) {
             hold_to(cgroup, limit.max(least), &[&member.guest]);
         }
-        others + theirs
     }
 }
 
@@ -390,13 +387,12 @@ impl Host for Plimsoll {
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
         self.free.turn(members);
-        // Those that grow stand still meanwhile: each is pressed by its own limit, and the limit of all, which takes from whom it finds
-        // first, has nothing left to do.
+        // Those that grow stand still meanwhile. Each is pressed by its own limit, and these add up to what there is. One over all would take from
+        // those at work, who bring it back as fast, and would never be done.
         let grown = self.growth.of(members);
         let grown = if self.cage.is_full() { &grown[..] } else { &[] };
         signal(grown, Signal::STOP);
-        let least = self.hold(members);
-        self.cage.hold(least, grown);
+        self.hold(members);
         signal(grown, Signal::CONT);
         if self.decided.elapsed() >= DECIDE_EVERY {
             self.turn(members)?;
