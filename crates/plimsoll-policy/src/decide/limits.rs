@@ -8,6 +8,10 @@
 //! which is who has idle pages. A group is nested as it is in any auction: what it has to give for its own limit counts
 //! for those around it, and it gives no more than the largest overshoot around it needs.
 //!
+//! What is due to the machines of a group is within its limit together, and so are their targets, but not the larger of
+//! the two of each, which is what nothing takes it below. So a target that is held above what is due gives way where the
+//! group could not come down to its limit else: [`Stay`] is what comes of that.
+//!
 //! What a machine cannot give (it must not be paged, its pages are pinned) the others give in its place, as far as they
 //! can. What nobody can give is said.
 use super::look::Seen;
@@ -43,7 +47,7 @@ pub(crate) fn above(seen: &[Seen<'_>], aims: &[Aim], state: &PolicyState) -> Vec
     let found = beyond(tree, seen.iter().map(|machine| (machine.place, has(machine))));
     let mut bids = vec![Bid::default(); tree.machines.len()];
     for (machine, aim) in seen.iter().zip(aims) {
-        let (has, excess) = (has(machine), excess(machine, aim));
+        let (has, excess) = (has(machine), excess(machine, aim.line()));
         // What is stuck matters only to those who have to give in its place.
         let known = is_in_any(&found, machine, tree).then(|| state.machines.get(&machine.id()));
         let stuck = known.flatten().map_or(PageCount(0), |known| stuck(machine, excess, known, tree));
@@ -55,7 +59,7 @@ pub(crate) fn above(seen: &[Seen<'_>], aims: &[Aim], state: &PolicyState) -> Vec
     let stays = beyond(tree, seen.iter().map(|machine| (machine.place, kept[machine.place])));
     let above = |(machine, aim): (&Seen<'_>, &Aim)| {
         let (most, group) = most(machine, &found, tree);
-        let (has, excess) = (has(machine), excess(machine, aim));
+        let (has, excess) = (has(machine), excess(machine, aim.line()));
         let gives = if is_in_any(&stays, machine, tree) {
             // All give all they can, and it is not enough. Who is asked for what is stuck says so.
             excess
@@ -65,6 +69,42 @@ pub(crate) fn above(seen: &[Seen<'_>], aims: &[Aim], state: &PolicyState) -> Vec
         Above { gives, most, group }
     };
     seen.iter().zip(aims).map(above).collect()
+}
+
+/// What stays of a machine whose group is above its limit, by the line that nothing takes it below. All zero where none of
+/// its groups is: nothing is asked of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stay {
+    consumed: PageCount,
+    has: PageCount,
+    /// What it can give at most: down to what is due, and by its rungs.
+    gives: PageCount,
+}
+
+impl Stay {
+    pub(crate) fn at(&self, line: PageCount) -> PageCount {
+        self.has.saturating_sub(self.consumed.saturating_sub(line).min(self.gives))
+    }
+
+    /// The line at which it gives so much more than at that one.
+    pub(crate) fn lower(&self, line: PageCount, by: PageCount) -> PageCount {
+        line.min(self.consumed).saturating_sub(by)
+    }
+}
+
+/// What stays of each machine, in the order of `seen`; nothing where no group is above its limit.
+pub(crate) fn stays(seen: &[Seen<'_>], dues: &[PageCount], state: &PolicyState) -> Option<Vec<Stay>> {
+    let tree = &state.tree;
+    let found = beyond(tree, seen.iter().map(|machine| (machine.place, has(machine))));
+    let stay = |(machine, due): (&Seen<'_>, &PageCount)| {
+        let known = state.machines.get(&machine.id()).filter(|_| is_in_any(&found, machine, tree));
+        let Some(known) = known else { return Stay::default() };
+        let excess = excess(machine, *due);
+        let gives = excess.pages_ceil().saturating_sub(stuck(machine, excess, known, tree));
+        Stay { consumed: machine.view.consumed.pages_ceil(), has: has(machine), gives }
+    };
+    let is_any = found.iter().any(|beyond| *beyond > PageCount(0));
+    is_any.then(|| seen.iter().zip(dues).map(stay).collect())
 }
 
 /// What of those pages is beyond the limit of each group, machines given by their places.
@@ -92,11 +132,11 @@ impl Above {
     }
 }
 
-/// What a machine has beyond what nothing takes it below.
-pub(crate) fn excess(machine: &Seen<'_>, aim: &Aim) -> ByteCount {
+/// What a machine has beyond the line that nothing takes it below.
+pub(crate) fn excess(machine: &Seen<'_>, line: PageCount) -> ByteCount {
     match machine.terms.hold {
         Hold::Dedicated => ByteCount(0),
-        Hold::Flexible | Hold::Static => machine.view.consumed.saturating_sub(aim.line().bytes()),
+        Hold::Flexible | Hold::Static => machine.view.consumed.saturating_sub(line.bytes()),
     }
 }
 

@@ -29,7 +29,7 @@ pub(crate) fn take(
     let above = limits::above(seen, aims, state);
     for ((machine, aim), above) in seen.iter().zip(aims).zip(above) {
         let Some(known) = state.machines.get_mut(&machine.id()) else { continue };
-        let excess = excess(machine, aim);
+        let excess = excess(machine, aim.line());
         stall_or_resume(host, machine, aim, excess, known, findings);
         withdraw_from(machine, known, host, findings);
         ease(host, machine, aim, known, findings);

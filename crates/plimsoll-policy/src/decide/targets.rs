@@ -2,8 +2,10 @@
 //!
 //! Enters: the machines that were seen. Leaves: entitlements and targets. Both sums are within the budget, unless more
 //! is guaranteed than there is.
+use super::limits;
 use super::look::Seen;
 use super::{Findings, Host, PolicyState};
+use crate::auction::PAGES_MAX;
 use crate::damper::{DEAD_BAND, Damper, Hold as Held, Urgent, Verdict, Way};
 use crate::entitlement::{Bid, Shared, share_out};
 use crate::host_state::{HostState, min_free};
@@ -161,7 +163,7 @@ impl Move {
         let least = held.min(machine.terms.cap);
         let kept = machine.terms.floor.min(machine.demand.wanted).min(due);
         match verdict {
-            Verdict::Moves(Way::Down) => stays(due.max(least).min(target), least),
+            Verdict::Moves(Way::Down) => stays(due.max(least), least),
             Verdict::Moves(Way::Up) => {
                 let to = target.max(kept);
                 let rest = due.min(most).saturating_sub(to);
@@ -180,6 +182,9 @@ impl Move {
 /// host, or in the group whose limit it is, all of it by the same part, and no further than is needed. What has just risen is
 /// held longest, since it would move back and forth: whoever is to rise waits for it, and it gives way only where nothing else
 /// is left to. What remains is for those that rise, those who stall first, each in proportion.
+///
+/// So it does where a group takes up more than its limit and could not come down to it: a machine is taken to its due or its
+/// target, whichever is more, and where one is held while another one is due more these sum to more than the limit.
 fn settle(
     host: &Host,
     budget: PageCount,
@@ -193,9 +198,20 @@ fn settle(
         Move::of(host, machine, *due, *verdict, damper)
     };
     let mut moves: Vec<Move> = seen.iter().zip(dues).zip(verdicts).map(move_of).collect();
-    let sums = Sums { tree: &state.tree, budget, places: seen.iter().map(|machine| machine.place).collect() };
-    sums.give_way(&mut moves, |index, one| dues[index].max(one.least), |one| one.to + one.urgent);
-    sums.give_way(&mut moves, |index, _| dues[index], |one| one.to);
+    let places = seen.iter().map(|machine| machine.place).collect();
+    // Limits first: what is given for one counts for the host.
+    let mut sums = Sums { tree: &state.tree, budget: PAGES_MAX, places };
+    if let Some(stays) = limits::stays(seen, dues, state) {
+        let stay = |index: usize, one: &Move| stays[index].at(one.to.max(dues[index]));
+        let gives = |index: usize, one: &Move| stay(index, one).saturating_sub(stays[index].at(dues[index]));
+        sums.give_way(&mut moves, gives, stay, |index, to, by| stays[index].lower(to, by));
+    }
+    sums.budget = budget;
+    let beyond = |one: &Move, least: PageCount| one.to.saturating_sub(least);
+    let less = |_, to: PageCount, by| to.saturating_sub(by);
+    let unless_held = |index: usize, one: &Move| beyond(one, dues[index].max(one.least));
+    sums.give_way(&mut moves, unless_held, |_, one| one.to + one.urgent, less);
+    sums.give_way(&mut moves, |index, one| beyond(one, dues[index]), |_, one| one.to, less);
     for (one, part) in sums.parts(&moves, |one| one.urgent) {
         moves[one].to += part;
     }
@@ -226,23 +242,28 @@ impl Sums<'_> {
         self.tree.sums(self.places.iter().copied().zip(pages))
     }
 
-    /// Has what is above the least it may be give way where a sum is too much, from the innermost groups outward.
+    /// Has targets give way where a sum is too much, from the innermost groups outward: by what each `gives` at most, of what it
+    /// counts for in the sum, and `lower` makes it a target.
     fn give_way(
         &self,
         moves: &mut [Move],
-        least: impl Fn(usize, &Move) -> PageCount,
-        of: impl Fn(&Move) -> PageCount,
+        gives: impl Fn(usize, &Move) -> PageCount,
+        counts: impl Fn(usize, &Move) -> PageCount,
+        lower: impl Fn(usize, PageCount, PageCount) -> PageCount,
     ) {
-        let gives = |(index, one): (usize, &Move)| one.to.saturating_sub(least(index, one));
         let deepest = self.tree.groups.iter().map(|group| group.depth).max().unwrap_or(0);
         for depth in (0..=deepest).rev() {
-            let (sums, given) =
-                (self.sums(moves.iter().map(&of)), self.sums(moves.iter().enumerate().map(gives)));
+            let all = || moves.iter().enumerate();
+            let sums = self.sums(all().map(|(index, one)| counts(index, one)));
+            let given = self.sums(all().map(|(index, one)| gives(index, one)));
             let is_level = |group: &GroupIndex| self.tree.groups[*group].depth == depth;
             for (index, one) in moves.iter_mut().enumerate() {
                 let Some(group) = self.tree.around(self.places[index]).find(is_level) else { continue };
                 let beyond = sums[group].saturating_sub(self.most(group));
-                one.to = one.to.saturating_sub(needed_of(gives((index, one)), beyond, given[group]));
+                let by = needed_of(gives(index, one), beyond, given[group]);
+                if by > PageCount(0) {
+                    one.to = lower(index, one.to, by);
+                }
             }
         }
     }

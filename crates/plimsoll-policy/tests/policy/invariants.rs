@@ -235,16 +235,22 @@ pub(crate) fn machines_in(settings: &Settings, group: GroupId) -> BTreeSet<Machi
 }
 
 /// Whether a machine takes up more than its limit, or those of a group it is in more than that one's.
-fn is_above_a_limit(state: &PolicyState, plan: &Plan, id: MachineId, view: &HostView) -> bool {
-    let (settings, terms) = (state.tree().settings(), |id| state.tree().terms(id).unwrap());
-    let has = |id: MachineId| first(view, id).consumed.min(terms(id).size.bytes());
+fn is_above_a_limit(tree: &Tree, plan: &Plan, id: MachineId, view: &HostView) -> bool {
+    let terms = tree.terms(id).unwrap();
+    first(view, id).consumed.min(terms.size.bytes()) > terms.cap.bytes()
+        || is_in_a_group_above(tree, plan, id, view)
+}
+
+/// Whether the machines of a group it is in take up more than that one's limit.
+pub(crate) fn is_in_a_group_above(tree: &Tree, plan: &Plan, id: MachineId, view: &HostView) -> bool {
+    let has = |id: MachineId| first(view, id).consumed.min(tree.terms(id).unwrap().size.bytes());
     let is_above = |group: &GroupSettings| {
-        let inside = machines_in(settings, group.id);
+        let inside = machines_in(tree.settings(), group.id);
         let decided = plan.machines.iter().filter(|one| inside.contains(&one.machine));
         let sum: ByteCount = decided.map(|one| has(one.machine)).sum();
         inside.contains(&id) && group.limit.is_some_and(|limit| sum > limit)
     };
-    has(id) > terms(id).cap.bytes() || settings.groups.iter().any(is_above)
+    tree.settings().groups.iter().any(is_above)
 }
 
 /// What the machines that were decided about bid, floors not raised.
@@ -328,7 +334,7 @@ proptest! {
                 let Step::Take { rung, pages, frees } = action.step else { continue };
                 prop_assert!(rung <= terms.highest && shown.rungs.has(rung) && terms.hold != Hold::Dedicated);
                 let may_go = plan.state.deepest().is_some_and(|deepest| rung <= deepest);
-                prop_assert!(may_go || is_above_a_limit(&state, &plan, action.machine, &view));
+                prop_assert!(may_go || is_above_a_limit(state.tree(), &plan, action.machine, &view));
                 prop_assert!(rung != Rung::Sharing || state.tree().domain(action.machine).is_some());
                 prop_assert!(frees > ByteCount(0) && frees <= pages.bytes());
                 if rung.pages_out() {

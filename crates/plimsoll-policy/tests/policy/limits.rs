@@ -1,6 +1,6 @@
 //! Limits: what is above one goes, no more than that goes for it, and who of a group gives it.
 use crate::invariants::{Bid, by_hand, config, first, machines_in, moment, pages, small, tree};
-use crate::world::{MIB, World, limited, machine, steps, view, why};
+use crate::world::{MIB, World, limited, machine, steps, target, view, why};
 use plimsoll_policy::host_state::HostState;
 use plimsoll_policy::settings::{GroupSettings, Hold, MachineSettings, Settings};
 use plimsoll_policy::tree::Tree;
@@ -83,8 +83,89 @@ fn what_one_machine_cannot_give_others_give_and_what_nobody_can_is_said() {
     assert!(![1, 2, 3].into_iter().any(|id| cannot(&plan, id)));
 }
 
+/// A group of that limit whose machines have 500 MiB each, then `then`, and then `now`: what is decided in the end.
+fn after(limit: u64, members: Vec<MachineSettings>, then: Vec<MachineView>, now: Vec<MachineView>) -> Plan {
+    let begun = members.iter().map(|member| view(member.id.0, 500, 500)).collect();
+    let mut state = PolicyState::new(Tree::new(nested(&[limit], members)).unwrap());
+    let plans = [begun, then, now].into_iter().zip(0..).map(|(machines, second)| {
+        decide(&HostView { now_ms: second * 1000, ..plenty(machines) }, &mut state)
+    });
+    plans.last().unwrap()
+}
+
+/// The first machine's target has just risen and would be held for a minute; then it works in less, and the second in more.
+#[test]
+fn a_target_that_is_held_keeps_no_group_above_its_limit() {
+    let members = || vec![machine(1, 4096, 0, 1000), machine(2, 4096, 0, 1000)];
+    let risen = || vec![view(1, 1000, 1000), view(2, 500, 500)];
+    let plan = after(1500, members(), risen(), vec![view(1, 1000, 500), view(2, 1000, 1000)]);
+    // Idle memory taxed, 600 are due to the one and 900 to the other.
+    assert_eq!(frees(&plan, 1) + frees(&plan, 2), MIB(500));
+    let (gives, comes_to) = (frees(&plan, 1), target(&plan, 1));
+    assert!(
+        gives.0.abs_diff(MIB(400).0) <= 4096 && comes_to.0.abs_diff(MIB(600).0) <= 4096,
+        "{gives} to {comes_to}"
+    );
+    // As far as is needed, and no further: 600 are due to the first.
+    let idle = MachineView { reported_free: MIB(400), rungs: Rungs::ALL, ..view(1, 1000, 500) };
+    let plan = after(1500, members(), risen(), vec![idle.clone(), view(2, 700, 700)]);
+    assert_eq!((frees(&plan, 1), frees(&plan, 2)), (MIB(200), MIB(0)));
+    assert_eq!(target(&plan, 1), MIB(800));
+    // And not at all where the group is within its limit.
+    let plan = after(1500, members(), risen(), vec![idle, view(2, 500, 500)]);
+    assert_eq!((frees(&plan, 1), target(&plan, 1)), (MIB(0), MIB(1000)));
+}
+
+/// Two targets are held, one of a machine of which nothing can be taken.
+#[test]
+fn a_target_gives_way_for_a_limit_only_where_that_brings_something() {
+    let never = MachineSettings { highest: Rung::NEVER_PAGE, ..machine(1, 4096, 0, 1000) };
+    let members = vec![never, machine(2, 4096, 0, 1000), machine(3, 4096, 0, 1000)];
+    let risen = vec![view(1, 1000, 1000), view(2, 1000, 1000), view(3, 500, 500)];
+    let idle = |id, free| MachineView { reported_free: MIB(free), ..view(id, 1000, 500) };
+    let idle = [idle(1, 300), MachineView { rungs: Rungs::ALL, ..idle(2, 400) }];
+    let plan = after(2500, members, risen, idle.into_iter().chain([view(3, 800, 800)]).collect());
+    assert_eq!([1, 2, 3].map(|id| frees(&plan, id)), [MIB(0), MIB(300), MIB(0)]);
+    assert_eq!([1, 2].map(|id| target(&plan, id)), [MIB(1000), MIB(700)]);
+}
+
 proptest! {
     #![proptest_config(config(300))]
+
+    /// Whatever damping holds, where there are means: but for what is a sliver of a machine's.
+    #[test]
+    fn a_group_that_is_above_its_limit_comes_down_to_it_at_once(
+        limits in prop::collection::vec(300..1500u64, 1..4),
+        members in prop::collection::vec((0..4usize, 0..50u64, 1..5000u32), 2..7),
+        moments in prop::collection::vec(
+            (500..25_000u64, prop::collection::vec((0..600u64, 0..600u64, 0..600u64), 6)), 2..8,
+        ),
+    ) {
+        let mut settings = nested(&limits, []);
+        for ((group, reservation, shares), id) in members.into_iter().zip(1..) {
+            let parent = settings.groups.get(group).map(|group| group.id);
+            let member = machine(id, 600, reservation, shares);
+            settings.machines.push(MachineSettings { parent, highest: Rung::Disk, ..member });
+        }
+        let (mut state, mut now_ms) = (PolicyState::new(Tree::new(settings.clone()).unwrap()), 0);
+        for (after_ms, shown) in moments {
+            now_ms += after_ms;
+            let shown = settings.machines.iter().zip(shown).map(|(member, (has, active, free))| MachineView {
+                reported_free: MIB(free.min(has)),
+                rungs: Rungs::NONE.with(Rung::GuestFree).with(Rung::Disk),
+                ..view(member.id.0, has, active)
+            });
+            let view = HostView { now_ms, ..plenty(shown.collect()) };
+            let plan = decide(&view, &mut state);
+            for group in &settings.groups {
+                let inside = machines_in(&settings, group.id);
+                let stays = |id: &MachineId| first(&view, *id).consumed.saturating_sub(frees(&plan, id.0));
+                let slivers = ByteCount(inside.len() as u64 * (63 << 12));
+                let (stay, limit) = (inside.iter().map(stays).sum::<ByteCount>(), group.limit.unwrap());
+                prop_assert!(stay <= limit + slivers, "{stay} of {limit} stay in {} in {plan:?}", group.id);
+            }
+        }
+    }
 
     #[test]
     fn who_gives_for_a_limit_is_who_loses_the_auction_page_by_page(tree in tree(), view in moment()) {
@@ -185,7 +266,7 @@ proptest! {
         let taken = frees(&plan, 1);
         prop_assert!(taken >= above.min(most), "{taken} of {above} while {}", plan.state);
         // And a host that may take as much on that rung as it is short of takes all of it.
-        let excess = MIB(consumed).saturating_sub(crate::world::target(&plan, 1));
+        let excess = MIB(consumed).saturating_sub(target(&plan, 1));
         if plan.state.deepest() >= Some(rung) {
             prop_assert_eq!(taken, excess.min(most));
         }

@@ -1,6 +1,6 @@
 //! Targets that do not swing: whatever a host shows, none moves back and forth by more than the dead band within a minute unless
 //! there is no other way, and what that is can be seen in the plan.
-use crate::invariants::{config, first, machines_in, moment, taken_in_use, tree};
+use crate::invariants::{config, first, is_in_a_group_above, machines_in, moment, taken_in_use, tree};
 use crate::world::{MIB, STALLED, World, machine, sampled, target, view};
 use plimsoll_policy::damper::{DEAD_BAND, REVERSAL_MS};
 use plimsoll_policy::host_state::HostState;
@@ -53,8 +53,9 @@ fn swung(minutes: &mut BTreeMap<MachineId, Minute>, now_ms: u64, plan: &Plan) ->
 }
 
 /// Whether there was no other way: it has what it is guaranteed, and no more; or the host is at its end; or the targets on the host,
-/// or in a group around it, are all that may be there, but for the page of each machine that rounding leaves.
-fn had_to(tree: &Tree, plan: &Plan, id: MachineId, before: ByteCount) -> bool {
+/// or in a group around it, are all that may be there, but for the page of each machine that rounding leaves; or what such a group
+/// takes up is more than that.
+fn had_to(tree: &Tree, plan: &Plan, id: MachineId, before: ByteCount, view: &HostView) -> bool {
     let target = target(plan, id.0);
     if target > before {
         return target <= tree.terms(id).unwrap().floor.bytes();
@@ -71,6 +72,7 @@ fn had_to(tree: &Tree, plan: &Plan, id: MachineId, before: ByteCount) -> bool {
     plan.state == HostState::Low
         || is_full(&|_| true, plan.budget)
         || settings.groups.iter().any(is_full_group)
+        || is_in_a_group_above(tree, plan, id, view)
 }
 
 proptest! {
@@ -87,7 +89,7 @@ proptest! {
             let view = HostView { now_ms, ..view };
             let plan = decide(&view, &mut state);
             for (id, before) in swung(&mut minutes, now_ms, &plan) {
-                prop_assert!(had_to(state.tree(), &plan, id, before), "{id} from {before} to {} in {plan:?}", target(&plan, id.0));
+                prop_assert!(had_to(state.tree(), &plan, id, before, &view), "{id} from {before} to {} in {plan:?}", target(&plan, id.0));
             }
             // Nor does what is taken go below where a target is held.
             for (id, taken) in taken_in_use(&plan) {
@@ -137,10 +139,10 @@ proptest! {
                 world.touch(id, grown);
                 world.machine(id).stalled = if second % 7 == *stalls { STALLED } else { Ppm::ZERO };
             }
-            let now_ms = world.view.now_ms;
+            let view = world.view.clone();
             let plan = world.step();
-            for (id, before) in swung(&mut minutes, now_ms, &plan) {
-                prop_assert!(had_to(world.state.tree(), &plan, id, before), "{id} from {before} to {}", target(&plan, id.0));
+            for (id, before) in swung(&mut minutes, view.now_ms, &plan) {
+                prop_assert!(had_to(world.state.tree(), &plan, id, before, &view), "{id} from {before} to {}", target(&plan, id.0));
             }
         }
     }

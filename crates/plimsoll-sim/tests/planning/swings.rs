@@ -87,7 +87,7 @@ fn what_swings_in_the_shipped_scenarios_is_what_is_due_and_no_target_of_its_own(
         (hours("idle-fleet", 1), 16),
         (hours("boot-storm", 2), 19),
         (hours("leak", 18), 0),
-        (hours("noisy-neighbour", 6), 2),
+        (hours("noisy-neighbour", 6), 6),
         (hours("restart-under-pressure", 2), 5),
         (hours("daily-cycle", 24), 0),
     ] {
