@@ -206,6 +206,24 @@ fn a_balloon_that_is_still_growing_is_stopped_when_its_machine_wakes_up() {
     assert!(target(&awake, 1) > MIB(7400));
 }
 
+/// What is free in the guest is more than it has beyond what it is guaranteed, and there is no other way to take that.
+#[test]
+fn a_balloon_leaves_a_guest_what_it_is_guaranteed_though_it_wants_less() {
+    let settings = [machine(1, 1000, 450, 1000), machine(2, 12_000, 0, 1000)];
+    let shown = MachineView {
+        balloon: Some(MIB(0)),
+        reported_free: MIB(400),
+        rungs: Rungs::NONE.with(Rung::Balloon),
+        ..view(1, 500, 50)
+    };
+    let plan = look(vec![shown, view(2, 8000, 8000)], 400, &mut PolicyState::new(tree(&settings)), 0);
+    // A quarter more than it wants is not lent to others, and 100 of what is beyond are not free in the guest.
+    assert_eq!((plan.state, target(&plan, 1)), (HostState::Soft, MIB(125)));
+    let asked: Vec<Step> =
+        steps(&plan, 1).into_iter().filter(|step| matches!(step, Step::Balloon(_))).collect();
+    assert_eq!(asked, [Step::Balloon(MIB(1000 - 450))]);
+}
+
 #[test]
 fn a_balloon_gives_back_only_what_is_free_already() {
     let settings = [machine(1, 8192, 0, 1000), machine(2, 8192, 0, 1000)];

@@ -185,3 +185,22 @@ fn a_target_that_has_just_risen_is_held_though_the_host_is_hard() {
     let held = target(&plan, 1);
     assert!(held < risen && held >= risen.saturating_sub(MIB(60)), "from {risen} to {held}");
 }
+
+/// What there is to take goes by what is due and by the damped target, whichever is more: the first machine's target has just risen
+/// and is held above what is due, the second's is still on its way up to it.
+#[test]
+fn nothing_is_taken_below_what_is_due_nor_below_where_a_target_is_held() {
+    let settings = [machine(1, 4096, 0, 1000), machine(2, 8192, 0, 1000)];
+    let mut state = PolicyState::new(crate::world::tree(&settings));
+    let mut decided = |second: u64, free, machines| {
+        let (now_ms, total, free) = (second * 1000, MIB(16 << 10), MIB(free));
+        decide(&HostView { now_ms, total, free, machines }, &mut state)
+    };
+    decided(0, 8000, vec![view(1, 1000, 1000), view(2, 3000, 3000)]);
+    decided(1, 8000, vec![view(1, 2000, 2000), view(2, 3000, 3000)]);
+    // Of 16 GiB 655 MiB are to be free, and 6745 are left for both.
+    let plan = decided(2, 400, vec![view(1, 2000, 400), view(2, 5000, 5000)]);
+    assert_eq!((plan.state, target(&plan, 1)), (HostState::Soft, MIB(2000)));
+    assert!(target(&plan, 2) < MIB(4750), "{}", target(&plan, 2));
+    assert_eq!(taken_in_use(&plan), BTreeMap::new());
+}
