@@ -204,3 +204,18 @@ fn nothing_is_taken_below_what_is_due_nor_below_where_a_target_is_held() {
     assert!(target(&plan, 2) < MIB(4750), "{}", target(&plan, 2));
     assert_eq!(taken_in_use(&plan), BTreeMap::new());
 }
+
+/// Its target has just sunk: while it stalls it rises by no more than is no swing, and is granted by what is due.
+#[test]
+fn a_target_that_has_just_sunk_is_held_though_its_machine_stalls() {
+    let mut state = PolicyState::new(crate::world::tree(&[machine(1, 4096, 0, 1000)]));
+    let mut decided = |second: u64, one| {
+        let view =
+            HostView { now_ms: second * 1000, total: MIB(16 << 10), free: MIB(8000), machines: vec![one] };
+        target(&decide(&view, &mut state), 1)
+    };
+    decided(0, view(1, 2000, 2000));
+    assert_eq!(decided(1, view(1, 1000, 1000)), MIB(1000));
+    let risen = decided(2, plimsoll_policy::view::MachineView { stalled: STALLED, ..view(1, 1500, 1500) });
+    assert!(risen > MIB(1000) && risen <= MIB(1025), "{risen}");
+}
