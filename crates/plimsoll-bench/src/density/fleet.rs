@@ -29,6 +29,10 @@ const WANTING: u64 = 32;
 /// What of a machine's memory the counters of its process may be wrong by: 64 pages for each processor.
 const UNCOUNTED: ByteCount = ByteCount(512 << 10);
 
+/// What the kernel may take beyond a limit at most: its batches, and pages that KSM has charged to another guest's group and that this one
+/// has to copy.
+const MISSED: ByteCount = ByteCount::mib(2);
+
 /// A guest and what it said last.
 pub(super) struct Member {
     pub(super) role: &'static Role,
@@ -67,7 +71,7 @@ impl Member {
 
     /// The least that its control group, in which is so much, may be held to: what it is due, and what is no memory of the guest's.
     pub(super) fn least(&self, used: ByteCount) -> ByteCount {
-        self.due() + used.saturating_sub(self.has().unwrap_or_default())
+        self.due() + used.saturating_sub(self.has().unwrap_or_default()) + MISSED
     }
 
     /// Whether it can be told anything.
