@@ -10,7 +10,7 @@
 //!
 //! What is due to the machines of a group is within its limit together, and so are their targets, but not the larger of
 //! the two of each, which is what nothing takes it below. So a target that is held above what is due gives way where the
-//! group could not come down to its limit else: [`Stay`] is what comes of that.
+//! group could not come down to its limit else, and leaves nothing to bid for: [`Stay`] is what comes of that.
 //!
 //! What a machine cannot give (it must not be paged, its pages are pinned) the others give in its place, as far as they
 //! can. What nobody can give is said.
@@ -95,7 +95,9 @@ impl Stay {
 /// What stays of each machine, in the order of `seen`; nothing where no group is above its limit.
 pub(crate) fn stays(seen: &[Seen<'_>], dues: &[PageCount], state: &PolicyState) -> Option<Vec<Stay>> {
     let tree = &state.tree;
-    let found = beyond(tree, seen.iter().map(|machine| (machine.place, has(machine))));
+    let mut found = beyond(tree, seen.iter().map(|machine| (machine.place, has(machine))));
+    // For so few no target moves: a guest that presses on its limit is above it by some pages each second.
+    found.iter_mut().filter(|beyond| **beyond < SLIVER).for_each(|beyond| *beyond = PageCount(0));
     let stay = |(machine, due): (&Seen<'_>, &PageCount)| {
         let known = state.machines.get(&machine.id()).filter(|_| is_in_any(&found, machine, tree));
         let Some(known) = known else { return Stay::default() };

@@ -203,8 +203,12 @@ fn settle(
     let mut sums = Sums { tree: &state.tree, budget: PAGES_MAX, places };
     if let Some(stays) = limits::stays(seen, dues, state) {
         let stay = |index: usize, one: &Move| stays[index].at(one.to.max(dues[index]));
-        let gives = |index: usize, one: &Move| stay(index, one).saturating_sub(stays[index].at(dues[index]));
-        sums.give_way(&mut moves, gives, stay, |index, to, by| stays[index].lower(to, by));
+        let beyond =
+            |index: usize, one: &Move, least| stay(index, one).saturating_sub(stays[index].at(least));
+        let lower = |index: usize, to, by| stays[index].lower(to, by);
+        let unless_held = |index: usize, one: &Move| beyond(index, one, dues[index].max(one.least));
+        sums.give_way(&mut moves, unless_held, stay, lower);
+        sums.give_way(&mut moves, |index, one| beyond(index, one, dues[index]), stay, lower);
     }
     sums.budget = budget;
     let beyond = |one: &Move, least: PageCount| one.to.saturating_sub(least);
