@@ -66,7 +66,8 @@ fn schemathesis_finds_no_failure_no_hang_and_no_answer_outside_of_the_schema() {
         "--max-time",
         "20",
     ]);
-    command.args(["--workers", "2", "--checks", checks, "--request-timeout", "10", "--no-color"]);
+    // One: in CPython 3.11 two threads that parse at once fail now and then (`AST constructor recursion depth mismatch`).
+    command.args(["--workers", "1", "--checks", checks, "--request-timeout", "10", "--no-color"]);
     let output = command.stdin(Stdio::null()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     println!("{said}");
