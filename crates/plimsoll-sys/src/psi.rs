@@ -1,5 +1,6 @@
 //! Pressure stall information: text enters, shares of time leave. A kernel that does not measure it (`psi=0`, or built
 //! without) is told apart from one that measured none.
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -95,12 +96,16 @@ impl PressureTrigger {
         file.write_all(text.as_bytes()).map_err(|source| PsiError::new(path, source))?;
         Ok(Self(file))
     }
-}
 
-/// A trigger that another process has set.
-impl From<OwnedFd> for PressureTrigger {
-    fn from(descriptor: OwnedFd) -> Self {
-        Self(descriptor.into())
+    /// One that another process has set. `None` where the kernel says that it tells nothing: it is a pressure file without a trigger, or none
+    /// at all whose other end is gone. What tells of something else cannot be told from one.
+    pub fn adopt(descriptor: OwnedFd) -> Option<Self> {
+        let mut polled = [PollFd::new(&descriptor, PollFlags::PRI)];
+        // An event that waits is taken by this: whoever adopts it looks anyway.
+        poll(&mut polled, Some(&Timespec::default())).ok()?;
+        let [polled] = polled.map(|polled| polled.revents());
+        let is_void = polled.intersects(PollFlags::ERR | PollFlags::HUP | PollFlags::NVAL);
+        (!is_void).then(|| Self(descriptor.into()))
     }
 }
 
@@ -150,6 +155,20 @@ mod tests {
             ["", "some avg10=1.00", "some avg10=x.00 \nfull avg10=0.00", "some avg10=1.0\nfull avg10=0.00"]
         {
             assert_eq!(parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_tells_of_no_pressure_is_not_adopted() {
+        let (read, write) = rustix::pipe::pipe().unwrap();
+        drop(write);
+        assert!(PressureTrigger::adopt(read).is_none(), "its other end is gone");
+        let Ok(file) = File::open(HOST_MEMORY) else { return };
+        assert!(PressureTrigger::adopt(file.into()).is_none(), "nobody has said what is to be told of");
+        let set =
+            PressureTrigger::open(HOST_MEMORY.as_ref(), Duration::from_millis(100), Duration::from_secs(2));
+        if let Ok(set) = set {
+            assert!(PressureTrigger::adopt(set.into()).is_some());
         }
     }
 

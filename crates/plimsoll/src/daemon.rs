@@ -10,6 +10,7 @@ use crate::verb::ended;
 use clap::Args;
 use plimsoll_host::api::Access;
 use plimsoll_host::config::Config;
+use plimsoll_host::daemon::lead::Lead;
 use plimsoll_host::daemon::rights::Filter;
 use plimsoll_host::daemon::{self, Beginning, BudgetBy, Counted, DiskSettings, Settings, Sharing};
 use plimsoll_host::helm::BUDGET_MIN;
@@ -256,11 +257,12 @@ fn run(args: &DaemonArgs) -> Result<End, String> {
 }
 
 pub(crate) fn manager(args: &ManagerArgs) -> ExitCode {
+    let lead = Lead::take();
     let managed = args.daemon.settings().and_then(|settings| {
         if args.keeper != VERSION {
             return Err(format!("the keeper speaks version {}, and this manager {VERSION}", args.keeper));
         }
-        daemon::manage::manage(&settings, HANDED).map_err(|error| explain(&error))
+        daemon::manage::manage(&settings, HANDED, lead).map_err(|error| explain(&error))
     });
     ended("manager", managed.map(|()| ExitCode::SUCCESS))
 }

@@ -4,7 +4,7 @@
 //! is told to stop and has given its machines back. What must never happen: a VMM, or somebody on a socket, keeping this thread waiting.
 //! So machines are handed over to a thread each, which the VMM keeps waiting if it likes, and are taken by this one. Decisions about
 //! them are made on another (`steer`), which begins when machines are served, and whose end changes nothing for a guest.
-use super::lead;
+use super::lead::Lead;
 use super::milestones::{Milestones, now_ns};
 use super::rights::{Role, give_up};
 use super::sole::claim;
@@ -217,11 +217,11 @@ struct Session<'a> {
 }
 
 /// Manages machines until the process is killed, or told to stop and without any. `keeper` is the number of the
-/// descriptor under which the keeper's socket was inherited.
+/// descriptor under which the keeper's socket was inherited; `lead` is what the process has taken as its first act.
 ///
 /// # Errors
 /// [`DaemonError`].
-pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
+pub fn manage(settings: &Settings, keeper: RawFd, mut lead: Option<Lead>) -> Result<(), DaemonError> {
     let started_ns = now_ns();
     // What makes one is given up, and nobody knows yet whether there is a disk.
     let ring = ReadRing::new(DEPTH);
@@ -240,9 +240,11 @@ pub fn manage(settings: &Settings, keeper: RawFd) -> Result<(), DaemonError> {
     let [term, int, reload] = wanted.each_ref().map(|(_, flag)| flag);
 
     let mut session = Session::open(settings, keeper, started_ns, ring)?;
+    lead.iter_mut().for_each(Lead::end_soon);
     let mut is_told = false;
     loop {
         session.turn(&signalled, if is_told { &PARTING_LOOK_PERIOD } else { &LOOK_PERIOD })?;
+        Lead::end_if_over(&mut lead);
         if reload.swap(false, Ordering::Relaxed) {
             session.steering.reload();
         }
@@ -312,7 +314,7 @@ impl<'a> Session<'a> {
         };
         let (handover, control, lock) = (own(HANDOVER)?, own(CONTROL)?, own(LOCK)?);
         own(STORES).ok().into_iter().for_each(make_files_in);
-        let pressure = own(PRESSURE).ok().map(PressureTrigger::from);
+        let pressure = own(PRESSURE).ok().and_then(PressureTrigger::adopt);
         let keeper = Arc::new(keeper);
         let estate = Estate::open(Arc::clone(&keeper) as Arc<dyn Keep>, kept)?;
         // Not before this build has read the register: a manager that has outlived its keeper goes on if it cannot.
@@ -340,9 +342,8 @@ impl<'a> Session<'a> {
         });
         manager.govern(Box::new(used.clone()), SAMPLE_PERIOD)?;
         let serving_ns = now_ns();
-        // Best effort, both: a keeper that is gone is noticed below.
+        // Best effort: a keeper that is gone is noticed below.
         let _ = keeper.serving();
-        let _ = lead::give_back();
         let status = format!("{} machines", manager.machines().len());
         announce(&[NotifyState::Ready, NotifyState::Status(&status)]);
         let arrivals = Arrivals::new().map_err(DaemonError::Wait)?;

@@ -15,7 +15,7 @@
 //! DIRECTORY/settings.json   what the settings files said that were accepted last, for the next manager: accepted
 //! ```
 mod accepted;
-mod lead;
+pub mod lead;
 pub mod manage;
 pub mod milestones;
 pub mod place;
@@ -58,7 +58,7 @@ pub const LOCK: u32 = 3;
 pub const STORES: u32 = 8;
 /// The slot of the kernel's word that the host's tasks wait for memory. It is empty where that is not measured. A manager's last act would
 /// else be to close it, for which the kernel waits until no processor can be looking at it (a grace period of RCU): 10 ms, and guests
-/// with it.
+/// with it. It is set once and outlives upgrades: a build that is to be told of something else takes another slot.
 pub const PRESSURE: u32 = 9;
 
 /// Which machines share equal pages.
@@ -221,22 +221,18 @@ pub fn keep(
         }
         Beginning::Fresh => begin(&settings.directory)?,
     };
-    lead::take();
-    // Not being told of it is no reason not to begin: managers ask for it themselves.
-    if slots.get(PRESSURE).is_none()
-        && let Some(pressure) = host_pressure()
-    {
-        let put = slots.put(PRESSURE, pressure.into());
-        put.map_err(|error| DaemonError::Slots(io::Error::other(error)))?;
+    match beginning {
+        Beginning::Fresh => rights::give_up(Role::Keeper, settings.filter)?,
+        Beginning::Resumed => rights::give_up_again(settings.filter)?,
+    }
+    // Asked for with the rights that a manager would have. Without it that asks itself.
+    if slots.get(PRESSURE).is_none() {
+        host_pressure().into_iter().for_each(|pressure| drop(slots.put(PRESSURE, pressure.into())));
     }
     let store = Store::of_supervisor(&mut slots, stale).map_err(DaemonError::Store)?;
     let mut keeper = Keeper::new(slots, RESERVED, manager, SILENCE_MAX).map_err(DaemonError::Wait)?;
     store.into_iter().for_each(|store| keeper.store_in(store));
     keeper.ask_first(probe, REGISTER);
-    match beginning {
-        Beginning::Fresh => rights::give_up(Role::Keeper, settings.filter)?,
-        Beginning::Resumed => rights::give_up_again(settings.filter)?,
-    }
     // Only now does something catch what an upgrade has kept waiting.
     accept_signals().map_err(DaemonError::Wait)?;
     loop {

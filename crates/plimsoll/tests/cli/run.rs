@@ -1,5 +1,5 @@
 //! Runs the program and looks at what it says and at what it leaves.
-use plimsoll_sys::psi::{HOST_MEMORY, PressureFile};
+use plimsoll_host::control::host_pressure;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -51,7 +51,9 @@ pub(crate) fn can(capability: &str) -> bool {
         }
         "systemd" if is_root() && Path::new(SYSTEMD).exists() => None,
         "systemd" => Some("not root, or no systemd: `cargo xtask setup` brings it".to_owned()),
-        "pressure" => PressureFile::open(HOST_MEMORY.as_ref()).err().map(|error| error.to_string()),
+        "pressure" => {
+            host_pressure().is_none().then(|| "this kernel tells nobody of memory pressure".to_owned())
+        }
         "root" if is_root() => None,
         "root" => Some("not root".to_owned()),
         other => panic!("no test knows of {other}"),

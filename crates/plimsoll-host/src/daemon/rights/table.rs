@@ -200,8 +200,10 @@ const PRCTL: Only = Only::These {
     ],
 };
 
-/// The ids of a process's threads are not known before they are started.
+/// A process's threads, each by its number: these are not known before they are started.
 const PROCESSES: Only = Only::These { argument: 0, values: &[("PRIO_PROCESS", libc::PRIO_PROCESS)] };
+/// Nobody is put ahead of anybody by this.
+const TO_USUAL: Only = Only::These { argument: 2, values: &[("to 0", 0)] };
 
 /// Whoever wants another thread moved has to ask that one.
 const ITSELF: Only = Only::These { argument: 0, values: &[("the thread itself", 0)] };
@@ -253,9 +255,9 @@ pub const GROUPS: &[Group] = &[
         calls: calls![SYS_sched_setaffinity(ITSELF), SYS_get_mempolicy, SYS_set_mempolicy(PREFERENCES)],
     },
     Group {
-        why: "to be ahead of guests until they are served, and not after that",
+        why: "to go back from being ahead of guests, once these are served",
         whose: Whose::All,
-        calls: calls![SYS_getpriority(PROCESSES), SYS_setpriority(PROCESSES)],
+        calls: calls![SYS_getpriority(PROCESSES), SYS_setpriority(TO_USUAL)],
     },
     Group {
         why: "signals",
@@ -420,6 +422,11 @@ pub const GROUPS: &[Group] = &[
             SYS_get_mempolicy,
             SYS_set_mempolicy,
         ],
+    },
+    Group {
+        why: "to be ahead of guests: a manager that begins",
+        whose: Whose::Keeper,
+        calls: calls![SYS_setpriority(PROCESSES)],
     },
     Group {
         why: "giving up more: a manager, and the next keeper",
