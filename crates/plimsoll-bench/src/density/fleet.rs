@@ -69,9 +69,9 @@ impl Member {
         procfs::statm(self.guest.process().process()).ok().map(anonymous)
     }
 
-    /// The least that its control group, in which is so much, may be held to: what it is due, and what is no memory of the guest's.
+    /// The least that its control group, in which is so much, may be held to: what it was promised, and what is no memory of the guest's.
     pub(super) fn least(&self, used: ByteCount) -> ByteCount {
-        self.due() + used.saturating_sub(self.has().unwrap_or_default()) + MISSED
+        self.role.reservation + used.saturating_sub(self.has().unwrap_or_default()) + MISSED
     }
 
     /// Whether it can be told anything.

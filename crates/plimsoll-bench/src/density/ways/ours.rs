@@ -50,6 +50,8 @@ const DECIDE_EVERY: Duration = Duration::from_secs(1);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 /// Passes of ksmd after which what can be merged is: the first only remembers what pages are like.
 const SCANS: u64 = 3;
+/// So many pages that come back in a second, 3 ms of waiting, are worth ksmd's time.
+const WANTING: u64 = 256;
 /// What a guest waits for a page out of zram.
 const BACK_NS: u64 = Costs::MEASURED.of(Rung::Compress).back_ns;
 /// No machine's part of what all share, and no limit, is smaller, or it could not run at all.
@@ -119,6 +121,8 @@ impl Plimsoll {
     ) -> Result<Self> {
         let cage = Arc::new(Cage::new(mix.asked(), Some(budget))?);
         cage.cgroup.join_self()?;
+        // Guests have limits of their own, and nobody meets this one at work.
+        cage.lift()?;
         // Machines of the kernel may fill the host beyond the pager's high mark: so machines at rest always give first.
         let line = Budget::of(budget);
         let mut pagers = Running::start(Vault::new(line, mix.asked()))?;
@@ -180,17 +184,16 @@ impl Plimsoll {
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
         let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
         let plan = decide(&view, &mut self.state);
+        let came_back: u64 = view.machines.iter().map(|machine| machine.returned.0).sum();
         // What came of it is in the next view.
         let (outcomes, overheads) = (Vec::new(), Vec::new());
         self.recorder.tick(&Tick { view, plan: plan.clone(), outcomes, overheads })?;
-        // What others run all the time is run while memory is short; what was merged stays so.
-        match plan.state {
-            HostState::High if self.ksm.counters()?.full_scans >= self.merged => self.ksm.stop()?,
-            HostState::High => {}
-            _ => {
-                self.ksm.run(KSM_RATE)?;
-                self.merged = self.ksm.counters()?.full_scans + SCANS;
-            }
+        // What others run all the time is run while guests wait for want of memory; what was merged stays so.
+        if plan.state != HostState::High && came_back >= WANTING {
+            self.ksm.run(KSM_RATE)?;
+            self.merged = self.ksm.counters()?.full_scans + SCANS;
+        } else if self.ksm.counters()?.full_scans >= self.merged {
+            self.ksm.stop()?;
         }
         let manager = self.pagers.manager()?;
         // A plan replaces the one before.
@@ -387,8 +390,8 @@ impl Host for Plimsoll {
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
         self.free.turn(members);
-        // Those that grow stand still meanwhile. Each is pressed by its own limit, and these add up to what there is. One over all would take from
-        // those at work, who bring it back as fast, and would never be done.
+        // Those that grow stand still meanwhile. Each is pressed by its own limit: one over all takes from whom it finds first, whatever was
+        // promised to that one.
         let grown = self.growth.of(members);
         let grown = if self.cage.is_full() { &grown[..] } else { &[] };
         signal(grown, Signal::STOP);
