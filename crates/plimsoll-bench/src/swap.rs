@@ -4,7 +4,7 @@
 use crate::guest::Guest;
 use crate::session::BenchError;
 use anyhow::Context;
-use plimsoll_linux::cgroup::MemoryCgroup;
+use plimsoll_linux::cgroup::{CgroupError, MemoryCgroup};
 use plimsoll_linux::zram::{self, ZramError, ZramSwap};
 use plimsoll_sys::pidfd::Signal;
 use plimsoll_sys::swap::SwapPriority;
@@ -60,9 +60,13 @@ pub(crate) fn hold_to(cgroup: &MemoryCgroup, limit: ByteCount, who: &[&Guest]) {
     // That of cgroup v1 takes effect once what is in use fits.
     let take = || cgroup.set_limit(ByteCount(goal.max(used().0.saturating_sub(STEP.0))));
     (0..HELD_STEPS).take_while(|_| used().0 > goal && take().is_ok()).for_each(drop);
-    // Nobody meets this one.
-    let _ = cgroup.set_limit(ByteCount(limit.0.saturating_mul(8)));
+    let _ = lift(cgroup, limit);
     signal(who, Signal::CONT);
+}
+
+/// Sets a limit so far above that one that nobody meets it.
+pub(crate) fn lift(cgroup: &MemoryCgroup, limit: ByteCount) -> Result<(), CgroupError> {
+    cgroup.set_limit(ByteCount(limit.0.saturating_mul(8)))
 }
 
 /// Has guests stand still, or go on. One that is gone is found to be so when it is heard.

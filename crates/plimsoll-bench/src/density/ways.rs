@@ -106,12 +106,6 @@ impl Cage {
         }
     }
 
-    /// Has nobody meet the limit.
-    fn lift(&self) -> Result<()> {
-        let limit = self.limited.as_ref().map(|(_, budget)| self.cgroup.set_limit(ByteCount(budget.0 * 8)));
-        Ok(limit.transpose().map(drop)?)
-    }
-
     fn remove(self) -> Result<()> {
         // The cgroup goes first, so that swapoff has nothing to read back into it.
         self.cgroup.remove()?;

@@ -1,6 +1,6 @@
 //! Records: what was decided is decided again, and what is not a whole record is said to be none.
 use super::fake::Host;
-use plimsoll_host::advise::advise;
+use plimsoll_host::advise::{Report, advise};
 use plimsoll_host::backend::Trouble;
 use plimsoll_host::line::Line;
 use plimsoll_host::trace::{Basis, Reader, Record, Recorder, Tick, TraceError, replay};
@@ -217,12 +217,10 @@ fn advice_gives_the_idle_machine_less_and_is_checked_on_the_same_demand() {
     assert!(report.to_string().lines().all(|line| line.chars().count() <= 100), "{report}");
 }
 
-/// A machine that needs five times as much in one second of two hundred: a limit that leaves that out costs it, and it shows.
-#[test]
-fn advice_that_would_have_made_a_machine_wait_is_seen_to_on_the_same_demand() {
+/// What is advised where a machine needs five times as much in one second of two hundred.
+fn advised_on_rare_need(mut host: Host) -> Report {
     let folder = folder();
     let path = folder.path().join("trace");
-    let mut host = Host::new(4096, &[(2048, 128, 300, 200)]);
     host.control.record(Recorder::create(&path).unwrap());
     for second in 0..600 {
         let uses = if second % 200 == 199 { 1000 } else { 200 };
@@ -230,7 +228,13 @@ fn advice_that_would_have_made_a_machine_wait_is_seen_to_on_the_same_demand() {
         host.turn();
     }
     host.control.finish().unwrap();
-    let report = advise(Reader::open(&path).unwrap()).unwrap();
+    advise(Reader::open(&path).unwrap()).unwrap()
+}
+
+/// A limit that leaves that out costs the machine, and it shows.
+#[test]
+fn advice_that_would_have_made_a_machine_wait_is_seen_to_on_the_same_demand() {
+    let report = advised_on_rare_need(Host::new(4096, &[(2048, 128, 300, 200)]));
     assert_eq!(report.machines[0].advised.high, ByteCount::mib(240));
     let after = report.after.unwrap();
     assert!(after.stalled > report.before.stalled, "{after:?} after {:?}", report.before);
@@ -238,21 +242,12 @@ fn advice_that_would_have_made_a_machine_wait_is_seen_to_on_the_same_demand() {
 
 #[test]
 fn what_advice_has_machines_wait_is_by_the_costs_on_record() {
-    let folder = folder();
-    let path = folder.path().join("trace");
     let stalled = |back_ns| {
         let mut host = Host::new(4096, &[(2048, 128, 300, 200)]);
         let mut settings = host.control.tree().settings().clone();
         settings.costs.0[Rung::Compress as usize].back_ns = back_ns;
         host.control.settle(settings).unwrap();
-        host.control.record(Recorder::create(&path).unwrap());
-        for second in 0..600 {
-            let uses = if second % 200 == 199 { 1000 } else { 200 };
-            host.set(0, |body| body.active = uses << 20);
-            host.turn();
-        }
-        host.control.finish().unwrap();
-        advise(Reader::open(&path).unwrap()).unwrap().after.unwrap().stalled
+        advised_on_rare_need(host).after.unwrap().stalled
     };
     assert_eq!(stalled(0), Ppm::ZERO);
     assert!(stalled(11_000) > Ppm::ZERO);

@@ -199,6 +199,7 @@ fn settle(
     };
     let mut moves: Vec<Move> = seen.iter().zip(dues).zip(verdicts).map(move_of).collect();
     let places = seen.iter().map(|machine| machine.place).collect();
+    let held = |index: usize, one: &Move| dues[index].max(one.least);
     // Limits first: what is given for one counts for the host.
     let mut sums = Sums { tree: &state.tree, budget: PAGES_MAX, places };
     if let Some(stays) = limits::stays(seen, dues, state) {
@@ -206,15 +207,13 @@ fn settle(
         let beyond =
             |index: usize, one: &Move, least| stay(index, one).saturating_sub(stays[index].at(least));
         let lower = |index: usize, to, by| stays[index].lower(to, by);
-        let unless_held = |index: usize, one: &Move| beyond(index, one, dues[index].max(one.least));
-        sums.give_way(&mut moves, unless_held, stay, lower);
+        sums.give_way(&mut moves, |index, one| beyond(index, one, held(index, one)), stay, lower);
         sums.give_way(&mut moves, |index, one| beyond(index, one, dues[index]), stay, lower);
     }
     sums.budget = budget;
     let beyond = |one: &Move, least: PageCount| one.to.saturating_sub(least);
     let less = |_, to: PageCount, by| to.saturating_sub(by);
-    let unless_held = |index: usize, one: &Move| beyond(one, dues[index].max(one.least));
-    sums.give_way(&mut moves, unless_held, |_, one| one.to + one.urgent, less);
+    sums.give_way(&mut moves, |index, one| beyond(one, held(index, one)), |_, one| one.to + one.urgent, less);
     sums.give_way(&mut moves, |index, one| beyond(one, dues[index]), |_, one| one.to, less);
     for (one, part) in sums.parts(&moves, |one| one.urgent) {
         moves[one].to += part;

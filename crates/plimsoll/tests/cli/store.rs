@@ -131,11 +131,12 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
     let supervisor = Supervisor::new("stores");
     let mut daemon = supervisor.start(&directory, &[]);
     wait_until("its manager serves", || manager_of(&directory).is_some());
-    wait_until("its own descriptors are stored", || supervisor.stored() == own());
+    let own = own();
+    wait_until("its own descriptors are stored", || supervisor.stored() == own);
     let mut machine = Machine::start(&directory);
     machine.verifies(1000);
     let with_machine = supervisor.stored();
-    assert!(with_machine.len() >= own().len() + 6, "{with_machine:?}");
+    assert!(with_machine.len() >= own.len() + 6, "{with_machine:?}");
     let mut killed = Vec::new();
     for manager_too in [false, true, false] {
         let manager = manager_of(&directory).unwrap();
@@ -162,7 +163,7 @@ fn a_keeper_that_was_killed_gets_every_descriptor_back_and_guests_go_on() {
     let signs_of_life = supervisor.heard.lock().unwrap().signs_of_life;
     wait_until("it says that it lives", || supervisor.heard.lock().unwrap().signs_of_life > signs_of_life);
     machine.finish();
-    wait_until("nothing of the machine is stored", || supervisor.stored() == own());
+    wait_until("nothing of the machine is stored", || supervisor.stored() == own);
     daemon.signal(Signal::TERM);
     daemon.wait().expect_code(0).expect_nothing_left();
     wait_until("nothing is stored", || supervisor.stored().is_empty());

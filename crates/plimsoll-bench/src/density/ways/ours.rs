@@ -18,7 +18,7 @@ use crate::density::mix::{Mix, Role};
 use crate::guest::Guest;
 use crate::pager::keepers::{MEMBERSHIP, Managed, Running};
 use crate::session::{BenchError, Interrupt};
-use crate::swap::{hold_to, signal};
+use crate::swap::{hold_to, lift, signal};
 use anyhow::{Context, Result};
 use plimsoll_core::ledger::Budget;
 use plimsoll_guest::spec::WorkloadKind;
@@ -122,7 +122,7 @@ impl Plimsoll {
         let cage = Arc::new(Cage::new(mix.asked(), Some(budget))?);
         cage.cgroup.join_self()?;
         // Guests have limits of their own, and nobody meets this one at work.
-        cage.lift()?;
+        lift(&cage.cgroup, budget)?;
         // Machines of the kernel may fill the host beyond the pager's high mark: so machines at rest always give first.
         let line = Budget::of(budget);
         let mut pagers = Running::start(Vault::new(line, mix.asked()))?;
