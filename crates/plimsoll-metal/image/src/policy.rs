@@ -176,20 +176,23 @@ impl Host {
     /// is not to be done any more, except for targets, which stand.
     fn obey(&mut self, plan: &Plan) {
         self.guests.iter_mut().for_each(|guest| guest.ordered = PageCount(0));
+        for position in &plan.machines {
+            let Some(guest) = self.guests.iter().find(|guest| guest.id == position.machine) else { continue };
+            // What is left of a target for pages in RAM: the rest of it is taken up by those in the store, of which there may be more
+            // than when the target was set.
+            let in_ram = position.target.saturating_sub(stored(self, guest));
+            // The ledger is ours and knows these machines.
+            let _ = self.ledger.set_target(position.machine, Some(in_ram));
+        }
         for action in &plan.actions {
-            let Some(place) = self.guests.iter().position(|guest| guest.id == action.machine) else {
+            let Some(guest) = self.guests.iter_mut().find(|guest| guest.id == action.machine) else {
                 continue;
             };
             match action.step {
-                // What is left of a target for pages in RAM: the rest of it is taken up by those in the store.
-                Step::Target(target) => {
-                    let in_ram = target.saturating_sub(stored(self, &self.guests[place]));
-                    // The ledger is ours and knows these machines.
-                    let _ = self.ledger.set_target(action.machine, Some(in_ram));
-                }
-                Step::Take { rung: Rung::Compress, pages, .. } => self.guests[place].ordered = pages,
-                // The ledger has whoever is above its target wait for the others; nobody here has a balloon, or another rung.
-                Step::Stall | Step::Resume | Step::Balloon(_) | Step::Take { .. } => {}
+                Step::Take { rung: Rung::Compress, pages, .. } => guest.ordered = pages,
+                // Targets are above. The ledger has whoever is above its own wait for the others; nobody here has a balloon, or another
+                // rung.
+                Step::Target(_) | Step::Stall | Step::Resume | Step::Balloon(_) | Step::Take { .. } => {}
             }
         }
     }

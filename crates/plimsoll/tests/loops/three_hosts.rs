@@ -96,11 +96,13 @@ impl Trace {
         assert!(replayed.identical == all && replayed.difference.is_none(), "{whose}: {replayed:?}");
     }
 
-    /// Who is to have less than it keeps anything in, as of the last decision about all machines.
+    /// Who is to have less than it keeps anything in, as of the last decision about all machines, and is due no more. The target of one
+    /// that is due more follows what it takes up, which is a little less while some of it is in the store from before the first decision.
     fn gives(&self, keeps: &BTreeMap<MachineId, ByteCount>) -> BTreeSet<MachineId> {
         let is_about_all = |decision: &&Decision| decision.plan.machines.len() == keeps.len();
         let last = self.decisions.iter().rev().find(is_about_all).expect("a decision about all machines");
-        let gives = last.plan.machines.iter().filter(|one| one.target < keeps[&one.machine]);
+        let gives =
+            last.plan.machines.iter().filter(|one| one.target.max(one.entitlement) < keeps[&one.machine]);
         gives.map(|one| one.machine).collect()
     }
 
