@@ -50,14 +50,14 @@ const DECIDE_EVERY: Duration = Duration::from_secs(1);
 const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 /// Passes of ksmd after which what can be merged is: the first only remembers what pages are like.
 const SCANS: u64 = 3;
-/// So many pages that come back in a second, 3 ms of waiting, are worth ksmd's time.
+/// So many pages of one machine that come back in a second, 3 ms of waiting, are worth ksmd's time. Of a sample there are fewer.
 const WANTING: u64 = 256;
+/// A machine that starts has begun to get its memory when it takes up so much.
+const BEGUN: ByteCount = ByteCount::mib(1);
 /// What a guest waits for a page out of zram.
 const BACK_NS: u64 = Costs::MEASURED.of(Rung::Compress).back_ns;
 /// No machine's part of what all share, and no limit, is smaller, or it could not run at all.
 const PART_MIN: ByteCount = ByteCount::mib(16);
-/// Part of the budget that no machine is given, so that machines meet their own limits and not that of all.
-const ROOM_SLACK: u64 = 64;
 
 /// Where a machine's pages go.
 enum Keeper {
@@ -184,12 +184,16 @@ impl Plimsoll {
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
         let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
         let plan = decide(&view, &mut self.state);
-        let came_back: u64 = view.machines.iter().map(|machine| machine.returned.0).sum();
+        // What a machine has got since, nobody has looked through.
+        let has_new = |machine: &MachineView| machine.phase == Phase::Starting && machine.consumed >= BEGUN;
+        let is_wanting = |machine: &MachineView| machine.returned.0 >= WANTING;
+        let has_new = view.machines.iter().any(has_new);
+        let is_wanting = plan.state != HostState::High && view.machines.iter().any(is_wanting);
         // What came of it is in the next view.
         let (outcomes, overheads) = (Vec::new(), Vec::new());
         self.recorder.tick(&Tick { view, plan: plan.clone(), outcomes, overheads })?;
-        // What others run all the time is run while guests wait for want of memory; what was merged stays so.
-        if plan.state != HostState::High && came_back >= WANTING {
+        // What others run all the time is run while guests wait for want of memory, and while one gets its memory; what was merged stays so.
+        if has_new || is_wanting {
             self.ksm.run(KSM_RATE)?;
             self.merged = self.ksm.counters()?.full_scans + SCANS;
         } else if self.ksm.counters()?.full_scans >= self.merged {
@@ -257,8 +261,7 @@ impl Plimsoll {
         }
         let theirs: ByteCount = sharers.iter().map(|sharer| sharer.uses).sum();
         let others = self.cage.cgroup.used().unwrap_or_default().saturating_sub(theirs);
-        let slack = ByteCount(self.budget.0 / ROOM_SLACK);
-        let room = self.budget.saturating_sub(self.cage.held() + others + slack);
+        let room = self.budget.saturating_sub(self.cage.held() + others);
         for ((cgroup, member, least), limit) in cgroups.into_iter().zip(split(room, &sharers)) {
             hold_to(cgroup, limit.max(least), &[&member.guest]);
         }
