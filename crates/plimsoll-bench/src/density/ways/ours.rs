@@ -184,19 +184,20 @@ impl Plimsoll {
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
         let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
         let plan = decide(&view, &mut self.state);
-        // What a machine has got since, nobody has looked through.
-        let has_new = |machine: &MachineView| machine.phase == Phase::Starting && machine.consumed >= BEGUN;
+        // What others run all the time is run while guests wait for want of memory, and while one gets its memory, which nobody has looked
+        // through yet.
+        let is_new = |machine: &MachineView| machine.phase == Phase::Starting && machine.consumed >= BEGUN;
         let is_wanting = |machine: &MachineView| machine.returned.0 >= WANTING;
-        let has_new = view.machines.iter().any(has_new);
-        let is_wanting = plan.state != HostState::High && view.machines.iter().any(is_wanting);
+        let is_short = plan.state != HostState::High;
+        let merges = view.machines.iter().any(|machine| is_new(machine) || is_short && is_wanting(machine));
         // What came of it is in the next view.
         let (outcomes, overheads) = (Vec::new(), Vec::new());
         self.recorder.tick(&Tick { view, plan: plan.clone(), outcomes, overheads })?;
-        // What others run all the time is run while guests wait for want of memory, and while one gets its memory; what was merged stays so.
-        if has_new || is_wanting {
+        if merges {
             self.ksm.run(KSM_RATE)?;
             self.merged = self.ksm.counters()?.full_scans + SCANS;
         } else if self.ksm.counters()?.full_scans >= self.merged {
+            // What was merged stays so.
             self.ksm.stop()?;
         }
         let manager = self.pagers.manager()?;
