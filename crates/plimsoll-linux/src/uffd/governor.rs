@@ -12,10 +12,13 @@
 use super::bustle::Bustle;
 use super::host::{Host, Orders};
 use super::manager::Governed;
+use crate::system::{Linux, System};
 use plimsoll_core::ledger::Budget;
+use plimsoll_sys::procfs::nodes::parse_list;
 use plimsoll_types::{ByteCount, MachineId, PageCount};
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -28,10 +31,14 @@ const PERIOD_MAX: Duration = Duration::from_millis(250);
 /// The same while no pager does anything, of which the first that does wakes it. Only what is no guest's grows meanwhile, unseen.
 /// It looks the more often the less room there is, so that what a meter told it last is how things are for whoever asks next.
 pub const PERIOD_QUIET: Duration = Duration::from_secs(1);
-/// How many times longer it may be until the host is full while no pager does anything: what eight processors fill by themselves.
-const QUIETER: u32 = 8;
-/// What a host may be filled with in a [`PERIOD`] at the very most: 32 GiB/s, which is what 64 processors zero.
-const FILLED_MAX: ByteCount = ByteCount::mib(64);
+/// What one processor may fill in a [`PERIOD`]: 4 GiB/s, where one was measured to touch pages of 4 KiB for the first time at 3. With huge
+/// pages it comes to 8 at best, and is then seen one look late. While no pager does anything one processor is taken to fill.
+const FILLED_MAX: ByteCount = ByteCount::mib(8);
+/// So many processors fill as much as any number: 32 GiB/s, all that memory takes. With fewer a look can wait, and is worth saving: on a
+/// small host it interrupts a guest.
+const FILLERS_MAX: u64 = 8;
+/// The processors of this host.
+const ONLINE: &str = "/sys/devices/system/cpu/online";
 /// Samples of a machine without a page that came back, after which it is sampled ever more rarely while the host has room.
 const SAMPLES_ALIKE: u32 = 8;
 /// The rarest: every so many periods.
@@ -63,17 +70,20 @@ pub(super) fn govern(
     stop: &AtomicBool,
 ) {
     let (now, overheads, watched) = (Instant::now(), VecDeque::new(), BTreeMap::new());
-    let (sampled, unpinned, is_asking) = (now, now, false);
+    // Where the kernel does not say, they are as many as matter.
+    let online = Linux.read(Path::new(ONLINE)).unwrap_or_default();
+    let (sampled, unpinned, is_asking, fillers) = (now, now, false, fillers(&online));
     let mut governor =
-        Governor { host, governed, sample_period, sampled, unpinned, overheads, watched, is_asking };
+        Governor { host, governed, fillers, sample_period, sampled, unpinned, overheads, watched, is_asking };
     let own = std::thread::current();
     host.bustle().on_begin(move || own.unpark());
     let mut seen = None;
     while !stop.load(Ordering::Relaxed) {
         let served = host.bustle().served();
-        let pause = governor.look(&mut *meter, Instant::now());
+        let room = governor.look(&mut *meter, Instant::now());
+        let pause = pause(room, fillers);
         let was_quiet = seen.replace(served) == Some(served);
-        let quiet = (pause * QUIETER).min(PERIOD_QUIET).min(sample_period).max(pause);
+        let quiet = filled_in(room, 1).min(PERIOD_QUIET).min(sample_period).max(pause);
         let is_long = was_quiet && pause > PERIOD && is_quiet(host.bustle(), served);
         std::thread::park_timeout(if is_long { quiet } else { pause });
     }
@@ -90,6 +100,8 @@ fn is_quiet(bustle: &Bustle, served: u64) -> bool {
 struct Governor<'a> {
     host: &'a Host,
     governed: &'a Governed,
+    /// Processors that may fill the host.
+    fillers: u64,
     sample_period: Duration,
     sampled: Instant,
     unpinned: Instant,
@@ -100,25 +112,24 @@ struct Governor<'a> {
 }
 
 impl Governor<'_> {
-    /// Looks at the host, and at each machine if there is anything to be said to any, or has not been for a while. Says how long the
-    /// host need not be looked at.
-    fn look(&mut self, meter: &mut dyn Meter, now: Instant) -> Duration {
+    /// Looks at the host, and at each machine if there is anything to be said to any, or has not been for a while. Says what there is
+    /// below the high mark.
+    fn look(&mut self, meter: &mut dyn Meter, now: Instant) -> ByteCount {
         let governed = self.governed;
         let spared = || {
             let governed = governed.lock();
             governed.iter().filter(|(_, one)| one.orders.is_spared()).map(|(id, _)| *id).collect()
         };
         let (asked, room) = ask(self.host, meter, &mut self.overheads, &self.watched, spared);
-        let pause = pause(room);
         let sample = now.duration_since(self.sampled) >= self.sample_period;
         let unpin = now.duration_since(self.unpinned) >= UNPIN_PERIOD;
         let was_asking = std::mem::replace(&mut self.is_asking, !asked.is_empty());
         if !self.is_asking && !was_asking && !sample && !unpin {
-            return pause;
+            return room;
         }
         let asked: BTreeMap<MachineId, u32> = asked.into_iter().collect();
         let is_demand_near = self.host.ledger(|ledger| ledger.is_demand_near());
-        let has_room = pause > PERIOD;
+        let has_room = pause(room, self.fillers) > PERIOD;
         let mut stuck = Vec::new();
         // No copies: what a machine holds is freed when it is forgotten.
         let machines = governed.lock();
@@ -165,14 +176,25 @@ impl Governor<'_> {
                 custody.release_readers();
             }
         }
-        pause
+        room
     }
 }
 
+/// Processors that can fill a host with these online: guests may have more of them than this process.
+fn fillers(online: &str) -> u64 {
+    let known = parse_list(online).filter(|online| !online.is_empty());
+    known.map_or(FILLERS_MAX, |online| FILLERS_MAX.min(online.len() as u64))
+}
+
 /// How long the host needs not be looked at: as long as nobody can have come to the high mark.
-fn pause(room: ByteCount) -> Duration {
-    let periods = u32::try_from(room.0 / FILLED_MAX.0).unwrap_or(u32::MAX);
-    PERIOD.saturating_mul(periods).clamp(PERIOD, PERIOD_MAX)
+fn pause(room: ByteCount, fillers: u64) -> Duration {
+    filled_in(room, fillers).clamp(PERIOD, PERIOD_MAX)
+}
+
+/// In which time so many processors fill that at the earliest.
+fn filled_in(room: ByteCount, fillers: u64) -> Duration {
+    let periods = room.0 / (FILLED_MAX.0 * fillers);
+    PERIOD.saturating_mul(u32::try_from(periods).unwrap_or(u32::MAX))
 }
 
 /// How many pages each machine is to give up now; those that are spared none. And what there is below the high mark.
@@ -384,10 +406,24 @@ mod tests {
 
     #[test]
     fn a_host_is_looked_at_the_more_often_the_less_room_there_is() {
-        assert_eq!(pause(ByteCount(0)), PERIOD);
-        assert_eq!(pause(FILLED_MAX), PERIOD);
-        assert_eq!(pause(ByteCount(FILLED_MAX.0 * 3)), PERIOD * 3);
-        assert_eq!(pause(ByteCount(u64::MAX)), PERIOD_MAX);
+        assert_eq!(pause(ByteCount(0), 1), PERIOD);
+        assert_eq!(pause(FILLED_MAX, 1), PERIOD);
+        assert_eq!(pause(ByteCount(FILLED_MAX.0 * 3), 1), PERIOD * 3);
+        assert_eq!(pause(ByteCount(u64::MAX), 1), PERIOD_MAX);
+    }
+
+    #[test]
+    fn a_host_of_more_processors_is_looked_at_more_often_up_to_what_memory_takes() {
+        let looked_at_every = |online| pause(ByteCount::mib(512), fillers(online));
+        assert_eq!(looked_at_every("0\n"), PERIOD * 64);
+        assert_eq!(looked_at_every("0-1\n"), PERIOD * 32);
+        assert_eq!(looked_at_every("0,2-4\n"), PERIOD * 16);
+        assert_eq!(looked_at_every("0-7\n"), PERIOD * 8);
+        assert_eq!(looked_at_every("0-191\n"), PERIOD * 8);
+        // Not known.
+        for nonsense in ["", "many\n", "0-\n"] {
+            assert_eq!(looked_at_every(nonsense), PERIOD * 8, "{nonsense:?}");
+        }
     }
 
     const RAM: ByteCount = ByteCount::mib(64);
