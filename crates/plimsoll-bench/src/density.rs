@@ -77,10 +77,13 @@ impl Way {
     }
 }
 
-/// The order of a row's runs: what plimsoll is held against comes right before and right after it, since machines are faster at one
-/// time than at another.
+/// The order of a round: what plimsoll is held against comes right before and right after it, since machines are faster at one time
+/// than at another.
 const ORDER: [Way; 7] =
     [Way::Enough, Way::Plimsoll, Way::Enough, Way::Kernel, Way::Plimsoll, Way::Kernel, Way::Balloon];
+
+/// Rounds of a row that has to reach something: two runs of the same, a minute apart, differ by more than what some goals leave.
+const ROUNDS: usize = 3;
 
 /// How often a run is repeated in which the kernel killed a guest for want of memory.
 const REPEATS: usize = 2;
@@ -151,6 +154,10 @@ impl Row {
     #[expect(clippy::cast_precision_loss, reason = "tens")]
     fn overcommit(&self) -> f64 {
         self.tenths as f64 / 10.0
+    }
+
+    fn rounds(&self) -> usize {
+        if self.subjects().iter().any(|(subject, ..)| subject.goal.is_some()) { ROUNDS } else { 1 }
     }
 
     /// What is compared, what must be reached, and where both come from.
@@ -225,8 +232,17 @@ fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &Outcome) -> Figures 
     }
 }
 
-/// All runs of a row.
+/// All runs of a row, each against enough memory as its own round begins with it.
 fn measure(row: &Row, rows: &Path, interrupt: &Interrupt) -> Result<Vec<Figures>, BenchError> {
+    let mut all = Vec::new();
+    for _ in 0..row.rounds() {
+        all.extend(measure_once(row, rows, interrupt)?);
+    }
+    Ok(all)
+}
+
+/// All runs of a round.
+fn measure_once(row: &Row, rows: &Path, interrupt: &Interrupt) -> Result<Vec<Figures>, BenchError> {
     let mut outcomes = Vec::new();
     for way in ORDER {
         let mut outcome = run_once(row, way, rows, interrupt)?;
@@ -285,7 +301,7 @@ fn compare(row: &Row, all: &[Figures]) -> Result<Vec<Comparison>, BenchError> {
             ours: Sample::untimed(value(&runs[1])),
             peer_again: Sample::untimed(value(&runs[2])),
         };
-        results.push(Comparison::new(subject, all.windows(3).filter(is_between).map(run).collect())?);
+        results.push(Comparison::beside(subject, all.windows(3).filter(is_between).map(run).collect())?);
     }
     Ok(results)
 }

@@ -49,6 +49,13 @@ pub(crate) struct Run {
     pub(crate) peer_again: Sample,
 }
 
+impl Run {
+    /// The peer about when ours was measured.
+    const fn beside(&self) -> f64 {
+        f64::midpoint(self.peer.value, self.peer_again.value)
+    }
+}
+
 /// What is compared, before anything is measured.
 #[derive(Clone, Debug)]
 pub(crate) struct Subject {
@@ -106,6 +113,14 @@ impl Comparison {
         Some(Self { name, ours, peer, unit, ratio, goal, better, spread, interval: None, runs })
     }
 
+    /// Of a few long runs, each of which has its own ratio, to the mean of the peer before and after it.
+    pub(crate) fn beside(subject: Subject, runs: Vec<Run>) -> anyhow::Result<Self> {
+        let ratios: Option<Vec<f64>> = runs.iter().map(|run| ratio(run.ours.value, run.beside())).collect();
+        let all = Self::new(subject, runs)?;
+        let ratio = ratios.and_then(|ratios| median(&ratios)).context("a ratio is not a number")?;
+        Ok(Self { ratio, ..all })
+    }
+
     /// Of what is the same every time, so that the peer against itself has no spread and one run says all.
     pub(crate) fn exact(subject: Subject, ours: f64, peer: f64) -> anyhow::Result<Self> {
         let [ours, peer] = [ours, peer].map(Sample::untimed);
@@ -123,8 +138,8 @@ impl Comparison {
 
     fn of_pairs(subject: Subject, runs: Vec<Run>, share: f64) -> Option<Self> {
         let whole = |one, other| Some(1.0 + (ratio(one, other)? - 1.0) * share);
-        let of = |run: &Run| whole(run.ours.value, f64::midpoint(run.peer.value, run.peer_again.value));
-        let ratios = runs.iter().map(of).collect::<Option<Vec<_>>>()?;
+        let ratios =
+            runs.iter().map(|run| whole(run.ours.value, run.beside())).collect::<Option<Vec<_>>>()?;
         let own = |run: &Run| whole(run.peer_again.value, run.peer.value);
         let (low, high) = interval(&runs.iter().map(own).collect::<Option<Vec<_>>>()?)?;
         let spread = (1.0 - low).max(high - 1.0);
@@ -376,6 +391,21 @@ pub(crate) mod tests {
         };
         let runs = vec![run(300.0, 100.0, 110.0), run(200.0, 100.0, 100.0), run(210.0, 90.0, 99.0)];
         Comparison::new(subject, runs).unwrap()
+    }
+
+    #[test]
+    fn of_a_few_runs_each_is_held_against_those_beside_it() {
+        // The machine is twice as fast in the second round, and ours loses a tenth in each.
+        let run = |pace: f64| Run {
+            ours: Sample::untimed(pace * 0.9),
+            peer: Sample::untimed(pace * 0.8),
+            peer_again: Sample::untimed(pace * 1.2),
+        };
+        let found = Comparison::beside(higher("row", "ops/s", Some(0.95)), vec![run(1.0), run(2.0)]).unwrap();
+        assert!((found.ratio - 0.9).abs() < 1e-9 && (found.spread - 0.5).abs() < 1e-9, "{found}");
+        assert!(found.interval.is_none() && found.to_string().ends_with("MISSED"), "{found}");
+        assert!(Comparison::beside(higher("row", "ops/s", None), Vec::new()).is_err());
+        assert!(Comparison::beside(higher("row", "ops/s", None), vec![run(0.0)]).is_err());
     }
 
     #[test]
