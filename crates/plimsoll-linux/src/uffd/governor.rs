@@ -23,22 +23,24 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// How often the governor looks. At 10 us a page, two cores fill 400 pages (1.6 MiB) between two looks: well within
-/// the distance from the high mark to the hard line.
+/// How often the governor looks where memory is short. At 10 us a page, two pagers on two cores fill 400 pages (1.6 MiB) between two
+/// looks: well within the distance from the high mark to the hard line.
 pub(super) const PERIOD: Duration = Duration::from_millis(2);
 /// How rarely it looks at most, at a host with room.
 const PERIOD_MAX: Duration = Duration::from_millis(250);
 /// The same while no pager does anything, of which the first that does wakes it. Only what is no guest's grows meanwhile, unseen.
 /// It looks the more often the less room there is, so that what a meter told it last is how things are for whoever asks next.
 pub const PERIOD_QUIET: Duration = Duration::from_secs(1);
-/// What one processor may fill in a [`PERIOD`]: 4 GiB/s, where one was measured to touch pages of 4 KiB for the first time at 3. With huge
-/// pages it comes to 8 at best, and is then seen one look late. While no pager does anything one processor is taken to fill.
-const FILLED_MAX: ByteCount = ByteCount::mib(8);
-/// So many processors fill as much as any number: 32 GiB/s, all that memory takes. With fewer a look can wait, and is worth saving: on a
-/// small host it interrupts a guest.
+/// A host with so much below its high mark has room: it may be looked at more rarely yet while no pager does anything, and machines that
+/// touch nothing be sampled more rarely.
+const ROOMY: ByteCount = ByteCount::mib(128);
+/// What one processor is reckoned to fill in a [`PERIOD`]: 4 GiB/s (`docs/bench.md`, *What a look costs*). While no pager does anything, on
+/// a host with room, it is taken to be one that does.
+const FILLED_BY_ONE: ByteCount = ByteCount::mib(8);
+/// More processors than that are reckoned to fill no faster: 32 GiB/s.
 const FILLERS_MAX: u64 = 8;
-/// The processors of this host.
-const ONLINE: &str = "/sys/devices/system/cpu/online";
+/// The processors of this host, those that are offline now among them. Guests may have more of them than this process.
+const PROCESSORS: &str = "/sys/devices/system/cpu/present";
 /// Samples of a machine without a page that came back, after which it is sampled ever more rarely while the host has room.
 const SAMPLES_ALIKE: u32 = 8;
 /// The rarest: every so many periods.
@@ -70,11 +72,10 @@ pub(super) fn govern(
     stop: &AtomicBool,
 ) {
     let (now, overheads, watched) = (Instant::now(), VecDeque::new(), BTreeMap::new());
-    // Where the kernel does not say, they are as many as matter.
-    let online = Linux.read(Path::new(ONLINE)).unwrap_or_default();
-    let (sampled, unpinned, is_asking, fillers) = (now, now, false, fillers(&online));
+    let (sampled, unpinned, is_asking) = (now, now, false);
     let mut governor =
-        Governor { host, governed, fillers, sample_period, sampled, unpinned, overheads, watched, is_asking };
+        Governor { host, governed, sample_period, sampled, unpinned, overheads, watched, is_asking };
+    let fillers = fillers(&Linux.read(Path::new(PROCESSORS)).unwrap_or_default());
     let own = std::thread::current();
     host.bustle().on_begin(move || own.unpark());
     let mut seen = None;
@@ -83,9 +84,10 @@ pub(super) fn govern(
         let room = governor.look(&mut *meter, Instant::now());
         let pause = pause(room, fillers);
         let was_quiet = seen.replace(served) == Some(served);
-        let quiet = filled_in(room, 1).min(PERIOD_QUIET).min(sample_period).max(pause);
-        let is_long = was_quiet && pause > PERIOD && is_quiet(host.bustle(), served);
-        std::thread::park_timeout(if is_long { quiet } else { pause });
+        let is_alone = governed.lock().is_empty();
+        let patience = patience(room, was_quiet, is_alone, sample_period);
+        let is_long = patience > pause && is_quiet(host.bustle(), served);
+        std::thread::park_timeout(if is_long { patience } else { pause });
     }
 }
 
@@ -100,8 +102,6 @@ fn is_quiet(bustle: &Bustle, served: u64) -> bool {
 struct Governor<'a> {
     host: &'a Host,
     governed: &'a Governed,
-    /// Processors that may fill the host.
-    fillers: u64,
     sample_period: Duration,
     sampled: Instant,
     unpinned: Instant,
@@ -120,6 +120,10 @@ impl Governor<'_> {
             let governed = governed.lock();
             governed.iter().filter(|(_, one)| one.orders.is_spared()).map(|(id, _)| *id).collect()
         };
+        if governed.lock().is_empty() {
+            // Nothing is charged meanwhile, so that this look does not err, and it may be long since the one before.
+            self.overheads.clear();
+        }
         let (asked, room) = ask(self.host, meter, &mut self.overheads, &self.watched, spared);
         let sample = now.duration_since(self.sampled) >= self.sample_period;
         let unpin = now.duration_since(self.unpinned) >= UNPIN_PERIOD;
@@ -129,7 +133,7 @@ impl Governor<'_> {
         }
         let asked: BTreeMap<MachineId, u32> = asked.into_iter().collect();
         let is_demand_near = self.host.ledger(|ledger| ledger.is_demand_near());
-        let has_room = pause(room, self.fillers) > PERIOD;
+        let has_room = room >= ROOMY;
         let mut stuck = Vec::new();
         // No copies: what a machine holds is freed when it is forgotten.
         let machines = governed.lock();
@@ -180,20 +184,27 @@ impl Governor<'_> {
     }
 }
 
-/// Processors that can fill a host with these online: guests may have more of them than this process.
-fn fillers(online: &str) -> u64 {
-    let known = parse_list(online).filter(|online| !online.is_empty());
-    known.map_or(FILLERS_MAX, |online| FILLERS_MAX.min(online.len() as u64))
+/// Processors that fill a host which has these. Where the kernel does not say, they are as many as matter.
+fn fillers(present: &str) -> u64 {
+    let known = parse_list(present).filter(|processors| !processors.is_empty());
+    known.map_or(FILLERS_MAX, |processors| FILLERS_MAX.min(processors.len() as u64))
 }
 
-/// How long the host needs not be looked at: as long as nobody can have come to the high mark.
+/// How long the host needs not be looked at: as long as nobody should have come to the high mark.
 fn pause(room: ByteCount, fillers: u64) -> Duration {
     filled_in(room, fillers).clamp(PERIOD, PERIOD_MAX)
 }
 
-/// In which time so many processors fill that at the earliest.
+/// How long it may be left alone as long as no pager does anything. Where there is none, nobody could be asked for anything.
+fn patience(room: ByteCount, was_quiet: bool, is_alone: bool, sample_period: Duration) -> Duration {
+    let quiet = filled_in(room, 1).min(PERIOD_QUIET).min(sample_period);
+    let alone = if is_alone { PERIOD_MAX } else { Duration::ZERO };
+    if was_quiet && room >= ROOMY { quiet.max(alone) } else { alone }
+}
+
+/// In which time so many processors fill that.
 fn filled_in(room: ByteCount, fillers: u64) -> Duration {
-    let periods = room.0 / (FILLED_MAX.0 * fillers);
+    let periods = room.0 / (FILLED_BY_ONE.0 * fillers);
     PERIOD.saturating_mul(u32::try_from(periods).unwrap_or(u32::MAX))
 }
 
@@ -357,6 +368,8 @@ mod tests {
     use plimsoll_core::ledger::{Kind, Terms};
     use plimsoll_types::GroupId;
 
+    const HOUR: Duration = Duration::from_secs(3600);
+
     #[test]
     fn a_machine_that_touches_nothing_is_sampled_ever_more_rarely_until_it_does_or_memory_is_short() {
         let mut samples = Samples::default();
@@ -379,7 +392,6 @@ mod tests {
                 ByteCount(0)
             }
         }
-        const HOUR: Duration = Duration::from_secs(3600);
         const CALLS: u32 = 100;
         let host = Host::new(Budget::within(ByteCount::mib(1 << 20)));
         let (governed, stop) = (Governed::default(), AtomicBool::new(false));
@@ -407,14 +419,14 @@ mod tests {
     #[test]
     fn a_host_is_looked_at_the_more_often_the_less_room_there_is() {
         assert_eq!(pause(ByteCount(0), 1), PERIOD);
-        assert_eq!(pause(FILLED_MAX, 1), PERIOD);
-        assert_eq!(pause(ByteCount(FILLED_MAX.0 * 3), 1), PERIOD * 3);
+        assert_eq!(pause(FILLED_BY_ONE, 1), PERIOD);
+        assert_eq!(pause(ByteCount(FILLED_BY_ONE.0 * 3), 1), PERIOD * 3);
         assert_eq!(pause(ByteCount(u64::MAX), 1), PERIOD_MAX);
     }
 
     #[test]
     fn a_host_of_more_processors_is_looked_at_more_often_up_to_what_memory_takes() {
-        let looked_at_every = |online| pause(ByteCount::mib(512), fillers(online));
+        let looked_at_every = |present| pause(ByteCount::mib(512), fillers(present));
         assert_eq!(looked_at_every("0\n"), PERIOD * 64);
         assert_eq!(looked_at_every("0-1\n"), PERIOD * 32);
         assert_eq!(looked_at_every("0,2-4\n"), PERIOD * 16);
@@ -423,6 +435,19 @@ mod tests {
         // Not known.
         for nonsense in ["", "many\n", "0-\n"] {
             assert_eq!(looked_at_every(nonsense), PERIOD * 8, "{nonsense:?}");
+        }
+    }
+
+    #[test]
+    fn a_host_is_left_alone_for_longer_where_it_has_room_and_nothing_happens_or_nobody_could_give() {
+        let patience = |mib, was_quiet, is_alone| patience(ByteCount::mib(mib), was_quiet, is_alone, HOUR);
+        assert_eq!(patience(1024, true, false), PERIOD * 128);
+        assert_eq!(patience(1 << 20, true, false), PERIOD_QUIET);
+        assert_eq!(patience(1 << 20, true, true), PERIOD_QUIET);
+        assert_eq!(patience(1 << 20, false, false), Duration::ZERO, "something happens");
+        assert_eq!(patience(100, true, false), Duration::ZERO, "it is nearly full");
+        for (mib, was_quiet) in [(0, false), (100, true), (1 << 20, false)] {
+            assert_eq!(patience(mib, was_quiet, true), PERIOD_MAX);
         }
     }
 
