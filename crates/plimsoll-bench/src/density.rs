@@ -20,7 +20,7 @@ use anyhow::Context;
 use fleet::{MEASURED, Outcome};
 use mix::{MIXES, Mix};
 use plimsoll_types::ByteCount;
-use score::{Work, jain, pooled, quantile_us};
+use score::{Work, jain, mean, pooled, quantile_us};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -194,17 +194,17 @@ fn run_once(row: &Row, way: Way, rows: &Path, interrupt: &Interrupt) -> Result<O
 }
 
 /// The figures of an outcome, against what the same guests did with enough memory.
-fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &Outcome) -> Figures {
+fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &[Work]) -> Figures {
     let sum = |works: &[Work]| works.iter().map(|work| work.operations_per_second).sum::<f64>();
     let against = |ours: f64, theirs: f64| ratio(ours, theirs).unwrap_or(0.0);
     let fared: Vec<f64> = outcome
         .works
         .iter()
-        .zip(&enough.works)
+        .zip(enough)
         .map(|(work, enough)| against(work.operations_per_second, enough.operations_per_second))
         .collect();
     let guaranteed = row.mix.roles().zip(&fared).filter(|(role, _)| role.reservation >= role.kept);
-    let (pooled, p99_enough) = (pooled(&outcome.works), quantile_us(&pooled(&enough.works), 0.99));
+    let (pooled, p99_enough) = (pooled(&outcome.works), quantile_us(&pooled(enough), 0.99));
     let p99 = quantile_us(&pooled, 0.99);
     // The time that as many operations take with enough memory is no stall.
     let time = |work: &Work, mean_us: f64| mean_us * work.operations_per_second;
@@ -212,13 +212,13 @@ fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &Outcome) -> Figures 
     let needed: f64 = outcome
         .works
         .iter()
-        .zip(&enough.works)
+        .zip(enough)
         .map(|(work, enough)| time(work, enough.mean_us.min(work.mean_us)))
         .sum();
     Figures {
         way,
         operations_per_second: sum(&outcome.works),
-        throughput: against(sum(&outcome.works), sum(&enough.works)),
+        throughput: against(sum(&outcome.works), sum(enough)),
         p50_us: quantile_us(&pooled, 0.5),
         p99_us: p99,
         p99: against(p99, p99_enough),
@@ -232,7 +232,7 @@ fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &Outcome) -> Figures 
     }
 }
 
-/// All runs of a row, each against enough memory as its own round begins with it.
+/// All runs of a row, each against those of its round with enough memory.
 fn measure(row: &Row, rows: &Path, interrupt: &Interrupt) -> Result<Vec<Figures>, BenchError> {
     let mut all = Vec::new();
     for _ in 0..row.rounds() {
@@ -255,8 +255,10 @@ fn measure_once(row: &Row, rows: &Path, interrupt: &Interrupt) -> Result<Vec<Fig
         }
         outcomes.push((way, outcome));
     }
-    let (_, enough) = outcomes.first().context("nothing was run")?;
-    Ok(outcomes.iter().map(|(way, outcome)| figures(*way, row, outcome, enough)).collect())
+    let with_enough =
+        outcomes.iter().filter(|(way, _)| *way == Way::Enough).map(|(_, outcome)| &outcome.works[..]);
+    let enough = mean(&with_enough.collect::<Vec<_>>());
+    Ok(outcomes.iter().map(|(way, outcome)| figures(*way, row, outcome, &enough)).collect())
 }
 
 fn print(row: &Row, all: &[Figures]) {
@@ -333,19 +335,19 @@ pub(crate) fn run(prefix: &str, folder: &Path, interrupt: &Interrupt) -> Result<
     {
         let all = measure(&row, &rows, interrupt)?;
         print(&row, &all);
+        let file = RowFile {
+            mix: row.mix.name.to_owned(),
+            overcommit: row.overcommit(),
+            budget_bytes: row.budget().0,
+            ways: all.clone(),
+        };
+        write_json(&file, row.path(&rows))?;
         for comparison in
             compare(&row, &all)?.into_iter().filter(|comparison| comparison.name().starts_with(prefix))
         {
             println!("  {comparison}");
             results.push(comparison);
         }
-        let file = RowFile {
-            mix: row.mix.name.to_owned(),
-            overcommit: row.overcommit(),
-            budget_bytes: row.budget().0,
-            ways: all,
-        };
-        write_json(&file, row.path(&rows))?;
     }
     if !results.is_empty() {
         let path = folder.join("density.svg");
@@ -384,4 +386,45 @@ fn panels(rows: &Path) -> anyhow::Result<Vec<(&'static str, Vec<plot::Point>)>> 
         }
     }
     Ok(panels)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_compared_within_its_rounds_and_never_across_them() {
+        let row = Row { mix: &MIXES[0], tenths: 20 };
+        assert_eq!(row.rounds(), ROUNDS);
+        assert_eq!(Row { mix: &MIXES[1], tenths: 30 }.rounds(), 1, "it has no goal");
+        // Each round is twice as fast as the one before it.
+        let one = |way, pace: f64| Figures {
+            way,
+            operations_per_second: match way {
+                Way::Enough => 100.0 * pace,
+                Way::Plimsoll => 90.0 * pace,
+                Way::Kernel => 60.0 * pace,
+                Way::Balloon => 1.0,
+            },
+            throughput: 1.0,
+            p50_us: 1.0,
+            p99_us: 2.0 / pace,
+            p99: 1.0,
+            fairness: 1.0,
+            stall: 0.0,
+            worst_guaranteed: None,
+            violations: 0,
+            swings: 0,
+            died: 0,
+            peak_bytes: 0,
+        };
+        let all: Vec<Figures> =
+            [1.0, 2.0, 4.0].into_iter().flat_map(|pace| ORDER.map(|way| one(way, pace))).collect();
+        let found: Vec<f64> = compare(&row, &all).unwrap().iter().map(Comparison::ratio).collect();
+        for (found, wanted) in found.iter().zip([0.9, 1.5, 1.0, 1.0]) {
+            assert!((found - wanted).abs() < 1e-9, "{found} is not {wanted}");
+        }
+        let lines: Vec<String> = compare(&row, &all).unwrap().iter().map(Comparison::to_string).collect();
+        assert!(lines.iter().all(|line| line.matches("A/A  0.0 %").count() == 1), "{lines:?}");
+    }
 }

@@ -92,6 +92,8 @@ pub(crate) struct Comparison {
     spread: f64,
     /// Where the ratio lies in 95 of 100 cases; none where there are too few runs to say.
     interval: Option<(f64, f64)>,
+    /// The ratio of each run, where the ratio is their median and they are too few for an interval; else nothing.
+    each: Vec<f64>,
     runs: Vec<Run>,
 }
 
@@ -110,15 +112,27 @@ impl Comparison {
         let pairs: Vec<_> = runs.iter().map(|run| (run.peer.value, run.peer_again.value)).collect();
         let Subject { name, unit, better, goal } = subject;
         let (ratio, spread) = (ratio(ours, peer)?, spread(&pairs)?);
-        Some(Self { name, ours, peer, unit, ratio, goal, better, spread, interval: None, runs })
+        Some(Self {
+            name,
+            ours,
+            peer,
+            unit,
+            ratio,
+            goal,
+            better,
+            spread,
+            interval: None,
+            each: Vec::new(),
+            runs,
+        })
     }
 
     /// Of a few long runs, each of which has its own ratio, to the mean of the peer before and after it.
     pub(crate) fn beside(subject: Subject, runs: Vec<Run>) -> anyhow::Result<Self> {
-        let ratios: Option<Vec<f64>> = runs.iter().map(|run| ratio(run.ours.value, run.beside())).collect();
+        let each: Option<Vec<f64>> = runs.iter().map(|run| ratio(run.ours.value, run.beside())).collect();
         let all = Self::new(subject, runs)?;
-        let ratio = ratios.and_then(|ratios| median(&ratios)).context("a ratio is not a number")?;
-        Ok(Self { ratio, ..all })
+        let each = each.unwrap_or_default();
+        Ok(Self { ratio: median(&each).unwrap_or(all.ratio), each, ..all })
     }
 
     /// Of what is the same every time, so that the peer against itself has no spread and one run says all.
@@ -191,6 +205,10 @@ impl fmt::Display for Comparison {
         write!(f, "  A/A {:>4.1} %", spread * 100.0)?;
         if let Some((low, high)) = self.interval {
             write!(f, "  95 % {low:.3} to {high:.3}")?;
+        }
+        if let [_, _, ..] = self.each[..] {
+            let each: Vec<String> = self.each.iter().map(|ratio| format!("{ratio:.2}")).collect();
+            write!(f, "  each {}", each.join(" "))?;
         }
         if let Some((ours, peer)) = self.cpu_seconds() {
             write!(f, "  CPU {ours:.3} s and {peer:.3} s")?;
@@ -346,7 +364,7 @@ pub(crate) mod tests {
     /// Every field of a line, and no other, as `docs/bench.md` has it.
     pub(crate) fn check_row(row: &Value) {
         let fields =
-            ["better", "goal", "interval", "name", "ours", "peer", "ratio", "runs", "spread", "unit"];
+            ["better", "each", "goal", "interval", "name", "ours", "peer", "ratio", "runs", "spread", "unit"];
         assert_eq!(keys(row), fields, "{row}");
         for text in ["name", "unit"] {
             assert!(row[text].as_str().is_some_and(|text| !text.is_empty()), "{text} of {row}");
@@ -358,6 +376,8 @@ pub(crate) mod tests {
         let ends = row["interval"].as_array().map(|ends| ends.len() == 2 && ends.iter().all(is_positive));
         assert!(ends.unwrap_or(row["interval"].is_null()), "{row}");
         let runs = row["runs"].as_array().unwrap();
+        let each = row["each"].as_array().unwrap();
+        assert!(each.iter().all(is_positive) && [0, runs.len()].contains(&each.len()), "{row}");
         assert!(!runs.is_empty(), "{row}");
         for run in runs {
             assert_eq!(keys(run), ["ours", "peer", "peer_again"]);
@@ -403,7 +423,7 @@ pub(crate) mod tests {
         };
         let found = Comparison::beside(higher("row", "ops/s", Some(0.95)), vec![run(1.0), run(2.0)]).unwrap();
         assert!((found.ratio - 0.9).abs() < 1e-9 && (found.spread - 0.5).abs() < 1e-9, "{found}");
-        assert!(found.interval.is_none() && found.to_string().ends_with("MISSED"), "{found}");
+        assert!(found.interval.is_none() && found.to_string().contains("each 0.90 0.90  goal"), "{found}");
         assert!(Comparison::beside(higher("row", "ops/s", None), Vec::new()).is_err());
         assert!(Comparison::beside(higher("row", "ops/s", None), vec![run(0.0)]).is_err());
     }
@@ -459,7 +479,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// All benchmarks give a [`Report`], whose lines come to be in these three ways.
+    /// All benchmarks give a [`Report`], whose lines come to be in these four ways.
     #[test]
     fn what_is_written_has_every_field_that_readers_rely_on_however_a_line_came_to_be() {
         #[derive(Serialize)]
@@ -467,11 +487,13 @@ pub(crate) mod tests {
             rounds: usize,
         }
         let sample = Sample { value: 2.0, cpu_seconds: Some(0.5) };
-        let slices = vec![Run { ours: sample, peer: sample, peer_again: sample }; 8];
+        let rounded = Run { ours: sample, peer: sample, peer_again: sample };
+        let slices = vec![rounded; 8];
         let results = vec![
             comparison(Better::Lower, 2.0),
             Comparison::paired(higher("slow", "ops/s", None), slices, 0.25).unwrap(),
             Comparison::exact(lower("map", "instructions/page", Some(1.0)), 25.0, 190.0).unwrap(),
+            Comparison::beside(higher("row", "ops/s", None), vec![rounded; 2]).unwrap(),
         ];
         let report = Report::new(Machine::here(), &Settings { rounds: 3 }, &["a note"], results).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -481,13 +503,20 @@ pub(crate) mod tests {
         check_report(&json);
         assert_eq!(json["settings"]["rounds"], 3);
         let column = |field| json["results"].as_array().unwrap().iter().map(move |row| row[field].clone());
-        assert_eq!(column("better").collect::<Vec<_>>(), ["lower", "higher", "lower"]);
+        assert_eq!(column("better").collect::<Vec<_>>(), ["lower", "higher", "lower", "higher"]);
         assert_eq!(
             column("goal").map(|goal| goal.as_f64()).collect::<Vec<_>>(),
-            [Some(2.0), None, Some(1.0)]
+            [Some(2.0), None, Some(1.0), None]
         );
-        assert_eq!(column("interval").map(|ends| ends.is_null()).collect::<Vec<_>>(), [true, false, true]);
+        assert_eq!(
+            column("interval").map(|ends| ends.is_null()).collect::<Vec<_>>(),
+            [true, false, true, true]
+        );
         let runs = column("runs").map(|runs| runs.as_array().map(Vec::len));
-        assert_eq!(runs.collect::<Vec<_>>(), [Some(3), Some(8), Some(1)]);
+        assert_eq!(runs.collect::<Vec<_>>(), [Some(3), Some(8), Some(1), Some(2)]);
+        assert_eq!(
+            column("each").map(|each| each.as_array().map(Vec::len)).collect::<Vec<_>>(),
+            [0, 0, 0, 2].map(Some)
+        );
     }
 }

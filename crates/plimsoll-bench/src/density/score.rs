@@ -48,6 +48,23 @@ impl Work {
     }
 }
 
+/// What guests did in all of these runs, guest by guest.
+pub(super) fn mean(runs: &[&[Work]]) -> Vec<Work> {
+    let guests = runs.iter().map(|works| works.len()).min().unwrap_or(0);
+    let guest = |nth: usize| {
+        let works = || runs.iter().filter_map(move |works| works.get(nth));
+        let latency = pooled(works());
+        Work {
+            operations_per_second: works().map(|work| work.operations_per_second).sum::<f64>()
+                / float(runs.len() as u64),
+            mean_us: mean_us(&latency),
+            has_died: works().any(|work| work.has_died),
+            latency,
+        }
+    };
+    (0..guests).map(guest).collect()
+}
+
 /// All histograms as one.
 pub(super) fn pooled<'a>(works: impl IntoIterator<Item = &'a Work>) -> BTreeMap<u64, u64> {
     let mut all = BTreeMap::new();
@@ -145,6 +162,20 @@ mod tests {
         let after = summary(100, 2, &[]);
         let work = Work::between(&summary(0, 1, &[]), &after, Some(Duration::from_secs(10)));
         assert!((work.operations_per_second - 10.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_mean_of_runs_is_each_guests_own() {
+        let run = |slow, fast| {
+            [(slow, 1000), (fast, 3000)].map(|(operations, floor)| {
+                Work::between(&summary(0, 0, &[]), &summary(operations, 1, &[(floor, operations)]), None)
+            })
+        };
+        let mean = mean(&[&run(10, 100), &run(30, 300)]);
+        let figures: Vec<_> =
+            mean.iter().map(|work| (work.operations_per_second, work.latency.clone())).collect();
+        assert_eq!(figures, [(20.0, BTreeMap::from([(1000, 40)])), (200.0, BTreeMap::from([(3000, 400)]))]);
+        assert!(super::mean(&[]).is_empty());
     }
 
     #[test]
