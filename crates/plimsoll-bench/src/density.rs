@@ -113,6 +113,9 @@ struct Figures {
     violations: u64,
     swings: u64,
     died: usize,
+    /// In use on average, and at most.
+    #[serde(default)]
+    mean_bytes: u64,
     peak_bytes: u64,
 }
 
@@ -228,7 +231,8 @@ fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &[Work]) -> Figures {
         violations: outcome.violations,
         swings: outcome.swings,
         died: outcome.works.iter().filter(|work| work.has_died).count(),
-        peak_bytes: outcome.peak.0,
+        mean_bytes: outcome.used.mean().0,
+        peak_bytes: outcome.used.peak.0,
     }
 }
 
@@ -264,7 +268,7 @@ fn measure_once(row: &Row, rows: &Path, interrupt: &Interrupt) -> Result<Vec<Fig
 fn print(row: &Row, all: &[Figures]) {
     println!("{}, budget {}", row.name(), row.budget());
     println!(
-        "  {:<14} {:>9} {:>6} {:>7} {:>7} {:>7} {:>5} {:>6} {:>6} {:>5} {:>5} {:>4} {:>8}",
+        "  {:<14} {:>9} {:>6} {:>7} {:>7} {:>7} {:>5} {:>6} {:>6} {:>5} {:>5} {:>4} {:>8} {:>8}",
         "way",
         "ops/s",
         "of (d)",
@@ -277,17 +281,18 @@ fn print(row: &Row, all: &[Figures]) {
         "viol.",
         "swing",
         "died",
+        "mean",
         "peak"
     );
     for figures in all {
         let Figures { way, operations_per_second, throughput, p50_us, p99_us, p99, fairness, stall, .. } =
             figures;
         let worst = figures.worst_guaranteed.map_or("-".to_owned(), |worst| format!("{worst:.2}"));
-        let peak = ByteCount(figures.peak_bytes).to_string();
+        let [mean, peak] = [figures.mean_bytes, figures.peak_bytes].map(|bytes| ByteCount(bytes).to_string());
         let Figures { violations, swings, died, .. } = figures;
         println!(
             "  {:<14} {operations_per_second:>9.0} {throughput:>6.2} {p50_us:>7.2} {p99_us:>7.1} {p99:>7.2} {fairness:>5.2} {:>5.1}% \
-             {worst:>6} {violations:>5} {swings:>5} {died:>4} {peak:>8}",
+             {worst:>6} {violations:>5} {swings:>5} {died:>4} {mean:>8} {peak:>8}",
             way.about(),
             stall * 100.0
         );
@@ -416,6 +421,7 @@ mod tests {
             violations: 0,
             swings: 0,
             died: 0,
+            mean_bytes: 0,
             peak_bytes: 0,
         };
         let all: Vec<Figures> =

@@ -146,21 +146,45 @@ pub(super) struct Outcome {
     pub(super) violations: u64,
     /// Targets that moved back and forth.
     pub(super) swings: u64,
-    /// The most memory in use while time was taken, zram's included.
+    /// Memory in use while time was taken, zram's included.
+    pub(super) used: Used,
+}
+
+/// What looks found in use.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Used {
+    /// The most.
     pub(super) peak: ByteCount,
+    /// Over time.
+    byte_micros: u128,
+    micros: u128,
+}
+
+impl Used {
+    /// So much, for so long.
+    fn note(&mut self, now: ByteCount, elapsed: Duration) {
+        self.peak = self.peak.max(now);
+        self.micros += elapsed.as_micros();
+        self.byte_micros += u128::from(now.0) * elapsed.as_micros();
+    }
+
+    /// On average.
+    pub(super) fn mean(&self) -> ByteCount {
+        ByteCount(u64::try_from(self.byte_micros / self.micros.max(1)).unwrap_or(u64::MAX))
+    }
 }
 
 struct Fleet<'a> {
     members: Vec<Member>,
     way: &'a mut dyn Host,
     interrupt: &'a Interrupt,
-    /// The most that was in use.
-    peak: ByteCount,
+    /// In use since it was cleared.
+    used: Used,
 }
 
 /// Runs the guests of a mix under a way.
 pub(super) fn run(mix: &Mix, way: &mut dyn Host, interrupt: &Interrupt) -> Result<Outcome, BenchError> {
-    let mut fleet = Fleet { members: Vec::new(), way, interrupt, peak: ByteCount(0) };
+    let mut fleet = Fleet { members: Vec::new(), way, interrupt, used: Used::default() };
     for (nth, role) in mix.roles().enumerate() {
         let guest = fleet.way.admit(role, role.config(nth))?;
         fleet.members.push(Member::new(role, guest));
@@ -185,7 +209,7 @@ impl Fleet<'_> {
         self.interrupt.check()?;
         self.members.iter_mut().try_for_each(Member::listen)?;
         self.way.tick(&mut self.members)?;
-        self.peak = self.peak.max(self.way.used());
+        self.used.note(self.way.used(), begun.elapsed().max(PERIOD));
         std::thread::sleep(PERIOD.saturating_sub(begun.elapsed()));
         Ok(())
     }
@@ -235,7 +259,7 @@ impl Fleet<'_> {
         self.begin(|begins| begins != Begins::Warm);
         let start = Instant::now();
         let (mut violations, mut swings) = (0, Swings::default());
-        self.peak = ByteCount(0);
+        self.used = Used::default();
         let mut refaults: Vec<u64> = self.refaults();
         while start.elapsed() < MEASURED {
             self.go_on(LOOK_EVERY)?;
@@ -254,7 +278,7 @@ impl Fleet<'_> {
             Work::between(before, &member.last, member.died.as_ref().map(|_| start.elapsed()))
         };
         let works = self.members.iter().zip(&before).map(work).collect();
-        Ok(Outcome { works, violations, swings: swings.count, peak: self.peak })
+        Ok(Outcome { works, violations, swings: swings.count, used: self.used })
     }
 
     fn refaults(&self) -> Vec<u64> {
@@ -277,4 +301,18 @@ impl Fleet<'_> {
 fn is_cheated(member: &Member, came_back: u64) -> bool {
     came_back >= WANTING
         && member.has().is_some_and(|has| has + UNCOUNTED < ByteCount(member.due().0 / 10 * 9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_use_on_average_goes_by_how_long_it_was() {
+        let mut used = Used::default();
+        assert_eq!((used.mean(), used.peak), (ByteCount(0), ByteCount(0)));
+        used.note(ByteCount(300), Duration::from_secs(3));
+        used.note(ByteCount(100), Duration::from_secs(1));
+        assert_eq!((used.mean(), used.peak), (ByteCount(250), ByteCount(300)));
+    }
 }
