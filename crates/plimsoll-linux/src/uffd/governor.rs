@@ -121,7 +121,7 @@ impl Governor<'_> {
             governed.iter().filter(|(_, one)| one.orders.is_spared()).map(|(id, _)| *id).collect()
         };
         if governed.lock().is_empty() {
-            // Nothing is charged meanwhile, so that this look does not err, and it may be long since the one before.
+            // Nobody is charged for a page meanwhile: this look does not err, and it may be long since the one before.
             self.overheads.clear();
         }
         let (asked, room) = ask(self.host, meter, &mut self.overheads, &self.watched, spared);
