@@ -129,10 +129,10 @@ impl Comparison {
 
     /// Of a few long runs, each of which has its own ratio, to the mean of the peer before and after it.
     pub(crate) fn beside(subject: Subject, runs: Vec<Run>) -> anyhow::Result<Self> {
-        let each: Option<Vec<f64>> = runs.iter().map(|run| ratio(run.ours.value, run.beside())).collect();
         let all = Self::new(subject, runs)?;
-        let each = each.unwrap_or_default();
-        Ok(Self { ratio: median(&each).unwrap_or(all.ratio), each, ..all })
+        let each: Option<Vec<f64>> = all.runs.iter().map(|run| ratio(run.ours.value, run.beside())).collect();
+        let found = each.and_then(|each| Some(Self { ratio: median(&each)?, each, ..all }));
+        found.context("a ratio is not a positive number")
     }
 
     /// Of what is the same every time, so that the peer against itself has no spread and one run says all.

@@ -81,10 +81,11 @@ pub(super) fn govern(
     let mut seen = None;
     while !stop.load(Ordering::Relaxed) {
         let served = host.bustle().served();
-        let room = governor.look(&mut *meter, Instant::now());
+        // Who comes after this is counted after that, so that it is not slept through.
+        let is_alone = governed.lock().is_empty();
+        let room = governor.look(is_alone, &mut *meter, Instant::now());
         let pause = pause(room, fillers);
         let was_quiet = seen.replace(served) == Some(served);
-        let is_alone = governed.lock().is_empty();
         let patience = patience(room, was_quiet, is_alone, sample_period);
         let is_long = patience > pause && is_quiet(host.bustle(), served);
         std::thread::park_timeout(if is_long { patience } else { pause });
@@ -113,14 +114,14 @@ struct Governor<'a> {
 
 impl Governor<'_> {
     /// Looks at the host, and at each machine if there is anything to be said to any, or has not been for a while. Says what there is
-    /// below the high mark.
-    fn look(&mut self, meter: &mut dyn Meter, now: Instant) -> ByteCount {
+    /// below the high mark. Where nobody can be asked it is alone.
+    fn look(&mut self, is_alone: bool, meter: &mut dyn Meter, now: Instant) -> ByteCount {
         let governed = self.governed;
         let spared = || {
             let governed = governed.lock();
             governed.iter().filter(|(_, one)| one.orders.is_spared()).map(|(id, _)| *id).collect()
         };
-        if governed.lock().is_empty() {
+        if is_alone {
             // Nobody is charged for a page meanwhile: this look does not err, and it may be long since the one before.
             self.overheads.clear();
         }
