@@ -105,7 +105,7 @@ pub mod tree;
 pub mod view;
 
 pub use costs::Costs;
-pub use decide::{PolicyState, decide};
+pub use decide::{PolicyState, decide, limits::SLIVER};
 pub use ladder::{Rung, Rungs};
 pub use part::Ppm;
 pub use plan::{Action, Note, Plan, Position, Step};

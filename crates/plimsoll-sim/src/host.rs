@@ -5,8 +5,8 @@
 //!
 //! # How long a step is
 //!
-//! The daemon decides every second, and so does this, while anything moves: while something that was asked for is not
-//! done, or a balloon leaves too little room. When nothing does, the policy is at a fixed point, which it
+//! The daemon decides every second, and so does this, while anything moves: while something that was asked for, 64 pages of a
+//! machine or more, is not done, or a balloon leaves too little room. When nothing does, the policy is at a fixed point, which it
 //! keeps on constant input, so deciding again brings nothing. Then the next decision is at the next event (a demand that
 //! jumps, a restart), at most five minutes away, in which no smooth curve moves by more than 2 %, and never so far away
 //! that on the way

@@ -23,7 +23,7 @@ use plimsoll_core::sampler::Sampler;
 use plimsoll_policy::Costs;
 use plimsoll_policy::settings::{Face, Hold, MachineSettings, Terms};
 use plimsoll_policy::view::{GuestStatistics, MachineView, Phase, Reading};
-use plimsoll_policy::{Ppm, Rung, Rungs};
+use plimsoll_policy::{Ppm, Rung, Rungs, SLIVER};
 use plimsoll_types::{ByteCount, GroupId, MachineId, PageCount, PageIndex};
 
 /// Nanoseconds of a millisecond.
@@ -326,9 +326,10 @@ impl<'a> Machine<'a> {
         [boot, self.class.curve.jumps(now, self.seed)].into_iter().flatten().min()
     }
 
-    /// Something that was asked for is not done yet.
+    /// Something that was asked for is not done yet. Not a few pages: so many are asked for all the time where others' demands rise
+    /// smoothly, since what is due to it sinks by as many, and nothing waits to be decided then.
     pub(crate) fn is_busy(&self) -> bool {
-        self.balloon != self.asked || self.is_stalled || self.orders.iter().any(|order| *order > PageCount(0))
+        self.balloon != self.asked || self.is_stalled || self.orders.iter().any(|order| *order >= SLIVER)
     }
 
     /// What the host sees of it; what was counted starts anew.

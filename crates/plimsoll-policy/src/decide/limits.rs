@@ -28,7 +28,7 @@ use plimsoll_types::{ByteCount, GroupId, PageCount};
 
 /// Fewer pages are not worth a request each second: what it costs to move as many is for the most part what a call costs,
 /// however many it moves (1.4 us a page in batches of 64, 7.4 in batches of 8: FACTS).
-const SLIVER: PageCount = PageCount(64);
+pub const SLIVER: PageCount = PageCount(64);
 
 /// What a machine is to give for a limit.
 #[derive(Clone, Copy, Debug)]
