@@ -30,10 +30,11 @@ use ways::{Alone, Host};
 /// What guests own for each byte of the budget, in tenths.
 const OVERCOMMIT_TENTHS: [u64; 4] = [10, 15, 20, 30];
 
-const NOTES: [&str; 6] = [
+const NOTES: [&str; 7] = [
     "overcommit is the guests' RAM over the budget; the budget holds the VMMs, the manager and zram, too",
     "a throughput is the sum of all guests' operations a second; a p99 is that of all their operations together",
     "stall is the part of operations' time that they would not have taken with enough memory",
+    "guaranteed is how the guest fared that fared worst of those whose reservation holds all they keep; the peer's is that of a run with enough memory",
     "fairness is Jain's index of what each guest did against what it did with enough memory",
     "KSM scans 1000 pages every 20 ms, so that it has merged what it can when time is taken",
     "the balloon loop runs a cycle in one second instead of ten, with the kernel's reclaim and KSM beneath it, as hosts have it",
@@ -172,12 +173,18 @@ impl Row {
         let kernel = at_two.then_some(if beats { 1.3 } else { 1.0 });
         let throughput: Figure = |figures| figures.operations_per_second;
         let p99: Figure = |figures| figures.p99_us;
-        vec![
+        // One that did nothing at all is the worst there can be, and a ratio needs a number.
+        let worst: Figure = |figures| figures.worst_guaranteed.unwrap_or(0.0).max(0.001);
+        let is_guaranteed = self.mix.roles().any(|role| role.reservation >= role.kept);
+        let guaranteed = (higher(&name("guaranteed-enough"), "of (d)", Some(0.95)), Way::Enough, worst);
+        let mut subjects = vec![
             (higher(&name("throughput-enough"), "ops/s", sparse.then_some(0.95)), Way::Enough, throughput),
             (higher(&name("throughput-kernel"), "ops/s", kernel), Way::Kernel, throughput),
             (lower(&name("p99-enough"), "us", None), Way::Enough, p99),
             (lower(&name("p99-kernel"), "us", at_two.then_some(1.0)), Way::Kernel, p99),
-        ]
+        ];
+        subjects.extend(is_guaranteed.then_some(guaranteed));
+        subjects
     }
 }
 
@@ -396,6 +403,17 @@ fn panels(rows: &Path) -> anyhow::Result<Vec<(&'static str, Vec<plot::Point>)>> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_row_whose_guests_work_within_reservations_has_a_goal_for_the_worst_of_them() {
+        let goal = |mix| {
+            let subjects = Row { mix, tenths: 30 }.subjects();
+            let subject = subjects.iter().find(|(subject, ..)| subject.name.ends_with("/guaranteed-enough"));
+            subject.and_then(|(subject, ..)| subject.goal)
+        };
+        let goals: Vec<_> = MIXES.iter().filter_map(|mix| Some((mix.name, goal(mix)?))).collect();
+        assert_eq!(goals, [("noisy-neighbour", 0.95)]);
+    }
 
     #[test]
     fn a_row_is_compared_within_its_rounds_and_never_across_them() {

@@ -9,6 +9,7 @@ use plimsoll_linux::zram::{self, ZramError, ZramSwap};
 use plimsoll_sys::pidfd::Signal;
 use plimsoll_sys::swap::SwapPriority;
 use plimsoll_types::ByteCount;
+use std::time::{Duration, Instant};
 
 /// Whether the comparison can be made on this host. What killed runs have left is removed first.
 pub(crate) fn check_host() -> Result<(), BenchError> {
@@ -50,11 +51,14 @@ const HELD_STEPS: usize = 16;
 ///
 /// A limit that guests meet at work cannot be kept: while somebody lowers it they find nothing that could be taken, and this
 /// kernel kills one (docs/bench.md). So nobody meets it, and what is used may be above it until the next look.
-pub(crate) fn hold_to(cgroup: &MemoryCgroup, limit: ByteCount, who: &[&Guest]) {
+///
+/// Returns how long that took.
+pub(crate) fn hold_to(cgroup: &MemoryCgroup, limit: ByteCount, who: &[&Guest]) -> Duration {
     let used = || cgroup.used().unwrap_or_default();
     if used().0 <= limit.0 - limit.0 / 128 {
-        return;
+        return Duration::ZERO;
     }
+    let begun = Instant::now();
     signal(who, Signal::STOP);
     let goal = limit.0 - limit.0 / 64;
     // That of cgroup v1 takes effect once what is in use fits.
@@ -62,6 +66,7 @@ pub(crate) fn hold_to(cgroup: &MemoryCgroup, limit: ByteCount, who: &[&Guest]) {
     (0..HELD_STEPS).take_while(|_| used().0 > goal && take().is_ok()).for_each(drop);
     let _ = lift(cgroup, limit);
     signal(who, Signal::CONT);
+    begun.elapsed()
 }
 
 /// Sets a limit so far above that one that nobody meets it.

@@ -58,6 +58,11 @@ impl Member {
         self.answered >= self.role.start().len()
     }
 
+    /// Whether it is at work on no more than it was promised.
+    pub(super) fn is_within_reservation(&self) -> bool {
+        self.is_alive() && self.has_started() && self.has().is_some_and(|has| has <= self.role.reservation)
+    }
+
     /// What it cannot be denied: what it was promised and has use for.
     fn due(&self) -> ByteCount {
         self.role.reservation.min(self.role.kept)

@@ -6,7 +6,9 @@
 //! **Which back end.** A machine at rest hands its memory to the pager: it is stored once where others have the same, and packed. All
 //! others stay with the kernel, because a page comes back from zram in a fifth of the time: those are sampled from outside, and
 //! each has a memory cgroup of its own whose limit is what [`split`] makes of what it is entitled to, so that a machine which grows
-//! pays for it itself. KSM runs over those while memory is short, and until what is there is merged. Memory that a guest has free is
+//! pays for it itself. One that is held while others keep within what they were promised then stands still until the first look after
+//! [`PAYS`] times as long as that took, so that it and what is reclaimed in its place have no more of the processors together than one
+//! machine. KSM runs over the kernel's machines while memory is short and pages stay long enough to be merged, and until what is there is. Memory that a guest has free is
 //! taken from its allocator ([`FreeFrames`]) without asking, and what else it is to give by its balloon, both in pieces of 2 MiB.
 //!
 //! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
@@ -52,6 +54,12 @@ const SAMPLE_PERIOD: Duration = Duration::from_secs(2);
 const SCANS: u64 = 3;
 /// So many pages of one machine that come back in a second, 3 ms of waiting, are worth ksmd's time. Of a sample there are fewer.
 const WANTING: u64 = 256;
+/// In so many seconds KSM at [`KSM_RATE`] has looked at all memory twice, 768 MiB if all of it is there, and so merged what it can. Where
+/// pages stay for less than that, on average, it is not worth its time.
+const MERGES_IN_S: u64 = 8;
+/// How many times as long a machine stands still as it takes to reclaim in its place. Chosen: once as long was too little for the
+/// neighbours in `noisy-neighbour/3.0` (docs/bench.md).
+const PAYS: u32 = 3;
 /// A machine that starts has begun to get its memory when it takes up so much.
 const BEGUN: ByteCount = ByteCount::mib(1);
 /// What a guest waits for a page out of zram.
@@ -78,6 +86,8 @@ struct Machine {
     elsewhere: PageCount,
     returned: u64,
     waited: Duration,
+    /// Until when it stands still for what was reclaimed in its place.
+    pays_until: Option<Instant>,
     /// What its balloon was asked for.
     balloon: ByteCount,
 }
@@ -184,10 +194,13 @@ impl Plimsoll {
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
         let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
         let plan = decide(&view, &mut self.state);
-        // What others run all the time is run while guests wait for want of memory, and while one gets its memory, which nobody has looked
-        // through yet.
+        // What others run all the time is run while guests wait for want of memory that stays for a while, and while one gets its memory,
+        // which nobody has looked through yet.
         let is_new = |machine: &MachineView| machine.phase == Phase::Starting && machine.consumed >= BEGUN;
-        let is_wanting = |machine: &MachineView| machine.returned.0 >= WANTING;
+        let is_wanting = |machine: &MachineView| {
+            let resident = machine.consumed.saturating_sub(machine.stored).pages_floor();
+            machine.returned.0 >= WANTING && machine.returned.0 * MERGES_IN_S <= resident.0
+        };
         let is_short = plan.state != HostState::High;
         let merges = view.machines.iter().any(|machine| is_new(machine) || is_short && is_wanting(machine));
         // What came of it is in the next view.
@@ -250,21 +263,40 @@ impl Plimsoll {
     }
 
     /// Keeps each of the kernel's machines to what it is entitled to, and what the others leave; and none to less than it was promised.
-    fn hold(&self, members: &[Member]) {
-        let mut cgroups = Vec::new();
+    fn hold(&mut self, members: &[Member]) {
+        let is_within =
+            |(machine, member): (&Machine, &Member)| !machine.is_paged() && member.is_within_reservation();
+        let is_any_within = self.machines.iter().zip(members).any(is_within);
+        let mut held = Vec::new();
         let mut sharers = Vec::new();
-        for (machine, member) in self.machines.iter().zip(members) {
+        for (machine, member) in self.machines.iter_mut().zip(members) {
             let Keeper::Kernel { cgroup, .. } = &machine.keeper else { continue };
             let Some(part) = machine.part else { continue };
             let uses = cgroup.used().unwrap_or_default();
             sharers.push(Sharer { uses, part: part.max(PART_MIN) });
-            cgroups.push((cgroup, member, member.least(uses).max(PART_MIN)));
+            held.push((cgroup, &mut machine.pays_until, member, member.least(uses).max(PART_MIN)));
         }
         let theirs: ByteCount = sharers.iter().map(|sharer| sharer.uses).sum();
         let others = self.cage.cgroup.used().unwrap_or_default().saturating_sub(theirs);
         let room = self.budget.saturating_sub(self.cage.held() + others);
-        for ((cgroup, member, least), limit) in cgroups.into_iter().zip(split(room, &sharers)) {
-            hold_to(cgroup, limit.max(least), &[&member.guest]);
+        for ((cgroup, pays_until, member, least), limit) in held.into_iter().zip(split(room, &sharers)) {
+            let who = [&member.guest];
+            // One that pays stands still already.
+            let took = hold_to(cgroup, limit.max(least), if pays_until.is_some() { &[] } else { &who });
+            if is_any_within && took > Duration::ZERO && !member.is_within_reservation() {
+                signal(&who, Signal::STOP);
+                let now = Instant::now();
+                *pays_until = Some(pays_until.unwrap_or(now).max(now) + took * PAYS);
+            }
+        }
+    }
+
+    /// Those that stand still for what was reclaimed in their place go on when their time is over, at this look and no earlier.
+    fn let_go(&mut self, members: &[Member]) {
+        for (machine, member) in self.machines.iter_mut().zip(members) {
+            if machine.pays_until.take_if(|until| *until <= Instant::now()).is_some() {
+                signal(&[&member.guest], Signal::CONT);
+            }
         }
     }
 }
@@ -387,6 +419,7 @@ impl Host for Plimsoll {
             elsewhere: PageCount(0),
             returned: 0,
             waited: Duration::ZERO,
+            pays_until: None,
             balloon: ByteCount(0),
         });
         Ok(guest)
@@ -394,13 +427,19 @@ impl Host for Plimsoll {
 
     fn tick(&mut self, members: &mut [Member]) -> Result<(), BenchError> {
         self.free.turn(members);
+        self.let_go(members);
         // Those that grow stand still meanwhile. Each is pressed by its own limit: one over all takes from whom it finds first, whatever was
         // promised to that one.
         let grown = self.growth.of(members);
         let grown = if self.cage.is_full() { &grown[..] } else { &[] };
         signal(grown, Signal::STOP);
         self.hold(members);
-        signal(grown, Signal::CONT);
+        let pays = |guest: &&Guest| {
+            let mut paying =
+                self.machines.iter().zip(&*members).filter(|(machine, _)| machine.pays_until.is_some());
+            paying.any(|(_, member)| std::ptr::eq(&member.guest, *guest))
+        };
+        signal(&grown.iter().copied().filter(|guest| !pays(guest)).collect::<Vec<_>>(), Signal::CONT);
         if self.decided.elapsed() >= DECIDE_EVERY {
             self.turn(members)?;
         }
