@@ -8,8 +8,9 @@
 //! each has a memory cgroup of its own whose limit is what [`split`] makes of what it is entitled to, so that a machine which grows
 //! pays for it itself. One that is held while others keep within what they were promised then stands still until the first look after
 //! [`PAYS`] times as long as that took, so that it and what is reclaimed in its place have no more of the processors together than one
-//! machine. KSM runs over the kernel's machines while memory is short and pages stay long enough to be merged, and until what is there is. Memory that a guest has free is
-//! taken from its allocator ([`FreeFrames`]) without asking, and what else it is to give by its balloon, both in pieces of 2 MiB.
+//! machine. KSM runs over the kernel's machines while memory is short and pages stay long enough to be merged, and until what is there
+//! is. Memory that a guest has free is taken from its allocator ([`FreeFrames`]) without asking, and what else it is to give by its
+//! balloon, both in pieces of 2 MiB.
 //!
 //! **What the policy is shown.** The host is the budget and half of what has to stay free on such a host: so everything
 //! may be used, and at the budget the host is *soft*, in which pages are compressed.
