@@ -18,7 +18,7 @@ use crate::session::{BenchError, Interrupt};
 use crate::swap::check_host;
 use anyhow::Context;
 use fleet::{MEASURED, Outcome};
-use mix::{MIXES, Mix};
+use mix::{MIXES, Mix, Role};
 use plimsoll_types::ByteCount;
 use score::{Work, jain, mean, pooled, quantile_us};
 use serde::{Deserialize, Serialize};
@@ -175,7 +175,7 @@ impl Row {
         let p99: Figure = |figures| figures.p99_us;
         // One that did nothing at all is the worst there can be, and a ratio needs a number.
         let worst: Figure = |figures| figures.worst_guaranteed.unwrap_or(0.0).max(0.001);
-        let is_guaranteed = self.mix.roles().any(|role| role.reservation >= role.kept);
+        let is_guaranteed = self.mix.roles().any(Role::is_guaranteed);
         let guaranteed = (higher(&name("guaranteed-enough"), "of (d)", Some(0.95)), Way::Enough, worst);
         let mut subjects = vec![
             (higher(&name("throughput-enough"), "ops/s", sparse.then_some(0.95)), Way::Enough, throughput),
@@ -213,7 +213,7 @@ fn figures(way: Way, row: &Row, outcome: &Outcome, enough: &[Work]) -> Figures {
         .zip(enough)
         .map(|(work, enough)| against(work.operations_per_second, enough.operations_per_second))
         .collect();
-    let guaranteed = row.mix.roles().zip(&fared).filter(|(role, _)| role.reservation >= role.kept);
+    let guaranteed = row.mix.roles().zip(&fared).filter(|(role, _)| role.is_guaranteed());
     let (pooled, p99_enough) = (pooled(&outcome.works), quantile_us(&pooled(enough), 0.99));
     let p99 = quantile_us(&pooled, 0.99);
     // The time that as many operations take with enough memory is no stall.

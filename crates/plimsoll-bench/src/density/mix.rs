@@ -108,6 +108,11 @@ impl Mix {
 }
 
 impl Role {
+    /// Whether it was promised all that it keeps.
+    pub(super) fn is_guaranteed(&self) -> bool {
+        self.reservation >= self.kept
+    }
+
     /// Its machine, the nth of its fleet.
     pub(super) fn config(&self, nth: usize) -> VmmConfig {
         let seed = SEED + nth as u64;
