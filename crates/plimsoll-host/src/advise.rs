@@ -206,7 +206,7 @@ fn simulate(ticks: &[Tick], tree: Tree) -> Fate {
                 * 1_000_000;
         before_ms = Some(tick.view.now_ms);
         let recorded: u64 = tick.view.machines.iter().map(|machine| machine.consumed.0).sum();
-        let pool = recorded + tick.view.free.0;
+        let pool = (recorded + tick.view.free.0).saturating_sub(tick.view.overdrawn.0);
         let mut machines = Vec::with_capacity(tick.view.machines.len());
         let is_here: Vec<MachineId> = tick.plan.machines.iter().map(|machine| machine.machine).collect();
         held.retain(|id, _| is_here.contains(id));
@@ -235,8 +235,9 @@ fn simulate(ticks: &[Tick], tree: Tree) -> Fate {
                 ..MachineView::new(seen.machine, ByteCount(*has))
             });
         }
-        let free = ByteCount(pool.saturating_sub(held.values().sum()));
-        let view = HostView { now_ms: tick.view.now_ms, total: tick.view.total, free, machines };
+        let used: u64 = held.values().sum();
+        let (free, overdrawn) = (ByteCount(pool.saturating_sub(used)), ByteCount(used.saturating_sub(pool)));
+        let view = HostView { free, overdrawn, machines, ..tick.view };
         for action in decide(&view, &mut state).actions {
             if let (Step::Take { frees, .. }, Some(has)) = (action.step, held.get_mut(&action.machine)) {
                 *has = has.saturating_sub(frees.0);

@@ -9,6 +9,8 @@
 //!   oscillates, moves back and forth by more than 5 % within a minute, only where there is no other way: a guarantee, a
 //!   limit, a host at its end, or a sum that is more than there is although everybody else has given way. Then all that are
 //!   held give way by the same part, and no further than is needed.
+//! * What all machines share is measured, and may be more for a moment: pages are merged that are soon written again. No target that
+//!   exists is raised on that before it has been there for a minute, or two ([`Lately`]), but for a guarantee.
 //!
 //! What is taken, and what is granted, goes by the target and by what is due now, whichever is more. So a machine that
 //! stalls waits for nothing while its target is held, and loses nothing.
@@ -17,7 +19,7 @@ use crate::part::Ppm;
 use alloc::vec::Vec;
 use core::cmp::Ordering;
 use core::fmt;
-use plimsoll_types::PageCount;
+use plimsoll_types::{ByteCount, PageCount};
 
 /// Changes that are not worth making, in parts of the target. MOM moves a balloon by at most as much at a time.
 pub const DEAD_BAND: Ppm = Ppm::percent(5);
@@ -26,6 +28,8 @@ pub const REVERSAL_MS: u64 = 60_000;
 /// By how much it may within that, and what it may have moved the other way without being held. Half of the dead band, so
 /// that a target that sinks to the half in a minute has not oscillated either.
 pub const SHIVER: Ppm = Ppm(DEAD_BAND.0 / 2);
+/// What machines share is not more than the least of late where it is more by less than such a part.
+const NOISE: u64 = 64;
 /// Movements one way within so long are remembered as one.
 const AT_ONCE_MS: u64 = REVERSAL_MS / 4;
 
@@ -40,7 +44,7 @@ pub enum Hold {
         /// How long ago.
         ago_ms: u64,
     },
-    /// The others' targets leave it no room; those that sink make some.
+    /// The others' targets leave it no room of what has been there for a while; those that sink make some.
     NoRoom,
 }
 
@@ -49,8 +53,39 @@ impl fmt::Display for Hold {
         match *self {
             Self::Small => write!(f, "the difference is at most {DEAD_BAND}"),
             Self::Reversal { ago_ms } => write!(f, "it moved the other way {} s ago", ago_ms / 1000),
-            Self::NoRoom => f.write_str("the others' targets leave no room yet"),
+            Self::NoRoom => f.write_str("the others' targets, or what there was of late, leave no room yet"),
         }
+    }
+}
+
+/// The least that all machines shared of late: in the minute under way and in the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) struct Lately {
+    /// All memory of the host, and how many machines were seen: what comes or goes with these is no matter of a moment.
+    of: (ByteCount, usize),
+    begun_ms: u64,
+    least: PageCount,
+    /// In the minute before.
+    before: PageCount,
+}
+
+impl Lately {
+    /// With what they share now. What they share when machines come or go does not count: their memory may be counted where they are not.
+    pub(crate) fn with(known: Option<Self>, of: (ByteCount, usize), budget: PageCount, now_ms: u64) -> Self {
+        let Some(known) = known.filter(|known| known.of == of) else {
+            return Self { of, begun_ms: now_ms, least: PAGES_MAX, before: PAGES_MAX };
+        };
+        match now_ms.saturating_sub(known.begun_ms) {
+            0..REVERSAL_MS => Self { least: known.least.min(budget), ..known },
+            _ => Self { of, begun_ms: now_ms, least: budget, before: known.least },
+        }
+    }
+
+    /// What targets are raised up to: what differs by less is noise, and moves none far.
+    pub(crate) fn most(&self) -> PageCount {
+        let least = self.least.min(self.before);
+        PageCount(least.0.saturating_add(least.0 / NOISE))
     }
 }
 

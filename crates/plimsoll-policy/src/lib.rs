@@ -31,7 +31,7 @@
 //!    of it; nothing is taken from a machine, or asked of its balloon, that would leave it less, what its guest has free apart.
 //! 2. **Memory is neither invented nor left lying.** Entitlements sum to the budget to the page, or everyone has all
 //!    it may have. Targets never exceed the budget, unless more is guaranteed than there is: then that is said, and
-//!    guarantees are kept. What is above a limit is taken however short the host is or is not, and whatever targets are held
+//!    guarantees are kept. Where machines have more than there is, as on a part of a host, the budget is what there is. What is above a limit is taken however short the host is or is not, and whatever targets are held
 //!    at, or it is said that it cannot be; the machines of a group give together what is above its limit, and for it no more
 //!    than that.
 //! 3. **The auction is what it says:** page by page to the highest price. More shares, or more memory, never bring
@@ -45,7 +45,8 @@
 //!    5 % of noise no target moves more than 5 % back and forth within a minute. On any input one moves only
 //!    towards what is due, so it swings by no more than that does, and only where there is no other way: up to what it is
 //!    guaranteed, or down while the host is at its end (*low*), while targets on the host, or in a group around it, are all
-//!    that may be there, or while such a group takes up more than its limit.
+//!    that may be there, or while such a group takes up more than its limit. But for what is guaranteed, no target is raised
+//!    on more, by a 64th, than all machines have shared for a minute.
 //! 7. **Bad numbers harm nobody else.** Missing, stale, negative or absurd samples are named, and the others' targets
 //!    stay the same.
 //! 8. **A recorded decision replays** to the bit, from JSON.

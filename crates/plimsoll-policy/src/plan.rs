@@ -73,7 +73,7 @@ pub struct Position {
 pub struct Plan {
     /// How short of memory the host is.
     pub state: HostState,
-    /// What all machines share.
+    /// What all machines share: what they have and what is free, less what they have beyond what there is, and what is kept free.
     pub budget: ByteCount,
     /// What to do, in this order: memory is freed before any is granted.
     pub actions: Vec<Action>,

@@ -18,8 +18,29 @@ pub struct HostView {
     pub total: ByteCount,
     /// Memory that could be given out at once.
     pub free: ByteCount,
+    /// What is used beyond `total` where that is a part of a host, beyond which there is more: 0 while anything is free.
+    #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "is_nothing"))]
+    pub overdrawn: ByteCount,
     /// The running machines, in any order.
     pub machines: Vec<MachineView>,
+}
+
+impl HostView {
+    /// A host of `total`, of which so much is used: by machines and by whatever else there is.
+    pub fn of(now_ms: u64, total: ByteCount, used: ByteCount, machines: Vec<MachineView>) -> Self {
+        Self {
+            now_ms,
+            total,
+            free: total.saturating_sub(used),
+            overdrawn: used.saturating_sub(total),
+            machines,
+        }
+    }
+}
+
+#[cfg(feature = "serde")]
+fn is_nothing(size: &ByteCount) -> bool {
+    *size == ByteCount(0)
 }
 
 /// How far a machine's guest has come.

@@ -113,12 +113,12 @@ impl<'a> Host<'a> {
             guests: Vec::with_capacity(placed.len()),
             absent,
             stops,
-            view: HostView {
-                now_ms: 0,
-                total: scenario.hosts.capacity.total,
-                free: ByteCount(0),
-                machines: Vec::with_capacity(placed.len()),
-            },
+            view: HostView::of(
+                0,
+                scenario.hosts.capacity.total,
+                ByteCount(0),
+                Vec::with_capacity(placed.len()),
+            ),
             wants: Vec::with_capacity(placed.len()),
             now: Millis(0),
             overhead: ByteCount(0),
@@ -146,10 +146,14 @@ impl<'a> Host<'a> {
         self.record
     }
 
-    fn free(&self) -> ByteCount {
+    fn used(&self) -> ByteCount {
         let consumed: ByteCount =
             self.guests.iter().map(|guest| guest.machine.consumed(&self.scenario.physics)).sum();
-        self.capacity.total.saturating_sub(self.capacity.own + self.overhead + consumed)
+        self.capacity.own + self.overhead + consumed
+    }
+
+    fn free(&self) -> ByteCount {
+        self.capacity.total.saturating_sub(self.used())
     }
 
     fn place_of(&self, id: MachineId) -> Result<usize, usize> {
@@ -215,7 +219,8 @@ impl<'a> Host<'a> {
 
     fn look(&mut self) {
         self.view.now_ms = self.now.0;
-        self.view.free = self.free();
+        let (total, used) = (self.capacity.total, self.used());
+        (self.view.free, self.view.overdrawn) = (total.saturating_sub(used), used.saturating_sub(total));
         self.view.machines.clear();
         let Scenario { estimator, physics, .. } = self.scenario;
         for guest in &mut self.guests {

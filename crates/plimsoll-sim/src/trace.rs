@@ -232,7 +232,7 @@ impl Record {
         let view = &self.ticks[0].view;
         let consumed: ByteCount = view.machines.iter().map(|machine| machine.consumed).sum();
         // Measured, so that whatever else uses the host's memory needs no estimate.
-        let own = view.total.saturating_sub(view.free + consumed);
+        let own = (view.total + view.overdrawn).saturating_sub(view.free + consumed);
         let none =
             Overheads { tables_per_page: 0, page_tables_per_page: 0, store_per_page: 0, vmm: ByteCount(0) };
         // Up to and with the first second that is not before the last decision.

@@ -37,8 +37,7 @@ fn what_the_recorder_writes_is_decided_again_and_simulated() {
             rungs: Rungs::NONE.with(Rung::Compress).with(Rung::Balloon),
             ..MachineView::new(MachineId(id), MIB(480))
         };
-        let view =
-            HostView { now_ms, total: MIB(1024), free: MIB(40), machines: vec![machine(1), machine(2)] };
+        let view = HostView::of(now_ms, MIB(1024), MIB(984), vec![machine(1), machine(2)]);
         let plan = decide(&view, &mut state);
         let refused = |action: &plimsoll_policy::Action| Outcome {
             machine: action.machine,

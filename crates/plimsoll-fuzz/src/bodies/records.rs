@@ -67,8 +67,7 @@ fn decisions() -> String {
     let mut text = json!({ "settings": basis }).to_string() + "\n";
     for (second, consumed) in [1000, 900, 800].into_iter().enumerate() {
         let machines = vec![machine(1, consumed, 100), machine(2, 500, 450)];
-        let free = total.saturating_sub(ByteCount::mib(consumed + 500));
-        let view = HostView { now_ms: second as u64 * 1000, total, free, machines };
+        let view = HostView::of(second as u64 * 1000, total, ByteCount::mib(consumed + 500), machines);
         let plan = decide(&view, &mut state);
         let tick = Tick { view, plan, outcomes: Vec::new(), overheads: Vec::new() };
         text += &(json!({ "tick": tick }).to_string() + "\n");

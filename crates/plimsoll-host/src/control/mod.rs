@@ -482,7 +482,7 @@ impl Control {
         let before = self.policy.host_state();
         if self.hurry.is_none() && before < HostState::Hard {
             // What machines have grown by since the last turn only a meter tells.
-            let (total, free) = (self.pool.total(), self.pool.free(ByteCount(0)));
+            let (total, (free, _)) = (self.pool.total(), self.pool.room(ByteCount(0)));
             self.hurry = (before.next(free, total) >= HostState::Hard).then_some(Hurry::Short);
         }
         self.hurry
@@ -524,8 +524,8 @@ impl Control {
         let machines = self.observe(now, &mut events);
         let consumed = machines.iter().map(|machine| machine.consumed.0).fold(0, u64::saturating_add);
         let now_ms = u64::try_from(now.saturating_duration_since(self.epoch).as_millis()).unwrap_or(u64::MAX);
-        let (total, free) = (self.pool.total(), self.pool.free(ByteCount(consumed)));
-        let view = HostView { now_ms, total, free, machines };
+        let (free, overdrawn) = self.pool.room(ByteCount(consumed));
+        let view = HostView { now_ms, total: self.pool.total(), free, overdrawn, machines };
         self.begin_record(&mut events);
         let plan = decide(&view, &mut self.policy);
         let outcomes = self.apply(&view, &plan, now, &mut events);

@@ -83,7 +83,7 @@ mod tests {
 
     fn view(consumed: u64) -> HostView {
         let machines = vec![MachineView::new(MachineId(1), ByteCount(consumed))];
-        HostView { now_ms: 0, total: ByteCount::mib(64), free: ByteCount::mib(32), machines }
+        HostView::of(0, ByteCount::mib(64), ByteCount::mib(32), machines)
     }
 
     fn plan(state: HostState) -> Plan {

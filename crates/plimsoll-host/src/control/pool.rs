@@ -43,10 +43,11 @@ impl Pool {
         self.total = total;
     }
 
-    /// What is free while machines take up so much.
-    pub(super) fn free(&mut self, consumed: ByteCount) -> ByteCount {
-        let used = self.meter.as_mut().map_or(consumed, |meter| meter.used().max(consumed));
-        self.total.saturating_sub(used)
+    /// What is free while machines take up so much, and what is used beyond a pool that is a part of a host. Of a whole host
+    /// nothing is: machines that were merged from outside are each said to take up what they have between them.
+    pub(super) fn room(&mut self, consumed: ByteCount) -> (ByteCount, ByteCount) {
+        let used = self.meter.as_mut().map_or(consumed, |meter| meter.used());
+        (self.total.saturating_sub(used.max(consumed)), used.saturating_sub(self.total))
     }
 }
 

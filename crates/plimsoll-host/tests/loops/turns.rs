@@ -2,6 +2,7 @@
 use super::fake::{Fake, Host, MIB, SECOND, body, settings, target};
 use plimsoll_host::backend::Trouble;
 use plimsoll_host::control::{Control, Event, Happened, Hurry, PERIOD, Pool, Wakers, run};
+use plimsoll_policy::host_state::min_free;
 use plimsoll_policy::settings::Settings;
 use plimsoll_policy::{Costs, Reason, Rung, Step};
 use plimsoll_types::{ByteCount, MachineId};
@@ -29,6 +30,17 @@ fn memory_goes_from_who_does_not_use_it_to_who_does_and_stays_there() {
             turn.plan.machines.iter().map(|machine| machine.target).sum::<ByteCount>() <= turn.plan.budget
         );
     }
+}
+
+/// What machines may use is a part of a host: what is beyond it is there, and they have grown into it.
+#[test]
+fn machines_that_have_outgrown_their_part_of_a_host_are_to_come_down_to_it() {
+    let mut host = Host::new(1024, &[(1024, 0, 900, 900), (1024, 0, 900, 900)]);
+    let turn = host.turn();
+    assert_eq!((turn.view.free, turn.view.overdrawn), (MIB(0), MIB(1800 - 1024)));
+    assert_eq!(turn.plan.budget, MIB(1024).saturating_sub(min_free(MIB(1024))).pages_floor().bytes());
+    let targets = host.ids.iter().map(|id| target(&turn, *id)).sum::<ByteCount>();
+    assert!(targets <= turn.plan.budget, "{targets} of {}", turn.plan.budget);
 }
 
 #[test]

@@ -122,7 +122,7 @@ impl Decider {
         let machines = machines.collect();
         let memory = host.pool.memory.borrow();
         let (total, used) = (memory.total().bytes(), memory.used().bytes());
-        HostView { now_ms: now / self.ticks_per_ms, total, free: total.saturating_sub(used), machines }
+        HostView::of(now / self.ticks_per_ms, total, used, machines)
     }
 }
 

@@ -55,13 +55,15 @@ pub(crate) fn at_host(view: &HostView, state: &mut PolicyState, findings: &mut F
     let before_ms = state.decided_ms.unwrap_or(now_ms);
     if now_ms < before_ms {
         findings.note_host(Reason::ClockWentBack { from_ms: before_ms, to_ms: now_ms });
+        state.lately = None;
     }
     // Whoever went back stays there until the clock has caught up: what was remembered is not from the future.
     let now_ms = now_ms.max(before_ms);
     let before = state.host;
     state.host = before.next(free, total);
     state.decided_ms = Some(now_ms);
-    let host = Host { now_ms, elapsed_ms: now_ms - before_ms, total, free, state: state.host };
+    let (elapsed_ms, overdrawn) = (now_ms - before_ms, view.overdrawn);
+    let host = Host { now_ms, elapsed_ms, total, free, overdrawn, state: state.host };
     if state.host != before {
         findings.note_host(Reason::StateChanged { from: before, room: host.room(state.host.line(total)) });
     }

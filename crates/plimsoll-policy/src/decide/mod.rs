@@ -18,7 +18,7 @@ pub(crate) mod moves;
 pub(crate) mod targets;
 
 use crate::balloon::Balloon;
-use crate::damper::Damper;
+use crate::damper::{Damper, Lately};
 use crate::demand::Use;
 use crate::host_state::HostState;
 use crate::plan::{Action, Note, Plan};
@@ -37,6 +37,9 @@ pub struct PolicyState {
     tree: Tree,
     host: HostState,
     decided_ms: Option<u64>,
+    /// Older records have none: what they share at first counts.
+    #[cfg_attr(feature = "serde", serde(default))]
+    lately: Option<Lately>,
     machines: BTreeMap<MachineId, Remembered>,
 }
 
@@ -56,7 +59,7 @@ pub(crate) struct Remembered {
 impl PolicyState {
     /// A state that remembers nothing yet.
     pub const fn new(tree: Tree) -> Self {
-        Self { tree, host: HostState::High, decided_ms: None, machines: BTreeMap::new() }
+        Self { tree, host: HostState::High, decided_ms: None, lately: None, machines: BTreeMap::new() }
     }
 
     /// The settings in force.
@@ -100,6 +103,7 @@ pub(crate) struct Host {
     pub(crate) elapsed_ms: u64,
     pub(crate) total: ByteCount,
     pub(crate) free: ByteCount,
+    pub(crate) overdrawn: ByteCount,
     pub(crate) state: HostState,
 }
 
@@ -125,12 +129,8 @@ pub(crate) struct Host {
 ///     rungs: Rungs::NONE.with(Rung::Compress),
 ///     ..MachineView::new(MachineId(id), ByteCount::mib(consumed_mib))
 /// };
-/// let view = HostView {
-///     now_ms: 0,
-///     total: ByteCount::mib(16 << 10),
-///     free: ByteCount::mib(400),
-///     machines: vec![machine(1, 7680, 512), machine(2, 7680, 7680)],
-/// };
+/// let (total, used) = (ByteCount::mib(16 << 10), ByteCount::mib(15_984));
+/// let view = HostView::of(0, total, used, vec![machine(1, 7680, 512), machine(2, 7680, 7680)]);
 /// let plan = decide(&view, &mut state);
 /// // 400 MiB free are too few for a host of 16 GiB, which keeps 655: the idle machine gives what is missing.
 /// let [first, ..] = &plan.actions[..] else { panic!("nothing to do") };
@@ -152,7 +152,8 @@ pub fn decide(view: &HostView, state: &mut PolicyState) -> Plan {
     let mut findings = Findings::default();
     let host = look::at_host(view, state, &mut findings);
     let seen = look::at_machines(view, &host, state, &mut findings);
-    let budget = targets::budget(&host, &seen);
+    let budget = targets::budget(&host, view, &seen);
+    state.lately = Some(Lately::with(state.lately, (host.total, seen.len()), budget, host.now_ms));
     let entitled = targets::entitle(budget, &seen, &state.tree, &mut findings);
     let aims = targets::aim(&host, budget, &seen, state, &mut findings);
     moves::take(&host, &seen, &aims, state, &mut findings);

@@ -13,9 +13,10 @@ use crate::plan::{Action, Position, Step};
 use crate::reason::{self, Reason};
 use crate::settings::Hold;
 use crate::tree::{GroupIndex, Tree};
+use crate::view::HostView;
 use alloc::vec;
 use alloc::vec::Vec;
-use plimsoll_types::PageCount;
+use plimsoll_types::{ByteCount, PageCount};
 
 /// What a machine is to come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,11 +34,15 @@ impl Aim {
     }
 }
 
-/// What all machines share: what they have and what is free, less what has to stay free. Measured, so that whatever
-/// else uses the host's memory needs no estimate.
-pub(crate) fn budget(host: &Host, seen: &[Seen<'_>]) -> PageCount {
+/// What all machines share: what they have and what is free, less what they have too much and what has to stay free.
+/// Measured, so that whatever else uses the host's memory needs no estimate. What a machine is said to have that cannot be
+/// decided about is not the others' to give back.
+pub(crate) fn budget(host: &Host, view: &HostView, seen: &[Seen<'_>]) -> PageCount {
     let used: PageCount = seen.iter().map(|machine| machine.view.consumed.pages_ceil()).sum();
-    (used + host.free.pages_floor()).saturating_sub(min_free(host.total).pages_ceil())
+    let shown = view.machines.iter().map(|machine| machine.consumed.0).fold(0, u64::saturating_add);
+    let unseen = ByteCount(shown).saturating_sub(used.bytes());
+    let overdrawn = host.overdrawn.saturating_sub(unseen).pages_ceil();
+    (used + host.free.pages_floor()).saturating_sub(min_free(host.total).pages_ceil() + overdrawn)
 }
 
 /// What each machine would have a right to if all wanted all they may have, in the order of `seen`.
@@ -181,7 +186,7 @@ impl Move {
 /// If what is held above its due leaves too little, for what is held elsewhere or for those who stall, it gives way: on the
 /// host, or in the group whose limit it is, all of it by the same part, and no further than is needed. What has just risen is
 /// held longest, since it would move back and forth: whoever is to rise waits for it, and it gives way only where nothing else
-/// is left to. What remains is for those that rise, those who stall first, each in proportion.
+/// is left to. What remains of what has been there for a while is for those that rise, those who stall first, each in proportion.
 ///
 /// So it does where a group takes up more than its limit and could not come down to it: a machine is taken to its due or its
 /// target, whichever is more, and where one is held while another one is due more these sum to more than the limit.
@@ -215,6 +220,7 @@ fn settle(
     let less = |_, to: PageCount, by| to.saturating_sub(by);
     sums.give_way(&mut moves, |index, one| beyond(one, held(index, one)), |_, one| one.to + one.urgent, less);
     sums.give_way(&mut moves, |index, one| beyond(one, dues[index]), |_, one| one.to, less);
+    sums.budget = state.lately.map_or(budget, |lately| lately.most().min(budget));
     for (one, part) in sums.parts(&moves, |one| one.urgent) {
         moves[one].to += part;
     }

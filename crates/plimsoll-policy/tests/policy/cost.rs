@@ -46,6 +46,7 @@ fn host(machines: u32) -> (HostView, PolicyState) {
         now_ms: 0,
         total: MIB(u64::from(machines) * 3000),
         free: MIB(u64::from(machines)),
+        overdrawn: MIB(0),
         machines: (0..machines).map(shown).collect(),
     };
     (view, PolicyState::new(Tree::new(settings).unwrap()))

@@ -163,10 +163,12 @@ fn shown() -> impl Strategy<Value = MachineView> {
 pub(crate) fn moment() -> impl Strategy<Value = HostView> {
     let machines = prop::collection::vec(shown(), 0..=MACHINES as usize + 2);
     let now = prop_oneof![9 => 0..200_000u64, 1 => any::<u64>()];
-    (now, 1..8192u64, 0..3000u64, machines).prop_map(|(now_ms, total, free, machines)| HostView {
+    let room = prop_oneof![9 => 0..3000i64, 1 => -3000..0i64];
+    (now, 1..8192u64, room, machines).prop_map(|(now_ms, total, room, machines)| HostView {
         now_ms,
         total: ByteCount(total * MIB),
-        free: ByteCount(free * MIB),
+        free: ByteCount(room.max(0).unsigned_abs() * MIB),
+        overdrawn: ByteCount(room.min(0).unsigned_abs() * MIB),
         machines,
     })
 }
@@ -599,6 +601,7 @@ proptest! {
         let mut view = view;
         view.total.0 /= 64;
         view.free.0 /= 64;
+        view.overdrawn.0 /= 64;
         for machine in &mut view.machines {
             machine.consumed.0 /= 64;
             machine.active = machine.active.map(|reading| Reading { bytes: reading.bytes / 64, ..reading });
@@ -642,7 +645,7 @@ fn groups_keep_within_their_limits_and_have_their_reservations() {
             ..MachineView::new(MachineId(id), mib(500))
         })
         .collect();
-    let view = HostView { now_ms: 0, total: mib(3000), free: mib(180), machines };
+    let view = HostView { now_ms: 0, total: mib(3000), free: mib(180), overdrawn: mib(0), machines };
     let plan = decide(&view, &mut PolicyState::new(Tree::new(settings).unwrap()));
     let of = |ids: &[u32]| -> u64 {
         let is_of = |id: &MachineId| ids.contains(&id.0);

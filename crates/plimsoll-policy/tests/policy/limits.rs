@@ -31,7 +31,7 @@ fn nested(limits: &[u64], machines: impl IntoIterator<Item = MachineSettings>) -
 
 /// A host that has plenty.
 fn plenty(machines: Vec<MachineView>) -> HostView {
-    HostView { now_ms: 0, total: MIB(64 << 10), free: MIB(32 << 10), machines }
+    HostView::of(0, MIB(64 << 10), MIB(32 << 10), machines)
 }
 
 fn decided(settings: Settings, view: &HostView) -> Plan {
@@ -260,7 +260,7 @@ proptest! {
         let settings = [limited(1, 8192, limit), machine(2, 8192, 0, 1000)];
         let settings = Settings { machines: settings.to_vec(), ..Settings::new(MIB(1 << 20)) };
         let keeps = if rung == Rung::Compress { settings.costs.0[rung as usize].keeps } else { Ppm::ZERO };
-        let plan = decided(settings, &HostView { now_ms: 0, total, free: MIB(free), machines });
+        let plan = decided(settings, &HostView { now_ms: 0, total, free: MIB(free), overdrawn: MIB(0), machines });
         let most = ByteCount(keeps.rest().apply(MIB(movable).0));
         let above = MIB(consumed.saturating_sub(limit));
         let taken = frees(&plan, 1);

@@ -46,8 +46,8 @@ impl Minute {
 fn swung(minutes: &mut BTreeMap<MachineId, Minute>, now_ms: u64, plan: &Plan) -> Vec<(MachineId, ByteCount)> {
     let swing = |one: &plimsoll_policy::Position| {
         let minute = minutes.entry(one.machine).or_default();
-        let before = minute.target?;
-        minute.swings(now_ms, one.target).then_some((one.machine, before))
+        let before = minute.target;
+        minute.swings(now_ms, one.target).then_some((one.machine, before?))
     };
     plan.machines.iter().filter_map(swing).collect()
 }
@@ -194,7 +194,7 @@ fn nothing_is_taken_below_what_is_due_nor_below_where_a_target_is_held() {
     let mut state = PolicyState::new(crate::world::tree(&settings));
     let mut decided = |second: u64, free, machines| {
         let (now_ms, total, free) = (second * 1000, MIB(16 << 10), MIB(free));
-        decide(&HostView { now_ms, total, free, machines }, &mut state)
+        decide(&HostView { now_ms, total, free, overdrawn: MIB(0), machines }, &mut state)
     };
     decided(0, 8000, vec![view(1, 1000, 1000), view(2, 3000, 3000)]);
     decided(1, 8000, vec![view(1, 2000, 2000), view(2, 3000, 3000)]);
@@ -210,12 +210,40 @@ fn nothing_is_taken_below_what_is_due_nor_below_where_a_target_is_held() {
 fn a_target_that_has_just_sunk_is_held_though_its_machine_stalls() {
     let mut state = PolicyState::new(crate::world::tree(&[machine(1, 4096, 0, 1000)]));
     let mut decided = |second: u64, one| {
-        let view =
-            HostView { now_ms: second * 1000, total: MIB(16 << 10), free: MIB(8000), machines: vec![one] };
+        let view = HostView::of(second * 1000, MIB(16 << 10), MIB(8384), vec![one]);
         target(&decide(&view, &mut state), 1)
     };
     decided(0, view(1, 2000, 2000));
     assert_eq!(decided(1, view(1, 1000, 1000)), MIB(1000));
     let risen = decided(2, plimsoll_policy::view::MachineView { stalled: STALLED, ..view(1, 1500, 1500) });
     assert!(risen > MIB(1000) && risen <= MIB(1025), "{risen}");
+}
+
+/// Pages were merged, and are written again: for some seconds there is more, and everybody waits for it. What stays is shared out.
+#[test]
+fn what_is_there_for_some_seconds_raises_no_target_that_would_sink_again() {
+    let settings = [1, 2, 3, 4].map(|id| machine(id, 4096, 0, 1000));
+    let machines = [1, 2, 3, 4].map(|id| view(id, 900, 2000));
+    // 656 MiB of 16 GiB stay free.
+    let mut world = World::new(16 << 10, 0, &settings, machines.to_vec());
+    let mut minutes = BTreeMap::new();
+    let mut decided = |shared: u64| {
+        world.pool = MIB(shared + 656);
+        (1..=4).for_each(|id| world.machine(id).stalled = STALLED);
+        let now_ms = world.view.now_ms;
+        let plan = world.step();
+        assert_eq!(swung(&mut minutes, now_ms, &plan), [], "at {now_ms}");
+        target(&plan, 1)
+    };
+    let before = decided(3600);
+    for shared in [3600, 3950, 3850, 3700, 3600] {
+        decided(shared);
+    }
+    assert!(decided(3600) >= before.saturating_sub(MIB(20)), "as much as before, or nearly");
+    // Nor a minute after the least there ever was.
+    for second in 0..200 {
+        decided(if (57..63).contains(&second) { 3950 } else { 3601 });
+    }
+    (0..130).for_each(|_| assert!(decided(4000) >= before.saturating_sub(MIB(20))));
+    assert!(decided(4000) >= MIB(980), "a quarter of what has been there for two minutes");
 }

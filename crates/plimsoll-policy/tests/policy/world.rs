@@ -57,7 +57,8 @@ impl World {
         settings: &[MachineSettings],
         machines: Vec<MachineView>,
     ) -> Self {
-        let view = HostView { now_ms: 0, total: MIB(total), free: ByteCount(0), machines };
+        let view =
+            HostView { now_ms: 0, total: MIB(total), free: ByteCount(0), overdrawn: ByteCount(0), machines };
         let mut world = Self { pool: MIB(total - own), view, state: PolicyState::new(tree(settings)) };
         world.settle();
         world
@@ -74,6 +75,7 @@ impl World {
     fn settle(&mut self) {
         let used: ByteCount = self.view.machines.iter().map(|machine| machine.consumed).sum();
         self.view.free = self.pool.saturating_sub(used);
+        self.view.overdrawn = used.saturating_sub(self.pool);
     }
 
     /// Decides, does what is decided, and lets a second pass.

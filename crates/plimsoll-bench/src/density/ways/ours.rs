@@ -193,7 +193,7 @@ impl Plimsoll {
         let machines = self.look(members, elapsed)?;
         let (total, used) = (host_of(self.budget), self.cage.used());
         let now_ms = u64::try_from(self.started.elapsed().as_millis())?;
-        let view = HostView { now_ms, total, free: total.saturating_sub(used), machines };
+        let view = HostView::of(now_ms, total, used, machines);
         let plan = decide(&view, &mut self.state);
         // What others run all the time is run while guests wait for want of memory that stays for a while, and while one gets its memory,
         // which nobody has looked through yet.
