@@ -31,9 +31,9 @@
 //!    of it; nothing is taken from a machine, or asked of its balloon, that would leave it less, what its guest has free apart.
 //! 2. **Memory is neither invented nor left lying.** Entitlements sum to the budget to the page, or everyone has all
 //!    it may have. Targets never exceed the budget, unless more is guaranteed than there is: then that is said, and
-//!    guarantees are kept. Where machines have more than there is, as on a part of a host, the budget is what there is. What is above a limit is taken however short the host is or is not, and whatever targets are held
-//!    at, or it is said that it cannot be; the machines of a group give together what is above its limit, and for it no more
-//!    than that.
+//!    guarantees are kept. Where machines have more than there is, as on a part of a host, the budget is what there is.
+//!    What is above a limit is taken however short the host is or is not, and whatever targets are held at, or it is said
+//!    that it cannot be; the machines of a group give together what is above its limit, and for it no more than that.
 //! 3. **The auction is what it says:** page by page to the highest price. More shares, or more memory, never bring
 //!    less.
 //! 4. **Idle memory is taxed:** at equal shares it moves from who does not use it to who does.
