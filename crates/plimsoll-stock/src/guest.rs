@@ -9,6 +9,7 @@ use crate::kernel::{Kernel, KernelError};
 use crate::libvirt::{Domain, Libvirt, LibvirtError};
 use crate::monitor::{Monitor, MonitorError};
 use crate::options::Options;
+use crate::protocol::Command;
 use crate::qemu::{Birth, PROGRAM, Qemu};
 use crate::ram::{self, RamError};
 use crate::wire::{Wire, WireError};
@@ -171,10 +172,13 @@ impl Guest {
         Ok(Self { console, runner: Runner::Process { monitor, qemu }, options, files })
     }
 
+    /// Waits until it has booted, and has done what it does from the start: memory is worked on in the order in which that was asked for.
     fn wait_ready(&mut self, patience: Duration) -> Result<(), GuestError> {
-        let files = &self.files;
-        self.console
+        let (files, console) = (&self.files, &mut self.console);
+        console
             .wait_ready(patience)
+            .and_then(|()| console.ask(Command::Alloc { pages: 0 }, patience))
+            .map(|_| ())
             .map_err(|source| GuestError::NotReady { logs: files.logs(), source })
     }
 

@@ -62,7 +62,7 @@ pub struct Options {
     pub seed: u64,
     /// What kinds of pages it has.
     pub mix: Mix,
-    /// What it does from the start, in this order.
+    /// What it does from the start, in this order. It has started when that is done, or under way where it has no end.
     pub work: Vec<Command>,
     /// Its disk.
     pub disk: Option<Arc<Disk>>,
@@ -74,7 +74,7 @@ pub struct Options {
     pub arguments: Vec<String>,
     /// Further words on the kernel's command line.
     pub parameters: Vec<String>,
-    /// How long it may take to boot.
+    /// How long it may take to boot, and as long again for its first work.
     pub patience: Duration,
 }
 

@@ -56,6 +56,25 @@ fn a_plain_guest_boots_works_and_leaves_nothing_behind() {
     assert!(!folder.exists() && !disk.exists());
 }
 
+/// Whoever looks at it from outside would find less than it has otherwise, and the more so the slower the machine is.
+#[test]
+fn a_guest_that_has_started_has_the_memory_it_was_started_with() {
+    const ALL: u64 = 25_000;
+    if !can(&["qemu", "cloud-kernel"]) {
+        return;
+    }
+    let _alone = alone();
+    let mut options = options(4);
+    options.work = vec![Command::Alloc { pages: ALL }];
+    let mut guest = Guest::start(options).unwrap();
+    let backed = |guest: &Guest| procfs::smaps_rollup(guest.process()).unwrap().anonymous;
+    let started = backed(&guest);
+    assert_eq!(sweep(&mut guest), 0);
+    let grown = backed(&guest).saturating_sub(started).pages_ceil();
+    println!("XX {started} grown {grown}");
+    assert!(grown.0 < ALL / 10, "{grown} came after it had started");
+}
+
 #[test]
 fn the_working_set_is_what_was_touched_since_the_last_report() {
     if !can(&["qemu", "cloud-kernel"]) {

@@ -236,7 +236,7 @@ fn a_domain_of_libvirts_is_attached_to_by_its_name() {
     assert!(dossier["rungs"]["kernel-paging"].is_null(), "{dossier}");
 
     let (status, lines, words) = Manager::attach(&[&name, "--reclaim", "24M"]).end();
-    assert!(status.success(), "{words}");
+    assert!(status.success(), "{lines:?} {words}");
     let ended = lines.last().unwrap();
     assert_eq!((&ended["how"], &ended["wanted"]), (&"once".into(), &(24 << 20).into()), "{ended}");
     assert!(bytes(ended, "taken") >= 24 << 20, "{ended}");

@@ -468,10 +468,8 @@ fn an_interface_that_fails_is_told_of_once_and_its_machine_is_managed_without() 
     let _swap = swap(ByteCount::mib(512));
     let mut options = Options::new(ByteCount::mib(256));
     options.seed = 69;
+    options.work = vec![Command::Alloc { pages: 30_000 }, Command::Hot { pages: 500, per_second: 100 }];
     let mut guest = Guest::start(options).unwrap();
-    // It has all this before it is looked at: a slow one that is still allocating is within its budget by itself.
-    ask(&mut guest, Command::Alloc { pages: 30_000 });
-    ask(&mut guest, Command::Hot { pages: 500, per_second: 100 });
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("qmp");
     let liar = Liar::start(&socket, &guest.qmp(), ByteCount::mib(256).0, Lie::Nothing);
