@@ -10,7 +10,7 @@
 //!   limit, a host at its end, or a sum that is more than there is although everybody else has given way. Then all that are
 //!   held give way by the same part, and no further than is needed.
 //! * What all machines share is measured, and may be more for a moment: pages are merged that are soon written again. No target that
-//!   exists is raised on that before it has been there for a minute, or two ([`Lately`]), but for a guarantee.
+//!   exists is raised on that before it has been there for a minute, or two (`Lately`), but for a guarantee.
 //!
 //! What is taken, and what is granted, goes by the target and by what is due now, whichever is more. So a machine that
 //! stalls waits for nothing while its target is held, and loses nothing.
