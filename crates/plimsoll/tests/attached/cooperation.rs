@@ -468,7 +468,7 @@ fn an_interface_that_fails_is_told_of_once_and_its_machine_is_managed_without() 
     let _swap = swap(ByteCount::mib(512));
     let mut options = Options::new(ByteCount::mib(256));
     options.seed = 69;
-    options.work = vec![Command::Alloc { pages: 30_000 }, Command::Hot { pages: 500, per_second: 100 }];
+    options.work = vec![Command::Alloc { pages: 38_000 }, Command::Hot { pages: 500, per_second: 100 }];
     let mut guest = Guest::start(options).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("qmp");
