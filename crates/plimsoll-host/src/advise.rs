@@ -235,9 +235,9 @@ fn simulate(ticks: &[Tick], tree: Tree) -> Fate {
                 ..MachineView::new(seen.machine, ByteCount(*has))
             });
         }
-        let used: u64 = held.values().sum();
-        let (free, overdrawn) = (ByteCount(pool.saturating_sub(used)), ByteCount(used.saturating_sub(pool)));
-        let view = HostView { free, overdrawn, machines, ..tick.view };
+        let (pool, used) = (ByteCount(pool), ByteCount(held.values().sum()));
+        let view =
+            HostView { total: tick.view.total, ..HostView::of(tick.view.now_ms, pool, used, machines) };
         for action in decide(&view, &mut state).actions {
             if let (Step::Take { frees, .. }, Some(has)) = (action.step, held.get_mut(&action.machine)) {
                 *has = has.saturating_sub(frees.0);

@@ -218,10 +218,9 @@ impl<'a> Host<'a> {
     }
 
     fn look(&mut self) {
-        self.view.now_ms = self.now.0;
-        let (total, used) = (self.capacity.total, self.used());
-        (self.view.free, self.view.overdrawn) = (total.saturating_sub(used), used.saturating_sub(total));
-        self.view.machines.clear();
+        let mut machines = std::mem::take(&mut self.view.machines);
+        machines.clear();
+        self.view = HostView::of(self.now.0, self.capacity.total, self.used(), machines);
         let Scenario { estimator, physics, .. } = self.scenario;
         for guest in &mut self.guests {
             let view = guest.machine.view(self.now, guest.shares_pages, estimator, physics);

@@ -71,7 +71,6 @@ fn a_guest_that_has_started_has_the_memory_it_was_started_with() {
     let started = backed(&guest);
     assert_eq!(sweep(&mut guest), 0);
     let grown = backed(&guest).saturating_sub(started).pages_ceil();
-    println!("XX {started} grown {grown}");
     assert!(grown.0 < ALL / 10, "{grown} came after it had started");
 }
 
