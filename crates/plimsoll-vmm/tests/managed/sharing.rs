@@ -104,12 +104,14 @@ pub(crate) fn rarely_waits() {
     after(counts(), FAULTS / 4);
     // A governor or a pager that had no processor for a while is no fault of theirs: the middle of three counts.
     let mut windows: Vec<[u64; 3]> = (0..WINDOWS).map(|_| after(counts(), FAULTS)).collect();
-    windows.sort_by_key(|[needed, waited, _]| waited * 1_000_000 / needed);
     println!("of faults that needed memory so many waited, while so many pages were captured: {windows:?}");
-    let [needed, waited, captured] = windows[WINDOWS / 2];
+    // Limbo has a tenth of what is there, as many pages as are needed in a window: one may live on what was captured in another.
+    let [brought, captured] = [0, 2].map(|place| windows.iter().map(|window| window[place]).sum::<u64>());
+    windows.sort_by_key(|[needed, waited, _]| waited * 1_000_000 / needed);
+    let [needed, waited, _] = windows[WINDOWS / 2];
     guests.iter().for_each(|guest| guest.tell(StopMode::Finish));
     guests.iter_mut().for_each(Guest::finished);
-    assert!(captured > needed / 4, "memory was not short: {captured} pages captured, {needed} brought");
+    assert!(captured > brought / 4, "memory was not short: {captured} pages captured, {brought} brought");
     assert!(waited * 1000 <= needed * WAIT_MAX, "{waited} of {needed} faults waited for a capture");
     assert_eq!(fleet.incidents(), []);
 }
