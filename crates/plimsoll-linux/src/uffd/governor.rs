@@ -26,6 +26,10 @@ use std::time::{Duration, Instant};
 /// How often the governor looks where memory is short. At 10 us a page, two pagers on two cores fill 400 pages (1.6 MiB) between two
 /// looks: well within the distance from the high mark to the hard line.
 pub(super) const PERIOD: Duration = Duration::from_millis(2);
+/// Where memory is short and nothing happens it looks every 8 ms: each look in a row that shows nothing new doubles the time to the next.
+const CALM_DOUBLINGS: u32 = 2;
+/// What is nobody's may be more by so much and be as it was: the kernel counts it in batches of 64 pages, each processor its own.
+const CALM_GROWTH: ByteCount = ByteCount::mib(1);
 /// How rarely it looks at most, at a host with room.
 const PERIOD_MAX: Duration = Duration::from_millis(250);
 /// The same while no pager does anything, of which the first that does wakes it. Only what is no guest's grows meanwhile, unseen.
@@ -79,6 +83,7 @@ pub(super) fn govern(
     let own = std::thread::current();
     host.bustle().on_begin(move || own.unpark());
     let mut seen = None;
+    let mut calm = Calm::default();
     while !stop.load(Ordering::Relaxed) {
         let served = host.bustle().served();
         // Who comes after this is counted after that, so that it is not slept through.
@@ -86,7 +91,7 @@ pub(super) fn govern(
         let room = governor.look(is_alone, &mut *meter, Instant::now());
         let pause = pause(room, fillers);
         let was_quiet = seen.replace(served) == Some(served);
-        let patience = patience(room, was_quiet, is_alone, sample_period);
+        let patience = patience(room, was_quiet, is_alone, sample_period).max(calm.look(room, was_quiet));
         let is_long = patience > pause && is_quiet(host.bustle(), served);
         std::thread::park_timeout(if is_long { patience } else { pause });
     }
@@ -97,6 +102,26 @@ fn is_quiet(bustle: &Bustle, served: u64) -> bool {
     bustle.expect();
     // Counted again after that: what happened before it called nobody.
     bustle.served() == served
+}
+
+/// Notices that nothing is new on a host with little room. What nobody is charged for may grow there unseen for the longer time once;
+/// whoever is charged for a page is seen at once, because the governor is called.
+#[derive(Debug, Default)]
+struct Calm {
+    /// What there was below the high mark at the last look.
+    room: ByteCount,
+    /// Looks since then that showed nothing new.
+    looks: u32,
+}
+
+impl Calm {
+    /// How long the host may be left alone as long as no pager does anything. Where somebody is asked for pages there is no `room`.
+    fn look(&mut self, room: ByteCount, was_quiet: bool) -> Duration {
+        let is_new = !was_quiet || room == ByteCount(0) || room + CALM_GROWTH < self.room;
+        self.looks = if is_new { 0 } else { (self.looks + 1).min(CALM_DOUBLINGS) };
+        self.room = room;
+        PERIOD * (1 << self.looks)
+    }
 }
 
 /// Everything the thread has of its own.
@@ -450,6 +475,18 @@ mod tests {
         for (mib, was_quiet) in [(0, false), (100, true), (1 << 20, false)] {
             assert_eq!(patience(mib, was_quiet, true), PERIOD_MAX);
         }
+    }
+
+    #[test]
+    fn a_nearly_full_host_is_looked_at_less_often_while_nothing_is_new() {
+        let mut calm = Calm::default();
+        let mut look =
+            |mib: u64, was_quiet| calm.look(ByteCount::mib(mib), was_quiet).as_micros() / PERIOD.as_micros();
+        assert_eq!([15, 15, 15, 15].map(|mib| look(mib, true)), [2, 4, 4, 4]);
+        assert_eq!(look(15, false), 1, "a pager did something");
+        assert_eq!([14, 13, 12, 20].map(|mib| look(mib, true)), [2, 4, 4, 4]);
+        assert_eq!(look(18, true), 1, "somebody whom no pager knows has grown");
+        assert_eq!([18, 18, 0, 0].map(|mib| look(mib, true)), [2, 4, 1, 1], "somebody is asked for pages");
     }
 
     const RAM: ByteCount = ByteCount::mib(64);
