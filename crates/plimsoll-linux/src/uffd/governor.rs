@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 /// How often the governor looks where memory is short. At 10 us a page, two pagers on two cores fill 400 pages (1.6 MiB) between two
 /// looks: well within the distance from the high mark to the hard line.
 pub(super) const PERIOD: Duration = Duration::from_millis(2);
-/// Where memory is short and nothing happens it looks every 8 ms: each look in a row that shows nothing new doubles the time to the next.
+/// Where there is little room and nothing happens it looks every 8 ms: each look in a row that shows nothing new doubles the time to the next.
 const CALM_DOUBLINGS: u32 = 2;
 /// What is nobody's may be more by so much and be as it was: the kernel counts it in batches of 64 pages, each processor its own.
 const CALM_GROWTH: ByteCount = ByteCount::mib(1);
@@ -105,7 +105,7 @@ fn is_quiet(bustle: &Bustle, served: u64) -> bool {
 }
 
 /// Notices that nothing is new on a host with little room. What nobody is charged for may grow there unseen for the longer time once;
-/// whoever is charged for a page is seen at once, because the governor is called.
+/// whoever is charged for a page is seen as soon as that turn of its pager is over, which calls the governor.
 #[derive(Debug, Default)]
 struct Calm {
     /// What there was below the high mark at the last look.
